@@ -1,0 +1,57 @@
+# Two commands do all the set-up on a machine that has Python 3.11+ and nothing else:
+#   make demo   the main job, end to end, on embedded Kafka and Redis
+#   make test   everything CI runs
+#
+# TORCH_BACKEND chooses PyTorch's build (cpu, cu128, …; see `uv pip install --torch-backend`).
+# Unset, it is PyPI's, which is the CUDA build on Linux and runs on a CPU too.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH_BACKEND ?=
+TESTS ?= tests
+UV := UV_LINK_MODE=hardlink $(BIN)/uv
+
+.PHONY: help setup demo test check format contract constraints bench clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1 \t/' | expand -t 20
+
+$(BIN)/.ready: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; sys.exit("embedq needs Python 3.11 or newer, this is %s; run make PYTHON=/path/to/python3.11" % sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check uv
+	$(UV) pip install -q --python $(BIN)/python $(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND)) \
+		-c constraints.txt -e '.[cli,consumer,dev]' --group test
+	@touch $@
+
+setup: $(BIN)/.ready ## the virtual environment, with everything in it
+
+demo: setup ## the main job on real sentences, end to end
+	@$(BIN)/python -m demo
+
+check: setup ## lint, types, generated files
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m embedq_shared.contract --check
+
+test: check ## everything CI runs
+	$(BIN)/python -m pytest $(TESTS)
+
+format: setup ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+contract: setup ## write the JSON Schemas and the AsyncAPI document
+	$(BIN)/python -m embedq_shared.contract
+
+constraints: setup ## pin anew what CI and this file install
+	$(UV) pip compile -q --universal --python-version 3.11 --no-emit-index-url --no-annotate --no-header \
+		--all-extras --group test -o constraints.txt pyproject.toml
+
+bench: setup ## jobs per second, cold and cached, beside sentence-transformers
+	$(BIN)/python -m benchmarks.pipeline
+
+clean: ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""The embedding service: jobs from Kafka, vectors back. Start reading at `service.py`."""

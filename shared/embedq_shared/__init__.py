@@ -1,0 +1,1 @@
+"""The wire contract: messages, codecs, topic and header names."""
