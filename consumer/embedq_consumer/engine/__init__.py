@@ -1,1 +1,81 @@
-"""The engine: model directories in, vectors out. The only package that imports torch and transformers."""
+"""The engine: model directories in, vectors out. The only package that imports torch, transformers and tokenizers.
+
+The service sees four names: `load_encoder`, the `Encoder` that it returns, and the values `Text` in and
+`Tokens | TextTooLong` out. Importing this module imports none of the heavy libraries; `load_encoder` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Encoder", "ModelError", "Text", "TextTooLong", "Tokens", "Truncate", "load_encoder"]
+
+Truncate = Literal["error", "start", "end"]
+
+
+class ModelError(Exception):
+    """A model directory cannot be served; the message names the file and what was expected."""
+
+
+class Text(msgspec.Struct, frozen=True):
+    """One text to tokenize: `prompt + text`, cut as `truncate` says if it is longer than the model takes."""
+
+    text: str
+    prompt: str = ""
+    truncate: Truncate = "error"
+
+
+class Tokens(msgspec.Struct, frozen=True):
+    """What the model runs for one text: `ids` is int32 (n,), special tokens included."""
+
+    ids: npt.NDArray[np.int32]
+    truncated: bool = False
+
+
+class TextTooLong(msgspec.Struct, frozen=True):
+    """The text has `tokens` tokens, special tokens included, and `truncate` is "error"."""
+
+    tokens: int
+    limit: int
+
+
+class Encoder(Protocol):
+    """One loaded model. `tokenize` may be called from any thread; `encode` from one thread at a time."""
+
+    model_version: str
+    """`sha256:` and 64 hex digits over weights, tokenizer, pooling and prompts: equal exactly when vectors are comparable."""
+    hidden_size: int
+    max_tokens: int
+    """Longest input, special tokens included."""
+    prompts: Mapping[str, str]
+    """Prompts by name (`query`, `document`, …), from `config_sentence_transformers.json`."""
+    default_prompt: str
+    """What a text without `input_type` or instruction gets in front; `""` for most models."""
+
+    def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong]:
+        """Tokens of each text, in order."""
+
+    def encode(self, batch: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.float32]:
+        """Pooled, not yet normalised vectors of one micro-batch: float32 (len(batch), hidden_size), on the host."""
+
+    def close(self) -> None:
+        """Release the weights' memory. The encoder must not be used afterwards."""
+
+
+def load_encoder(path: Path, *, device: str = "auto", threads: int | None = None) -> Encoder:
+    """Load a directory in Hugging Face / sentence-transformers layout.
+
+    `device` is "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N". bf16 on CUDA, float32 on the CPU.
+
+    Raises:
+        ModelError: the directory is incomplete, or asks for something that embedq does not run.
+    """
+    from embedq_consumer.engine.packed import PackedEncoder
+
+    return PackedEncoder.load(path, device=device, threads=threads)
