@@ -1,0 +1,306 @@
+"""Bytes to messages and back, for both content types.
+
+Decoding a job raises one exception, `BadJob`, whatever is wrong with the bytes. Its message is ours, never the
+decoder's, since a decoder may quote the value.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, Final, Literal
+
+import msgspec
+
+from embedq_shared.messages import (
+    DEFAULT_MAX_INPUTS,
+    MAX_ID_LENGTH,
+    MAX_METADATA_BYTES,
+    MAX_NESTING,
+    MIN_DIMENSIONS,
+    NULL,
+    Control,
+    Datum,
+    ErrorBody,
+    ErrorCode,
+    Failure,
+    Job,
+    Result,
+    Status,
+)
+from embedq_shared.topics import JSON, MSGPACK, MSGPACK_TYPES
+
+Format = Literal["json", "msgpack"]
+
+CONTENT_TYPES: Final[dict[Format, str]] = {"json": JSON, "msgpack": MSGPACK}
+_NIL: Final = msgspec.Raw(b"\xc0")
+
+EXPECTED: Final[dict[str, str]] = {
+    "input": "a string or a non-empty list of strings",
+    "id": f"a string of 1 to {MAX_ID_LENGTH} characters",
+    "model": "a string",
+    "dimensions": f"an integer from {MIN_DIMENSIONS} to the model's hidden size",
+    "dtype": "one of float32, float16, int8, binary",
+    "encoding_format": "one of float, base64",
+    "input_type": "one of query, document",
+    "instruction": "a string",
+    "truncate": "one of error, start, end",
+    "metadata": f"an object of at most {MAX_METADATA_BYTES} bytes, with finite numbers and string keys",
+    "user": "any JSON value",
+}
+"""What each field of a job must be, for error messages."""
+
+
+class BadJob(Exception):
+    """A record that is not a job. `id`, `model` and `metadata` hold what could still be read."""
+
+    def __init__(
+        self, code: ErrorCode, message: str, param: str | None = None, *, envelope: Envelope | None = None
+    ) -> None:
+        super().__init__(message)
+        self.error = ErrorBody.of(code, message, param)
+        self.envelope = envelope or Envelope()
+
+
+class Envelope(msgspec.Struct, frozen=True):
+    """What an answer repeats of its job. Read leniently, so that a job with one bad field is still answered by id."""
+
+    id: str | None = None
+    model: str | None = None
+    metadata: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+
+
+class _LooseEnvelope(msgspec.Struct):
+    id: Any = None
+    model: Any = None
+    metadata: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+
+
+def format_of(content_type: bytes | None) -> Format | None:
+    """The codec for a `content-type` header, None for one that is not supported."""
+    if content_type is None:
+        return "json"
+    media_type = content_type.split(b";", 1)[0].strip().lower()
+    if media_type == JSON.encode():
+        return "json"
+    return "msgpack" if media_type.decode("latin-1") in MSGPACK_TYPES else None
+
+
+_decoders: Final[dict[Format, msgspec.json.Decoder[Job] | msgspec.msgpack.Decoder[Job]]] = {
+    "json": msgspec.json.Decoder(Job),
+    "msgpack": msgspec.msgpack.Decoder(Job),
+}
+_loose: Final[
+    dict[Format, msgspec.json.Decoder[_LooseEnvelope] | msgspec.msgpack.Decoder[_LooseEnvelope]]
+] = {
+    "json": msgspec.json.Decoder(_LooseEnvelope),
+    "msgpack": msgspec.msgpack.Decoder(_LooseEnvelope),
+}
+_anything: Final[dict[Format, msgspec.json.Decoder[Any] | msgspec.msgpack.Decoder[Any]]] = {
+    "json": msgspec.json.Decoder(),
+    "msgpack": msgspec.msgpack.Decoder(),
+}
+_UNDECODABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_UNKNOWN: Final = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
+_MISSING: Final = re.compile(r"Object missing required field `(\w+)`")
+_AT: Final = re.compile(r" - at `\$\.(\w+)((?:\[\d+\])?)")
+_WHERE: Final = re.compile(r"\((?:byte|char) (\d+)\)")
+
+
+def decode_job(value: bytes | None, format: Format, *, max_inputs: int = DEFAULT_MAX_INPUTS) -> Job:
+    """One job from a record's value.
+
+    Raises:
+        BadJob: `malformed`, `unknown_field`, `invalid_value` or `too_many_inputs`, with the field in `param`.
+    """
+    if value is None:
+        raise BadJob("malformed", "expected a job, got a null value")
+    try:
+        job = _decoders[format].decode(value)
+    except msgspec.ValidationError as error:
+        raise _explain(error, value, format) from None
+    except _UNDECODABLE as error:
+        raise _malformed(error, format) from None
+    try:
+        _check_extras(job, format)
+        _check_job(job, format, max_inputs)
+    except BadJob as bad:
+        raise BadJob(
+            bad.error.code, bad.error.message, bad.error.param, envelope=_envelope(value, format)
+        ) from None
+    return job
+
+
+def _check_job(job: Job, format: Format, max_inputs: int) -> None:
+    """The rules that no type can express."""
+    if isinstance(job.input, list):
+        if not job.input:
+            raise _invalid("input")
+        if len(job.input) > max_inputs:
+            raise BadJob(
+                "too_many_inputs",
+                f"`input`: expected at most {max_inputs} inputs, got {len(job.input)}",
+                "input",
+            )
+    if job.dtype == "binary" and job.dimensions is not None and job.dimensions % 8:
+        raise BadJob(
+            "invalid_value", "`dimensions`: expected a multiple of 8 where `dtype` is binary", "dimensions"
+        )
+    if job.instruction is not None and job.input_type == "document":
+        raise BadJob(
+            "invalid_value",
+            "`instruction`: expected to be absent where `input_type` is document, since documents take none",
+            "instruction",
+        )
+    if format == "msgpack" and job.encoding_format is not None:
+        raise BadJob(
+            "invalid_value",
+            "`encoding_format`: expected to be absent in MessagePack, where vectors are raw bytes",
+            "encoding_format",
+        )
+
+
+def _check_extras(job: Job, format: Format) -> None:
+    """`metadata` and `user` came as raw bytes: hold them to the same rules as the rest."""
+    for name, raw in (("metadata", job.metadata), ("user", job.user)):
+        data = bytes(raw)
+        if not data or data in (b"null", b"\xc0"):
+            continue
+        try:
+            found = _anything[format].decode(data)
+        except msgspec.ValidationError:  # a number out of range, a MessagePack key that is not a string
+            raise BadJob("malformed", f"expected valid {format} with finite numbers", name) from None
+        except _UNDECODABLE as error:
+            raise _malformed(error, format) from None
+        if name == "metadata" and (not isinstance(found, dict) or len(data) > MAX_METADATA_BYTES):
+            raise _invalid(name)
+        _check_value(found, name, depth=2)
+
+
+def _check_value(found: Any, name: str, depth: int) -> None:
+    """Only what JSON can say, nested at most `MAX_NESTING` deep, the job itself being level 1."""
+    if isinstance(found, (dict, list)):
+        if depth > MAX_NESTING:
+            raise BadJob("malformed", f"expected nesting of at most {MAX_NESTING} levels", name)
+        if isinstance(found, dict):
+            if not all(isinstance(key, str) for key in found):
+                raise _invalid(name)
+            found = found.values()
+        for item in found:
+            _check_value(item, name, depth + 1)
+    elif isinstance(found, float):
+        if not math.isfinite(found):
+            raise BadJob("malformed", "expected finite numbers, got NaN or Infinity", name)
+    elif not isinstance(found, (str, int, bool, type(None))):
+        raise _invalid(name)
+
+
+def _invalid(field: str, suffix: str = "", *, envelope: Envelope | None = None) -> BadJob:
+    expected = "a string" if suffix else EXPECTED[field]
+    return BadJob(
+        "invalid_value", f"`{field}{suffix}`: expected {expected}", f"{field}{suffix}", envelope=envelope
+    )
+
+
+def _malformed(error: Exception, format: Format) -> BadJob:
+    where = _WHERE.search(str(error))
+    name = "JSON object in UTF-8 without BOM" if format == "json" else "MessagePack map"
+    position = f", broken at byte {where[1]}" if where else ""
+    return BadJob("malformed", f"expected one valid {name}{position}")
+
+
+def _explain(error: msgspec.ValidationError, value: bytes, format: Format) -> BadJob:
+    """Which field of a decodable value is wrong, in our words."""
+    message = str(error)
+    envelope = _envelope(value, format)
+    if envelope is None:
+        return _malformed(error, format)
+    if unknown := _UNKNOWN.match(message):
+        name = unknown[1] if len(unknown[1]) <= 64 else unknown[1][:64] + "…"
+        return BadJob(
+            "unknown_field",
+            f"`{name}` is no field of a job; {', '.join(EXPECTED)} are",
+            name,
+            envelope=envelope,
+        )
+    if missing := _MISSING.match(message):
+        return _invalid(missing[1], envelope=envelope)
+    if at := _AT.search(message):
+        return _invalid(at[1], at[2], envelope=envelope)
+    return BadJob("malformed", "expected an object at the top level", envelope=envelope)
+
+
+def _envelope(value: bytes, format: Format) -> Envelope | None:
+    """What can be read of a job that was refused; None if not even its syntax holds."""
+    try:
+        found = _loose[format].decode(value)
+    except msgspec.ValidationError as error:
+        # Not an object: there is nothing to repeat. A number out of range or a bad key breaks the syntax.
+        return Envelope() if "Expected `object`" in str(error) and " - at " not in str(error) else None
+    except _UNDECODABLE:
+        return None
+    metadata = msgspec.Raw()
+    try:
+        _check_extras(Job(input="", metadata=found.metadata), format)
+        metadata = found.metadata
+    except BadJob:
+        pass  # the metadata itself is what was refused: an answer cannot repeat it
+    usable = isinstance(found.id, str) and 1 <= len(found.id) <= MAX_ID_LENGTH
+    return Envelope(
+        id=found.id if usable else None,
+        model=found.model if isinstance(found.model, str) and len(found.model) <= MAX_ID_LENGTH else None,
+        metadata=metadata,
+    )
+
+
+# -- results, control, status -----------------------------------------------------------------------------------------
+
+_encoders: Final = {"json": msgspec.json.Encoder(), "msgpack": msgspec.msgpack.Encoder()}
+_result_decoders: Final[dict[Format, msgspec.json.Decoder[Job] | msgspec.msgpack.Decoder[Job]]] = {
+    "json": msgspec.json.Decoder(Result | Failure),
+    "msgpack": msgspec.msgpack.Decoder(Result | Failure),
+}
+_control: Final = msgspec.json.Decoder(Control)
+_status: Final = msgspec.json.Decoder(Status)
+
+
+def encode(message: Job | Result | Failure | Datum, format: Format = "json") -> bytes:
+    """A message's bytes. Raw members must already be in the same format."""
+    return _encoders[format].encode(message)
+
+
+def null(format: Format) -> msgspec.Raw:
+    """Absent metadata."""
+    return NULL if format == "json" else _NIL
+
+
+def decode_result(value: bytes, format: Format = "json") -> Result | Failure:
+    """A result or a failure.
+
+    Raises:
+        msgspec.DecodeError: it is neither.
+    """
+    return _result_decoders[format].decode(value)
+
+
+def encode_record(record: Control | Status) -> bytes:
+    """A control or status record's value, in JSON."""
+    return _encoders["json"].encode(record)
+
+
+def decode_control(value: bytes) -> Control:
+    """A control record.
+
+    Raises:
+        msgspec.DecodeError, UnicodeDecodeError, RecursionError: it is none.
+    """
+    return _control.decode(value)
+
+
+def decode_status(value: bytes) -> Status:
+    """A status record.
+
+    Raises:
+        msgspec.DecodeError, UnicodeDecodeError, RecursionError: it is none.
+    """
+    return _status.decode(value)

@@ -1,0 +1,106 @@
+"""A job's headers: correlation, reply address, deadline, trace. The last header of a name counts."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+import msgspec
+
+from embedq_shared import topics
+from embedq_shared.messages import ErrorBody
+
+Header = tuple[str, bytes]
+
+_PARTITION: Final = struct.Struct(">i")
+_MAX_DEADLINE: Final = 2**63 - 1
+
+
+class JobHeaders(msgspec.Struct, frozen=True):
+    """What embedq reads of a record's headers. Values in `echo` are opaque and go back byte for byte."""
+
+    content_type: bytes | None = None
+    echo: tuple[Header, ...] = ()
+    reply_topic: str | None = None
+    reply_partition: int | None = None
+    deadline_ms: int | None = None
+    bad_address: ErrorBody | None = None
+    """Why the reply address can't be used: the job is then not computed, and the error goes to the results topic."""
+    bad_deadline: ErrorBody | None = None
+
+
+def parse(headers: Iterable[tuple[str, bytes | None]]) -> JobHeaders:
+    """The headers of one record. Never raises: what is wrong is in `bad_address` and `bad_deadline`."""
+    last = {name: b"" if value is None else value for name, value in headers}
+    if not last:
+        return JobHeaders()
+    echo = tuple((name, last[name]) for name in (*topics.CORRELATION, *topics.TRACE) if name in last)
+    content_type = next((v for name, v in last.items() if name.lower() == topics.CONTENT_TYPE), None)
+    address: tuple[str | None, int | None] = (None, None)
+    deadline: int | None = None
+    bad_address = bad_deadline = None
+    try:
+        address = (_reply_topic(last), _reply_partition(last))
+    except ValueError as error:
+        bad_address = _bad(error)
+    try:
+        deadline = _deadline(last.get(topics.DEADLINE))
+    except ValueError as error:
+        bad_deadline = _bad(error)
+    return JobHeaders(content_type, echo, address[0], address[1], deadline, bad_address, bad_deadline)
+
+
+def reply_partition_bytes(partition: int) -> bytes:
+    """A reply partition as Spring, SmallRye and embedq write it: 4 bytes, big-endian."""
+    return _PARTITION.pack(partition)
+
+
+def value_of(headers: Sequence[Header], name: str) -> bytes | None:
+    """The last value of a header."""
+    return next((value for found, value in reversed(headers) if found == name), None)
+
+
+def _reply_topic(last: dict[str, bytes]) -> str | None:
+    name, raw = _first(last, topics.REPLY_TOPIC)
+    if raw is None:
+        return None
+    try:
+        topic = raw.decode()
+    except UnicodeDecodeError:
+        raise ValueError(name, "a topic name in UTF-8") from None
+    if not topics.is_topic_name(topic):
+        raise ValueError(
+            name, f"a topic name of 1 to {topics.MAX_TOPIC_LENGTH} letters, digits, '.', '_' or '-'"
+        )
+    return topic
+
+
+def _reply_partition(last: dict[str, bytes]) -> int | None:
+    name, raw = _first(last, topics.REPLY_PARTITION)
+    if raw is None:
+        return None
+    if len(raw) != _PARTITION.size:
+        raise ValueError(name, f"4 bytes, big-endian, got {len(raw)} bytes")
+    partition: int = _PARTITION.unpack(raw)[0]
+    if partition < 0:
+        raise ValueError(name, "a partition of 0 or more")
+    return partition
+
+
+def _deadline(raw: bytes | None) -> int | None:
+    if raw is None:
+        return None
+    # bytes.isdigit is ASCII alone, unlike str.isdigit and int(), which take signs, blanks and underscores.
+    if not raw.isdigit() or len(raw) > 19 or int(raw) > _MAX_DEADLINE:
+        raise ValueError(topics.DEADLINE, "epoch milliseconds as ASCII digits")
+    return int(raw)
+
+
+def _first(last: dict[str, bytes], family: tuple[str, ...]) -> tuple[str, bytes | None]:
+    return next(((name, last[name]) for name in family if name in last), (family[0], None))
+
+
+def _bad(error: ValueError) -> ErrorBody:
+    name, expected = error.args
+    return ErrorBody.of("invalid_header", f"header `{name}`: expected {expected}", name)

@@ -1,0 +1,222 @@
+"""Every record on every topic, as the wire contract v1 has it (`spec/WIRE.md`)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+from msgspec import Meta
+
+Dtype = Literal["float32", "float16", "int8", "binary"]
+EncodingFormat = Literal["float", "base64"]
+InputType = Literal["query", "document"]
+Truncate = Literal["error", "start", "end"]
+ErrorCode = Literal[
+    "malformed",
+    "unknown_field",
+    "invalid_value",
+    "invalid_header",
+    "unsupported_content_type",
+    "unknown_model",
+    "text_too_long",
+    "too_many_inputs",
+    "result_too_large",
+    "expired",
+    "non_finite",
+    "overloaded",
+    "internal",
+]
+ResultStatus = Literal["ok", "partial", "error"]
+
+RETRYABLE: Final[frozenset[str]] = frozenset({"overloaded", "internal"})
+DEFAULT_ALIAS: Final = "default"
+MIN_DIMENSIONS: Final = 32
+MAX_ID_LENGTH: Final = 256
+MAX_METADATA_BYTES: Final = 16 * 1024
+MAX_NESTING: Final = 64
+DEFAULT_MAX_INPUTS: Final = 2048
+
+NULL: Final = msgspec.Raw(b"null")
+"""What absent metadata is in a JSON result."""
+
+
+class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
+    """One embedding job: the body of an OpenAI embeddings request, and what a queue needs.
+
+    null in an optional field means absent. `metadata` keeps the bytes as they came, so that the result returns
+    exactly the same JSON.
+    """
+
+    input: Annotated[
+        str | list[str],
+        Meta(
+            description="A text, or a non-empty list of texts.",
+            extra_json_schema={
+                "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]
+            },
+        ),
+    ]
+    id: (
+        Annotated[str, Meta(min_length=1, max_length=MAX_ID_LENGTH, description="Echoed as it came.")] | None
+    ) = None
+    model: Annotated[str, Meta(description='A model alias; absent: "default".')] | None = None
+    dimensions: (
+        Annotated[int, Meta(ge=MIN_DIMENSIONS, description="At most the hidden size; absent: all.")] | None
+    ) = None
+    dtype: Dtype | None = None
+    encoding_format: (
+        Annotated[EncodingFormat, Meta(description="JSON only: how vectors are written.")] | None
+    ) = None
+    input_type: Annotated[InputType, Meta(description="Applies the model's prompt of that name.")] | None = (
+        None
+    )
+    instruction: Annotated[str, Meta(description="Applied as `Instruct: …\\nQuery:…`.")] | None = None
+    truncate: Annotated[Truncate, Meta(description="What to do with a text over the limit.")] | None = None
+    metadata: Annotated[
+        msgspec.Raw,
+        Meta(
+            description=f"At most {MAX_METADATA_BYTES} bytes; returned equal.",
+            extra_json_schema={"type": ["object", "null"]},
+        ),
+    ] = msgspec.field(default_factory=msgspec.Raw)
+    user: Annotated[msgspec.Raw, Meta(description="Accepted and ignored.")] = msgspec.field(
+        default_factory=msgspec.Raw
+    )
+
+
+class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
+    """What went wrong: `message` says what was expected and never repeats text, metadata or header values."""
+
+    code: ErrorCode
+    message: str
+    param: Annotated[str, Meta(description="A path such as `dimensions` or `input[3]`.")] | None = None
+    retryable: bool = False
+
+    @classmethod
+    def of(cls, code: ErrorCode, message: str, param: str | None = None) -> ErrorBody:
+        """An error whose `retryable` follows from its code."""
+        return cls(code=code, message=message, param=param, retryable=code in RETRYABLE)
+
+
+class Datum(msgspec.Struct, frozen=True, kw_only=True):
+    """The outcome of one input.
+
+    `embedding` is a list of numbers or base64 text in JSON, raw little-endian bytes in MessagePack, and null for an
+    input that failed alone. `scale` is there for int8 alone: x ≈ q · scale.
+    """
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: Annotated[
+        Any,
+        Meta(
+            description="Numbers, base64 text, or in MessagePack raw little-endian bytes; null if the input failed.",
+            extra_json_schema={
+                "anyOf": [
+                    {"type": "array", "items": {"type": "number"}},
+                    {"type": "string"},
+                    {"type": "null"},
+                ]
+            },
+        ),
+    ]
+    tokens: int | None = None
+    truncated: bool | None = None
+    cached: bool | None = None
+    scale: float | msgspec.UnsetType = msgspec.UNSET
+    error: ErrorBody | None = None
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens that were run, after any cut; the same for cached answers."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Timings(msgspec.Struct, frozen=True):
+    """Seconds for each stage; null where it did not happen."""
+
+    queue: float | None = None
+    tokenize: float | None = None
+    compute: float | None = None
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True, tag_field="object", tag="list"):
+    """The vectors of one job, or one part of them."""
+
+    id: str
+    model: str
+    model_version: str
+    dimensions: int
+    dtype: Dtype
+    data: list[Datum]
+    usage: Usage
+    timings: Timings
+    metadata: Annotated[msgspec.Raw, Meta(extra_json_schema={"type": ["object", "null"]})] = msgspec.field(
+        default_factory=lambda: NULL
+    )
+    part: int = 0
+    parts: int = 1
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True, tag_field="object", tag="error"):
+    """The answer to a job that failed whole. What is unknown is null."""
+
+    id: str | None
+    model: str | None
+    model_version: str | None
+    error: ErrorBody
+    metadata: Annotated[msgspec.Raw, Meta(extra_json_schema={"type": ["object", "null"]})] = msgspec.field(
+        default_factory=lambda: NULL
+    )
+
+
+# -- control and status ---------------------------------------------------------------------------------------------
+
+Policy = Literal["availability_preserving", "resource_preserving"]
+Step = Literal["starting", "validate", "load", "warm_up", "check", "drain", "swap", "serving", "stopped"]
+State = Literal["LOADING", "READY", "FAILED", "STOPPED"]
+
+STATUS_INTERVAL_S: Final = 3.0
+"""Each replica repeats its status this often."""
+STATUS_STALE_AFTER_S: Final = 15.0
+"""A replica whose last status is older is gone."""
+
+
+class Control(msgspec.Struct, frozen=True, kw_only=True):
+    """The desired model of one alias, complete in one record; `version` only rises.
+
+    `fallback` is the directory that served before: a replica that starts and cannot load `path` loads that one.
+    """
+
+    alias: Annotated[str, Meta(min_length=1, max_length=256)]
+    version: Annotated[int, Meta(ge=1)]
+    path: Annotated[str, Meta(min_length=1, description="A model directory below the configured root.")]
+    command_id: Annotated[str, Meta(min_length=1, max_length=256)]
+    digest: Annotated[str, Meta(description="The model version that must come out; absent: any.")] | None = (
+        None
+    )
+    policy: Policy = "availability_preserving"
+    min_cosine: (
+        Annotated[
+            float,
+            Meta(ge=-1, le=1, description="Least cosine to the old model's vectors of the check texts."),
+        ]
+        | None
+    ) = None
+    fallback: str | None = None
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """What one replica serves and does. `version` is the control record it speaks of; `at` is epoch milliseconds."""
+
+    replica: str
+    alias: str
+    version: int | None
+    step: Step
+    state: State
+    model_version: str | None
+    error: str | None
+    at: int
+    command_id: str | None = None

@@ -1,0 +1,87 @@
+"""Names on the broker: topics, the consumer group, headers and content types."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+import msgspec
+
+GROUP: Final = "embedq"
+"""The one consumer group, for both lanes."""
+
+JSON: Final = "application/json"
+MSGPACK: Final = "application/msgpack"
+MSGPACK_TYPES: Final = frozenset({MSGPACK, "application/x-msgpack", "application/vnd.msgpack"})
+
+# A job's headers, by family: ours, Spring Kafka's, SmallRye's. Each field is looked up by itself, in this order.
+CORRELATION: Final = ("correlation-id", "kafka_correlationId", "REPLY_CORRELATION_ID")
+REPLY_TOPIC: Final = ("reply-topic", "kafka_replyTopic", "REPLY_TOPIC")
+REPLY_PARTITION: Final = ("reply-partition", "kafka_replyPartition", "REPLY_PARTITION")
+DEADLINE: Final = "deadline"
+CONTENT_TYPE: Final = "content-type"
+TRACE: Final = ("traceparent", "tracestate")
+
+# A result's own headers, beside the echoed ones.
+STATUS: Final = "embedq-status"
+MODEL_VERSION: Final = "embedq-model-version"
+
+MAX_TOPIC_LENGTH: Final = 249
+_TOPIC_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,249}")
+
+
+def is_topic_name(name: str) -> bool:
+    """Whether Kafka would take `name` for a topic."""
+    return _TOPIC_NAME.fullmatch(name) is not None and name not in {".", ".."}
+
+
+class Topics(msgspec.Struct, frozen=True):
+    """The topics below one prefix, `embed` unless set otherwise."""
+
+    prefix: str = "embed"
+
+    @property
+    def jobs(self) -> str:
+        """Interactive jobs."""
+        return f"{self.prefix}.jobs"
+
+    @property
+    def bulk(self) -> str:
+        """Bulk jobs: they wait while interactive ones are there."""
+        return f"{self.prefix}.jobs.bulk"
+
+    @property
+    def results(self) -> str:
+        """Results of jobs that name no reply address."""
+        return f"{self.prefix}.results"
+
+    @property
+    def replies(self) -> str:
+        """Replies to clients, each of which reads one partition."""
+        return f"{self.prefix}.replies"
+
+    @property
+    def control(self) -> str:
+        """Desired state of each model alias; one partition, compacted."""
+        return f"{self.prefix}.control"
+
+    @property
+    def status(self) -> str:
+        """What each replica does; compacted, keyed by replica."""
+        return f"{self.prefix}.status"
+
+    @property
+    def dead_letters(self) -> str:
+        """Records that no result could answer fully."""
+        return f"{self.prefix}.dlq"
+
+    @property
+    def lanes(self) -> tuple[str, str]:
+        """Both job topics, interactive first."""
+        return (self.jobs, self.bulk)
+
+    def is_internal(self, topic: str) -> bool:
+        """Whether a result there could loop or corrupt: Kafka's own topics, and ours that are not for results."""
+        retry = f"{self.prefix}.retry"
+        ours = {self.jobs, self.bulk, self.control, self.status, self.dead_letters, retry}
+        return topic in ours or topic.startswith(("__", f"{retry}."))
