@@ -255,10 +255,14 @@ def _envelope(value: bytes, format: Format) -> Envelope | None:
 
 # -- results, control, status -----------------------------------------------------------------------------------------
 
-_encoders: Final = {"json": msgspec.json.Encoder(), "msgpack": msgspec.msgpack.Encoder()}
-_result_decoders: Final[dict[Format, msgspec.json.Decoder[Job] | msgspec.msgpack.Decoder[Job]]] = {
-    "json": msgspec.json.Decoder(Result | Failure),
-    "msgpack": msgspec.msgpack.Decoder(Result | Failure),
+_encoders: Final[dict[Format, msgspec.json.Encoder | msgspec.msgpack.Encoder]] = {
+    "json": msgspec.json.Encoder(),
+    "msgpack": msgspec.msgpack.Encoder(),
+}
+_Answer = Result | Failure
+_answers: Final[dict[Format, msgspec.json.Decoder[_Answer] | msgspec.msgpack.Decoder[_Answer]]] = {
+    "json": msgspec.json.Decoder(_Answer),
+    "msgpack": msgspec.msgpack.Decoder(_Answer),
 }
 _control: Final = msgspec.json.Decoder(Control)
 _status: Final = msgspec.json.Decoder(Status)
@@ -280,7 +284,7 @@ def decode_result(value: bytes, format: Format = "json") -> Result | Failure:
     Raises:
         msgspec.DecodeError: it is neither.
     """
-    return _result_decoders[format].decode(value)
+    return _answers[format].decode(value)
 
 
 def encode_record(record: Control | Status) -> bytes:
