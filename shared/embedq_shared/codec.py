@@ -103,7 +103,8 @@ _anything: Final[dict[Format, msgspec.json.Decoder[Any] | msgspec.msgpack.Decode
 _UNDECODABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _UNKNOWN: Final = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
 _MISSING: Final = re.compile(r"Object missing required field `(\w+)`")
-_AT: Final = re.compile(r" - at `\$\.(\w+)((?:\[\d+\])?)")
+# At the end, since what stands before may quote the value.
+_AT: Final = re.compile(r" - at `\$\.(\w+)((?:\[\d+\])?)[^`]*`\Z")
 _WHERE: Final = re.compile(r"\((?:byte|char) (\d+)\)")
 
 
@@ -118,17 +119,30 @@ def decode_job(value: bytes | None, format: Format, *, max_inputs: int = DEFAULT
     try:
         job = _decoders[format].decode(value)
     except msgspec.ValidationError as error:
-        raise _explain(error, value, format) from None
+        repaired = _last_wins(value, format)
+        if repaired is None:
+            raise _explain(error, value, format) from None
+        job = repaired
     except _UNDECODABLE as error:
         raise _malformed(error, format) from None
     try:
         _check_extras(job, format)
         _check_job(job, format, max_inputs)
     except BadJob as bad:
-        raise BadJob(
-            bad.error.code, bad.error.message, bad.error.param, envelope=_envelope(value, format)
-        ) from None
+        bad.envelope = _envelope(value, format) or bad.envelope
+        raise
     return job
+
+
+def _last_wins(value: bytes, format: Format) -> Job | None:
+    """The job in a value whose only fault is a wrong field that the same key repeats rightly further on.
+
+    The typed decoder checks every occurrence of a key; only the last one counts.
+    """
+    try:
+        return _decoders[format].decode(_encoders[format].encode(_anything[format].decode(value)))
+    except (*_UNDECODABLE, TypeError, ValueError, OverflowError):
+        return None
 
 
 def _check_job(job: Job, format: Format, max_inputs: int) -> None:

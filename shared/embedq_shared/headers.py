@@ -32,11 +32,15 @@ class JobHeaders(msgspec.Struct, frozen=True):
 
 def parse(headers: Iterable[tuple[str, bytes | None]]) -> JobHeaders:
     """The headers of one record. Never raises: what is wrong is in `bad_address` and `bad_deadline`."""
-    last = {name: b"" if value is None else value for name, value in headers}
+    last: dict[str, bytes] = {}
+    content_type: bytes | None = None
+    for name, value in headers:
+        last[name] = b"" if value is None else value
+        if name.lower() == topics.CONTENT_TYPE:
+            content_type = last[name]
     if not last:
         return JobHeaders()
     echo = tuple((name, last[name]) for name in (*topics.CORRELATION, *topics.TRACE) if name in last)
-    content_type = next((v for name, v in last.items() if name.lower() == topics.CONTENT_TYPE), None)
     address: tuple[str | None, int | None] = (None, None)
     deadline: int | None = None
     bad_address = bad_deadline = None

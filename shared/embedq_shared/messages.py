@@ -85,9 +85,12 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
 
 
 class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
-    """What went wrong: `message` says what was expected and never repeats text, metadata or header values."""
+    """What went wrong: `message` says what was expected and never repeats text, metadata or header values.
 
-    code: ErrorCode
+    `code` is an `ErrorCode`, or one that a newer service has added: a client must be able to read those too.
+    """
+
+    code: str
     message: str
     param: Annotated[str, Meta(description="A path such as `dimensions` or `input[3]`.")] | None = None
     retryable: bool = False
