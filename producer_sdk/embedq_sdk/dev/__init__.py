@@ -1,1 +1,10 @@
-"""`embedq dev`: a real Apache Kafka and a real Redis as processes of the caller."""
+"""`embedq dev`: a real Apache Kafka and a real Redis as processes of the caller.
+
+with DevStack() as stack:
+    ...  # stack.kafka_servers, stack.redis_url
+"""
+
+from embedq_sdk.dev.errors import DevStackError, MissingPackagesError, StartError
+from embedq_sdk.dev.stack import DevStack
+
+__all__ = ["DevStack", "DevStackError", "MissingPackagesError", "StartError"]

@@ -1,0 +1,141 @@
+"""The process that owns the servers, so that they cannot outlive the program that wanted them.
+
+Run by path as a program of its own (`python -I guardian.py DIRECTORY PARENT`), in a session of its own: a Ctrl-C in
+the terminal reaches neither it nor the servers. It starts and stops servers as told, one JSON object a line on stdin
+and one answer a line on stdout.
+
+- When stdin ends or the parent is gone, however it died, every server gets SIGTERM, then SIGKILL, and
+  DIRECTORY is removed.
+- When the guardian itself is killed, Linux kills the servers (the parent-death signal). It is tied to the
+  *thread* that forked, which is why a process with one thread does the forking.
+"""
+
+import ctypes
+import fcntl
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+LAST_GRACE_S = 3.0
+PARENT_CHECK_S = 0.5
+_PR_SET_PDEATHSIG = 1
+
+
+class Guardian:
+    """Every server of one stack, by name."""
+
+    def __init__(self) -> None:
+        self._servers: dict[str, subprocess.Popen[bytes]] = {}
+        self._libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+        self._pid = os.getpid()
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        match request:
+            case {"do": "start", "name": name, "argv": argv, "env": env, "log": log}:
+                return {"pid": self._start(name, argv, env, log)}
+            case {"do": "poll", "name": name}:
+                return {"code": self._servers[name].poll()}
+            case {"do": "signal", "names": names, "signal": number}:
+                for name in names:
+                    self._signal(self._servers[name], number)
+                return {}
+            case {"do": "stop", "names": names, "grace_s": grace_s}:
+                self._stop([self._servers[name] for name in names if name in self._servers], grace_s)
+                return {}
+            case other:
+                raise ValueError(f"unknown request {other}. This is a bug.")
+
+    def stop_all(self) -> None:
+        self._stop(list(self._servers.values()), LAST_GRACE_S)
+
+    def _start(self, name: str, argv: list[str], env: dict[str, str], log: str) -> int:
+        with open(log, "ab") as output:
+            server = subprocess.Popen(
+                argv,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=os.path.dirname(log),
+                start_new_session=True,
+                preexec_fn=self._die_with_guardian,  # noqa: PLW1509 (there is one thread)
+            )
+        self._servers[name] = server
+        return server.pid
+
+    def _die_with_guardian(self) -> None:
+        if self._libc is not None:
+            self._libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            if os.getppid() != self._pid:  # it died before we asked to be told
+                os._exit(1)
+
+    def _stop(self, servers: list[subprocess.Popen[bytes]], grace_s: float) -> None:
+        deadline = time.monotonic() + grace_s
+        if grace_s > 0:
+            for server in servers:
+                self._signal(server, signal.SIGTERM)
+                self._signal(server, signal.SIGCONT)  # a paused process cannot act on SIGTERM
+        for server in servers:
+            try:
+                server.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                self._signal(server, signal.SIGKILL)
+                server.wait()
+
+    def _signal(self, server: subprocess.Popen[bytes], number: int) -> None:
+        if server.poll() is None:
+            os.killpg(server.pid, number)
+
+
+def hold(directory: Path) -> int:
+    """Lock `directory` for as long as this process lives, which tells a sweeper that it is in use."""
+    lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return lock
+
+
+def serve(guardian: Guardian, parent: int) -> None:
+    """Answer requests until there is nobody left to answer."""
+    pending = b""
+    # Where a forked copy of the parent holds the pipe open, stdin does not end: hence the second look.
+    while os.getppid() == parent:
+        if not select.select([0], [], [], PARENT_CHECK_S)[0]:
+            continue
+        data = os.read(0, 1 << 16)
+        if not data:
+            return
+        *lines, pending = (pending + data).split(b"\n")
+        for line in lines:
+            try:
+                reply = guardian.answer(json.loads(line))
+            except OSError as error:  # no such program, no permission: for the caller to tell
+                reply = {"error": str(error)}
+            os.write(1, json.dumps(reply).encode() + b"\n")
+
+
+def main() -> None:
+    directory, parent = Path(sys.argv[1]), int(sys.argv[2])
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        # A handler that does nothing, not SIG_IGN: an ignored signal stays ignored in the servers, and
+        # they could no longer be asked to stop.
+        signal.signal(number, lambda *_: None)
+    guardian = Guardian()
+    hold(directory)
+    try:
+        serve(guardian, parent)
+    except BrokenPipeError:
+        pass  # the parent went away while it was being answered
+    finally:
+        guardian.stop_all()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

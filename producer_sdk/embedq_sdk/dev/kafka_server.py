@@ -1,0 +1,216 @@
+"""A real Apache Kafka: the nodes of one KRaft cluster, each a broker and a controller."""
+
+import base64
+import shutil
+import signal
+import socket
+import struct
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from embedq_sdk.dev.jars import KafkaFiles
+from embedq_sdk.dev.ports import HOST, free_ports
+from embedq_sdk.dev.processes import Processes
+from embedq_sdk.dev.starting import START_DEADLINE_S, wait_until_ready
+
+_METADATA_API = 3
+_METADATA_VERSION = 2
+
+
+def random_id() -> str:
+    """Return a UUID the way Kafka writes it: URL-safe base64 without padding."""
+    while True:
+        text = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        if not text.startswith("-"):  # Kafka's own tools avoid it too: it looks like an option
+            return text
+
+
+class KafkaServer:
+    """All nodes of one cluster. Node numbers are 1 to `brokers`; ports and data outlive a stop and a start."""
+
+    def __init__(
+        self,
+        processes: Processes,
+        files: KafkaFiles,
+        brokers: int,
+        properties: Mapping[str, str],
+        java_options: Sequence[str],
+    ) -> None:
+        self._processes = processes
+        self._files = files
+        self._java_options = java_options
+        self._cluster = random_id()
+        ports = free_ports(2 * brokers)
+        self._ports = dict(enumerate(ports[:brokers], start=1))
+        self._controllers = dict(enumerate(ports[brokers:], start=1))
+        self.pids: dict[int, int] = {}
+        for node in self._ports:
+            self._prepare(node, properties)
+
+    @property
+    def nodes(self) -> list[int]:
+        return list(self._ports)
+
+    @property
+    def servers(self) -> str:
+        return ",".join(f"{HOST}:{port}" for port in self._ports.values())
+
+    @property
+    def description(self) -> str:
+        many = "embedded process" if len(self._ports) == 1 else f"{len(self._ports)} embedded processes"
+        return f"Apache Kafka {self._files.version} ({many})"
+
+    def start(self, nodes: Sequence[int]) -> None:
+        """Start `nodes` and return when each of them answers and knows of all of them."""
+        for node in nodes:
+            self.pids[node] = self._processes.start(
+                _name(node), self._files.command(self._java_options, self._home(node))
+            )
+        deadline = time.monotonic() + START_DEADLINE_S
+        wanted = set(nodes)
+        for node in nodes:
+            wait_until_ready(
+                self._processes,
+                _name(node),
+                f"Apache Kafka {self._files.version} (node {node})",
+                lambda port=self._ports[node]: wanted <= self._known_nodes(port),  # type: ignore[misc]
+                deadline,
+            )
+
+    def stop(self, nodes: Sequence[int], *, grace_s: float) -> None:
+        self._processes.stop(*map(_name, nodes), grace_s=grace_s)
+
+    def send(self, nodes: Sequence[int], number: signal.Signals) -> None:
+        self._processes.send(number, *map(_name, nodes))
+
+    def _known_nodes(self, port: int) -> set[int]:
+        try:
+            cluster, nodes = cluster_nodes(HOST, port)
+        except (OSError, EOFError):
+            return set()
+        return nodes if cluster == self._cluster else set()
+
+    def _home(self, node: int) -> Path:
+        return self._processes.directory / _name(node)
+
+    def _prepare(self, node: int, properties: Mapping[str, str]) -> None:
+        home = self._home(node)
+        shutil.rmtree(home, ignore_errors=True)  # of an earlier attempt, now stopped
+        (home / "tmp").mkdir(parents=True)
+        # What `kafka-storage format` writes, without paying for another Java process at every start.
+        shutil.copytree(self._files.formatted, home / "data")
+        (home / "data" / "meta.properties").write_text(
+            _lines(
+                {
+                    "version": "1",
+                    "cluster.id": self._cluster,
+                    "node.id": str(node),
+                    "directory.id": random_id(),
+                }
+            )
+        )
+        (home / "server.properties").write_text(_lines(self._properties(node) | dict(properties)))
+
+    def _properties(self, node: int) -> dict[str, str]:
+        replicas = str(min(3, len(self._ports)))
+        client = f"{HOST}:{self._ports[node]}"
+        voters = ",".join(f"{n}@{HOST}:{port}" for n, port in self._controllers.items())
+        return {
+            "process.roles": "broker,controller",
+            "node.id": str(node),
+            "controller.quorum.voters": voters,
+            "controller.listener.names": "CONTROLLER",
+            "listeners": f"PLAINTEXT://{client},CONTROLLER://{HOST}:{self._controllers[node]}",
+            "advertised.listeners": f"PLAINTEXT://{client}",
+            "listener.security.protocol.map": "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT",
+            "inter.broker.listener.name": "PLAINTEXT",
+            "log.dirs": str(self._home(node) / "data"),
+            "auto.create.topics.enable": "false",
+            "default.replication.factor": replicas,
+            "min.insync.replicas": "1",
+            "offsets.topic.replication.factor": replicas,
+            "offsets.topic.num.partitions": "1",
+            "transaction.state.log.replication.factor": replicas,
+            "transaction.state.log.min.isr": "1",
+            "transaction.state.log.num.partitions": "1",
+            "share.coordinator.state.topic.replication.factor": replicas,
+            "share.coordinator.state.topic.min.isr": "1",
+            "group.initial.rebalance.delay.ms": "0",
+            "group.min.session.timeout.ms": "1000",
+            # One thread and little memory for compaction; looking often makes it visible in tests.
+            "log.cleaner.threads": "1",
+            "log.cleaner.dedupe.buffer.size": str(4 << 20),
+            "log.cleaner.backoff.ms": "1000",
+            "log.segment.delete.delay.ms": "1000",
+            # The defaults suit dozens of cores.
+            "num.network.threads": "2",
+            "num.io.threads": "4",
+            "background.threads": "2",
+            # A killed broker may come back only when the controller has given its predecessor up.
+            "broker.heartbeat.interval.ms": "500",
+            "broker.session.timeout.ms": "3000",
+        }
+
+
+def _name(node: int) -> str:
+    return f"kafka-{node}"
+
+
+def _lines(properties: Mapping[str, str]) -> str:
+    return "".join(f"{key}={value}\n" for key, value in properties.items())
+
+
+def cluster_nodes(host: str, port: int) -> tuple[str, set[int]]:
+    """Ask a broker for its cluster id and the ids of the brokers it knows.
+
+    Spoken by hand (Metadata request version 2, no topics) because the caller may or may not have a running
+    event loop. Raises OSError or EOFError when the broker does not answer yet.
+    """
+    client = b"embedq-dev"
+    body = (
+        struct.pack(">hhih", _METADATA_API, _METADATA_VERSION, 0, len(client)) + client + struct.pack(">i", 0)
+    )
+    with (
+        socket.create_connection((host, port), timeout=2) as connection,
+        connection.makefile("rwb") as stream,
+    ):
+        stream.write(struct.pack(">i", len(body)) + body)
+        stream.flush()
+        answer = _Reader(_exactly(stream.read(4), 4))
+        size = answer.int32()
+        answer = _Reader(_exactly(stream.read(size), size))
+    answer.int32()  # correlation id
+    nodes = set()
+    for _ in range(answer.int32()):
+        nodes.add(answer.int32())
+        answer.string()  # host
+        answer.int32()  # port
+        answer.string()  # rack
+    return answer.string(), nodes
+
+
+def _exactly(data: bytes, size: int) -> bytes:
+    if len(data) < size:
+        raise EOFError
+    return data
+
+
+class _Reader:
+    """Kafka's big-endian fields, read one after the other."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._at = 0
+
+    def int32(self) -> int:
+        (value,) = struct.unpack_from(">i", self._data, self._at)
+        self._at += 4
+        return int(value)
+
+    def string(self) -> str:
+        (size,) = struct.unpack_from(">h", self._data, self._at)
+        start = self._at + 2
+        self._at = start + max(0, size)  # -1 stands for null
+        return self._data[start : self._at].decode()
