@@ -222,7 +222,7 @@ def _messages() -> Object:
             "Result",
             "The vectors of one job, or one part of them.",
             _ref("components", "schemas", "Result"),
-            _answer_headers(topics.JSON, ["ok", "partial"], _VERSION),
+            _answer_headers(topics.JSON, ["ok", "partial", "error"], versioned=True),
             key=result_key,
             correlated=True,
             examples=[{"name": "oneFailed", "summary": "int8; the second text failed alone.", **_PARTIAL}],
@@ -231,7 +231,7 @@ def _messages() -> Object:
             "ResultMsgpack",
             f"The result of a MessagePack job. {_BYTES}",
             _ref("components", "schemas", "Result"),
-            _answer_headers(topics.MSGPACK, ["ok", "partial"], _VERSION),
+            _answer_headers(topics.MSGPACK, ["ok", "partial", "error"], versioned=True),
             content_type=topics.MSGPACK,
             key=result_key,
             correlated=True,
@@ -240,7 +240,7 @@ def _messages() -> Object:
             "Failure",
             "The answer to a job that failed whole.",
             _ref("components", "schemas", "Failure"),
-            _answer_headers(topics.JSON, ["error"], None),
+            _answer_headers(topics.JSON, ["error"], versioned=False),
             key=result_key,
             correlated=True,
             examples=[{"name": "tooFewDimensions", "summary": "A field out of range.", **_FAILED}],
@@ -249,7 +249,7 @@ def _messages() -> Object:
             "FailureMsgpack",
             "The answer to a MessagePack job that failed whole.",
             _ref("components", "schemas", "Failure"),
-            _answer_headers(topics.MSGPACK, ["error"], None),
+            _answer_headers(topics.MSGPACK, ["error"], versioned=False),
             content_type=topics.MSGPACK,
             key=result_key,
             correlated=True,
@@ -359,7 +359,7 @@ def _job_headers(content_type: str, spellings: list[str] | None = None) -> Objec
     }
 
 
-def _answer_headers(content_type: str, statuses: list[str], version: str | None) -> Object:
+def _answer_headers(content_type: str, statuses: list[str], *, versioned: bool) -> Object:
     """An answer's headers: the job's correlation and trace as they came, and the outcome for those who skip values."""
     required = [topics.CONTENT_TYPE, topics.STATUS]
     return {
@@ -371,7 +371,7 @@ def _answer_headers(content_type: str, statuses: list[str], version: str | None)
             topics.STATUS: {"type": "string", "enum": statuses},
             topics.MODEL_VERSION: {"type": "string", "description": "As in the value."},
         },
-        "required": required if version is None else [*required, topics.MODEL_VERSION],
+        "required": [*required, topics.MODEL_VERSION] if versioned else required,
     }
 
 
@@ -385,7 +385,11 @@ def _dead_letter_headers() -> Object:
             "embedq-error-code": {**text, "description": "An error code of a result."},
             "embedq-error-message": {**text, "description": "What was expected; never the record's content."},
             "embedq-attempts": {**text, "description": "How often the record was tried, ASCII decimal."},
-            "embedq-result-sent": {**text, "description": "Whether an error result was sent too."},
+            "embedq-result-sent": {
+                **text,
+                "enum": ["true", "false"],
+                "description": "Whether an error result was sent too.",
+            },
         },
         "required": ["embedq-error-code", "embedq-error-message", "embedq-attempts", "embedq-result-sent"],
     }
