@@ -56,6 +56,8 @@ class Guardian:
         self._stop(list(self._servers.values()), LAST_GRACE_S)
 
     def _start(self, name: str, argv: list[str], env: dict[str, str], log: str) -> int:
+        if name in self._servers and self._servers[name].poll() is None:
+            raise OSError(f"{name} runs already")
         with open(log, "ab") as output:
             server = subprocess.Popen(
                 argv,
@@ -113,11 +115,12 @@ def serve(guardian: Guardian, parent: int) -> None:
             return
         *lines, pending = (pending + data).split(b"\n")
         for line in lines:
+            request = json.loads(line)
             try:
-                reply = guardian.answer(json.loads(line))
+                reply = guardian.answer(request)
             except OSError as error:  # no such program, no permission: for the caller to tell
                 reply = {"error": str(error)}
-            os.write(1, json.dumps(reply).encode() + b"\n")
+            os.write(1, json.dumps(reply | {"id": request["id"]}).encode() + b"\n")
 
 
 def main() -> None:

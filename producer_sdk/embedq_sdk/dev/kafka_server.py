@@ -54,6 +54,11 @@ class KafkaServer:
         return list(self._ports)
 
     @property
+    def names(self) -> list[str]:
+        """What the nodes' processes are called."""
+        return [_name(node) for node in self._ports]
+
+    @property
     def servers(self) -> str:
         return ",".join(f"{HOST}:{port}" for port in self._ports.values())
 

