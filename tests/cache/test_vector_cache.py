@@ -318,12 +318,14 @@ async def test_cancelled_look_ups_and_writes_never_mix_up_answers(
 
 
 async def test_a_stalled_event_loop_is_not_taken_for_a_slow_redis(redis: RedisProcess, opened: Open) -> None:
-    one = await opened(redis.url, timeout_s=0.1)
-    await one.cache.put_many(items(["a"]))
-    look_up = asyncio.ensure_future(one.cache.get_many([key("a")]))
+    """A reply of a megabyte, since a short one is read in the very turn in which the deadline is noticed."""
+    one = await opened(redis.url, timeout_s=0.2)
+    texts = [f"text {n}" for n in range(100)]
+    await one.cache.put_many(items(texts, dimensions=2560))
+    look_up = asyncio.ensure_future(one.cache.get_many([key(text, dimensions=2560) for text in texts]))
     await asyncio.sleep(0)  # it is sent
-    time.sleep(0.3)  # noqa: ASYNC251 the stall itself
-    assert await look_up == [entry("a")]
+    time.sleep(0.5)  # noqa: ASYNC251 the stall itself
+    assert await look_up == [entry(text, dimensions=2560) for text in texts]
 
 
 async def test_a_cancelled_probe_does_not_keep_the_breaker_from_closing(
