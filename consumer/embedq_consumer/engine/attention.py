@@ -1,0 +1,197 @@
+"""Attention over a packed row: many sequences side by side, none sees another, nothing is padding.
+
+transformers calls `packed_attention` in place of its own attention function for a model whose implementation is
+`PACKED`. No mask function is registered under that name, so transformers builds no mask at all.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import msgspec
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["PACKED", "Packing", "Run", "attend_runs", "packed_attention", "register"]
+
+PACKED = "embedq_packed"
+"""The name under which transformers knows `packed_attention`."""
+
+_Varlen = Callable[..., Tensor]
+# What an architecture may pass that changes its attention and that the packed kernels do not compute.
+_FOREIGN = ("position_bias", "s_aux", "softcap")
+
+
+class Run(msgspec.Struct, frozen=True):
+    """`count` neighbours of one `length`, from token `begin` on: one attention call serves them all."""
+
+    begin: int
+    count: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        return self.begin + self.count * self.length
+
+
+class Packing(msgspec.Struct, frozen=True):
+    """Where each sequence lies in the row."""
+
+    runs: tuple[Run, ...]
+    cu_seqlens: Tensor
+    """int32 (sequences + 1,) on the model's device: 0, then the end of each sequence."""
+    longest: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> Packing:
+        runs: list[Run] = []
+        ends = [0]
+        for length in lengths:
+            last = runs[-1] if runs else None
+            if last is not None and last.length == length:
+                runs[-1] = Run(last.begin, last.count + 1, length)
+            else:
+                runs.append(Run(ends[-1], 1, length))
+            ends.append(ends[-1] + length)
+        return cls(
+            tuple(runs),
+            torch.tensor(ends, dtype=torch.int32).to(device, non_blocking=True),
+            max(lengths, default=0),
+        )
+
+
+def register() -> None:
+    """Make `PACKED` known to transformers; calling it again changes nothing."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(PACKED, packed_attention)
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packing: Packing | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention signature: query (1, heads, tokens, head_dim) in, (1, tokens, heads, head_dim) out.
+
+    Raises:
+        NotImplementedError: the architecture asks for an attention that the packed kernels do not compute.
+    """
+    if packing is None:
+        raise NotImplementedError(
+            f"{type(module).__name__} does not hand its keyword arguments to its attention"
+        )
+    if sliding_window is not None and packing.longest > sliding_window:
+        raise NotImplementedError(f"attention in a sliding window of {sliding_window} tokens")
+    foreign = [name for name in _FOREIGN if kwargs.get(name) is not None]
+    if attention_mask is not None or foreign:
+        raise NotImplementedError(f"attention with {foreign or 'a mask of its own'}")
+    causal = bool(getattr(module, "is_causal", True) and getattr(module.config, "is_causal", True))
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    if q.is_cuda:
+        kernel = _cuda_kernel(q.shape[1], k.shape[1], q.shape[2], causal, q.dtype, q.device)
+        return kernel(q, k, v, packing.cu_seqlens, packing.longest, scale).unsqueeze(0), None
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    attend_runs(q, k, v, out, packing.runs, causal=causal, scale=scale)
+    return out.unsqueeze(0), None
+
+
+def attend_runs(
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, runs: Sequence[Run], *, causal: bool, scale: float
+) -> None:
+    """Fill `out` (tokens, heads, head_dim), one call of PyTorch's attention for each run of equal lengths."""
+    for run in runs:
+        q, k, v = (
+            t[run.begin : run.end].unflatten(0, (run.count, run.length)).transpose(1, 2)
+            for t in (query, key, value)
+        )
+        if q.shape[1] != k.shape[1]:
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        part = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+        out[run.begin : run.end].unflatten(0, (run.count, run.length)).copy_(part.transpose(1, 2))
+
+
+@lru_cache
+def _cuda_kernel(
+    heads: int, kv_heads: int, head_dim: int, causal: bool, dtype: torch.dtype, device: torch.device
+) -> _Varlen:
+    """The fastest kernel that computes this shape right: flash-attn-4 where installed, else PyTorch's own.
+
+    Each is tried on a few random sequences first, since which shapes a kernel takes depends on the device and on the
+    wheel; one that refuses or is wrong is passed over.
+    """
+    lengths = [1, 7, 64, 130]
+    generator = torch.Generator(device).manual_seed(0)
+    q, k, v = (
+        torch.randn(sum(lengths), n, head_dim, device=device, dtype=dtype, generator=generator)
+        for n in (heads, kv_heads, kv_heads)
+    )
+    packing = Packing.of(lengths, device)
+    scale = head_dim**-0.5
+    expected = torch.empty(q.shape, device=device, dtype=torch.float32)
+    attend_runs(q.float(), k.float(), v.float(), expected, packing.runs, causal=causal, scale=scale)
+    refused = []
+    for name, make in (("flash-attn-4", _flash_attn_4), ("torch varlen_attn", _torch_varlen)):
+        try:
+            kernel = make(heads // kv_heads, causal)
+            got = kernel(q, k, v, packing.cu_seqlens, packing.longest, scale)
+            torch.testing.assert_close(got.float(), expected, atol=0.03, rtol=0.03)
+        except Exception as error:  # every kernel has its own way to refuse a shape
+            refused.append(f"{name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        else:
+            return kernel
+    raise NotImplementedError(
+        f"no attention kernel for head_dim {head_dim} and {dtype}: {'; '.join(refused)}"
+    )
+
+
+def _flash_attn_4(group: int, causal: bool) -> _Varlen:
+    from flash_attn.cute import flash_attn_varlen_func
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float) -> Tensor:
+        out = flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            cu_seqlens_q=cu,
+            cu_seqlens_k=cu,
+            max_seqlen_q=longest,
+            max_seqlen_k=longest,
+            softmax_scale=scale,
+            causal=causal,
+        )
+        return out[0] if isinstance(out, tuple) else out
+
+    return attend
+
+
+def _torch_varlen(group: int, causal: bool) -> _Varlen:
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {}
+    if causal:
+        options |= {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
+    grouped = group > 1 and "enable_gqa" in known
+    if grouped:
+        options["enable_gqa"] = True
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float) -> Tensor:
+        if group > 1 and not grouped:
+            k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
+        out: Tensor = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, **options)
+        return out
+
+    return attend

@@ -1,0 +1,306 @@
+"""PackedEncoder: any architecture that transformers knows, run without padding.
+
+A batch becomes one row of concatenated tokens with restarting positions; attention keeps the sequences apart (see
+attention.py), and everything else in a transformer works token by token. So a batch of mixed lengths costs what its
+tokens cost, and gives what each text alone gives.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from embedq_consumer.engine import ModelError, Text, TextTooLong, Tokens
+from embedq_consumer.engine.attention import PACKED, Packing, register
+from embedq_consumer.engine.bert import PackedBert
+from embedq_consumer.engine.digest import model_version
+from embedq_consumer.engine.directory import ModelDirectory, Pooling, read_directory
+from embedq_consumer.engine.tokenizer import TextTokenizer
+
+__all__ = ["PackedEncoder"]
+
+Ids = npt.NDArray[np.int32]
+_Forward = Callable[[Tensor, Tensor, Packing], Tensor]
+"""(ids, positions, packing) → last hidden states (tokens, hidden)."""
+
+_CPU_TOKENS = 1024
+"""Tokens run at once on a CPU; benchmarks/encoder_cpu.py compares other values."""
+_PROBE_LENGTHS = (3, 1, 9, 3)
+_PROBE_COSINE = {torch.float32: 0.9999, torch.bfloat16: 0.99}
+
+
+class PackedEncoder:
+    """The `Encoder` of engine/__init__.py, over transformers' own model code.
+
+    Weights and compute are bf16 on CUDA and float32 on the CPU; pooling, and the last norm where only last tokens need
+    it, are float32 on both. Nothing changes after `load`, until `close`.
+    """
+
+    def __init__(
+        self,
+        directory: ModelDirectory,
+        model: Any,
+        tokenizer: TextTokenizer,
+        *,
+        version: str,
+        max_tokens: int,
+        position_offset: int,
+    ) -> None:
+        """Takes `model` over: its attention, pooler and last norm are replaced."""
+        self.model_version: str = version
+        self.hidden_size: int = int(model.config.hidden_size)
+        self.max_tokens: int = max_tokens
+        self.prompts: Mapping[str, str] = directory.prompts
+        self.default_prompt: str = directory.default_prompt
+        self._tokenizer = tokenizer
+        self._pooling: Pooling = directory.pooling
+        self._position_offset = position_offset
+        self._device: torch.device = model.device
+        self._last_norm = _take_last_norm(model) if directory.pooling == "lasttoken" else None
+        self._forward: _Forward | None = PackedBert(model) if PackedBert.fits(model) else _packed(model)
+
+    @classmethod
+    def load(cls, path: Path, *, device: str = "auto", threads: int | None = None) -> Self:
+        """Load `path`, and prove on a few random tokens that packed it computes what transformers' own code does.
+
+        `threads` is how many threads PyTorch may use on the CPU; it holds for the whole process, as PyTorch has it.
+
+        Raises:
+            ModelError: the directory or the device cannot be used.
+        """
+        target = _device(device)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        directory = read_directory(path)
+        with _quiet_transformers():
+            model = _load_model(directory, torch.bfloat16 if target.type == "cuda" else torch.float32)
+            max_tokens, position_offset = _limits(directory, model)
+            tokenizer = TextTokenizer.load(directory, max_tokens)
+        version = model_version(directory, max_tokens=max_tokens, threads=threads)
+        model.to(target)
+        sequences = _probe(model)
+        expected = _reference(model, sequences)
+        try:
+            encoder = cls(
+                directory,
+                model,
+                tokenizer,
+                version=version,
+                max_tokens=max_tokens,
+                position_offset=position_offset,
+            )
+            encoder._prove(sequences, expected)
+        except NotImplementedError as error:
+            model_type = directory.config["model_type"]
+            raise ModelError(
+                f"{directory.checkpoint / 'config.json'}: model_type {model_type}: {error}"
+            ) from error
+        return encoder
+
+    def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong]:
+        return self._tokenizer.tokenize(texts)
+
+    def encode(self, batch: Sequence[Ids]) -> npt.NDArray[np.float32]:
+        """A sequence of no tokens (an empty text, where the tokenizer adds none) gives zeros, as padding would."""
+        vectors = np.zeros((len(batch), self.hidden_size), dtype=np.float32)
+        # Neighbours of one length share an attention call.
+        order = sorted((i for i, ids in enumerate(batch) if len(ids)), key=lambda i: len(batch[i]))
+        for part in self._parts(batch, order):
+            vectors[part] = self._run([batch[i] for i in part])
+        return vectors
+
+    def close(self) -> None:
+        self._forward = self._last_norm = None
+        gc.collect()  # modules refer to each other in cycles
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _parts(self, batch: Sequence[Ids], order: list[int]) -> Iterator[list[int]]:
+        """What runs at once: everything on CUDA, as much as the caches hold on a CPU."""
+        limit = _CPU_TOKENS if self._device.type == "cpu" else None
+        part: list[int] = []
+        tokens = 0
+        for i in order:
+            if part and limit is not None and tokens + len(batch[i]) > limit:
+                yield part
+                part, tokens = [], 0
+            part.append(i)
+            tokens += len(batch[i])
+        if part:
+            yield part
+
+    @torch.inference_mode()
+    def _run(self, sequences: Sequence[Ids]) -> npt.NDArray[np.float32]:
+        hidden, packing = self._hidden(sequences)
+        pooled: npt.NDArray[np.float32] = self._pool(hidden, packing).cpu().numpy()
+        return pooled
+
+    def _hidden(self, sequences: Sequence[Ids]) -> tuple[Tensor, Packing]:
+        assert self._forward is not None, "encode after close. This is a bug."
+        lengths = [len(ids) for ids in sequences]
+        ids = np.concatenate(sequences, dtype=np.int64)
+        positions = np.concatenate([np.arange(n, dtype=np.int64) for n in lengths]) + self._position_offset
+        packing = Packing.of(lengths, self._device)
+        row, column = (torch.from_numpy(a).to(self._device, non_blocking=True) for a in (ids, positions))
+        return self._forward(row, column, packing), packing
+
+    def _pool(self, hidden: Tensor, packing: Packing) -> Tensor:
+        """Float32 (sequences, hidden_size), on the device."""
+        if self._pooling == "cls":
+            return hidden[packing.cu_seqlens[:-1].long()].float()
+        if self._pooling == "lasttoken":
+            last = hidden[packing.cu_seqlens[1:].long() - 1].float()
+            return last if self._last_norm is None else self._last_norm(last)
+        lengths = packing.cu_seqlens.diff().long()
+        return torch.segment_reduce(hidden.float(), "mean", lengths=lengths, unsafe=True)
+
+    @torch.inference_mode()
+    def _prove(self, sequences: Sequence[Ids], expected: Tensor) -> None:
+        """Compare each token's hidden state with `expected`, where that is finite.
+
+        An architecture that attends, counts positions or masks in a way that packing breaks shows here, not in vectors.
+        """
+        hidden, _ = self._hidden(sequences)
+        dtype = hidden.dtype
+        hidden = hidden.float()
+        if self._last_norm is not None:
+            hidden = self._last_norm(hidden)
+        finite = expected.isfinite().all(dim=1)
+        cosines = F.cosine_similarity(hidden[finite], expected[finite], dim=1)
+        if not bool((cosines >= _PROBE_COSINE[dtype]).all()):
+            raise NotImplementedError("packed sequences do not give what each gives alone")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(f"device {name!r}: expected auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ModelError(f"device {name!r}: expected auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars and load reports on stderr: what matters in them is checked and raised."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _load_model(directory: ModelDirectory, dtype: torch.dtype) -> Any:
+    """The base model without a head, on the CPU, in evaluation mode, with transformers' own attention."""
+    from transformers import AutoModel
+
+    file = directory.checkpoint / "config.json"
+    try:
+        model, loading = AutoModel.from_pretrained(
+            str(directory.checkpoint),
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # transformers and its config validation raise many kinds
+        raise ModelError(
+            f"{file}: {str(error).strip().partition(chr(10))[0] or type(error).__name__}"
+        ) from error
+    missing = sorted(name for name in loading["missing_keys"] if not name.startswith("pooler."))
+    if missing:
+        raise ModelError(
+            f"{directory.tensors[0].file}: {len(missing)} tensors are missing, among them {missing[0]}"
+        )
+    if loading["mismatched_keys"]:
+        raise ModelError(
+            f"{directory.tensors[0].file}: shapes differ from config.json's: {loading['mismatched_keys']}"
+        )
+    hidden = getattr(model.config, "hidden_size", None)
+    if not isinstance(hidden, int):
+        raise ModelError(f"{file}: hidden_size: missing")
+    if directory.pooling_dimension not in (None, hidden):
+        raise ModelError(
+            f"{file}: hidden_size is {hidden}, but the pooling's configuration expects {directory.pooling_dimension}"
+        )
+    model.config.use_cache = False
+    return model.eval().requires_grad_(False)
+
+
+def _limits(directory: ModelDirectory, model: Any) -> tuple[int, int]:
+    """The longest input in tokens, and the position of a text's first token.
+
+    RoBERTa and its kin count positions from one behind the padding's, which costs them as many tokens.
+    """
+    offset = 0
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            offset = 0 if module.padding_idx is None else module.padding_idx + 1
+    positions = getattr(model.config, "max_position_embeddings", None)
+    limits = [directory.max_seq_length]
+    if isinstance(positions, int) and positions > 0:
+        limits.append(positions - offset)
+    known = [limit for limit in limits if limit is not None]
+    if not known:
+        raise ModelError(f"{directory.checkpoint / 'config.json'}: max_position_embeddings: missing")
+    return min(known), offset
+
+
+def _take_last_norm(model: Any) -> Callable[[Tensor], Tensor] | None:
+    """Take an RMS norm off the end of `model`, to run it in float32 on the pooled tokens alone."""
+    norm = getattr(model, "norm", None)
+    if not type(norm).__name__.endswith("RMSNorm") or not hasattr(norm, "variance_epsilon"):
+        return None
+    weight, eps = norm.weight.float(), float(norm.variance_epsilon)
+    model.norm = torch.nn.Identity()
+    return lambda x: F.rms_norm(x, weight.shape, weight, eps)
+
+
+def _packed(model: Any) -> _Forward:
+    register()
+    model.pooler = None
+    model.set_attn_implementation(PACKED)
+
+    def forward(ids: Tensor, positions: Tensor, packing: Packing) -> Tensor:
+        output = model(input_ids=ids.unsqueeze(0), position_ids=positions.unsqueeze(0), packing=packing)
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden
+
+    return forward
+
+
+def _probe(model: Any) -> list[Ids]:
+    """A few sequences of random tokens, none of them padding, which some models skip when they count positions."""
+    random = np.random.default_rng(0)
+    vocabulary = np.arange(model.config.vocab_size, dtype=np.int32)
+    padding = getattr(model.config, "pad_token_id", None)
+    usable = vocabulary if padding is None else np.delete(vocabulary, padding)
+    return [random.choice(usable, n) for n in _PROBE_LENGTHS]
+
+
+@torch.inference_mode()
+def _reference(model: Any, sequences: Sequence[Ids]) -> Tensor:
+    """Hidden states of each sequence alone, by transformers' own code: float32 (tokens, hidden)."""
+    rows = [torch.from_numpy(ids.astype(np.int64)).to(model.device).unsqueeze(0) for ids in sequences]
+    return torch.cat([model(input_ids=row).last_hidden_state[0].float() for row in rows])
