@@ -1,0 +1,15 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from tests.dev.programs import own_environ
+
+from embedq_sdk.dev import DevStack
+
+
+@pytest.fixture(scope="module")
+def own_stack() -> Iterator[DevStack]:
+    """A stack of this module's own, whatever the environment names: its tests stop and break it."""
+    with DevStack(environ=own_environ(), kafka_properties={"message.max.bytes": "3000000"}) as stack:
+        yield stack

@@ -1,0 +1,98 @@
+"""Programs that use the local stack and are then killed, and what remains of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+OWNER = """
+import json, os, signal, sys, time
+from embedq_sdk.dev import DevStack
+with DevStack() as stack:
+    {then}
+    facts = dict(
+        pids=[stack.redis_pid, *stack.kafka_pids.values()],
+        guardian=stack.guardian_pid,
+        directory=str(stack.directory),
+        kafka=stack.kafka_description,
+        redis=stack.redis_description,
+    )
+    print(json.dumps(facts), flush=True)
+    sys.stdin.read()
+"""
+
+
+@dataclass
+class Owner:
+    """A running program that owns a stack."""
+
+    process: subprocess.Popen[str]
+    pids: list[int]
+    guardian: int
+    directory: Path
+    kafka: str
+    redis: str
+
+    def gone(self) -> bool:
+        """Whether neither a server, nor the guardian, nor a file is left."""
+        return self.servers_gone() and not alive(self.guardian) and not self.directory.exists()
+
+    def servers_gone(self) -> bool:
+        return not any(map(alive, self.pids))
+
+
+@contextlib.contextmanager
+def owner(then: str = "pass", environ: dict[str, str] | None = None) -> Iterator[Owner]:
+    """Start a program that owns a stack, runs `then`, and waits for its stdin to end."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", OWNER.format(then=then)],
+        env=own_environ() if environ is None else environ,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        facts = json.loads(process.stdout.readline())
+        directory = Path(facts.pop("directory"))
+        try:
+            yield Owner(process, directory=directory, **facts)
+        finally:
+            process.kill()
+
+
+def own_environ() -> dict[str, str]:
+    """This process's environment without the addresses that would keep the stack from starting anything."""
+    named = {"EMBEDQ_KAFKA_SERVERS", "EMBEDQ_REDIS_URL"}
+    return {name: value for name, value in os.environ.items() if name not in named}
+
+
+def alive(pid: int) -> bool:
+    """Whether the process exists and is no zombie: one whose parent was killed waits for init to reap it."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def descendants_with(word: str) -> list[int]:
+    """Return the ids of processes of any parent whose command line holds `word`."""
+    found = []
+    for process in psutil.process_iter(["pid", "cmdline", "status"]):
+        line = " ".join(process.info["cmdline"] or ())
+        if word in line and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(process.info["pid"])
+    return found
+
+
+def temporary_directories() -> set[Path]:
+    return set(Path(tempfile.gettempdir()).glob("embedq-dev-*"))
