@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Encoder", "ModelError", "Text", "TextTooLong", "Tokens", "Truncate", "load_encoder"]
+__all__ = ["Encoder", "ModelError", "Text", "TextTooLong", "Tokens", "Truncate", "default_batch_tokens", "load_encoder"]
 
 Truncate = Literal["error", "start", "end"]
 
@@ -66,6 +66,15 @@ class Encoder(Protocol):
 
     def close(self) -> None:
         """Release the weights' memory. The encoder must not be used afterwards."""
+
+
+def default_batch_tokens(device: str) -> int:
+    """A token budget that keeps the device busy without holding up the texts behind it."""
+    if device == "auto":
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return 2_048 if device == "cpu" else 16_384
 
 
 def load_encoder(path: Path, *, device: str = "auto", threads: int | None = None) -> Encoder:

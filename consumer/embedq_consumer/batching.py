@@ -1,0 +1,127 @@
+"""Micro-batches by token budget: a pure policy, and the queue around it that waits."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import Iterable
+from typing import Final, Generic, Literal, Protocol, TypeVar
+
+Lane = Literal["interactive", "bulk"]
+LANES: Final[tuple[Lane, Lane]] = ("interactive", "bulk")
+
+OVERDUE_SHARE: Final = 4
+"""Overdue bulk texts get one part in so many of each micro-batch, so that neither lane can starve the other."""
+
+
+class Waiting(Protocol):
+    """What a micro-batch is made of."""
+
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def lane(self) -> Lane: ...
+    @property
+    def arrived(self) -> float: ...
+
+
+Item = TypeVar("Item", bound=Waiting)
+
+
+class BatchPolicy(Generic[Item]):
+    """Which texts run next. Pure: time is an argument, in seconds of any monotonic clock.
+
+    Invariants:
+        - A micro-batch holds at most `max_tokens` tokens and `max_items` texts; a longer text runs alone.
+        - Within a lane, texts run in the order in which they came.
+        - Interactive texts go before bulk ones; bulk texts that waited `bulk_max_wait` seconds get their share of each.
+        - A text waits at most `max_wait` seconds for others to fill its micro-batch.
+    """
+
+    def __init__(self, *, max_tokens: int, max_items: int, max_wait: float, bulk_max_wait: float) -> None:
+        self.max_tokens = max_tokens
+        self.max_items = max_items
+        self.max_wait = max_wait
+        self.bulk_max_wait = bulk_max_wait
+        self._lanes: dict[Lane, deque[Item]] = {"interactive": deque(), "bulk": deque()}
+        self._tokens: dict[Lane, int] = {"interactive": 0, "bulk": 0}
+
+    def put(self, items: Iterable[Item]) -> None:
+        """Queue these texts."""
+        for item in items:
+            self._lanes[item.lane].append(item)
+            self._tokens[item.lane] += item.tokens
+
+    def due_in(self, now: float) -> float:
+        """Seconds until a micro-batch should run: 0 for at once, infinity while nothing waits."""
+        waiting = sum(len(queue) for queue in self._lanes.values())
+        if not waiting:
+            return math.inf
+        if waiting >= self.max_items or self.waiting_tokens() >= self.max_tokens:
+            return 0.0
+        oldest = min(queue[0].arrived for queue in self._lanes.values() if queue)
+        return max(0.0, oldest + self.max_wait - now)
+
+    def take(self, now: float) -> list[Item]:
+        """Remove and return the next micro-batch; empty if none is due."""
+        if self.due_in(now) > 0:
+            return []
+        batch: list[Item] = []
+        room = self.max_tokens
+        if self._bulk_is_overdue(now):
+            room -= self._fill(batch, "bulk", self.max_tokens // OVERDUE_SHARE)
+        for lane in LANES:
+            room -= self._fill(batch, lane, room)
+            if self._lanes[lane]:
+                break  # full: what waits in this lane goes before the other lane's texts
+        return batch
+
+    def waiting_tokens(self, lane: Lane | None = None) -> int:
+        """Tokens that wait, in one lane or in both."""
+        return sum(self._tokens.values()) if lane is None else self._tokens[lane]
+
+    def _fill(self, batch: list[Item], lane: Lane, room: int) -> int:
+        """Move texts of one lane into the batch while they fit; the tokens moved."""
+        queue, moved = self._lanes[lane], 0
+        while queue and len(batch) < self.max_items and (queue[0].tokens <= room - moved or not batch):
+            item = queue.popleft()
+            self._tokens[lane] -= item.tokens
+            moved += item.tokens
+            batch.append(item)
+        return moved
+
+    def _bulk_is_overdue(self, now: float) -> bool:
+        bulk = self._lanes["bulk"]
+        return bool(bulk) and now - bulk[0].arrived >= self.bulk_max_wait
+
+
+class Batcher(Generic[Item]):
+    """The queue around a `BatchPolicy`: `put` never waits (the intake bounds what is in flight), `next` does."""
+
+    def __init__(self, policy: BatchPolicy[Item]) -> None:
+        self._policy = policy
+        self._arrived = asyncio.Event()
+
+    def put(self, items: Iterable[Item]) -> None:
+        """Queue these texts and wake whoever waits in `next`."""
+        self._policy.put(items)
+        self._arrived.set()
+
+    async def next(self) -> list[Item]:
+        """The next micro-batch, once one is due."""
+        loop = asyncio.get_running_loop()
+        while True:
+            self._arrived.clear()
+            if batch := self._policy.take(loop.time()):
+                return batch
+            delay = self._policy.due_in(loop.time())
+            try:
+                async with asyncio.timeout(None if math.isinf(delay) else delay):
+                    await self._arrived.wait()
+            except TimeoutError:
+                continue
+
+    def waiting_tokens(self, lane: Lane) -> int:
+        """Tokens that wait in one lane."""
+        return self._policy.waiting_tokens(lane)

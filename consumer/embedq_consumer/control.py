@@ -1,0 +1,94 @@
+"""The control topic: the desired model of this replica's alias, read to its end before the replica joins the group."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final
+
+import msgspec
+import structlog
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import KafkaError
+
+from embedq_consumer.metrics import Metrics
+from embedq_shared.codec import decode_control
+from embedq_shared.messages import Control
+from embedq_shared.topics import Topics
+
+log = structlog.get_logger()
+
+_POLL_MS: Final = 1000
+_READ_S: Final = 60.0
+_UNREADABLE: Final = (UnicodeDecodeError, msgspec.DecodeError, RecursionError)
+
+
+class ControlTopic:
+    """Reads control records of one alias. No group: every replica sees every record."""
+
+    def __init__(self, options: dict[str, Any], topics: Topics, alias: str, metrics: Metrics) -> None:
+        self._alias = alias
+        self._metrics = metrics
+        self._partition = TopicPartition(topics.control, 0)
+        self._consumer = AIOKafkaConsumer(
+            **options,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            isolation_level="read_committed",
+            fetch_max_wait_ms=100,
+        )
+
+    async def open(self) -> Control | None:
+        """Connect and read to the end as it is now; the newest record of the alias.
+
+        Raises:
+            TimeoutError: the broker did not hand out the topic in time.
+        """
+        await self._consumer.start()
+        self._consumer.assign([self._partition])
+        newest: Control | None = None
+        async with asyncio.timeout(_READ_S):
+            await self._consumer.seek_to_beginning(self._partition)
+            end = (await self._consumer.end_offsets([self._partition]))[self._partition]
+            # The position, not the last record's offset: compaction leaves holes, and markers are no records.
+            while await self._consumer.position(self._partition) < end:
+                newest = _newest(newest, await self._poll())
+        return newest
+
+    async def next(self) -> list[Control]:
+        """The alias's records since the last call, in order; waits for one."""
+        while True:
+            if found := await self._poll():
+                return found
+
+    async def close(self) -> None:
+        """Disconnect."""
+        try:
+            async with asyncio.timeout(5):
+                await self._consumer.stop()
+        except (TimeoutError, KafkaError) as error:
+            log.warning("control_left_open", reason=type(error).__name__)
+
+    async def _poll(self) -> list[Control]:
+        polled = await self._consumer.getmany(self._partition, timeout_ms=_POLL_MS)
+        found = []
+        for record in polled.get(self._partition, []):
+            if record.key != self._alias.encode():
+                continue
+            try:
+                command = decode_control(record.value or b"")
+                if command.alias != self._alias:
+                    raise msgspec.ValidationError("the record's key and its alias differ")
+            except _UNREADABLE as error:
+                self._metrics.reloads.labels("ignored").inc()
+                log.warning("control_record_ignored", offset=record.offset, reason=type(error).__name__)
+                continue
+            found.append(command)
+        return found
+
+
+def _newest(newest: Control | None, found: list[Control]) -> Control | None:
+    """The highest version wins; of two equal ones, the first, as with replicas that read it live."""
+    for command in found:
+        if newest is None or command.version > newest.version:
+            newest = command
+    return newest

@@ -1,0 +1,139 @@
+"""A job in flight, from the record it came in to the answer that it gets."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from embedq_consumer.batching import Lane
+from embedq_consumer.engine import Encoder
+from embedq_consumer.ledger import Ticket
+from embedq_shared.codec import Format
+from embedq_shared.headers import JobHeaders
+from embedq_shared.messages import Dtype, EncodingFormat, ErrorBody, Truncate
+
+
+class Record(msgspec.Struct, frozen=True, gc=False):
+    """One record of a job topic, as it was polled. `polled_at` is monotonic seconds, `timestamp_ms` Kafka's."""
+
+    ticket: Ticket
+    lane: Lane
+    key: bytes | None
+    value: bytes | None
+    headers: tuple[tuple[str, bytes], ...]
+    timestamp_ms: int
+    timestamp_type: int
+    polled_at: float
+
+    @property
+    def name(self) -> str:
+        """`topic-partition-offset`: the id of a job that has none."""
+        partition = self.ticket.partition
+        return f"{partition.topic}-{partition.partition}-{self.ticket.offset}"
+
+    @property
+    def size(self) -> int:
+        """Bytes that it holds while in flight."""
+        headers = sum(len(name) + len(value or b"") for name, value in self.headers)
+        return len(self.value or b"") + len(self.key or b"") + headers
+
+
+class Answer(msgspec.Struct, frozen=True, gc=False):
+    """The vector of one input, as it goes over the wire."""
+
+    vector: bytes
+    tokens: int
+    truncated: Literal["start", "end"] | None  # the policy by which it was cut, None if it was not
+    scale: float | None
+    cached: bool
+
+
+Outcome = Answer | ErrorBody
+
+
+class Request(msgspec.Struct, frozen=True):
+    """What an accepted job asks for, with every default filled in for the model that will run it."""
+
+    id: str
+    model: str
+    texts: list[str]
+    listed: bool  # the input was a list, so that inputs fail one by one
+    prompt: str
+    dimensions: int
+    dtype: Dtype
+    encoding: EncodingFormat
+    truncate: Truncate
+    metadata: msgspec.Raw
+    format: Format
+
+
+class InFlight:
+    """One job between the poll and its answer. Touched on the event loop alone.
+
+    It keeps the encoder that it was accepted for, so that no job is ever split over two model versions.
+    """
+
+    __slots__ = (
+        "compute_s",
+        "encoder",
+        "headers",
+        "outcomes",
+        "queue_s",
+        "record",
+        "remaining",
+        "request",
+        "tokenize_s",
+    )
+
+    def __init__(self, record: Record, headers: JobHeaders, request: Request, encoder: Encoder) -> None:
+        self.record = record
+        self.headers = headers
+        self.request = request
+        self.encoder = encoder
+        self.outcomes: list[Outcome | None] = [None] * len(request.texts)
+        self.remaining = len(request.texts)
+        self.queue_s: float | None = None
+        self.tokenize_s: float | None = None
+        self.compute_s: float | None = None
+
+    def settle(self, index: int, outcome: Outcome) -> bool:
+        """Give one input its outcome. True when that was the last one."""
+        if self.outcomes[index] is not None:
+            raise RuntimeError(f"input {index} settled twice. This is a bug.")
+        self.outcomes[index] = outcome
+        self.remaining -= 1
+        return self.remaining == 0
+
+    def expired(self, now_ms: float) -> bool:
+        """Whether the caller has given up by now."""
+        return self.headers.deadline_ms is not None and self.headers.deadline_ms <= now_ms
+
+    def failure(self) -> ErrorBody | None:
+        """Why the job as a whole has no vectors; None if any input has one or a list names its errors one by one."""
+        errors = [outcome for outcome in self.outcomes if isinstance(outcome, ErrorBody)]
+        if len(errors) < len(self.outcomes):
+            return None
+        if not self.request.listed or all(error.code == "expired" for error in errors):
+            return errors[0]
+        return None
+
+
+class Item(msgspec.Struct, frozen=True, gc=False):
+    """One text that waits for a micro-batch. `ids` is int32 (tokens,); `arrived` is monotonic seconds."""
+
+    job: InFlight
+    index: int
+    ids: Any
+    truncated: bool
+    arrived: float
+
+    @property
+    def tokens(self) -> int:
+        """Its share of the token budget."""
+        return len(self.ids)
+
+    @property
+    def lane(self) -> Lane:
+        """Which queue it waits in."""
+        return self.job.record.lane

@@ -1,0 +1,322 @@
+"""The path of a job: admitted, looked up, tokenized, queued for a micro-batch, computed, published, finished."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, TypeVar
+
+import msgspec
+import structlog
+
+from embedq_consumer import outcomes
+from embedq_consumer.admission import Refusal, Rules, UnknownAddress
+from embedq_consumer.answers import Answers, Outgoing, Reply
+from embedq_consumer.batching import Batcher
+from embedq_consumer.cache import CachedVector, VectorCache, cache_key
+from embedq_consumer.engine import Text, TextTooLong
+from embedq_consumer.jobs import Answer, InFlight, Item, Record
+from embedq_consumer.metrics import Metrics
+from embedq_consumer.model import ModelSlot
+from embedq_consumer.publisher import Publisher
+from embedq_shared.codec import Envelope
+from embedq_shared.headers import JobHeaders
+from embedq_shared.messages import ErrorBody
+
+log = structlog.get_logger()
+
+_TEXTS_A_CALL: Final = 256
+"""Texts tokenized in one call, so that the first micro-batch of a large poll need not wait for the last text."""
+_JOBS_A_CALL: Final = 64
+
+Returned = TypeVar("Returned")
+Finish = Callable[[Record], None]
+
+
+class Pipeline:
+    """Takes polled records and answers each of them, whatever it holds.
+
+    Every record given to `take` is handed to `finish` exactly once, and only after the broker has its answer. Work goes
+    on in tasks of `tasks`, so a failure here ends the process, and the records are read again by the next one.
+    """
+
+    def __init__(
+        self,
+        *,
+        rules: Rules,
+        answers: Answers,
+        slot: ModelSlot,
+        cache: VectorCache,
+        batcher: Batcher[Item],
+        publisher: Publisher,
+        metrics: Metrics,
+        tasks: asyncio.TaskGroup,
+        finish: Finish,
+    ) -> None:
+        self._rules = rules
+        self._answers = answers
+        self._slot = slot
+        self._cache = cache
+        self._batcher = batcher
+        self._publisher = publisher
+        self._metrics = metrics
+        self._tasks = tasks
+        self._finish = finish
+        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pipeline")
+
+    def close(self) -> None:
+        """End the threads."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    # -- from the poll to the micro-batch ---------------------------------------------------------------------------
+
+    def take(self, records: Sequence[Record]) -> None:
+        """Start on these records. Returns at once."""
+        self._spawn(self._take(records), "take")
+
+    async def _take(self, records: Sequence[Record]) -> None:
+        jobs, refusals, unknown = self._admit(records)
+        if refusals:
+            self._spawn(self._refuse(refusals), "refuse")
+        if unknown:
+            self._spawn(self._ask_for_topics(unknown), "ask_for_topics")
+        if jobs:
+            await self._start(jobs)
+
+    def _admit(
+        self, records: Iterable[Record]
+    ) -> tuple[list[InFlight], list[tuple[Record, Refusal]], list[tuple[Record, UnknownAddress]]]:
+        encoder = self._slot.loaded.encoder
+        now_ms = time.time() * 1000
+        jobs: list[InFlight] = []
+        refusals: list[tuple[Record, Refusal]] = []
+        unknown: list[tuple[Record, UnknownAddress]] = []
+        for record in records:
+            match self._rules.admit(record, encoder, now_ms, self._publisher.topics.partitions):
+                case InFlight() as job:
+                    jobs.append(job)
+                case Refusal() as refusal:
+                    refusals.append((record, refusal))
+                case UnknownAddress() as address:
+                    unknown.append((record, address))
+        return jobs, refusals, unknown
+
+    def take_unreadable(self, record: Record, error: Exception) -> None:
+        """Answer for a record that the client could not hand out: by its position, which is all there is."""
+        reason = ErrorBody.of(
+            "malformed", f"expected a record that the Kafka client can read ({type(error).__name__})"
+        )
+        refusal = Refusal(reason, "json", JobHeaders(), Envelope(), dead_letter=True)
+        self._spawn(self._refuse([(record, refusal)]), "refuse")
+
+    async def _ask_for_topics(self, waiting: Sequence[tuple[Record, UnknownAddress]]) -> None:
+        """Jobs whose reply topic is not known: it may be new. They alone wait for the broker's answer."""
+        await self._publisher.refresh_topics()
+        jobs, refusals, unknown = self._admit(record for record, _ in waiting)
+        refusals += [
+            (record, self._rules.unknown_topic(record, address.headers)) for record, address in unknown
+        ]
+        await self._refuse(refusals)
+        await self._start(jobs)
+
+    async def _refuse(self, refusals: Sequence[tuple[Record, Refusal]]) -> None:
+        await self._publish([self._answers.of_refusal(record, refusal) for record, refusal in refusals])
+
+    async def _start(self, jobs: Sequence[InFlight]) -> None:
+        """Answer from the cache what it holds; the rest is tokenized and waits for a micro-batch."""
+        inputs = [(job, index) for job in jobs for index in range(len(job.request.texts))]
+        refused = [(job, index, self._rules.check_text(job.request, index)) for job, index in inputs]
+        self._settle((job, index, error) for job, index, error in refused if error is not None)
+        inputs = [(job, index) for job, index, error in refused if error is None]
+        found = await self._cache.get_many([_key(job, index) for job, index in inputs])
+        hits, misses = [], []
+        for (job, index), entry in zip(inputs, found, strict=True):
+            answer = _from_cache(job, entry)
+            if answer is None:
+                misses.append((job, index))
+            else:
+                hits.append((job, index, answer))
+        self._settle(hits)
+        for start in range(0, len(misses), _TEXTS_A_CALL):
+            await self._tokenize(misses[start : start + _TEXTS_A_CALL])
+
+    async def _tokenize(self, inputs: Sequence[tuple[InFlight, int]]) -> None:
+        encoder = inputs[0][0].encoder  # one for all: a swap waits until nothing is in flight
+        texts = [
+            Text(job.request.texts[index], job.request.prompt, job.request.truncate) for job, index in inputs
+        ]
+        started = time.monotonic()
+        tokens = await self._in_thread(encoder.tokenize, texts)
+        now = time.monotonic()
+        self._metrics.tokenize.observe(now - started)
+        items, errors = [], []
+        for (job, index), found in zip(inputs, tokens, strict=True):
+            job.tokenize_s = now - started
+            if isinstance(found, TextTooLong):
+                errors.append((job, index, outcomes.too_long(job.request, index, found)))
+            else:
+                items.append(Item(job, index, found.ids, found.truncated, now))
+        self._batcher.put(items)
+        self._settle(errors)
+
+    # -- the micro-batch --------------------------------------------------------------------------------------------
+
+    async def run_batch(self, batch: Sequence[Item]) -> None:
+        """Compute one micro-batch and send its outcomes on their way."""
+        now_ms = time.time() * 1000
+        expired = [item for item in batch if item.job.expired(now_ms)]
+        self._settle((item.job, item.index, outcomes.EXPIRED_WAITING) for item in expired)
+        live = [item for item in batch if not item.job.expired(now_ms)]
+        if live:
+            now = time.monotonic()
+            for item in live:
+                if item.job.queue_s is None:
+                    item.job.queue_s = now - item.job.record.polled_at
+                    self._metrics.queue.labels(item.lane).observe(item.job.queue_s)
+            await self._compute(live)
+
+    async def _compute(self, batch: Sequence[Item]) -> None:
+        """Run it; if it fails, in halves, until the text that fails is alone."""
+        try:
+            vectors, seconds = await self._slot.encode(batch[0].job.encoder, [item.ids for item in batch])
+        except Exception as error:  # noqa: BLE001
+            # Whatever the model raises is the input's fault until it has failed alone.
+            log.warning("batch_failed", items=len(batch), reason=type(error).__name__)
+            if len(batch) == 1:
+                self._settle([(batch[0].job, batch[0].index, outcomes.failed(batch[0]))])
+                return
+            self._metrics.batch_splits.inc()
+            middle = len(batch) // 2
+            await self._compute(batch[:middle])
+            await self._compute(batch[middle:])
+            return
+        self._metrics.compute.observe(seconds)
+        self._metrics.tokens.inc(sum(item.tokens for item in batch))
+        for item in batch:
+            item.job.compute_s = (item.job.compute_s or 0.0) + seconds
+        self._spawn(self._finish_batch(batch, vectors), "finish_batch")
+
+    async def _finish_batch(self, batch: Sequence[Item], vectors: Any) -> None:
+        found = await self._in_thread(outcomes.outcomes_of, batch, vectors)
+        self._settle((item.job, item.index, outcome) for item, outcome in zip(batch, found, strict=True))
+
+    # -- the answer -------------------------------------------------------------------------------------------------
+
+    def _settle(self, found: Iterable[tuple[InFlight, int, Answer | ErrorBody]]) -> None:
+        """Note outcomes; jobs that have all of theirs are answered."""
+        complete = [job for job, index, outcome in found if job.settle(index, outcome)]
+        for start in range(0, len(complete), _JOBS_A_CALL):
+            self._spawn(self._complete(complete[start : start + _JOBS_A_CALL]), "complete")
+
+    async def _complete(self, jobs: Sequence[InFlight]) -> None:
+        if fresh := [entry for job in jobs for entry in _cacheable(job)]:
+            self._spawn(
+                self._cache.put_many(fresh), "cache_write"
+            )  # beside the publishing, which it must not delay
+        replies = await self._in_thread(lambda: [self._answers.of_job(job) for job in jobs])
+        await self._publish(replies)
+        for job in jobs:
+            self._count(job)
+
+    async def _publish(self, replies: Sequence[Reply]) -> None:
+        """Send answers, and what could not be answered fully to the dead letters; then the records are finished."""
+        started = time.monotonic()
+        outgoing = [record for reply in replies for record in reply.outgoing]
+        refused = iter(await self._publisher.publish(outgoing))
+        undeliverable = []
+        for reply in replies:
+            reasons = [reason for reason in (next(refused) for _ in reply.outgoing) if reason is not None]
+            if reasons:
+                undeliverable.append(self._answers.of_undeliverable(reply, _undeliverable(reasons[0])))
+        again = {reply.record.ticket for reply in undeliverable}
+        answered = [reply for reply in replies if reply.record.ticket not in again]
+        if undeliverable:
+            log.warning("results_undeliverable", jobs=len(undeliverable))
+            await self._publisher.publish([record for reply in undeliverable for record in reply.outgoing])
+        await self._bury([reply for reply in (*answered, *undeliverable) if reply.dead_letter is not None])
+        self._metrics.publish.observe(time.monotonic() - started)
+        now = time.monotonic()
+        for reply in (*answered, *undeliverable):
+            lane = reply.record.lane
+            self._metrics.jobs.labels(lane, reply.status).inc()
+            for error in reply.errors:
+                self._metrics.errors.labels(error.code).inc()
+            self._metrics.job.labels(lane).observe(now - reply.record.polled_at)
+            self._finish(reply.record)
+
+    async def _bury(self, replies: Sequence[Reply]) -> None:
+        """Copy records to the dead letters; one that does not fit there goes without its value."""
+        letters: list[Outgoing] = []
+        count = self._publisher.topics.partitions(self._rules.topics.dead_letters) or 0
+        for reply in replies:
+            assert reply.dead_letter is not None
+            origin = reply.record.ticket.partition.partition
+            letters.append(
+                self._answers.dead_letter(
+                    reply.record,
+                    reply.dead_letter,
+                    partition=origin if origin < count else None,
+                    result_sent=bool(reply.outgoing),
+                )
+            )
+            self._metrics.dead_letters.labels(reply.dead_letter.code).inc()
+        refused = await self._publisher.publish(letters) if letters else []
+        positions = [
+            msgspec.structs.replace(letter, value=None, key=None, headers=letter.headers[-_LETTER_HEADERS:])
+            for letter, reason in zip(letters, refused, strict=True)
+            if reason is not None
+        ]
+        if positions:
+            await self._publisher.publish(positions)
+
+    def _count(self, job: InFlight) -> None:
+        vectors = [outcome for outcome in job.outcomes if isinstance(outcome, Answer)]
+        self._metrics.inputs.labels(job.record.lane).inc(len(vectors))
+        self._metrics.truncated.inc(sum(answer.truncated is not None for answer in vectors))
+
+    # -- plumbing ---------------------------------------------------------------------------------------------------
+
+    def _spawn(self, work: Any, name: str) -> None:
+        self._tasks.create_task(work, name=name)
+
+    async def _in_thread(self, work: Callable[..., Returned], *args: Any) -> Returned:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+
+
+_LETTER_HEADERS: Final = 19
+"""What `Answers.dead_letter` adds behind the record's own headers."""
+
+
+def _undeliverable(reason: BaseException) -> ErrorBody:
+    if "TooLarge" in type(reason).__name__:
+        return ErrorBody.of(
+            "result_too_large", "expected a result that the reply topic takes; its broker refused the size"
+        )
+    return ErrorBody.of(
+        "invalid_header",
+        "header `reply-topic`: expected a topic that takes results from this service",
+        "reply-topic",
+    )
+
+
+def _key(job: InFlight, index: int) -> bytes:
+    request = job.request
+    return cache_key(
+        job.encoder.model_version, request.texts[index], request.prompt, request.dimensions, request.dtype
+    )
+
+
+def _from_cache(job: InFlight, entry: CachedVector | None) -> Answer | None:
+    """The cached answer, unless its text was cut in another way than this job wants."""
+    if entry is None or entry.truncated not in ("", job.request.truncate):
+        return None
+    return Answer(entry.vector, entry.tokens, entry.truncated or None, entry.scale, cached=True)
+
+
+def _cacheable(job: InFlight) -> Iterable[tuple[bytes, CachedVector]]:
+    for index, outcome in enumerate(job.outcomes):
+        if isinstance(outcome, Answer) and not outcome.cached:
+            entry = CachedVector(outcome.tokens, outcome.truncated or "", outcome.scale, outcome.vector)
+            yield _key(job, index), entry

@@ -1,0 +1,246 @@
+"""Results to Kafka, acknowledged. The one place that owns a producer, and that replaces it when it breaks."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any, Final
+
+import structlog
+from aiokafka import AIOKafkaProducer
+from aiokafka.errors import (
+    InvalidTopicError,
+    KafkaError,
+    MessageSizeTooLargeError,
+    RecordListTooLargeError,
+    TopicAuthorizationFailedError,
+    UnknownTopicOrPartitionError,
+)
+
+from embedq_consumer.answers import Outgoing
+from embedq_consumer.metrics import Metrics
+
+log = structlog.get_logger()
+
+_REFUSED: Final = (
+    MessageSizeTooLargeError,
+    RecordListTooLargeError,
+    TopicAuthorizationFailedError,
+    InvalidTopicError,
+    UnknownTopicOrPartitionError,
+)
+"""What the broker says about the record itself: sending it again cannot help."""
+_ATTEMPT_S: Final = 20.0
+_CLOSE_S: Final = 5.0
+_BACKOFF_S: Final = 0.2
+
+
+class BrokerUnavailable(Exception):
+    """The brokers took no record for `publish_timeout_s`; ending the process loses nothing, since nothing was committed."""
+
+
+class TopicDirectory:
+    """How many partitions each topic has. Asks for all topics at once, since asking for one by name can create it."""
+
+    def __init__(self, *, min_age_s: float = 1.0) -> None:
+        self._counts: dict[str, int] = {}
+        self._min_age_s = min_age_s
+        self._refreshed_at = -min_age_s
+        self._lock = asyncio.Lock()
+
+    def partitions(self, topic: str) -> int | None:
+        """The number of partitions when last seen, None for an unknown topic."""
+        return self._counts.get(topic)
+
+    async def refresh(self, producer: AIOKafkaProducer, *, since: float) -> None:
+        """Look again, unless somebody did after `since` (monotonic seconds); at most once in `min_age_s`."""
+        async with self._lock:
+            if self._refreshed_at > since:
+                return
+            await asyncio.sleep(max(0.0, self._refreshed_at + self._min_age_s - time.monotonic()))
+            self._refreshed_at = time.monotonic()
+            async with asyncio.timeout(_ATTEMPT_S):
+                cluster = await producer.client.fetch_all_metadata()
+            self._counts = {
+                topic: len(cluster.partitions_for_topic(topic) or ()) for topic in cluster.topics(False)
+            }
+
+
+class Publisher:
+    """Publishes records and waits until the brokers have them.
+
+    Invariants: one appender at a time (thousands of concurrent sends cost aiokafka quadratic wake-ups); every send is
+    awaited; every wait has a deadline of ours, since an idempotent producer has none; a producer that failed in any way
+    is replaced, since its sequence numbers may have a gap that the broker never forgives.
+    """
+
+    def __init__(
+        self, options: dict[str, Any], metrics: Metrics, *, max_bytes: int, timeout_s: float
+    ) -> None:
+        self._options = options
+        self._metrics = metrics
+        self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
+        self._appending = asyncio.Lock()
+        self._producer: AIOKafkaProducer | None = None
+        self._generation = 0
+        self.topics = TopicDirectory()
+
+    async def open(self) -> None:
+        """Connect, and learn the topics.
+
+        Raises:
+            KafkaError, TimeoutError: no broker answers.
+        """
+        producer = self._new()
+        try:
+            async with asyncio.timeout(_ATTEMPT_S):
+                await producer.start()
+        except BaseException:
+            await _abandon(producer)
+            raise
+        self._producer = producer
+        await self.refresh_topics()
+
+    async def close(self) -> None:
+        """Disconnect. Whatever was not acknowledged was not committed either."""
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            await _abandon(producer)
+
+    async def refresh_topics(self) -> None:
+        """See topics that were made since."""
+        since = time.monotonic()
+        deadline = since + self._timeout_s
+        while True:
+            try:
+                await self.topics.refresh(self._live(), since=since)
+                return
+            except (KafkaError, TimeoutError, OSError) as error:
+                if time.monotonic() > deadline:
+                    raise BrokerUnavailable(f"no broker answered for {self._timeout_s:g} s") from error
+                await asyncio.sleep(_BACKOFF_S)
+
+    async def publish(self, records: Sequence[Outgoing]) -> list[KafkaError | None]:
+        """Send all, wait for all. For each record None, or why the broker will never take it.
+
+        Raises:
+            BrokerUnavailable: no acknowledgement within `timeout_s`.
+        """
+        outcomes: list[KafkaError | None] = [None] * len(records)
+        open_ = list(range(len(records)))
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            generation = self._generation
+            failed: list[int] = []
+            reason: BaseException | None = None
+            for index, error in await self._attempt(records, open_):
+                if isinstance(error, _REFUSED):
+                    outcomes[index] = error
+                else:
+                    failed.append(index)
+                reason = error
+            acknowledged = [index for index in open_ if index not in failed and outcomes[index] is None]
+            self._metrics.results.inc(len(acknowledged))
+            self._metrics.result_bytes.inc(sum(len(records[index].value or b"") for index in acknowledged))
+            if reason is None:
+                return outcomes
+            if time.monotonic() > deadline:
+                raise BrokerUnavailable(f"no result was acknowledged for {self._timeout_s:g} s") from reason
+            await self._replace(generation, reason)
+            if not failed:
+                return outcomes
+            open_ = failed
+            await asyncio.sleep(_BACKOFF_S)
+
+    async def _attempt(
+        self, records: Sequence[Outgoing], indices: list[int]
+    ) -> list[tuple[int, BaseException]]:
+        """One try: the records that failed, with the reason of each."""
+        failures: list[tuple[int, BaseException]] = []
+        futures: dict[int, asyncio.Future[Any]] = {}
+        try:
+            async with asyncio.timeout(_ATTEMPT_S):
+                async with self._appending:
+                    producer = self._live()
+                    for index in indices:
+                        record = records[index]
+                        try:
+                            futures[index] = await producer.send(
+                                record.topic,
+                                value=record.value,
+                                key=record.key,
+                                partition=record.partition,
+                                timestamp_ms=record.timestamp_ms,
+                                headers=record.headers,
+                            )
+                        except _REFUSED as error:
+                            failures.append((index, error))
+                await asyncio.wait(futures.values()) if futures else None
+        except (KafkaError, TimeoutError, OSError) as error:
+            waiting = set(indices) - {index for index, _ in failures}
+            failures += [
+                (index, error) for index in waiting if index not in futures or not futures[index].done()
+            ]
+        for index, future in futures.items():
+            if not future.done():
+                future.cancel()
+            elif future.cancelled():
+                failures.append((index, KafkaError("the producer was closed")))
+            elif (failure := future.exception()) is not None:
+                failures.append((index, failure))
+        return failures
+
+    async def _replace(self, generation: int, reason: BaseException) -> None:
+        """A new producer in place of the one of that generation, unless somebody has seen to it already."""
+        async with self._appending:
+            if generation != self._generation:
+                return
+            self._generation += 1
+            self._metrics.producer_restarts.inc()
+            log.warning("producer_replaced", reason=type(reason).__name__)
+            broken, self._producer = self._producer, None
+            if broken is not None:
+                await _abandon(broken)
+            producer = self._new()
+            try:
+                async with asyncio.timeout(_ATTEMPT_S):
+                    await producer.start()
+            except (KafkaError, TimeoutError, OSError):
+                await _abandon(
+                    producer
+                )  # the next attempt fails at once, and replaces again until its deadline
+                return
+            self._producer = producer
+
+    def _live(self) -> AIOKafkaProducer:
+        if self._producer is None:
+            raise KafkaError("no producer is connected")
+        return self._producer
+
+    def _new(self) -> AIOKafkaProducer:
+        return AIOKafkaProducer(
+            **self._options,
+            acks="all",
+            enable_idempotence=True,
+            linger_ms=1,
+            max_batch_size=1_000_000,
+            max_request_size=self._max_bytes,
+            request_timeout_ms=15_000,
+        )
+
+
+async def _abandon(producer: AIOKafkaProducer) -> None:
+    """Stop a producer without waiting for ever: with the broker gone, `stop` would."""
+    stopping = asyncio.ensure_future(producer.stop())
+    try:
+        async with asyncio.timeout(_CLOSE_S):
+            await asyncio.shield(stopping)
+    except (TimeoutError, KafkaError, OSError):
+        stopping.cancel()
+        try:
+            async with asyncio.timeout(_CLOSE_S):
+                await producer.client.close()
+        except (TimeoutError, KafkaError, OSError) as error:
+            log.warning("producer_left_open", reason=type(error).__name__)

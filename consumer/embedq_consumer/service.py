@@ -1,0 +1,217 @@
+"""The whole story, start here: open the parts, load the model, run the loops until told to stop, stop them in order.
+
+A job's path is `pipeline.py`, a reload's is `reload.py`. Every loop is a task of one group: when one fails, the process
+ends with a non-zero exit code, and since no offset was committed before its answer, the next process repeats the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from embedq_consumer.admission import Rules
+from embedq_consumer.answers import Answers
+from embedq_consumer.batching import Batcher, BatchPolicy
+from embedq_consumer.cache import VectorCache
+from embedq_consumer.control import ControlTopic
+from embedq_consumer.engine import default_batch_tokens, load_encoder
+from embedq_consumer.flow import Flow
+from embedq_consumer.http import Health, HealthServer
+from embedq_consumer.intake import Intake
+from embedq_consumer.jobs import Item
+from embedq_consumer.metrics import Metrics
+from embedq_consumer.model import ModelSlot
+from embedq_consumer.pipeline import Pipeline
+from embedq_consumer.publisher import Publisher
+from embedq_consumer.reload import Models
+from embedq_consumer.settings import Settings
+from embedq_consumer.status import Reporter
+from embedq_consumer.worker import Worker
+
+log = structlog.get_logger()
+
+_PULSE_S: Final = 0.5
+
+
+class MissingTopics(Exception):
+    """The service creates no topic; the message says which are missing and what creates them."""
+
+
+class DrainTimedOut(Exception):
+    """Some jobs were not finished in time. None is lost: their offsets are not committed."""
+
+
+async def serve(settings: Settings, stop: asyncio.Event) -> None:
+    """Run one replica until `stop` is set, then finish what was accepted and leave."""
+    settings = settings.named()
+    health = Health()
+    metrics = Metrics()
+    async with AsyncExitStack() as parts:
+        server = HealthServer(settings.http_port, metrics.registry, health, host=settings.http_host)
+        parts.push_async_callback(asyncio.to_thread, server.close)
+        log.info("starting", replica=settings.replica, http_port=server.port)
+
+        publisher = await parts.enter_async_context(_publisher(settings, metrics))
+        cache = await parts.enter_async_context(_cache(settings, metrics))
+        slot = ModelSlot(
+            lambda path: load_encoder(path, device=settings.device, threads=settings.threads or None)
+        )
+        parts.callback(slot.close)
+        reporter = Reporter(settings.topics, settings.replica, settings.alias, publisher.publish, metrics)
+        budget = settings.max_batch_tokens or default_batch_tokens(settings.device)
+        models = Models(
+            slot,
+            root=settings.root,
+            initial=Path(settings.model),
+            warm_up_tokens=budget,
+            reporter=reporter,
+            metrics=metrics,
+            drain_timeout_s=settings.drain_timeout_s,
+        )
+
+        # The desired model first, the jobs after: a late joiner must not answer with yesterday's model.
+        health.set_ready("loading the model")
+        control = ControlTopic(settings.kafka(), settings.topics, settings.alias, metrics)
+        parts.push_async_callback(control.close)
+        await models.start(await control.open())
+        if stop.is_set():
+            return
+
+        intake = Intake(
+            settings.kafka(),
+            topics=settings.topics,
+            group=settings.group,
+            flow=Flow(max_jobs=settings.max_in_flight_jobs, max_bytes=settings.max_in_flight_bytes),
+            metrics=metrics,
+            beat=lambda: health.beat("intake", time.monotonic()),
+            max_poll_records=settings.max_poll_records,
+            session_timeout_ms=settings.session_timeout_ms,
+            rebalance_timeout_ms=settings.rebalance_timeout_ms,
+            commit_interval_s=settings.commit_interval_ms / 1000,
+        )
+        batcher = Batcher[Item](
+            BatchPolicy(
+                max_tokens=budget,
+                max_items=settings.max_batch_items,
+                max_wait=settings.max_wait_ms / 1000,
+                bulk_max_wait=settings.bulk_max_wait_s,
+            )
+        )
+        parts.push_async_callback(intake.close)
+        await intake.open()
+
+        async with _work() as work:
+            pipeline = Pipeline(
+                rules=_rules(settings),
+                answers=Answers(settings.topics, settings.group, settings.max_result_bytes),
+                slot=slot,
+                cache=cache,
+                batcher=batcher,
+                publisher=publisher,
+                metrics=metrics,
+                tasks=work,
+                finish=intake.finish,
+            )
+            parts.callback(pipeline.close)
+            worker = Worker(batcher, pipeline, metrics, work, budget)
+            for loop in ("intake", "compute"):
+                health.register(loop, settings.stall_timeout_s, time.monotonic())
+            loops = [
+                work.create_task(intake.run(pipeline.take, pipeline.take_unreadable), name="intake"),
+                work.create_task(intake.commit_forever(), name="commit"),
+                work.create_task(worker.run(), name="worker"),
+                work.create_task(models.follow(control, intake.held), name="control"),
+                work.create_task(reporter.repeat(), name="status"),
+                work.create_task(_pulse(health, slot, metrics), name="pulse"),
+            ]
+            work.create_task(_ready(intake, health), name="ready")
+
+            await stop.wait()
+
+            health.set_ready("draining")
+            log.info("draining")
+            drained = await intake.stop(settings.drain_timeout_s)
+            await reporter.say("stopped", "STOPPED")
+            if not drained:
+                raise DrainTimedOut
+            for task in loops:
+                task.cancel()
+    log.info("stopped")
+
+
+@asynccontextmanager
+async def _work() -> AsyncIterator[asyncio.TaskGroup]:
+    """Every task of the service. A drain that took too long cancels what is left, and is no failure."""
+    try:
+        async with asyncio.TaskGroup() as work:
+            yield work
+    except* DrainTimedOut:
+        log.warning("drain_timed_out")
+
+
+@asynccontextmanager
+async def _publisher(settings: Settings, metrics: Metrics) -> AsyncIterator[Publisher]:
+    publisher = Publisher(
+        settings.kafka(), metrics, max_bytes=16 * 1024 * 1024, timeout_s=settings.publish_timeout_s
+    )
+    await publisher.open()
+    try:
+        topics = settings.topics
+        needed = (*topics.lanes, topics.results, topics.control, topics.status, topics.dead_letters)
+        if missing := [topic for topic in needed if publisher.topics.partitions(topic) is None]:
+            raise MissingTopics(
+                f"no topic {', '.join(missing)} on the broker; `embedq topics create` makes them"
+            )
+        yield publisher
+    finally:
+        await publisher.close()
+
+
+@asynccontextmanager
+async def _cache(settings: Settings, metrics: Metrics) -> AsyncIterator[VectorCache]:
+    cache = VectorCache(
+        settings.redis_url or None,
+        metrics=metrics,
+        ttl_s=settings.cache_ttl_s,
+        timeout_s=settings.cache_timeout_ms / 1000,
+    )
+    await cache.open()
+    try:
+        yield cache
+    finally:
+        await cache.close()
+
+
+def _rules(settings: Settings) -> Rules:
+    return Rules(
+        topics=settings.topics,
+        alias=settings.alias,
+        max_inputs=settings.max_inputs,
+        max_text_bytes=settings.max_text_bytes,
+        max_result_bytes=settings.max_result_bytes,
+        reply_patterns=settings.reply_patterns,
+    )
+
+
+async def _ready(intake: Intake, health: Health) -> None:
+    await intake.joined.wait()
+    health.set_ready(None)
+    log.info("ready")
+
+
+async def _pulse(
+    health: Health, slot: ModelSlot, metrics: Metrics, clock: Callable[[], float] = time.monotonic
+) -> None:
+    """The compute loop's heartbeat: an idle model is well, and one that computes is well for as long as its limit."""
+    while True:
+        now = clock()
+        health.beat("compute", slot.busy_since or now)
+        metrics.ready.set(health.ready(now).well)
+        metrics.heartbeat_age.set(health.oldest_beat(now))
+        await asyncio.sleep(_PULSE_S)
