@@ -284,6 +284,10 @@ _status: Final = msgspec.json.Decoder(Status)
 
 def encode(message: Job | Result | Failure | Datum, format: Format = "json") -> bytes:
     """A message's bytes. Raw members must already be in the same format."""
+    if isinstance(message, Job):
+        # Empty raw bytes would be written as nothing at all, which leaves a key without a value.
+        empty = {name: null(format) for name in ("metadata", "user") if not bytes(getattr(message, name))}
+        message = msgspec.structs.replace(message, **empty)
     return _encoders[format].encode(message)
 
 
