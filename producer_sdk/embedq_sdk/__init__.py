@@ -1,1 +1,54 @@
-"""embedq for applications."""
+"""embedq for applications: `EmbedClient`, what it returns and what it raises."""
+
+from __future__ import annotations
+
+from embedq_sdk.answers import Embeddings
+from embedq_sdk.client import EmbedClient
+from embedq_sdk.errors import (
+    ClientClosed,
+    DeadlineExceeded,
+    EmbedError,
+    Expired,
+    InternalError,
+    InvalidArgument,
+    InvalidJob,
+    JobFailed,
+    KafkaUnavailable,
+    MixedModelVersions,
+    NonFinite,
+    Overloaded,
+    PartialFailure,
+    ServiceOverloaded,
+    TextTooLong,
+    TopicMissing,
+    UnknownModel,
+    UnreadableReply,
+)
+from embedq_sdk.results import JobResult, ResultCollector
+from embedq_sdk.stream import Embedded
+
+__all__ = [
+    "ClientClosed",
+    "DeadlineExceeded",
+    "EmbedClient",
+    "EmbedError",
+    "Embedded",
+    "Embeddings",
+    "Expired",
+    "InternalError",
+    "InvalidArgument",
+    "InvalidJob",
+    "JobFailed",
+    "JobResult",
+    "KafkaUnavailable",
+    "MixedModelVersions",
+    "NonFinite",
+    "Overloaded",
+    "PartialFailure",
+    "ResultCollector",
+    "ServiceOverloaded",
+    "TextTooLong",
+    "TopicMissing",
+    "UnknownModel",
+    "UnreadableReply",
+]

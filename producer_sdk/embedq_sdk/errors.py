@@ -1,0 +1,184 @@
+"""Everything that the SDK raises of its own.
+
+    EmbedError
+    ├── InvalidArgument (ValueError)     refused before anything was sent
+    ├── ClientClosed                     the client was closed, or never entered
+    ├── Overloaded                       too much in flight here, for longer than the deadline
+    ├── KafkaUnavailable                 no broker answers
+    ├── TopicMissing                     Kafka answers, but a topic of embedq is not there
+    ├── DeadlineExceeded (TimeoutError)  Kafka answers, but no result came in time
+    ├── UnreadableReply                  the service's reply is not as the contract has it
+    ├── MixedModelVersions               the model changed between two parts of one call
+    ├── PartialFailure                   some inputs of a list failed
+    └── JobFailed                        the service answered with an error
+        ├── InvalidJob                   the job breaks a rule; the same job will fail again
+        ├── TextTooLong                  a text is over the model's limit
+        ├── UnknownModel                 no such alias
+        ├── Expired                      the service saw the job after its deadline
+        ├── NonFinite                    the model gave NaN or infinity for a text
+        ├── ServiceOverloaded            retried until the deadline, still too busy
+        └── InternalError                retried until the deadline, still failing
+
+The first line of each docstring is the message; its fields are attributes of the exception.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from embedq_sdk.answers import ReadError
+
+
+class EmbedError(Exception):
+    """embedq failed."""
+
+    def __init__(self, **facts: Any) -> None:
+        self.__dict__.update(facts)
+        template = (type(self).__doc__ or type(self).__name__).splitlines()[0]
+        super().__init__(template.format_map(facts))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.__dict__)
+
+
+def _rebuild(kind: type[EmbedError], facts: Mapping[str, Any]) -> EmbedError:
+    return kind(**facts)
+
+
+class InvalidArgument(EmbedError, ValueError):
+    """`{argument}`: expected {expected}, got {got}"""
+
+    argument: str
+    expected: str
+    got: str
+
+
+class ClientClosed(EmbedError):
+    """This EmbedClient is closed: use it inside `async with EmbedClient(...) as client`"""
+
+
+class Overloaded(EmbedError):
+    """{texts} texts and {size} bytes are in flight in this client already, and none finished within {timeout:g} s"""
+
+    texts: int
+    size: int
+    timeout: float
+
+
+class KafkaUnavailable(EmbedError):
+    """Kafka at {servers} does not answer: {reason}"""
+
+    servers: str
+    reason: str
+
+
+class TopicMissing(EmbedError):
+    """Kafka at {servers} has no topic {topic}: create it with `embedq topics create`"""
+
+    servers: str
+    topic: str
+
+
+class DeadlineExceeded(EmbedError, TimeoutError):
+    """No result within {timeout:g} s ({progress}): is a consumer running? `embedq status` shows them"""
+
+    timeout: float
+    progress: str
+
+
+class UnreadableReply(EmbedError):
+    """A reply came that can't be read: {detail}. This is a bug of embedq or of the service behind it."""
+
+    detail: str
+
+
+class MixedModelVersions(EmbedError):
+    """The vectors come from different models ({shown}) and can't be compared: the model was reloaded meanwhile
+
+    `versions` holds each input's model version, in the order of the inputs.
+    """
+
+    versions: list[str | None]
+    shown: str
+
+
+class PartialFailure(EmbedError):
+    """{failed} of {total} inputs failed; the first, input {index}: {first}
+
+    `vectors` is a numpy masked array of all inputs in which the failed rows are masked; `errors` maps the index of each
+    failed input to its error.
+    """
+
+    vectors: np.ma.MaskedArray[Any, Any]
+    errors: dict[int, EmbedError]
+    failed: int
+    total: int
+    index: int
+    first: str
+
+
+class JobFailed(EmbedError):
+    """{code}: {message}
+
+    `param` is a path in the job such as `dimensions` or `input[3]`, or None.
+    """
+
+    code: str
+    message: str
+    param: str | None
+    retryable: bool
+
+
+class InvalidJob(JobFailed):
+    """{code}: {message}"""
+
+
+class TextTooLong(JobFailed):
+    """{code}: {message}"""
+
+
+class UnknownModel(JobFailed):
+    """{code}: {message}"""
+
+
+class Expired(JobFailed):
+    """{code}: {message}"""
+
+
+class NonFinite(JobFailed):
+    """{code}: {message}"""
+
+
+class ServiceOverloaded(JobFailed):
+    """{code}: {message}"""
+
+
+class InternalError(JobFailed):
+    """{code}: {message}"""
+
+
+_BY_CODE: Final[dict[str, type[JobFailed]]] = {
+    "malformed": InvalidJob,
+    "unknown_field": InvalidJob,
+    "invalid_value": InvalidJob,
+    "invalid_header": InvalidJob,
+    "unsupported_content_type": InvalidJob,
+    "too_many_inputs": InvalidJob,
+    "result_too_large": InvalidJob,
+    "text_too_long": TextTooLong,
+    "unknown_model": UnknownModel,
+    "expired": Expired,
+    "non_finite": NonFinite,
+    "overloaded": ServiceOverloaded,
+    "internal": InternalError,
+}
+
+
+def job_failed(error: ReadError) -> JobFailed:
+    """The exception for an error of the wire; a code that this version does not know becomes a plain JobFailed."""
+    kind = _BY_CODE.get(error.code, JobFailed)
+    return kind(code=error.code, message=error.message, param=error.param, retryable=error.retryable)
