@@ -1,0 +1,275 @@
+"""A job's headers: whose name counts, what is echoed, what is refused."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedq_shared import headers, topics
+from embedq_shared.headers import parse, reply_partition_bytes, value_of
+
+KNOWN = (
+    *topics.CORRELATION,
+    *topics.REPLY_TOPIC,
+    *topics.REPLY_PARTITION,
+    *topics.TRACE,
+    topics.DEADLINE,
+    topics.CONTENT_TYPE,
+)
+SPRING_ID = bytes(range(240, 256))  # 16 raw bytes, not valid UTF-8
+
+
+def test_a_record_without_headers_is_a_plain_json_job() -> None:
+    found = parse([])
+    assert found == headers.JobHeaders()
+    assert (found.content_type, found.echo, found.reply_topic, found.deadline_ms) == (None, (), None, None)
+
+
+# -- correlation and trace --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", topics.CORRELATION)
+@pytest.mark.parametrize("value", [SPRING_ID, b"7d0c2f6e-0f58-4f0c-9a3a-6a1f5f1f2f10", b"\x00" * 12, b""])
+def test_a_correlation_id_is_echoed_byte_for_byte_under_its_own_name(name: str, value: bytes) -> None:
+    assert parse([(name, value)]).echo == ((name, value),)
+
+
+def test_every_family_of_correlation_id_is_echoed() -> None:
+    ids = [(name, name.encode()) for name in reversed(topics.CORRELATION)]
+    assert set(parse(ids).echo) == set(ids)
+
+
+def test_the_trace_is_echoed_and_nothing_else() -> None:
+    trace = [("traceparent", b"00-1-2-01"), ("tracestate", b"a=b")]
+    others = [
+        ("reply-topic", b"embed.replies"),
+        ("REPLY_TOPIC", b"embed.replies"),
+        ("reply-partition", reply_partition_bytes(1)),
+        ("deadline", b"1"),
+        ("content-type", b"application/json"),
+        ("__TypeId__", b"com.example.Job"),
+        ("my-own", b"x"),
+    ]
+    assert parse([*trace, *others]).echo == tuple(trace)
+
+
+def test_of_a_repeated_header_the_last_counts() -> None:
+    found = parse(
+        [
+            ("correlation-id", b"old"),
+            ("reply-topic", b"old"),
+            ("deadline", b"1"),
+            ("content-type", b"text/plain"),
+            ("correlation-id", b"new"),
+            ("reply-topic", b"new"),
+            ("deadline", b"2"),
+            ("content-type", b"application/msgpack"),
+        ]
+    )
+    assert found.echo == (("correlation-id", b"new"),)
+    assert (found.reply_topic, found.deadline_ms) == ("new", 2)
+    assert found.content_type == b"application/msgpack"
+
+
+def test_a_wrong_older_header_does_no_harm() -> None:
+    found = parse(
+        [("reply-topic", b"\xff"), ("deadline", b"soon"), ("reply-topic", b"new"), ("deadline", b"2")]
+    )
+    assert (found.bad_address, found.bad_deadline) == (None, None)
+    assert (found.reply_topic, found.deadline_ms) == ("new", 2)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("content-type", "Content-Type"), ("CONTENT-TYPE", "content-type"), ("Content-Type", "Content-Type")],
+)
+def test_the_last_content_type_counts_in_whatever_case(names: tuple[str, str]) -> None:
+    assert parse([(names[0], b"a"), ("x", b"y"), (names[1], b"b")]).content_type == b"b"
+
+
+# -- reply address ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "read"), [(topics.REPLY_TOPIC, "reply_topic"), (topics.REPLY_PARTITION, "reply_partition")]
+)
+def test_our_name_comes_before_springs_and_springs_before_smallryes(
+    family: tuple[str, ...], read: str
+) -> None:
+    values = {name: n for n, name in enumerate(family)}
+    given = [
+        (name, f"t{n}".encode() if read == "reply_topic" else reply_partition_bytes(n))
+        for name, n in values.items()
+    ]
+    for first in range(len(family)):
+        found = getattr(parse(reversed(given[first:])), read)
+        assert found == (f"t{first}" if read == "reply_topic" else first)
+
+
+def test_each_field_looks_for_its_own_family() -> None:
+    found = parse([("REPLY_TOPIC", b"answers"), ("kafka_replyPartition", reply_partition_bytes(3))])
+    assert (found.reply_topic, found.reply_partition) == ("answers", 3)
+
+
+def test_a_partition_may_come_without_a_topic() -> None:
+    found = parse([("reply-partition", reply_partition_bytes(5))])
+    assert (found.reply_topic, found.reply_partition, found.bad_address) == (None, 5, None)
+
+
+@pytest.mark.parametrize(
+    "topic",
+    [
+        b"",
+        b"\xff\xfe",
+        "ответы".encode(),
+        b"a b",
+        b"a/b",
+        b".",
+        b"..",
+        b"a\x00",
+        b"x" * 250,
+        "a\u2028".encode(),
+    ],
+)
+@pytest.mark.parametrize("name", topics.REPLY_TOPIC)
+def test_a_name_that_no_topic_can_have_is_a_bad_address(name: str, topic: bytes) -> None:
+    bad = parse([(name, topic)]).bad_address
+    assert bad is not None
+    assert (bad.code, bad.param, bad.retryable) == ("invalid_header", name, False)
+
+
+@pytest.mark.parametrize("topic", ["a", "embed.replies", "x" * 249, "A_b-c.9", "__consumer_offsets"])
+def test_a_name_that_a_topic_can_have_is_read(topic: str) -> None:
+    assert parse([("reply-topic", topic.encode())]).reply_topic == topic
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"", b"\x00", b"\x00\x00\x00", b"\x00" * 5, b"3", b"\x00" * 8, b"\xff\xff\xff\xff", b"\x80\x00\x00\x00"],
+)
+def test_a_partition_that_is_not_four_bytes_from_zero_up_is_a_bad_address(raw: bytes) -> None:
+    found = parse([("reply-topic", b"answers"), ("reply-partition", raw)])
+    assert found.bad_address is not None
+    assert (found.bad_address.code, found.bad_address.param) == ("invalid_header", "reply-partition")
+    assert (found.reply_topic, found.reply_partition) == (None, None)
+
+
+def test_a_null_partition_header_is_a_bad_address_and_no_crash() -> None:
+    assert parse([("reply-partition", None)]).bad_address is not None
+
+
+@given(st.integers(0, 2**31 - 1))
+def test_a_partition_survives_its_encoding(partition: int) -> None:
+    raw = reply_partition_bytes(partition)
+    assert raw == partition.to_bytes(4, "big")
+    assert parse([("kafka_replyPartition", raw)]).reply_partition == partition
+
+
+# -- deadline ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("raw", "deadline"),
+    [(b"0", 0), (b"1767225600000", 1767225600000), (b"0001", 1), (b"9223372036854775807", 2**63 - 1)],
+)
+def test_a_deadline_is_epoch_milliseconds_in_decimal(raw: bytes, deadline: int) -> None:
+    assert parse([("deadline", raw)]).deadline_ms == deadline
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b" 1",
+        b"1 ",
+        b"-1",
+        b"+1",
+        b"1.5",
+        b"1e3",
+        b"1_000",
+        b"0x10",
+        b"soon",
+        "١٢٣".encode(),
+        b"\xb2",
+        b"1\x00",
+        b"9223372036854775808",
+        b"9" * 5000,
+        None,
+    ],
+)
+def test_any_other_deadline_is_an_invalid_header(raw: bytes | None) -> None:
+    found = parse([("deadline", raw)])
+    assert found.deadline_ms is None
+    assert found.bad_address is None
+    assert found.bad_deadline is not None
+    assert (found.bad_deadline.code, found.bad_deadline.param) == ("invalid_header", "deadline")
+
+
+def test_a_bad_deadline_leaves_the_address_usable() -> None:
+    found = parse([("reply-topic", b"answers"), ("deadline", b"soon")])
+    assert found.reply_topic == "answers"
+    assert found.bad_deadline is not None
+
+
+# -- whatever comes ---------------------------------------------------------------------------------------------------
+
+
+names = st.sampled_from(KNOWN) | st.text(max_size=10)
+values = st.none() | st.binary(max_size=24) | st.sampled_from([b"1", b"embed.replies", b"\x00\x00\x00\x01"])
+
+
+@given(st.lists(st.tuples(names, values), max_size=12))
+def test_no_headers_raise_and_every_echo_is_the_last_value(given: list[tuple[str, bytes | None]]) -> None:
+    found = parse(given)
+    last = {name: value or b"" for name, value in given}
+    echoed = {name for name in (*topics.CORRELATION, *topics.TRACE) if name in last}
+    assert dict(found.echo) == {name: last[name] for name in echoed}
+    assert len(found.echo) == len(echoed)
+
+
+@given(st.sampled_from(KNOWN))
+def test_an_error_never_repeats_a_value(name: str) -> None:
+    canary = b"kanarie 4711"
+    found = parse([(name, canary)])
+    for error in (found.bad_address, found.bad_deadline):
+        assert error is None or ("kanarie" not in error.message and "4711" not in error.message)
+
+
+def test_value_of_reads_the_last_one() -> None:
+    found = [("a", b"1"), ("b", b"2"), ("a", b"3")]
+    assert (value_of(found, "a"), value_of(found, "b"), value_of(found, "c")) == (b"3", b"2", None)
+
+
+# -- topics -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_topics_below_a_prefix() -> None:
+    found = topics.Topics("team.embed")
+    assert found.lanes == ("team.embed.jobs", "team.embed.jobs.bulk")
+    rest = (found.results, found.replies, found.control, found.status, found.dead_letters)
+    assert rest == tuple(f"team.embed.{name}" for name in ("results", "replies", "control", "status", "dlq"))
+
+
+@pytest.mark.parametrize(
+    ("topic", "internal"),
+    [
+        ("embed.jobs", True),
+        ("embed.jobs.bulk", True),
+        ("embed.control", True),
+        ("embed.status", True),
+        ("embed.dlq", True),
+        ("embed.retry", True),
+        ("embed.retry.30s", True),
+        ("__consumer_offsets", True),
+        ("__", True),
+        ("embed.results", False),
+        ("embed.replies", False),
+        ("embed.retrying", False),
+        ("embed.jobs.mine", False),
+        ("_answers", False),
+        ("jobs", False),
+    ],
+)
+def test_results_never_go_where_they_would_loop(topic: str, internal: bool) -> None:
+    assert topics.Topics().is_internal(topic) is internal
