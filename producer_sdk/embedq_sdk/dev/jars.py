@@ -107,18 +107,24 @@ def find_kafka(environ: Mapping[str, str]) -> KafkaFiles:
     )
 
 
-def fetch(files: KafkaFiles, report: Callable[[str], None]) -> None:
-    """Fill the cache unless it is complete. Takes a quarter of a minute the first time, then a millisecond."""
+def fetch(
+    files: KafkaFiles, report: Callable[[str], None], fill: Callable[[KafkaFiles, Path], None] | None = None
+) -> None:
+    """Make the cache complete unless it is. Takes a quarter of a minute the first time, then a millisecond.
+
+    `fill` puts `jars` and `formatted` into the directory it is given: from Maven Central unless told otherwise.
+    """
     if files.complete:
         return
     with locked(files):
         if files.complete:  # somebody else was faster
             return
         report(f"fetching Apache Kafka {files.version} from Maven Central, 44 MB, this once ...")
+        for abandoned in files.directory.parent.glob(f".{files.directory.name}-*"):
+            shutil.rmtree(abandoned, ignore_errors=True)  # its owner was killed, or it would hold the lock
         staging = Path(tempfile.mkdtemp(prefix=f".{files.directory.name}-", dir=files.directory.parent))
         try:
-            _download(files.version, staging)
-            _format(files, staging)
+            (fill or _from_maven_central)(files, staging)
             sizes = {
                 str(path.relative_to(staging)): path.stat().st_size
                 for folder in ("jars", "formatted")
@@ -147,6 +153,11 @@ def locked(files: KafkaFiles) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+def _from_maven_central(files: KafkaFiles, staging: Path) -> None:
+    _download(files.version, staging)
+    _format(files, staging)
 
 
 def _download(version: str, staging: Path) -> None:
