@@ -3,9 +3,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from tests.dev.programs import own_environ
 
 from embedq_sdk.dev import DevStack
+from tests.dev.programs import own_environ
 
 
 @pytest.fixture(scope="module")

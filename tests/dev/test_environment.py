@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.dev.programs import own_environ, owner, temporary_directories
-from tests.support import wait_until
 
 from embedq_sdk.dev import DevStack, DevStackError, MissingPackagesError
 from embedq_sdk.dev.redis_server import find_redis
+from tests.dev.programs import own_environ, owner, temporary_directories
+from tests.support import wait_until
 
 GIVEN = {
     "EMBEDQ_KAFKA_SERVERS": "kafka.example:9092,other.example:9092",

@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.support import wait_until
 
 from embedq_sdk.dev import DevStackError
 from embedq_sdk.dev.jars import KafkaFiles, cache_directory, fetch, find_kafka
+from tests.support import wait_until
 
 
 @pytest.fixture

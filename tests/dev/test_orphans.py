@@ -9,10 +9,10 @@ import time
 
 import psutil
 import pytest
-from tests.dev.programs import alive, owner
-from tests.support import wait_until
 
 from embedq_sdk.dev.processes import PREFIX, sweep_abandoned
+from tests.dev.programs import alive, owner
+from tests.support import wait_until
 
 pytestmark = pytest.mark.kafka
 

@@ -14,11 +14,11 @@ import redis
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError
-from tests.dev.programs import alive, own_environ
-from tests.support import wait_until
 
 from embedq_sdk.dev import DevStack, DevStackError, StartError
 from embedq_sdk.dev.kafka_server import cluster_nodes
+from tests.dev.programs import alive, own_environ
+from tests.support import wait_until
 
 pytestmark = pytest.mark.kafka
 

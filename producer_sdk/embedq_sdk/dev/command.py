@@ -14,6 +14,8 @@ from typing import BinaryIO
 from embedq_sdk.dev.errors import DevStackError
 from embedq_sdk.dev.processes import Processes
 from embedq_sdk.dev.stack import DevStack
+from embedq_sdk.errors import EmbedError
+from embedq_sdk.topics import create_topics
 
 _CONSUMER = "consumer"
 _LOOK_EVERY_S = 0.2
@@ -37,6 +39,9 @@ def run(
     start or ended by itself, which was told through `echo`.
     """
     say = echo or _to_screen
+    if model is not None and not Path(model).is_dir():
+        say(f"{model} is not a directory")
+        return 1
     try:
         with (
             _on_signals(signal.default_int_handler),  # SIGTERM too interrupts the start
@@ -58,7 +63,7 @@ def run(
                     beside.stop(_CONSUMER, grace_s=_DRAIN_GRACE_S)
     except KeyboardInterrupt:
         pass
-    except DevStackError as error:
+    except (DevStackError, EmbedError) as error:
         say(str(error))
         return 1
     say("Stopped.")
@@ -74,14 +79,10 @@ def _introduce(stack: DevStack, say: Callable[[str], None]) -> None:
 
 
 def _create_topics(servers: str) -> None:
-    from embedq_sdk.topics import create_topics
-
     asyncio.run(create_topics(servers))
 
 
 def _start_consumer(beside: Processes, stack: DevStack, model: Path) -> None:
-    if not model.is_dir():
-        raise DevStackError(f"{model} is not a directory")
     beside.start(
         _CONSUMER,
         [sys.executable, "-m", "embedq_consumer"],
