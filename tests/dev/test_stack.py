@@ -16,7 +16,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError
 
 from embedq_sdk.dev import DevStack, DevStackError, StartError
-from embedq_sdk.dev.kafka_server import cluster_nodes
+from embedq_sdk.dev.kafka_probe import cluster_nodes, group_coordinator
 from tests.dev.programs import alive, own_environ
 from tests.support import wait_until
 
@@ -152,6 +152,11 @@ async def test_a_missing_topic_is_not_created_by_asking(own_stack: DevStack) -> 
     ) as producer:
         with pytest.raises(KafkaError):
             await producer.send_and_wait("nobody-made-this", b"x")
+
+
+def test_consumer_groups_need_not_wait_for_their_first_coordinator() -> None:
+    with DevStack(environ={**own_environ(), "EMBEDQ_REDIS_URL": "redis://redis.example"}) as fresh:
+        assert group_coordinator(*kafka_address(fresh)) == 1
 
 
 async def test_a_consumer_group_with_a_short_session_is_let_in(own_stack: DevStack) -> None:

@@ -3,20 +3,16 @@
 import base64
 import shutil
 import signal
-import socket
-import struct
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from embedq_sdk.dev.jars import KafkaFiles
+from embedq_sdk.dev.kafka_probe import cluster_nodes, group_coordinator
 from embedq_sdk.dev.ports import HOST, free_ports
 from embedq_sdk.dev.processes import Processes
 from embedq_sdk.dev.starting import START_DEADLINE_S, wait_until_ready
-
-_METADATA_API = 3
-_METADATA_VERSION = 2
 
 
 def random_id() -> str:
@@ -84,6 +80,17 @@ class KafkaServer:
                 deadline,
             )
 
+    def open_groups(self) -> None:
+        """Have the topic of consumer groups' offsets made now, so that the first group need not wait for it."""
+        node, port = next(iter(self._ports.items()))
+        wait_until_ready(
+            self._processes,
+            _name(node),
+            "Apache Kafka's group coordinator",
+            lambda: self._coordinator(port) in self._ports,
+            time.monotonic() + START_DEADLINE_S,
+        )
+
     def stop(self, nodes: Sequence[int], *, grace_s: float) -> None:
         self._processes.stop(*map(_name, nodes), grace_s=grace_s)
 
@@ -96,6 +103,12 @@ class KafkaServer:
         except (OSError, EOFError):
             return set()
         return nodes if cluster == self._cluster else set()
+
+    def _coordinator(self, port: int) -> int:
+        try:
+            return group_coordinator(HOST, port)
+        except (OSError, EOFError):
+            return -1
 
     def _home(self, node: int) -> Path:
         return self._processes.directory / _name(node)
@@ -165,57 +178,3 @@ def _name(node: int) -> str:
 
 def _lines(properties: Mapping[str, str]) -> str:
     return "".join(f"{key}={value}\n" for key, value in properties.items())
-
-
-def cluster_nodes(host: str, port: int) -> tuple[str, set[int]]:
-    """Ask a broker for its cluster id and the ids of the brokers it knows.
-
-    Spoken by hand (Metadata request version 2, no topics) because the caller may or may not have a running
-    event loop. Raises OSError or EOFError when the broker does not answer yet.
-    """
-    client = b"embedq-dev"
-    body = (
-        struct.pack(">hhih", _METADATA_API, _METADATA_VERSION, 0, len(client)) + client + struct.pack(">i", 0)
-    )
-    with (
-        socket.create_connection((host, port), timeout=2) as connection,
-        connection.makefile("rwb") as stream,
-    ):
-        stream.write(struct.pack(">i", len(body)) + body)
-        stream.flush()
-        answer = _Reader(_exactly(stream.read(4), 4))
-        size = answer.int32()
-        answer = _Reader(_exactly(stream.read(size), size))
-    answer.int32()  # correlation id
-    nodes = set()
-    for _ in range(answer.int32()):
-        nodes.add(answer.int32())
-        answer.string()  # host
-        answer.int32()  # port
-        answer.string()  # rack
-    return answer.string(), nodes
-
-
-def _exactly(data: bytes, size: int) -> bytes:
-    if len(data) < size:
-        raise EOFError
-    return data
-
-
-class _Reader:
-    """Kafka's big-endian fields, read one after the other."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self._at = 0
-
-    def int32(self) -> int:
-        (value,) = struct.unpack_from(">i", self._data, self._at)
-        self._at += 4
-        return int(value)
-
-    def string(self) -> str:
-        (size,) = struct.unpack_from(">h", self._data, self._at)
-        start = self._at + 2
-        self._at = start + max(0, size)  # -1 stands for null
-        return self._data[start : self._at].decode()

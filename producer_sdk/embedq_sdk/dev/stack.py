@@ -210,6 +210,7 @@ class DevStack:
             kafka = KafkaServer(processes, files, self._brokers, self._kafka_properties, options)
             try:
                 kafka.start(kafka.nodes)
+                kafka.open_groups()
             except PortTakenError:
                 kafka.stop(kafka.nodes, grace_s=0)
                 if attempt == _PORT_ATTEMPTS:
