@@ -7,7 +7,7 @@ import os
 import time
 import uuid
 import zlib
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, overload
 
@@ -539,7 +539,7 @@ class EmbedClient:
         flush_after: float = 0.02,
         ordered: bool = True,
         errors: Errors = "raise",
-    ) -> AsyncIterator[Embedded]:
+    ) -> AsyncGenerator[Embedded, None]:
         """Vectors of an endless or lazy source, as `Embedded` items with index, text, vector and model version.
 
         At most `in_flight` texts and `in_flight_bytes` are pulled and not yet taken out; the source is not touched
@@ -682,7 +682,7 @@ class EmbedClient:
         group: str | None = None,
         from_beginning: bool = False,
         timeout: float | None = None,
-    ) -> AsyncIterator[JobResult]:
+    ) -> AsyncGenerator[JobResult, None]:
         """Results of submitted jobs, from the results topic, as `JobResult`, without end.
 
         Parts are joined and repeats dropped, by id. With a `group`, several readers share the topic and go on where they

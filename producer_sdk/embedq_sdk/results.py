@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -124,7 +124,7 @@ async def read_results(
     from_beginning: bool,
     connect_timeout: float,
     idle: float | None,
-) -> AsyncIterator[JobResult]:
+) -> AsyncGenerator[JobResult, None]:
     """Every result of `topic`; see `EmbedClient.results`."""
     settings: dict[str, Any] = {"fetch_max_wait_ms": _POLL_MS}
     if group is not None:

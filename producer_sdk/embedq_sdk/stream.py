@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Iterator
 
 import msgspec
 
@@ -108,7 +108,7 @@ class JobStream:
 
     async def jobs(
         self, source: Iterable[str] | AsyncIterable[str]
-    ) -> AsyncIterator[tuple[int, list[str], Outcome]]:
+    ) -> AsyncGenerator[tuple[int, list[str], Outcome], None]:
         """(index of the first text, texts, outcome) of each job. A source that raises does so here, after the outcomes
         of what it gave before."""
         if isinstance(source, (str, bytes)) or not isinstance(source, (Iterable, AsyncIterable)):

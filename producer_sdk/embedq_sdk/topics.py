@@ -82,6 +82,7 @@ async def create_topics(
     reply_partitions: int = DEFAULT_REPLY_PARTITIONS,
     replication: int | None = None,
     timeout: float = 30.0,
+    connect_timeout: float = 10.0,
     **security: Any,
 ) -> list[TopicReport]:
     """Create what is missing and look at what is there; changes no topic that exists. Run it as often as you like.
@@ -107,7 +108,7 @@ async def create_topics(
     where = Servers.of(servers, security)
     loop = asyncio.get_running_loop()
     end = loop.time() + timeout
-    async with where.opened(where.admin, timeout) as admin:
+    async with where.opened(where.admin, checked_timeout("connect_timeout", connect_timeout)) as admin:
         try:
             async with asyncio.timeout_at(end):
                 existing = set(await admin.list_topics())

@@ -1,0 +1,151 @@
+"""What the status topic says of the replicas, and whether a reload is through. Pure: time is an argument."""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+import msgspec
+
+from embedq_shared.messages import STATUS_INTERVAL_S, STATUS_STALE_AFTER_S, State, Status, Step
+
+Progress = Literal["running", "ready", "failed", "timeout", "no_replicas", "superseded"]
+
+NO_REPLICAS_AFTER_S: Final = 2 * STATUS_INTERVAL_S
+"""Every live replica has repeated its status by then."""
+
+
+class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
+    """One replica as it last described itself."""
+
+    replica: str
+    alias: str
+    state: State
+    step: Step
+    version: int | None
+    model_version: str | None
+    error: str | None
+    age_s: float
+    answered: bool = False
+    """Whether it said READY or FAILED for the reload that is being watched."""
+
+
+class RolloutUpdate(msgspec.Struct, frozen=True, kw_only=True):
+    """A reload at one moment. The last update of a reload is the first whose `progress` is not "running".
+
+    "ready": every live replica serves the new model. "failed": every live replica answered, and at least one keeps the
+    old model. "timeout", "no_replicas": not everyone answered in time, or nobody is there; the command stays on the
+    control topic and replicas will follow it. "superseded": a later command took its place.
+    """
+
+    alias: str
+    version: int
+    command_id: str
+    progress: Progress
+    replicas: tuple[ReplicaView, ...]
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more will come."""
+        return self.progress != "running"
+
+    @property
+    def ok(self) -> bool:
+        """Whether every live replica serves the new model."""
+        return self.progress == "ready"
+
+
+def is_live(status: Status, now: float) -> bool:
+    """Whether a replica's last status, at epoch seconds `now`, shows it alive."""
+    return status.state != "STOPPED" and now - status.at / 1000 <= STATUS_STALE_AFTER_S
+
+
+class StatusBoard:
+    """Every replica's last status."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, Status] = {}
+
+    def see(self, status: Status) -> None:
+        """A record of the status topic, in its order."""
+        self._last[status.replica] = status
+
+    def forget(self, replica: str) -> None:
+        """A tombstone."""
+        self._last.pop(replica, None)
+
+    def live(self, now: float, alias: str | None = None) -> list[Status]:
+        """Live replicas by name, of one alias or all."""
+        return sorted(
+            (s for s in self._last.values() if is_live(s, now) and alias in (None, s.alias)),
+            key=lambda s: s.replica,
+        )
+
+
+def view_of(status: Status, now: float, *, answered: bool = False) -> ReplicaView:
+    """A status as it looks at epoch seconds `now`."""
+    return ReplicaView(
+        replica=status.replica,
+        alias=status.alias,
+        state=status.state,
+        step=status.step,
+        version=status.version,
+        model_version=status.model_version,
+        error=status.error,
+        age_s=max(0.0, now - status.at / 1000),
+        answered=answered,
+    )
+
+
+class RolloutView:
+    """One reload command as the live replicas answer it.
+
+    A replica answered when it says READY or FAILED for this very command. Replicas that appear meanwhile count, and
+    one that falls silent counts until its last status is stale. `started` and `now` are epoch seconds.
+    """
+
+    def __init__(
+        self,
+        board: StatusBoard,
+        *,
+        alias: str,
+        version: int,
+        command_id: str,
+        started: float,
+        timeout: float,
+    ) -> None:
+        self._board = board
+        self._alias = alias
+        self._version = version
+        self._command_id = command_id
+        self._started = started
+        self._timeout = timeout
+
+    def at(self, now: float) -> RolloutUpdate:
+        """How the reload stands."""
+        live = self._board.live(now, self._alias)
+        replicas = tuple(view_of(status, now, answered=self._answered(status)) for status in live)
+        return RolloutUpdate(
+            alias=self._alias,
+            version=self._version,
+            command_id=self._command_id,
+            progress=self._progress(live, now),
+            replicas=replicas,
+        )
+
+    def _progress(self, live: list[Status], now: float) -> Progress:
+        if any(self._is_of_another(status) for status in live):
+            return "superseded"
+        if live and all(self._answered(status) for status in live):
+            return "ready" if all(status.state == "READY" for status in live) else "failed"
+        if not live and now - self._started >= min(NO_REPLICAS_AFTER_S, self._timeout):
+            return "no_replicas"
+        return "timeout" if now - self._started >= self._timeout else "running"
+
+    def _answered(self, status: Status) -> bool:
+        ours = status.version == self._version and status.command_id in (None, self._command_id)
+        return ours and status.state in ("READY", "FAILED")
+
+    def _is_of_another(self, status: Status) -> bool:
+        if status.version is None or status.version < self._version:
+            return False
+        return status.version > self._version or status.command_id not in (None, self._command_id)
