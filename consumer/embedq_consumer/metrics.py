@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -11,6 +13,9 @@ from prometheus_client import (
     PlatformCollector,
     ProcessCollector,
 )
+
+from embedq_consumer.batching import LANES
+from embedq_shared.messages import ErrorCode, ResultStatus
 
 _SECONDS = (
     0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0,
@@ -101,3 +106,20 @@ class Metrics:
         self.reload_seconds = seconds("reload_step", "Each step of a reload.", "step")
         self.ready = gauge("ready", "1 while the replica takes jobs.")
         self.heartbeat_age = gauge("loop_heartbeat_age_seconds", "Age of the slowest loop's last heartbeat.")
+
+        # From the start at 0: Prometheus sees no increase in a series that begins at 1.
+        for lane in LANES:
+            self.records.labels(lane)
+            for status in get_args(ResultStatus):
+                self.jobs.labels(lane, status)
+        for code in get_args(ErrorCode):
+            self.errors.labels(code)
+            self.dead_letters.labels(code)
+        for outcome in ("ready", "failed", "ignored"):
+            self.reloads.labels(outcome)
+        for outcome in ("ok", "error", "fenced"):
+            self.commits.labels(outcome)
+        for outcome in ("hit", "miss", "corrupt", "error", "bypass"):
+            self.cache.labels(outcome)
+        for outcome in ("ok", "error", "bypass"):
+            self.cache_writes.labels(outcome)

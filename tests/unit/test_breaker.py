@@ -114,9 +114,7 @@ def test_a_late_failure_from_before_does_not_fail_the_probe() -> None:
 
 @pytest.mark.parametrize(("chance", "probe_at"), [(0.0, 0.8), (1.0, 1.2)])
 def test_the_pause_is_jittered(chance: float, probe_at: float) -> None:
-    one = Breaker(
-        failures=1, pause_s=1.0, jitter=0.2, uniform=lambda low, high: low + chance * (high - low)
-    )
+    one = Breaker(failures=1, pause_s=1.0, jitter=0.2, uniform=lambda low, high: low + chance * (high - low))
     one.failed(admitted(one, 0.0), 0.0)
     assert one.admit(probe_at - 0.001) is None
     admitted(one, probe_at + 0.001)
