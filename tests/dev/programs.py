@@ -8,7 +8,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,14 +85,12 @@ def alive(pid: int) -> bool:
         return False
 
 
-def descendants_with(word: str) -> list[int]:
-    """Return the ids of processes of any parent whose command line holds `word`."""
-    found = []
-    for process in psutil.process_iter(["pid", "cmdline", "status"]):
-        line = " ".join(process.info["cmdline"] or ())
-        if word in line and process.info["status"] != psutil.STATUS_ZOMBIE:
-            found.append(process.info["pid"])
-    return found
+def wait_for(ready: Callable[[], bool], *, within: float = 30.0, what: str = "the condition") -> None:
+    """Wait for a condition where no event loop runs."""
+    give_up = time.monotonic() + within
+    while not ready():
+        assert time.monotonic() < give_up, f"{what} did not come true within {within:g} s"
+        time.sleep(0.02)
 
 
 def temporary_directories() -> set[Path]:

@@ -17,8 +17,7 @@ import psutil
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient
 
-from tests.dev.programs import alive, own_environ
-from tests.support import wait_until
+from tests.dev.programs import alive, own_environ, wait_for
 
 pytestmark = pytest.mark.kafka
 
@@ -77,13 +76,22 @@ def terminal(*arguments: str) -> Iterator[Terminal]:
         opened.close()
 
 
-async def end_of(screen: Terminal, within: float = 60.0) -> int:
-    await wait_until(lambda: screen.process.poll() is not None, within=within, what="the program's end")
+async def topics_of(servers: str) -> set[str]:
+    admin = AIOKafkaAdminClient(bootstrap_servers=servers)
+    await admin.start()
+    try:
+        return set(await admin.list_topics())
+    finally:
+        await admin.close()
+
+
+def end_of(screen: Terminal, within: float = 60.0) -> int:
+    wait_for(lambda: screen.process.poll() is not None, within=within, what="the program's end")
     return screen.process.returncode
 
 
-async def started(screen: Terminal) -> None:
-    await wait_until(
+def started(screen: Terminal) -> None:
+    wait_for(
         lambda: "Press Ctrl-C" in screen.shown() or screen.process.poll() is not None,
         within=90,
         what="the start",
@@ -91,75 +99,69 @@ async def started(screen: Terminal) -> None:
     assert screen.process.poll() is None, screen.shown()
 
 
-async def test_ctrl_c_ends_everything_quietly_with_exit_code_0() -> None:
+def test_ctrl_c_ends_everything_quietly_with_exit_code_0() -> None:
     with terminal() as screen:
-        await started(screen)
+        started(screen)
         children = screen.descendants()
         assert len(children) >= 4  # two guardians, Redis, Kafka
         screen.press_ctrl_c()
-        assert await end_of(screen) == 0
+        assert end_of(screen) == 0
         assert not any(map(alive, children))
         assert screen.shown().endswith("Press Ctrl-C to stop.\n^CStopped.\n")
 
 
-async def test_sigterm_ends_it_with_exit_code_0() -> None:
+def test_sigterm_ends_it_with_exit_code_0() -> None:
     with terminal("None", "False") as screen:
-        await started(screen)
+        started(screen)
         children = screen.descendants()
         screen.process.send_signal(signal.SIGTERM)
-        assert await end_of(screen) == 0
+        assert end_of(screen) == 0
         assert not any(map(alive, children))
         assert "Traceback" not in screen.shown()
 
 
-async def test_ctrl_c_during_the_start_ends_it_too() -> None:
+def test_ctrl_c_during_the_start_ends_it_too() -> None:
     with terminal("None", "False") as screen:
         # Its child's child is Redis: the start has begun and Kafka is not there yet.
-        await wait_until(lambda: len(screen.descendants()) >= 2, within=60)
+        wait_for(lambda: len(screen.descendants()) >= 2, within=60)
         children = screen.descendants()
         screen.press_ctrl_c()
-        assert await end_of(screen) == 0
-        await wait_until(lambda: not any(map(alive, children)))
+        assert end_of(screen) == 0
+        wait_for(lambda: not any(map(alive, children)))
         assert "Traceback" not in screen.shown()
         assert "Press Ctrl-C" not in screen.shown()
 
 
-async def test_the_lines_to_copy_lead_to_a_broker_that_has_embedqs_topics() -> None:
+def test_the_lines_to_copy_lead_to_a_broker_that_has_embedqs_topics() -> None:
     with terminal() as screen:
-        await started(screen)
+        started(screen)
         assert "Apache Kafka 4.1.0 (embedded process)\n" in screen.shown()
         assert screen.exported("EMBEDQ_REDIS_URL").startswith("redis://127.0.0.1:")
-        admin = AIOKafkaAdminClient(bootstrap_servers=screen.exported("EMBEDQ_KAFKA_SERVERS"))
-        await admin.start()
-        try:
-            topics = await admin.list_topics()
-        finally:
-            await admin.close()
-        assert {"embed.jobs", "embed.jobs.bulk", "embed.replies", "embed.control"} <= set(topics)
+        topics = asyncio.run(topics_of(screen.exported("EMBEDQ_KAFKA_SERVERS")))
+        assert {"embed.jobs", "embed.jobs.bulk", "embed.replies", "embed.control"} <= topics
 
 
-async def test_a_server_that_dies_ends_the_command_with_exit_code_1() -> None:
+def test_a_server_that_dies_ends_the_command_with_exit_code_1() -> None:
     with terminal("None", "False") as screen:
-        await started(screen)
+        started(screen)
         for pid in screen.descendants():
             with contextlib.suppress(psutil.NoSuchProcess):
                 if "redis-server" in psutil.Process(pid).name():
                     os.kill(pid, signal.SIGKILL)
-        assert await end_of(screen) == 1
+        assert end_of(screen) == 1
         assert "redis ended with exit code -9" in screen.shown()
         assert "Traceback" not in screen.shown()
 
 
-async def test_a_model_that_is_no_directory_is_told_before_anything_starts(tmp_path: Path) -> None:
+def test_a_model_that_is_no_directory_is_told_before_anything_starts(tmp_path: Path) -> None:
     with terminal(repr(str(tmp_path / "none")), "False") as screen:
-        assert await end_of(screen) == 1
+        assert end_of(screen) == 1
         assert screen.shown() == f"{tmp_path / 'none'} is not a directory\n"
 
 
-async def test_a_consumer_that_fails_is_told_with_its_own_words(tmp_path: Path) -> None:
+def test_a_consumer_that_fails_is_told_with_its_own_words(tmp_path: Path) -> None:
     """An empty directory is no model: the consumer says so, and the command ends."""
     with terminal(repr(str(tmp_path)), "True") as screen:
-        assert await end_of(screen, within=100) == 1
+        assert end_of(screen, within=100) == 1
         assert "the consumer ended with exit code" in screen.shown()
         assert str(tmp_path) in screen.shown()
-        await asyncio.to_thread(screen.process.wait)

@@ -13,8 +13,7 @@ import pytest
 
 from embedq_sdk.dev import DevStack, DevStackError, MissingPackagesError
 from embedq_sdk.dev.redis_server import find_redis
-from tests.dev.programs import own_environ, owner, temporary_directories
-from tests.support import wait_until
+from tests.dev.programs import own_environ, owner, temporary_directories, wait_for
 
 GIVEN = {
     "EMBEDQ_KAFKA_SERVERS": "kafka.example:9092,other.example:9092",
@@ -87,7 +86,7 @@ def test_a_kafka_version_that_is_none_is_refused() -> None:
 
 
 @pytest.mark.kafka
-async def test_packages_alone_are_enough_where_the_path_holds_no_program(tmp_path: Path) -> None:
+def test_packages_alone_are_enough_where_the_path_holds_no_program(tmp_path: Path) -> None:
     environ = {"PATH": str(tmp_path), "HOME": os.environ["HOME"]}
     environ |= {
         name: os.environ[name] for name in ("EMBEDQ_CACHE_DIR", "XDG_CACHE_HOME") if name in os.environ
@@ -97,7 +96,7 @@ async def test_packages_alone_are_enough_where_the_path_holds_no_program(tmp_pat
         assert program.kafka == "Apache Kafka 4.1.0 (embedded process)"
         program.process.communicate()
         assert program.process.returncode == 0
-        await wait_until(program.gone)
+        wait_for(program.gone)
 
 
 @pytest.mark.kafka

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import subprocess
 import sys
 import threading
@@ -14,7 +13,7 @@ import pytest
 
 from embedq_sdk.dev import DevStackError
 from embedq_sdk.dev.jars import KafkaFiles, cache_directory, fetch, find_kafka
-from tests.support import wait_until
+from tests.dev.programs import wait_for
 
 
 @pytest.fixture
@@ -80,7 +79,7 @@ def test_a_failed_fill_leaves_nothing_and_the_next_one_works(empty: KafkaFiles) 
     assert empty.complete
 
 
-async def test_one_killed_half_way_leaves_nothing_that_looks_complete(empty: KafkaFiles) -> None:
+def test_one_killed_half_way_leaves_nothing_that_looks_complete(empty: KafkaFiles) -> None:
     program = f"""
 import sys, time
 from pathlib import Path
@@ -91,12 +90,11 @@ def fill(files, directory):
     time.sleep(600)
 fetch(find_kafka({{"EMBEDQ_CACHE_DIR": {str(empty.directory.parent)!r}}}), print, fill)
 """
-    process = await asyncio.create_subprocess_exec(sys.executable, "-c", program, stdout=subprocess.DEVNULL)
-    try:
-        await wait_until(lambda: any(empty.directory.parent.glob(".kafka-*/jars/a.jar")))
-    finally:
-        process.kill()
-        await process.wait()
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL) as process:
+        try:
+            wait_for(lambda: any(empty.directory.parent.glob(".kafka-*/jars/a.jar")))
+        finally:
+            process.kill()
     assert not empty.complete
     fetch(empty, ignore, put_files)  # its lock went with it
     assert empty.complete

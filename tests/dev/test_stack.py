@@ -17,8 +17,7 @@ from aiokafka.errors import KafkaError
 
 from embedq_sdk.dev import DevStack, DevStackError, StartError
 from embedq_sdk.dev.kafka_probe import cluster_nodes, group_coordinator
-from tests.dev.programs import alive, own_environ
-from tests.support import wait_until
+from tests.dev.programs import alive, own_environ, wait_for
 
 pytestmark = pytest.mark.kafka
 
@@ -239,13 +238,12 @@ def test_a_failed_start_shows_the_end_of_the_log_and_leaves_nothing() -> None:
         _ = stack.directory
 
 
-async def test_a_server_that_ends_by_itself_is_noticed() -> None:
+def test_a_server_that_ends_by_itself_is_noticed() -> None:
     with DevStack(environ={**own_environ(), "EMBEDQ_KAFKA_SERVERS": "127.0.0.1:1"}) as stack:
         stack.check()
         psutil.Process(stack.redis_pid).kill()
-        await wait_until(lambda: not alive(stack.redis_pid))
         with pytest.raises(DevStackError, match="redis ended with exit code -9"):
-            stack.check()
+            wait_for(lambda: stack.check() is not None, what="the error")
 
 
 def test_a_redis_port_taken_meanwhile_is_replaced_by_another(
