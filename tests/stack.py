@@ -52,8 +52,8 @@ def _stack() -> Iterator[DevStack]:
 def _containers(missing: MissingPackagesError) -> Iterator[dict[str, str]]:
     import docker
     from docker.errors import DockerException
-    from testcontainers.kafka import KafkaContainer
-    from testcontainers.redis import RedisContainer
+    from testcontainers.community.kafka import KafkaContainer
+    from testcontainers.community.redis import RedisContainer
 
     try:
         docker.from_env().close()
