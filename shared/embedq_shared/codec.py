@@ -15,6 +15,7 @@ import msgspec
 from embedq_shared.messages import (
     DEFAULT_MAX_INPUTS,
     MAX_ID_LENGTH,
+    MAX_INSTRUCTION_BYTES,
     MAX_METADATA_BYTES,
     MAX_NESTING,
     MIN_DIMENSIONS,
@@ -43,7 +44,7 @@ EXPECTED: Final[dict[str, str]] = {
     "dtype": "one of float32, float16, int8, binary",
     "encoding_format": "one of float, base64",
     "input_type": "one of query, document",
-    "instruction": "a string",
+    "instruction": f"a string of at most {MAX_INSTRUCTION_BYTES} bytes of UTF-8",
     "truncate": "one of error, start, end",
     "metadata": f"an object of at most {MAX_METADATA_BYTES} bytes, with finite numbers and string keys",
     "user": "any JSON value",
@@ -160,6 +161,8 @@ def _check_job(job: Job, format: Format, max_inputs: int) -> None:
         raise BadJob(
             "invalid_value", "`dimensions`: expected a multiple of 8 where `dtype` is binary", "dimensions"
         )
+    if job.instruction is not None and len(job.instruction.encode()) > MAX_INSTRUCTION_BYTES:
+        raise _invalid("instruction")
     if job.instruction is not None and job.input_type == "document":
         raise BadJob(
             "invalid_value",

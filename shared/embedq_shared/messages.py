@@ -33,6 +33,8 @@ DEFAULT_ALIAS: Final = "default"
 MIN_DIMENSIONS: Final = 32
 MAX_ID_LENGTH: Final = 256
 MAX_METADATA_BYTES: Final = 16 * 1024
+MAX_INSTRUCTION_BYTES: Final = 16 * 1024
+"""It goes in front of every input of its job: without a limit, 1 MB of job could ask for 2 GB of text."""
 MAX_NESTING: Final = 64
 DEFAULT_MAX_INPUTS: Final = 2048
 
@@ -70,7 +72,15 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
     input_type: Annotated[InputType, Meta(description="Applies the model's prompt of that name.")] | None = (
         None
     )
-    instruction: Annotated[str, Meta(description="Applied as `Instruct: …\\nQuery:…`.")] | None = None
+    instruction: (
+        Annotated[
+            str,
+            Meta(
+                description=f"Applied as `Instruct: …\\nQuery:…`; at most {MAX_INSTRUCTION_BYTES} bytes of UTF-8."
+            ),
+        ]
+        | None
+    ) = None
     truncate: Annotated[Truncate, Meta(description="What to do with a text over the limit.")] | None = None
     metadata: Annotated[
         msgspec.Raw,
