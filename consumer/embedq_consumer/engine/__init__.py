@@ -14,7 +14,16 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Encoder", "ModelError", "Text", "TextTooLong", "Tokens", "Truncate", "default_batch_tokens", "load_encoder"]
+__all__ = [
+    "Encoder",
+    "ModelError",
+    "Text",
+    "TextTooLong",
+    "Tokens",
+    "Truncate",
+    "default_batch_tokens",
+    "load_encoder",
+]
 
 Truncate = Literal["error", "start", "end"]
 

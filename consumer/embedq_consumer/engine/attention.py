@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
 import msgspec
@@ -113,14 +114,15 @@ def attend_runs(
 ) -> None:
     """Fill `out` (tokens, heads, head_dim), one call of PyTorch's attention for each run of equal lengths."""
     for run in runs:
-        q, k, v = (
-            t[run.begin : run.end].unflatten(0, (run.count, run.length)).transpose(1, 2)
-            for t in (query, key, value)
-        )
+        q, k, v = (_rectangle(t, run).transpose(1, 2) for t in (query, key, value))
         if q.shape[1] != k.shape[1]:
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         part = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
-        out[run.begin : run.end].unflatten(0, (run.count, run.length)).copy_(part.transpose(1, 2))
+        _rectangle(out, run).copy_(part.transpose(1, 2))
+
+
+def _rectangle(row: Tensor, run: Run) -> Tensor:
+    return row[run.begin : run.end].view(run.count, run.length, *row.shape[1:])
 
 
 @lru_cache
@@ -148,7 +150,7 @@ def _cuda_kernel(
             kernel = make(heads // kv_heads, causal)
             got = kernel(q, k, v, packing.cu_seqlens, packing.longest, scale)
             torch.testing.assert_close(got.float(), expected, atol=0.03, rtol=0.03)
-        except Exception as error:  # every kernel has its own way to refuse a shape
+        except Exception as error:  # noqa: BLE001  every kernel has its own way to refuse a shape
             refused.append(f"{name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
         else:
             return kernel
@@ -158,10 +160,10 @@ def _cuda_kernel(
 
 
 def _flash_attn_4(group: int, causal: bool) -> _Varlen:
-    from flash_attn.cute import flash_attn_varlen_func
+    flash_attn_varlen_func = import_module("flash_attn.cute").flash_attn_varlen_func
 
     def attend(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float) -> Tensor:
-        out = flash_attn_varlen_func(
+        out: Any = flash_attn_varlen_func(
             q,
             k,
             v,
@@ -172,7 +174,8 @@ def _flash_attn_4(group: int, causal: bool) -> _Varlen:
             softmax_scale=scale,
             causal=causal,
         )
-        return out[0] if isinstance(out, tuple) else out
+        attended: Tensor = out[0] if isinstance(out, tuple) else out
+        return attended
 
     return attend
 
@@ -191,7 +194,8 @@ def _torch_varlen(group: int, causal: bool) -> _Varlen:
     def attend(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float) -> Tensor:
         if group > 1 and not grouped:
             k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
-        out: Tensor = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, **options)
-        return out
+        attended = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, **options)
+        assert isinstance(attended, Tensor)  # a tuple comes only when more is asked for
+        return attended
 
     return attend

@@ -27,6 +27,18 @@ class _Layer(msgspec.Struct, frozen=True):
     norm: tuple[Tensor, Tensor]
 
 
+class _Room(msgspec.Struct, frozen=True):
+    """Scratch tensors that every layer of every batch reuses.
+
+    Fresh ones of several megabytes come from the kernel page by page, which costs more than what is computed in them.
+    """
+
+    qkv: Tensor
+    attended: Tensor
+    narrow: Tensor
+    wide: Tensor
+
+
 class PackedBert:
     """The layers of one BertModel; shares its parameters but for the fused ones."""
 
@@ -41,6 +53,7 @@ class PackedBert:
         types = embeddings.token_type_embeddings.weight[0]
         self._positions = (embeddings.position_embeddings.weight + types).detach()
         self._embedding_norm = _pair(embeddings.LayerNorm)
+        self._scratch: _Room | None = None
         self._layers = [_layer(layer) for layer in model.encoder.layer]
 
     @staticmethod
@@ -59,17 +72,38 @@ class PackedBert:
         """Last hidden states (tokens, hidden) of int64 `ids` and `positions` (tokens,)."""
         x = F.embedding(ids, self._words).add_(F.embedding(positions, self._positions))
         x = self._normalised(x, self._embedding_norm)
-        attended = torch.empty(x.shape[0], self._heads, self._head_dim)
+        room = self._room(len(ids))
         scale = self._head_dim**-0.5
         for layer in self._layers:
-            q, k, v = F.linear(x, *layer.qkv).unflatten(1, (3, self._heads, self._head_dim)).unbind(1)
-            attend_runs(q, k, v, attended, packing.runs, causal=False, scale=scale)
-            x = self._normalised(F.linear(attended.flatten(1), *layer.attended).add_(x), layer.attention_norm)
-            x = self._normalised(F.linear(F.gelu(F.linear(x, *layer.up)), *layer.down).add_(x), layer.norm)
+            q, k, v = _linear(x, layer.qkv, room.qkv).view(-1, 3, self._heads, self._head_dim).unbind(1)
+            attend_runs(q, k, v, room.attended, packing.runs, causal=False, scale=scale)
+            attended = room.attended.flatten(1)
+            x = self._normalised(_linear(attended, layer.attended, room.narrow).add_(x), layer.attention_norm)
+            wide = torch.ops.aten.gelu_(_linear(x, layer.up, room.wide))
+            x = self._normalised(_linear(wide, layer.down, room.narrow).add_(x), layer.norm)
         return x
+
+    def _room(self, tokens: int) -> _Room:
+        """The first `tokens` rows of the scratch tensors, which grow when they must."""
+        if self._scratch is None or self._scratch.narrow.shape[0] < tokens:
+            hidden, heads, dim = self._heads * self._head_dim, self._heads, self._head_dim
+            wide = self._layers[0].up[1].shape[0]
+            self._scratch = _Room(
+                torch.empty(tokens, 3 * hidden),
+                torch.empty(tokens, heads, dim),
+                torch.empty(tokens, hidden),
+                torch.empty(tokens, wide),
+            )
+        room = self._scratch
+        return _Room(room.qkv[:tokens], room.attended[:tokens], room.narrow[:tokens], room.wide[:tokens])
 
     def _normalised(self, x: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], *norm, self._eps)
+
+
+def _linear(x: Tensor, layer: tuple[Tensor, Tensor], out: Tensor) -> Tensor:
+    weight, bias = layer
+    return torch.addmm(bias, x, weight.t(), out=out)
 
 
 def _layer(layer: Any) -> _Layer:

@@ -197,8 +197,9 @@ def _device(name: str) -> torch.device:
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """No progress bars and load reports on stderr: what matters in them is checked and raised."""
-    from transformers.utils import logging
+    from transformers.utils import logging as module
 
+    logging: Any = module
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -269,7 +270,7 @@ def _limits(directory: ModelDirectory, model: Any) -> tuple[int, int]:
 
 def _take_last_norm(model: Any) -> Callable[[Tensor], Tensor] | None:
     """Take an RMS norm off the end of `model`, to run it in float32 on the pooled tokens alone."""
-    norm = getattr(model, "norm", None)
+    norm: Any = getattr(model, "norm", None)
     if not type(norm).__name__.endswith("RMSNorm") or not hasattr(norm, "variance_epsilon"):
         return None
     weight, eps = norm.weight.float(), float(norm.variance_epsilon)
