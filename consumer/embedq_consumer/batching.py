@@ -12,7 +12,7 @@ Lane = Literal["interactive", "bulk"]
 LANES: Final[tuple[Lane, Lane]] = ("interactive", "bulk")
 
 OVERDUE_SHARE: Final = 4
-"""Overdue bulk texts get one part in so many of each micro-batch, so that neither lane can starve the other."""
+"""Overdue bulk texts get one part in so many of what runs, so that neither lane can starve the other."""
 
 
 class Waiting(Protocol):
@@ -35,7 +35,8 @@ class BatchPolicy(Generic[Item]):
     Invariants:
         - A micro-batch holds at most `max_tokens` tokens and `max_items` texts; a longer text runs alone.
         - Within a lane, texts run in the order in which they came.
-        - Interactive texts go before bulk ones; bulk texts that waited `bulk_max_wait` seconds get their share of each.
+        - Interactive texts go before bulk ones; bulk texts that waited `bulk_max_wait` seconds get their share first. It
+          is saved up while the next of them is longer than the share of one micro-batch.
         - A text waits at most `max_wait` seconds for others to fill its micro-batch.
     """
 
@@ -46,6 +47,7 @@ class BatchPolicy(Generic[Item]):
         self.bulk_max_wait = bulk_max_wait
         self._lanes: dict[Lane, deque[Item]] = {"interactive": deque(), "bulk": deque()}
         self._tokens: dict[Lane, int] = {"interactive": 0, "bulk": 0}
+        self._owed = 0  # tokens that overdue bulk texts may run before interactive ones
 
     def put(self, items: Iterable[Item]) -> None:
         """Queue these texts."""
@@ -68,11 +70,9 @@ class BatchPolicy(Generic[Item]):
         if self.due_in(now) > 0:
             return []
         batch: list[Item] = []
-        room = self.max_tokens
-        if self._bulk_is_overdue(now):
-            room -= self._fill(batch, "bulk", self.max_tokens // OVERDUE_SHARE)
+        room = self.max_tokens - self._run_overdue(batch, now)
         for lane in LANES:
-            room -= self._fill(batch, lane, room)
+            room -= self._fill(batch, lane, room, self.max_items)
             if self._lanes[lane]:
                 break  # full: what waits in this lane goes before the other lane's texts
         return batch
@@ -81,19 +81,35 @@ class BatchPolicy(Generic[Item]):
         """Tokens that wait, in one lane or in both."""
         return sum(self._tokens.values()) if lane is None else self._tokens[lane]
 
-    def _fill(self, batch: list[Item], lane: Lane, room: int) -> int:
-        """Move texts of one lane into the batch while they fit; the tokens moved."""
+    def _run_overdue(self, batch: list[Item], now: float) -> int:
+        """Move overdue bulk texts into the empty batch, as far as their share goes; the tokens moved."""
+        bulk, interactive = self._lanes["bulk"], self._lanes["interactive"]
+        if not bulk or not interactive or now - bulk[0].arrived < self.bulk_max_wait:
+            self._owed = 0
+            return 0
+        most = max(self.max_tokens, bulk[0].tokens)
+        self._owed = min(most, self._owed + max(1, self.max_tokens // OVERDUE_SHARE))
+        if bulk[0].tokens > self._owed:
+            return 0
+        places = max(1, self.max_items // OVERDUE_SHARE)
+        moved = self._fill(batch, "bulk", min(self._owed, self.max_tokens), places)
+        if moved + interactive[0].tokens > self.max_tokens or len(batch) >= self.max_items:
+            # The next interactive text has no room beside them: then this micro-batch is all bulk, and costs as much.
+            moved += self._fill(batch, "bulk", self.max_tokens - moved, self.max_items)
+            self._owed -= max(moved, self.max_tokens)
+            return moved
+        self._owed -= moved
+        return moved
+
+    def _fill(self, batch: list[Item], lane: Lane, room: int, items: int) -> int:
+        """Move texts of one lane into the batch while they fit, up to so many in the batch; the tokens moved."""
         queue, moved = self._lanes[lane], 0
-        while queue and len(batch) < self.max_items and (queue[0].tokens <= room - moved or not batch):
+        while queue and len(batch) < items and (queue[0].tokens <= room - moved or not batch):
             item = queue.popleft()
             self._tokens[lane] -= item.tokens
             moved += item.tokens
             batch.append(item)
         return moved
-
-    def _bulk_is_overdue(self, now: float) -> bool:
-        bulk = self._lanes["bulk"]
-        return bool(bulk) and now - bulk[0].arrived >= self.bulk_max_wait
 
 
 class Batcher(Generic[Item]):
