@@ -164,9 +164,14 @@ class VectorCache:
         if url:
             # Only for its parsing of addresses: redis-py's pool may lose a connection when a release is cancelled.
             # RESP2, since the default RESP3 brings push messages that a cache has no use for. No time-outs of
-            # redis-py's own: one deadline spans a whole round trip.
+            # redis-py's own: one deadline spans a whole round trip. No driver_info: finding its version reads files.
             makes = ConnectionPool.from_url(
-                url, protocol=2, socket_timeout=None, socket_connect_timeout=None, health_check_interval=0
+                url,
+                protocol=2,
+                socket_timeout=None,
+                socket_connect_timeout=None,
+                health_check_interval=0,
+                driver_info=None,
             )
             self._connections = [makes.make_connection() for _ in range(connections)]  # type: ignore[no-untyped-call]
 

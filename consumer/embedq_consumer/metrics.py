@@ -28,7 +28,7 @@ class Metrics:
     """One registry for each process, so that a test or a second service in one process starts from zero."""
 
     def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry(auto_describe=True)
+        self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
 

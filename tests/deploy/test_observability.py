@@ -92,7 +92,7 @@ def test_every_label_asked_for_is_one_that_the_metric_has(where: str, expression
     family, known = metrics(), labels()
     for name, selector in SELECTOR.findall(expression):
         for label, _ in LABEL.findall(selector):
-            assert label in known[family[name]] | of_prometheus, f"{where}: {name}{{{label}}}"
+            assert label in known[family[name]] | of_prometheus | of_info, f"{where}: {name}{{{label}}}"
     grouped = {label.strip() for group in GROUPING.findall(expression) for label in group.split(",")}
     has = {label for name in NAME.findall(expression) for label in known.get(family[name], set())}
     assert grouped <= has | of_prometheus | of_info | {"le"}, where

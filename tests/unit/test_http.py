@@ -158,9 +158,12 @@ def test_metrics_are_the_registry_in_the_form_that_was_asked_for(served: Served)
     assert plain[0] == 200
     assert plain[1].startswith("text/plain")
     by_name = {family.name: family for family in parse_plain(plain[2])}
-    assert [
-        sample.value for sample in by_name["embedq_cache_lookups"].samples if "_created" not in sample.name
-    ] == [3]
+    hits = [
+        sample.value
+        for sample in by_name["embedq_cache_lookups"].samples
+        if sample.name.endswith("_total") and sample.labels["outcome"] == "hit"
+    ]
+    assert hits == [3]
 
     accept = "application/openmetrics-text; version=1.0.0; charset=utf-8"
     status, content_type, body = served.get("/metrics", Accept=accept)
