@@ -8,7 +8,7 @@ import socket
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_args, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -20,9 +20,11 @@ PREFIX: Final = "EMBEDQ_"
 # The local stack's own variables begin alike and reach a service that it starts.
 _OTHERS: Final = frozenset({"EMBEDQ_CACHE_DIR", "EMBEDQ_KAFKA_VERSION"})
 
+_LARGEST: Final = 1e9  # "inf" reads as a float too, and is no time to wait
+
 PositiveInt = Annotated[int, Meta(ge=1)]
-PositiveFloat = Annotated[float, Meta(gt=0)]
-NotNegative = Annotated[float, Meta(ge=0)]
+PositiveFloat = Annotated[float, Meta(gt=0, le=_LARGEST)]
+NotNegative = Annotated[float, Meta(ge=0, le=_LARGEST)]
 NotEmpty = Annotated[str, Meta(min_length=1)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 
@@ -60,6 +62,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     # Bounds
     max_in_flight_jobs: PositiveInt = 2048  # a lane
     max_in_flight_bytes: PositiveInt = 32 * 1024 * 1024  # a lane
+    max_pending_bytes: PositiveInt = 256 * 1024 * 1024  # results that are being made
     max_poll_records: PositiveInt = 512
     max_inputs: PositiveInt = DEFAULT_MAX_INPUTS
     max_text_bytes: PositiveInt = 1_000_000
@@ -161,5 +164,8 @@ def _explain(message: str) -> str:
     if missing := re.match(r"Object missing required field `(\w+)`", message):
         return f"{PREFIX}{missing[1].upper()} must be set"
     if at := re.match(r"(.*) - at `\$\.(\w+)`", message):
+        if at[1].startswith("Invalid enum value"):
+            allowed = ", ".join(get_args(get_type_hints(Settings)[at[2]]))
+            return f"{PREFIX}{at[2].upper()}: expected one of {allowed}"
         return f"{PREFIX}{at[2].upper()}: {at[1][0].lower()}{at[1][1:]}"
     return message

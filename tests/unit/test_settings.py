@@ -1,0 +1,128 @@
+"""Settings from the environment: what is wrong is named."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from embedq_consumer.settings import Settings, SettingsError
+
+NEEDED = {"EMBEDQ_KAFKA_SERVERS": "localhost:9092", "EMBEDQ_MODEL": "/models/one"}
+
+
+def settings(**environ: str) -> Settings:
+    return Settings.from_env(NEEDED | {f"EMBEDQ_{name.upper()}": value for name, value in environ.items()})
+
+
+def test_two_variables_are_enough() -> None:
+    found = settings()
+    assert found.kafka_servers == "localhost:9092"
+    assert found.model == "/models/one"
+    assert found.topics.jobs == "embed.jobs"
+    assert found.redis_url == ""
+
+
+@pytest.mark.parametrize("missing", sorted(NEEDED))
+def test_a_missing_one_is_named(missing: str) -> None:
+    with pytest.raises(SettingsError, match=f"^{missing} must be set$"):
+        Settings.from_env({name: value for name, value in NEEDED.items() if name != missing})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("max_batch_tokens", "-1", "expected `int` >= 0"),
+        ("max_batch_tokens", "many", "expected `int`, got `str`"),
+        ("max_batch_items", "0", "expected `int` >= 1"),
+        ("max_wait_ms", "-0.5", "expected `float` >= 0.0"),
+        ("bulk_max_wait_s", "soon", "expected `float`, got `str`"),
+        ("max_in_flight_jobs", "0", "expected `int` >= 1"),
+        ("max_in_flight_bytes", "1MB", "expected `int`, got `str`"),
+        ("max_poll_records", "2.5", "expected `int`, got `str`"),
+        ("max_result_bytes", "100", "expected `int` >= 4096"),
+        ("http_port", "65536", "expected `int` <= 65535"),
+        ("publish_timeout_s", "0", "expected `float` > 0.0"),
+        ("session_timeout_ms", "999", "expected `int` >= 1000"),
+        ("log_level", "verbose", "expected one of debug, info, warning, error"),
+        ("device", "gpu", r"expected `str` matching regex '^(auto|cpu|cuda(:\\d+)?)$'"),
+        ("kafka_security_protocol", "TLS", "expected one of PLAINTEXT, SSL, SASL_PLAINTEXT, SASL_SSL"),
+        ("topic_prefix", "", "expected `str` of length >= 1"),
+        ("group", "", "expected `str` of length >= 1"),
+        ("model", "", "expected `str` of length >= 1"),
+        ("replica", "x" * 257, "expected `str` of length <= 256"),
+    ],
+)
+def test_a_value_out_of_range_names_its_variable_and_what_was_expected(
+    name: str, value: str, expected: str
+) -> None:
+    with pytest.raises(SettingsError) as caught:
+        settings(**{name: value})
+    assert str(caught.value) == f"EMBEDQ_{name.upper()}: {expected}"
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("name", ["max_wait_ms", "publish_timeout_s", "cache_ttl_s", "bulk_max_wait_s"])
+def test_a_number_that_is_none_is_refused(name: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=f"EMBEDQ_{name.upper()}"):
+        settings(**{name: value})
+
+
+def test_a_typo_is_an_error_that_suggests_the_right_name() -> None:
+    with pytest.raises(
+        SettingsError,
+        match=r"^EMBEDQ_MAX_BATCH_TOKNES is no setting; did you mean EMBEDQ_MAX_BATCH_TOKENS\?$",
+    ):
+        settings(max_batch_toknes="1")
+
+
+def test_a_name_like_no_other_gets_no_suggestion() -> None:
+    with pytest.raises(SettingsError, match=r"^EMBEDQ_QQQQQQ is no setting$"):
+        settings(qqqqqq="1")
+
+
+def test_the_local_stacks_own_variables_are_no_mistakes() -> None:
+    assert settings(cache_dir="/somewhere", kafka_version="4.1.0") == settings()
+
+
+def test_other_programs_variables_are_none_of_ours() -> None:
+    assert Settings.from_env(NEEDED | {"KAFKA_SERVERS": "x", "PATH": "/bin"}) == settings()
+
+
+def test_a_rebalance_must_have_as_long_as_a_session() -> None:
+    with pytest.raises(SettingsError, match="EMBEDQ_REBALANCE_TIMEOUT_MS: expected at least"):
+        settings(session_timeout_ms="30000", rebalance_timeout_ms="20000")
+
+
+def test_models_are_loaded_from_beside_the_first_one_unless_a_root_is_set(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    assert settings(model=str(tmp_path / "real" / "one")).root == tmp_path / "real"
+    assert settings(model_root=str(tmp_path / "link")).root == tmp_path / "real"
+
+
+def test_reply_topics_are_patterns_separated_by_commas() -> None:
+    assert settings(reply_topics=" team-*.replies, other ,").reply_patterns == ("team-*.replies", "other")
+
+
+def test_a_replica_without_a_name_gets_one_of_its_own() -> None:
+    first, second = settings().named(), settings().named()
+    assert first.replica
+    assert first.replica != second.replica
+    assert settings(replica="r1").named().replica == "r1"
+
+
+def test_the_process_ends_with_code_2_and_one_line_for_a_wrong_setting() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "embedq_consumer"],
+        env=NEEDED | {"EMBEDQ_MAX_WAIT_MS": "never", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert ended.stderr.splitlines() == ["embedq: EMBEDQ_MAX_WAIT_MS: expected `float`, got `str`"]
