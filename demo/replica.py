@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
 import time
 import urllib.error
@@ -42,8 +41,9 @@ class Replica:
             "EMBEDQ_HTTP_HOST": "127.0.0.1",
             "EMBEDQ_HTTP_PORT": str(self._port),
         }
-        command = [sys.executable, "-m", "embedq_consumer"]
-        self._processes.start(_NAME, command, {**os.environ, **settings})
+        # Compiling torch's and transformers' sources takes five seconds; their bytecode is worth keeping.
+        settings["PYTHONDONTWRITEBYTECODE"] = ""
+        self._processes.start(_NAME, [sys.executable, "-m", "embedq_consumer"], settings)
 
     async def ready(self) -> None:
         """Return once /readyz says yes.
