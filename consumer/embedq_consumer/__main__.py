@@ -17,7 +17,16 @@ from embedq_consumer.reload import Rejected
 from embedq_consumer.service import MissingTopics, serve
 from embedq_consumer.settings import Settings, SettingsError
 
-_EXPECTED = (MissingTopics, ModelError, Rejected, BrokerUnavailable, KafkaError, OSError, TimeoutError)
+_EXPECTED = (
+    SettingsError,
+    MissingTopics,
+    ModelError,
+    Rejected,
+    BrokerUnavailable,
+    KafkaError,
+    OSError,
+    TimeoutError,
+)
 """What an operator can mend: told in one line, without a traceback."""
 
 

@@ -82,6 +82,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
         self._open.set()
         self._parked = asyncio.Event()  # no poll runs
         self._parked.set()
+        self._ended = asyncio.Event()  # the poll loop is over
         self._holding = asyncio.Event()  # every partition is paused, and stays so
         self._progress = asyncio.Event()  # something finished
         self._broken: BaseException | None = None
@@ -139,14 +140,21 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
             else:
                 await self._step_over_gaps()
         self._parked.set()
+        self._ended.set()
 
     async def stop(self, within: float) -> bool:
         """Take nothing more, wait for what is in flight, commit. False if something was left, uncommitted."""
         self._stopping = True
         self._wake.set()
-        drained = await self._drain(within)
-        await self._commit()
-        return drained
+        try:
+            async with asyncio.timeout(within):
+                await self._ended.wait()  # a poll that was under way has handed over its records
+                await self._idle()
+        except TimeoutError:
+            return False
+        finally:
+            await self._commit()
+        return True
 
     async def close(self) -> None:
         """Leave the group."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
@@ -12,7 +12,7 @@ import msgspec
 import structlog
 
 from embedq_consumer import outcomes
-from embedq_consumer.admission import Refusal, Rules, UnknownAddress
+from embedq_consumer.admission import Refusal, Rules, UnknownAddress, datum_bytes
 from embedq_consumer.answers import Answers, Outgoing, Reply
 from embedq_consumer.batching import Batcher
 from embedq_consumer.cache import CachedVector, VectorCache, cache_key
@@ -21,6 +21,7 @@ from embedq_consumer.jobs import Answer, InFlight, Item, Record
 from embedq_consumer.metrics import Metrics
 from embedq_consumer.model import ModelSlot
 from embedq_consumer.publisher import Publisher
+from embedq_consumer.room import Room
 from embedq_shared.codec import Envelope
 from embedq_shared.headers import JobHeaders
 from embedq_shared.messages import ErrorBody
@@ -28,7 +29,9 @@ from embedq_shared.messages import ErrorBody
 log = structlog.get_logger()
 
 _TEXTS_A_CALL: Final = 256
-"""Texts tokenized in one call, so that the first micro-batch of a large poll need not wait for the last text."""
+_CHARACTERS_A_CALL: Final = 1_000_000
+"""What is tokenized in one call: the first micro-batch of a large poll need not wait for the last text, and a
+tokenizer needs many bytes for each character."""
 _JOBS_A_CALL: Final = 64
 
 Returned = TypeVar("Returned")
@@ -54,6 +57,7 @@ class Pipeline:
         metrics: Metrics,
         tasks: asyncio.TaskGroup,
         finish: Finish,
+        room: Room,
     ) -> None:
         self._rules = rules
         self._answers = answers
@@ -64,6 +68,7 @@ class Pipeline:
         self._metrics = metrics
         self._tasks = tasks
         self._finish = finish
+        self._room = room
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pipeline")
 
     def close(self) -> None:
@@ -125,6 +130,12 @@ class Pipeline:
         await self._publish([self._answers.of_refusal(record, refusal) for record, refusal in refusals])
 
     async def _start(self, jobs: Sequence[InFlight]) -> None:
+        """Start on jobs, as many at a time as there is room for their results."""
+        for portion, weight in _portions(jobs):
+            await self._room.take(weight)
+            await self._look_up(portion)
+
+    async def _look_up(self, jobs: Sequence[InFlight]) -> None:
         """Answer from the cache what it holds; the rest is tokenized and waits for a micro-batch."""
         inputs = [(job, index) for job in jobs for index in range(len(job.request.texts))]
         refused = [(job, index, self._rules.check_text(job.request, index)) for job, index in inputs]
@@ -139,8 +150,8 @@ class Pipeline:
             else:
                 hits.append((job, index, answer))
         self._settle(hits)
-        for start in range(0, len(misses), _TEXTS_A_CALL):
-            await self._tokenize(misses[start : start + _TEXTS_A_CALL])
+        for call in _calls(misses):
+            await self._tokenize(call)
 
     async def _tokenize(self, inputs: Sequence[tuple[InFlight, int]]) -> None:
         encoder = inputs[0][0].encoder  # one for all: a swap waits until nothing is in flight
@@ -218,6 +229,7 @@ class Pipeline:
         replies = await self._in_thread(lambda: [self._answers.of_job(job) for job in jobs])
         await self._publish(replies)
         for job in jobs:
+            self._room.give_back(_weight(job))
             self._count(job)
 
     async def _publish(self, replies: Sequence[Reply]) -> None:
@@ -287,6 +299,45 @@ class Pipeline:
 
 _LETTER_HEADERS: Final = 19
 """What `Answers.dead_letter` adds behind the record's own headers."""
+
+
+_PORTION_BYTES: Final = 16 * 1024 * 1024
+"""Results that are started on at once, of those that there is room for."""
+
+
+def _weight(job: InFlight) -> int:
+    """Bytes that a job's results may take."""
+    return len(job.request.texts) * datum_bytes(job.request)
+
+
+def _portions(jobs: Sequence[InFlight]) -> Iterator[tuple[list[InFlight], int]]:
+    """Jobs in order, with the weight of each portion."""
+    portion: list[InFlight] = []
+    total = 0
+    for job in jobs:
+        weight = _weight(job)
+        if portion and total + weight > _PORTION_BYTES:
+            yield portion, total
+            portion, total = [], 0
+        portion.append(job)
+        total += weight
+    if portion:
+        yield portion, total
+
+
+def _calls(inputs: Sequence[tuple[InFlight, int]]) -> Iterator[list[tuple[InFlight, int]]]:
+    """Inputs in order, in portions for one call of the tokenizer."""
+    call: list[tuple[InFlight, int]] = []
+    total = 0
+    for job, index in inputs:
+        characters = len(job.request.texts[index]) + len(job.request.prompt)
+        if call and (len(call) == _TEXTS_A_CALL or total + characters > _CHARACTERS_A_CALL):
+            yield call
+            call, total = [], 0
+        call.append((job, index))
+        total += characters
+    if call:
+        yield call
 
 
 def _undeliverable(reason: BaseException) -> ErrorBody:

@@ -30,7 +30,8 @@ from embedq_consumer.model import ModelSlot
 from embedq_consumer.pipeline import Pipeline
 from embedq_consumer.publisher import Publisher
 from embedq_consumer.reload import Models
-from embedq_consumer.settings import Settings
+from embedq_consumer.room import Room
+from embedq_consumer.settings import Settings, SettingsError
 from embedq_consumer.status import Reporter
 from embedq_consumer.worker import Worker
 
@@ -50,6 +51,8 @@ class DrainTimedOut(Exception):
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Run one replica until `stop` is set, then finish what was accepted and leave."""
     settings = settings.named()
+    if not settings.root.is_dir():
+        raise SettingsError(f"EMBEDQ_MODEL_ROOT: expected a directory, {settings.root} is none")
     health = Health()
     metrics = Metrics()
     async with AsyncExitStack() as parts:
@@ -117,6 +120,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
                 metrics=metrics,
                 tasks=work,
                 finish=intake.finish,
+                room=Room(settings.max_pending_bytes),
             )
             parts.callback(pipeline.close)
             worker = Worker(batcher, pipeline, metrics, work, budget)
@@ -175,12 +179,15 @@ async def _publisher(settings: Settings, metrics: Metrics) -> AsyncIterator[Publ
 
 @asynccontextmanager
 async def _cache(settings: Settings, metrics: Metrics) -> AsyncIterator[VectorCache]:
-    cache = VectorCache(
-        settings.redis_url or None,
-        metrics=metrics,
-        ttl_s=settings.cache_ttl_s,
-        timeout_s=settings.cache_timeout_ms / 1000,
-    )
+    try:
+        cache = VectorCache(
+            settings.redis_url or None,
+            metrics=metrics,
+            ttl_s=settings.cache_ttl_s,
+            timeout_s=settings.cache_timeout_ms / 1000,
+        )
+    except ValueError:  # its message may quote a password
+        raise SettingsError("EMBEDQ_REDIS_URL: expected redis://HOST:PORT/DATABASE or rediss://…") from None
     await cache.open()
     try:
         yield cache
