@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import random
 import time
@@ -26,6 +27,7 @@ def key(text: str, *, dimensions: int = 32) -> bytes:
     return cache_key(VERSION, text, "", dimensions, "float32")
 
 
+@functools.cache
 def entry(text: str, *, dimensions: int = 32) -> CachedVector:
     """A vector that tells whose it is."""
     seed = np.random.default_rng(list(text.encode()))
