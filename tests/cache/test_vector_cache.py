@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.cache.redis_process import RedisProcess
-from tests.support import wait_until
 
 from embedq_consumer.breaker import Breaker
 from embedq_consumer.cache import CHUNK_BYTES, CachedVector, VectorCache, cache_key
 from embedq_consumer.metrics import Metrics
+from tests.cache.redis_process import RedisProcess
+from tests.support import wait_until
 
 VERSION = "sha256:" + "c" * 64
 
