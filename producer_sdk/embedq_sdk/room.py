@@ -45,7 +45,8 @@ class Room:
             if turn.done() and not turn.cancelled():
                 self.give_back(texts, size)  # granted in the same moment
             else:
-                self._waiting.remove(entry)
+                if entry in self._waiting:
+                    self._waiting.remove(entry)
                 self._wake()
             raise
 
@@ -58,6 +59,9 @@ class Room:
     def _wake(self) -> None:
         while self._waiting:
             texts, size, turn = self._waiting[0]
+            if turn.cancelled():  # and the one who waited has not run since
+                self._waiting.popleft()
+                continue
             if not self._fits(texts, size):
                 return
             self._waiting.popleft()
