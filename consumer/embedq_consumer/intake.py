@@ -85,6 +85,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
         self._ended = asyncio.Event()  # the poll loop is over
         self._holding = asyncio.Event()  # every partition is paused, and stays so
         self._progress = asyncio.Event()  # something finished
+        self._committing = asyncio.Lock()  # one commit at a time, so that none is overtaken by a newer one
         self._broken: BaseException | None = None
         self.joined = asyncio.Event()
         """Set once the group has given this replica its partitions, be they none."""
@@ -127,6 +128,8 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
             if not self._open.is_set():
                 self._parked.set()
                 await self._open.wait()
+                self._parked.clear()
+                continue  # `stop` may have come meanwhile
             self._parked.clear()
             self._apply_pauses()
             try:
@@ -146,6 +149,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
         """Take nothing more, wait for what is in flight, commit. False if something was left, uncommitted."""
         self._stopping = True
         self._wake.set()
+        self._open.set()  # the poll loop need not wait for the end of a rebalance to end itself
         try:
             async with asyncio.timeout(within):
                 await self._ended.wait()  # a poll that was under way has handed over its records
@@ -192,11 +196,17 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
         self._progress.set()
 
     async def commit_forever(self) -> None:
-        """Commit what is safe, again and again, and measure the lag."""
+        """Commit what is safe, again and again, and measure the lag.
+
+        Not during a rebalance: a commit that is sent behind it would set back partitions that are somebody else's by
+        then, since the broker checks the member's generation and not whose partition it is.
+        """
         while True:
             await asyncio.sleep(self._commit_interval_s)
-            await self._commit()
-            self._measure()
+            if self._open.is_set():
+                await self._commit()
+            if self._open.is_set():
+                self._measure()
 
     # -- polling --------------------------------------------------------------------------------------------------------
 
@@ -268,6 +278,8 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
                 if not found:
                     break  # nothing more, or a wake-up: if the record is still there, the next poll fails again
                 take(self._begin(found))
+                if self._stopping or self._flow.is_full(self._lane_of[partition.topic]):
+                    break  # likewise
 
     def _unread(self, partition: TopicPartition, offset: int) -> Record:
         """A record of which nothing is known but where it is."""
@@ -317,23 +329,23 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
 
     async def _commit(self) -> None:
         """Commit what is safe. A failed commit costs repeated work at most, so it never ends the process."""
-        offsets, epoch = self._ledger.committable(), self._ledger.epoch
-        if not offsets:
-            return
-        try:
-            async with asyncio.timeout(_COMMIT_S):
-                await self._consumer.commit(offsets)
-        except (CommitFailedError, IllegalStateError):
-            self._metrics.commits.labels(
-                "fenced"
-            ).inc()  # the partitions are somebody else's: they repeat the work
-        except (KafkaError, TimeoutError) as error:
-            self._metrics.commits.labels("error").inc()
-            log.warning("commit_failed", reason=type(error).__name__)
-        else:
-            self._metrics.commits.labels("ok").inc()
-            if epoch == self._ledger.epoch:
-                self._ledger.note_committed(offsets)
+        async with self._committing:
+            offsets, epoch = self._ledger.committable(), self._ledger.epoch
+            if not offsets:
+                return
+            try:
+                async with asyncio.timeout(_COMMIT_S):
+                    await self._consumer.commit(offsets)
+            except (CommitFailedError, IllegalStateError):
+                # The partitions are somebody else's: they repeat the work.
+                self._metrics.commits.labels("fenced").inc()
+            except (KafkaError, TimeoutError) as error:
+                self._metrics.commits.labels("error").inc()
+                log.warning("commit_failed", reason=type(error).__name__)
+            else:
+                self._metrics.commits.labels("ok").inc()
+                if epoch == self._ledger.epoch:
+                    self._ledger.note_committed(offsets)
 
     async def _step_over_gaps(self) -> None:
         """Behind the last record there may be transaction markers and compacted holes; the position is past them.

@@ -59,9 +59,10 @@ class TopicDirectory:
             if self._refreshed_at > since:
                 return
             await asyncio.sleep(max(0.0, self._refreshed_at + self._min_age_s - time.monotonic()))
-            self._refreshed_at = time.monotonic()
+            asked_at = time.monotonic()
             async with asyncio.timeout(_ATTEMPT_S):
                 cluster = await producer.client.fetch_all_metadata()
+            self._refreshed_at = asked_at  # only now: a look that failed must not pass for one
             self._counts = {
                 topic: len(cluster.partitions_for_topic(topic) or ()) for topic in cluster.topics(False)
             }
@@ -135,7 +136,8 @@ class Publisher:
             generation = self._generation
             failed: list[int] = []
             reason: BaseException | None = None
-            for index, error in await self._attempt(records, open_):
+            left = max(_BACKOFF_S, deadline - time.monotonic())
+            for index, error in await self._attempt(records, open_, min(_ATTEMPT_S, left)):
                 if isinstance(error, _REFUSED):
                     outcomes[index] = error
                 else:
@@ -146,7 +148,7 @@ class Publisher:
             self._metrics.result_bytes.inc(sum(len(records[index].value or b"") for index in acknowledged))
             if reason is None:
                 return outcomes
-            if time.monotonic() > deadline:
+            if failed and time.monotonic() > deadline:
                 raise BrokerUnavailable(f"no result was acknowledged for {self._timeout_s:g} s") from reason
             await self._replace(generation, reason)
             if not failed:
@@ -155,13 +157,13 @@ class Publisher:
             await asyncio.sleep(_BACKOFF_S)
 
     async def _attempt(
-        self, records: Sequence[Outgoing], indices: list[int]
+        self, records: Sequence[Outgoing], indices: list[int], within: float
     ) -> list[tuple[int, BaseException]]:
-        """One try: the records that failed, with the reason of each."""
+        """One try of so many seconds at most: the records that failed, with the reason of each."""
         failures: list[tuple[int, BaseException]] = []
         futures: dict[int, asyncio.Future[Any]] = {}
         try:
-            async with asyncio.timeout(_ATTEMPT_S):
+            async with asyncio.timeout(within):
                 async with self._appending:
                     producer = self._live()
                     for index in indices:
@@ -239,8 +241,14 @@ async def _abandon(producer: AIOKafkaProducer) -> None:
             await asyncio.shield(stopping)
     except (TimeoutError, KafkaError, OSError):
         stopping.cancel()
+        sender: asyncio.Task[None] | None = producer._sender.sender_task
+        if sender is not None:
+            # A stop that is cancelled leaves it running: it would connect again, and send what was given up long ago.
+            sender.cancel()
         try:
             async with asyncio.timeout(_CLOSE_S):
                 await producer.client.close()
+                if sender is not None:
+                    await asyncio.wait({sender})
         except (TimeoutError, KafkaError, OSError) as error:
             log.warning("producer_left_open", reason=type(error).__name__)

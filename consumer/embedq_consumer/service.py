@@ -133,8 +133,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
                 work.create_task(models.follow(control, intake.held), name="control"),
                 work.create_task(reporter.repeat(), name="status"),
                 work.create_task(_pulse(health, slot, metrics), name="pulse"),
+                work.create_task(_ready(intake, health), name="ready"),
             ]
-            work.create_task(_ready(intake, health), name="ready")
 
             await stop.wait()
 
