@@ -111,8 +111,12 @@ class Answers:
     def dead_letter(
         self, record: Record, error: ErrorBody, *, partition: int | None, result_sent: bool
     ) -> Outgoing:
-        """The record as it came, with Spring's, Kafka Connect's and our headers about it. Ours come last."""
+        """The record as it came, with Spring's, Kafka Connect's and our headers about it. Ours come last.
+
+        One with neither key nor value gets its position for a key, since aiokafka sends no record without both.
+        """
         origin = record.ticket.partition
+        key = record.name.encode() if record.key is None and record.value is None else record.key
         text = error.message.encode()
         about: list[Header] = [
             ("kafka_dlt-original-topic", origin.topic.encode()),
@@ -141,7 +145,7 @@ class Answers:
         return Outgoing(
             self._topics.dead_letters,
             partition,
-            record.key,
+            key,
             record.value,
             [*record.headers, *about],
             record.timestamp_ms if record.timestamp_ms >= 0 else None,

@@ -259,7 +259,7 @@ class Pipeline:
             self._finish(reply.record)
 
     async def _bury(self, replies: Sequence[Reply]) -> None:
-        """Copy records to the dead letters; one that does not fit there goes without its value."""
+        """Copy records to the dead letters; one that does not fit there goes by its position alone."""
         letters: list[Outgoing] = []
         count = self._publisher.topics.partitions(self._rules.topics.dead_letters) or 0
         for reply in replies:
@@ -276,8 +276,10 @@ class Pipeline:
             self._metrics.dead_letters.labels(reply.dead_letter.code).inc()
         refused = await self._publisher.publish(letters) if letters else []
         positions = [
-            msgspec.structs.replace(letter, value=None, key=None, headers=letter.headers[-_LETTER_HEADERS:])
-            for letter, reason in zip(letters, refused, strict=True)
+            msgspec.structs.replace(
+                letter, value=None, key=reply.record.name.encode(), headers=letter.headers[-_LETTER_HEADERS:]
+            )
+            for letter, reply, reason in zip(letters, replies, refused, strict=True)
             if reason is not None
         ]
         if positions:
