@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from aiokafka import AIOKafkaProducer
 
-from embedq_sdk import InvalidArgument, TopicMissing
+from embedq_sdk import EmbedClient, InvalidArgument, TopicMissing, control
 from embedq_sdk.control import LostRace, reload_model, service_status
 from embedq_sdk.rollout import RolloutUpdate
 from embedq_sdk.topics import create_topics
@@ -101,31 +101,26 @@ async def test_garbage_on_the_control_topic_does_not_stop_a_reload(servers: str,
         assert (await reload(servers, fresh))[-1].ok
 
 
-async def test_of_two_writers_one_is_told_that_it_lost(servers: str, fresh: str) -> None:
+async def test_of_two_writers_one_is_told_that_it_lost(
+    servers: str, fresh: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = control._write
+    rival = Control(alias="default", version=1, path="/rival", command_id="rival")
+
+    async def beaten(where: Any, topic: str, command: Control, timeout: float) -> int:
+        """Both have read the topic to its end before either writes: the rival's record comes in between."""
+        await write(where, topic, rival, timeout)
+        return await write(where, topic, command, timeout)
+
+    monkeypatch.setattr(control, "_write", beaten)
     async with Replica(servers, fresh) as replica:
-        # Both have read the topic to its end before either writes: the other one's record arrives in between.
-        from embedq_sdk import control
-
-        write = control._write
-        rival = Control(alias="default", version=1, path="/rival", command_id="rival")
-
-        async def late(where: Any, topic: str, command: Control, timeout: float) -> int:
-            await write(where, topic, rival, timeout)
-            return await write(where, topic, command, timeout)
-
-        control._write = late
-        try:
-            with pytest.raises(LostRace):
-                await reload(servers, fresh)
-        finally:
-            control._write = write
+        with pytest.raises(LostRace):
+            await reload(servers, fresh)
 
         assert replica.commands[0].command_id == "rival"
 
 
 async def test_status_shows_live_replicas_and_what_waits(servers: str, fresh: str) -> None:
-    from embedq_sdk import EmbedClient
-
     async with Replica(servers, fresh, "r1"), EmbedClient(servers, topic_prefix=fresh) as client:
         for _ in range(3):
             await client.submit("waits")
