@@ -51,7 +51,7 @@ def main() -> int:
     except* EXPECTED as failed:
         code = 1
         for error in _leaves(failed):
-            console.print(f"demo failed: {error}", style="red", markup=False)
+            console.print(f"demo failed: {error}", style="red", markup=False, soft_wrap=True)
     except* KeyboardInterrupt:
         code = 130
         console.print("interrupted; everything that was started is stopped")

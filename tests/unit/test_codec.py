@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from embedq_shared import codec
 from embedq_shared.codec import BadJob, Format
-from embedq_shared.messages import MAX_METADATA_BYTES, Job
+from embedq_shared.messages import MAX_INSTRUCTION_BYTES, MAX_METADATA_BYTES, Job
 
 FORMATS: tuple[Format, ...] = ("json", "msgpack")
 
@@ -232,6 +232,8 @@ def test_a_malformed_value_says_where_it_broke() -> None:
         ({"input_type": "passage"}, "input_type"),
         ({"instruction": 1}, "instruction"),
         ({"instruction": ["find"]}, "instruction"),
+        ({"instruction": "x" * (MAX_INSTRUCTION_BYTES + 1)}, "instruction"),
+        ({"instruction": "é" * (MAX_INSTRUCTION_BYTES // 2 + 1)}, "instruction"),
         ({"instruction": "find", "input_type": "document"}, "instruction"),
         ({"instruction": "", "input_type": "document"}, "instruction"),
         ({"truncate": True}, "truncate"),
@@ -277,6 +279,12 @@ def test_metadata_may_take_16_kb_and_no_byte_more() -> None:
     assert bytes(codec.decode_job(b'{"input":"a","metadata":' + fits + b"}", "json").metadata) == fits
     over = fits.replace(b"x", b"xx", 1)
     assert verdict(b'{"input":"a","metadata":' + over + b"}") == ("invalid_value", "metadata")
+
+
+@pytest.mark.parametrize("letter", ["x", "é"])
+def test_an_instruction_may_take_16_kb(letter: str) -> None:
+    fits = letter * (MAX_INSTRUCTION_BYTES // len(letter.encode()))
+    assert codec.decode_job(packed({"input": "a", "instruction": fits}, "json"), "json").instruction == fits
 
 
 def test_more_inputs_than_the_setting_allows_are_too_many() -> None:
