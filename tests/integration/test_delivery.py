@@ -1,0 +1,75 @@
+"""No job is lost when a replica is killed, and repeats are bounded by what it had in flight."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from embedq_sdk.dev import DevStack
+from tests.promises import Answered, long_job, preload, uncommitted, until_committed
+from tests.replicas import Replica, fresh_prefix, make_topics, reader, replicas
+
+pytestmark = [pytest.mark.kafka, pytest.mark.timeout(180)]
+
+_JOBS = 2000
+_IN_FLIGHT = 128
+_POLL = 32
+_PARTITIONS = 4
+
+
+async def test_a_replica_killed_half_way_and_a_restarted_redis_lose_no_job(
+    stack: DevStack, models: Path, tmp_path: Path
+) -> None:
+    topics = await make_topics(stack, fresh_prefix(), partitions=_PARTITIONS)
+    bounds = {"max_in_flight_jobs": _IN_FLIGHT, "max_poll_records": _POLL}
+    victim, survivor = (
+        Replica(stack, topics, models / "qwen-a", tmp_path / name, **bounds)
+        for name in ("victim", "survivor")
+    )
+    async with replicas(victim, survivor), reader(stack, topics.results) as results:
+        answered = Answered(results)
+        ids = await preload(stack, topics.jobs, _JOBS, long_job)
+        await answered.some(_JOBS // 2)
+        victim.kill()
+        await victim.ended()
+        assert await uncommitted(stack, topics) > 0  # it was killed at work
+        await asyncio.to_thread(stack.stop_redis)
+        try:
+            await answered.more()
+        finally:
+            await asyncio.to_thread(stack.start_redis)
+        await answered.until(ids)
+        await until_committed(stack, topics)
+        assert await survivor.stop() == 0
+
+        await answered.all()
+        assert set(answered.counts()) == set(ids)
+        assert all(result["object"] == "list" for result in answered.results)
+        assert answered.duplicates() <= _PARTITIONS * (_IN_FLIGHT + _POLL)
+
+
+async def test_a_job_that_was_not_committed_is_answered_again_and_from_the_cache(
+    stack: DevStack, models: Path, tmp_path: Path
+) -> None:
+    """An hour between commits: everything that a killed replica answered is repeated, with the same vectors."""
+    topics = await make_topics(stack, fresh_prefix())
+    ids = await preload(stack, topics.jobs, 50)
+    async with reader(stack, topics.results) as results:
+        answered = Answered(results)
+        first = Replica(stack, topics, models / "qwen-a", tmp_path / "first", commit_interval_ms=3_600_000)
+        async with replicas(first):
+            await answered.until(ids)
+            assert answered.duplicates() == 0
+        second = Replica(stack, topics, models / "qwen-a", tmp_path / "second")
+        async with replicas(second):
+            await answered.some(2 * len(ids))
+            await until_committed(stack, topics)
+            assert await second.stop() == 0
+        await answered.all()
+        assert set(answered.counts().values()) == {2}
+        before, again = answered.results[: len(ids)], answered.results[len(ids) :]
+        vectors = {result["id"]: result["data"][0]["embedding"] for result in before}
+        assert all(result["data"][0]["cached"] for result in again)
+        assert all(result["data"][0]["embedding"] == vectors[result["id"]] for result in again)
