@@ -32,6 +32,8 @@ _POLL_MS: Final = 200
 _COMMIT_S: Final = 10.0
 _POSITION_S: Final = 1.0
 _CLOSE_S: Final = 10.0
+_COMMITS_A_SPAN: Final = 4
+"""A commit comes early once one part in so many of what may stay uncommitted is finished."""
 _CAREFUL_RECORDS: Final = 2000
 """Records read one by one behind a poll that failed, before polls are whole again."""
 
@@ -50,6 +52,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
         - No poll runs between a revocation and the assignment behind it: so every record belongs to the current epoch.
         - Polling never stops for longer than that, full or held: pausing is what stops records.
         - Commits come from the ledger alone, so none passes an unfinished record.
+        - A crash repeats at most `max_uncommitted` records of a partition, and one poll.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
         session_timeout_ms: int,
         rebalance_timeout_ms: int,
         commit_interval_s: float,
+        max_uncommitted: int,
     ) -> None:
         self._topics = topics
         self._flow = flow
@@ -73,6 +77,10 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
         self._max_poll_records = max_poll_records
         self._drain_s = min(30.0, rebalance_timeout_ms / 1000 / 2)
         self._commit_interval_s = commit_interval_s
+        self._max_uncommitted = max_uncommitted
+        self._await_commit = False  # a partition takes no more records before a commit
+        self._finished = 0  # since the last commit
+        self._commit_soon = asyncio.Event()
         self._ledger = OffsetLedger()
         self._lane_of: dict[str, Lane] = dict(zip(topics.lanes, LANES, strict=True))
         self._held = 0
@@ -191,6 +199,9 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
     def finish(self, record: Record) -> None:
         """A record is answered."""
         self._ledger.finish(record.ticket)
+        self._finished += 1
+        if self._finished >= max(1, self._max_uncommitted // _COMMITS_A_SPAN):
+            self._commit_soon.set()
         if self._flow.release(record.lane, record.size):
             self._wake.set()
         self._progress.set()
@@ -202,9 +213,16 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
         then, since the broker checks the member's generation and not whose partition it is.
         """
         while True:
-            await asyncio.sleep(self._commit_interval_s)
+            self._commit_soon.clear()
+            try:
+                async with asyncio.timeout(self._commit_interval_s):
+                    await self._commit_soon.wait()
+            except TimeoutError:
+                pass
             if self._open.is_set():
                 await self._commit()
+                if self._await_commit:
+                    self._wake.set()
             if self._open.is_set():
                 self._measure()
 
@@ -310,7 +328,8 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
     def _apply_pauses(self) -> None:
         """Make the client's pauses what they should be: it forgets them at each rebalance."""
         assigned = self._ledger.partitions
-        wanted = {p for p in assigned if self._held or self._flow.is_full(self._lane_of[p.topic])}
+        wanted = {p for p in assigned if self._held or self._is_full(p)}
+        self._await_commit = any(self._repeats_too_much(p) for p in assigned)
         paused = self._consumer.paused() & assigned
         if more := wanted - paused:
             self._consumer.pause(*more)
@@ -325,11 +344,19 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
             self._metrics.in_flight_jobs.labels(lane).set(self._flow.jobs(lane))
             self._metrics.in_flight_bytes.labels(lane).set(self._flow.bytes(lane))
 
+    def _is_full(self, partition: TopicPartition) -> bool:
+        """Whether no more records of this partition should be taken: its lane is full, or a crash would repeat too many."""
+        return self._flow.is_full(self._lane_of[partition.topic]) or self._repeats_too_much(partition)
+
+    def _repeats_too_much(self, partition: TopicPartition) -> bool:
+        return self._ledger.repeatable(partition) >= self._max_uncommitted
+
     # -- offsets --------------------------------------------------------------------------------------------------------
 
     async def _commit(self) -> None:
         """Commit what is safe. A failed commit costs repeated work at most, so it never ends the process."""
         async with self._committing:
+            self._finished = 0
             offsets, epoch = self._ledger.committable(), self._ledger.epoch
             if not offsets:
                 return

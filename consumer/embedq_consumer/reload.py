@@ -170,7 +170,7 @@ class Models:
             before = await self._slot.unload()
             try:
                 new = await self._prepare(command.path, command, reference)
-            except BaseException:
+            except Exception:  # not a cancellation: a process that ends needs no model
                 await self._slot.install(await self._slot.load(before))
                 raise
             await self._reporter.say("swap", "LOADING", command=command)

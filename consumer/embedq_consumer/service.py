@@ -97,6 +97,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             session_timeout_ms=settings.session_timeout_ms,
             rebalance_timeout_ms=settings.rebalance_timeout_ms,
             commit_interval_s=settings.commit_interval_ms / 1000,
+            max_uncommitted=settings.max_uncommitted_jobs,
         )
         batcher = Batcher[Item](
             BatchPolicy(
