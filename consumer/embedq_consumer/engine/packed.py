@@ -33,7 +33,7 @@ _Forward = Callable[[Tensor, Tensor, Packing], Tensor]
 """(ids, positions, packing) → last hidden states (tokens, hidden)."""
 
 _CPU_TOKENS = 1024
-"""Tokens run at once on a CPU; benchmarks/encoder_cpu.py compares other values."""
+"""Tokens run at once on a CPU: fewer leave the cores idle, many more leave the caches (benchmarks/encoder_cpu.py)."""
 _PROBE_LENGTHS = (3, 1, 9, 3)
 _PROBE_COSINE = {torch.float32: 0.9999, torch.bfloat16: 0.99}
 
