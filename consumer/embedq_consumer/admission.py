@@ -81,7 +81,7 @@ class Rules(msgspec.Struct, frozen=True):
             return Refusal(
                 bad.error, format, headers, bad.envelope, dead_letter=bad.error.code == "malformed"
             )
-        envelope = Envelope(job.id, job.model, job.metadata)
+        envelope = codec.envelope_of(job)
         if headers.bad_deadline is not None:
             return Refusal(headers.bad_deadline, format, headers, envelope)
         if headers.deadline_ms is not None and headers.deadline_ms <= now_ms:
@@ -158,7 +158,7 @@ class Rules(msgspec.Struct, frozen=True):
         """A refusal that repeats what can be read of the job."""
         try:
             job = codec.decode_job(record.value, format, max_inputs=self.max_inputs)
-            envelope = Envelope(job.id, job.model, job.metadata)
+            envelope = codec.envelope_of(job)
         except BadJob as bad:
             envelope = bad.envelope
         return Refusal(error, format, headers, envelope, dead_letter, reply)
