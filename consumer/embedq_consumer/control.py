@@ -8,8 +8,8 @@ from typing import Any, Final
 import msgspec
 import structlog
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
-from aiokafka.errors import KafkaError
 
+from embedq_consumer.ending import ended
 from embedq_consumer.intake import UNREADABLE
 from embedq_consumer.metrics import Metrics
 from embedq_shared.codec import decode_control
@@ -20,6 +20,7 @@ log = structlog.get_logger()
 
 _POLL_MS: Final = 1000
 _READ_S: Final = 60.0
+_CLOSE_S: Final = 5.0
 _UNREADABLE: Final = (UnicodeDecodeError, msgspec.DecodeError, RecursionError)
 
 
@@ -63,11 +64,8 @@ class ControlTopic:
 
     async def close(self) -> None:
         """Disconnect."""
-        try:
-            async with asyncio.timeout(5):
-                await self._consumer.stop()
-        except (TimeoutError, KafkaError) as error:
-            log.warning("control_left_open", reason=type(error).__name__)
+        if problem := await ended(self._consumer.stop(), _CLOSE_S):
+            log.warning("control_left_open", reason=problem)
 
     async def _poll(self) -> list[Control]:
         found = []

@@ -20,6 +20,7 @@ from aiokafka.errors import (
 )
 
 from embedq_consumer.batching import LANES, Lane
+from embedq_consumer.ending import ended
 from embedq_consumer.flow import Flow
 from embedq_consumer.jobs import Record
 from embedq_consumer.ledger import OffsetLedger
@@ -170,13 +171,8 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
 
     async def close(self) -> None:
         """Leave the group."""
-        stopping = asyncio.ensure_future(self._consumer.stop())
-        try:
-            async with asyncio.timeout(_CLOSE_S):
-                await asyncio.shield(stopping)
-        except (TimeoutError, KafkaError) as error:
-            stopping.cancel()
-            log.warning("group_left_by_timeout", reason=type(error).__name__)
+        if problem := await ended(self._consumer.stop(), _CLOSE_S):
+            log.warning("group_left_by_timeout", reason=problem)
 
     @asynccontextmanager
     async def held(self, within: float) -> AsyncIterator[None]:

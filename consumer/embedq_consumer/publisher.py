@@ -19,6 +19,7 @@ from aiokafka.errors import (
 )
 
 from embedq_consumer.answers import Outgoing
+from embedq_consumer.ending import ended
 from embedq_consumer.metrics import Metrics
 
 log = structlog.get_logger()
@@ -235,20 +236,13 @@ class Publisher:
 
 async def _abandon(producer: AIOKafkaProducer) -> None:
     """Stop a producer without waiting for ever: with the broker gone, `stop` would."""
-    stopping = asyncio.ensure_future(producer.stop())
-    try:
-        async with asyncio.timeout(_CLOSE_S):
-            await asyncio.shield(stopping)
-    except (TimeoutError, KafkaError, OSError):
-        stopping.cancel()
-        sender: asyncio.Task[None] | None = producer._sender.sender_task
-        if sender is not None:
-            # A stop that is cancelled leaves it running: it would connect again, and send what was given up long ago.
-            sender.cancel()
-        try:
-            async with asyncio.timeout(_CLOSE_S):
-                await producer.client.close()
-                if sender is not None:
-                    await asyncio.wait({sender})
-        except (TimeoutError, KafkaError, OSError) as error:
-            log.warning("producer_left_open", reason=type(error).__name__)
+    if await ended(producer.stop(), _CLOSE_S) is None:
+        return
+    sender: asyncio.Task[None] | None = producer._sender.sender_task
+    if sender is not None:
+        # A stop that is cancelled leaves it running: it would connect again, and send what was given up long ago.
+        sender.cancel()
+    if problem := await ended(producer.client.close(), _CLOSE_S):
+        log.warning("producer_left_open", reason=problem)
+    if sender is not None:
+        await asyncio.wait({sender}, timeout=_CLOSE_S)
