@@ -11,6 +11,7 @@ from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.record.default_records import _DefaultRecordBatchBuilderPy
 
 from embedq_sdk.dev import DevStack
 from embedq_shared.topics import Topics
@@ -41,6 +42,32 @@ async def preload(stack: DevStack, topic: str, count: int, make: MakeJob = short
         ]
         await asyncio.gather(*sent)
     return [job["id"] for job in jobs]
+
+
+class _NotUtf8(str):
+    """A header name whose bytes on the wire are no text."""
+
+    __slots__ = ()
+
+    def encode(self, *_: Any) -> bytes:
+        return b"\xff\xfe"
+
+
+async def send_unreadable(client: AIOKafkaProducer, topic: str, partition: int, key: bytes) -> None:
+    """A record that aiokafka's consumer raises for at each poll: the name of its header is not UTF-8."""
+    batch = client.create_batch()
+    # The compiled builder takes nothing but text; the one in Python asks the name for its bytes.
+    batch._builder = _DefaultRecordBatchBuilderPy(
+        magic=2,
+        compression_type=0,
+        is_transactional=0,
+        producer_id=-1,
+        producer_epoch=-1,
+        base_sequence=-1,
+        batch_size=10_000,
+    )
+    batch.append(key=key, value=b"{}", timestamp=None, headers=[(_NotUtf8("name"), b"")])
+    await (await client.send_batch(batch, topic, partition=partition))
 
 
 class Answered:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
 
 from embedq_sdk.dev import DevStack
-from tests.promises import Answered, long_job, preload, uncommitted, until_committed
-from tests.replicas import Replica, fresh_prefix, make_topics, reader, replicas
+from embedq_shared.headers import value_of
+from tests.promises import (
+    Answered,
+    long_job,
+    preload,
+    send_unreadable,
+    short_job,
+    uncommitted,
+    until_committed,
+)
+from tests.replicas import Replica, fresh_prefix, make_topics, producer, reader, replicas
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(180)]
 
@@ -78,3 +88,28 @@ async def test_a_job_that_was_not_committed_is_answered_again_and_from_the_cache
         vectors = {result["id"]: result["data"][0]["embedding"] for result in before}
         assert all(result["data"][0]["cached"] for result in again)
         assert all(result["data"][0]["embedding"] == vectors[result["id"]] for result in again)
+
+
+async def test_a_record_that_no_client_can_read_does_not_stop_its_partition(
+    stack: DevStack, models: Path, tmp_path: Path
+) -> None:
+    topics = await make_topics(stack, fresh_prefix(), partitions=1)
+    good = json.dumps(short_job(0)).encode()
+    async with producer(stack) as client, reader(stack, topics.results, topics.dead_letters) as results:
+        for _ in range(2):
+            await client.send_and_wait(topics.jobs, good, partition=0)
+            await send_unreadable(client, topics.jobs, 0, b"unreadable")
+        await client.send_and_wait(topics.jobs, good, partition=0)
+        replica = Replica(stack, topics, models / "qwen-a", tmp_path / "log")
+        async with replicas(replica):
+            await results.until(3 + 2 + 2)
+            await until_committed(stack, topics)
+            assert await replica.stop() == 0
+        await results.all()
+    answers = [json.loads(record.value) for record in results.records if record.topic == topics.results]
+    assert [answer["id"] for answer in answers if answer["object"] == "list"] == ["job-0"] * 3
+    errors = [answer for answer in answers if answer["object"] == "error"]
+    assert sorted(error["id"] for error in errors) == [f"{topics.jobs}-0-1", f"{topics.jobs}-0-3"]
+    assert {error["error"]["code"] for error in errors} == {"malformed"}
+    letters = [record for record in results.records if record.topic == topics.dead_letters]
+    assert sorted(value_of(letter.headers, "__connect.errors.offset") for letter in letters) == [b"1", b"3"]
