@@ -113,3 +113,37 @@ async def test_a_record_that_no_client_can_read_does_not_stop_its_partition(
     assert {error["error"]["code"] for error in errors} == {"malformed"}
     letters = [record for record in results.records if record.topic == topics.dead_letters]
     assert sorted(value_of(letter.headers, "__connect.errors.offset") for letter in letters) == [b"1", b"3"]
+
+
+async def test_behind_a_job_that_takes_long_no_more_is_answered_than_a_crash_may_repeat(
+    stack: DevStack, models: Path, tmp_path: Path
+) -> None:
+    """Cached jobs overtake one that computes for seconds, but only so many of the same partition."""
+    topics = await make_topics(stack, fresh_prefix(), partitions=1)
+    replica = Replica(
+        stack, topics, models / "qwen-b", tmp_path / "log", max_poll_records=16, max_uncommitted_jobs=64
+    )
+
+    def job(number: int) -> dict[str, object]:
+        if number == 1:
+            texts = [f"{place} of {topics.prefix}" + " and so on" * 1000 for place in range(60)]
+            return {"id": "slow", "input": texts, "dimensions": 32}
+        return {"id": f"job-{number}", "input": f"always the same in {topics.prefix}", "dimensions": 32}
+
+    async with replicas(replica), reader(stack, topics.results) as results:
+        answered = Answered(results)
+        await preload(stack, topics.jobs, 1, job)  # into the cache
+        await answered.some(1)
+        await until_committed(stack, topics)
+        async with producer(stack, enable_idempotence=True) as client:
+            sent = [
+                await client.send(topics.jobs, json.dumps(job(number)).encode(), partition=0)
+                for number in range(1, 400)
+            ]
+            await asyncio.gather(*sent)
+        await answered.some(400)
+        await until_committed(stack, topics)
+        assert await replica.stop() == 0
+    order = [result["id"] for result in answered.results]
+    assert 1 < order.index("slow") <= 1 + 64 + 16
+    assert answered.duplicates() == 0
