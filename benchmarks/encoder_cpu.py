@@ -38,14 +38,16 @@ def main() -> None:
         "--threads", type=int, default=None, help="PyTorch's threads, for both; all cores unless given"
     )
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--texts", type=int, default=300, help="how many sentences; half as many mixed texts")
     options = parser.parse_args()
     model = options.model or minilm_path()
     encoder = load_encoder(model, device="cpu", threads=options.threads)
     with patch.object(PackedBert, "fits", return_value=False):
         general = load_encoder(model, device="cpu", threads=options.threads)
     reference = _sentence_transformers(model)
+    lines = sentences()[: options.texts]
     results: dict[str, Any] = {"model": model.name, "rounds": options.rounds, "threads": options.threads}
-    for name, texts in (("sentences", sentences()), ("mixed", mixed(sentences()[:180]))):
+    for name, texts in (("sentences", lines), ("mixed", mixed(lines)[: len(lines) // 2])):
         results[name] = compare(name, texts, encoder, general, reference, options.rounds)
     packages = ("torch", "transformers", "tokenizers", "sentence-transformers", "numpy")
     print(f"written to {write('encoder_cpu', results, *packages)}")

@@ -6,6 +6,7 @@ The service sees four names: `load_encoder`, the `Encoder` that it returns, and 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
@@ -90,10 +91,15 @@ def load_encoder(path: Path, *, device: str = "auto", threads: int | None = None
     """Load a directory in Hugging Face / sentence-transformers layout.
 
     `device` is "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N". bf16 on CUDA, float32 on the CPU.
+    `threads` is how many threads PyTorch may use on the CPU, process-wide; all cores unless given.
 
     Raises:
         ModelError: the directory is incomplete, or asks for something that embedq does not run.
     """
+    # PyTorch's OpenMP reads this when it loads. Its threads spin 300,000 times while they wait for each other; on cores
+    # shared with the event loop and a broker that is most of what they do, and batches take up to ten times as long.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     from embedq_consumer.engine.packed import PackedEncoder
 
     return PackedEncoder.load(path, device=device, threads=threads)
