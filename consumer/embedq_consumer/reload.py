@@ -221,10 +221,14 @@ class Models:
         """The directory, below the root, whatever links and dots the path holds."""
         if "\0" in path:
             raise Rejected("path: expected a directory name")
-        directory = (self._root / path).resolve()
+        try:
+            directory = (self._root / path).resolve()
+            is_directory = directory.is_dir()
+        except (OSError, RuntimeError) as error:  # a name too long, no permission, links in a circle
+            raise Rejected(f"path: expected a directory name ({type(error).__name__})") from error
         if not directory.is_relative_to(self._root):
             raise Rejected(f"path: expected a directory below {self._root}")
-        if not directory.is_dir():
+        if not is_directory:
             raise Rejected(f"path: {directory} is no directory")
         return directory
 
