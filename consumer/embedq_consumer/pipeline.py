@@ -117,12 +117,10 @@ class Pipeline:
         self._spawn(self._refuse([(record, refusal)]), "refuse")
 
     async def _ask_for_topics(self, waiting: Sequence[tuple[Record, UnknownAddress]]) -> None:
-        """Jobs whose reply topic is not known: it may be new. They alone wait for the broker's answer."""
+        """Jobs whose reply topic or partition is not known: it may be new. They alone wait for the broker's answer."""
         await self._publisher.refresh_topics()
         jobs, refusals, unknown = self._admit(record for record, _ in waiting)
-        refusals += [
-            (record, self._rules.unknown_topic(record, address.headers)) for record, address in unknown
-        ]
+        refusals += [(record, self._rules.unknown_address(record, address)) for record, address in unknown]
         await self._refuse(refusals)
         await self._start(jobs)
 
@@ -246,7 +244,13 @@ class Pipeline:
         answered = [reply for reply in replies if reply.record.ticket not in again]
         if undeliverable:
             log.warning("results_undeliverable", jobs=len(undeliverable))
-            await self._publisher.publish([record for reply in undeliverable for record in reply.outgoing])
+            again_refused = await self._publisher.publish(
+                [record for reply in undeliverable for record in reply.outgoing]
+            )
+            undeliverable = [
+                reply if reason is None else msgspec.structs.replace(reply, outgoing=[])
+                for reply, reason in zip(undeliverable, again_refused, strict=True)
+            ]
         await self._bury([reply for reply in (*answered, *undeliverable) if reply.dead_letter is not None])
         self._metrics.publish.observe(time.monotonic() - started)
         now = time.monotonic()
