@@ -11,6 +11,7 @@ import base64
 import json
 import struct
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,6 +67,10 @@ class Run:
     good: dict[str, str] = field(default_factory=dict)  # id of the job behind a case → its text
     answers: list[ConsumerRecord] = field(default_factory=list)
     letters: list[ConsumerRecord] = field(default_factory=list)
+    by_id: defaultdict[str, list[ConsumerRecord]] = field(default_factory=lambda: defaultdict(list))
+    by_correlation: defaultdict[bytes, list[ConsumerRecord]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
     vectors: dict[str, npt.NDArray[np.float32]] = field(
         default_factory=dict
     )  # text as the model gets it → raw
@@ -86,12 +91,19 @@ class Run:
     def answer_to(self, name: str) -> list[ConsumerRecord]:
         """The records that answer one case, found by its correlation id, or by the id in the answer."""
         where = self.sent[name]
-        ids = {name, f"{where.topic}-{where.partition}-{where.offset}"}
-        return [
-            record
-            for record in self.answers
-            if value_of(record.headers, "correlation-id") == name.encode() or body(record)["id"] in ids
+        found = [
+            *self.by_correlation.get(name.encode(), []),
+            *self.by_id.get(name, []),
+            *self.by_id.get(f"{where.topic}-{where.partition}-{where.offset}", []),
         ]
+        return list({(record.topic, record.partition, record.offset): record for record in found}.values())
+
+    def index(self) -> None:
+        """Sort the answers by what they say they answer."""
+        for record in self.answers:
+            self.by_id[body(record)["id"]].append(record)
+            if (correlation := value_of(record.headers, "correlation-id")) is not None:
+                self.by_correlation[correlation].append(record)
 
     def letters_of(self, name: str) -> list[ConsumerRecord]:
         """The dead letters of one case, found by where its record stood."""
@@ -175,9 +187,8 @@ async def _run(run: Run, stack: DevStack, folder: Path) -> None:
         await answers.until(2 * (len(run.bad) + len(run.odd)) + 1, within=60)
         await _until_all_committed(run, stack)
         run.answers = list(await answers.all())
+        run.index()
 
-        t0 = time.time()
-        print("CASES DONE", t0)
         answered = len(answers.records)
         run.rss_before = psutil.Process(replica.pid).memory_info().rss
         sampler = asyncio.create_task(_sample(run, replica.pid))
