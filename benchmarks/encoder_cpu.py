@@ -23,7 +23,6 @@ import numpy.typing as npt
 from benchmarks.machine import write
 from benchmarks.texts import sentences
 from embedq_consumer.engine import Encoder, Text, Tokens, load_encoder
-from embedq_consumer.engine.bert import PackedBert
 from tests.tiny_models import minilm_path
 
 MICRO_BATCHES = (256, 1024, 4096)
@@ -42,6 +41,9 @@ def main() -> None:
     options = parser.parse_args()
     model = options.model or minilm_path()
     encoder = load_encoder(model, device="cpu", threads=options.threads)
+    # Imported only here: `load_encoder` sets OpenMP up before PyTorch is imported.
+    from embedq_consumer.engine.bert import PackedBert
+
     with patch.object(PackedBert, "fits", return_value=False):
         general = load_encoder(model, device="cpu", threads=options.threads)
     reference = _sentence_transformers(model)
