@@ -81,6 +81,7 @@ class Encoder(Protocol):
 def default_batch_tokens(device: str) -> int:
     """A token budget that keeps the device busy without holding up the texts behind it."""
     if device == "auto":
+        _before_torch()
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -96,10 +97,17 @@ def load_encoder(path: Path, *, device: str = "auto", threads: int | None = None
     Raises:
         ModelError: the directory is incomplete, or asks for something that embedq does not run.
     """
-    # PyTorch's OpenMP reads this when it loads. Its threads spin 300,000 times while they wait for each other; on cores
-    # shared with the event loop and a broker that is most of what they do, and batches take up to ten times as long.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    _before_torch()
     from embedq_consumer.engine.packed import PackedEncoder
 
     return PackedEncoder.load(path, device=device, threads=threads)
+
+
+def _before_torch() -> None:
+    """Set what PyTorch's OpenMP reads when it loads, so before anything imports torch.
+
+    Its threads spin 300,000 times while they wait for each other; on cores shared with the event loop and a broker that
+    is most of what they do, and batches take up to ten times as long.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
