@@ -12,6 +12,7 @@ from aiokafka.errors import KafkaError
 
 from embedq_consumer import logs
 from embedq_consumer.engine import ModelError
+from embedq_consumer.model import NoModel
 from embedq_consumer.publisher import BrokerUnavailable
 from embedq_consumer.reload import Rejected
 from embedq_consumer.service import MissingTopics, serve
@@ -22,6 +23,7 @@ _EXPECTED = (
     MissingTopics,
     ModelError,
     Rejected,
+    NoModel,
     BrokerUnavailable,
     KafkaError,
     OSError,

@@ -67,7 +67,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         )
         parts.callback(slot.close)
         reporter = Reporter(settings.topics, settings.replica, settings.alias, publisher.publish, metrics)
-        budget = settings.max_batch_tokens or default_batch_tokens(settings.device)
+        budget = settings.max_batch_tokens or await asyncio.to_thread(default_batch_tokens, settings.device)
         models = Models(
             slot,
             root=settings.root,
