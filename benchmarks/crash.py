@@ -1,6 +1,7 @@
 """A replica is killed half-way, Redis restarted: is every job answered, and how many twice?
 
-    python -m benchmarks.crash --jobs 20000
+    python -m benchmarks.crash --jobs 20000                 # the service's own bounds
+    python -m benchmarks.crash --jobs 20000 --in-flight 512  # tighter ones
 
 Two replicas of all-MiniLM-L6-v2 on a Kafka and a Redis of their own. When half of the jobs are answered, one replica
 gets SIGKILL, and Redis is stopped and started. Prints a table, writes it as JSON below benchmarks/results, and ends
@@ -11,24 +12,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import os
-import platform
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import write
+from embedq_consumer.settings import Settings
 from embedq_sdk.dev import DevStack
 from tests.promises import Answered, preload, until_committed
 from tests.replicas import Replica, fresh_prefix, make_topics, reader, replicas
 from tests.tiny_models import minilm_path
 
-_RESULTS = Path(__file__).parent / "results"
 _PARTITIONS = 8
-_IN_FLIGHT = 512
-_UNCOMMITTED = _IN_FLIGHT // _PARTITIONS
-_POLL = 128
 _SESSION_S = 6
 _WORDS = ("harbour", "bread", "engine", "winter", "music", "market", "forest", "signal", "bridge", "garden")
 
@@ -39,8 +35,23 @@ def job(number: int) -> dict[str, Any]:
     return {"id": f"job-{number}", "input": f"The {' and the '.join(words)} of day {number}."}
 
 
-async def crash(stack: DevStack, jobs: int, directory: Path) -> dict[str, Any]:
+def bounds(in_flight: int | None) -> tuple[dict[str, int], int]:
+    """Settings, and how many records one killed replica may have taken and not committed under them."""
+    defaults = Settings(kafka_servers="-", model="-")
+    if in_flight is None:
+        return {}, _PARTITIONS * defaults.max_uncommitted_jobs + defaults.max_poll_records
+    uncommitted = in_flight // _PARTITIONS
+    settings = {
+        "max_in_flight_jobs": in_flight,
+        "max_uncommitted_jobs": uncommitted,
+        "max_poll_records": uncommitted,
+    }
+    return settings, _PARTITIONS * uncommitted + uncommitted
+
+
+async def crash(stack: DevStack, jobs: int, in_flight: int | None, directory: Path) -> dict[str, Any]:
     """Run it once; the figures."""
+    settings, most = bounds(in_flight)
     topics = await make_topics(stack, fresh_prefix(), partitions=_PARTITIONS)
     victim, survivor = (
         Replica(
@@ -48,9 +59,7 @@ async def crash(stack: DevStack, jobs: int, directory: Path) -> dict[str, Any]:
             topics,
             minilm_path(),
             directory / f"{name}.log",
-            max_in_flight_jobs=_IN_FLIGHT,
-            max_poll_records=_POLL,
-            max_uncommitted_jobs=_UNCOMMITTED,
+            **settings,
             session_timeout_ms=_SESSION_S * 1000,
         )
         for name in ("victim", "survivor")
@@ -81,7 +90,8 @@ async def crash(stack: DevStack, jobs: int, directory: Path) -> dict[str, Any]:
         "results": counts.total(),
         "duplicates": answered.duplicates(),
         "in_flight_of_the_killed_replica": int(before['embedq_in_flight_jobs{lane="interactive"}']),
-        "most_that_may_repeat": _PARTITIONS * _UNCOMMITTED + _POLL,
+        "most_that_may_repeat": most,
+        "settings": settings or "the service's defaults",
         "answered_when_killed": at_kill,
         "seconds": round(ended - started, 1),
         "seconds_behind_the_kill": round(ended - killed, 1),
@@ -93,18 +103,16 @@ async def crash(stack: DevStack, jobs: int, directory: Path) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=20_000)
-    parser.add_argument("--output", type=Path, default=_RESULTS / "crash.json")
+    parser.add_argument("--in-flight", type=int, default=None, help="jobs; default: the service's own bounds")
     options = parser.parse_args()
     with DevStack(report=print) as stack, tempfile.TemporaryDirectory() as directory:
-        machine = f"{os.cpu_count()} CPUs, Python {platform.python_version()}"
-        where = {"kafka": stack.kafka_description, "redis": stack.redis_description, "machine": machine}
-        figures = asyncio.run(crash(stack, options.jobs, Path(directory)))
+        where = {"kafka": stack.kafka_description, "redis": stack.redis_description}
+        figures = asyncio.run(crash(stack, options.jobs, options.in_flight, Path(directory)))
     found = {"model": "all-MiniLM-L6-v2", **figures, **where}
     width = max(map(len, found))
     for name, value in found.items():
         print(f"{name.replace('_', ' '):<{width}}  {value}")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(found, indent=2) + "\n")
+    write("crash" if options.in_flight is None else "crash_tight", found, "embedq", "torch", "aiokafka")
     return 0 if not found["lost"] and found["duplicates"] <= found["most_that_may_repeat"] else 1
 
 

@@ -33,6 +33,8 @@ _POLL_MS: Final = 200
 _COMMIT_S: Final = 10.0
 _POSITION_S: Final = 1.0
 _CLOSE_S: Final = 10.0
+_PATIENCE_MS: Final = 5000
+"""The longest wait for one partition's record behind a poll that failed."""
 _COMMITS_A_SPAN: Final = 4
 """A commit comes early once one part in so many of what may stay uncommitted is finished."""
 _CAREFUL_RECORDS: Final = 2000
@@ -86,6 +88,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
         self._lane_of: dict[str, Lane] = dict(zip(topics.lanes, LANES, strict=True))
         self._held = 0
         self._stopping = False
+        self._patience_ms = _POLL_MS
         self._wake = asyncio.Event()
         self._open = asyncio.Event()  # polls may run
         self._open.set()
@@ -225,7 +228,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
     # -- polling --------------------------------------------------------------------------------------------------------
 
     async def _poll(
-        self, *partitions: TopicPartition, limit: int
+        self, *partitions: TopicPartition, limit: int, timeout_ms: int = _POLL_MS
     ) -> Mapping[TopicPartition, list[ConsumerRecord]]:
         """One poll. A wake-up ends it early: nothing is lost, since records leave the client only when it returns.
 
@@ -233,7 +236,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
         listener lets none come before the poll has returned.
         """
         poll = asyncio.ensure_future(
-            self._consumer.getmany(*partitions, timeout_ms=_POLL_MS, max_records=limit)
+            self._consumer.getmany(*partitions, timeout_ms=timeout_ms, max_records=limit)
         )
         wake = asyncio.ensure_future(self._wake.wait())
         try:
@@ -276,24 +279,28 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
         where the ledger is. Then record by record, since what raises stands at the position.
         """
         assigned = sorted(self._ledger.partitions)
+        stepped_over = False
         for partition in assigned:
             await self._rewind(partition)
         for partition in assigned:
             for _ in range(_CAREFUL_RECORDS):
                 self._beat()
                 try:
-                    found = await self._poll(partition, limit=1)
+                    found = await self._poll(partition, limit=1, timeout_ms=self._patience_ms)
                 except UNREADABLE as error:
                     offset = await self._position(partition)
                     if offset is not None:
                         self._consumer.seek(partition, offset + 1)
                         unreadable(self._unread(partition, offset), error)
+                        stepped_over = True
                     break
                 if not found:
                     break  # nothing more, or a wake-up: if the record is still there, the next poll fails again
                 take(self._begin(found))
                 if self._stopping or self._flow.is_full(self._lane_of[partition.topic]):
                     break  # likewise
+        # Found nothing? Then the broker may be too slow for so short a wait.
+        self._patience_ms = _POLL_MS if stepped_over else min(2 * self._patience_ms, _PATIENCE_MS)
 
     def _unread(self, partition: TopicPartition, offset: int) -> Record:
         """A record of which nothing is known but where it is."""

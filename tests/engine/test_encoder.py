@@ -136,3 +136,10 @@ def test_a_closed_encoder_frees_its_weights(tmp_path: Path) -> None:
 def test_loading_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     load_encoder(make_tiny_bert(tmp_path), device="cpu")
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_token_beyond_the_embeddings_is_an_error_before_it_reaches_the_device(tmp_path: Path) -> None:
+    encoder = load_encoder(make_tiny_qwen3(tmp_path / "model"), device="cpu")
+    with pytest.raises(IndexError, match="beyond the model's"):
+        encoder.encode([np.array([1, 10_000_000], dtype=np.int32)])
+    assert np.isfinite(encoder.encode([np.array([1, 2], dtype=np.int32)])).all()

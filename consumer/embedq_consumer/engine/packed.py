@@ -66,6 +66,7 @@ class PackedEncoder:
         self._device: torch.device = model.device
         self._last_norm = _take_last_norm(model) if directory.pooling == "lasttoken" else None
         self._model = model
+        self._vocabulary: int = model.get_input_embeddings().num_embeddings
         self._forward: _Forward | None = PackedBert(model) if PackedBert.fits(model) else _packed(model)
 
     @classmethod
@@ -151,6 +152,9 @@ class PackedEncoder:
         assert self._forward is not None, "encode after close. This is a bug."
         lengths = [len(ids) for ids in sequences]
         ids = np.concatenate(sequences, dtype=np.int64)
+        if ids.max() >= self._vocabulary:
+            # On CUDA the look-up itself would break the device's context, and with it every later batch.
+            raise IndexError(f"a token beyond the model's {self._vocabulary} embeddings")
         positions = np.concatenate([np.arange(n, dtype=np.int64) for n in lengths]) + self._position_offset
         packing = Packing.of(lengths, self._device)
         row, column = (torch.from_numpy(a).to(self._device, non_blocking=True) for a in (ids, positions))
