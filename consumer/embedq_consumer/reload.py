@@ -163,7 +163,7 @@ class Models:
 
     async def _unload_first(self, command: Control, hold: Hold) -> None:
         """One model in memory at a time; jobs wait for the whole load, and the old model comes back if it fails."""
-        self._resolve(command.path)
+        await asyncio.to_thread(self._resolve, command.path)
         reference = await self._check_vectors(self._slot.loaded.encoder)
         await self._reporter.say("drain", "LOADING", command=command)
         async with hold(self._drain_timeout_s):
@@ -201,7 +201,7 @@ class Models:
             ModelError, Rejected: it did not; its memory is free again.
         """
         await self._reporter.say("validate", "LOADING", command=command)
-        directory = self._resolve(path)
+        directory = await asyncio.to_thread(self._resolve, path)  # a file system may be slow
         await self._reporter.say("load", "LOADING", command=command)
         loaded = await self._load(directory)
         try:
