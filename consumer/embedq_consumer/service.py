@@ -21,10 +21,10 @@ from embedq_consumer.batching import Batcher, BatchPolicy
 from embedq_consumer.cache import VectorCache
 from embedq_consumer.control import ControlTopic
 from embedq_consumer.engine import default_batch_tokens, load_encoder
+from embedq_consumer.flights import Item
 from embedq_consumer.flow import Flow
 from embedq_consumer.http import Health, HealthServer
 from embedq_consumer.intake import Intake
-from embedq_consumer.jobs import Item
 from embedq_consumer.metrics import Metrics
 from embedq_consumer.model import ModelSlot
 from embedq_consumer.pipeline import Pipeline

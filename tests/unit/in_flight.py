@@ -12,7 +12,8 @@ from aiokafka import TopicPartition
 
 from embedq_consumer.admission import Rules
 from embedq_consumer.engine import Text, TextTooLong, Tokens
-from embedq_consumer.jobs import InFlight, Item, Record
+from embedq_consumer.flights import Identity, Item, Waiter
+from embedq_consumer.jobs import InFlight, Record
 from embedq_consumer.ledger import Ticket
 from embedq_shared.topics import Topics
 
@@ -87,6 +88,9 @@ def admitted(
     return found
 
 
-def item(job: InFlight, index: int = 0, tokens: int = 3, *, truncated: bool = False) -> Item:
-    """One of its texts, waiting for a micro-batch."""
-    return Item(job, index, np.arange(tokens, dtype=np.int32), truncated, 0.0)
+def item(
+    job: InFlight, index: int = 0, tokens: int = 3, *, truncated: bool = False
+) -> tuple[Item, list[Waiter]]:
+    """One of its texts behind a micro-batch, and that this input alone waited for it."""
+    ids = np.arange(tokens, dtype=np.int32)
+    return Item(Identity.of(job, index), job.encoder, ids, truncated, 0.0), [(job, index)]
