@@ -1,0 +1,296 @@
+"""Micro-batches on a CUDA device without a gap: packed into few sizes, each a CUDA graph, copied asynchronously.
+
+A part is what runs at once: some sequences side by side in a row of a fixed size. Its inputs go to the device in one copy
+from pinned memory, its vectors come back in another, and the host waits for a part only when it wants the vectors.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Self
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from embedq_consumer.engine.qwen3 import PackedQwen3
+
+__all__ = ["Forward", "Graphs", "Pending", "best_fit", "sizes_up_to"]
+
+Ids = npt.NDArray[np.int32]
+Vectors = npt.NDArray[np.float32]
+Forward = Callable[[Tensor, Tensor, Tensor, Tensor, int, Tensor], None]
+"""(ids, positions, cumulated lengths, last tokens, longest, out): int32 but for `out`, float32 (sequences, hidden)."""
+
+_PART_TOKENS = 8192
+"""What runs at once of a larger batch: fewer tokens slow the products down, more keep its first vectors waiting."""
+_GRAPH_TOKENS = 16384
+_GRAPH_TOKENS_TORCH = 1024
+"""PyTorch's own attention launches work for the longest sequence that a graph may hold, for every sequence."""
+_SLOTS = 4
+"""Parts on their way at once: one runs, one waits behind it, two are being filled or emptied."""
+
+
+def sizes_up_to(limit: int) -> tuple[int, ...]:
+    """The rows' sizes in tokens: powers of two, from 1,024 on with three more between each two."""
+    sizes = [16]
+    while sizes[-1] < limit:
+        last = sizes[-1]
+        step = last if last < 1024 else (1 << (last.bit_length() - 1)) // 4
+        sizes.append(last + step)
+    return tuple(size for size in sizes if size <= limit)
+
+
+def sequences_of(size: int) -> int:
+    """How many sequences a row of `size` tokens has room for: texts of 8 tokens on average, of 16 in long rows."""
+    return max(16, size // 8 if size <= 1024 else size // 16)
+
+
+def best_fit(lengths: Sequence[int], size: int, most: int) -> list[list[int]]:
+    """Indices of `lengths` in parts of at most `size` tokens and `most` sequences; a longer sequence is a part alone.
+
+    Each part starts with the first one left and then takes the longest that fits, so that parts but the last are full.
+    """
+    by_length: dict[int, deque[int]] = {}
+    for index, length in enumerate(lengths):
+        by_length.setdefault(length, deque()).append(index)
+    taken = [False] * len(lengths)
+    parts: list[list[int]] = []
+    descending = sorted(by_length, reverse=True)
+    for first, length in enumerate(lengths):
+        if taken[first]:
+            continue
+        by_length[length].popleft()  # which is this one: those before it are taken
+        taken[first] = True
+        part, room = [first], size - length
+        for candidate in descending:
+            waiting = by_length[candidate]
+            while waiting and candidate <= room and len(part) < most:
+                index = waiting.popleft()
+                taken[index] = True
+                part.append(index)
+                room -= candidate
+        parts.append(part)
+        descending = [candidate for candidate in descending if by_length[candidate]]
+    return parts
+
+
+class _Slot(msgspec.Struct, frozen=True):
+    """Pinned memory of one part on its way."""
+
+    inputs: Tensor
+    outputs: Tensor
+    done: torch.cuda.Event
+
+
+class _Part(msgspec.Struct):
+    """One part on its way, until its vectors are in place."""
+
+    slot: _Slot | None
+    source: Vectors
+    done: torch.cuda.Event
+    vectors: Vectors
+    indices: list[int]
+    finished: bool = False
+
+
+class Pending:
+    """Vectors that the device computes, or has computed."""
+
+    def __init__(self, graphs: Graphs, vectors: Vectors, parts: Sequence[_Part]) -> None:
+        self._graphs = graphs
+        self._vectors = vectors
+        self._parts = parts
+
+    def result(self) -> Vectors:
+        """Wait for them: float32 (sequences, hidden), in the order of `submit`."""
+        for part in self._parts:
+            self._graphs.finish(part)
+        return self._vectors
+
+
+class Graphs:
+    """Runs `forward` over parts of a batch; one thread at a time.
+
+    Invariants: everything runs on one stream, in the order of `submit`; the device's input and output buffers are the
+    same for all sizes, so a part's copy in, graph and copy out never overlap another's; captured graphs share one pool
+    of memory for the same reason. A part larger than the largest size runs without a graph, in exactly its own size.
+    """
+
+    def __init__(
+        self, forward: Forward, hidden: int, device: torch.device, *, graph_limit: int, part_tokens: int
+    ) -> None:
+        self._forward = forward
+        self._hidden = hidden
+        self._device = device
+        self._sizes = sizes_up_to(graph_limit)
+        self.part_tokens = part_tokens
+        """Larger batches are cut into parts of so many tokens."""
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        sequences = max(sequences_of(size) for size in self._sizes)
+        self._inputs = torch.zeros(
+            _input_length(self._sizes[-1], sequences), dtype=torch.int32, device=device
+        )
+        self._outputs = torch.zeros(sequences, hidden, dtype=torch.float32, device=device)
+        self._free = [
+            _Slot(
+                torch.zeros(len(self._inputs), dtype=torch.int32).pin_memory(),
+                torch.zeros(sequences, hidden, dtype=torch.float32).pin_memory(),
+                torch.cuda.Event(),
+            )
+            for _ in range(_SLOTS)
+        ]
+        self._running: deque[_Part] = deque()
+        torch.cuda.current_stream(device).synchronize()
+
+    @classmethod
+    def over(cls, forward: PackedQwen3, norm: Tensor) -> Self:
+        """For last tokens: `norm` is the weight of the last norm."""
+
+        def run(ids: Tensor, positions: Tensor, cu: Tensor, last: Tensor, longest: int, out: Tensor) -> None:
+            forward.pooled(ids, positions, cu, last, longest, norm, out)
+
+        fast = forward.attention.__name__ == "flash_attn_4"
+        return cls(
+            run,
+            forward.hidden_size,
+            forward.device,
+            graph_limit=_GRAPH_TOKENS if fast else _GRAPH_TOKENS_TORCH,
+            part_tokens=_PART_TOKENS,
+        )
+
+    def capture(self) -> None:
+        """Capture every size, largest first: the smaller ones then find their memory in the pool."""
+        for size in reversed(self._sizes):
+            self._graph(size)
+
+    def submit(self, batch: Sequence[Ids]) -> Pending:
+        """Start computing one vector for each sequence; a sequence of no tokens gets zeros.
+
+        Returns when all is handed to the device, which waits for earlier parts where no slot is free.
+        """
+        vectors = np.zeros((len(batch), self._hidden), dtype=np.float32)
+        present = [index for index, ids in enumerate(batch) if len(ids)]
+        parts = self._parts([len(batch[index]) for index in present])
+        started = [self._start(batch, [present[i] for i in part], vectors) for part in parts]
+        return Pending(self, vectors, started)
+
+    def encode(self, batch: Sequence[Ids]) -> Vectors:
+        """`submit`, and wait."""
+        return self.submit(batch).result()
+
+    def finish(self, part: _Part) -> None:
+        """Wait for one part and put its vectors in place; doing it again changes nothing."""
+        if part.finished:
+            return
+        part.done.synchronize()
+        part.vectors[part.indices] = part.source
+        part.finished = True
+        if part.slot is not None:
+            self._free.append(part.slot)
+            self._running.remove(part)
+
+    def _parts(self, lengths: Sequence[int]) -> list[list[int]]:
+        if sum(lengths) <= self.part_tokens and self._size(sum(lengths), len(lengths)) is not None:
+            return [list(range(len(lengths)))] if lengths else []
+        return best_fit(lengths, self.part_tokens, sequences_of(self._sizes[-1]))
+
+    def _size(self, tokens: int, sequences: int) -> int | None:
+        """The smallest size with room, None if none has."""
+        return next(
+            (size for size in self._sizes if size >= tokens and sequences_of(size) >= sequences), None
+        )
+
+    def _start(self, batch: Sequence[Ids], indices: list[int], vectors: Vectors) -> _Part:
+        sequences = [batch[index] for index in indices]
+        lengths = np.array([len(ids) for ids in sequences], dtype=np.int32)
+        tokens, longest = int(lengths.sum()), int(lengths.max())
+        size = self._size(tokens, len(sequences))
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream), torch.inference_mode():
+            if size is None:
+                return self._start_alone(sequences, lengths, longest, indices, vectors)
+            graph = self._graph(size)
+            if not self._free:
+                self.finish(self._running[0])
+            slot = self._free.pop()
+            rows = sequences_of(size)
+            length = _input_length(size, rows)
+            _fill(slot.inputs[:length].numpy(), sequences, lengths, size, rows)
+            self._inputs[:length].copy_(slot.inputs[:length], non_blocking=True)
+            graph.replay()
+            outputs = slot.outputs[: len(sequences)]
+            outputs.copy_(self._outputs[: len(sequences)], non_blocking=True)
+            slot.done.record()
+        part = _Part(slot, outputs.numpy(), slot.done, vectors, indices)
+        self._running.append(part)
+        return part
+
+    def _start_alone(
+        self, sequences: Sequence[Ids], lengths: Ids, longest: int, indices: list[int], vectors: Vectors
+    ) -> _Part:
+        """Without a graph, in memory of its own; `tokens` rounded up to what FP8 products take."""
+        rows = -(-len(sequences) // 16) * 16
+        size = -(-int(lengths.sum()) // 128) * 128
+        host = torch.zeros(_input_length(size, rows), dtype=torch.int32).pin_memory()
+        _fill(host.numpy(), sequences, lengths, size, rows)
+        inputs = host.to(self._device, non_blocking=True)
+        out = torch.empty(rows, self._hidden, dtype=torch.float32, device=self._device)
+        self._forward(*_views(inputs, size, rows), longest, out)
+        outputs = torch.empty(len(sequences), self._hidden, dtype=torch.float32).pin_memory()
+        outputs.copy_(out[: len(sequences)], non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return _Part(None, outputs.numpy(), done, vectors, indices)
+
+    def _graph(self, size: int) -> torch.cuda.CUDAGraph:
+        if size not in self._graphs:
+            self._graphs[size] = self._captured(size)
+        return self._graphs[size]
+
+    def _captured(self, size: int) -> torch.cuda.CUDAGraph:
+        rows = sequences_of(size)
+        inputs = _views(self._inputs, size, rows)
+        out = self._outputs[:rows]
+        with torch.cuda.device(self._device), torch.inference_mode():
+            with torch.cuda.stream(self._stream):
+                # Once without a graph: kernels are compiled and libraries choose theirs, which a capture forbids.
+                self._forward(*inputs, size, out)
+            self._stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                self._forward(*inputs, size, out)
+        return graph
+
+
+def _input_length(size: int, rows: int) -> int:
+    return 2 * size + 2 * rows + 1
+
+
+def _views(inputs: Tensor, size: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """ids, positions, last tokens and cumulated lengths; these come last, their length being odd."""
+    ids, positions, last, cu = inputs[: _input_length(size, rows)].split([size, size, rows, rows + 1])
+    return ids, positions, cu, last
+
+
+def _fill(inputs: Ids, sequences: Sequence[Ids], lengths: Ids, size: int, rows: int) -> None:
+    """Lay one part out in `inputs`; the tail that no sequence uses is token 0 at position 0."""
+    count, tokens = len(sequences), int(lengths.sum())
+    ids, positions, last, cu = np.split(inputs, [size, 2 * size, 2 * size + rows])
+    ends = np.cumsum(lengths, dtype=np.int32)
+    np.concatenate(sequences, out=ids[:tokens])
+    ids[tokens:] = 0
+    np.subtract(np.arange(tokens, dtype=np.int32), np.repeat(ends - lengths, lengths), out=positions[:tokens])
+    positions[tokens:] = 0
+    last[:count] = ends - 1
+    last[count:] = 0
+    cu[0] = 0
+    cu[1 : count + 1] = ends
+    cu[count + 1 :] = tokens

@@ -1,0 +1,198 @@
+"""Qwen3's forward over a packed row, written out for CUDA: what Qwen3-Embedding runs on a GPU.
+
+It computes what transformers' Qwen3Model computes, with one product for query, key and value and one for gate and up, and
+one kernel for each of what lies between (kernels.py). PackedEncoder proves it against Qwen3Model at every load.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from embedq_consumer.engine.attention import Packing, cuda_kernel
+from embedq_consumer.engine.fp8 import Weight, linear, weight_of
+from embedq_consumer.engine.kernels import add_norm, gate, norm_rotate, quantise, skinny_linear, skinny_plan
+
+__all__ = ["PackedQwen3"]
+
+
+class _Layer(msgspec.Struct, frozen=True):
+    norm: Tensor
+    qkv: Weight
+    rotated: tuple[Tensor, Tensor]
+    """The weights of the norms of queries and keys."""
+    attended: Weight
+    middle_norm: Tensor
+    gate_up: Weight
+    down: Weight
+
+
+class PackedQwen3:
+    """The layers of one Qwen3Model, which it takes apart as it fuses them: no weight is held twice.
+
+    `quantised`: weights and activations of every product in FP8; embeddings, norms, attention and residuals stay as they
+    are. Products of at most 64 tokens are bound by reading weights, so their activations stay bf16 in FP8 too.
+    """
+
+    def __init__(self, model: Any, *, quantised: bool = False) -> None:
+        config = model.config
+        self._heads = int(config.num_attention_heads)
+        self._kv_heads = int(config.num_key_value_heads)
+        self._head_dim = int(config.head_dim)
+        self._eps = float(config.rms_norm_eps)
+        self._quantised = quantised
+        self._words: Tensor = model.embed_tokens.weight.detach()
+        self.device = self._words.device
+        self.hidden_size = int(config.hidden_size)
+        self._norm: Tensor | None = None
+        if not isinstance(model.norm, torch.nn.Identity):
+            self._norm = model.norm.weight.detach()
+        self._rotation = _rotation(model)
+        self._layers = [_layer(layer, quantised) for layer in model.layers]
+        causal = bool(getattr(config, "is_causal", True))
+        self.attention = cuda_kernel(
+            self._heads, self._kv_heads, self._head_dim, causal, self._words.dtype, self.device
+        )
+        self.add_in_product = not quantised
+        self.skinny = True
+
+    @staticmethod
+    def fits(model: Any) -> bool:
+        """Whether `model` is a plain Qwen3 in bf16 on CUDA, full attention and unscaled rotary positions."""
+        config = model.config
+        if type(model).__name__ != "Qwen3Model" or model.device.type != "cuda":
+            return False
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        rotary = getattr(model.rotary_emb, "rope_type", None)
+        half = int(config.head_dim) // 2
+        return (
+            model.dtype == torch.bfloat16
+            and config.hidden_act == "silu"
+            and not config.attention_bias
+            and kinds == {"full_attention"}
+            and rotary == "default"
+            and half & (half - 1) == 0
+        )
+
+    def __call__(self, ids: Tensor, positions: Tensor, packing: Packing) -> Tensor:
+        """Last hidden states (tokens, hidden), as the model's own forward gives them."""
+        x, y = self._run(ids, positions, packing.cu_seqlens, packing.longest, None)
+        if self._norm is None:
+            return x if y is None else x + y
+        normed = add_norm(x, y, self._norm, self._eps)
+        assert isinstance(normed, Tensor)
+        return normed
+
+    def pooled(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        cu: Tensor,
+        last: Tensor,
+        longest: int,
+        norm: Tensor,
+        out: Tensor,
+    ) -> None:
+        """Write the last norm, in float32, of the tokens at `last` to `out` (len(last), hidden).
+
+        What the last layer does behind its attention is done for those tokens alone. Nothing here waits for the device
+        or depends on what the tensors hold, so it can be captured as a CUDA graph. Tokens behind `cu[-1]` belong to no
+        sequence: they cost time and change nothing.
+        """
+        x, y = self._run(ids, positions, cu, longest, last)
+        add_norm(x, y, norm, self._eps, keep=False, out=out)
+
+    def _run(
+        self, ids: Tensor, positions: Tensor, cu: Tensor, longest: int, last: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream behind the last layer, in two parts that are still to be added."""
+        x = F.embedding(ids, self._words)
+        y: Tensor | None = None
+        heads, kv_heads, dim = self._heads, self._kv_heads, self._head_dim
+        scale = dim**-0.5
+        for index, layer in enumerate(self._layers):
+            qkv = self._norm_linear(x, y, layer.norm, layer.qkv)
+            norm_rotate(qkv, positions, self._rotation, layer.rotated, (heads, kv_heads), self._eps)
+            q, k, v = qkv.view(-1, heads + 2 * kv_heads, dim).split([heads, kv_heads, kv_heads], dim=1)
+            attended = self.attention(q, k, v, cu, longest, scale).view(-1, heads * dim)
+            if last is not None and index == len(self._layers) - 1:
+                x, attended = x.index_select(0, last), attended.index_select(0, last)
+            x, y = self._linear_add(attended, layer.attended, x)
+            gated = self._norm_gate(x, y, layer)
+            x, y = self._linear_add(gated, layer.down, x)
+        return x, y
+
+    def _norm_linear(self, x: Tensor, y: Tensor | None, norm: Tensor, weight: Weight) -> Tensor:
+        plan = self._plan(x, weight) if y is None else None
+        if plan is not None:
+            return skinny_linear(x, weight, plan, norm=norm, eps=self._eps)
+        return linear(add_norm(x, y, norm, self._eps, quantised=self._quantised), weight)
+
+    def _norm_gate(self, x: Tensor, y: Tensor | None, layer: _Layer) -> Tensor:
+        plan = self._plan(x, layer.gate_up, gated=True) if y is None else None
+        if plan is not None:
+            return skinny_linear(x, layer.gate_up, plan, norm=layer.middle_norm, eps=self._eps, gated=True)
+        normed = add_norm(x, y, layer.middle_norm, self._eps, quantised=self._quantised)
+        return linear(normed, layer.gate_up)
+
+    def _linear_add(self, rows: Tensor, weight: Weight, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`x` with the product added, or the two of them where the next norm adds them for less."""
+        double = rows.shape[1] == 2 * _inner(weight)
+        plan = None if double else self._plan(rows, weight)
+        if plan is not None:
+            return skinny_linear(rows, weight, plan, residual=x), None
+        activations = gate(rows, quantised=self._quantised) if double else rows
+        if self._quantised and isinstance(activations, Tensor):
+            activations = quantise(activations)
+        if self.add_in_product and isinstance(weight, Tensor) and isinstance(activations, Tensor):
+            return x.addmm_(activations, weight.t()), None
+        return x, linear(activations, weight)
+
+    def _plan(self, rows: Tensor, weight: Weight, *, gated: bool = False) -> dict[str, int] | None:
+        if not self.skinny or rows.shape[0] > 64:
+            return None
+        width = (weight[0] if isinstance(weight, tuple) else weight).shape[0]
+        return skinny_plan(
+            rows.shape[0],
+            width // 2 if gated else width,
+            rows.shape[1],
+            gated=gated,
+            scaled=isinstance(weight, tuple),
+        )
+
+
+def _inner(weight: Weight) -> int:
+    return (weight[0] if isinstance(weight, tuple) else weight).shape[1]
+
+
+def _rotation(model: Any) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position, float32 (positions, head_dim / 2)."""
+    frequencies = model.rotary_emb.inv_freq.double()
+    positions = torch.arange(int(model.config.max_position_embeddings), device=frequencies.device)
+    angles = positions.double()[:, None] * frequencies
+    scaling = float(model.rotary_emb.attention_scaling)
+    return (angles.cos() * scaling).float(), (angles.sin() * scaling).float()
+
+
+def _layer(layer: Any, quantised: bool) -> _Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+
+    def fused(*modules: Any) -> Weight:
+        weight = weight_of([module.weight.detach() for module in modules], quantised=quantised)
+        for module in modules:
+            module.weight = None  # the model's own copy goes, layer by layer
+        return weight
+
+    return _Layer(
+        norm=layer.input_layernorm.weight.detach(),
+        qkv=fused(attention.q_proj, attention.k_proj, attention.v_proj),
+        rotated=(attention.q_norm.weight.detach(), attention.k_norm.weight.detach()),
+        attended=fused(attention.o_proj),
+        middle_norm=layer.post_attention_layernorm.weight.detach(),
+        gate_up=fused(mlp.gate_proj, mlp.up_proj),
+        down=fused(mlp.down_proj),
+    )
