@@ -23,7 +23,7 @@ from benchmarks.machine import write
 from benchmarks.qwen3_shapes import SHAPES, make
 from embedq_consumer.engine import Text, Tokens, load_encoder
 from embedq_consumer.engine.fp8 import linear
-from embedq_consumer.engine.graphs import Graphs, best_fit, sequences_of
+from embedq_consumer.engine.graphs import Graphs, best_fit, rooms_of
 from embedq_consumer.engine.kernels import quantise
 
 Ids = npt.NDArray[np.int32]
@@ -130,7 +130,7 @@ def measure(encoder: Any, texts: Sequence[Ids], way: str) -> tuple[float, Vector
     """
     graphs: Graphs = encoder._graphs
     size = graphs.part_tokens
-    parts = best_fit([len(ids) for ids in texts], size, sequences_of(size))
+    parts = best_fit([len(ids) for ids in texts], size, rooms_of(size)[-1])
     batches = [[texts[i] for i in part] for part in parts]
     vectors = np.zeros((len(texts), encoder.hidden_size), dtype=np.float32)
     torch.cuda.synchronize()
@@ -185,7 +185,7 @@ def profile(encoder: Any, tokens: int) -> list[dict[str, float | str]]:
     """Microseconds on the device by kernel, of one row of `tokens`, log-normal lengths."""
     graphs: Graphs = encoder._graphs
     texts = corpus("log-normal", 600)
-    part = best_fit([len(ids) for ids in texts], tokens, sequences_of(tokens))[0]
+    part = best_fit([len(ids) for ids in texts], tokens, rooms_of(tokens)[-1])[0]
     batch = [texts[i] for i in part] if tokens >= 4096 else [texts[0][:1].repeat(tokens)]
     for _ in range(20):
         graphs.encode(batch)

@@ -45,9 +45,9 @@ def sizes_up_to(limit: int) -> tuple[int, ...]:
     return tuple(size for size in sizes if size <= limit)
 
 
-def sequences_of(size: int) -> int:
-    """How many sequences a row of `size` tokens has room for: texts of 8 tokens on average, of 16 in long rows."""
-    return max(16, size // 8 if size <= 1024 else size // 16)
+def rooms_of(size: int) -> tuple[int, ...]:
+    """For how many sequences rows of `size` tokens are made, ascending: attention pays for each place, used or not."""
+    return tuple(sorted({max(16, size // tokens) for tokens in (128, 32, 8)}))
 
 
 def best_fit(lengths: Sequence[int], size: int, most: int) -> list[list[int]]:
@@ -132,8 +132,8 @@ class Graphs:
         """Larger batches are cut into parts of so many tokens."""
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        sequences = max(sequences_of(size) for size in self._sizes)
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        sequences = rooms_of(self._sizes[-1])[-1]
         self._inputs = torch.zeros(
             _input_length(self._sizes[-1], sequences), dtype=torch.int32, device=device
         )
@@ -168,7 +168,8 @@ class Graphs:
     def capture(self) -> None:
         """Capture every size, largest first: the smaller ones then find their memory in the pool."""
         for size in reversed(self._sizes):
-            self._graph(size)
+            for room in reversed(rooms_of(size)):
+                self._graph(size, room)
 
     def submit(self, batch: Sequence[Ids]) -> Pending:
         """Start computing one vector for each sequence; a sequence of no tokens gets zeros.
@@ -197,29 +198,36 @@ class Graphs:
             self._running.remove(part)
 
     def _parts(self, lengths: Sequence[int]) -> list[list[int]]:
-        if sum(lengths) <= self.part_tokens and self._size(sum(lengths), len(lengths)) is not None:
+        if sum(lengths) <= self.part_tokens and self._fitting(sum(lengths), len(lengths)):
             return [list(range(len(lengths)))] if lengths else []
-        return best_fit(lengths, self.part_tokens, sequences_of(self._sizes[-1]))
+        return best_fit(lengths, self.part_tokens, rooms_of(self._sizes[-1])[-1])
 
-    def _size(self, tokens: int, sequences: int) -> int | None:
-        """The smallest size with room, None if none has."""
+    def _fitting(self, tokens: int, sequences: int) -> tuple[int, int] | None:
+        """The smallest size with room and its smallest room, None if none has."""
         return next(
-            (size for size in self._sizes if size >= tokens and sequences_of(size) >= sequences), None
+            (
+                (size, room)
+                for size in self._sizes
+                if size >= tokens
+                for room in rooms_of(size)
+                if room >= sequences
+            ),
+            None,
         )
 
     def _start(self, batch: Sequence[Ids], indices: list[int], vectors: Vectors) -> _Part:
         sequences = [batch[index] for index in indices]
         lengths = np.array([len(ids) for ids in sequences], dtype=np.int32)
         tokens, longest = int(lengths.sum()), int(lengths.max())
-        size = self._size(tokens, len(sequences))
+        fitting = self._fitting(tokens, len(sequences))
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream), torch.inference_mode():
-            if size is None:
+            if fitting is None:
                 return self._start_alone(sequences, lengths, longest, indices, vectors)
-            graph = self._graph(size)
+            size, rows = fitting
+            graph = self._graph(size, rows)
             if not self._free:
                 self.finish(self._running[0])
             slot = self._free.pop()
-            rows = sequences_of(size)
             length = _input_length(size, rows)
             _fill(slot.inputs[:length].numpy(), sequences, lengths, size, rows)
             self._inputs[:length].copy_(slot.inputs[:length], non_blocking=True)
@@ -248,17 +256,17 @@ class Graphs:
         done.record()
         return _Part(None, outputs.numpy(), done, vectors, indices)
 
-    def _graph(self, size: int) -> torch.cuda.CUDAGraph:
-        if size not in self._graphs:
-            self._graphs[size] = self._captured(size)
-        return self._graphs[size]
+    def _graph(self, size: int, room: int) -> torch.cuda.CUDAGraph:
+        if (size, room) not in self._graphs:
+            self._graphs[size, room] = self._captured(size, room)
+        return self._graphs[size, room]
 
-    def _captured(self, size: int) -> torch.cuda.CUDAGraph:
-        rows = sequences_of(size)
-        inputs = _views(self._inputs, size, rows)
-        out = self._outputs[:rows]
+    def _captured(self, size: int, room: int) -> torch.cuda.CUDAGraph:
+        inputs = _views(self._inputs, size, room)
+        out = self._outputs[:room]
         with torch.cuda.device(self._device), torch.inference_mode():
             with torch.cuda.stream(self._stream):
+                self._inputs.zero_()  # else another size's ids would be read as this one's positions
                 # Once without a graph: kernels are compiled and libraries choose theirs, which a capture forbids.
                 self._forward(*inputs, size, out)
             self._stream.synchronize()

@@ -204,18 +204,16 @@ def _norm_rotate_kernel(  # type: ignore[no-untyped-def]
 @triton.jit
 def _skinny_kernel(  # type: ignore[no-untyped-def]
     x,
+    x_scales,
     weight,
     weight_scales,
-    norm_weight,
     residual,
     out,
-    eps,
     WIDTH: tl.constexpr,
     INNER: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
-    NORM: tl.constexpr,
     GATE: tl.constexpr,
     ADD: tl.constexpr,
     SCALED: tl.constexpr,
@@ -227,27 +225,16 @@ def _skinny_kernel(  # type: ignore[no-untyped-def]
     w_places = weight + columns.to(tl.int64)[None, :] * INNER + steps[:, None]
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     gated = tl.zeros((ROWS, COLUMNS), tl.float32)
-    squares = tl.zeros((ROWS,), tl.float32)
     for begin in range(0, INNER, STEP):
         part = tl.load(x_places + begin)
-        if NORM:
-            # The norm's weight goes in here and its root at the end, so that x is read once.
-            value = part.to(tl.float32)
-            squares += tl.sum(value * value, 1)
-            part = (value * tl.load(norm_weight + begin + steps).to(tl.float32)[None, :]).to(part.dtype)
-        total = tl.dot(part, tl.load(w_places + begin).to(part.dtype), total)
+        total = tl.dot(part, tl.load(w_places + begin), total)
         if GATE:
-            up = tl.load(w_places + WIDTH * INNER + begin).to(part.dtype)
-            gated = tl.dot(part, up, gated)
+            gated = tl.dot(part, tl.load(w_places + WIDTH * INNER + begin), gated)
     if SCALED:
-        total = total * tl.load(weight_scales + columns)[None, :]
+        row_scale = tl.load(x_scales + rows)[:, None]
+        total = total * row_scale * tl.load(weight_scales + columns)[None, :]
         if GATE:
-            gated = gated * tl.load(weight_scales + WIDTH + columns)[None, :]
-    if NORM:
-        inverse = tl.rsqrt(squares / INNER + eps)[:, None]
-        total = total * inverse
-        if GATE:
-            gated = gated * inverse
+            gated = gated * row_scale * tl.load(weight_scales + WIDTH + columns)[None, :]
     if GATE:
         root = tl.rsqrt(1.0 + tl.exp2(total * -1.4426950408889634))
         total = total * gated * (root * root)
@@ -392,65 +379,55 @@ def skinny_plan(rows: int, width: int, inner: int, *, gated: bool, scaled: bool)
     """How `skinny_linear` would cut a product of few rows, or None where the library's own product serves."""
     if rows not in (16, 32, 64):
         return None
-    columns = 16 if width <= 4096 else 32
-    step = 256 if scaled else 128
+    columns = 32
+    step = 256
     if width % columns or inner % step:
         return None
-    return {"COLUMNS": columns, "STEP": step, "num_warps": 4, "num_stages": 4 if gated else 5}
+    return {"COLUMNS": columns, "STEP": step, "num_warps": 4, "num_stages": 5 if not gated else 4}
 
 
 def skinny_linear(
-    x: Tensor,
+    x: Tensor | Scaled,
     weight: Tensor | Scaled,
     plan: dict[str, int],
     *,
-    norm: Tensor | None = None,
-    eps: float = 0.0,
     gated: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """One product of few rows at the speed of reading its weights: norm in front, gate or residual behind, in one kernel.
+    """One product of few rows at the speed of reading its weights, with the gate or the residual behind it.
 
-    x (rows, inner) bf16, weight (out, inner) in bf16 or FP8 (then the product is of bf16 numbers all the same).
-    `gated`: the weight holds gate and up one behind the other, and half as many columns come out.
+    x (rows, inner) and weight (out, inner), both bf16 or both FP8; the result is bf16. `gated`: the weight holds gate
+    and up one behind the other, and half as many columns come out.
     """
-    scaled = isinstance(weight, tuple)
-    values, scales = weight if isinstance(weight, tuple) else (weight, weight)
-    rows, inner = x.shape
-    width = values.shape[0] // 2 if gated else values.shape[0]
-    out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
+    values, scales = x if isinstance(x, tuple) else (x, x)
+    matrix, matrix_scales = weight if isinstance(weight, tuple) else (weight, weight)
+    rows, inner = values.shape
+    width = matrix.shape[0] // 2 if gated else matrix.shape[0]
+    out = torch.empty(rows, width, dtype=torch.bfloat16, device=values.device)
     _skinny_kernel[(width // plan["COLUMNS"],)](
-        x,
         values,
         scales,
-        x if norm is None else norm,
-        x if residual is None else residual,
+        matrix,
+        matrix_scales,
+        out if residual is None else residual,
         out,
-        eps,
         WIDTH=width,
         INNER=inner,
         ROWS=rows,
-        NORM=norm is not None,
         GATE=gated,
         ADD=residual is not None,
-        SCALED=scaled,
+        SCALED=isinstance(weight, tuple),
         **plan,
     )
     return out
 
 
 def skinny_linear_reference(
-    x: Tensor,
-    weight: Tensor | Scaled,
-    *,
-    norm: Tensor | None = None,
-    eps: float = 0.0,
-    gated: bool = False,
-    residual: Tensor | None = None,
+    x: Tensor | Scaled, weight: Tensor | Scaled, *, gated: bool = False, residual: Tensor | None = None
 ) -> Tensor:
     """The same in float32."""
-    matrix = weight[0].float() * weight[1] if isinstance(weight, tuple) else weight.float()
-    value = x.float() if norm is None else F.rms_norm(x.float(), norm.shape, norm.float(), eps)
+    value = x[0].float() * x[1] if isinstance(x, tuple) else x.float()
+    matrix = weight[0].float() * weight[1].view(-1, 1) if isinstance(weight, tuple) else weight.float()
     value = value @ matrix.t()
     if gated:
         value = gate_reference(value)

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from embedq_consumer.engine.attention import Packing, cuda_kernel
 from embedq_consumer.engine.fp8 import Weight, linear, weight_of
-from embedq_consumer.engine.kernels import add_norm, gate, norm_rotate, quantise, skinny_linear, skinny_plan
+from embedq_consumer.engine.kernels import (
+    Scaled,
+    add_norm,
+    gate,
+    norm_rotate,
+    quantise,
+    skinny_linear,
+    skinny_plan,
+)
 
 __all__ = ["PackedQwen3"]
 
@@ -35,7 +43,7 @@ class PackedQwen3:
     """The layers of one Qwen3Model, which it takes apart as it fuses them: no weight is held twice.
 
     `quantised`: weights and activations of every product in FP8; embeddings, norms, attention and residuals stay as they
-    are. Products of at most 64 tokens are bound by reading weights, so their activations stay bf16 in FP8 too.
+    are.
     """
 
     def __init__(self, model: Any, *, quantised: bool = False) -> None:
@@ -57,8 +65,7 @@ class PackedQwen3:
         self.attention = cuda_kernel(
             self._heads, self._kv_heads, self._head_dim, causal, self._words.dtype, self.device
         )
-        self.add_in_product = not quantised
-        self.skinny = True
+        self.skinny = False
 
     @staticmethod
     def fits(model: Any) -> bool:
@@ -115,58 +122,52 @@ class PackedQwen3:
         heads, kv_heads, dim = self._heads, self._kv_heads, self._head_dim
         scale = dim**-0.5
         for index, layer in enumerate(self._layers):
-            qkv = self._norm_linear(x, y, layer.norm, layer.qkv)
+            qkv = self._product(self._normed(x, y, layer.norm), layer.qkv)
             norm_rotate(qkv, positions, self._rotation, layer.rotated, (heads, kv_heads), self._eps)
             q, k, v = qkv.view(-1, heads + 2 * kv_heads, dim).split([heads, kv_heads, kv_heads], dim=1)
             attended = self.attention(q, k, v, cu, longest, scale).view(-1, heads * dim)
             if last is not None and index == len(self._layers) - 1:
                 x, attended = x.index_select(0, last), attended.index_select(0, last)
-            x, y = self._linear_add(attended, layer.attended, x)
-            gated = self._norm_gate(x, y, layer)
-            x, y = self._linear_add(gated, layer.down, x)
+            rows = quantise(attended) if self._quantised else attended
+            x, y = self._added(x, rows, layer.attended, in_product=False)
+            gated = self._gated(self._normed(x, y, layer.middle_norm), layer.gate_up)
+            x, y = self._added(x, gated, layer.down, in_product=True)
         return x, y
 
-    def _norm_linear(self, x: Tensor, y: Tensor | None, norm: Tensor, weight: Weight) -> Tensor:
-        plan = self._plan(x, weight) if y is None else None
-        if plan is not None:
-            return skinny_linear(x, weight, plan, norm=norm, eps=self._eps)
-        return linear(add_norm(x, y, norm, self._eps, quantised=self._quantised), weight)
+    def _normed(self, x: Tensor, y: Tensor | None, weight: Tensor) -> Tensor | Scaled:
+        return add_norm(x, y, weight, self._eps, quantised=self._quantised)
 
-    def _norm_gate(self, x: Tensor, y: Tensor | None, layer: _Layer) -> Tensor:
-        plan = self._plan(x, layer.gate_up, gated=True) if y is None else None
-        if plan is not None:
-            return skinny_linear(x, layer.gate_up, plan, norm=layer.middle_norm, eps=self._eps, gated=True)
-        normed = add_norm(x, y, layer.middle_norm, self._eps, quantised=self._quantised)
-        return linear(normed, layer.gate_up)
+    def _product(self, rows: Tensor | Scaled, weight: Weight) -> Tensor:
+        plan = self._plan(rows, weight)
+        return linear(rows, weight) if plan is None else skinny_linear(rows, weight, plan)
 
-    def _linear_add(self, rows: Tensor, weight: Weight, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`x` with the product added, or the two of them where the next norm adds them for less."""
-        double = rows.shape[1] == 2 * _inner(weight)
-        plan = None if double else self._plan(rows, weight)
+    def _gated(self, rows: Tensor | Scaled, weight: Weight) -> Tensor | Scaled:
+        plan = self._plan(rows, weight, gated=True)
+        if plan is None:
+            return gate(linear(rows, weight), quantised=self._quantised)
+        gated = skinny_linear(rows, weight, plan, gated=True)
+        return quantise(gated) if self._quantised else gated
+
+    def _added(
+        self, x: Tensor, rows: Tensor | Scaled, weight: Weight, *, in_product: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """`x` with the product added; or the two apart, where the next norm adds them for less.
+
+        A bf16 product adds for less where it is long (`in_product`), since there its own epilogue hides behind it.
+        """
+        plan = self._plan(rows, weight)
         if plan is not None:
             return skinny_linear(rows, weight, plan, residual=x), None
-        activations = gate(rows, quantised=self._quantised) if double else rows
-        if self._quantised and isinstance(activations, Tensor):
-            activations = quantise(activations)
-        if self.add_in_product and isinstance(weight, Tensor) and isinstance(activations, Tensor):
-            return x.addmm_(activations, weight.t()), None
-        return x, linear(activations, weight)
+        if in_product and isinstance(rows, Tensor) and isinstance(weight, Tensor):
+            return x.addmm_(rows, weight.t()), None
+        return x, linear(rows, weight)
 
-    def _plan(self, rows: Tensor, weight: Weight, *, gated: bool = False) -> dict[str, int] | None:
-        if not self.skinny or rows.shape[0] > 64:
+    def _plan(self, rows: Tensor | Scaled, weight: Weight, *, gated: bool = False) -> dict[str, int] | None:
+        values, matrix = (part[0] if isinstance(part, tuple) else part for part in (rows, weight))
+        if not self.skinny:
             return None
-        width = (weight[0] if isinstance(weight, tuple) else weight).shape[0]
-        return skinny_plan(
-            rows.shape[0],
-            width // 2 if gated else width,
-            rows.shape[1],
-            gated=gated,
-            scaled=isinstance(weight, tuple),
-        )
-
-
-def _inner(weight: Weight) -> int:
-    return (weight[0] if isinstance(weight, tuple) else weight).shape[1]
+        width = len(matrix) // 2 if gated else len(matrix)
+        return skinny_plan(len(values), width, matrix.shape[1], gated=gated, scaled=self._quantised)
 
 
 def _rotation(model: Any) -> tuple[Tensor, Tensor]:
