@@ -57,7 +57,6 @@ def test_packed_vectors_are_those_of_float32_on_the_cpu(
     encoder: Encoder, expected: npt.NDArray[np.float32], quantization: Quantization
 ) -> None:
     found = cosines(encoder.encode(texts_of(LENGTHS)), expected)
-    print(quantization, "packed", found.min(), found.mean())
     assert found.min() >= LEAST[quantization]
 
 
@@ -66,7 +65,6 @@ def test_each_text_alone_gives_the_same(
 ) -> None:
     vectors = np.concatenate([encoder.encode([ids]) for ids in texts_of(LENGTHS)])
     found = cosines(vectors, expected)
-    print(quantization, "alone", found.min(), found.mean())
     assert found.min() >= LEAST[quantization]
 
 
@@ -89,6 +87,25 @@ def test_batches_of_every_size_and_texts_beyond_the_largest_graph(
     assert not vectors[-1].any()
     again = np.concatenate([encoder.encode([ids]) for ids in texts[:40]])
     assert cosines(again, normalised(vectors[:40])).min() >= LEAST[quantization]
+
+
+def test_a_text_that_is_not_finite_fails_alone(
+    path: Path, tmp_path: Path, quantization: Quantization
+) -> None:
+    from shutil import copytree
+
+    from safetensors.torch import load_file, save_file
+
+    broken = copytree(path, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["embed_tokens.weight"][1] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    encoder = load_encoder(broken, device="cuda", quantization=quantization)
+    texts = texts_of(LENGTHS)
+    texts[6] = texts[6].copy()
+    texts[6][3] = 1
+    finite = np.isfinite(encoder.encode(texts)).all(axis=1)
+    assert finite.tolist() == [n != 6 for n in range(len(texts))]
 
 
 def test_quantised_vectors_have_a_version_of_their_own(

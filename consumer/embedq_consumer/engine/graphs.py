@@ -7,7 +7,8 @@ from pinned memory, its vectors come back in another, and the host waits for a p
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
 
 import msgspec
@@ -34,6 +35,8 @@ _GRAPH_TOKENS_TORCH = 1024
 _SLOTS = 4
 """Parts on their way at once: one runs, one waits behind it, two are being filled or emptied."""
 
+_idle_streams: list[torch.cuda.Stream] = []
+
 
 def sizes_up_to(limit: int) -> tuple[int, ...]:
     """The rows' sizes in tokens: powers of two, from 1,024 on with three more between each two."""
@@ -50,32 +53,27 @@ def rooms_of(size: int) -> tuple[int, ...]:
     return tuple(sorted({max(16, size // tokens) for tokens in (128, 32, 8)}))
 
 
-def best_fit(lengths: Sequence[int], size: int, most: int) -> list[list[int]]:
+def best_fit(lengths: Sequence[int], size: int, most: int, window: int = 256) -> list[list[int]]:
     """Indices of `lengths` in parts of at most `size` tokens and `most` sequences; a longer sequence is a part alone.
 
-    Each part starts with the first one left and then takes the longest that fits, so that parts but the last are full.
+    A part takes sequences in their order while there is ample room, then the longest that still fits among the next
+    `window`: so all parts but the last are full, and long and short ones stay mixed, which evens out their attention.
     """
-    by_length: dict[int, deque[int]] = {}
-    for index, length in enumerate(lengths):
-        by_length.setdefault(length, deque()).append(index)
-    taken = [False] * len(lengths)
+    waiting = deque(range(len(lengths)))
     parts: list[list[int]] = []
-    descending = sorted(by_length, reverse=True)
-    for first, length in enumerate(lengths):
-        if taken[first]:
-            continue
-        by_length[length].popleft()  # which is this one: those before it are taken
-        taken[first] = True
-        part, room = [first], size - length
-        for candidate in descending:
-            waiting = by_length[candidate]
-            while waiting and candidate <= room and len(part) < most:
-                index = waiting.popleft()
-                taken[index] = True
+    while waiting:
+        part = [waiting.popleft()]
+        room = size - lengths[part[0]]
+        while waiting and len(part) < most and lengths[waiting[0]] <= room and room > size // 8:
+            part.append(waiting.popleft())
+            room -= lengths[part[-1]]
+        near = [waiting[place] for place in range(min(window, len(waiting)))]
+        for index in sorted(near, key=lambda index: -lengths[index]):
+            if len(part) < most and lengths[index] <= room:
                 part.append(index)
-                room -= candidate
+                room -= lengths[index]
+                waiting.remove(index)
         parts.append(part)
-        descending = [candidate for candidate in descending if by_length[candidate]]
     return parts
 
 
@@ -90,6 +88,7 @@ class _Slot(msgspec.Struct, frozen=True):
 class _Part(msgspec.Struct):
     """One part on its way, until its vectors are in place."""
 
+    sequences: list[Ids]
     slot: _Slot | None
     source: Vectors
     done: torch.cuda.Event
@@ -130,7 +129,10 @@ class Graphs:
         self._sizes = sizes_up_to(graph_limit)
         self.part_tokens = part_tokens
         """Larger batches are cut into parts of so many tokens."""
-        self._stream = torch.cuda.Stream(device)
+        idle = [stream for stream in _idle_streams if stream.device == device]
+        self._stream = idle[-1] if idle else torch.cuda.Stream(device)
+        if idle:
+            _idle_streams.remove(self._stream)
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         sequences = rooms_of(self._sizes[-1])[-1]
@@ -179,7 +181,10 @@ class Graphs:
         vectors = np.zeros((len(batch), self._hidden), dtype=np.float32)
         present = [index for index, ids in enumerate(batch) if len(ids)]
         parts = self._parts([len(batch[index]) for index in present])
-        started = [self._start(batch, [present[i] for i in part], vectors) for part in parts]
+        started = []
+        for part in parts:
+            indices = [present[i] for i in part]
+            started.append(self._start([batch[i] for i in indices], indices, vectors))
         return Pending(self, vectors, started)
 
     def encode(self, batch: Sequence[Ids]) -> Vectors:
@@ -196,65 +201,79 @@ class Graphs:
         if part.slot is not None:
             self._free.append(part.slot)
             self._running.remove(part)
+        if len(part.indices) > 1 and not np.isfinite(part.vectors[part.indices].sum()):
+            self._each_alone(part)
+
+    def _each_alone(self, part: _Part) -> None:
+        """Compute again, each alone, the vectors that are not finite: most of them come from a neighbour.
+
+        Attention reads its keys and values in tiles that end in the next sequence and weighs what is too much by zero,
+        but zero times NaN is NaN. So one text that the model cannot compute would take others with it.
+        """
+        for index, ids in zip(part.indices, part.sequences, strict=True):
+            if not np.isfinite(part.vectors[index].sum()):
+                self.finish(self._start([ids], [index], part.vectors))
 
     def _parts(self, lengths: Sequence[int]) -> list[list[int]]:
         if sum(lengths) <= self.part_tokens and self._fitting(sum(lengths), len(lengths)):
             return [list(range(len(lengths)))] if lengths else []
-        return best_fit(lengths, self.part_tokens, rooms_of(self._sizes[-1])[-1])
+        return best_fit(lengths, self.part_tokens, rooms_of(self.part_tokens)[-1] - 1)
 
     def _fitting(self, tokens: int, sequences: int) -> tuple[int, int] | None:
-        """The smallest size with room and its smallest room, None if none has."""
+        """The smallest size with room and its smallest room, None if none has; a tail that is unused takes a place too."""
         return next(
             (
                 (size, room)
                 for size in self._sizes
                 if size >= tokens
                 for room in rooms_of(size)
-                if room >= sequences
+                if room >= sequences + (size > tokens)
             ),
             None,
         )
 
-    def _start(self, batch: Sequence[Ids], indices: list[int], vectors: Vectors) -> _Part:
-        sequences = [batch[index] for index in indices]
+    def _start(self, sequences: list[Ids], indices: list[int], vectors: Vectors) -> _Part:
         lengths = np.array([len(ids) for ids in sequences], dtype=np.int32)
-        tokens, longest = int(lengths.sum()), int(lengths.max())
-        fitting = self._fitting(tokens, len(sequences))
-        with torch.cuda.device(self._device), torch.cuda.stream(self._stream), torch.inference_mode():
-            if fitting is None:
-                return self._start_alone(sequences, lengths, longest, indices, vectors)
-            size, rows = fitting
-            graph = self._graph(size, rows)
-            if not self._free:
-                self.finish(self._running[0])
-            slot = self._free.pop()
-            length = _input_length(size, rows)
-            _fill(slot.inputs[:length].numpy(), sequences, lengths, size, rows)
+        fitting = self._fitting(int(lengths.sum()), len(sequences))
+        if fitting is None:
+            return self._start_alone(sequences, lengths, indices, vectors)
+        size, room = fitting
+        if not self._free:
+            self.finish(self._running[0])
+        slot = self._free.pop()
+        length = _input_length(size, room)
+        _fill(slot.inputs[:length].numpy(), sequences, lengths, size, room)
+        outputs = slot.outputs[: len(sequences)]
+        with self._here():
+            graph = self._graph(size, room)
             self._inputs[:length].copy_(slot.inputs[:length], non_blocking=True)
             graph.replay()
-            outputs = slot.outputs[: len(sequences)]
             outputs.copy_(self._outputs[: len(sequences)], non_blocking=True)
             slot.done.record()
-        part = _Part(slot, outputs.numpy(), slot.done, vectors, indices)
+        part = _Part(sequences, slot, outputs.numpy(), slot.done, vectors, indices)
         self._running.append(part)
         return part
 
-    def _start_alone(
-        self, sequences: Sequence[Ids], lengths: Ids, longest: int, indices: list[int], vectors: Vectors
-    ) -> _Part:
-        """Without a graph, in memory of its own; `tokens` rounded up to what FP8 products take."""
-        rows = -(-len(sequences) // 16) * 16
+    def _start_alone(self, sequences: list[Ids], lengths: Ids, indices: list[int], vectors: Vectors) -> _Part:
+        """Without a graph, in memory of its own and in its own size, rounded up to what the products like."""
+        room = -(-(len(sequences) + 1) // 16) * 16
         size = -(-int(lengths.sum()) // 128) * 128
-        host = torch.zeros(_input_length(size, rows), dtype=torch.int32).pin_memory()
-        _fill(host.numpy(), sequences, lengths, size, rows)
-        inputs = host.to(self._device, non_blocking=True)
-        out = torch.empty(rows, self._hidden, dtype=torch.float32, device=self._device)
-        self._forward(*_views(inputs, size, rows), longest, out)
+        host = torch.empty(_input_length(size, room), dtype=torch.int32).pin_memory()
+        _fill(host.numpy(), sequences, lengths, size, room)
         outputs = torch.empty(len(sequences), self._hidden, dtype=torch.float32).pin_memory()
-        outputs.copy_(out[: len(sequences)], non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
-        return _Part(None, outputs.numpy(), done, vectors, indices)
+        with self._here():
+            inputs = host.to(self._device, non_blocking=True)
+            out = torch.empty(room, self._hidden, dtype=torch.float32, device=self._device)
+            self._forward(*_views(inputs, size, room), int(lengths.max()), out)
+            outputs.copy_(out[: len(sequences)], non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
+        return _Part(sequences, None, outputs.numpy(), done, vectors, indices)
+
+    @contextmanager
+    def _here(self) -> Iterator[None]:
+        with torch.cuda.device(self._device), torch.cuda.stream(self._stream), torch.inference_mode():
+            yield
 
     def _graph(self, size: int, room: int) -> torch.cuda.CUDAGraph:
         if (size, room) not in self._graphs:
@@ -264,18 +283,25 @@ class Graphs:
     def _captured(self, size: int, room: int) -> torch.cuda.CUDAGraph:
         inputs = _views(self._inputs, size, room)
         out = self._outputs[:room]
-        with torch.cuda.device(self._device), torch.inference_mode():
-            with torch.cuda.stream(self._stream):
-                self._inputs.zero_()  # else another size's ids would be read as this one's positions
-                # Once without a graph: kernels are compiled and libraries choose theirs, which a capture forbids.
-                self._forward(*inputs, size, out)
+        with self._here():
+            self._inputs.zero_()  # else another size's ids would be read as this one's positions
+            # Once without a graph: kernels are compiled and libraries choose theirs, which a capture forbids.
+            self._forward(*inputs, size, out)
             self._stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-            ):
-                self._forward(*inputs, size, out)
+        graph = torch.cuda.CUDAGraph()
+        with (
+            torch.cuda.device(self._device),
+            torch.inference_mode(),
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+        ):
+            self._forward(*inputs, size, out)
         return graph
+
+    def close(self) -> None:
+        """Give the stream back, for the next encoder: libraries keep workspaces of 32 MiB for each that they ever saw."""
+        self._stream.synchronize()
+        self._graphs.clear()
+        _idle_streams.append(self._stream)
 
 
 def _input_length(size: int, rows: int) -> int:
@@ -289,7 +315,11 @@ def _views(inputs: Tensor, size: int, rows: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def _fill(inputs: Ids, sequences: Sequence[Ids], lengths: Ids, size: int, rows: int) -> None:
-    """Lay one part out in `inputs`; the tail that no sequence uses is token 0 at position 0."""
+    """Lay one part out in `inputs`. The tail that no text uses is token 0 in short sequences, as many as have places.
+
+    They belong to sequences because attention must write every row: a row that is never written may hold NaN, which
+    spreads to the sequence in front (see `_each_alone`).
+    """
     count, tokens = len(sequences), int(lengths.sum())
     ids, positions, last, cu = np.split(inputs, [size, 2 * size, 2 * size + rows])
     ends = np.cumsum(lengths, dtype=np.int32)
@@ -301,4 +331,8 @@ def _fill(inputs: Ids, sequences: Sequence[Ids], lengths: Ids, size: int, rows: 
     last[count:] = 0
     cu[0] = 0
     cu[1 : count + 1] = ends
-    cu[count + 1 :] = tokens
+    if count < rows:
+        piece = max(64, -(-(size - tokens) // (rows - count)))
+        np.minimum(
+            tokens + piece * np.arange(1, rows - count + 1), size, out=cu[count + 1 :], casting="unsafe"
+        )

@@ -169,6 +169,8 @@ class PackedEncoder:
         return vectors
 
     def close(self) -> None:
+        if self._graphs is not None:
+            self._graphs.close()
         self._forward = self._last_norm = self._last_norm_weight = self._graphs = None
         gc.collect()  # modules refer to each other in cycles
         if self._device.type == "cuda":

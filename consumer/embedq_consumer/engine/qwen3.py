@@ -65,7 +65,6 @@ class PackedQwen3:
         self.attention = cuda_kernel(
             self._heads, self._kv_heads, self._head_dim, causal, self._words.dtype, self.device
         )
-        self.skinny = False
 
     @staticmethod
     def fits(model: Any) -> bool:
@@ -164,8 +163,6 @@ class PackedQwen3:
 
     def _plan(self, rows: Tensor | Scaled, weight: Weight, *, gated: bool = False) -> dict[str, int] | None:
         values, matrix = (part[0] if isinstance(part, tuple) else part for part in (rows, weight))
-        if not self.skinny:
-            return None
         width = len(matrix) // 2 if gated else len(matrix)
         return skinny_plan(len(values), width, matrix.shape[1], gated=gated, scaled=self._quantised)
 
