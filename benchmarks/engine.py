@@ -282,6 +282,7 @@ def run(arguments: argparse.Namespace, out: Callable[[dict[str, Any]], None]) ->
                 flush=True,
             )
         graphs.part_tokens = standard
+        del graphs  # which holds the model
         found["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         found["profile"] = {str(n): profile(encoder, n) for n in (8192, 16)}
         for n, rows in found["profile"].items():

@@ -132,7 +132,8 @@ def cuda_kernel(
     """The fastest kernel that computes this shape right: flash-attn-4 where installed, else PyTorch's own.
 
     Each is tried on a few random sequences first, since which shapes a kernel takes depends on the device and on the
-    wheel; one that refuses or is wrong is passed over.
+    wheel; one that refuses or is wrong is passed over. It takes q, k, v (tokens, heads, head_dim), cumulated lengths, the
+    longest length and the scale, and, where each sequence has at most one query, its last token's, theirs cumulated.
     """
     lengths = [1, 7, 64, 130]
     generator = torch.Generator(device).manual_seed(0)
@@ -162,14 +163,16 @@ def cuda_kernel(
 def _flash_attn_4(group: int, causal: bool) -> _Varlen:
     flash_attn_varlen_func = import_module("flash_attn.cute").flash_attn_varlen_func
 
-    def flash_attn_4(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float) -> Tensor:
+    def flash_attn_4(
+        q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, cu_q: Tensor | None = None
+    ) -> Tensor:
         out: Any = flash_attn_varlen_func(
             q,
             k,
             v,
-            cu_seqlens_q=cu,
+            cu_seqlens_q=cu if cu_q is None else cu_q,
             cu_seqlens_k=cu,
-            max_seqlen_q=longest,
+            max_seqlen_q=longest if cu_q is None else 1,
             max_seqlen_k=longest,
             softmax_scale=scale,
             causal=causal,
@@ -191,10 +194,13 @@ def _torch_varlen(group: int, causal: bool) -> _Varlen:
     if grouped:
         options["enable_gqa"] = True
 
-    def torch_varlen(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float) -> Tensor:
+    def torch_varlen(
+        q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, cu_q: Tensor | None = None
+    ) -> Tensor:
         if group > 1 and not grouped:
             k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
-        attended = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, **options)
+        queries, most = (cu, longest) if cu_q is None else (cu_q, 1)
+        attended = varlen_attn(q, k, v, queries, cu, most, longest, scale=scale, **options)
         assert isinstance(attended, Tensor)  # a tuple comes only when more is asked for
         return attended
 

@@ -105,7 +105,7 @@ class PackedQwen3:
     ) -> None:
         """Write the last norm, in float32, of the tokens at `last` to `out` (len(last), hidden).
 
-        What the last layer does behind its attention is done for those tokens alone. Nothing here waits for the device
+        Of the last layer, those tokens alone get more than keys and values. Nothing here waits for the device
         or depends on what the tensors hold, so it can be captured as a CUDA graph. Tokens behind `cu[-1]` belong to no
         sequence: they cost time and change nothing.
         """
@@ -119,19 +119,43 @@ class PackedQwen3:
         x = F.embedding(ids, self._words)
         y: Tensor | None = None
         heads, kv_heads, dim = self._heads, self._kv_heads, self._head_dim
-        scale = dim**-0.5
         for index, layer in enumerate(self._layers):
-            qkv = self._product(self._normed(x, y, layer.norm), layer.qkv)
-            norm_rotate(qkv, positions, self._rotation, layer.rotated, (heads, kv_heads), self._eps)
-            q, k, v = qkv.view(-1, heads + 2 * kv_heads, dim).split([heads, kv_heads, kv_heads], dim=1)
-            attended = self.attention(q, k, v, cu, longest, scale).view(-1, heads * dim)
+            rows = self._normed(x, y, layer.norm)
             if last is not None and index == len(self._layers) - 1:
-                x, attended = x.index_select(0, last), attended.index_select(0, last)
+                x = x.index_select(0, last)
+                attended = self._attended_by_last(rows, layer, positions, cu, longest, last)
+            else:
+                qkv = self._product(rows, layer.qkv)
+                norm_rotate(qkv, positions, self._rotation, layer.rotated, (heads, kv_heads), self._eps)
+                q, k, v = qkv.view(-1, heads + 2 * kv_heads, dim).split([heads, kv_heads, kv_heads], dim=1)
+                attended = self.attention(q, k, v, cu, longest, dim**-0.5).view(-1, heads * dim)
             rows = quantise(attended) if self._quantised else attended
             x, y = self._added(x, rows, layer.attended, in_product=False)
             gated = self._gated(self._normed(x, y, layer.middle_norm), layer.gate_up)
             x, y = self._added(x, gated, layer.down, in_product=True)
         return x, y
+
+    def _attended_by_last(
+        self,
+        rows: Tensor | Scaled,
+        layer: _Layer,
+        positions: Tensor,
+        cu: Tensor,
+        longest: int,
+        last: Tensor,
+    ) -> Tensor:
+        """Attention of last tokens alone: keys and values of all, queries of those (places, heads · head_dim)."""
+        heads, kv_heads, dim = self._heads, self._kv_heads, self._head_dim
+        of_queries, of_keys = _split(layer.qkv, heads * dim)
+        q = self._product(_select(rows, last), of_queries)
+        kv = self._product(rows, of_keys)
+        norm_rotate(q, positions.index_select(0, last), self._rotation, layer.rotated, (heads, 0), self._eps)
+        norm_rotate(kv, positions, self._rotation, layer.rotated, (0, kv_heads), self._eps)
+        # Places without a sequence have no query either: attention over no keys at all is nobody's business.
+        cu_q = F.pad((cu[1:] > cu[:-1]).cumsum(0, dtype=torch.int32), (1, 0))
+        k, v = kv.view(-1, 2 * kv_heads, dim).split([kv_heads, kv_heads], dim=1)
+        attended = self.attention(q.view(-1, heads, dim), k, v, cu, longest, dim**-0.5, cu_q)
+        return attended.view(-1, heads * dim)
 
     def _normed(self, x: Tensor, y: Tensor | None, weight: Tensor) -> Tensor | Scaled:
         return add_norm(x, y, weight, self._eps, quantised=self._quantised)
@@ -165,6 +189,22 @@ class PackedQwen3:
         values, matrix = (part[0] if isinstance(part, tuple) else part for part in (rows, weight))
         width = len(matrix) // 2 if gated else len(matrix)
         return skinny_plan(len(values), width, matrix.shape[1], gated=gated, scaled=self._quantised)
+
+
+def _split(weight: Weight, first: int) -> tuple[Weight, Weight]:
+    """The first so many output channels of a weight, and the others."""
+    if isinstance(weight, tuple):
+        values, scales = weight
+        return (values[:first], scales[:, :first]), (values[first:], scales[:, first:])
+    return weight[:first], weight[first:]
+
+
+def _select(rows: Tensor | Scaled, indices: Tensor) -> Tensor | Scaled:
+    if isinstance(rows, tuple):
+        values, scales = rows  # bytes: PyTorch selects no FP8 rows
+        picked = values.view(torch.uint8).index_select(0, indices).view(values.dtype)
+        return picked, scales.index_select(0, indices)
+    return rows.index_select(0, indices)
 
 
 def _rotation(model: Any) -> tuple[Tensor, Tensor]:
