@@ -20,7 +20,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from embedq_consumer.engine.qwen3 import PackedQwen3
 
-__all__ = ["Forward", "Graphs", "Pending", "best_fit", "sizes_up_to"]
+__all__ = ["Forward", "Graphs", "Pending", "best_fit", "fill", "input_length", "rooms_of", "sizes_up_to"]
 
 Ids = npt.NDArray[np.int32]
 Vectors = npt.NDArray[np.float32]
@@ -136,9 +136,7 @@ class Graphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         sequences = rooms_of(self._sizes[-1])[-1]
-        self._inputs = torch.zeros(
-            _input_length(self._sizes[-1], sequences), dtype=torch.int32, device=device
-        )
+        self._inputs = torch.zeros(input_length(self._sizes[-1], sequences), dtype=torch.int32, device=device)
         self._outputs = torch.zeros(sequences, hidden, dtype=torch.float32, device=device)
         self._free = [
             _Slot(
@@ -241,8 +239,8 @@ class Graphs:
         if not self._free:
             self.finish(self._running[0])
         slot = self._free.pop()
-        length = _input_length(size, room)
-        _fill(slot.inputs[:length].numpy(), sequences, lengths, size, room)
+        length = input_length(size, room)
+        fill(slot.inputs[:length].numpy(), sequences, lengths, size, room)
         outputs = slot.outputs[: len(sequences)]
         with self._here():
             graph = self._graph(size, room)
@@ -258,8 +256,8 @@ class Graphs:
         """Without a graph, in memory of its own and in its own size, rounded up to what the products like."""
         room = -(-(len(sequences) + 1) // 16) * 16
         size = -(-int(lengths.sum()) // 128) * 128
-        host = torch.empty(_input_length(size, room), dtype=torch.int32).pin_memory()
-        _fill(host.numpy(), sequences, lengths, size, room)
+        host = torch.empty(input_length(size, room), dtype=torch.int32).pin_memory()
+        fill(host.numpy(), sequences, lengths, size, room)
         outputs = torch.empty(len(sequences), self._hidden, dtype=torch.float32).pin_memory()
         with self._here():
             inputs = host.to(self._device, non_blocking=True)
@@ -304,17 +302,17 @@ class Graphs:
         _idle_streams.append(self._stream)
 
 
-def _input_length(size: int, rows: int) -> int:
+def input_length(size: int, rows: int) -> int:
     return 2 * size + 2 * rows + 1
 
 
 def _views(inputs: Tensor, size: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """ids, positions, last tokens and cumulated lengths; these come last, their length being odd."""
-    ids, positions, last, cu = inputs[: _input_length(size, rows)].split([size, size, rows, rows + 1])
+    ids, positions, last, cu = inputs[: input_length(size, rows)].split([size, size, rows, rows + 1])
     return ids, positions, cu, last
 
 
-def _fill(inputs: Ids, sequences: Sequence[Ids], lengths: Ids, size: int, rows: int) -> None:
+def fill(inputs: Ids, sequences: Sequence[Ids], lengths: Ids, size: int, rows: int) -> None:
     """Lay one part out in `inputs`. The tail that no text uses is token 0 in short sequences, as many as have places.
 
     They belong to sequences because attention must write every row: a row that is never written may hold NaN, which
