@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -39,11 +41,11 @@ def test_documents_of_mixed_lengths_fill_rows_to_more_than_99_percent() -> None:
 def test_sizes_grow_by_at_most_a_quarter_from_1024_on() -> None:
     sizes = [size for size in sizes_up_to(16384) if size >= 1024]
     assert sizes[-1] == 16384
-    assert all(later <= 1.25 * size for size, later in zip(sizes, sizes[1:], strict=False))
+    assert all(later <= 1.25 * size for size, later in pairwise(sizes))
     assert all(rooms_of(size)[0] >= 16 for size in sizes_up_to(16384))
 
 
-@pytest.mark.parametrize("lengths", [[64], [1], [3, 1, 9], [5] * 15, [40, 24]])
+@pytest.mark.parametrize("lengths", [[64], [1], [3, 1, 9], [4] * 15, [40, 24]])
 def test_a_row_holds_its_sequences_and_a_tail_that_belongs_to_sequences_too(lengths: list[int]) -> None:
     size, room = 64, 16
     texts = [np.arange(n, dtype=np.int32) + 100 * (i + 1) for i, n in enumerate(lengths)]

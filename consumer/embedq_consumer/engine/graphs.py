@@ -35,6 +35,9 @@ _GRAPH_TOKENS_TORCH = 1024
 _SLOTS = 4
 """Parts on their way at once: one runs, one waits behind it, two are being filled or emptied."""
 
+# PyTorch's own annotations leave these two out.
+_new_stream: Callable[[torch.device], torch.cuda.Stream] = torch.cuda.Stream
+_new_event: Callable[[], torch.cuda.Event] = torch.cuda.Event
 _idle_streams: list[torch.cuda.Stream] = []
 
 
@@ -130,7 +133,7 @@ class Graphs:
         self.part_tokens = part_tokens
         """Larger batches are cut into parts of so many tokens."""
         idle = [stream for stream in _idle_streams if stream.device == device]
-        self._stream = idle[-1] if idle else torch.cuda.Stream(device)
+        self._stream = idle[-1] if idle else _new_stream(device)
         if idle:
             _idle_streams.remove(self._stream)
         self._pool = torch.cuda.graph_pool_handle()
@@ -142,7 +145,7 @@ class Graphs:
             _Slot(
                 torch.zeros(len(self._inputs), dtype=torch.int32).pin_memory(),
                 torch.zeros(sequences, hidden, dtype=torch.float32).pin_memory(),
-                torch.cuda.Event(),
+                _new_event(),
             )
             for _ in range(_SLOTS)
         ]
@@ -264,7 +267,7 @@ class Graphs:
             out = torch.empty(room, self._hidden, dtype=torch.float32, device=self._device)
             self._forward(*_views(inputs, size, room), int(lengths.max()), out)
             outputs.copy_(out[: len(sequences)], non_blocking=True)
-            done = torch.cuda.Event()
+            done = _new_event()
             done.record()
         return _Part(sequences, None, outputs.numpy(), done, vectors, indices)
 
@@ -308,7 +311,7 @@ def input_length(size: int, rows: int) -> int:
 
 def _views(inputs: Tensor, size: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """ids, positions, last tokens and cumulated lengths; these come last, their length being odd."""
-    ids, positions, last, cu = inputs[: input_length(size, rows)].split([size, size, rows, rows + 1])
+    ids, positions, last, cu = torch.split(inputs[: input_length(size, rows)], [size, size, rows, rows + 1])
     return ids, positions, cu, last
 
 

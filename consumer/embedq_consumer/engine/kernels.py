@@ -5,6 +5,9 @@ Sums, norms and activations are float32; what is stored is bf16, or FP8 (e4m3) w
 A kernel reads each value once and holds its row in registers: these are bound by memory alone.
 """
 
+# Triton's language is not Python's: what its kernels name, they neither annotate nor keep to one type.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, no-untyped-call"
+
 from __future__ import annotations
 
 from typing import Any
@@ -45,14 +48,14 @@ _fp8_max: Any = tl.constexpr(FP8_MAX)
 
 
 @triton.jit
-def _load_part(pointer, columns, WIDTH: tl.constexpr, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _load_part(pointer, columns, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
     if WHOLE:
         return tl.load(pointer + columns).to(tl.float32)
     return tl.load(pointer + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _store_part(pointer, columns, value, WIDTH: tl.constexpr, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _store_part(pointer, columns, value, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
     if WHOLE:
         tl.store(pointer + columns, value.to(pointer.dtype.element_ty))
     else:
@@ -60,7 +63,7 @@ def _store_part(pointer, columns, value, WIDTH: tl.constexpr, WHOLE: tl.constexp
 
 
 @triton.jit
-def _add_norm_kernel(  # type: ignore[no-untyped-def]
+def _add_norm_kernel(
     x_rows,
     y_rows,
     weight,
@@ -114,9 +117,7 @@ def _add_norm_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _gate_kernel(  # type: ignore[no-untyped-def]
-    rows, out_rows, scales, WIDTH: tl.constexpr, PART: tl.constexpr, QUANTISE: tl.constexpr
-):
+def _gate_kernel(rows, out_rows, scales, WIDTH: tl.constexpr, PART: tl.constexpr, QUANTISE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     gate_row = rows + row * (2 * WIDTH)
     up_row = gate_row + WIDTH
@@ -145,7 +146,7 @@ def _gate_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _quantise_kernel(rows, out_rows, scales, WIDTH: tl.constexpr, PART: tl.constexpr):  # type: ignore[no-untyped-def]
+def _quantise_kernel(rows, out_rows, scales, WIDTH: tl.constexpr, PART: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     largest = tl.zeros((PART,), tl.float32)
     parts = ()
@@ -165,7 +166,7 @@ def _quantise_kernel(rows, out_rows, scales, WIDTH: tl.constexpr, PART: tl.const
 
 
 @triton.jit
-def _norm_rotate_kernel(  # type: ignore[no-untyped-def]
+def _norm_rotate_kernel(
     rows,
     stride,
     positions,
@@ -204,7 +205,7 @@ def _norm_rotate_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _skinny_kernel(  # type: ignore[no-untyped-def]
+def _skinny_kernel(
     x,
     x_scales,
     weight,
@@ -368,7 +369,7 @@ def norm_rotate_reference(
     q_heads, k_heads = heads
     dim = 2 * rotation[0].shape[1]
     split = [q_heads * dim, k_heads * dim, qkv.shape[1] - (q_heads + k_heads) * dim]
-    q, k, v = qkv.float().split(split, dim=1)
+    q, k, v = torch.split(qkv.float(), split, dim=1)
     cosine, sine = (table[positions.long()][:, None].repeat(1, 1, 2) for table in rotation)
 
     def turned(x: Tensor, weight: Tensor) -> Tensor:

@@ -127,7 +127,9 @@ class PackedQwen3:
             else:
                 qkv = self._product(rows, layer.qkv)
                 norm_rotate(qkv, positions, self._rotation, layer.rotated, (heads, kv_heads), self._eps)
-                q, k, v = qkv.view(-1, heads + 2 * kv_heads, dim).split([heads, kv_heads, kv_heads], dim=1)
+                q, k, v = torch.split(
+                    qkv.view(-1, heads + 2 * kv_heads, dim), [heads, kv_heads, kv_heads], dim=1
+                )
                 attended = self.attention(q, k, v, cu, longest, dim**-0.5).view(-1, heads * dim)
             rows = quantise(attended) if self._quantised else attended
             x, y = self._added(x, rows, layer.attended, in_product=False)
@@ -153,7 +155,7 @@ class PackedQwen3:
         norm_rotate(kv, positions, self._rotation, layer.rotated, (0, kv_heads), self._eps)
         # Places without a sequence have no query either: attention over no keys at all is nobody's business.
         cu_q = F.pad((cu[1:] > cu[:-1]).cumsum(0, dtype=torch.int32), (1, 0))
-        k, v = kv.view(-1, 2 * kv_heads, dim).split([kv_heads, kv_heads], dim=1)
+        k, v = torch.split(kv.view(-1, 2 * kv_heads, dim), [kv_heads, kv_heads], dim=1)
         attended = self.attention(q.view(-1, heads, dim), k, v, cu, longest, dim**-0.5, cu_q)
         return attended.view(-1, heads * dim)
 
