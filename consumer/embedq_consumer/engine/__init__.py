@@ -18,6 +18,7 @@ import numpy.typing as npt
 __all__ = [
     "Encoder",
     "ModelError",
+    "Quantization",
     "Text",
     "TextTooLong",
     "Tokens",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 Truncate = Literal["error", "start", "end"]
+Quantization = Literal["none", "fp8"]
 
 
 class ModelError(Exception):
@@ -88,11 +90,15 @@ def default_batch_tokens(device: str) -> int:
     return 2_048 if device == "cpu" else 16_384
 
 
-def load_encoder(path: Path, *, device: str = "auto", threads: int | None = None) -> Encoder:
+def load_encoder(
+    path: Path, *, device: str = "auto", threads: int | None = None, quantization: Quantization = "none"
+) -> Encoder:
     """Load a directory in Hugging Face / sentence-transformers layout.
 
     `device` is "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N". bf16 on CUDA, float32 on the CPU.
     `threads` is how many threads PyTorch may use on the CPU, process-wide; all cores unless given.
+    `quantization` "fp8" quantises the weights while loading and the activations as they come; CUDA from compute
+    capability 9.0 on.
 
     Raises:
         ModelError: the directory is incomplete, or asks for something that embedq does not run.
@@ -100,7 +106,7 @@ def load_encoder(path: Path, *, device: str = "auto", threads: int | None = None
     _before_torch()
     from embedq_consumer.engine.packed import PackedEncoder
 
-    return PackedEncoder.load(path, device=device, threads=threads)
+    return PackedEncoder.load(path, device=device, threads=threads, quantization=quantization)
 
 
 def _before_torch() -> None:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["PACKED", "Packing", "Run", "attend_runs", "packed_attention", "register"]
+__all__ = ["PACKED", "Packing", "Run", "attend_runs", "cuda_kernel", "packed_attention", "register"]
 
 PACKED = "embedq_packed"
 """The name under which transformers knows `packed_attention`."""
@@ -102,7 +102,7 @@ def packed_attention(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     if q.is_cuda:
-        kernel = _cuda_kernel(q.shape[1], k.shape[1], q.shape[2], causal, q.dtype, q.device)
+        kernel = cuda_kernel(q.shape[1], k.shape[1], q.shape[2], causal, q.dtype, q.device)
         return kernel(q, k, v, packing.cu_seqlens, packing.longest, scale).unsqueeze(0), None
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     attend_runs(q, k, v, out, packing.runs, causal=causal, scale=scale)
@@ -126,13 +126,14 @@ def _rectangle(row: Tensor, run: Run) -> Tensor:
 
 
 @lru_cache
-def _cuda_kernel(
+def cuda_kernel(
     heads: int, kv_heads: int, head_dim: int, causal: bool, dtype: torch.dtype, device: torch.device
 ) -> _Varlen:
     """The fastest kernel that computes this shape right: flash-attn-4 where installed, else PyTorch's own.
 
     Each is tried on a few random sequences first, since which shapes a kernel takes depends on the device and on the
-    wheel; one that refuses or is wrong is passed over.
+    wheel; one that refuses or is wrong is passed over. It takes q, k, v (tokens, heads, head_dim), cumulated lengths, the
+    longest length and the scale, and, where each sequence has at most one query, its last token's, theirs cumulated.
     """
     lengths = [1, 7, 64, 130]
     generator = torch.Generator(device).manual_seed(0)
@@ -162,14 +163,16 @@ def _cuda_kernel(
 def _flash_attn_4(group: int, causal: bool) -> _Varlen:
     flash_attn_varlen_func = import_module("flash_attn.cute").flash_attn_varlen_func
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float) -> Tensor:
+    def flash_attn_4(
+        q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, cu_q: Tensor | None = None
+    ) -> Tensor:
         out: Any = flash_attn_varlen_func(
             q,
             k,
             v,
-            cu_seqlens_q=cu,
+            cu_seqlens_q=cu if cu_q is None else cu_q,
             cu_seqlens_k=cu,
-            max_seqlen_q=longest,
+            max_seqlen_q=longest if cu_q is None else 1,
             max_seqlen_k=longest,
             softmax_scale=scale,
             causal=causal,
@@ -177,7 +180,7 @@ def _flash_attn_4(group: int, causal: bool) -> _Varlen:
         attended: Tensor = out[0] if isinstance(out, tuple) else out
         return attended
 
-    return attend
+    return flash_attn_4
 
 
 def _torch_varlen(group: int, causal: bool) -> _Varlen:
@@ -191,11 +194,14 @@ def _torch_varlen(group: int, causal: bool) -> _Varlen:
     if grouped:
         options["enable_gqa"] = True
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float) -> Tensor:
+    def torch_varlen(
+        q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, cu_q: Tensor | None = None
+    ) -> Tensor:
         if group > 1 and not grouped:
             k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
-        attended = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale, **options)
+        queries, most = (cu, longest) if cu_q is None else (cu_q, 1)
+        attended = varlen_attn(q, k, v, queries, cu, most, longest, scale=scale, **options)
         assert isinstance(attended, Tensor)  # a tuple comes only when more is asked for
         return attended
 
-    return attend
+    return torch_varlen

@@ -35,11 +35,13 @@ _IDLE_TOKENIZER_CONFIG = frozenset(
 )
 
 
-def model_version(directory: ModelDirectory, *, max_tokens: int, threads: int | None = None) -> str:
+def model_version(
+    directory: ModelDirectory, *, max_tokens: int, threads: int | None = None, quantization: str = "none"
+) -> str:
     """`sha256:` and 64 hex digits; the same for every copy of a directory, wherever and however it is stored.
 
     Weights count tensor by tensor, so that resharding keeps the version. `max_tokens` counts, since it decides where a
-    long text is cut. Files are read in `threads` threads (hashlib drops the GIL); 8 GB take seconds.
+    long text is cut, and so does `quantization`, which makes other vectors of the same weights. Files are read in `threads` threads (hashlib drops the GIL); 8 GB take seconds.
     """
     total = hashlib.sha256(b"embedq model version 1")
 
@@ -60,6 +62,8 @@ def model_version(directory: ModelDirectory, *, max_tokens: int, threads: int | 
     add("default_prompt", directory.default_prompt.encode())
     add("lower_case", str(directory.lower_case).encode())
     add("max_tokens", str(max_tokens).encode())
+    if quantization != "none":
+        add("quantization", quantization.encode())
     for tensor, digest in zip(directory.tensors, _tensor_digests(directory.tensors, threads), strict=True):
         add(f"tensor {tensor.name} {tensor.dtype} {list(tensor.shape)}", digest)
     return f"sha256:{total.hexdigest()}"

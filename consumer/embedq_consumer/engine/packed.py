@@ -7,10 +7,11 @@ tokens cost, and gives what each text alone gives.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -18,12 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from embedq_consumer.engine import ModelError, Text, TextTooLong, Tokens
+from embedq_consumer.engine import ModelError, Quantization, Text, TextTooLong, Tokens
 from embedq_consumer.engine.attention import PACKED, Packing, register
 from embedq_consumer.engine.bert import PackedBert
 from embedq_consumer.engine.digest import model_version
 from embedq_consumer.engine.directory import ModelDirectory, Pooling, read_directory
 from embedq_consumer.engine.tokenizer import TextTokenizer
+
+if TYPE_CHECKING:
+    from embedq_consumer.engine.graphs import Graphs
 
 __all__ = ["PackedEncoder"]
 
@@ -35,6 +39,8 @@ _CPU_TOKENS = 1024
 """Tokens run at once on a CPU: fewer leave the cores idle, many more leave the caches (benchmarks/encoder_cpu.py)."""
 _PROBE_LENGTHS = (3, 1, 9, 3)
 _PROBE_COSINE = {torch.float32: 0.9999, torch.bfloat16: 0.99}
+_PROBE_COSINE_FP8 = 0.9
+"""Far below what FP8 gives on trained weights, far above what a wrong forward gives on any."""
 
 
 class PackedEncoder:
@@ -53,6 +59,7 @@ class PackedEncoder:
         version: str,
         max_tokens: int,
         position_offset: int,
+        quantization: Quantization = "none",
     ) -> None:
         """Takes `model` over: its attention, pooler and last norm are replaced."""
         self.model_version: str = version
@@ -64,13 +71,51 @@ class PackedEncoder:
         self._pooling: Pooling = directory.pooling
         self._position_offset = position_offset
         self._device: torch.device = model.device
-        self._last_norm = _take_last_norm(model) if directory.pooling == "lasttoken" else None
         self._model = model
         self._vocabulary: int = model.get_input_embeddings().num_embeddings
-        self._forward: _Forward | None = PackedBert(model) if PackedBert.fits(model) else _packed(model)
+        self._last_norm_weight: Tensor | None = None
+        self._last_norm = None
+        if directory.pooling == "lasttoken":
+            weight = getattr(getattr(model, "norm", None), "weight", None)
+            self._last_norm = _take_last_norm(model)
+            self._last_norm_weight = None if self._last_norm is None else weight
+        self._quantization = quantization
+        self._graphs: Graphs | None = None
+        self._forward: _Forward | None
+        if self._device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+            self._forward = self._on_cuda(model)
+        elif quantization != "none":
+            raise ModelError(f"quantization {quantization}: needs CUDA and Triton")
+        else:
+            self._forward = PackedBert(model) if PackedBert.fits(model) else _packed(model)
+
+    def _on_cuda(self, model: Any) -> _Forward:
+        """A forward written for the model where there is one, else transformers' own."""
+        from embedq_consumer.engine.fp8 import fp8_available
+        from embedq_consumer.engine.graphs import Graphs
+        from embedq_consumer.engine.qwen3 import PackedQwen3
+
+        quantised = self._quantization == "fp8"
+        if quantised and not fp8_available(self._device):
+            raise ModelError("quantization fp8: needs a GPU of compute capability 9.0 or later")
+        if not PackedQwen3.fits(model):
+            if quantised:
+                raise ModelError(f"quantization fp8: {type(model).__name__} has no FP8 forward")
+            return _packed(model)
+        forward = PackedQwen3(model, quantised=quantised)
+        if self._last_norm_weight is not None:
+            self._graphs = Graphs.over(forward, self._last_norm_weight)
+        return forward
 
     @classmethod
-    def load(cls, path: Path, *, device: str = "auto", threads: int | None = None) -> Self:
+    def load(
+        cls,
+        path: Path,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        quantization: Quantization = "none",
+    ) -> Self:
         """Load `path`, and prove on a few random tokens that packed it computes what transformers' own code does.
 
         `threads` is how many threads PyTorch may use on the CPU; it holds for the whole process, as PyTorch has it.
@@ -86,7 +131,7 @@ class PackedEncoder:
             model = _load_model(directory, torch.bfloat16 if target.type == "cuda" else torch.float32)
             max_tokens, position_offset = _limits(directory, model)
             tokenizer = TextTokenizer.load(directory, max_tokens)
-        version = model_version(directory, max_tokens=max_tokens, threads=threads)
+        version = model_version(directory, max_tokens=max_tokens, threads=threads, quantization=quantization)
         model.to(target)
         sequences = _probe(model)
         expected = _reference(model, sequences)
@@ -98,8 +143,11 @@ class PackedEncoder:
                 version=version,
                 max_tokens=max_tokens,
                 position_offset=position_offset,
+                quantization=quantization,
             )
             encoder._prove(sequences, expected)
+            if encoder._graphs is not None:
+                encoder._graphs.capture()
         except NotImplementedError as error:
             model_type = directory.config["model_type"]
             raise ModelError(
@@ -112,6 +160,11 @@ class PackedEncoder:
 
     def encode(self, batch: Sequence[Ids]) -> npt.NDArray[np.float32]:
         """A sequence of no tokens (an empty text, where the tokenizer adds none) gives zeros, as padding would."""
+        # On CUDA the look-up itself would break the device's context, and with it every later batch.
+        if any(ids.max(initial=0) >= self._vocabulary for ids in batch):
+            raise IndexError(f"a token beyond the model's {self._vocabulary} embeddings")
+        if self._graphs is not None:
+            return self._graphs.encode(batch)
         vectors = np.zeros((len(batch), self.hidden_size), dtype=np.float32)
         # Neighbours of one length share an attention call.
         order = sorted((i for i, ids in enumerate(batch) if len(ids)), key=lambda i: len(batch[i]))
@@ -120,11 +173,13 @@ class PackedEncoder:
         return vectors
 
     def close(self) -> None:
-        self._forward = self._last_norm = None
+        if self._graphs is not None:
+            self._graphs.close()
+        self._forward = self._last_norm = self._last_norm_weight = self._graphs = None
         # Modules refer to each other in cycles, and a collection of those would stop every thread for a quarter of a
         # second: free the weights' memory by hand, and leave the small rest to the collector.
         for tensor in (*self._model.parameters(), *self._model.buffers()):
-            tensor.data = torch.empty(0)
+            tensor.data = tensor.data.new_empty(0)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -152,9 +207,6 @@ class PackedEncoder:
         assert self._forward is not None, "encode after close. This is a bug."
         lengths = [len(ids) for ids in sequences]
         ids = np.concatenate(sequences, dtype=np.int64)
-        if ids.max() >= self._vocabulary:
-            # On CUDA the look-up itself would break the device's context, and with it every later batch.
-            raise IndexError(f"a token beyond the model's {self._vocabulary} embeddings")
         positions = np.concatenate([np.arange(n, dtype=np.int64) for n in lengths]) + self._position_offset
         packing = Packing.of(lengths, self._device)
         row, column = (torch.from_numpy(a).to(self._device, non_blocking=True) for a in (ids, positions))
@@ -183,7 +235,16 @@ class PackedEncoder:
             hidden = self._last_norm(hidden)
         finite = expected.isfinite().all(dim=1)
         cosines = F.cosine_similarity(hidden[finite], expected[finite], dim=1)
-        if not bool((cosines >= _PROBE_COSINE[dtype]).all()):
+        least = _PROBE_COSINE_FP8 if self._quantization == "fp8" else _PROBE_COSINE[dtype]
+        if self._graphs is not None:
+            # Few tokens and many take different kernels: the same sequences once, and many times over.
+            ends = torch.tensor([len(ids) for ids in sequences]).cumsum(0) - 1
+            for times in (1, 16):
+                vectors = torch.from_numpy(self._graphs.encode(list(sequences) * times)).to(expected)
+                wanted = expected[ends].repeat(times, 1)
+                known = wanted.isfinite().all(dim=1)
+                cosines = torch.cat([cosines, F.cosine_similarity(vectors[known], wanted[known], dim=1)])
+        if not bool((cosines >= least).all()):
             raise NotImplementedError("packed sequences do not give what each gives alone")
 
 

@@ -1,0 +1,238 @@
+"""Qwen3's forward over a packed row, written out for CUDA: what Qwen3-Embedding runs on a GPU.
+
+It computes what transformers' Qwen3Model computes, with one product for query, key and value and one for gate and up, and
+one kernel for each of what lies between (kernels.py). PackedEncoder proves it against Qwen3Model at every load.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from embedq_consumer.engine.attention import Packing, cuda_kernel
+from embedq_consumer.engine.fp8 import Weight, linear, weight_of
+from embedq_consumer.engine.kernels import (
+    Scaled,
+    add_norm,
+    gate,
+    norm_rotate,
+    quantise,
+    skinny_linear,
+    skinny_plan,
+)
+
+__all__ = ["PackedQwen3"]
+
+
+class _Layer(msgspec.Struct, frozen=True):
+    norm: Tensor
+    qkv: Weight
+    rotated: tuple[Tensor, Tensor]
+    """The weights of the norms of queries and keys."""
+    attended: Weight
+    middle_norm: Tensor
+    gate_up: Weight
+    down: Weight
+
+
+class PackedQwen3:
+    """The layers of one Qwen3Model, which it takes apart as it fuses them: no weight is held twice.
+
+    `quantised`: weights and activations of every product in FP8; embeddings, norms, attention and residuals stay as they
+    are.
+    """
+
+    def __init__(self, model: Any, *, quantised: bool = False) -> None:
+        config = model.config
+        self._heads = int(config.num_attention_heads)
+        self._kv_heads = int(config.num_key_value_heads)
+        self._head_dim = int(config.head_dim)
+        self._eps = float(config.rms_norm_eps)
+        self._quantised = quantised
+        self._words: Tensor = model.embed_tokens.weight.detach()
+        self.device = self._words.device
+        self.hidden_size = int(config.hidden_size)
+        self._norm: Tensor | None = None
+        if not isinstance(model.norm, torch.nn.Identity):
+            self._norm = model.norm.weight.detach()
+        self._rotation = _rotation(model)
+        self._layers = [_layer(layer, quantised) for layer in model.layers]
+        causal = bool(getattr(config, "is_causal", True))
+        self.attention = cuda_kernel(
+            self._heads, self._kv_heads, self._head_dim, causal, self._words.dtype, self.device
+        )
+
+    @staticmethod
+    def fits(model: Any) -> bool:
+        """Whether `model` is a plain Qwen3 in bf16 on CUDA, full attention and unscaled rotary positions."""
+        config = model.config
+        if type(model).__name__ != "Qwen3Model" or model.device.type != "cuda":
+            return False
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        rotary = getattr(model.rotary_emb, "rope_type", None)
+        half = int(config.head_dim) // 2
+        return (
+            model.dtype == torch.bfloat16
+            and config.hidden_act == "silu"
+            and not config.attention_bias
+            and kinds == {"full_attention"}
+            and rotary == "default"
+            and half & (half - 1) == 0
+        )
+
+    def __call__(self, ids: Tensor, positions: Tensor, packing: Packing) -> Tensor:
+        """Last hidden states (tokens, hidden), as the model's own forward gives them."""
+        x, y = self._run(ids, positions, packing.cu_seqlens, packing.longest, None)
+        if self._norm is None:
+            return x if y is None else x + y
+        normed = add_norm(x, y, self._norm, self._eps)
+        assert isinstance(normed, Tensor)
+        return normed
+
+    def pooled(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        cu: Tensor,
+        last: Tensor,
+        longest: int,
+        norm: Tensor,
+        out: Tensor,
+    ) -> None:
+        """Write the last norm, in float32, of the tokens at `last` to `out` (len(last), hidden).
+
+        Of the last layer, those tokens alone get more than keys and values. Nothing here waits for the device
+        or depends on what the tensors hold, so it can be captured as a CUDA graph. Tokens behind `cu[-1]` belong to no
+        sequence: they cost time and change nothing.
+        """
+        x, y = self._run(ids, positions, cu, longest, last)
+        add_norm(x, y, norm, self._eps, keep=False, out=out)
+
+    def _run(
+        self, ids: Tensor, positions: Tensor, cu: Tensor, longest: int, last: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream behind the last layer, in two parts that are still to be added."""
+        x = F.embedding(ids, self._words)
+        y: Tensor | None = None
+        heads, kv_heads, dim = self._heads, self._kv_heads, self._head_dim
+        for index, layer in enumerate(self._layers):
+            rows = self._normed(x, y, layer.norm)
+            if last is not None and index == len(self._layers) - 1:
+                x = x.index_select(0, last)
+                attended = self._attended_by_last(rows, layer, positions, cu, longest, last)
+            else:
+                qkv = self._product(rows, layer.qkv)
+                norm_rotate(qkv, positions, self._rotation, layer.rotated, (heads, kv_heads), self._eps)
+                q, k, v = torch.split(
+                    qkv.view(-1, heads + 2 * kv_heads, dim), [heads, kv_heads, kv_heads], dim=1
+                )
+                attended = self.attention(q, k, v, cu, longest, dim**-0.5).view(-1, heads * dim)
+            rows = quantise(attended) if self._quantised else attended
+            x, y = self._added(x, rows, layer.attended, in_product=False)
+            gated = self._gated(self._normed(x, y, layer.middle_norm), layer.gate_up)
+            x, y = self._added(x, gated, layer.down, in_product=True)
+        return x, y
+
+    def _attended_by_last(
+        self,
+        rows: Tensor | Scaled,
+        layer: _Layer,
+        positions: Tensor,
+        cu: Tensor,
+        longest: int,
+        last: Tensor,
+    ) -> Tensor:
+        """Attention of last tokens alone: keys and values of all, queries of those (places, heads · head_dim)."""
+        heads, kv_heads, dim = self._heads, self._kv_heads, self._head_dim
+        of_queries, of_keys = _split(layer.qkv, heads * dim)
+        q = self._product(_select(rows, last), of_queries)
+        kv = self._product(rows, of_keys)
+        norm_rotate(q, positions.index_select(0, last), self._rotation, layer.rotated, (heads, 0), self._eps)
+        norm_rotate(kv, positions, self._rotation, layer.rotated, (0, kv_heads), self._eps)
+        # Places without a sequence have no query either: attention over no keys at all is nobody's business.
+        cu_q = F.pad((cu[1:] > cu[:-1]).cumsum(0, dtype=torch.int32), (1, 0))
+        k, v = torch.split(kv.view(-1, 2 * kv_heads, dim), [kv_heads, kv_heads], dim=1)
+        attended = self.attention(q.view(-1, heads, dim), k, v, cu, longest, dim**-0.5, cu_q)
+        return attended.view(-1, heads * dim)
+
+    def _normed(self, x: Tensor, y: Tensor | None, weight: Tensor) -> Tensor | Scaled:
+        return add_norm(x, y, weight, self._eps, quantised=self._quantised)
+
+    def _product(self, rows: Tensor | Scaled, weight: Weight) -> Tensor:
+        plan = self._plan(rows, weight)
+        return linear(rows, weight) if plan is None else skinny_linear(rows, weight, plan)
+
+    def _gated(self, rows: Tensor | Scaled, weight: Weight) -> Tensor | Scaled:
+        plan = self._plan(rows, weight, gated=True)
+        if plan is None:
+            return gate(linear(rows, weight), quantised=self._quantised)
+        gated = skinny_linear(rows, weight, plan, gated=True)
+        return quantise(gated) if self._quantised else gated
+
+    def _added(
+        self, x: Tensor, rows: Tensor | Scaled, weight: Weight, *, in_product: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """`x` with the product added; or the two apart, where the next norm adds them for less.
+
+        A bf16 product adds for less where it is long (`in_product`), since there its own epilogue hides behind it.
+        """
+        plan = self._plan(rows, weight)
+        if plan is not None:
+            return skinny_linear(rows, weight, plan, residual=x), None
+        if in_product and isinstance(rows, Tensor) and isinstance(weight, Tensor):
+            return x.addmm_(rows, weight.t()), None
+        return x, linear(rows, weight)
+
+    def _plan(self, rows: Tensor | Scaled, weight: Weight, *, gated: bool = False) -> dict[str, int] | None:
+        values, matrix = (part[0] if isinstance(part, tuple) else part for part in (rows, weight))
+        width = len(matrix) // 2 if gated else len(matrix)
+        return skinny_plan(len(values), width, matrix.shape[1], gated=gated, scaled=self._quantised)
+
+
+def _split(weight: Weight, first: int) -> tuple[Weight, Weight]:
+    """The first so many output channels of a weight, and the others."""
+    if isinstance(weight, tuple):
+        values, scales = weight
+        return (values[:first], scales[:, :first]), (values[first:], scales[:, first:])
+    return weight[:first], weight[first:]
+
+
+def _select(rows: Tensor | Scaled, indices: Tensor) -> Tensor | Scaled:
+    if isinstance(rows, tuple):
+        values, scales = rows  # bytes: PyTorch selects no FP8 rows
+        picked = values.view(torch.uint8).index_select(0, indices).view(values.dtype)
+        return picked, scales.index_select(0, indices)
+    return rows.index_select(0, indices)
+
+
+def _rotation(model: Any) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position, float32 (positions, head_dim / 2)."""
+    frequencies = model.rotary_emb.inv_freq.double()
+    positions = torch.arange(int(model.config.max_position_embeddings), device=frequencies.device)
+    angles = positions.double()[:, None] * frequencies
+    scaling = float(model.rotary_emb.attention_scaling)
+    return (angles.cos() * scaling).float(), (angles.sin() * scaling).float()
+
+
+def _layer(layer: Any, quantised: bool) -> _Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+
+    def fused(*modules: Any) -> Weight:
+        weight = weight_of([module.weight.detach() for module in modules], quantised=quantised)
+        for module in modules:
+            module.weight = None  # the model's own copy goes, layer by layer
+        return weight
+
+    return _Layer(
+        norm=layer.input_layernorm.weight.detach(),
+        qkv=fused(attention.q_proj, attention.k_proj, attention.v_proj),
+        rotated=(attention.q_norm.weight.detach(), attention.k_norm.weight.detach()),
+        attended=fused(attention.o_proj),
+        middle_norm=layer.post_attention_layernorm.weight.detach(),
+        gate_up=fused(mlp.gate_proj, mlp.up_proj),
+        down=fused(mlp.down_proj),
+    )
