@@ -62,7 +62,12 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         cache = await parts.enter_async_context(_cache(settings, metrics))
         publisher = await parts.enter_async_context(_publisher(settings, metrics))
         slot = ModelSlot(
-            lambda path: load_encoder(path, device=settings.device, threads=settings.threads or None)
+            lambda path: load_encoder(
+                path,
+                device=settings.device,
+                threads=settings.threads or None,
+                quantization=settings.quantization,
+            )
         )
         parts.callback(slot.close)
         reporter = Reporter(settings.topics, settings.replica, settings.alias, publisher.publish, metrics)

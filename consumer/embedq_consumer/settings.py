@@ -51,6 +51,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     model_root: str = ""  # reloads stay below it; empty: the parent of `model`
     alias: NotEmpty = DEFAULT_ALIAS
     device: Annotated[str, Meta(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    quantization: Literal["none", "fp8"] = (
+        "none"  # fp8: half the memory, other vectors, another model version
+    )
     threads: Annotated[int, Meta(ge=0)] = 0  # CPU threads of the model; 0: PyTorch's choice
 
     # Micro-batches
