@@ -10,6 +10,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH_BACKEND ?=
 TESTS ?= tests
+# Importing torch and transformers compiles thousands of files; keeping the result makes the next start seconds faster.
+unexport PYTHONDONTWRITEBYTECODE
 UV := UV_LINK_MODE=hardlink $(BIN)/uv
 
 .PHONY: help setup demo test check format contract constraints bench clean

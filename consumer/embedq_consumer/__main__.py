@@ -1,74 +1,11 @@
-"""`python -m embedq_consumer`: one replica, from environment variables, until SIGTERM or Ctrl-C."""
+"""`python -m embedq_consumer`: one replica."""
 
-from __future__ import annotations
-
-import asyncio
-import os
-import signal
 import sys
 
-import structlog
-from aiokafka.errors import KafkaError
-
-from embedq_consumer import logs
-from embedq_consumer.engine import ModelError
-from embedq_consumer.publisher import BrokerUnavailable
-from embedq_consumer.reload import Rejected
-from embedq_consumer.service import MissingTopics, serve
-from embedq_consumer.settings import Settings, SettingsError
-
-_EXPECTED = (
-    SettingsError,
-    MissingTopics,
-    ModelError,
-    Rejected,
-    BrokerUnavailable,
-    KafkaError,
-    OSError,
-    TimeoutError,
-)
-"""What an operator can mend: told in one line, without a traceback."""
-
-
-def main() -> int:
-    """The exit code: 0 after a clean stop, 1 after a failure, 2 for a wrong setting."""
-    try:
-        settings = Settings.from_env(os.environ)
-    except SettingsError as error:
-        print(f"embedq: {error}", file=sys.stderr)  # noqa: T201  # the logs are not set up yet
-        return 2
-    logs.configure(settings.log_level)
-    failures: list[BaseException] = []
-    try:
-        asyncio.run(_run(settings))
-    except* _EXPECTED as group:
-        failures = _leaves(group)
-    for failure in failures:
-        structlog.get_logger().error("failed", reason=type(failure).__name__, detail=str(failure))
-    return 1 if failures else 0
-
-
-async def _run(settings: Settings) -> None:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def ask_to_stop() -> None:
-        stop.set()
-        # A second signal ends the process as usual: somebody does not want to wait for the drain.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, ask_to_stop)
-    await serve(settings, stop)
-
-
-def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
-    found: list[BaseException] = []
-    for failure in group.exceptions:
-        found += _leaves(failure) if isinstance(failure, BaseExceptionGroup) else [failure]
-    return found
-
+try:
+    from embedq_consumer.process import main
+except ModuleNotFoundError as missing:
+    sys.exit(f"embedq: the service needs {missing.name}: pip install 'embedq[consumer]'")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -42,9 +42,13 @@ class Refusal(msgspec.Struct, frozen=True):
 
 
 class UnknownAddress(msgspec.Struct, frozen=True):
-    """The reply topic is not among the topics last seen: ask the broker before refusing the job."""
+    """The reply topic, or its partition, is not among those last seen: ask the broker before refusing the job.
+
+    `error` is what the job gets if the broker does not know it either.
+    """
 
     headers: JobHeaders
+    error: ErrorBody
 
 
 class Rules(msgspec.Struct, frozen=True):
@@ -81,7 +85,7 @@ class Rules(msgspec.Struct, frozen=True):
             return Refusal(
                 bad.error, format, headers, bad.envelope, dead_letter=bad.error.code == "malformed"
             )
-        envelope = Envelope(job.id, job.model, job.metadata)
+        envelope = codec.envelope_of(job)
         if headers.bad_deadline is not None:
             return Refusal(headers.bad_deadline, format, headers, envelope)
         if headers.deadline_ms is not None and headers.deadline_ms <= now_ms:
@@ -122,13 +126,11 @@ class Rules(msgspec.Struct, frozen=True):
             )
         count = partitions(topic)
         if count is None:
-            return UnknownAddress(headers)
+            error = "header `reply-topic`: expected a topic that exists"
+            return UnknownAddress(headers, ErrorBody.of("invalid_header", error, "reply-topic"))
         if headers.reply_partition is not None and headers.reply_partition >= count:
-            return ErrorBody.of(
-                "invalid_header",
-                f"header `reply-partition`: expected a partition below {count}, which is how many its topic has",
-                "reply-partition",
-            )
+            error = f"header `reply-partition`: expected a partition below {count}, which is how many its topic has"
+            return UnknownAddress(headers, ErrorBody.of("invalid_header", error, "reply-partition"))
         return None
 
     def _is_allowed(self, topic: str) -> bool:
@@ -137,13 +139,10 @@ class Rules(msgspec.Struct, frozen=True):
         ours = topic in {self.topics.replies, self.topics.results}
         return ours or any(fnmatch.fnmatchcase(topic, pattern) for pattern in self.reply_patterns)
 
-    def unknown_topic(self, record: Record, headers: JobHeaders) -> Refusal:
-        """The refusal of a job whose reply topic the broker does not have."""
-        error = ErrorBody.of(
-            "invalid_header", "header `reply-topic`: expected a topic that exists", "reply-topic"
-        )
-        format = codec.format_of(headers.content_type) or "json"
-        return self._refuse(record, headers, format, error, dead_letter=True, reply=False)
+    def unknown_address(self, record: Record, address: UnknownAddress) -> Refusal:
+        """The refusal of a job whose reply address the broker does not have."""
+        format = codec.format_of(address.headers.content_type) or "json"
+        return self._refuse(record, address.headers, format, address.error, dead_letter=True, reply=False)
 
     def _refuse(
         self,
@@ -158,7 +157,7 @@ class Rules(msgspec.Struct, frozen=True):
         """A refusal that repeats what can be read of the job."""
         try:
             job = codec.decode_job(record.value, format, max_inputs=self.max_inputs)
-            envelope = Envelope(job.id, job.model, job.metadata)
+            envelope = codec.envelope_of(job)
         except BadJob as bad:
             envelope = bad.envelope
         return Refusal(error, format, headers, envelope, dead_letter, reply)

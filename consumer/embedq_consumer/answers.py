@@ -34,9 +34,12 @@ class Outgoing(msgspec.Struct, frozen=True, gc=False):
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """The whole answer to one record: its records, in order, and what to count."""
+    """The whole answer to one record: its records, in order, what to count, and what any answer to it repeats."""
 
     record: Record
+    headers: JobHeaders
+    format: Format
+    envelope: Envelope
     outgoing: list[Outgoing]
     status: ResultStatus
     errors: tuple[ErrorBody, ...] = ()
@@ -82,13 +85,11 @@ class Answers:
             value = codec.encode(result, request.format)
             headers = self._headers(job.headers, request.format, status, version)
             outgoing.append(self._addressed(job.record, job.headers, request.id, value, headers))
-        return Reply(job.record, outgoing, status, errors)
+        return Reply(job.record, job.headers, request.format, envelope, outgoing, status, errors)
 
     def of_refusal(self, record: Record, refusal: Refusal) -> Reply:
         """The error result of a record that is no job of ours."""
-        headers = refusal.headers
-        if not refusal.reply:
-            headers = msgspec.structs.replace(headers, reply_topic=None, reply_partition=None)
+        headers = refusal.headers if refusal.reply else _unaddressed(refusal.headers)
         return self._failure(
             record,
             headers,
@@ -101,12 +102,10 @@ class Answers:
 
     def of_undeliverable(self, job_reply: Reply, error: ErrorBody) -> Reply:
         """What is left to say when the broker refuses a result at its reply address: the error, on the results topic."""
-        record = job_reply.record
-        id = record.name
-        failure = Failure(id=id, model=None, model_version=None, error=error)
-        headers = self._headers(JobHeaders(), "json", "error", None)
-        outgoing = Outgoing(self._topics.results, None, id.encode(), codec.encode(failure), headers)
-        return Reply(record, [outgoing], "error", (error,), error)
+        headers = _unaddressed(job_reply.headers)
+        return self._failure(
+            job_reply.record, headers, job_reply.format, job_reply.envelope, error, None, dead_letter=error
+        )
 
     def dead_letter(
         self, record: Record, error: ErrorBody, *, partition: int | None, result_sent: bool
@@ -175,7 +174,7 @@ class Answers:
         if _size(outgoing) > self._limit:
             silent = self._headers(JobHeaders(), format, "error", version)
             outgoing = msgspec.structs.replace(outgoing, headers=silent)
-        return Reply(record, [outgoing], "error", (error,), dead_letter)
+        return Reply(record, headers, format, envelope, [outgoing], "error", (error,), dead_letter)
 
     def _headers(
         self, headers: JobHeaders, format: Format, status: ResultStatus, version: str | None
@@ -194,6 +193,11 @@ class Answers:
     ) -> Outgoing:
         key = record.key if record.key is not None else id.encode()
         return Outgoing(headers.reply_topic or self._topics.results, headers.reply_partition, key, value, own)
+
+
+def _unaddressed(headers: JobHeaders) -> JobHeaders:
+    """The same, for an answer on the results topic."""
+    return msgspec.structs.replace(headers, reply_topic=None, reply_partition=None)
 
 
 def _size(outgoing: Outgoing) -> int:

@@ -7,9 +7,10 @@ from typing import Any, Final
 
 import msgspec
 import structlog
-from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.errors import KafkaError
+from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 
+from embedq_consumer.ending import ended
+from embedq_consumer.intake import UNREADABLE
 from embedq_consumer.metrics import Metrics
 from embedq_shared.codec import decode_control
 from embedq_shared.messages import Control
@@ -19,6 +20,7 @@ log = structlog.get_logger()
 
 _POLL_MS: Final = 1000
 _READ_S: Final = 60.0
+_CLOSE_S: Final = 5.0
 _UNREADABLE: Final = (UnicodeDecodeError, msgspec.DecodeError, RecursionError)
 
 
@@ -62,16 +64,12 @@ class ControlTopic:
 
     async def close(self) -> None:
         """Disconnect."""
-        try:
-            async with asyncio.timeout(5):
-                await self._consumer.stop()
-        except (TimeoutError, KafkaError) as error:
-            log.warning("control_left_open", reason=type(error).__name__)
+        if problem := await ended(self._consumer.stop(), _CLOSE_S):
+            log.warning("control_left_open", reason=problem)
 
     async def _poll(self) -> list[Control]:
-        polled = await self._consumer.getmany(self._partition, timeout_ms=_POLL_MS)
         found = []
-        for record in polled.get(self._partition, []):
+        for record in await self._records():
             if record.key != self._alias.encode():
                 continue
             try:
@@ -84,6 +82,34 @@ class ControlTopic:
                 continue
             found.append(command)
         return found
+
+    async def _records(self) -> list[ConsumerRecord]:
+        try:
+            polled = await self._consumer.getmany(self._partition, timeout_ms=_POLL_MS)
+        except UNREADABLE as error:
+            return await self._read_carefully(error)
+        records: list[ConsumerRecord] = polled.get(self._partition, [])
+        return records
+
+    async def _read_carefully(self, error: Exception) -> list[ConsumerRecord]:
+        """The records in front of the one that the client cannot hand out, which is stepped over.
+
+        The failed poll withheld them, and its position has not moved.
+        """
+        self._consumer.seek(self._partition, await self._consumer.position(self._partition))
+        found: list[ConsumerRecord] = []
+        while True:
+            try:
+                polled = await self._consumer.getmany(self._partition, timeout_ms=_POLL_MS, max_records=1)
+            except UNREADABLE:
+                offset = await self._consumer.position(self._partition)
+                self._consumer.seek(self._partition, offset + 1)
+                self._metrics.reloads.labels("ignored").inc()
+                log.warning("control_record_ignored", offset=offset, reason=type(error).__name__)
+                return found
+            if not polled:
+                return found
+            found += polled[self._partition]
 
 
 def _newest(newest: Control | None, found: list[Control]) -> Control | None:

@@ -20,6 +20,7 @@ from aiokafka.errors import (
 )
 
 from embedq_consumer.batching import LANES, Lane
+from embedq_consumer.ending import ended
 from embedq_consumer.flow import Flow
 from embedq_consumer.jobs import Record
 from embedq_consumer.ledger import OffsetLedger
@@ -32,6 +33,10 @@ _POLL_MS: Final = 200
 _COMMIT_S: Final = 10.0
 _POSITION_S: Final = 1.0
 _CLOSE_S: Final = 10.0
+_PATIENCE_MS: Final = 5000
+"""The longest wait for one partition's record behind a poll that failed."""
+_COMMITS_A_SPAN: Final = 4
+"""A commit comes early once one part in so many of what may stay uncommitted is finished."""
 _CAREFUL_RECORDS: Final = 2000
 """Records read one by one behind a poll that failed, before polls are whole again."""
 
@@ -50,6 +55,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
         - No poll runs between a revocation and the assignment behind it: so every record belongs to the current epoch.
         - Polling never stops for longer than that, full or held: pausing is what stops records.
         - Commits come from the ledger alone, so none passes an unfinished record.
+        - A crash repeats at most `max_uncommitted` records of a partition, and one poll.
     """
 
     def __init__(
@@ -65,6 +71,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
         session_timeout_ms: int,
         rebalance_timeout_ms: int,
         commit_interval_s: float,
+        max_uncommitted: int,
     ) -> None:
         self._topics = topics
         self._flow = flow
@@ -73,10 +80,15 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
         self._max_poll_records = max_poll_records
         self._drain_s = min(30.0, rebalance_timeout_ms / 1000 / 2)
         self._commit_interval_s = commit_interval_s
+        self._max_uncommitted = max_uncommitted
+        self._await_commit = False  # a partition takes no more records before a commit
+        self._finished = 0  # since the last commit
+        self._commit_soon = asyncio.Event()
         self._ledger = OffsetLedger()
         self._lane_of: dict[str, Lane] = dict(zip(topics.lanes, LANES, strict=True))
         self._held = 0
         self._stopping = False
+        self._patience_ms = _POLL_MS
         self._wake = asyncio.Event()
         self._open = asyncio.Event()  # polls may run
         self._open.set()
@@ -162,13 +174,8 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
 
     async def close(self) -> None:
         """Leave the group."""
-        stopping = asyncio.ensure_future(self._consumer.stop())
-        try:
-            async with asyncio.timeout(_CLOSE_S):
-                await asyncio.shield(stopping)
-        except (TimeoutError, KafkaError) as error:
-            stopping.cancel()
-            log.warning("group_left_by_timeout", reason=type(error).__name__)
+        if problem := await ended(self._consumer.stop(), _CLOSE_S):
+            log.warning("group_left_by_timeout", reason=problem)
 
     @asynccontextmanager
     async def held(self, within: float) -> AsyncIterator[None]:
@@ -191,6 +198,9 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
     def finish(self, record: Record) -> None:
         """A record is answered."""
         self._ledger.finish(record.ticket)
+        self._finished += 1
+        if self._finished >= max(1, self._max_uncommitted // _COMMITS_A_SPAN):
+            self._commit_soon.set()
         if self._flow.release(record.lane, record.size):
             self._wake.set()
         self._progress.set()
@@ -202,16 +212,23 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
         then, since the broker checks the member's generation and not whose partition it is.
         """
         while True:
-            await asyncio.sleep(self._commit_interval_s)
+            self._commit_soon.clear()
+            try:
+                async with asyncio.timeout(self._commit_interval_s):
+                    await self._commit_soon.wait()
+            except TimeoutError:
+                pass
             if self._open.is_set():
                 await self._commit()
+                if self._await_commit:
+                    self._wake.set()
             if self._open.is_set():
                 self._measure()
 
     # -- polling --------------------------------------------------------------------------------------------------------
 
     async def _poll(
-        self, *partitions: TopicPartition, limit: int
+        self, *partitions: TopicPartition, limit: int, timeout_ms: int = _POLL_MS
     ) -> Mapping[TopicPartition, list[ConsumerRecord]]:
         """One poll. A wake-up ends it early: nothing is lost, since records leave the client only when it returns.
 
@@ -219,7 +236,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
         listener lets none come before the poll has returned.
         """
         poll = asyncio.ensure_future(
-            self._consumer.getmany(*partitions, timeout_ms=_POLL_MS, max_records=limit)
+            self._consumer.getmany(*partitions, timeout_ms=timeout_ms, max_records=limit)
         )
         wake = asyncio.ensure_future(self._wake.wait())
         try:
@@ -262,24 +279,28 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
         where the ledger is. Then record by record, since what raises stands at the position.
         """
         assigned = sorted(self._ledger.partitions)
+        stepped_over = False
         for partition in assigned:
             await self._rewind(partition)
         for partition in assigned:
             for _ in range(_CAREFUL_RECORDS):
                 self._beat()
                 try:
-                    found = await self._poll(partition, limit=1)
+                    found = await self._poll(partition, limit=1, timeout_ms=self._patience_ms)
                 except UNREADABLE as error:
                     offset = await self._position(partition)
                     if offset is not None:
                         self._consumer.seek(partition, offset + 1)
                         unreadable(self._unread(partition, offset), error)
+                        stepped_over = True
                     break
                 if not found:
                     break  # nothing more, or a wake-up: if the record is still there, the next poll fails again
                 take(self._begin(found))
                 if self._stopping or self._flow.is_full(self._lane_of[partition.topic]):
                     break  # likewise
+        # Found nothing? Then the broker may be too slow for so short a wait.
+        self._patience_ms = _POLL_MS if stepped_over else min(2 * self._patience_ms, _PATIENCE_MS)
 
     def _unread(self, partition: TopicPartition, offset: int) -> Record:
         """A record of which nothing is known but where it is."""
@@ -310,7 +331,8 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
     def _apply_pauses(self) -> None:
         """Make the client's pauses what they should be: it forgets them at each rebalance."""
         assigned = self._ledger.partitions
-        wanted = {p for p in assigned if self._held or self._flow.is_full(self._lane_of[p.topic])}
+        wanted = {p for p in assigned if self._held or self._is_full(p)}
+        self._await_commit = any(self._repeats_too_much(p) for p in assigned)
         paused = self._consumer.paused() & assigned
         if more := wanted - paused:
             self._consumer.pause(*more)
@@ -325,11 +347,19 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
             self._metrics.in_flight_jobs.labels(lane).set(self._flow.jobs(lane))
             self._metrics.in_flight_bytes.labels(lane).set(self._flow.bytes(lane))
 
+    def _is_full(self, partition: TopicPartition) -> bool:
+        """Whether no more records of this partition should be taken: its lane is full, or a crash would repeat too many."""
+        return self._flow.is_full(self._lane_of[partition.topic]) or self._repeats_too_much(partition)
+
+    def _repeats_too_much(self, partition: TopicPartition) -> bool:
+        return self._ledger.repeatable(partition) >= self._max_uncommitted
+
     # -- offsets --------------------------------------------------------------------------------------------------------
 
     async def _commit(self) -> None:
         """Commit what is safe. A failed commit costs repeated work at most, so it never ends the process."""
         async with self._committing:
+            self._finished = 0
             offsets, epoch = self._ledger.committable(), self._ledger.epoch
             if not offsets:
                 return

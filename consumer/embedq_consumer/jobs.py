@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
@@ -117,23 +117,3 @@ class InFlight:
         if not self.request.listed or all(error.code == "expired" for error in errors):
             return errors[0]
         return None
-
-
-class Item(msgspec.Struct, frozen=True, gc=False):
-    """One text that waits for a micro-batch. `ids` is int32 (tokens,); `arrived` is monotonic seconds."""
-
-    job: InFlight
-    index: int
-    ids: Any
-    truncated: bool
-    arrived: float
-
-    @property
-    def tokens(self) -> int:
-        """Its share of the token budget."""
-        return len(self.ids)
-
-    @property
-    def lane(self) -> Lane:
-        """Which queue it waits in."""
-        return self.job.record.lane

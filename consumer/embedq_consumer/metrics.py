@@ -46,6 +46,9 @@ class Metrics:
         self.jobs = counter("jobs_total", "Jobs answered, by the status of their result.", "lane", "status")
         self.inputs = counter("inputs_total", "Texts answered with a vector.", "lane")
         self.errors = counter("errors_total", "Jobs and single inputs that failed, by error code.", "code")
+        self.deduplicated = counter(
+            "deduplicated_total", "Texts that shared the computation of an equal one under way."
+        )
         self.truncated = counter("truncated_total", "Texts that were cut, as their job allowed.")
         self.dead_letters = counter(
             "dead_letters_total", "Records copied to the dead-letter topic, by error code.", "code"

@@ -28,7 +28,7 @@ class Loaded(msgspec.Struct, frozen=True):
 
 
 class NoModel(Exception):
-    """The slot is empty: a resource-preserving reload is under way."""
+    """The slot is empty: a resource-preserving reload is under way, or has lost both models."""
 
 
 class ModelSlot:
@@ -68,22 +68,21 @@ class ModelSlot:
         """Vectors of one micro-batch, float32 (len(batch), hidden_size), and the seconds that they took."""
         return await _run(self._compute, self._timed, encoder, batch)
 
-    async def install(self, new: Loaded) -> None:
-        """Serve this model from now on, and free the one before. Nothing may be in flight for that one."""
+    def install(self, new: Loaded) -> Loaded | None:
+        """Serve this model from now on; the one before, to be discarded. Nothing may be in flight for that one."""
         old, self._loaded = self._loaded, new
-        if old is not None and old.encoder is not new.encoder:
-            await _run(self._compute, old.encoder.close)
+        return old
 
     async def unload(self) -> Path:
         """Free the serving model; the path it came from. Nothing may be in flight for it."""
         old = self.loaded
         self._loaded = None
-        await _run(self._compute, old.encoder.close)
+        await self.discard(old)
         return old.path
 
     async def discard(self, unused: Loaded) -> None:
-        """Free a model that was loaded beside and will not serve."""
-        await _run(self._beside, unused.encoder.close)
+        """Free a model that does not serve."""
+        await _run(self._compute, unused.encoder.close)
 
     def close(self) -> None:
         """End the threads. Waits for a micro-batch that runs."""

@@ -10,29 +10,45 @@ import numpy.typing as npt
 
 from embedq_consumer.admission import input_param
 from embedq_consumer.engine import TextTooLong
-from embedq_consumer.jobs import Answer, Item, Outcome, Request
-from embedq_shared.messages import ErrorBody
+from embedq_consumer.flights import Item, Waiter
+from embedq_consumer.jobs import Answer, InFlight, Outcome, Request
+from embedq_shared.messages import Dtype, ErrorBody
 from embedq_shared.vectors import cut_and_normalise, quantise
 
 
-def outcomes_of(batch: Sequence[Item], vectors: npt.NDArray[np.float32]) -> list[Outcome]:
-    """One outcome for each text of a micro-batch; `vectors` is float32 (len(batch), hidden_size)."""
+def outcomes_of(
+    landed: Sequence[tuple[Item, Sequence[Waiter]]], vectors: npt.NDArray[np.float32]
+) -> list[tuple[InFlight, int, Outcome]]:
+    """The outcome of each input that waited for a text of a micro-batch; `vectors` is float32 (texts, hidden_size)."""
     finite = np.logical_and.reduce(np.isfinite(vectors), axis=1)
-    return [
-        _answer(item, vector) if usable else _not_finite(item)
-        for item, vector, usable in zip(batch, vectors, finite.tolist(), strict=True)
-    ]
+    found: list[tuple[InFlight, int, Outcome]] = []
+    for (item, waiters), vector, usable in zip(landed, vectors, finite.tolist(), strict=True):
+        made: dict[tuple[int, Dtype], tuple[bytes, float | None]] = {}
+        for job, index in waiters:
+            found.append(
+                (job, index, _answer(item, job, vector, made) if usable else _not_finite(job, index))
+            )
+    return found
 
 
-def _answer(item: Item, vector: npt.NDArray[np.float32]) -> Answer:
-    request = item.job.request
-    raw, scale = quantise(cut_and_normalise(vector, request.dimensions), request.dtype)
+def _answer(
+    item: Item,
+    job: InFlight,
+    vector: npt.NDArray[np.float32],
+    made: dict[tuple[int, Dtype], tuple[bytes, float | None]],
+) -> Answer:
+    """`made` keeps what equal inputs of one text share."""
+    request = job.request
+    wanted = (request.dimensions, request.dtype)
+    if wanted not in made:
+        made[wanted] = quantise(cut_and_normalise(vector, request.dimensions), request.dtype)
+    raw, scale = made[wanted]
     cut = request.truncate if item.truncated and request.truncate != "error" else None
     return Answer(raw, item.tokens, cut, scale, cached=False)
 
 
-def _not_finite(item: Item) -> ErrorBody:
-    param = input_param(item.job.request, item.index)
+def _not_finite(job: InFlight, index: int) -> ErrorBody:
+    param = input_param(job.request, index)
     return ErrorBody.of("non_finite", f"`{param}`: the model gave a vector that is not finite", param)
 
 
@@ -47,9 +63,9 @@ def too_long(request: Request, index: int, found: TextTooLong) -> ErrorBody:
     )
 
 
-def failed(item: Item) -> ErrorBody:
+def failed(job: InFlight, index: int) -> ErrorBody:
     """A text whose micro-batch failed even when it ran alone."""
-    param = input_param(item.job.request, item.index)
+    param = input_param(job.request, index)
     return ErrorBody.of("internal", f"`{param}`: the model could not run this input", param)
 
 

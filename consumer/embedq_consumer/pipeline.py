@@ -17,7 +17,8 @@ from embedq_consumer.answers import Answers, Outgoing, Reply
 from embedq_consumer.batching import Batcher
 from embedq_consumer.cache import CachedVector, VectorCache, cache_key
 from embedq_consumer.engine import Text, TextTooLong
-from embedq_consumer.jobs import Answer, InFlight, Item, Record
+from embedq_consumer.flights import Flights, Identity, Item, Waiter
+from embedq_consumer.jobs import Answer, InFlight, Record
 from embedq_consumer.metrics import Metrics
 from embedq_consumer.model import ModelSlot
 from embedq_consumer.publisher import Publisher
@@ -69,6 +70,7 @@ class Pipeline:
         self._tasks = tasks
         self._finish = finish
         self._room = room
+        self._flights = Flights()
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pipeline")
 
     def close(self) -> None:
@@ -117,12 +119,10 @@ class Pipeline:
         self._spawn(self._refuse([(record, refusal)]), "refuse")
 
     async def _ask_for_topics(self, waiting: Sequence[tuple[Record, UnknownAddress]]) -> None:
-        """Jobs whose reply topic is not known: it may be new. They alone wait for the broker's answer."""
+        """Jobs whose reply topic or partition is not known: it may be new. They alone wait for the broker's answer."""
         await self._publisher.refresh_topics()
         jobs, refusals, unknown = self._admit(record for record, _ in waiting)
-        refusals += [
-            (record, self._rules.unknown_topic(record, address.headers)) for record, address in unknown
-        ]
+        refusals += [(record, self._rules.unknown_address(record, address)) for record, address in unknown]
         await self._refuse(refusals)
         await self._start(jobs)
 
@@ -150,7 +150,11 @@ class Pipeline:
             else:
                 hits.append((job, index, answer))
         self._settle(hits)
-        for call in _calls(misses):
+        first = [
+            (job, index) for job, index in misses if self._flights.join(Identity.of(job, index), (job, index))
+        ]
+        self._metrics.deduplicated.inc(len(misses) - len(first))
+        for call in _calls(first):
             await self._tokenize(call)
 
     async def _tokenize(self, inputs: Sequence[tuple[InFlight, int]]) -> None:
@@ -162,13 +166,16 @@ class Pipeline:
         tokens = await self._in_thread(encoder.tokenize, texts)
         now = time.monotonic()
         self._metrics.tokenize.observe(now - started)
-        items, errors = [], []
+        items: list[Item] = []
+        errors: list[tuple[InFlight, int, ErrorBody]] = []
         for (job, index), found in zip(inputs, tokens, strict=True):
             job.tokenize_s = now - started
+            identity = Identity.of(job, index)
             if isinstance(found, TextTooLong):
-                errors.append((job, index, outcomes.too_long(job.request, index, found)))
+                waiters = self._flights.land(identity)
+                errors += [(other, at, outcomes.too_long(other.request, at, found)) for other, at in waiters]
             else:
-                items.append(Item(job, index, found.ids, found.truncated, now))
+                items.append(Item(identity, encoder, found.ids, found.truncated, now))
         self._batcher.put(items)
         self._settle(errors)
 
@@ -176,27 +183,27 @@ class Pipeline:
 
     async def run_batch(self, batch: Sequence[Item]) -> None:
         """Compute one micro-batch and send its outcomes on their way."""
-        now_ms = time.time() * 1000
-        expired = [item for item in batch if item.job.expired(now_ms)]
-        self._settle((item.job, item.index, outcomes.EXPIRED_WAITING) for item in expired)
-        live = [item for item in batch if not item.job.expired(now_ms)]
-        if live:
-            now = time.monotonic()
-            for item in live:
-                if item.job.queue_s is None:
-                    item.job.queue_s = now - item.job.record.polled_at
-                    self._metrics.queue.labels(item.lane).observe(item.job.queue_s)
+        now_ms, now = time.time() * 1000, time.monotonic()
+        for item in batch:
+            expired = self._flights.leave(item.identity, lambda waiter: waiter[0].expired(now_ms))
+            self._settle((job, index, outcomes.EXPIRED_WAITING) for job, index in expired)
+            for job, _ in self._flights.waiting(item.identity):
+                if job.queue_s is None:
+                    job.queue_s = now - job.record.polled_at
+                    self._metrics.queue.labels(item.lane).observe(job.queue_s)
+        if live := [item for item in batch if self._flights.waiting(item.identity)]:
             await self._compute(live)
 
     async def _compute(self, batch: Sequence[Item]) -> None:
         """Run it; if it fails, in halves, until the text that fails is alone."""
         try:
-            vectors, seconds = await self._slot.encode(batch[0].job.encoder, [item.ids for item in batch])
+            vectors, seconds = await self._slot.encode(batch[0].encoder, [item.ids for item in batch])
         except Exception as error:  # noqa: BLE001
             # Whatever the model raises is the input's fault until it has failed alone.
             log.warning("batch_failed", items=len(batch), reason=type(error).__name__)
             if len(batch) == 1:
-                self._settle([(batch[0].job, batch[0].index, outcomes.failed(batch[0]))])
+                waiters = self._flights.land(batch[0].identity)
+                self._settle((job, index, outcomes.failed(job, index)) for job, index in waiters)
                 return
             self._metrics.batch_splits.inc()
             middle = len(batch) // 2
@@ -205,13 +212,13 @@ class Pipeline:
             return
         self._metrics.compute.observe(seconds)
         self._metrics.tokens.inc(sum(item.tokens for item in batch))
-        for item in batch:
-            item.job.compute_s = (item.job.compute_s or 0.0) + seconds
-        self._spawn(self._finish_batch(batch, vectors), "finish_batch")
+        landed = [(item, self._flights.land(item.identity)) for item in batch]
+        for job in {id(job): job for _, waiters in landed for job, _ in waiters}.values():
+            job.compute_s = (job.compute_s or 0.0) + seconds
+        self._spawn(self._finish_batch(landed, vectors), "finish_batch")
 
-    async def _finish_batch(self, batch: Sequence[Item], vectors: Any) -> None:
-        found = await self._in_thread(outcomes.outcomes_of, batch, vectors)
-        self._settle((item.job, item.index, outcome) for item, outcome in zip(batch, found, strict=True))
+    async def _finish_batch(self, landed: Sequence[tuple[Item, list[Waiter]]], vectors: Any) -> None:
+        self._settle(await self._in_thread(outcomes.outcomes_of, landed, vectors))
 
     # -- the answer -------------------------------------------------------------------------------------------------
 
@@ -246,7 +253,13 @@ class Pipeline:
         answered = [reply for reply in replies if reply.record.ticket not in again]
         if undeliverable:
             log.warning("results_undeliverable", jobs=len(undeliverable))
-            await self._publisher.publish([record for reply in undeliverable for record in reply.outgoing])
+            again_refused = await self._publisher.publish(
+                [record for reply in undeliverable for record in reply.outgoing]
+            )
+            undeliverable = [
+                reply if reason is None else msgspec.structs.replace(reply, outgoing=[])
+                for reply, reason in zip(undeliverable, again_refused, strict=True)
+            ]
         await self._bury([reply for reply in (*answered, *undeliverable) if reply.dead_letter is not None])
         self._metrics.publish.observe(time.monotonic() - started)
         now = time.monotonic()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import structlog
@@ -19,6 +19,7 @@ from aiokafka.errors import (
 )
 
 from embedq_consumer.answers import Outgoing
+from embedq_consumer.ending import ended
 from embedq_consumer.metrics import Metrics
 
 log = structlog.get_logger()
@@ -31,6 +32,11 @@ _REFUSED: Final = (
     UnknownTopicOrPartitionError,
 )
 """What the broker says about the record itself: sending it again cannot help."""
+Place = tuple[str, int | None]
+"""A topic, and a partition of it or any."""
+
+_TOO_LARGE: Final = (MessageSizeTooLargeError, RecordListTooLargeError)
+_MAX_BATCH_BYTES: Final = 1_000_000
 _ATTEMPT_S: Final = 20.0
 _CLOSE_S: Final = 5.0
 _BACKOFF_S: Final = 0.2
@@ -52,6 +58,10 @@ class TopicDirectory:
     def partitions(self, topic: str) -> int | None:
         """The number of partitions when last seen, None for an unknown topic."""
         return self._counts.get(topic)
+
+    def forget(self, topic: str) -> None:
+        """The broker says that it has no such topic: whoever names it again must ask."""
+        self._counts.pop(topic, None)
 
     async def refresh(self, producer: AIOKafkaProducer, *, since: float) -> None:
         """Look again, unless somebody did after `since` (monotonic seconds); at most once in `min_age_s`."""
@@ -131,43 +141,64 @@ class Publisher:
         """
         outcomes: list[KafkaError | None] = [None] * len(records)
         open_ = list(range(len(records)))
+        alone: set[int] = set()
         deadline = time.monotonic() + self._timeout_s
         while True:
             generation = self._generation
-            failed: list[int] = []
+            again: list[int] = []
             reason: BaseException | None = None
             left = max(_BACKOFF_S, deadline - time.monotonic())
-            for index, error in await self._attempt(records, open_, min(_ATTEMPT_S, left)):
-                if isinstance(error, _REFUSED):
+            for index, error in await self._attempt(records, open_, alone, min(_ATTEMPT_S, left)):
+                reason = error
+                if isinstance(error, UnknownTopicOrPartitionError):
+                    self.topics.forget(records[index].topic)
+                if (
+                    isinstance(error, _TOO_LARGE)
+                    and index not in alone
+                    and _may_share_a_batch(records[index])
+                ):
+                    alone.add(index)
+                    again.append(index)
+                elif isinstance(error, _REFUSED):
                     outcomes[index] = error
                 else:
-                    failed.append(index)
-                reason = error
-            acknowledged = [index for index in open_ if index not in failed and outcomes[index] is None]
+                    again.append(index)
+            acknowledged = [index for index in open_ if index not in again and outcomes[index] is None]
             self._metrics.results.inc(len(acknowledged))
             self._metrics.result_bytes.inc(sum(len(records[index].value or b"") for index in acknowledged))
             if reason is None:
                 return outcomes
-            if failed and time.monotonic() > deadline:
+            if len(again) < len(open_):
+                deadline = time.monotonic() + self._timeout_s
+            elif time.monotonic() > deadline:
                 raise BrokerUnavailable(f"no result was acknowledged for {self._timeout_s:g} s") from reason
             await self._replace(generation, reason)
-            if not failed:
+            if not again:
                 return outcomes
-            open_ = failed
+            open_ = again
             await asyncio.sleep(_BACKOFF_S)
 
     async def _attempt(
-        self, records: Sequence[Outgoing], indices: list[int], within: float
+        self, records: Sequence[Outgoing], indices: list[int], alone: set[int], within: float
     ) -> list[tuple[int, BaseException]]:
-        """One try of so many seconds at most: the records that failed, with the reason of each."""
+        """One try of so many seconds at most: the records that failed, with the reason of each.
+
+        Those in `alone` share no batch with others, since the broker judges a batch's size, not a record's.
+        """
         failures: list[tuple[int, BaseException]] = []
         futures: dict[int, asyncio.Future[Any]] = {}
         try:
             async with asyncio.timeout(within):
+                missing = await _missing(self._live(), {_place(records[index]) for index in indices})
                 async with self._appending:
                     producer = self._live()
                     for index in indices:
                         record = records[index]
+                        if _place(record) in missing:
+                            failures.append((index, UnknownTopicOrPartitionError()))
+                            continue
+                        if index in alone:
+                            await producer.flush()
                         try:
                             futures[index] = await producer.send(
                                 record.topic,
@@ -179,6 +210,9 @@ class Publisher:
                             )
                         except _REFUSED as error:
                             failures.append((index, error))
+                        else:
+                            if index in alone:
+                                await asyncio.wait([futures[index]])
                 await asyncio.wait(futures.values()) if futures else None
         except (KafkaError, TimeoutError, OSError) as error:
             waiting = set(indices) - {index for index, _ in failures}
@@ -227,28 +261,51 @@ class Publisher:
             acks="all",
             enable_idempotence=True,
             linger_ms=1,
-            max_batch_size=1_000_000,
+            max_batch_size=_MAX_BATCH_BYTES,
             max_request_size=self._max_bytes,
             request_timeout_ms=15_000,
         )
 
 
+def _may_share_a_batch(record: Outgoing) -> bool:
+    """Whether a batch that held it may have been refused because of others."""
+    return len(record.value or b"") + len(record.key or b"") < _MAX_BATCH_BYTES
+
+
+def _place(record: Outgoing) -> Place:
+    return record.topic, record.partition
+
+
+async def _missing(producer: AIOKafkaProducer, places: Iterable[Place]) -> set[Place]:
+    """Those that the brokers do not have. Asked beforehand, since `send` would ask while others wait for their turn.
+
+    A partition that the producer has not seen yet, of a topic that grew, it would only assert.
+    """
+
+    async def is_missing(topic: str, partition: int | None) -> bool:
+        try:
+            known = await producer.partitions_for(topic)
+            if partition is None or partition in known:
+                return False
+            await producer.client.force_metadata_update()
+            return partition not in await producer.partitions_for(topic)
+        except UnknownTopicOrPartitionError:
+            return True
+
+    asked = list(places)
+    found = await asyncio.gather(*(is_missing(*place) for place in asked))
+    return {place for place, gone in zip(asked, found, strict=True) if gone}
+
+
 async def _abandon(producer: AIOKafkaProducer) -> None:
     """Stop a producer without waiting for ever: with the broker gone, `stop` would."""
-    stopping = asyncio.ensure_future(producer.stop())
-    try:
-        async with asyncio.timeout(_CLOSE_S):
-            await asyncio.shield(stopping)
-    except (TimeoutError, KafkaError, OSError):
-        stopping.cancel()
-        sender: asyncio.Task[None] | None = producer._sender.sender_task
-        if sender is not None:
-            # A stop that is cancelled leaves it running: it would connect again, and send what was given up long ago.
-            sender.cancel()
-        try:
-            async with asyncio.timeout(_CLOSE_S):
-                await producer.client.close()
-                if sender is not None:
-                    await asyncio.wait({sender})
-        except (TimeoutError, KafkaError, OSError) as error:
-            log.warning("producer_left_open", reason=type(error).__name__)
+    if await ended(producer.stop(), _CLOSE_S) is None:
+        return
+    sender: asyncio.Task[None] | None = producer._sender.sender_task
+    if sender is not None:
+        # A stop that is cancelled leaves it running: it would connect again, and send what was given up long ago.
+        sender.cancel()
+    if problem := await ended(producer.client.close(), _CLOSE_S):
+        log.warning("producer_left_open", reason=problem)
+    if sender is not None:
+        await asyncio.wait({sender}, timeout=_CLOSE_S)

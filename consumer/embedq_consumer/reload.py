@@ -15,7 +15,7 @@ import structlog
 from embedq_consumer.control import ControlTopic
 from embedq_consumer.engine import Encoder, ModelError, Text, TextTooLong, Tokens
 from embedq_consumer.metrics import Metrics
-from embedq_consumer.model import Loaded, ModelSlot
+from embedq_consumer.model import Loaded, ModelSlot, NoModel
 from embedq_consumer.status import Reporter
 from embedq_shared.messages import Control
 from embedq_shared.vectors import cut_and_normalise
@@ -89,7 +89,7 @@ class Models:
                 log.warning("model_not_loaded", reason=str(error))
         else:
             loaded = await self._prepare_initial()
-        await self._slot.install(loaded)
+        self._slot.install(loaded)
         self._show(loaded)
         await self._reporter.say(
             "serving",
@@ -116,9 +116,7 @@ class Models:
     async def _ignore(self, command: Control, why: str) -> None:
         self._metrics.reloads.labels("ignored").inc()
         if self._applied is not None and command.command_id == self._applied.command_id:
-            await self._reporter.say(
-                self._reporter.status.step, self._reporter.status.state, error=self._reporter.status.error
-            )
+            await self._reporter.say_again()
         else:
             await self._reporter.refuse(command, why)
 
@@ -155,26 +153,35 @@ class Models:
         try:
             await self._reporter.say("drain", "LOADING", command=command)
             async with hold(self._drain_timeout_s):
-                await self._reporter.say("swap", "LOADING", command=command)
-                await self._slot.install(new)
+                old = self._slot.install(new)
         except TimeoutError:
             await self._slot.discard(new)
             raise
+        await self._reporter.say("swap", "LOADING", command=command)
+        if old is not None:
+            await self._slot.discard(old)  # while jobs flow again: freeing gigabytes takes its time
 
     async def _unload_first(self, command: Control, hold: Hold) -> None:
         """One model in memory at a time; jobs wait for the whole load, and the old model comes back if it fails."""
-        self._resolve(command.path)
+        await asyncio.to_thread(self._resolve, command.path)
         reference = await self._check_vectors(self._slot.loaded.encoder)
         await self._reporter.say("drain", "LOADING", command=command)
         async with hold(self._drain_timeout_s):
             before = await self._slot.unload()
             try:
                 new = await self._prepare(command.path, command, reference)
-            except BaseException:
-                await self._slot.install(await self._slot.load(before))
+            except Exception:  # not a cancellation: a process that ends needs no model
+                self._slot.install(await self._load_again(before))
                 raise
             await self._reporter.say("swap", "LOADING", command=command)
-            await self._slot.install(new)
+            self._slot.install(new)
+
+    async def _load_again(self, path: Path) -> Loaded:
+        """The model that served before, since the new one may not."""
+        try:
+            return await self._slot.load(path)
+        except Exception as error:
+            raise NoModel(f"neither the new model nor the old one at {path} can be loaded") from error
 
     # -- what a model must pass -----------------------------------------------------------------------------------------
 
@@ -194,7 +201,7 @@ class Models:
             ModelError, Rejected: it did not; its memory is free again.
         """
         await self._reporter.say("validate", "LOADING", command=command)
-        directory = self._resolve(path)
+        directory = await asyncio.to_thread(self._resolve, path)  # a file system may be slow
         await self._reporter.say("load", "LOADING", command=command)
         loaded = await self._load(directory)
         try:
@@ -221,10 +228,14 @@ class Models:
         """The directory, below the root, whatever links and dots the path holds."""
         if "\0" in path:
             raise Rejected("path: expected a directory name")
-        directory = (self._root / path).resolve()
+        try:
+            directory = (self._root / path).resolve()
+            is_directory = directory.is_dir()
+        except (OSError, RuntimeError) as error:  # a name too long, no permission, links in a circle
+            raise Rejected(f"path: expected a directory name ({type(error).__name__})") from error
         if not directory.is_relative_to(self._root):
             raise Rejected(f"path: expected a directory below {self._root}")
-        if not directory.is_dir():
+        if not is_directory:
             raise Rejected(f"path: {directory} is no directory")
         return directory
 

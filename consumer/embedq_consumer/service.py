@@ -21,10 +21,10 @@ from embedq_consumer.batching import Batcher, BatchPolicy
 from embedq_consumer.cache import VectorCache
 from embedq_consumer.control import ControlTopic
 from embedq_consumer.engine import default_batch_tokens, load_encoder
+from embedq_consumer.flights import Item
 from embedq_consumer.flow import Flow
 from embedq_consumer.http import Health, HealthServer
 from embedq_consumer.intake import Intake
-from embedq_consumer.jobs import Item
 from embedq_consumer.metrics import Metrics
 from embedq_consumer.model import ModelSlot
 from embedq_consumer.pipeline import Pipeline
@@ -51,8 +51,7 @@ class DrainTimedOut(Exception):
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Run one replica until `stop` is set, then finish what was accepted and leave."""
     settings = settings.named()
-    if not settings.root.is_dir():
-        raise SettingsError(f"EMBEDQ_MODEL_ROOT: expected a directory, {settings.root} is none")
+    initial, root = await asyncio.to_thread(_directories, settings)
     health = Health()
     metrics = Metrics()
     async with AsyncExitStack() as parts:
@@ -60,18 +59,18 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         parts.push_async_callback(asyncio.to_thread, server.close)
         log.info("starting", replica=settings.replica, http_port=server.port)
 
-        publisher = await parts.enter_async_context(_publisher(settings, metrics))
         cache = await parts.enter_async_context(_cache(settings, metrics))
+        publisher = await parts.enter_async_context(_publisher(settings, metrics))
         slot = ModelSlot(
             lambda path: load_encoder(path, device=settings.device, threads=settings.threads or None)
         )
         parts.callback(slot.close)
         reporter = Reporter(settings.topics, settings.replica, settings.alias, publisher.publish, metrics)
-        budget = settings.max_batch_tokens or default_batch_tokens(settings.device)
+        budget = settings.max_batch_tokens or await asyncio.to_thread(default_batch_tokens, settings.device)
         models = Models(
             slot,
-            root=settings.root,
-            initial=Path(settings.model),
+            root=root,
+            initial=initial,
             warm_up_tokens=budget,
             reporter=reporter,
             metrics=metrics,
@@ -97,6 +96,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             session_timeout_ms=settings.session_timeout_ms,
             rebalance_timeout_ms=settings.rebalance_timeout_ms,
             commit_interval_s=settings.commit_interval_ms / 1000,
+            max_uncommitted=settings.max_uncommitted_jobs,
         )
         batcher = Batcher[Item](
             BatchPolicy(
@@ -187,12 +187,20 @@ async def _cache(settings: Settings, metrics: Metrics) -> AsyncIterator[VectorCa
             timeout_s=settings.cache_timeout_ms / 1000,
         )
     except ValueError:  # its message may quote a password
-        raise SettingsError("EMBEDQ_REDIS_URL: expected redis://HOST:PORT/DATABASE or rediss://…") from None
+        raise SettingsError("EMBEDQ_REDIS_URL: expected an address such as redis://HOST:6379/0") from None
     await cache.open()
     try:
         yield cache
     finally:
         await cache.close()
+
+
+def _directories(settings: Settings) -> tuple[Path, Path]:
+    """The first model and the model root."""
+    for name, directory in (("MODEL", Path(settings.model)), ("MODEL_ROOT", settings.root)):
+        if not directory.is_dir():
+            raise SettingsError(f"EMBEDQ_{name}: expected a directory, {directory} is none")
+    return Path(settings.model).resolve(), settings.root
 
 
 def _rules(settings: Settings) -> Rules:

@@ -75,6 +75,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     # Delivery
     commit_interval_ms: PositiveFloat = 500.0
+    max_uncommitted_jobs: PositiveInt = 2048  # a partition: what a crash repeats at most
     session_timeout_ms: Annotated[int, Meta(ge=1000)] = 45_000
     rebalance_timeout_ms: Annotated[int, Meta(ge=1000)] = 60_000
     publish_timeout_s: PositiveFloat = 60.0  # a broker that takes no result for so long ends the process

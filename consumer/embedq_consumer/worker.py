@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from embedq_consumer.batching import LANES, Batcher
-from embedq_consumer.jobs import Item
+from embedq_consumer.flights import Item
 from embedq_consumer.metrics import Metrics
 from embedq_consumer.pipeline import Pipeline
 

@@ -24,6 +24,7 @@ from embedq_sdk.errors import (
     UnknownModel,
     UnreadableReply,
 )
+from embedq_sdk.options import JobArguments
 from embedq_sdk.results import JobResult, ResultCollector
 from embedq_sdk.stream import Embedded
 
@@ -38,6 +39,7 @@ __all__ = [
     "InternalError",
     "InvalidArgument",
     "InvalidJob",
+    "JobArguments",
     "JobFailed",
     "JobResult",
     "KafkaUnavailable",

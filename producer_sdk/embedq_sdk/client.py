@@ -7,9 +7,9 @@ import os
 import time
 import uuid
 import zlib
-from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, overload
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, Unpack
 
 import msgspec
 
@@ -35,8 +35,8 @@ from embedq_sdk.errors import (
 from embedq_sdk.inbox import Inbox
 from embedq_sdk.kafka import Servers
 from embedq_sdk.options import (
+    JobArguments,
     JobOptions,
-    Lane,
     checked_count,
     checked_id,
     checked_texts,
@@ -51,7 +51,7 @@ from embedq_sdk.stream import Embedded, JobStream, items
 from embedq_shared import topics as names
 from embedq_shared.codec import CONTENT_TYPES, Format
 from embedq_shared.headers import Header, reply_partition_bytes
-from embedq_shared.messages import DEFAULT_MAX_INPUTS, Dtype, InputType, Truncate
+from embedq_shared.messages import DEFAULT_MAX_INPUTS
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -62,12 +62,15 @@ DEFAULT_TIMEOUT_S: Final = 30.0
 MAX_JOB_BYTES: Final = 900_000
 _MSGPACK_TYPE: Final = names.MSGPACK.encode()
 _CORRELATION: Final = names.CORRELATION[0]
-_SILENT_UNSENT_S: Final = 1.0
-_SILENT_SENT_S: Final = 3.0
+_SILENT_S: Final = 1.2
+"""A broker answers our fetch every half second: when it has not for this long, it is gone."""
 
 
 class EmbedClient:
     """Sends jobs and awaits their results. Use it as an async context manager, in one event loop.
+
+    What a job may ask for (`model`, `dimensions`, `dtype`, `input_type`, `instruction`, `truncate`, `metadata`, `lane`,
+    `trace`) are keyword arguments of every call: see `JobArguments`.
 
     Args:
         servers: Kafka's address, "host:port", several with commas.
@@ -199,54 +202,12 @@ class EmbedClient:
 
     # -- embedding ----------------------------------------------------------------------------------------------------
 
-    @overload
-    async def embed(
-        self,
-        texts: str,
-        *,
-        model: str | None = ...,
-        dimensions: int | None = ...,
-        dtype: Dtype | None = ...,
-        input_type: InputType | None = ...,
-        instruction: str | None = ...,
-        truncate: Truncate | None = ...,
-        metadata: Mapping[str, Any] | None = ...,
-        timeout: float = ...,
-        lane: Lane = ...,
-        trace: str | None = ...,
-    ) -> Vectors: ...
-
-    @overload
-    async def embed(
-        self,
-        texts: Sequence[str],
-        *,
-        model: str | None = ...,
-        dimensions: int | None = ...,
-        dtype: Dtype | None = ...,
-        input_type: InputType | None = ...,
-        instruction: str | None = ...,
-        truncate: Truncate | None = ...,
-        metadata: Mapping[str, Any] | None = ...,
-        timeout: float = ...,
-        lane: Lane = ...,
-        trace: str | None = ...,
-    ) -> Vectors: ...
-
     async def embed(
         self,
         texts: str | Sequence[str],
         *,
-        model: str | None = None,
-        dimensions: int | None = None,
-        dtype: Dtype | None = None,
-        input_type: InputType | None = None,
-        instruction: str | None = None,
-        truncate: Truncate | None = None,
-        metadata: Mapping[str, Any] | None = None,
         timeout: float = DEFAULT_TIMEOUT_S,
-        lane: Lane = "interactive",
-        trace: str | None = None,
+        **job: Unpack[JobArguments],
     ) -> Vectors:
         """The vector of a text, float32 (dimensions,), or of several, float32 (texts, dimensions), in their order.
 
@@ -260,9 +221,7 @@ class EmbedClient:
             PartialFailure: some texts failed; it holds the vectors of the others.
             DeadlineExceeded, KafkaUnavailable, Overloaded, MixedModelVersions, ClientClosed.
         """
-        options = JobOptions(
-            model, dimensions, dtype, input_type, instruction, truncate, metadata, lane, trace
-        )
+        options = JobOptions(**job)
         timeout = checked_timeout("timeout", timeout)
         if isinstance(texts, str):
             size = text_size(texts, "texts", self._max_job_bytes)
@@ -274,26 +233,16 @@ class EmbedClient:
         self,
         texts: str | Sequence[str],
         *,
-        model: str | None = None,
-        dimensions: int | None = None,
-        dtype: Dtype | None = None,
-        input_type: InputType | None = None,
-        instruction: str | None = None,
-        truncate: Truncate | None = None,
-        metadata: Mapping[str, Any] | None = None,
         timeout: float = DEFAULT_TIMEOUT_S,
-        lane: Lane = "interactive",
-        trace: str | None = None,
         errors: Errors = "raise",
         allow_mixed: bool = False,
+        **job: Unpack[JobArguments],
     ) -> Embeddings:
         """As `embed`, with all that the service said: model version, tokens, cut, cached, timings. One text is a list of
         one. With errors="return" texts that failed are in `Embeddings.errors` instead of an exception; with
         allow_mixed=True vectors of several models are returned, each with its version.
         """
-        options = JobOptions(
-            model, dimensions, dtype, input_type, instruction, truncate, metadata, lane, trace
-        )
+        options = JobOptions(**job)
         timeout = checked_timeout("timeout", timeout)
         _checked_errors(errors)
         listed = [texts] if isinstance(texts, str) else texts
@@ -424,8 +373,7 @@ class EmbedClient:
     def _too_late(self, call: Call) -> None:
         """A call's deadline: say what is likely wrong."""
         silent = self._inbox.silent_for(time.time())
-        allowed = _SILENT_SENT_S if call.acknowledged else _SILENT_UNSENT_S
-        if self._sender.broken or silent > allowed:
+        if self._sender.broken or silent > _SILENT_S:
             progress = "took the job, then fell silent" if call.acknowledged else "did not take the job"
             call.fail(self._servers.unavailable(f"it {progress} within {call.timeout:g} s"))
         else:
@@ -478,20 +426,12 @@ class EmbedClient:
         self,
         texts: Iterable[str],
         *,
-        model: str | None = None,
-        dimensions: int | None = None,
-        dtype: Dtype | None = None,
-        input_type: InputType | None = None,
-        instruction: str | None = None,
-        truncate: Truncate | None = None,
-        metadata: Mapping[str, Any] | None = None,
         timeout: float = DEFAULT_TIMEOUT_S,
-        lane: Lane = "interactive",
-        trace: str | None = None,
         batch_size: int = 32,
         in_flight: int = 4096,
         errors: Errors = "raise",
         allow_mixed: bool = False,
+        **job: Unpack[JobArguments],
     ) -> Embeddings:
         """Many texts' vectors in one array, in order, with at most `in_flight` texts under way.
 
@@ -499,9 +439,7 @@ class EmbedClient:
         older model made is asked for once more. Texts that failed are masked in PartialFailure's vectors, or with
         errors="return" listed in `Embeddings.errors`. For more than fits in memory there is `stream`.
         """
-        options = JobOptions(
-            model, dimensions, dtype, input_type, instruction, truncate, metadata, lane, trace
-        )
+        options = JobOptions(**job)
         _checked_errors(errors)
         stream = self._job_stream(options, timeout, batch_size, in_flight, ordered=True)
         jobs: list[list[str]] = []
@@ -523,22 +461,14 @@ class EmbedClient:
         self,
         texts: Iterable[str] | AsyncIterable[str],
         *,
-        model: str | None = None,
-        dimensions: int | None = None,
-        dtype: Dtype | None = None,
-        input_type: InputType | None = None,
-        instruction: str | None = None,
-        truncate: Truncate | None = None,
-        metadata: Mapping[str, Any] | None = None,
         timeout: float = DEFAULT_TIMEOUT_S,
-        lane: Lane = "interactive",
-        trace: str | None = None,
         batch_size: int = 32,
         in_flight: int = 1024,
         in_flight_bytes: int = 8 << 20,
         flush_after: float = 0.02,
         ordered: bool = True,
         errors: Errors = "raise",
+        **job: Unpack[JobArguments],
     ) -> AsyncGenerator[Embedded, None]:
         """Vectors of an endless or lazy source, as `Embedded` items with index, text, vector and model version.
 
@@ -549,9 +479,7 @@ class EmbedClient:
         in `model_version`: items before and after it can't be compared. Close an iterator that you leave early
         (`contextlib.aclosing`): that drops what is under way.
         """
-        options = JobOptions(
-            model, dimensions, dtype, input_type, instruction, truncate, metadata, lane, trace
-        )
+        options = JobOptions(**job)
         _checked_errors(errors)
         jobs = self._job_stream(
             options, timeout, batch_size, in_flight, in_flight_bytes, flush_after, ordered=ordered
@@ -599,17 +527,9 @@ class EmbedClient:
         texts: str | Sequence[str],
         *,
         id: str | None = None,
-        model: str | None = None,
-        dimensions: int | None = None,
-        dtype: Dtype | None = None,
-        input_type: InputType | None = None,
-        instruction: str | None = None,
-        truncate: Truncate | None = None,
-        metadata: Mapping[str, Any] | None = None,
         timeout: float = DEFAULT_TIMEOUT_S,
-        lane: Lane = "bulk",
-        trace: str | None = None,
         format: Format = "msgpack",
+        **job: Unpack[JobArguments],
     ) -> str:
         """Publish one job whose result goes to the results topic; returns its id once Kafka has acknowledged it.
 
@@ -620,9 +540,8 @@ class EmbedClient:
         Raises:
             InvalidArgument, KafkaUnavailable, Overloaded, ClientClosed.
         """
-        options = JobOptions(
-            model, dimensions, dtype, input_type, instruction, truncate, metadata, lane, trace
-        )
+        job.setdefault("lane", "bulk")
+        options = JobOptions(**job)
         timeout = checked_timeout("timeout", timeout)
         if not isinstance(format, str) or format not in CONTENT_TYPES:
             raise InvalidArgument(argument="format", expected="one of json, msgpack", got=repr(format))
@@ -650,7 +569,7 @@ class EmbedClient:
                 headers.append((names.TRACE[0], options.trace.encode()))
             call = Call(
                 loop.create_future(),
-                topic=self._topics.bulk if lane == "bulk" else self._topics.jobs,
+                topic=self._topics.bulk if options.lane == "bulk" else self._topics.jobs,
                 value=options.encode(texts, job_id, format),
                 headers=headers,
                 correlation=b"",

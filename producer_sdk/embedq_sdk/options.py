@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal, TypedDict, get_args
 
 import msgspec
 
@@ -13,6 +13,7 @@ from embedq_sdk.errors import InvalidArgument
 from embedq_shared.codec import Format, encode
 from embedq_shared.messages import (
     MAX_ID_LENGTH,
+    MAX_INSTRUCTION_BYTES,
     MAX_METADATA_BYTES,
     MIN_DIMENSIONS,
     Dtype,
@@ -24,6 +25,23 @@ from embedq_shared.messages import (
 Lane = Literal["interactive", "bulk"]
 
 _TRACE_LIMIT: Final = 512
+
+
+class JobArguments(TypedDict, total=False):
+    """What every call of the client takes for its jobs; what is absent is the service's default.
+
+    `lane` is "interactive" unless given, and "bulk" for submitted jobs; `trace` is a W3C traceparent.
+    """
+
+    model: str | None
+    dimensions: int | None
+    dtype: Dtype | None
+    input_type: InputType | None
+    instruction: str | None
+    truncate: Truncate | None
+    metadata: Mapping[str, Any] | None
+    lane: Lane
+    trace: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +76,12 @@ class JobOptions:
         if self.instruction is not None and self.input_type == "document":
             raise InvalidArgument(
                 argument="instruction", expected="none where input_type is 'document'", got="one"
+            )
+        if self.instruction is not None and len(self.instruction.encode()) > MAX_INSTRUCTION_BYTES:
+            raise InvalidArgument(
+                argument="instruction",
+                expected=f"at most {MAX_INSTRUCTION_BYTES:,} bytes of UTF-8",
+                got=f"{len(self.instruction.encode()):,}",
             )
         if self.metadata is not None:
             self._raw_metadata("msgpack")

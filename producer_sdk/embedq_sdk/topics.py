@@ -69,7 +69,10 @@ def wanted_topics(prefix: str, *, partitions: int, reply_partitions: int) -> lis
         TopicSpec(topics.control, 1, compacted),
         TopicSpec(topics.status, 1, compacted),
         TopicSpec(
-            topics.dead_letters, partitions, {"cleanup.policy": "delete", "retention.ms": str(30 * _DAY)}
+            # A dead letter keeps its record's timestamp: retention by time would delete what was old at once.
+            topics.dead_letters,
+            partitions,
+            {"cleanup.policy": "delete", "retention.ms": "-1"},
         ),
     ]
 

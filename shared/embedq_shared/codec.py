@@ -135,6 +135,12 @@ def decode_job(value: bytes | None, format: Format, *, max_inputs: int = DEFAULT
     return job
 
 
+def envelope_of(job: Job) -> Envelope:
+    """What an answer repeats of a job that was decoded and then refused. No alias is longer than an id may be."""
+    known = job.model is not None and len(job.model) <= MAX_ID_LENGTH
+    return Envelope(job.id, job.model if known else None, job.metadata)
+
+
 def _last_wins(value: bytes, format: Format) -> Job | None:
     """The job in a value whose only fault is a wrong field that the same key repeats rightly further on.
 

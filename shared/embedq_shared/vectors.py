@@ -16,6 +16,8 @@ NUMPY: Final[dict[str, np.dtype[Any]]] = {
     "binary": np.dtype("u1"),
 }
 
+_SQUARES_WELL: Final = np.float32(1e-15)
+
 
 def vector_bytes(dimensions: int, dtype: Dtype) -> int:
     """Bytes of one vector on the wire."""
@@ -29,7 +31,15 @@ def cut_and_normalise(vector: npt.NDArray[np.float32], dimensions: int) -> npt.N
     """
     cut = np.asarray(vector[:dimensions], dtype=np.float32)
     norm = np.sqrt(np.dot(cut, cut))
-    return cut / norm if norm > 0 else cut
+    if not _SQUARES_WELL < norm < 1 / _SQUARES_WELL:
+        # The squares left float32's range, or nearly: bring the components near 1 first.
+        peak = np.max(np.abs(cut), initial=0.0)
+        if peak == 0:
+            return cut
+        cut = cut / peak
+        norm = np.sqrt(np.dot(cut, cut))
+    unit: npt.NDArray[np.float32] = cut / norm
+    return unit
 
 
 def quantise(vector: npt.NDArray[np.float32], dtype: Dtype) -> tuple[bytes, float | None]:

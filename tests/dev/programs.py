@@ -18,6 +18,8 @@ import psutil
 OWNER = """
 import json, os, signal, sys, time
 from embedq_sdk.dev import DevStack
+# A test run under nohup, as CI may be, hands its deafness to SIGHUP down to its children.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 with DevStack() as stack:
     {then}
     facts = dict(

@@ -74,3 +74,36 @@ async def test_a_json_job_comes_back_as_the_models_own_vector(
         assert again["data"][0]["cached"] is True
         np.testing.assert_allclose(again["data"][0]["embedding"], found[0], atol=1e-6)
         assert await replica.stop() == 0
+
+
+async def test_equal_texts_are_computed_once_whatever_their_jobs_ask_for(
+    stack: DevStack, models: Path, tmp_path: Path
+) -> None:
+    topics = await make_topics(stack, fresh_prefix(), partitions=1)
+    text = f"only here: {topics.prefix}"
+    jobs = [
+        {"id": "list", "input": [text] * 40, "dimensions": 64},
+        {"id": "small", "input": text, "dimensions": 32},
+        {"id": "int8", "input": text, "dtype": "int8"},
+        {"id": "other", "input": text, "input_type": "query", "dimensions": 64},
+    ]
+    replica = Replica(stack, topics, models / "qwen-a", tmp_path / "log", redis=False)
+    async with producer(stack) as client, reader(stack, topics.results) as results:
+        for job in jobs:  # before the replica is there, so that one poll takes them all
+            await client.send_and_wait(topics.jobs, json.dumps(job).encode())
+        async with replicas(replica):
+            answers = {
+                record.key.decode(): json.loads(record.value) for record in await results.until(len(jobs))
+            }
+            metrics = await replica.metrics()
+    expected, _ = await asyncio.to_thread(_reference, models / "qwen-a", [text], 64)
+    for datum in answers["list"]["data"]:
+        np.testing.assert_allclose(datum["embedding"], expected[0], atol=1e-5)
+    small = np.array(answers["small"]["data"][0]["embedding"])
+    np.testing.assert_allclose(small, expected[0, :32] / np.linalg.norm(expected[0, :32]), atol=1e-5)
+    assert len(answers["int8"]["data"][0]["embedding"]) == 256
+    assert not np.allclose(answers["other"]["data"][0]["embedding"], expected[0], atol=1e-2)
+    assert metrics["embedq_deduplicated_total"] == 41
+    tokens = {name: answers[name]["data"][0]["tokens"] for name in ("small", "other")}
+    checked = metrics["embedq_tokens_total"]
+    assert checked == tokens["small"] + tokens["other"]

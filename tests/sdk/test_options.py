@@ -37,6 +37,7 @@ from embedq_shared.codec import decode_job
         ({"model": 5}, "model"),
         ({"instruction": 5}, "instruction"),
         ({"instruction": "\ud800"}, "instruction"),
+        ({"instruction": "é" * 9_000}, "instruction"),
         ({"instruction": "find", "input_type": "document"}, "instruction"),
         ({"metadata": [1]}, "metadata"),
         ({"metadata": {"a": object()}}, "metadata"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from embedq_consumer.service import serve
 from embedq_consumer.settings import Settings, SettingsError
 
 NEEDED = {"EMBEDQ_KAFKA_SERVERS": "localhost:9092", "EMBEDQ_MODEL": "/models/one"}
@@ -126,3 +128,24 @@ def test_the_process_ends_with_code_2_and_one_line_for_a_wrong_setting() -> None
     assert ended.returncode == 2
     assert ended.stdout == ""
     assert ended.stderr.splitlines() == ["embedq: EMBEDQ_MAX_WAIT_MS: expected `float`, got `str`"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"model": "/nowhere"}, "EMBEDQ_MODEL: expected a directory"),
+        ({"model_root": "/nowhere"}, "EMBEDQ_MODEL_ROOT: expected a directory"),
+        ({"redis_url": "nonsense"}, "EMBEDQ_REDIS_URL: expected an address"),
+    ],
+)
+async def test_settings_that_cannot_be_used_are_named_before_anything_is_connected(
+    wrong: dict[str, str], told: str, tmp_path: Path
+) -> None:
+    usable = {
+        "kafka_servers": "127.0.0.1:1",
+        "model": str(tmp_path),
+        "http_port": 0,
+        "http_host": "127.0.0.1",
+    }
+    with pytest.raises(SettingsError, match=told):
+        await serve(Settings(**(usable | wrong)), asyncio.Event())

@@ -132,3 +132,12 @@ def test_binary_takes_zero_for_not_positive() -> None:
 def test_a_vector_takes_as_many_bytes_as_said(dtype: Dtype, size: int) -> None:
     assert vector_bytes(64, dtype) == size
     assert len(quantise(np.linspace(-1, 1, 64, dtype=np.float32), dtype)[0]) == size
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-25, 1e-12, 1.0, 1e12, 1e25, 3e38])
+def test_components_of_any_size_give_a_vector_of_length_1(size: float) -> None:
+    vector = np.array([0.5, -1.0, 0.25, 0.0] * 16, dtype=np.float32) * np.float32(size)
+    with np.errstate(over="ignore"):
+        found = cut_and_normalise(vector, 64)
+    np.testing.assert_allclose(np.linalg.norm(found), 1.0, atol=1e-5)
+    np.testing.assert_allclose(found, cut_and_normalise(vector / np.float32(size), 64), atol=1e-6)

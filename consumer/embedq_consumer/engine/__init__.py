@@ -6,6 +6,7 @@ The service sees four names: `load_encoder`, the `Encoder` that it returns, and 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
@@ -82,6 +83,7 @@ class Encoder(Protocol):
 def default_batch_tokens(device: str) -> int:
     """A token budget that keeps the device busy without holding up the texts behind it."""
     if device == "auto":
+        _before_torch()
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,12 +95,24 @@ def load_encoder(
 ) -> Encoder:
     """Load a directory in Hugging Face / sentence-transformers layout.
 
-    `device` is "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N". bf16 on CUDA, float32 on the CPU. `quantization`
-    "fp8" quantises the weights while loading and the activations as they come; CUDA from compute capability 9.0 on.
+    `device` is "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N". bf16 on CUDA, float32 on the CPU.
+    `threads` is how many threads PyTorch may use on the CPU, process-wide; all cores unless given. `quantization` "fp8"
+    quantises the weights while loading and the activations as they come; CUDA from compute capability 9.0 on.
 
     Raises:
         ModelError: the directory is incomplete, or asks for something that embedq does not run.
     """
+    _before_torch()
     from embedq_consumer.engine.packed import PackedEncoder
 
     return PackedEncoder.load(path, device=device, threads=threads, quantization=quantization)
+
+
+def _before_torch() -> None:
+    """Set what PyTorch's OpenMP reads when it loads, so before anything imports torch.
+
+    Its threads spin 300,000 times while they wait for each other; on cores shared with the event loop and a broker that
+    is most of what they do, and batches take up to ten times as long.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")

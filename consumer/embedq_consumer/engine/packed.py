@@ -7,7 +7,6 @@ tokens cost, and gives what each text alone gives.
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,7 +36,7 @@ _Forward = Callable[[Tensor, Tensor, Packing], Tensor]
 """(ids, positions, packing) → last hidden states (tokens, hidden)."""
 
 _CPU_TOKENS = 1024
-"""Tokens run at once on a CPU; benchmarks/encoder_cpu.py compares other values."""
+"""Tokens run at once on a CPU: fewer leave the cores idle, many more leave the caches (benchmarks/encoder_cpu.py)."""
 _PROBE_LENGTHS = (3, 1, 9, 3)
 _PROBE_COSINE = {torch.float32: 0.9999, torch.bfloat16: 0.99}
 _PROBE_COSINE_FP8 = 0.9
@@ -72,6 +71,8 @@ class PackedEncoder:
         self._pooling: Pooling = directory.pooling
         self._position_offset = position_offset
         self._device: torch.device = model.device
+        self._model = model
+        self._vocabulary: int = model.get_input_embeddings().num_embeddings
         self._last_norm_weight: Tensor | None = None
         self._last_norm = None
         if directory.pooling == "lasttoken":
@@ -160,6 +161,9 @@ class PackedEncoder:
     def encode(self, batch: Sequence[Ids]) -> npt.NDArray[np.float32]:
         """A sequence of no tokens (an empty text, where the tokenizer adds none) gives zeros, as padding would."""
         if self._graphs is not None:
+            if any(len(ids) and ids.max() >= self._vocabulary for ids in batch):
+                # On the device it would be an illegal access, which no later call survives.
+                raise IndexError(f"a token beyond the model's {self._vocabulary} embeddings")
             return self._graphs.encode(batch)
         vectors = np.zeros((len(batch), self.hidden_size), dtype=np.float32)
         # Neighbours of one length share an attention call.
@@ -172,7 +176,10 @@ class PackedEncoder:
         if self._graphs is not None:
             self._graphs.close()
         self._forward = self._last_norm = self._last_norm_weight = self._graphs = None
-        gc.collect()  # modules refer to each other in cycles
+        # Modules refer to each other in cycles, and a collection of those would stop every thread for a quarter of a
+        # second: free the weights' memory by hand, and leave the small rest to the collector.
+        for tensor in (*self._model.parameters(), *self._model.buffers()):
+            tensor.data = torch.empty(0)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -200,6 +207,9 @@ class PackedEncoder:
         assert self._forward is not None, "encode after close. This is a bug."
         lengths = [len(ids) for ids in sequences]
         ids = np.concatenate(sequences, dtype=np.int64)
+        if ids.max() >= self._vocabulary:
+            # On CUDA the look-up itself would break the device's context, and with it every later batch.
+            raise IndexError(f"a token beyond the model's {self._vocabulary} embeddings")
         positions = np.concatenate([np.arange(n, dtype=np.int64) for n in lengths]) + self._position_offset
         packing = Packing.of(lengths, self._device)
         row, column = (torch.from_numpy(a).to(self._device, non_blocking=True) for a in (ids, positions))

@@ -1,0 +1,74 @@
+"""One replica as a process: from environment variables, until SIGTERM or Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+
+import structlog
+from aiokafka.errors import KafkaError
+
+from embedq_consumer import logs
+from embedq_consumer.engine import ModelError
+from embedq_consumer.model import NoModel
+from embedq_consumer.publisher import BrokerUnavailable
+from embedq_consumer.reload import Rejected
+from embedq_consumer.service import MissingTopics, serve
+from embedq_consumer.settings import Settings, SettingsError
+
+_EXPECTED = (
+    SettingsError,
+    MissingTopics,
+    ModelError,
+    Rejected,
+    NoModel,
+    BrokerUnavailable,
+    KafkaError,
+    OSError,
+    TimeoutError,
+)
+"""What an operator can mend: told in one line, without a traceback."""
+
+
+def main() -> int:
+    """The exit code: 0 after a clean stop, 1 after a failure, 2 for a wrong setting."""
+    try:
+        settings = Settings.from_env(os.environ)
+    except SettingsError as error:
+        print(f"embedq: {error}", file=sys.stderr)  # noqa: T201  # the logs are not set up yet
+        return 2
+    logs.configure(settings.log_level)
+    failures: list[BaseException] = []
+    try:
+        asyncio.run(_run(settings))
+    except* _EXPECTED as group:
+        failures = _leaves(group)
+    for failure in failures:
+        structlog.get_logger().error("failed", reason=type(failure).__name__, detail=str(failure))
+    if any(isinstance(failure, SettingsError) for failure in failures):
+        return 2
+    return 1 if failures else 0
+
+
+async def _run(settings: Settings) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def ask_to_stop() -> None:
+        stop.set()
+        # A second signal ends the process as usual: somebody does not want to wait for the drain.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ask_to_stop)
+    await serve(settings, stop)
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    found: list[BaseException] = []
+    for failure in group.exceptions:
+        found += _leaves(failure) if isinstance(failure, BaseExceptionGroup) else [failure]
+    return found

@@ -1,0 +1,96 @@
+"""Records and jobs for tests of the pure parts, each made in one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from aiokafka import TopicPartition
+
+from embedq_consumer.admission import Rules
+from embedq_consumer.engine import Text, TextTooLong, Tokens
+from embedq_consumer.flights import Identity, Item, Waiter
+from embedq_consumer.jobs import InFlight, Record
+from embedq_consumer.ledger import Ticket
+from embedq_shared.topics import Topics
+
+TOPICS = Topics("t")
+PARTITIONS = {TOPICS.results: 4, TOPICS.replies: 4, "elsewhere": 2}
+NOW_MS = 1_000_000.0
+VERSION = "sha256:" + "ab" * 32
+
+
+class Model:
+    """What admission and answers read of an encoder. It computes nothing."""
+
+    model_version = VERSION
+    max_tokens = 512
+    prompts: Mapping[str, str] = {"query": "Q: ", "document": "D: "}
+
+    def __init__(self, hidden_size: int = 256, default_prompt: str = "") -> None:
+        self.hidden_size = hidden_size
+        self.default_prompt = default_prompt
+
+    def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong]:
+        raise NotImplementedError
+
+    def encode(self, batch: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.float32]:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+
+def rules(**changes: Any) -> Rules:
+    """The service's defaults."""
+    settings = {
+        "topics": TOPICS,
+        "alias": "default",
+        "max_inputs": 2048,
+        "max_text_bytes": 1_000_000,
+        "max_result_bytes": 900_000,
+        "reply_patterns": ("*",),
+    }
+    return Rules(**settings | changes)
+
+
+def record(
+    value: bytes | None = None,
+    *headers: tuple[str, bytes | None],
+    key: bytes | None = None,
+    offset: int = 7,
+    timestamp_ms: int = 1_700_000_000_000,
+    **fields: Any,
+) -> Record:
+    """A record of the interactive lane; its value is a job with these fields, unless it is given."""
+    if value is None and fields:
+        value = json.dumps(fields).encode()
+    ticket = Ticket(TopicPartition(TOPICS.jobs, 3), epoch=1, offset=offset)
+    return Record(ticket, "interactive", key, value, headers, timestamp_ms, 0, 0.0)  # type: ignore[arg-type]
+
+
+def admitted(
+    *headers: tuple[str, bytes | None],
+    model: Model | None = None,
+    max_result_bytes: int = 900_000,
+    key: bytes | None = None,
+    value: bytes | None = None,
+    **fields: Any,
+) -> InFlight:
+    """A job in flight."""
+    found = rules(max_result_bytes=max_result_bytes).admit(
+        record(value, *headers, key=key, **fields), model or Model(), NOW_MS, PARTITIONS.get
+    )
+    assert isinstance(found, InFlight)
+    return found
+
+
+def item(
+    job: InFlight, index: int = 0, tokens: int = 3, *, truncated: bool = False
+) -> tuple[Item, list[Waiter]]:
+    """One of its texts behind a micro-batch, and that this input alone waited for it."""
+    ids = np.arange(tokens, dtype=np.int32)
+    return Item(Identity.of(job, index), job.encoder, ids, truncated, 0.0), [(job, index)]
