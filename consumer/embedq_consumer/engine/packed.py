@@ -170,6 +170,10 @@ class PackedEncoder:
         order = sorted((i for i, ids in enumerate(batch) if len(ids)), key=lambda i: len(batch[i]))
         for part in self._parts(batch, order):
             vectors[part] = self._run([batch[i] for i in part])
+        if self._device.type == "cuda":
+            # A kernel may multiply a neighbour's NaN by the zero that keeps the texts apart: who is alone has none.
+            for i in np.flatnonzero(~np.logical_and.reduce(np.isfinite(vectors), axis=1)):
+                vectors[i] = self._run([batch[i]])[0]
         return vectors
 
     def close(self) -> None:
