@@ -172,7 +172,8 @@ class PackedEncoder:
             vectors[part] = self._run([batch[i] for i in part])
         if self._device.type == "cuda":
             # A kernel may multiply a neighbour's NaN by the zero that keeps the texts apart: who is alone has none.
-            for i in np.flatnonzero(~np.logical_and.reduce(np.isfinite(vectors), axis=1)):
+            spoilt = ~np.logical_and.reduce(np.isfinite(vectors), axis=1)
+            for i in np.flatnonzero(spoilt).tolist():
                 vectors[i] = self._run([batch[i]])[0]
         return vectors
 
