@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from embedq_sdk.dev import DevStack
-from tests.promises import load, until_committed, until_it_logged
+from tests.promises import Answered, load, preload, short_job, until_committed, until_it_logged
 from tests.replicas import Replica, fresh_prefix, make_topics, reader, replicas
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(240)]
@@ -75,3 +75,21 @@ async def test_a_replica_frozen_beyond_its_session_loses_its_partitions_and_join
     # The other one answered again what the frozen one had not committed, of four partitions and a poll; and the frozen
     # one, awake, what it had fetched before it learned that its session is over: no more than the load leaves open.
     assert jobs.answered.duplicates() <= 4 * 32 + 16 + 64
+
+
+async def test_replicas_share_each_lane_and_not_the_lanes_between_them(
+    stack: DevStack, models: Path, tmp_path: Path
+) -> None:
+    topics = await make_topics(stack, fresh_prefix(), partitions=4)
+    pair = [Replica(stack, topics, models / "qwen-a", tmp_path / name) for name in ("one", "two")]
+    async with replicas(*pair), reader(stack, topics.results) as results:
+        answered = Answered(results)
+        for topic in topics.lanes:
+            jobs = await preload(
+                stack, topic, 200, lambda n, topic=topic: short_job(n) | {"id": f"{topic}-{n}"}
+            )
+            await answered.until(jobs)
+        for replica in pair:
+            metrics = await replica.metrics()
+            for lane in ("interactive", "bulk"):
+                assert metrics[f'embedq_records_total{{lane="{lane}"}}'] > 0
