@@ -19,7 +19,7 @@ class Waiting(Protocol):
     """What a micro-batch is made of."""
 
     @property
-    def tokens(self) -> int: ...
+    def cost(self) -> int: ...
     @property
     def lane(self) -> Lane: ...
     @property
@@ -53,7 +53,7 @@ class BatchPolicy(Generic[Item]):
         """Queue these texts."""
         for item in items:
             self._lanes[item.lane].append(item)
-            self._tokens[item.lane] += item.tokens
+            self._tokens[item.lane] += item.cost
 
     def due_in(self, now: float) -> float:
         """Seconds until a micro-batch should run: 0 for at once, infinity while nothing waits."""
@@ -87,13 +87,13 @@ class BatchPolicy(Generic[Item]):
         if not bulk or not interactive or now - bulk[0].arrived < self.bulk_max_wait:
             self._owed = 0
             return 0
-        most = max(self.max_tokens, bulk[0].tokens)
+        most = max(self.max_tokens, bulk[0].cost)
         self._owed = min(most, self._owed + max(1, self.max_tokens // OVERDUE_SHARE))
-        if bulk[0].tokens > self._owed:
+        if bulk[0].cost > self._owed:
             return 0
         places = max(1, self.max_items // OVERDUE_SHARE)
         moved = self._fill(batch, "bulk", min(self._owed, self.max_tokens), places)
-        if moved + interactive[0].tokens > self.max_tokens or len(batch) >= self.max_items:
+        if moved + interactive[0].cost > self.max_tokens or len(batch) >= self.max_items:
             # The next interactive text has no room beside them: then this micro-batch is all bulk, and costs as much.
             moved += self._fill(batch, "bulk", self.max_tokens - moved, self.max_items)
             self._owed -= max(moved, self.max_tokens)
@@ -104,10 +104,10 @@ class BatchPolicy(Generic[Item]):
     def _fill(self, batch: list[Item], lane: Lane, room: int, items: int) -> int:
         """Move texts of one lane into the batch while they fit, up to so many in the batch; the tokens moved."""
         queue, moved = self._lanes[lane], 0
-        while queue and len(batch) < items and (queue[0].tokens <= room - moved or not batch):
+        while queue and len(batch) < items and (queue[0].cost <= room - moved or not batch):
             item = queue.popleft()
-            self._tokens[lane] -= item.tokens
-            moved += item.tokens
+            self._tokens[lane] -= item.cost
+            moved += item.cost
             batch.append(item)
         return moved
 

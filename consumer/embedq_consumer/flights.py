@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from embedq_consumer.batching import Lane
-from embedq_consumer.engine import Encoder
+from embedq_consumer.engine import Encoder, Tokens
 from embedq_consumer.jobs import InFlight
 from embedq_shared.messages import Truncate
 
@@ -33,18 +31,17 @@ class Identity(msgspec.Struct, frozen=True, gc=False):
 
 
 class Item(msgspec.Struct, frozen=True, gc=False):
-    """One text that waits for a micro-batch. `ids` is int32 (tokens,); `arrived` is monotonic seconds."""
+    """One text that waits for a micro-batch. `arrived` is monotonic seconds."""
 
     identity: Identity
     encoder: Encoder
-    ids: npt.NDArray[np.int32]
-    truncated: bool
+    text: Tokens
     arrived: float
 
     @property
-    def tokens(self) -> int:
+    def cost(self) -> int:
         """Its share of the token budget."""
-        return len(self.ids)
+        return self.text.cost
 
     @property
     def lane(self) -> Lane:

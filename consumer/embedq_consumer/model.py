@@ -1,4 +1,4 @@
-"""The model that serves: one slot, and the one thread that may compute on it."""
+"""The model that serves: one slot, the one thread that may compute on it, and the one that waits for its results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from embedq_consumer.engine import Encoder
+from embedq_consumer.engine import Encoder, Pending, Tokens
 
 Params = ParamSpec("Params")
 Returned = TypeVar("Returned")
@@ -34,17 +34,21 @@ class NoModel(Exception):
 class ModelSlot:
     """Holds the serving encoder. Work reaches the compute thread in call order, so there is no lock.
 
-    Invariants: `encode` and everything that changes memory on the device run on the compute thread; a load beside the
-    serving model runs on a thread of its own; `loaded` changes on the event loop alone.
+    Invariants: what is submitted, and everything that changes memory on the device, runs on the compute thread; results
+    are waited for on another, so that the next micro-batch reaches the device while this one runs; a load beside the
+    serving model runs on a thread of its own; `loaded` and `busy_since` change on the event loop alone.
     """
 
     def __init__(self, load: Loader) -> None:
         self._load = load
         self._compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
+        self._results = ThreadPoolExecutor(max_workers=1, thread_name_prefix="results")
         self._beside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
         self._loaded: Loaded | None = None
+        self._running = 0
+        self._last_result = 0.0  # monotonic seconds; touched on the results thread alone
         self.busy_since: float | None = None
-        """Monotonic seconds since when a micro-batch runs, None while none does."""
+        """Monotonic seconds since when the oldest micro-batch under way runs, None while none does."""
 
     @property
     def loaded(self) -> Loaded:
@@ -63,10 +67,20 @@ class ModelSlot:
         return Loaded(encoder, path)
 
     async def encode(
-        self, encoder: Encoder, batch: Sequence[npt.NDArray[np.int32]]
+        self, encoder: Encoder, batch: Sequence[Tokens]
     ) -> tuple[npt.NDArray[np.float32], float]:
-        """Vectors of one micro-batch, float32 (len(batch), hidden_size), and the seconds that they took."""
-        return await _run(self._compute, self._timed, encoder, batch)
+        """Vectors of one micro-batch, float32 (len(batch), hidden_size), and the seconds that they took.
+
+        A micro-batch that was submitted while another ran took as long as it ran alone.
+        """
+        self._running += 1
+        self.busy_since = self.busy_since or time.monotonic()
+        try:
+            submitted, pending = await _run(self._compute, self._submit, encoder, batch)
+            return await _run(self._results, self._result, pending, submitted)
+        finally:
+            self._running -= 1
+            self.busy_since = time.monotonic() if self._running else None
 
     def install(self, new: Loaded) -> Loaded | None:
         """Serve this model from now on; the one before, to be discarded. Nothing may be in flight for that one."""
@@ -85,18 +99,17 @@ class ModelSlot:
         await _run(self._compute, unused.encoder.close)
 
     def close(self) -> None:
-        """End the threads. Waits for a micro-batch that runs."""
-        self._compute.shutdown(wait=True, cancel_futures=True)
-        self._beside.shutdown(wait=True, cancel_futures=True)
+        """End the threads. Waits for micro-batches that run."""
+        for pool in (self._compute, self._results, self._beside):
+            pool.shutdown(wait=True, cancel_futures=True)
 
-    def _timed(
-        self, encoder: Encoder, batch: Sequence[npt.NDArray[np.int32]]
-    ) -> tuple[npt.NDArray[np.float32], float]:
-        self.busy_since = started = time.monotonic()
-        try:
-            return encoder.encode(batch), time.monotonic() - started
-        finally:
-            self.busy_since = None
+    def _submit(self, encoder: Encoder, batch: Sequence[Tokens]) -> tuple[float, Pending]:
+        return time.monotonic(), encoder.submit(batch)
+
+    def _result(self, pending: Pending, submitted: float) -> tuple[npt.NDArray[np.float32], float]:
+        vectors = pending.result()
+        begin, self._last_result = max(submitted, self._last_result), time.monotonic()
+        return vectors, self._last_result - begin
 
 
 async def _run(

@@ -43,8 +43,8 @@ def _answer(
     if wanted not in made:
         made[wanted] = quantise(cut_and_normalise(vector, request.dimensions), request.dtype)
     raw, scale = made[wanted]
-    cut = request.truncate if item.truncated and request.truncate != "error" else None
-    return Answer(raw, item.tokens, cut, scale, cached=False)
+    cut = request.truncate if item.text.truncated and request.truncate != "error" else None
+    return Answer(raw, len(item.text.ids), cut, scale, cached=False)
 
 
 def _not_finite(job: InFlight, index: int) -> ErrorBody:

@@ -175,7 +175,7 @@ class Pipeline:
                 waiters = self._flights.land(identity)
                 errors += [(other, at, outcomes.too_long(other.request, at, found)) for other, at in waiters]
             else:
-                items.append(Item(identity, encoder, found.ids, found.truncated, now))
+                items.append(Item(identity, encoder, found, now))
         self._batcher.put(items)
         self._settle(errors)
 
@@ -197,7 +197,7 @@ class Pipeline:
     async def _compute(self, batch: Sequence[Item]) -> None:
         """Run it; if it fails, in halves, until the text that fails is alone."""
         try:
-            vectors, seconds = await self._slot.encode(batch[0].encoder, [item.ids for item in batch])
+            vectors, seconds = await self._slot.encode(batch[0].encoder, [item.text for item in batch])
         except Exception as error:  # noqa: BLE001
             # Whatever the model raises is the input's fault until it has failed alone.
             log.warning("batch_failed", items=len(batch), reason=type(error).__name__)
@@ -211,7 +211,7 @@ class Pipeline:
             await self._compute(batch[middle:])
             return
         self._metrics.compute.observe(seconds)
-        self._metrics.tokens.inc(sum(item.tokens for item in batch))
+        self._metrics.tokens.inc(sum(item.cost for item in batch))
         landed = [(item, self._flights.land(item.identity)) for item in batch]
         for job in {id(job): job for _, waiters in landed for job, _ in waiters}.values():
             job.compute_s = (job.compute_s or 0.0) + seconds

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Final
@@ -247,7 +247,8 @@ class Models:
         if isinstance(tokens, TextTooLong):
             raise Rejected("the tokenizer did not cut a text that it was asked to cut")
         length = max(1, min(len(tokens.ids), encoder.max_tokens, self._warm_up_tokens))
-        await self._encode(encoder, [tokens.ids[:length]] * max(1, self._warm_up_tokens // length))
+        text = Tokens(tokens.ids[:length])
+        await self._encode(encoder, [text] * max(1, self._warm_up_tokens // length))
 
     async def _checked(self, encoder: Encoder) -> npt.NDArray[np.float32]:
         """Unit vectors of the check texts, float32 (texts, hidden_size)."""
@@ -260,14 +261,13 @@ class Models:
     async def _check_vectors(self, encoder: Encoder) -> npt.NDArray[np.float32]:
         texts = [Text(text, encoder.default_prompt, "end") for text in CHECK_TEXTS]
         tokens = await asyncio.to_thread(encoder.tokenize, texts)
-        ids = [found.ids for found in tokens if isinstance(found, Tokens)]
-        raw = await self._encode(encoder, ids)
+        raw = await self._encode(encoder, [found for found in tokens if isinstance(found, Tokens)])
         return np.stack([cut_and_normalise(vector, encoder.hidden_size) for vector in raw])
 
-    async def _encode(self, encoder: Encoder, ids: list[npt.NDArray[np.int32]]) -> npt.NDArray[np.float32]:
+    async def _encode(self, encoder: Encoder, batch: Sequence[Tokens]) -> npt.NDArray[np.float32]:
         """Vectors of a model on trial: what it raises is a reason to reject it."""
         try:
-            vectors, _ = await self._slot.encode(encoder, ids)
+            vectors, _ = await self._slot.encode(encoder, batch)
         except Exception as error:
             raise Rejected(f"the model cannot run: {type(error).__name__}") from error
         return vectors

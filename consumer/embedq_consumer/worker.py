@@ -48,7 +48,7 @@ class Worker:
             self._places.release()
 
     def _observe(self, batch: Sequence[Item]) -> None:
-        tokens = sum(item.tokens for item in batch)
+        tokens = sum(item.cost for item in batch)
         self._metrics.batch_tokens.observe(tokens)
         self._metrics.batch_items.observe(len(batch))
         self._metrics.batch_fill.observe(min(1.0, tokens / self._max_tokens))

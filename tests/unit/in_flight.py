@@ -11,7 +11,7 @@ import numpy.typing as npt
 from aiokafka import TopicPartition
 
 from embedq_consumer.admission import Rules
-from embedq_consumer.engine import Text, TextTooLong, Tokens
+from embedq_consumer.engine import Pending, Text, TextTooLong, Tokens
 from embedq_consumer.flights import Identity, Item, Waiter
 from embedq_consumer.jobs import InFlight, Record
 from embedq_consumer.ledger import Ticket
@@ -35,6 +35,9 @@ class Model:
         self.default_prompt = default_prompt
 
     def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong]:
+        raise NotImplementedError
+
+    def submit(self, batch: Sequence[Tokens]) -> Pending:
         raise NotImplementedError
 
     def encode(self, batch: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.float32]:
@@ -93,4 +96,4 @@ def item(
 ) -> tuple[Item, list[Waiter]]:
     """One of its texts behind a micro-batch, and that this input alone waited for it."""
     ids = np.arange(tokens, dtype=np.int32)
-    return Item(Identity.of(job, index), job.encoder, ids, truncated, 0.0), [(job, index)]
+    return Item(Identity.of(job, index), job.encoder, Tokens(ids, truncated), 0.0), [(job, index)]

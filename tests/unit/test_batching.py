@@ -17,7 +17,7 @@ from embedq_consumer.batching import LANES, OVERDUE_SHARE, Batcher, BatchPolicy,
 @dataclass(frozen=True)
 class Item:
     number: int
-    tokens: int
+    cost: int
     lane: Lane = "interactive"
     arrived: float = 0.0
 
@@ -108,7 +108,7 @@ def saturated(bulk_tokens: int, interactive_tokens: int, batches: int = 400) -> 
         batch = waiting.take(1000.0)
         assert batch
         for item in batch:
-            done[item.lane] += item.tokens
+            done[item.lane] += item.cost
     return {lane: count / sum(done.values()) for lane, count in done.items()}
 
 
@@ -180,7 +180,7 @@ def test_whatever_comes_each_text_runs_once_in_its_lanes_order_and_within_the_bu
         assert waiting.waiting_tokens(lane) == 0
     for batch in batches:
         assert len(batch) <= 5
-        assert len(batch) <= 1 or sum(item.tokens for item in batch) <= 100
+        assert len(batch) <= 1 or sum(item.cost for item in batch) <= 100
 
 
 async def test_the_queue_hands_out_a_batch_when_its_wait_is_over() -> None:

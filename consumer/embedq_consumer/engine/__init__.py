@@ -18,6 +18,7 @@ import numpy.typing as npt
 __all__ = [
     "Encoder",
     "ModelError",
+    "Pending",
     "Quantization",
     "Text",
     "TextTooLong",
@@ -44,10 +45,20 @@ class Text(msgspec.Struct, frozen=True):
 
 
 class Tokens(msgspec.Struct, frozen=True):
-    """What the model runs for one text: `ids` is int32 (n,), special tokens included."""
+    """What the model runs for one text: `ids` is int32 (n,), special tokens included.
+
+    `shared` says how many of the first ids are an instruction's, the same for every text that it stands in front of:
+    their keys and values are computed once. 0 where the model cannot share them, or nothing is to be shared.
+    """
 
     ids: npt.NDArray[np.int32]
     truncated: bool = False
+    shared: int = 0
+
+    @property
+    def cost(self) -> int:
+        """Tokens that run for this text, of a micro-batch's budget."""
+        return len(self.ids) - self.shared
 
 
 class TextTooLong(msgspec.Struct, frozen=True):
@@ -57,8 +68,15 @@ class TextTooLong(msgspec.Struct, frozen=True):
     limit: int
 
 
+class Pending(Protocol):
+    """Vectors that the device computes, or has computed."""
+
+    def result(self) -> npt.NDArray[np.float32]:
+        """Wait for them: pooled, not yet normalised, float32 (texts, hidden_size), on the host. To be called once."""
+
+
 class Encoder(Protocol):
-    """One loaded model. `tokenize` may be called from any thread; `encode` from one thread at a time."""
+    """One loaded model. `tokenize` may be called from any thread, `submit` and `encode` from one thread at a time."""
 
     model_version: str
     """`sha256:` and 64 hex digits over weights, tokenizer, pooling and prompts: equal exactly when vectors are comparable."""
@@ -73,8 +91,12 @@ class Encoder(Protocol):
     def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong]:
         """Tokens of each text, in order."""
 
+    def submit(self, batch: Sequence[Tokens]) -> Pending:
+        """Start on one micro-batch, a vector for each text. On a GPU it returns while the device computes, so that the
+        next micro-batch can be submitted; `result` may then be called from another thread."""
+
     def encode(self, batch: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.float32]:
-        """Pooled, not yet normalised vectors of one micro-batch: float32 (len(batch), hidden_size), on the host."""
+        """`submit` and wait, for plain ids: float32 (len(batch), hidden_size)."""
 
     def close(self) -> None:
         """Release the weights' memory. The encoder must not be used afterwards."""
@@ -104,9 +126,9 @@ def load_encoder(
         ModelError: the directory is incomplete, or asks for something that embedq does not run.
     """
     _before_torch()
-    from embedq_consumer.engine.packed import PackedEncoder
+    from embedq_consumer.engine.loading import load
 
-    return PackedEncoder.load(path, device=device, threads=threads, quantization=quantization)
+    return load(path, device=device, threads=threads, quantization=quantization)
 
 
 def _before_torch() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import Lock, RLock
 from typing import TYPE_CHECKING, Self
 
 import msgspec
@@ -20,12 +21,20 @@ from torch import Tensor
 if TYPE_CHECKING:
     from embedq_consumer.engine.qwen3 import PackedQwen3
 
-__all__ = ["Forward", "Graphs", "Pending", "best_fit", "fill", "input_length", "rooms_of", "sizes_up_to"]
+__all__ = [
+    "Forward",
+    "Graphs",
+    "Pending",
+    "Row",
+    "best_fit",
+    "fill",
+    "input_length",
+    "rooms_of",
+    "sizes_up_to",
+]
 
 Ids = npt.NDArray[np.int32]
 Vectors = npt.NDArray[np.float32]
-Forward = Callable[[Tensor, Tensor, Tensor, Tensor, int, Tensor], None]
-"""(ids, positions, cumulated lengths, last tokens, longest, out): int32 but for `out`, float32 (sequences, hidden)."""
 
 _PART_TOKENS = 16384
 """What runs at once of a larger batch: 8,192 tokens are 1 % slower in FP8, 4,096 are 3 % (benchmarks/engine.py)."""
@@ -80,6 +89,23 @@ def best_fit(lengths: Sequence[int], size: int, most: int, window: int = 256) ->
     return parts
 
 
+class Row(msgspec.Struct, frozen=True):
+    """One part's inputs on the device, int32: places without a text hold filler, and nobody reads their vectors."""
+
+    ids: Tensor
+    """(size,)"""
+    positions: Tensor
+    """(size,): which token of its text each is, from 0 on."""
+    cu: Tensor
+    """(places + 1,): 0, then where each text ends."""
+    last: Tensor
+    """(places,): each text's last token."""
+
+
+Forward = Callable[[Row, int, Tensor], None]
+"""(row, longest, out): writes one pooled vector for each place to `out`, float32 (places, hidden)."""
+
+
 class _Slot(msgspec.Struct, frozen=True):
     """Pinned memory of one part on its way."""
 
@@ -97,7 +123,7 @@ class _Part(msgspec.Struct):
     done: torch.cuda.Event
     vectors: Vectors
     indices: list[int]
-    finished: bool = False
+    collected: bool = False
 
 
 class Pending:
@@ -109,14 +135,14 @@ class Pending:
         self._parts = parts
 
     def result(self) -> Vectors:
-        """Wait for them: float32 (sequences, hidden), in the order of `submit`."""
+        """Wait for them: float32 (sequences, hidden), in the order of `submit`. From any thread, once."""
         for part in self._parts:
             self._graphs.finish(part)
         return self._vectors
 
 
 class Graphs:
-    """Runs `forward` over parts of a batch; one thread at a time.
+    """Runs `forward` over parts of a batch. One thread submits; another may wait for what it submitted.
 
     Invariants: everything runs on one stream, in the order of `submit`; the device's input and output buffers are the
     same for all sizes, so a part's copy in, graph and copy out never overlap another's; captured graphs share one pool
@@ -150,14 +176,16 @@ class Graphs:
             for _ in range(_SLOTS)
         ]
         self._running: deque[_Part] = deque()
+        self._feeding = RLock()  # held while parts go to the device, whose buffers all parts share
+        self._books = Lock()  # held while a part's vectors are taken out of its slot
         torch.cuda.current_stream(device).synchronize()
 
     @classmethod
     def over(cls, forward: PackedQwen3, norm: Tensor) -> Self:
         """For last tokens: `norm` is the weight of the last norm."""
 
-        def run(ids: Tensor, positions: Tensor, cu: Tensor, last: Tensor, longest: int, out: Tensor) -> None:
-            forward.pooled(ids, positions, cu, last, longest, norm, out)
+        def run(row: Row, longest: int, out: Tensor) -> None:
+            forward.pooled(row, longest, norm, out)
 
         fast = forward.attention.__name__ == "flash_attn_4"
         return cls(
@@ -183,9 +211,10 @@ class Graphs:
         present = [index for index, ids in enumerate(batch) if len(ids)]
         parts = self._parts([len(batch[index]) for index in present])
         started = []
-        for part in parts:
-            indices = [present[i] for i in part]
-            started.append(self._start([batch[i] for i in indices], indices, vectors))
+        with self._feeding:
+            for part in parts:
+                indices = [present[i] for i in part]
+                started.append(self._start([batch[i] for i in indices], indices, vectors))
         return Pending(self, vectors, started)
 
     def encode(self, batch: Sequence[Ids]) -> Vectors:
@@ -193,17 +222,22 @@ class Graphs:
         return self.submit(batch).result()
 
     def finish(self, part: _Part) -> None:
-        """Wait for one part and put its vectors in place; doing it again changes nothing."""
-        if part.finished:
-            return
-        part.done.synchronize()
-        part.vectors[part.indices] = part.source
-        part.finished = True
-        if part.slot is not None:
-            self._free.append(part.slot)
-            self._running.remove(part)
+        """Wait for one part, put its vectors in place, and run again what is not finite."""
+        self._collect(part)
         if len(part.indices) > 1 and not np.isfinite(part.vectors[part.indices].sum()):
             self._each_alone(part)
+
+    def _collect(self, part: _Part) -> None:
+        """Wait for one part and put its vectors in place; doing it again changes nothing."""
+        part.done.synchronize()
+        with self._books:
+            if part.collected:
+                return
+            part.vectors[part.indices] = part.source
+            part.collected = True
+            if part.slot is not None:
+                self._running.remove(part)
+                self._free.append(part.slot)
 
     def _each_alone(self, part: _Part) -> None:
         """Compute again, each alone, the vectors that are not finite: most of them come from a neighbour.
@@ -211,9 +245,10 @@ class Graphs:
         Attention reads its keys and values in tiles that end in the next sequence and weighs what is too much by zero,
         but zero times NaN is NaN. So one text that the model cannot compute would take others with it.
         """
-        for index, ids in zip(part.indices, part.sequences, strict=True):
-            if not np.isfinite(part.vectors[index].sum()):
-                self.finish(self._start([ids], [index], part.vectors))
+        with self._feeding:
+            for index, ids in zip(part.indices, part.sequences, strict=True):
+                if not np.isfinite(part.vectors[index].sum()):
+                    self._collect(self._start([ids], [index], part.vectors))
 
     def _parts(self, lengths: Sequence[int]) -> list[list[int]]:
         if sum(lengths) <= self.part_tokens and self._fitting(sum(lengths), len(lengths)):
@@ -239,9 +274,7 @@ class Graphs:
         if fitting is None:
             return self._start_alone(sequences, lengths, indices, vectors)
         size, room = fitting
-        if not self._free:
-            self.finish(self._running[0])
-        slot = self._free.pop()
+        slot = self._free_slot()
         length = input_length(size, room)
         fill(slot.inputs[:length].numpy(), sequences, lengths, size, room)
         outputs = slot.outputs[: len(sequences)]
@@ -255,6 +288,14 @@ class Graphs:
         self._running.append(part)
         return part
 
+    def _free_slot(self) -> _Slot:
+        with self._books:
+            if self._free:
+                return self._free.pop()
+            oldest = self._running[0]
+        self._collect(oldest)
+        return self._free_slot()
+
     def _start_alone(self, sequences: list[Ids], lengths: Ids, indices: list[int], vectors: Vectors) -> _Part:
         """Without a graph, in memory of its own and in its own size, rounded up to what the products like."""
         room = -(-(len(sequences) + 1) // 16) * 16
@@ -265,7 +306,7 @@ class Graphs:
         with self._here():
             inputs = host.to(self._device, non_blocking=True)
             out = torch.empty(room, self._hidden, dtype=torch.float32, device=self._device)
-            self._forward(*_views(inputs, size, room), int(lengths.max()), out)
+            self._forward(_row(inputs, size, room), int(lengths.max()), out)
             outputs.copy_(out[: len(sequences)], non_blocking=True)
             done = _new_event()
             done.record()
@@ -282,12 +323,12 @@ class Graphs:
         return self._graphs[size, room]
 
     def _captured(self, size: int, room: int) -> torch.cuda.CUDAGraph:
-        inputs = _views(self._inputs, size, room)
+        row = _row(self._inputs, size, room)
         out = self._outputs[:room]
         with self._here():
             self._inputs.zero_()  # else another size's ids would be read as this one's positions
             # Once without a graph: kernels are compiled and libraries choose theirs, which a capture forbids.
-            self._forward(*inputs, size, out)
+            self._forward(row, size, out)
             self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         with (
@@ -295,7 +336,7 @@ class Graphs:
             torch.inference_mode(),
             torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
         ):
-            self._forward(*inputs, size, out)
+            self._forward(row, size, out)
         return graph
 
     def close(self) -> None:
@@ -309,10 +350,10 @@ def input_length(size: int, rows: int) -> int:
     return 2 * size + 2 * rows + 1
 
 
-def _views(inputs: Tensor, size: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """ids, positions, last tokens and cumulated lengths; these come last, their length being odd."""
+def _row(inputs: Tensor, size: int, rows: int) -> Row:
+    """The parts of one copy: ids, positions, last tokens and cumulated lengths; these come last, their length being odd."""
     ids, positions, last, cu = torch.split(inputs[: input_length(size, rows)], [size, size, rows, rows + 1])
-    return ids, positions, cu, last
+    return Row(ids, positions, cu, last)
 
 
 def fill(inputs: Ids, sequences: Sequence[Ids], lengths: Ids, size: int, rows: int) -> None:

@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from embedq_consumer.engine import ModelError, Quantization, Text, TextTooLong, Tokens
+from embedq_consumer.engine import ModelError, Pending, Quantization, Text, TextTooLong, Tokens
 from embedq_consumer.engine.attention import PACKED, Packing, register
 from embedq_consumer.engine.bert import PackedBert
-from embedq_consumer.engine.digest import model_version
-from embedq_consumer.engine.directory import ModelDirectory, Pooling, read_directory
+from embedq_consumer.engine.directory import ModelDirectory, Pooling
 from embedq_consumer.engine.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
@@ -37,10 +35,18 @@ _Forward = Callable[[Tensor, Tensor, Packing], Tensor]
 
 _CPU_TOKENS = 1024
 """Tokens run at once on a CPU: fewer leave the cores idle, many more leave the caches (benchmarks/encoder_cpu.py)."""
-_PROBE_LENGTHS = (3, 1, 9, 3)
 _PROBE_COSINE = {torch.float32: 0.9999, torch.bfloat16: 0.99}
 _PROBE_COSINE_FP8 = 0.9
 """Far below what FP8 gives on trained weights, far above what a wrong forward gives on any."""
+
+
+class Computed(msgspec.Struct, frozen=True):
+    """Vectors that were there when `submit` returned."""
+
+    vectors: npt.NDArray[np.float32]
+
+    def result(self) -> npt.NDArray[np.float32]:
+        return self.vectors
 
 
 class PackedEncoder:
@@ -107,64 +113,23 @@ class PackedEncoder:
             self._graphs = Graphs.over(forward, self._last_norm_weight)
         return forward
 
-    @classmethod
-    def load(
-        cls,
-        path: Path,
-        *,
-        device: str = "auto",
-        threads: int | None = None,
-        quantization: Quantization = "none",
-    ) -> Self:
-        """Load `path`, and prove on a few random tokens that packed it computes what transformers' own code does.
-
-        `threads` is how many threads PyTorch may use on the CPU; it holds for the whole process, as PyTorch has it.
-
-        Raises:
-            ModelError: the directory or the device cannot be used.
-        """
-        target = _device(device)
-        if threads is not None:
-            torch.set_num_threads(threads)
-        directory = read_directory(path)
-        with _quiet_transformers():
-            model = _load_model(directory, torch.bfloat16 if target.type == "cuda" else torch.float32)
-            max_tokens, position_offset = _limits(directory, model)
-            tokenizer = TextTokenizer.load(directory, max_tokens)
-        version = model_version(directory, max_tokens=max_tokens, threads=threads, quantization=quantization)
-        model.to(target)
-        sequences = _probe(model)
-        expected = _reference(model, sequences)
-        try:
-            encoder = cls(
-                directory,
-                model,
-                tokenizer,
-                version=version,
-                max_tokens=max_tokens,
-                position_offset=position_offset,
-                quantization=quantization,
-            )
-            encoder._prove(sequences, expected)
-            if encoder._graphs is not None:
-                encoder._graphs.capture()
-        except NotImplementedError as error:
-            model_type = directory.config["model_type"]
-            raise ModelError(
-                f"{directory.checkpoint / 'config.json'}: model_type {model_type}: {error}"
-            ) from error
-        return encoder
-
     def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong]:
         return self._tokenizer.tokenize(texts)
 
+    def submit(self, batch: Sequence[Tokens]) -> Pending:
+        return self._submit([tokens.ids for tokens in batch])
+
     def encode(self, batch: Sequence[Ids]) -> npt.NDArray[np.float32]:
         """A sequence of no tokens (an empty text, where the tokenizer adds none) gives zeros, as padding would."""
+        return self._submit(batch).result()
+
+    def _submit(self, batch: Sequence[Ids]) -> Pending:
         # On CUDA the look-up itself would break the device's context, and with it every later batch.
         if any(ids.max(initial=0) >= self._vocabulary for ids in batch):
             raise IndexError(f"a token beyond the model's {self._vocabulary} embeddings")
-        if self._graphs is not None:
-            return self._graphs.encode(batch)
+        return self._computed(batch) if self._graphs is None else self._graphs.submit(batch)
+
+    def _computed(self, batch: Sequence[Ids]) -> Computed:
         vectors = np.zeros((len(batch), self.hidden_size), dtype=np.float32)
         # Neighbours of one length share an attention call.
         order = sorted((i for i, ids in enumerate(batch) if len(ids)), key=lambda i: len(batch[i]))
@@ -175,7 +140,7 @@ class PackedEncoder:
             spoilt = ~np.logical_and.reduce(np.isfinite(vectors), axis=1)
             for i in np.flatnonzero(spoilt).tolist():
                 vectors[i] = self._run([batch[i]])[0]
-        return vectors
+        return Computed(vectors)
 
     def close(self) -> None:
         if self._graphs is not None:
@@ -227,8 +192,13 @@ class PackedEncoder:
         lengths = packing.cu_seqlens.diff().long()
         return torch.segment_reduce(hidden.float(), "mean", lengths=lengths, unsafe=True)
 
+    def capture(self) -> None:
+        """Make every graph now, so that no text waits for one."""
+        if self._graphs is not None:
+            self._graphs.capture()
+
     @torch.inference_mode()
-    def _prove(self, sequences: Sequence[Ids], expected: Tensor) -> None:
+    def prove(self, sequences: Sequence[Ids], expected: Tensor) -> None:
         """Compare each token's hidden state with `expected`, where that is finite.
 
         An architecture that attends, counts positions or masks in a way that packing breaks shows here, not in vectors.
@@ -253,94 +223,6 @@ class PackedEncoder:
             raise NotImplementedError("packed sequences do not give what each gives alone")
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ModelError(f"device {name!r}: expected auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ModelError(f"device {name!r}: expected auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ModelError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bars and load reports on stderr: what matters in them is checked and raised."""
-    from transformers.utils import logging as module
-
-    logging: Any = module
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def _load_model(directory: ModelDirectory, dtype: torch.dtype) -> Any:
-    """The base model without a head, on the CPU, in evaluation mode, with transformers' own attention."""
-    from transformers import AutoModel
-
-    file = directory.checkpoint / "config.json"
-    try:
-        model, loading = AutoModel.from_pretrained(
-            str(directory.checkpoint),
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except Exception as error:  # transformers and its config validation raise many kinds
-        raise ModelError(
-            f"{file}: {str(error).strip().partition(chr(10))[0] or type(error).__name__}"
-        ) from error
-    missing = sorted(name for name in loading["missing_keys"] if not name.startswith("pooler."))
-    if missing:
-        raise ModelError(
-            f"{directory.tensors[0].file}: {len(missing)} tensors are missing, among them {missing[0]}"
-        )
-    if loading["mismatched_keys"]:
-        raise ModelError(
-            f"{directory.tensors[0].file}: shapes differ from config.json's: {loading['mismatched_keys']}"
-        )
-    hidden = getattr(model.config, "hidden_size", None)
-    if not isinstance(hidden, int):
-        raise ModelError(f"{file}: hidden_size: missing")
-    if directory.pooling_dimension not in (None, hidden):
-        raise ModelError(
-            f"{file}: hidden_size is {hidden}, but the pooling's configuration expects {directory.pooling_dimension}"
-        )
-    model.config.use_cache = False
-    return model.eval().requires_grad_(False)
-
-
-def _limits(directory: ModelDirectory, model: Any) -> tuple[int, int]:
-    """The longest input in tokens, and the position of a text's first token.
-
-    RoBERTa and its kin count positions from one behind the padding's, which costs them as many tokens.
-    """
-    offset = 0
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
-            offset = 0 if module.padding_idx is None else module.padding_idx + 1
-    positions = getattr(model.config, "max_position_embeddings", None)
-    limits = [directory.max_seq_length]
-    if isinstance(positions, int) and positions > 0:
-        limits.append(positions - offset)
-    known = [limit for limit in limits if limit is not None]
-    if not known:
-        raise ModelError(f"{directory.checkpoint / 'config.json'}: max_position_embeddings: missing")
-    return min(known), offset
-
-
 def _take_last_norm(model: Any) -> Callable[[Tensor], Tensor] | None:
     """Take an RMS norm off the end of `model`, to run it in float32 on the pooled tokens alone."""
     norm: Any = getattr(model, "norm", None)
@@ -362,19 +244,3 @@ def _packed(model: Any) -> _Forward:
         return hidden
 
     return forward
-
-
-def _probe(model: Any) -> list[Ids]:
-    """A few sequences of random tokens, none of them padding, which some models skip when they count positions."""
-    random = np.random.default_rng(0)
-    vocabulary = np.arange(model.config.vocab_size, dtype=np.int32)
-    padding = getattr(model.config, "pad_token_id", None)
-    usable = vocabulary if padding is None else np.delete(vocabulary, padding)
-    return [random.choice(usable, n) for n in _PROBE_LENGTHS]
-
-
-@torch.inference_mode()
-def _reference(model: Any, sequences: Sequence[Ids]) -> Tensor:
-    """Hidden states of each sequence alone, by transformers' own code: float32 (tokens, hidden)."""
-    rows = [torch.from_numpy(ids.astype(np.int64)).to(model.device).unsqueeze(0) for ids in sequences]
-    return torch.cat([model(input_ids=row).last_hidden_state[0].float() for row in rows])

@@ -6,7 +6,7 @@ one kernel for each of what lies between (kernels.py). PackedEncoder proves it a
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import torch
@@ -24,6 +24,9 @@ from embedq_consumer.engine.kernels import (
     skinny_linear,
     skinny_plan,
 )
+
+if TYPE_CHECKING:
+    from embedq_consumer.engine.graphs import Row
 
 __all__ = ["PackedQwen3"]
 
@@ -93,23 +96,14 @@ class PackedQwen3:
         assert isinstance(normed, Tensor)
         return normed
 
-    def pooled(
-        self,
-        ids: Tensor,
-        positions: Tensor,
-        cu: Tensor,
-        last: Tensor,
-        longest: int,
-        norm: Tensor,
-        out: Tensor,
-    ) -> None:
-        """Write the last norm, in float32, of the tokens at `last` to `out` (len(last), hidden).
+    def pooled(self, row: Row, longest: int, norm: Tensor, out: Tensor) -> None:
+        """Write the last norm, in float32, of the tokens at `row.last` to `out` (places, hidden).
 
         Of the last layer, those tokens alone get more than keys and values. Nothing here waits for the device
-        or depends on what the tensors hold, so it can be captured as a CUDA graph. Tokens behind `cu[-1]` belong to no
-        sequence: they cost time and change nothing.
+        or depends on what the tensors hold, so it can be captured as a CUDA graph. Tokens behind `row.cu[-1]` belong to
+        no sequence: they cost time and change nothing.
         """
-        x, y = self._run(ids, positions, cu, longest, last)
+        x, y = self._run(row.ids, row.positions, row.cu, longest, row.last)
         add_norm(x, y, norm, self._eps, keep=False, out=out)
 
     def _run(

@@ -1,0 +1,171 @@
+"""From a model directory to an encoder: read, checked, proved on a few random tokens, captured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from embedq_consumer.engine import ModelError, Quantization
+from embedq_consumer.engine.digest import model_version
+from embedq_consumer.engine.directory import ModelDirectory, read_directory
+from embedq_consumer.engine.packed import PackedEncoder
+from embedq_consumer.engine.tokenizer import TextTokenizer
+
+__all__ = ["load"]
+
+Ids = npt.NDArray[np.int32]
+
+_PROBE_LENGTHS = (3, 1, 9, 3)
+
+
+def load(
+    path: Path, *, device: str = "auto", threads: int | None = None, quantization: Quantization = "none"
+) -> PackedEncoder:
+    """Load `path`, and prove on a few random tokens that packed it computes what transformers' own code does.
+
+    `threads` is how many threads PyTorch may use on the CPU; it holds for the whole process, as PyTorch has it.
+
+    Raises:
+        ModelError: the directory or the device cannot be used.
+    """
+    target = _device(device)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    directory = read_directory(path)
+    with _quiet_transformers():
+        model = _load_model(directory, torch.bfloat16 if target.type == "cuda" else torch.float32)
+        max_tokens, position_offset = _limits(directory, model)
+        tokenizer = TextTokenizer.load(directory, max_tokens)
+    version = model_version(directory, max_tokens=max_tokens, threads=threads, quantization=quantization)
+    model.to(target)
+    sequences = _probe(model)
+    expected = _reference(model, sequences)
+    try:
+        encoder = PackedEncoder(
+            directory,
+            model,
+            tokenizer,
+            version=version,
+            max_tokens=max_tokens,
+            position_offset=position_offset,
+            quantization=quantization,
+        )
+        encoder.prove(sequences, expected)
+        encoder.capture()
+    except NotImplementedError as error:
+        model_type = directory.config["model_type"]
+        raise ModelError(
+            f"{directory.checkpoint / 'config.json'}: model_type {model_type}: {error}"
+        ) from error
+    return encoder
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(f"device {name!r}: expected auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ModelError(f"device {name!r}: expected auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars and load reports on stderr: what matters in them is checked and raised."""
+    from transformers.utils import logging as module
+
+    logging: Any = module
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _load_model(directory: ModelDirectory, dtype: torch.dtype) -> Any:
+    """The base model without a head, on the CPU, in evaluation mode, with transformers' own attention."""
+    from transformers import AutoModel
+
+    file = directory.checkpoint / "config.json"
+    try:
+        model, loading = AutoModel.from_pretrained(
+            str(directory.checkpoint),
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # transformers and its config validation raise many kinds
+        raise ModelError(
+            f"{file}: {str(error).strip().partition(chr(10))[0] or type(error).__name__}"
+        ) from error
+    missing = sorted(name for name in loading["missing_keys"] if not name.startswith("pooler."))
+    if missing:
+        raise ModelError(
+            f"{directory.tensors[0].file}: {len(missing)} tensors are missing, among them {missing[0]}"
+        )
+    if loading["mismatched_keys"]:
+        raise ModelError(
+            f"{directory.tensors[0].file}: shapes differ from config.json's: {loading['mismatched_keys']}"
+        )
+    hidden = getattr(model.config, "hidden_size", None)
+    if not isinstance(hidden, int):
+        raise ModelError(f"{file}: hidden_size: missing")
+    if directory.pooling_dimension not in (None, hidden):
+        raise ModelError(
+            f"{file}: hidden_size is {hidden}, but the pooling's configuration expects {directory.pooling_dimension}"
+        )
+    model.config.use_cache = False
+    return model.eval().requires_grad_(False)
+
+
+def _limits(directory: ModelDirectory, model: Any) -> tuple[int, int]:
+    """The longest input in tokens, and the position of a text's first token.
+
+    RoBERTa and its kin count positions from one behind the padding's, which costs them as many tokens.
+    """
+    offset = 0
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            offset = 0 if module.padding_idx is None else module.padding_idx + 1
+    positions = getattr(model.config, "max_position_embeddings", None)
+    limits = [directory.max_seq_length]
+    if isinstance(positions, int) and positions > 0:
+        limits.append(positions - offset)
+    known = [limit for limit in limits if limit is not None]
+    if not known:
+        raise ModelError(f"{directory.checkpoint / 'config.json'}: max_position_embeddings: missing")
+    return min(known), offset
+
+
+def _probe(model: Any) -> list[Ids]:
+    """A few sequences of random tokens, none of them padding, which some models skip when they count positions."""
+    random = np.random.default_rng(0)
+    vocabulary = np.arange(model.config.vocab_size, dtype=np.int32)
+    padding = getattr(model.config, "pad_token_id", None)
+    usable = vocabulary if padding is None else np.delete(vocabulary, padding)
+    return [random.choice(usable, n) for n in _PROBE_LENGTHS]
+
+
+@torch.inference_mode()
+def _reference(model: Any, sequences: Sequence[Ids]) -> Tensor:
+    """Hidden states of each sequence alone, by transformers' own code: float32 (tokens, hidden)."""
+    rows = [torch.from_numpy(ids.astype(np.int64)).to(model.device).unsqueeze(0) for ids in sequences]
+    return torch.cat([model(input_ids=row).last_hidden_state[0].float() for row in rows])
