@@ -25,6 +25,8 @@ PACKED = "embedq_packed"
 _Varlen = Callable[..., Tensor]
 # What an architecture may pass that changes its attention and that the packed kernels do not compute.
 _FOREIGN = ("position_bias", "s_aux", "softcap")
+_WINDOW_QUERIES = 256
+"""Queries in one call where attention has a window; fewer make more calls, more look at keys that most do not see."""
 
 
 class Run(msgspec.Struct, frozen=True):
@@ -93,8 +95,8 @@ def packed_attention(
         raise NotImplementedError(
             f"{type(module).__name__} does not hand its keyword arguments to its attention"
         )
-    if sliding_window is not None and packing.longest > sliding_window:
-        raise NotImplementedError(f"attention in a sliding window of {sliding_window} tokens")
+    # No pair of tokens is further apart than the longest text.
+    window = sliding_window if sliding_window is not None and packing.longest > sliding_window else None
     foreign = [name for name in _FOREIGN if kwargs.get(name) is not None]
     if attention_mask is not None or foreign:
         raise NotImplementedError(f"attention with {foreign or 'a mask of its own'}")
@@ -102,23 +104,63 @@ def packed_attention(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     if q.is_cuda:
-        kernel = cuda_kernel(q.shape[1], k.shape[1], q.shape[2], causal, q.dtype, q.device)
+        kernel = cuda_kernel(q.shape[1], k.shape[1], q.shape[2], causal, q.dtype, q.device, window)
         return kernel(q, k, v, packing.cu_seqlens, packing.longest, scale).unsqueeze(0), None
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    attend_runs(q, k, v, out, packing.runs, causal=causal, scale=scale)
+    attend_runs(q, k, v, out, packing.runs, causal=causal, scale=scale, window=window)
     return out.unsqueeze(0), None
 
 
 def attend_runs(
-    query: Tensor, key: Tensor, value: Tensor, out: Tensor, runs: Sequence[Run], *, causal: bool, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    runs: Sequence[Run],
+    *,
+    causal: bool,
+    scale: float,
+    window: int | None = None,
 ) -> None:
-    """Fill `out` (tokens, heads, head_dim), one call of PyTorch's attention for each run of equal lengths."""
+    """Fill `out` (tokens, heads, head_dim), one call of PyTorch's attention for each run of equal lengths.
+
+    In a `window`, a token sees those that are fewer than `window` tokens away, which is what transformers means by
+    `sliding_window`: the ones in front of it and itself if `causal`, else as many on both sides.
+    """
     for run in runs:
         q, k, v = (_rectangle(t, run).transpose(1, 2) for t in (query, key, value))
         if q.shape[1] != k.shape[1]:
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-        part = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+        if window is None or run.length <= window:
+            part = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
+        else:
+            part = _in_a_window(q, k, v, window, causal=causal, scale=scale)
         _rectangle(out, run).copy_(part.transpose(1, 2))
+
+
+def _in_a_window(
+    query: Tensor, key: Tensor, value: Tensor, window: int, *, causal: bool, scale: float
+) -> Tensor:
+    """Attention of (texts, heads, tokens, head_dim), some queries at a time beside the keys that any of them sees.
+
+    So a long text costs what its windows cost, in time and in memory.
+    """
+    length = query.shape[2]
+    out = torch.empty_like(query)
+    for begin in range(0, length, _WINDOW_QUERIES):
+        end = min(begin + _WINDOW_QUERIES, length)
+        first, last = max(begin - window + 1, 0), end if causal else min(end + window - 1, length)
+        rows = torch.arange(begin, end, device=query.device).unsqueeze(1)
+        distance = rows - torch.arange(first, last, device=query.device)
+        seen = (distance < window) & (distance >= (0 if causal else 1 - window))
+        out[:, :, begin:end] = F.scaled_dot_product_attention(
+            query[:, :, begin:end],
+            key[:, :, first:last],
+            value[:, :, first:last],
+            attn_mask=seen,
+            scale=scale,
+        )
+    return out
 
 
 def _rectangle(row: Tensor, run: Run) -> Tensor:
@@ -127,15 +169,24 @@ def _rectangle(row: Tensor, run: Run) -> Tensor:
 
 @lru_cache
 def cuda_kernel(
-    heads: int, kv_heads: int, head_dim: int, causal: bool, dtype: torch.dtype, device: torch.device
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    causal: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    window: int | None = None,
 ) -> _Varlen:
     """The fastest kernel that computes this shape right: flash-attn-4 where installed, else PyTorch's own.
 
     Each is tried on a few random sequences first, since which shapes a kernel takes depends on the device and on the
     wheel; one that refuses or is wrong is passed over. It takes q, k, v (tokens, heads, head_dim), cumulated lengths, the
     longest length and the scale, and, where each sequence has at most one query, its last token's, theirs cumulated.
+    `window` is that of `attend_runs`.
     """
     lengths = [1, 7, 64, 130]
+    if window is not None:
+        lengths += [window, window + 1, 2 * window + 70]
     generator = torch.Generator(device).manual_seed(0)
     q, k, v = (
         torch.randn(sum(lengths), n, head_dim, device=device, dtype=dtype, generator=generator)
@@ -144,11 +195,13 @@ def cuda_kernel(
     packing = Packing.of(lengths, device)
     scale = head_dim**-0.5
     expected = torch.empty(q.shape, device=device, dtype=torch.float32)
-    attend_runs(q.float(), k.float(), v.float(), expected, packing.runs, causal=causal, scale=scale)
+    attend_runs(
+        q.float(), k.float(), v.float(), expected, packing.runs, causal=causal, scale=scale, window=window
+    )
     refused = []
     for name, make in (("flash-attn-4", _flash_attn_4), ("torch varlen_attn", _torch_varlen)):
         try:
-            kernel = make(heads // kv_heads, causal)
+            kernel = make(heads // kv_heads, causal, window)
             got = kernel(q, k, v, packing.cu_seqlens, packing.longest, scale)
             torch.testing.assert_close(got.float(), expected, atol=0.03, rtol=0.03)
         except Exception as error:  # noqa: BLE001  every kernel has its own way to refuse a shape
@@ -160,8 +213,11 @@ def cuda_kernel(
     )
 
 
-def _flash_attn_4(group: int, causal: bool) -> _Varlen:
+def _flash_attn_4(group: int, causal: bool, window: int | None) -> _Varlen:
     flash_attn_varlen_func = import_module("flash_attn.cute").flash_attn_varlen_func
+    options: dict[str, Any] = {"causal": causal}
+    if window is not None:
+        options = {"window_size": _sides(window, causal)}
 
     def flash_attn_4(
         q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, cu_q: Tensor | None = None
@@ -175,7 +231,7 @@ def _flash_attn_4(group: int, causal: bool) -> _Varlen:
             max_seqlen_q=longest if cu_q is None else 1,
             max_seqlen_k=longest,
             softmax_scale=scale,
-            causal=causal,
+            **options,
         )
         attended: Tensor = out[0] if isinstance(out, tuple) else out
         return attended
@@ -183,12 +239,19 @@ def _flash_attn_4(group: int, causal: bool) -> _Varlen:
     return flash_attn_4
 
 
-def _torch_varlen(group: int, causal: bool) -> _Varlen:
+def _sides(window: int, causal: bool) -> tuple[int, int]:
+    """How many tokens a kernel lets a token see on its left and on its right."""
+    return window - 1, 0 if causal else window - 1
+
+
+def _torch_varlen(group: int, causal: bool, window: int | None) -> _Varlen:
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters
     options: dict[str, Any] = {}
-    if causal:
+    if window is not None:
+        options["window_size"] = _sides(window, causal)
+    elif causal:
         options |= {"is_causal": True} if "is_causal" in known else {"window_size": (-1, 0)}
     grouped = group > 1 and "enable_gqa" in known
     if grouped:
