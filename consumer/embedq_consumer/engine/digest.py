@@ -66,6 +66,11 @@ def model_version(
         add("quantization", quantization.encode())
     for tensor, digest in zip(directory.tensors, _tensor_digests(directory.tensors, threads), strict=True):
         add(f"tensor {tensor.name} {tensor.dtype} {list(tensor.shape)}", digest)
+    for number, layer in enumerate(directory.dense):
+        add(f"dense {number}", layer.activation.encode())
+        parts = (layer.weight,) if layer.bias is None else (layer.weight, layer.bias)
+        for tensor, digest in zip(parts, _tensor_digests(parts, threads), strict=True):
+            add(f"dense {number} {tensor.name} {tensor.dtype} {list(tensor.shape)}", digest)
     return f"sha256:{total.hexdigest()}"
 
 

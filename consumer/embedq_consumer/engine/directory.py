@@ -16,9 +16,10 @@ import msgspec
 
 from embedq_consumer.engine import ModelError
 
-__all__ = ["ModelDirectory", "Pooling", "TensorSlice", "read_directory", "read_header"]
+__all__ = ["Activation", "Dense", "ModelDirectory", "Pooling", "TensorSlice", "read_directory", "read_header"]
 
 Pooling = Literal["cls", "mean", "lasttoken"]
+Activation = Literal["identity", "tanh"]
 
 _TRANSFORMER_CONFIGS = (
     "sentence_bert_config.json",
@@ -36,6 +37,10 @@ _LEGACY_POOLING = {
     "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
+}
+_ACTIVATIONS: dict[str, Activation] = {
+    "torch.nn.modules.linear.Identity": "identity",
+    "torch.nn.modules.activation.Tanh": "tanh",
 }
 # What these settings choose is ours to choose: the dtype, the attention, where padding would go, what is cached.
 _HARMLESS_KWARGS = frozenset(
@@ -64,6 +69,22 @@ class TensorSlice(msgspec.Struct, frozen=True):
     end: int
 
 
+class Dense(msgspec.Struct, frozen=True):
+    """A linear layer behind the pooling, with a bias or without one: `activation(weight · vector + bias)`."""
+
+    weight: TensorSlice
+    bias: TensorSlice | None
+    activation: Activation
+
+    @property
+    def width_in(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def width_out(self) -> int:
+        return self.weight.shape[0]
+
+
 class ModelDirectory(msgspec.Struct, frozen=True, kw_only=True):
     """One checked directory. Holds nothing that depends on where the directory lies, but for the paths."""
 
@@ -76,6 +97,8 @@ class ModelDirectory(msgspec.Struct, frozen=True, kw_only=True):
     pooling: Pooling
     pooling_dimension: int | None
     """The vector's length that the pooling's configuration expects; None if it says nothing."""
+    dense: tuple[Dense, ...]
+    """What the pooled vector goes through, in order; each takes what the one in front of it gives."""
     prompts: dict[str, str]
     default_prompt: str
     lower_case: bool
@@ -83,6 +106,12 @@ class ModelDirectory(msgspec.Struct, frozen=True, kw_only=True):
     max_seq_length: int | None
     """The limit that these files set, in tokens with special tokens; None if they set none."""
     tensors: tuple[TensorSlice, ...]
+
+    @property
+    def quantization_method(self) -> str | None:
+        """The method that `config.json` says the weights were quantised with (`gptq`, `awq`, …); None if they were not."""
+        settings = self.config.get("quantization_config")
+        return str(settings.get("quant_method", "unknown")) if settings else None
 
 
 def read_directory(path: Path) -> ModelDirectory:
@@ -93,7 +122,7 @@ def read_directory(path: Path) -> ModelDirectory:
     """
     if not path.is_dir():
         raise ModelError(f"{path}: no such directory")
-    modules = _modules(path)
+    modules, dense_folders = _modules(path)
     checkpoint = path / modules["Transformer"] if modules else path
     config = _read_object(checkpoint / "config.json")
     if not isinstance(config.get("model_type"), str):
@@ -119,6 +148,7 @@ def read_directory(path: Path) -> ModelDirectory:
         tokenizer_config=tokenizer_config,
         pooling=pooling,
         pooling_dimension=dimension,
+        dense=_dense(tuple(path / folder for folder in dense_folders)),
         prompts=prompts,
         default_prompt=default_prompt,
         lower_case=lower_case,
@@ -127,29 +157,73 @@ def read_directory(path: Path) -> ModelDirectory:
     )
 
 
-def _modules(path: Path) -> dict[str, str]:
-    """Folder of each module by kind; empty for a directory without `modules.json`."""
+def _modules(path: Path) -> tuple[dict[str, str], list[str]]:
+    """The folder of each kind of module, and the folders of the Dense ones in order."""
     file = path / "modules.json"
     if not file.exists():
-        return {}
+        return {}, []
     entries = _read_json(file)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ModelError(f"{file}: expected a list of objects")
     found: dict[str, str] = {}
+    dense: list[str] = []
     for entry in entries:
         kind = str(entry.get("type", "")).rpartition(".")[2]
         folder = entry.get("path", "")
-        if kind not in ("Transformer", "Pooling", "Normalize") or kind in found:
+        if kind not in ("Transformer", "Pooling", "Dense", "Normalize") or kind in found:
             raise ModelError(
-                f"{file}: type: embedq runs one Transformer, one Pooling and one Normalize, "
+                f"{file}: type: embedq runs one Transformer, one Pooling, Dense modules and one Normalize, "
                 f"and was given {entry.get('type')!r}"
             )
         if not isinstance(folder, str) or Path(folder).is_absolute() or ".." in Path(folder).parts:
             raise ModelError(f"{file}: path: expected a folder below the model's own, got {folder!r}")
-        found[kind] = folder
-    if list(found)[:2] != ["Transformer", "Pooling"]:
-        raise ModelError(f"{file}: expected a Transformer, then a Pooling, then maybe a Normalize")
-    return found
+        if kind == "Dense" and list(found) == ["Transformer", "Pooling"]:
+            dense.append(folder)
+        else:
+            found[kind] = folder
+    if list(found) not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        raise ModelError(
+            f"{file}: expected a Transformer, then a Pooling, then maybe Dense modules, then maybe a Normalize"
+        )
+    return found, dense
+
+
+def _dense(folders: tuple[Path, ...]) -> tuple[Dense, ...]:
+    layers: list[Dense] = []
+    for folder in folders:
+        layer = _dense_layer(folder)
+        if layers and layers[-1].width_out != layer.width_in:
+            raise ModelError(
+                f"{folder / 'config.json'}: in_features is {layer.width_in}, but the Dense module in front of it "
+                f"gives {layers[-1].width_out}"
+            )
+        layers.append(layer)
+    return tuple(layers)
+
+
+def _dense_layer(folder: Path) -> Dense:
+    file = folder / "config.json"
+    settings = _read_object(file)
+    # Without the field, sentence-transformers takes the last one.
+    name = settings.get("activation_function", "torch.nn.modules.activation.Tanh")
+    if name not in _ACTIVATIONS:
+        raise ModelError(f"{file}: activation_function: expected Identity or Tanh, got {name!r}")
+    for field in ("module_input_name", "module_output_name"):
+        if settings.get(field) not in (None, "sentence_embedding"):
+            raise ModelError(f"{file}: {field}: expected sentence_embedding, got {settings[field]!r}")
+    if _flag(file, settings, "use_residual", False):
+        raise ModelError(f"{file}: use_residual: true is not supported")
+    tensors = {tensor.name: tensor for tensor in _tensors(folder)}
+    width_in, width_out = (_positive(file, settings, name) for name in ("in_features", "out_features"))
+    shapes: dict[str, tuple[int | None, ...]] = {"linear.weight": (width_out, width_in)}
+    if _flag(file, settings, "bias", True):
+        shapes["linear.bias"] = (width_out,)
+    found: dict[str, tuple[int | None, ...]] = {name: tensor.shape for name, tensor in tensors.items()}
+    if found != shapes:
+        raise ModelError(
+            f"{next(iter(tensors.values())).file}: expected tensors of the shapes {shapes}, got {found}"
+        )
+    return Dense(tensors["linear.weight"], tensors.get("linear.bias"), _ACTIVATIONS[name])
 
 
 def _refuse_foreign_checkpoints(checkpoint: Path, config: Mapping[str, Any]) -> None:
@@ -158,8 +232,8 @@ def _refuse_foreign_checkpoints(checkpoint: Path, config: Mapping[str, Any]) -> 
             f"{checkpoint / 'adapter_config.json'}: adapters are not served; merge them into the weights"
         )
     file = checkpoint / "config.json"
-    if config.get("quantization_config"):
-        raise ModelError(f"{file}: quantization_config: quantised checkpoints are not served")
+    if not isinstance(config.get("quantization_config") or {}, dict):
+        raise ModelError(f"{file}: quantization_config: expected an object")
     if config.get("is_encoder_decoder"):
         raise ModelError(f"{file}: is_encoder_decoder: encoder-decoder models are not served")
     auto_map = config.get("auto_map")

@@ -23,6 +23,7 @@ __all__ = ["load"]
 Ids = npt.NDArray[np.int32]
 
 _PROBE_LENGTHS = (3, 1, 9, 3)
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
 
 def load(
@@ -45,7 +46,7 @@ def load(
         tokenizer = TextTokenizer.load(directory, max_tokens)
     version = model_version(directory, max_tokens=max_tokens, threads=threads, quantization=quantization)
     model.to(target)
-    sequences = _probe(model)
+    sequences = _probe(model, max_tokens)
     expected = _reference(model, sequences)
     try:
         encoder = PackedEncoder(
@@ -132,6 +133,13 @@ def _load_model(directory: ModelDirectory, dtype: torch.dtype) -> Any:
         raise ModelError(
             f"{file}: hidden_size is {hidden}, but the pooling's configuration expects {directory.pooling_dimension}"
         )
+    if directory.dense and directory.dense[0].width_in != hidden:
+        raise ModelError(
+            f"{file}: hidden_size is {hidden}, but the first Dense module takes {directory.dense[0].width_in}"
+        )
+    foreign = sorted(set(getattr(model.config, "layer_types", None) or ()) - _LAYER_TYPES)
+    if foreign:
+        raise ModelError(f"{file}: layer_types: {', '.join(foreign)}: not served")
     model.config.use_cache = False
     return model.eval().requires_grad_(False)
 
@@ -155,13 +163,20 @@ def _limits(directory: ModelDirectory, model: Any) -> tuple[int, int]:
     return min(known), offset
 
 
-def _probe(model: Any) -> list[Ids]:
-    """A few sequences of random tokens, none of them padding, which some models skip when they count positions."""
+def _probe(model: Any, max_tokens: int) -> list[Ids]:
+    """A few sequences of random tokens, none of them padding, which some models skip when they count positions.
+
+    Where attention has a window, one is longer than that, unless no text can be.
+    """
+    window = getattr(model.config, "sliding_window", None)
+    lengths = list(_PROBE_LENGTHS)
+    if isinstance(window, int) and window < max_tokens:
+        lengths.append(min(2 * window + 3, window + 300, max_tokens))
     random = np.random.default_rng(0)
     vocabulary = np.arange(model.config.vocab_size, dtype=np.int32)
     padding = getattr(model.config, "pad_token_id", None)
     usable = vocabulary if padding is None else np.delete(vocabulary, padding)
-    return [random.choice(usable, n) for n in _PROBE_LENGTHS]
+    return [random.choice(usable, n) for n in lengths]
 
 
 @torch.inference_mode()

@@ -21,6 +21,7 @@ from torch import Tensor
 from embedq_consumer.engine import ModelError, Pending, Quantization, Text, TextTooLong, Tokens
 from embedq_consumer.engine.attention import PACKED, Packing, register
 from embedq_consumer.engine.bert import PackedBert
+from embedq_consumer.engine.dense import DenseLayers
 from embedq_consumer.engine.directory import ModelDirectory, Pooling
 from embedq_consumer.engine.tokenizer import TextTokenizer
 
@@ -69,7 +70,8 @@ class PackedEncoder:
     ) -> None:
         """Takes `model` over: its attention, pooler and last norm are replaced."""
         self.model_version: str = version
-        self.hidden_size: int = int(model.config.hidden_size)
+        hidden = int(model.config.hidden_size)
+        self.hidden_size: int = directory.dense[-1].width_out if directory.dense else hidden
         self.max_tokens: int = max_tokens
         self.prompts: Mapping[str, str] = directory.prompts
         self.default_prompt: str = directory.default_prompt
@@ -77,6 +79,7 @@ class PackedEncoder:
         self._pooling: Pooling = directory.pooling
         self._position_offset = position_offset
         self._device: torch.device = model.device
+        self._dense = DenseLayers(directory.dense, self._device)
         self._model = model
         self._vocabulary: int = model.get_input_embeddings().num_embeddings
         self._last_norm_weight: Tensor | None = None
@@ -88,7 +91,15 @@ class PackedEncoder:
         self._quantization = quantization
         self._graphs: Graphs | None = None
         self._forward: _Forward | None
-        if self._device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        if directory.quantization_method is not None:
+            # The written-out forwards take weights as they are, and these are in a form that only their layers know.
+            if quantization != "none":
+                raise ModelError(
+                    f"quantization {quantization}: the checkpoint is quantised already "
+                    f"({directory.quantization_method})"
+                )
+            self._forward = _packed(model)
+        elif self._device.type == "cuda" and importlib.util.find_spec("triton") is not None:
             self._forward = self._on_cuda(model)
         elif quantization != "none":
             raise ModelError(f"quantization {quantization}: needs CUDA and Triton")
@@ -109,7 +120,7 @@ class PackedEncoder:
                 raise ModelError(f"quantization fp8: {type(model).__name__} has no FP8 forward")
             return _packed(model)
         forward = PackedQwen3(model, quantised=quantised)
-        if self._last_norm_weight is not None:
+        if self._last_norm_weight is not None and not self._dense:
             self._graphs = Graphs.over(forward, self._last_norm_weight)
         return forward
 
@@ -146,6 +157,7 @@ class PackedEncoder:
         if self._graphs is not None:
             self._graphs.close()
         self._forward = self._last_norm = self._last_norm_weight = self._graphs = None
+        self._dense = DenseLayers((), self._device)
         # Modules refer to each other in cycles, and a collection of those would stop every thread for a quarter of a
         # second: free the weights' memory by hand, and leave the small rest to the collector.
         for tensor in (*self._model.parameters(), *self._model.buffers()):
@@ -185,12 +197,14 @@ class PackedEncoder:
     def _pool(self, hidden: Tensor, packing: Packing) -> Tensor:
         """Float32 (sequences, hidden_size), on the device."""
         if self._pooling == "cls":
-            return hidden[packing.cu_seqlens[:-1].long()].float()
-        if self._pooling == "lasttoken":
-            last = hidden[packing.cu_seqlens[1:].long() - 1].float()
-            return last if self._last_norm is None else self._last_norm(last)
-        lengths = packing.cu_seqlens.diff().long()
-        return torch.segment_reduce(hidden.float(), "mean", lengths=lengths, unsafe=True)
+            pooled = hidden[packing.cu_seqlens[:-1].long()].float()
+        elif self._pooling == "lasttoken":
+            pooled = hidden[packing.cu_seqlens[1:].long() - 1].float()
+            pooled = pooled if self._last_norm is None else self._last_norm(pooled)
+        else:
+            lengths = packing.cu_seqlens.diff().long()
+            pooled = torch.segment_reduce(hidden.float(), "mean", lengths=lengths, unsafe=True)
+        return self._dense(pooled)
 
     def capture(self) -> None:
         """Make every graph now, so that no text waits for one."""
