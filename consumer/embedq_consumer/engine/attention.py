@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -181,7 +182,8 @@ def cuda_kernel(
 
     Each is tried on a few random sequences first, since which shapes a kernel takes depends on the device and on the
     wheel; one that refuses or is wrong is passed over. It takes q, k, v (tokens, heads, head_dim), cumulated lengths, the
-    longest length and the scale, and, where each sequence has at most one query, its last token's, theirs cumulated.
+    longest length and the scale; and, where a sequence has fewer queries than keys, those of its last tokens, the queries'
+    cumulated lengths and the longest of these, one query each unless told.
     `window` is that of `attend_runs`.
     """
     lengths = [1, 7, 64, 130]
@@ -198,12 +200,32 @@ def cuda_kernel(
     attend_runs(
         q.float(), k.float(), v.float(), expected, packing.runs, causal=causal, scale=scale, window=window
     )
+    # The same with fewer queries than keys, of the last tokens: what a shared prefix leaves of a text.
+    fewer = Packing.of([-(-n // 3) for n in lengths], device)
+    behind = torch.cat(
+        [
+            torch.arange(end - -(-n // 3), end)
+            for n, end in zip(lengths, np.cumsum(lengths).tolist(), strict=True)
+        ]
+    ).to(device)
     refused = []
     for name, make in (("flash-attn-4", _flash_attn_4), ("torch varlen_attn", _torch_varlen)):
         try:
             kernel = make(heads // kv_heads, causal, window)
             got = kernel(q, k, v, packing.cu_seqlens, packing.longest, scale)
             torch.testing.assert_close(got.float(), expected, atol=0.03, rtol=0.03)
+            if causal and window is None:
+                got = kernel(
+                    q[behind],
+                    k,
+                    v,
+                    packing.cu_seqlens,
+                    packing.longest,
+                    scale,
+                    fewer.cu_seqlens,
+                    fewer.longest,
+                )
+                torch.testing.assert_close(got.float(), expected[behind], atol=0.03, rtol=0.03)
         except Exception as error:  # noqa: BLE001  every kernel has its own way to refuse a shape
             refused.append(f"{name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
         else:
@@ -220,7 +242,14 @@ def _flash_attn_4(group: int, causal: bool, window: int | None) -> _Varlen:
         options = {"window_size": _sides(window, causal)}
 
     def flash_attn_4(
-        q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, cu_q: Tensor | None = None
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu: Tensor,
+        longest: int,
+        scale: float,
+        cu_q: Tensor | None = None,
+        longest_q: int = 1,
     ) -> Tensor:
         out: Any = flash_attn_varlen_func(
             q,
@@ -228,7 +257,7 @@ def _flash_attn_4(group: int, causal: bool, window: int | None) -> _Varlen:
             v,
             cu_seqlens_q=cu if cu_q is None else cu_q,
             cu_seqlens_k=cu,
-            max_seqlen_q=longest if cu_q is None else 1,
+            max_seqlen_q=longest if cu_q is None else longest_q,
             max_seqlen_k=longest,
             softmax_scale=scale,
             **options,
@@ -258,11 +287,18 @@ def _torch_varlen(group: int, causal: bool, window: int | None) -> _Varlen:
         options["enable_gqa"] = True
 
     def torch_varlen(
-        q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, cu_q: Tensor | None = None
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu: Tensor,
+        longest: int,
+        scale: float,
+        cu_q: Tensor | None = None,
+        longest_q: int = 1,
     ) -> Tensor:
         if group > 1 and not grouped:
             k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
-        queries, most = (cu, longest) if cu_q is None else (cu_q, 1)
+        queries, most = (cu, longest) if cu_q is None else (cu_q, longest_q)
         attended = varlen_attn(q, k, v, queries, cu, most, longest, scale=scale, **options)
         assert isinstance(attended, Tensor)  # a tuple comes only when more is asked for
         return attended

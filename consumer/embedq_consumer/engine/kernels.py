@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from embedq_consumer.engine.prefixes import NOTHING
+
 __all__ = [
     "FP8",
     "FP8_MAX",
@@ -26,6 +28,8 @@ __all__ = [
     "add_norm_reference",
     "gate",
     "gate_reference",
+    "move_rows",
+    "move_rows_reference",
     "norm_rotate",
     "norm_rotate_reference",
     "quantise",
@@ -45,6 +49,7 @@ Scaled = tuple[Tensor, Tensor]
 
 _tiny: Any = tl.constexpr(_TINY)
 _fp8_max: Any = tl.constexpr(FP8_MAX)
+_nothing: Any = tl.constexpr(NOTHING)
 
 
 @triton.jit
@@ -202,6 +207,24 @@ def _norm_rotate_kernel(
         x2 = x2 * inverse * w2
         tl.store(place, (x1 * c - x2 * s).to(rows.dtype.element_ty))
         tl.store(place + HALF, (x2 * c + x1 * s).to(rows.dtype.element_ty))
+
+
+@triton.jit
+def _move_rows_kernel(own, stride, pool, keys, moves, count, WIDTH: tl.constexpr, PART: tl.constexpr):
+    total = tl.load(count)
+    for move in range(tl.program_id(0), total, tl.num_programs(0)):
+        source = tl.load(moves + 2 * move).to(tl.int64)
+        target = tl.load(moves + 2 * move + 1).to(tl.int64)
+        begin = own + source * stride
+        if source < 0:
+            begin = pool + (-1 - source) * WIDTH
+        end = keys + target * WIDTH
+        if target < 0:
+            end = pool + (-1 - target) * WIDTH
+        for i in tl.static_range(0, WIDTH, PART):
+            columns = i + tl.arange(0, PART)
+            there = (source != _nothing) & (columns < WIDTH)
+            tl.store(end + columns, tl.load(begin + columns, mask=there, other=0.0), mask=columns < WIDTH)
 
 
 @triton.jit
@@ -378,6 +401,32 @@ def norm_rotate_reference(
         return (x * cosine + torch.cat([-b, a], dim=-1) * sine).flatten(1)
 
     return torch.cat([turned(q, weights[0]), turned(k, weights[1]), v], dim=1)
+
+
+def move_rows(own: Tensor, pool: Tensor, keys: Tensor, moves: Tensor, count: Tensor) -> None:
+    """Copy rows of `own` (tokens, width) and `pool` to rows of `keys` and `pool`, as the first `count` of `moves` say.
+
+    `moves`: int32 (moves, 2), see prefixes.moves_of; `count`: int32 (1,), on the device too, since a CUDA graph copies as
+    much as its inputs say. `own` may be columns of wider rows; `pool` and `keys` (rows, width) lie without gaps.
+    """
+    width = own.shape[1]
+    programs = max(256, min(2048, len(own)))
+    part = min(2048, triton.next_power_of_2(width))
+    _move_rows_kernel[(programs,)](
+        own, own.stride(0), pool, keys, moves, count, WIDTH=width, PART=part, num_warps=4
+    )
+
+
+def move_rows_reference(own: Tensor, pool: Tensor, keys: Tensor, moves: Tensor, count: Tensor) -> None:
+    """The same, a row at a time."""
+    for source, target in moves[: int(count)].tolist():
+        row = torch.zeros_like(own[0])
+        if source != NOTHING:
+            row = own[source] if source >= 0 else pool[-1 - source]
+        if target >= 0:
+            keys[target] = row
+        else:
+            pool[-1 - target] = row
 
 
 def skinny_plan(rows: int, width: int, inner: int, *, gated: bool, scaled: bool) -> dict[str, int] | None:
