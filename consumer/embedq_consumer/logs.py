@@ -24,16 +24,24 @@ _CHATTY: Final = (
 """Libraries of which only warnings are news, whatever our own level is."""
 
 
-def configure(level: str = "info", *, stream: TextIO | None = None) -> None:
+def configure(level: str = "info", *, replica: str | None = None, stream: TextIO | None = None) -> None:
     """Send every event of this process to `stream` (stdout, if none is given) as JSON, from `level` upwards.
 
     An event has `timestamp` (ISO 8601, UTC), `level`, `event`, `logger`, the fields that it was given, and those bound
-    with `structlog.contextvars`. stdlib loggers go the same way, with their message as the event. Calling it again
-    replaces what was configured.
+    with `structlog.contextvars`. stdlib loggers go the same way, with their message as the event. With `replica` each
+    event says whose it is: several replicas of one command share its stdout. Calling it again replaces what was
+    configured.
     """
     threshold = logging.getLevelNamesMapping()[level.upper()]
+
+    def whose(logger: Any, method: str, event: EventDict) -> EventDict:
+        if replica is not None:
+            event.setdefault("replica", replica)
+        return event
+
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
+        whose,
         structlog.stdlib.add_logger_name,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),

@@ -1,4 +1,4 @@
-"""One replica as a process: from environment variables, until SIGTERM or Ctrl-C."""
+"""One replica as a process, or one for each device: from environment variables, until SIGTERM or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from embedq_consumer.publisher import BrokerUnavailable
 from embedq_consumer.reload import Rejected
 from embedq_consumer.service import MissingTopics, serve
 from embedq_consumer.settings import Settings, SettingsError
+from embedq_consumer.supervisor import supervise
 
 _EXPECTED = (
     SettingsError,
@@ -35,13 +36,15 @@ _EXPECTED = (
 def main() -> int:
     """The exit code: 0 after a clean stop, 1 after a failure, 2 for a wrong setting."""
     try:
-        settings = Settings.from_env(os.environ)
+        settings = Settings.from_env(os.environ).named()
     except SettingsError as error:
         print(f"embedq: {error}", file=sys.stderr)  # noqa: T201  # the logs are not set up yet
         return 2
-    logs.configure(settings.log_level)
+    logs.configure(settings.log_level, replica=settings.replica)
     failures: list[BaseException] = []
     try:
+        if settings.devices:
+            return supervise(settings, os.environ)
         asyncio.run(_run(settings))
     except* _EXPECTED as group:
         failures = _leaves(group)

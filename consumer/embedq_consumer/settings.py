@@ -22,6 +22,8 @@ _OTHERS: Final = frozenset({"EMBEDQ_CACHE_DIR", "EMBEDQ_KAFKA_VERSION"})
 
 _LARGEST: Final = 1e9  # "inf" reads as a float too, and is no time to wait
 
+_DEVICE: Final = r"(cpu|cuda(:\d+)?)"
+
 PositiveInt = Annotated[int, Meta(ge=1)]
 PositiveFloat = Annotated[float, Meta(gt=0, le=_LARGEST)]
 NotNegative = Annotated[float, Meta(ge=0, le=_LARGEST)]
@@ -51,6 +53,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     model_root: str = ""  # reloads stay below it; empty: the parent of `model`
     alias: NotEmpty = DEFAULT_ALIAS
     device: Annotated[str, Meta(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    # One replica for each, below one command: "all" GPUs, or some with commas, one of them more than once if need be.
+    devices: Annotated[str, Meta(pattern=rf"^(all|{_DEVICE}(,{_DEVICE})*)?$")] = ""
     quantization: Literal["none", "fp8"] = (
         "none"  # fp8: half the memory, other vectors, another model version
     )
@@ -114,6 +118,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def __post_init__(self) -> None:
         if self.rebalance_timeout_ms < self.session_timeout_ms:
             raise ValueError("EMBEDQ_REBALANCE_TIMEOUT_MS: expected at least EMBEDQ_SESSION_TIMEOUT_MS")
+        if self.devices and self.device != "auto":
+            raise ValueError("EMBEDQ_DEVICE: cannot be set beside EMBEDQ_DEVICES")
 
     @property
     def topics(self) -> Topics:

@@ -7,6 +7,8 @@ The service sees four names: `load_encoder`, the `Encoder` that it returns, and 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
@@ -15,15 +17,20 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from embedq_shared.messages import Chunking
+
 __all__ = [
+    "Chunked",
     "Encoder",
     "ModelError",
     "Pending",
+    "Piece",
     "Quantization",
     "Text",
     "TextTooLong",
     "Tokens",
     "Truncate",
+    "count_gpus",
     "default_batch_tokens",
     "load_encoder",
 ]
@@ -37,11 +44,15 @@ class ModelError(Exception):
 
 
 class Text(msgspec.Struct, frozen=True):
-    """One text to tokenize: `prompt + text`, cut as `truncate` says if it is longer than the model takes."""
+    """One text to tokenize: `prompt + text`, cut as `truncate` says if it is longer than the model takes.
+
+    `chunk` is for `Encoder.chunk` alone, which cuts nothing off.
+    """
 
     text: str
     prompt: str = ""
     truncate: Truncate = "error"
+    chunk: Chunking | None = None
 
 
 class Tokens(msgspec.Struct, frozen=True):
@@ -54,11 +65,43 @@ class Tokens(msgspec.Struct, frozen=True):
     ids: npt.NDArray[np.int32]
     truncated: bool = False
     shared: int = 0
+    spans: tuple[tuple[int, int], ...] = ()
+    """Ranges of `ids` that get a vector each; none: the text gets one."""
 
     @property
     def cost(self) -> int:
         """Tokens that run for this text, of a micro-batch's budget."""
         return len(self.ids) - self.shared
+
+    @property
+    def rows(self) -> int:
+        """How many vectors come of it."""
+        return len(self.spans) or 1
+
+
+class Chunked(msgspec.Struct, frozen=True):
+    """One text in windows that the model takes, each with the prompt and the special tokens around it.
+
+    In mode late a window's `spans` get a vector each; in mode mean, and for a text without tokens, a window gets one.
+    `pieces` says for each of these vectors, in order, which characters it stands for, as `[start, end)`, and how many
+    tokens of the text: the pieces tile the text.
+    """
+
+    windows: tuple[Tokens, ...]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def tokens(self) -> int:
+        """All that run for the text."""
+        return sum(len(window.ids) for window in self.windows)
+
+
+class Piece(msgspec.Struct, frozen=True, gc=False):
+    """What one vector of a chunked text stands for."""
+
+    start: int
+    end: int
+    tokens: int
 
 
 class TextTooLong(msgspec.Struct, frozen=True):
@@ -72,7 +115,7 @@ class Pending(Protocol):
     """Vectors that the device computes, or has computed."""
 
     def result(self) -> npt.NDArray[np.float32]:
-        """Wait for them: pooled, not yet normalised, float32 (texts, hidden_size), on the host. To be called once."""
+        """Wait for them: pooled, not yet normalised, float32 (rows, hidden_size), on the host. To be called once."""
 
 
 class Encoder(Protocol):
@@ -85,14 +128,20 @@ class Encoder(Protocol):
     """Longest input, special tokens included."""
     prompts: Mapping[str, str]
     """Prompts by name (`query`, `document`, …), from `config_sentence_transformers.json`."""
+    late_chunks: bool
+    """Whether spans of a text have vectors of their own: not where a text's vector is that of its first token."""
     default_prompt: str
     """What a text without `input_type` or instruction gets in front; `""` for most models."""
 
     def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong]:
         """Tokens of each text, in order."""
 
+    def chunk(self, texts: Sequence[Text]) -> list[Chunked | TextTooLong]:
+        """The same for texts that are to be run in pieces; from any thread. Refused is a text whose prompt takes more than
+        half of `max_tokens`, which is then the `limit`: each window would run mostly prompt."""
+
     def submit(self, batch: Sequence[Tokens]) -> Pending:
-        """Start on one micro-batch, a vector for each text. On a GPU it returns while the device computes, so that the
+        """Start on one micro-batch: `rows` vectors for each text, in order. On a GPU it returns while the device computes, so that the
         next micro-batch can be submitted; `result` may then be called from another thread."""
 
     def encode(self, batch: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.float32]:
@@ -100,6 +149,17 @@ class Encoder(Protocol):
 
     def close(self) -> None:
         """Release the weights' memory. The encoder must not be used afterwards."""
+
+
+def count_gpus() -> int:
+    """CUDA devices that this machine's processes may use; asked in another one, so that this one loads no PyTorch."""
+    asked = subprocess.run(
+        [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return int(asked.stdout)
 
 
 def default_batch_tokens(device: str) -> int:
