@@ -9,12 +9,23 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-__all__ = ["QUERY_PROMPT", "make_tiny_bert", "make_tiny_qwen3", "minilm_path", "nan_weights"]
+__all__ = [
+    "QUERY_PROMPT",
+    "make_tiny_bert",
+    "make_tiny_gemma3",
+    "make_tiny_llama",
+    "make_tiny_mistral",
+    "make_tiny_modernbert",
+    "make_tiny_qwen3",
+    "minilm_path",
+    "nan_weights",
+]
 
 QUERY_PROMPT = "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery:"
 
@@ -28,6 +39,9 @@ die Straße ist lang, und über den Fluss führt eine Brücke. El agua del río 
 by the sea shore, while he reads the newspaper in the garden and the children are playing near the old stone wall.
 def embed(text: str) -> list[float]: return model.encode(text)  # 0123456789
 """.strip().split("\n")
+
+DenseShape = tuple[int, Literal["Identity", "Tanh"], bool]
+"""A Dense module's width, activation, and whether it has a bias."""
 
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
@@ -73,18 +87,7 @@ def make_tiny_qwen3(
         eos_token_id=end,
     )
     _write_weights(path, Qwen3Model(config), seed)
-    tokenizer.save(str(path / "tokenizer.json"))
-    _write_json(
-        path / "tokenizer_config.json",
-        {
-            "tokenizer_class": "Qwen2Tokenizer",
-            "model_max_length": 131072,
-            "pad_token": "<|endoftext|>",
-            "eos_token": "<|im_end|>",
-            "unk_token": None,
-            "add_prefix_space": False,
-        },
-    )
+    _write_byte_level_bpe(path, tokenizer, tokenizer_class="Qwen2Tokenizer")
     _write_sentence_transformers(
         path,
         hidden=hidden,
@@ -121,24 +124,110 @@ def make_tiny_bert(
         pad_token_id=tokenizer.token_to_id("[PAD]"),
     )
     _write_weights(path, BertModel(config, add_pooling_layer=False), seed)
-    tokenizer.save(str(path / "tokenizer.json"))
-    _write_json(
-        path / "tokenizer_config.json",
-        {
-            "tokenizer_class": "BertTokenizer",
-            "model_max_length": max_tokens,
-            "do_lower_case": True,
-            "unk_token": "[UNK]",
-            "sep_token": "[SEP]",
-            "pad_token": "[PAD]",
-            "cls_token": "[CLS]",
-            "mask_token": "[MASK]",
-        },
-    )
+    _write_word_piece(path, tokenizer, max_tokens, tokenizer_class="BertTokenizer", do_lower_case=True)
     _write_sentence_transformers(
         path, hidden=hidden, pooling=pooling, normalize=True, max_seq_length=max_tokens
     )
     return path
+
+
+def make_tiny_modernbert(
+    path: Path, *, seed: int = 0, local_attention: int = 16, max_tokens: int = 512
+) -> Path:
+    """Write a ModernBERT embedding model ([CLS], then normalise) and return `path`.
+
+    Layers 0 and 3 attend everywhere, 1 and 2 to `local_attention` // 2 tokens on both sides.
+    """
+    from transformers import ModernBertConfig, ModernBertModel
+
+    path.mkdir(parents=True, exist_ok=True)
+    tokenizer = _word_piece()
+    pad, cls, sep = (tokenizer.token_to_id(name) for name in ("[PAD]", "[CLS]", "[SEP]"))
+    config = ModernBertConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=max_tokens,
+        local_attention=local_attention,
+        pad_token_id=pad,
+        bos_token_id=cls,
+        cls_token_id=cls,
+        eos_token_id=sep,
+        sep_token_id=sep,
+    )
+    _write_weights(path, ModernBertModel(config), seed)
+    _write_word_piece(path, tokenizer, max_tokens, tokenizer_class="PreTrainedTokenizerFast")
+    _write_sentence_transformers(path, hidden=128, pooling="cls", normalize=True, max_seq_length=max_tokens)
+    return path
+
+
+def make_tiny_gemma3(
+    path: Path,
+    *,
+    seed: int = 0,
+    bidirectional: bool = True,
+    sliding_window: int = 16,
+    max_tokens: int = 512,
+    dense: Sequence[DenseShape] = (),
+) -> Path:
+    """Write a Gemma 3 text model shaped as EmbeddingGemma (mean, `dense`, then normalise) and return `path`.
+
+    Its attention looks both ways if `bidirectional`, `sliding_window` // 2 tokens far, but for every third layer, which has
+    no window.
+    """
+    from transformers import Gemma3TextConfig, Gemma3TextModel
+
+    path.mkdir(parents=True, exist_ok=True)
+    tokenizer = _byte_level_bpe()
+    end = tokenizer.token_to_id("<|endoftext|>")
+    config = Gemma3TextConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=48,
+        query_pre_attn_scalar=24,
+        max_position_embeddings=max_tokens,
+        sliding_window=sliding_window,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        use_bidirectional_attention=bidirectional,
+        pad_token_id=None,
+        bos_token_id=end,
+        eos_token_id=end,
+    )
+    _write_weights(path, Gemma3TextModel(config), seed)
+    _write_byte_level_bpe(path, tokenizer)
+    _write_sentence_transformers(
+        path,
+        hidden=128,
+        pooling="mean",
+        normalize=True,
+        prompts={"query": "task: search result | query: ", "document": "title: none | text: "},
+        max_seq_length=max_tokens,
+        dense=dense,
+    )
+    return path
+
+
+def make_tiny_mistral(
+    path: Path, *, seed: int = 0, sliding_window: int | None = 24, max_tokens: int = 512
+) -> Path:
+    """Write a Mistral embedding model (last token, then normalise; causal in a window) and return `path`."""
+    from transformers import MistralConfig, MistralModel
+
+    fields = _decoder(max_tokens)
+    return _write_decoder(path, MistralModel(MistralConfig(sliding_window=sliding_window, **fields)), seed)
+
+
+def make_tiny_llama(path: Path, *, seed: int = 0, max_tokens: int = 512) -> Path:
+    """Write a Llama embedding model (last token, then normalise) and return `path`."""
+    from transformers import LlamaConfig, LlamaModel
+
+    return _write_decoder(path, LlamaModel(LlamaConfig(**_decoder(max_tokens))), seed)
 
 
 def nan_weights(path: Path, *, token: str | None = None, seed: int = 0) -> Path:
@@ -216,6 +305,64 @@ def _word_piece() -> Tokenizer:
     return tokenizer
 
 
+def _decoder(max_tokens: int) -> dict[str, Any]:
+    """The shape of a causal model with grouped key-value heads."""
+    return {
+        "vocab_size": _byte_level_bpe().get_vocab_size(),
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": max_tokens,
+        "use_cache": False,
+    }
+
+
+def _write_decoder(path: Path, model: Any, seed: int) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    _write_weights(path, model, seed)
+    _write_byte_level_bpe(path, _byte_level_bpe())
+    _write_sentence_transformers(path, hidden=128, pooling="lasttoken", normalize=True)
+    return path
+
+
+def _write_byte_level_bpe(
+    path: Path, tokenizer: Tokenizer, *, tokenizer_class: str = "PreTrainedTokenizerFast"
+) -> None:
+    tokenizer.save(str(path / "tokenizer.json"))
+    _write_json(
+        path / "tokenizer_config.json",
+        {
+            "tokenizer_class": tokenizer_class,
+            "model_max_length": 131072,
+            "pad_token": "<|endoftext|>",
+            "eos_token": "<|im_end|>",
+            "unk_token": None,
+            "add_prefix_space": False,
+        },
+    )
+
+
+def _write_word_piece(
+    path: Path, tokenizer: Tokenizer, max_tokens: int, *, tokenizer_class: str, **fields: bool
+) -> None:
+    tokenizer.save(str(path / "tokenizer.json"))
+    _write_json(
+        path / "tokenizer_config.json",
+        {
+            "tokenizer_class": tokenizer_class,
+            "model_max_length": max_tokens,
+            **fields,
+            "unk_token": "[UNK]",
+            "sep_token": "[SEP]",
+            "pad_token": "[PAD]",
+            "cls_token": "[CLS]",
+            "mask_token": "[MASK]",
+        },
+    )
+
+
 def _write_weights(path: Path, model: Any, seed: int) -> None:
     """Overwrite every parameter from one generator: the result must not depend on a library's own initialisation."""
     import torch
@@ -247,14 +394,15 @@ def _write_sentence_transformers(
     prompts: dict[str, str] | None = None,
     default_prompt_name: str | None = None,
     max_seq_length: int | None = None,
+    dense: Sequence[DenseShape] = (),
 ) -> None:
-    folders = ["", "1_Pooling", *(["2_Normalize"] if normalize else [])]
-    kinds = ["Transformer", "Pooling", "Normalize"]
+    kinds = ["Transformer", "Pooling", *["Dense"] * len(dense), *(["Normalize"] if normalize else [])]
+    folders = ["", *(f"{n}_{kind}" for n, kind in enumerate(kinds[1:], 1))]
     _write_json(
         path / "modules.json",
         [
             {"idx": i, "name": str(i), "path": folder, "type": f"sentence_transformers.models.{kind}"}
-            for i, (folder, kind) in enumerate(zip(folders, kinds, strict=False))
+            for i, (folder, kind) in enumerate(zip(folders, kinds, strict=True))
         ],
     )
     modes = {"cls": "cls_token", "mean": "mean_tokens", "lasttoken": "lasttoken"}
@@ -269,6 +417,10 @@ def _write_sentence_transformers(
             "include_prompt": True,
         },
     )
+    width = hidden
+    for folder, shape in zip(folders[2:], dense, strict=False):
+        _write_dense(path / folder, width, *shape)
+        width = shape[0]
     _write_json(
         path / "config_sentence_transformers.json",
         {
@@ -281,6 +433,27 @@ def _write_sentence_transformers(
         _write_json(
             path / "sentence_bert_config.json", {"max_seq_length": max_seq_length, "do_lower_case": False}
         )
+
+
+def _write_dense(path: Path, width_in: int, width_out: int, activation: str, bias: bool) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(width_out)
+    tensors = {"linear.weight": torch.randn(width_out, width_in, generator=generator) / width_in**0.5}
+    if bias:
+        tensors["linear.bias"] = 0.1 * torch.randn(width_out, generator=generator)
+    modules = {"Identity": "torch.nn.modules.linear.Identity", "Tanh": "torch.nn.modules.activation.Tanh"}
+    _write_json(
+        path / "config.json",
+        {
+            "in_features": width_in,
+            "out_features": width_out,
+            "bias": bias,
+            "activation_function": modules[activation],
+        },
+    )
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
 
 
 def _write_json(path: Path, value: object) -> None:

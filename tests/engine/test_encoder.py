@@ -70,15 +70,6 @@ def test_an_architecture_that_packing_would_break_is_refused(tmp_path: Path) -> 
         load_encoder(path, device="cpu")
 
 
-@pytest.mark.usefixtures("quiet")
-def test_attention_in_a_window_shorter_than_a_text_is_refused(tmp_path: Path) -> None:
-    from transformers import MistralConfig
-
-    path = make_other(tmp_path, MistralConfig(**small(num_key_value_heads=2, sliding_window=4)))
-    with pytest.raises(ModelError, match="window"):
-        load_encoder(path, device="cpu")
-
-
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_the_written_out_bert_gives_what_the_general_path_gives(
     tmp_path: Path, pooling: Any, monkeypatch: pytest.MonkeyPatch
