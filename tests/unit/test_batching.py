@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedq_consumer.batching import LANES, OVERDUE_SHARE, Batcher, BatchPolicy, Lane
+from embedq_consumer.batching import LANES, OVERDUE_SHARE, WINDOW, Batcher, BatchPolicy, Lane
 
 
 @dataclass(frozen=True)
@@ -76,17 +79,71 @@ def test_as_many_texts_as_allowed_run_at_once() -> None:
     assert waiting.take(0.0) == []
 
 
-def test_a_text_that_does_not_fit_waits_for_the_next_one_and_nothing_overtakes_it() -> None:
+def test_the_last_room_goes_to_the_longest_text_that_fits() -> None:
     waiting = policy(max_tokens=100)
-    waiting.put(items(60, 60, 10))
+    waiting.put(items(60, 60, 10, 30, 20, 10))
+    assert numbers(waiting.take(2.0)) == [0, 3, 2]
+    assert numbers(waiting.take(2.0)) == [1, 4, 5]
+
+
+def test_texts_run_in_their_order_where_they_leave_no_room() -> None:
+    waiting = policy(max_tokens=100)
+    waiting.put(items(50, 30, 20, 90, 10))
+    assert numbers(waiting.take(2.0)) == [0, 1, 2]
+    assert numbers(waiting.take(2.0)) == [3, 4]
+
+
+def test_a_text_is_overtaken_by_none_that_came_a_window_later() -> None:
+    waiting = policy(max_tokens=100, max_items=1000)
+    waiting.put(items(60, 60, *[100] * (WINDOW - 1), 40))
     assert numbers(waiting.take(2.0)) == [0]
-    assert numbers(waiting.take(2.0)) == [1, 2]
+    assert numbers(waiting.take(2.0)) == [
+        1,
+        WINDOW + 1,
+    ]  # which is near enough to those that it overtakes now
 
 
 def test_a_text_over_the_budget_runs_alone() -> None:
     waiting = policy(max_tokens=100)
-    waiting.put(items(10, 500, 10))
-    assert [numbers(waiting.take(2.0)) for _ in range(3)] == [[0], [1], [2]]
+    waiting.put(items(500))
+    assert numbers(waiting.take(0.0)) == [0]
+
+
+def test_shorter_texts_run_between_two_that_are_over_the_budget() -> None:
+    waiting = policy(max_tokens=100)
+    waiting.put(items(500, 500, 500, 60, 60, 10))
+    assert [numbers(waiting.take(2.0)) for _ in range(5)] == [[0], [3, 5], [1], [4], [2]]
+
+
+def test_a_text_over_the_budget_waits_for_the_micro_batch_of_those_before_it() -> None:
+    waiting = policy(max_tokens=100)
+    waiting.put(items(60, 500, 30, 20))
+    assert [numbers(waiting.take(2.0)) for _ in range(3)] == [[0, 2], [1], [3]]
+
+
+def test_an_overdue_bulk_text_over_the_budget_does_not_follow_an_interactive_one_while_shorter_ones_wait() -> (
+    None
+):
+    waiting = policy(max_tokens=100, bulk_max_wait=5.0)
+    waiting.put(items(*[110] * 4, lane="bulk"))
+    waiting.put(items(*[500] * 40))
+    waiting.put(items(*[60] * 40))
+    batches = [waiting.take(6.0) for _ in range(20)]
+    long = [batch[0].cost > 100 for batch in batches]
+    assert not any(first and second for first, second in pairwise(long))
+    assert {batch[0].lane for batch in batches if batch[0].cost > 100} == {"interactive", "bulk"}
+
+
+def test_a_smaller_budget_holds_for_what_waits_too() -> None:
+    waiting = policy(max_tokens=100)
+    waiting.put(items(60, 60, 30, 10))
+    waiting.resize(50)
+    assert waiting.due_in(0.0) == 0.0
+    assert [numbers(waiting.take(2.0)) for _ in range(3)] == [[0], [2, 3], [1]]
+    waiting.put(items(60))
+    waiting.resize(100)
+    waiting.put([Item(1, 40)])
+    assert numbers(waiting.take(2.0)) == [0, 1]
 
 
 def test_interactive_texts_go_first_and_bulk_ones_fill_the_rest() -> None:
@@ -154,11 +211,11 @@ arrivals = st.lists(
 )
 
 
-@given(arrivals)
-def test_whatever_comes_each_text_runs_once_in_its_lanes_order_and_within_the_budget(
-    script: list[tuple[Lane, int, float, bool]],
-) -> None:
-    waiting = policy(max_tokens=100, max_items=5, max_wait=1.0, bulk_max_wait=2.0)
+def outcome(
+    script: list[tuple[Lane, int, float, bool]], max_items: int = 5
+) -> tuple[list[Item], list[list[Item]]]:
+    """What was put, and the micro-batches, of a script of arrivals; the budget is 100."""
+    waiting = policy(max_tokens=100, max_items=max_items, max_wait=1.0, bulk_max_wait=2.0)
     now, put, batches = 0.0, [], []
     for number, (lane, tokens, pause, worker_asks) in enumerate(script):
         now += pause
@@ -169,18 +226,109 @@ def test_whatever_comes_each_text_runs_once_in_its_lanes_order_and_within_the_bu
             due = waiting.due_in(now) == 0
             batch = waiting.take(now)
             assert bool(batch) is due
-            batches.append(batch)
+            batches += [batch] if batch else []
     while math.isfinite(waiting.due_in(now)):
         now += waiting.due_in(now)
         batches.append(waiting.take(now))
         assert batches[-1]
-    for lane in LANES:
-        ran = [item for batch in batches for item in batch if item.lane == lane]
-        assert ran == [item for item in put if item.lane == lane]
-        assert waiting.waiting_tokens(lane) == 0
+    assert waiting.waiting_tokens() == 0
+    return put, batches
+
+
+@given(arrivals)
+def test_whatever_comes_each_text_runs_once_and_within_the_budget(
+    script: list[tuple[Lane, int, float, bool]],
+) -> None:
+    put, batches = outcome(script)
+    ran = [item for batch in batches for item in batch]
+    assert sorted(ran, key=lambda item: item.number) == put
     for batch in batches:
         assert len(batch) <= 5
-        assert len(batch) <= 1 or sum(item.cost for item in batch) <= 100
+        assert len(batch) == 1 or sum(item.cost for item in batch) <= 100
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(LANES), st.integers(1, 300)), max_size=40), st.sampled_from([0.0, 9.0])
+)
+def test_between_two_texts_over_the_budget_waiting_shorter_ones_get_a_micro_batch(
+    backlog: list[tuple[Lane, int]], now: float
+) -> None:
+    """Those of their own lane, and interactive ones between any two; with bulk overdue and without."""
+    waiting = policy(max_tokens=100, max_items=5, max_wait=0.0, bulk_max_wait=5.0)
+    waiting.put(Item(number, cost, lane) for number, (lane, cost) in enumerate(backlog))
+    batches = []
+    while batch := waiting.take(now):
+        batches.append(batch)
+    for lane in LANES:
+        of_lane = [batch for batch in batches if any(item.lane == lane for item in batch)]
+        considered = batches if lane == "interactive" else of_lane
+        for place, (first, second) in enumerate(pairwise(considered)):
+            if first[0].cost > 100 and second[0].cost > 100:
+                left = [item for batch in considered[place + 2 :] for item in batch if item.lane == lane]
+                assert all(item.cost > 100 for item in left)
+        long = [batch[0].number for batch in of_lane if batch[0].cost > 100]
+        assert long == sorted(long)
+
+
+@given(st.lists(st.integers(1, 100), max_size=900), st.integers(1, 12))
+def test_fewer_than_a_window_overtake_a_text(costs: list[int], many: int) -> None:
+    """Also where the worker asks while texts still come, `many` at a time."""
+    waiting = policy(max_tokens=100, max_items=1000, max_wait=0.0)
+    put, ran = items(*costs), []
+    while put or waiting.waiting_tokens():
+        waiting.put(put[:many])
+        put = put[many:]
+        ran += numbers(waiting.take(1.0))
+    for place, number in enumerate(ran):
+        before = ran[:place]
+        assert sum(other > number for other in before) < WINDOW
+        assert max(before, default=0) < number + WINDOW
+
+
+def log_normal(count: int) -> list[int]:
+    random = Random(0)
+    return [min(2048, max(8, int(random.lognormvariate(math.log(180), 0.9)))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("max_tokens", [2048, 8192, 16384])
+def test_a_backlog_of_log_normal_documents_fills_its_micro_batches(max_tokens: int) -> None:
+    waiting = policy(max_tokens=max_tokens, max_items=1024)
+    waiting.put(items(*log_normal(3000)))
+    fills = []
+    while waiting.waiting_tokens() >= 2 * max_tokens:
+        fills.append(sum(item.cost for item in waiting.take(0.0)) / max_tokens)
+    assert sum(fills) / len(fills) >= 0.99
+
+
+def test_a_short_text_waits_for_at_most_one_long_one_beside_what_is_ahead_of_it() -> None:
+    """Simulated: a micro-batch takes its tokens' time, long texts keep coming, and now and then a short one does.
+
+    The worker queues one micro-batch behind the one that runs, but none behind a text over the budget.
+    """
+    waiting = policy(max_tokens=100, max_wait=0.0)
+    random = Random(1)
+    long = 800
+    now, number, worst = 0.0, 0, 0.0
+    under_way: deque[tuple[float, list[Item]]] = deque()  # (when it ends, what it is)
+    free_at = 0.0
+    for _ in range(20_000):
+        while waiting.waiting_tokens() < 3 * long:
+            number += 1
+            waiting.put([Item(number, long, "interactive", now)])
+        if random.random() < 0.2:
+            number += 1
+            waiting.put([Item(number, 30, "interactive", now)])
+        alone = any(batch[0].cost > 100 for _, batch in under_way)
+        if len(under_way) < 2 and not alone:
+            batch = waiting.take(now)
+            free_at = max(now, free_at) + sum(item.cost for item in batch)
+            under_way.append((free_at, batch))
+            continue
+        end, batch = under_way.popleft()
+        now = end
+        worst = max([worst, *(end - item.arrived for item in batch if item.cost < 100)])
+    # One long text; the micro-batch that was under way before it, and its own.
+    assert long < worst <= long + 2 * 100
 
 
 async def test_the_queue_hands_out_a_batch_when_its_wait_is_over() -> None:
