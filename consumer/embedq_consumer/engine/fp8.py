@@ -11,7 +11,7 @@ from torch import Tensor
 
 from embedq_consumer.engine.kernels import Scaled, quantise_reference
 
-__all__ = ["Weight", "fp8_available", "linear", "weight_of"]
+__all__ = ["Weight", "fp8_available", "linear", "select_rows", "split_channels", "weight_of"]
 
 Weight = Tensor | Scaled
 """bf16 (out, inner), or its FP8 values (out, inner) with float32 scales (1, out)."""
@@ -31,8 +31,8 @@ def weight_of(parts: list[Tensor], *, quantised: bool) -> Weight:
     return values, scales.view(1, -1)
 
 
-def linear(rows: Tensor | Scaled, weight: Weight) -> Tensor:
-    """bf16 (tokens, out). Rows and weight are both bf16 or both FP8."""
+def linear(rows: Tensor | Scaled, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    """bf16 (tokens, out). Rows and weight are both bf16 or both FP8; `bias` (out,) is bf16."""
     if isinstance(weight, tuple):
         assert isinstance(rows, tuple), "bf16 rows for an FP8 weight. This is a bug."
         return torch._scaled_mm(
@@ -40,8 +40,26 @@ def linear(rows: Tensor | Scaled, weight: Weight) -> Tensor:
             weight[0].t(),
             scale_a=rows[1],
             scale_b=weight[1],
+            bias=bias,
             out_dtype=torch.bfloat16,
             use_fast_accum=True,
         )
     assert isinstance(rows, Tensor), "FP8 rows for a bf16 weight. This is a bug."
-    return rows @ weight.t()
+    return rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+
+
+def split_channels(weight: Weight, first: int) -> tuple[Weight, Weight]:
+    """The first so many output channels of a weight, and the others."""
+    if isinstance(weight, tuple):
+        values, scales = weight
+        return (values[:first], scales[:, :first]), (values[first:], scales[:, first:])
+    return weight[:first], weight[first:]
+
+
+def select_rows(rows: Tensor | Scaled, indices: Tensor) -> Tensor | Scaled:
+    """The rows at `indices`."""
+    if isinstance(rows, tuple):
+        values, scales = rows  # bytes: PyTorch selects no FP8 rows
+        picked = values.view(torch.uint8).index_select(0, indices).view(values.dtype)
+        return picked, scales.index_select(0, indices)
+    return rows.index_select(0, indices)

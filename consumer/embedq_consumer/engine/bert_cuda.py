@@ -1,0 +1,209 @@
+"""The forward of BERT and its kin (RoBERTa, XLM-R, CamemBERT) over a packed row on CUDA, written out: bf16 or FP8.
+
+One product makes queries, keys and values; what lies between the products is one kernel each (bert_kernels.py), and
+the last norm and the pooling are float32. PackedEncoder proves it against transformers' own code at every load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from embedq_consumer.engine.attention import Packing, cuda_kernel
+from embedq_consumer.engine.bert_kernels import Norm, activate, add_layer_norm, embed, mean_of_places
+from embedq_consumer.engine.directory import Pooling
+from embedq_consumer.engine.fp8 import Weight, linear, select_rows, split_channels, weight_of
+from embedq_consumer.engine.kernels import Scaled, quantise
+
+if TYPE_CHECKING:
+    from embedq_consumer.engine.graphs import Row
+
+__all__ = ["PackedBertCuda"]
+
+_MODELS = frozenset({"BertModel", "RobertaModel", "XLMRobertaModel", "CamembertModel"})
+_TANH = {"gelu": False, "gelu_new": True, "gelu_pytorch_tanh": True}
+"""Activations, and whether they are the approximation with tanh."""
+
+
+class _Layer(msgspec.Struct, frozen=True):
+    quantised: bool
+    qkv: Weight
+    qkv_bias: Tensor
+    attended: Weight
+    attended_bias: Tensor
+    attended_norm: Norm
+    up: Weight
+    up_bias: Tensor
+    down: Weight
+    down_bias: Tensor
+    norm: Norm
+
+
+class PackedBertCuda:
+    """The layers of one model, which it takes apart as it fuses them: no weight is held twice.
+
+    `quantised`: weights and activations of every product in FP8, but for the layers whose numbers are in `keep`.
+    `max_tokens` is the longest sequence that it will see; positions of a `Row` start at `position_offset` of the
+    model's. Filler places of a row get finite vectors that mean nothing.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        pooling: Pooling,
+        max_tokens: int,
+        position_offset: int = 0,
+        quantised: bool = False,
+        keep: Container[int] = (),
+        attention: Callable[..., Tensor] | None = None,
+    ) -> None:
+        config = model.config
+        self._heads = int(config.num_attention_heads)
+        self._head_dim = int(config.hidden_size) // self._heads
+        self._eps = float(config.layer_norm_eps)
+        self._tanh = _TANH[config.hidden_act]
+        self._pooling = pooling
+        self._max_tokens = max_tokens
+        embeddings = model.embeddings
+        self._words: Tensor = embeddings.word_embeddings.weight.detach()
+        # Every text is one segment, so the first token type is added everywhere.
+        types = embeddings.token_type_embeddings.weight[0].float()
+        self._positions: Tensor = (embeddings.position_embeddings.weight.float() + types).detach()
+        self._row_positions = self._positions[position_offset:]
+        self._embedding_norm = _pair(embeddings.LayerNorm)
+        self.device = self._words.device
+        self.hidden_size = int(config.hidden_size)
+        self._layers = [
+            _layer(layer, quantised and index not in keep) for index, layer in enumerate(model.encoder.layer)
+        ]
+        self.attention: Callable[..., Tensor] = attention or cuda_kernel(
+            self._heads, self._heads, self._head_dim, False, self._words.dtype, self.device
+        )
+
+    @staticmethod
+    def fits(model: Any) -> bool:
+        """Whether `model` is a plain encoder of this family in bf16 on CUDA with an activation known here."""
+        config = model.config
+        return (
+            type(model).__name__ in _MODELS
+            and model.device.type == "cuda"
+            and model.dtype == torch.bfloat16
+            and config.hidden_act in _TANH
+            and not config.is_decoder
+            and getattr(config, "position_embedding_type", "absolute") == "absolute"
+            and config.hidden_size % 16 == 0
+            and config.intermediate_size % 16 == 0
+        )
+
+    def __call__(self, ids: Tensor, positions: Tensor, packing: Packing) -> Tensor:
+        """Last hidden states, float32 (tokens, hidden). `positions` are the model's own."""
+        x = self._embedded(ids, positions, self._positions)
+        return self._run(*x, packing.cu_seqlens, packing.longest, None)
+
+    def pooled(self, row: Row, longest: int, out: Tensor) -> None:
+        """Write each place's pooled vector to `out`, float32 (places, hidden).
+
+        Of the last layer, pooled tokens alone get more than keys and values. Nothing here waits for the device
+        or depends on what the tensors hold, so it can be captured as a CUDA graph.
+        """
+        x = self._embedded(row.ids, row.positions, self._row_positions)
+        longest = min(longest, self._max_tokens)
+        if self._pooling == "mean":
+            mean_of_places(self._run(*x, row.cu, longest, None), row.cu, out)
+        else:
+            # A place without a text begins behind the row's end.
+            first = row.cu[:-1].clamp(max=len(row.ids) - 1)
+            self._run(*x, row.cu, longest, first if self._pooling == "cls" else row.last, out)
+
+    def _embedded(self, ids: Tensor, positions: Tensor, table: Tensor) -> tuple[Tensor, Scaled | None]:
+        quantised = self._layers[0].quantised
+        return embed(ids, positions, self._words, table, self._embedding_norm, self._eps, quantised=quantised)
+
+    def _run(
+        self,
+        x: Tensor,
+        scaled: Scaled | None,
+        cu: Tensor,
+        longest: int,
+        picked: Tensor | None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """What the last layer makes of all tokens, or of the one `picked` for each place: float32, in `out` if given."""
+        for index, layer in enumerate(self._layers):
+            last = index == len(self._layers) - 1
+            rows = x if scaled is None else scaled
+            if last and picked is not None:
+                x = x.index_select(0, picked)
+                attended = self._attended_by(picked, rows, layer, cu, longest)
+            else:
+                qkv = linear(rows, layer.qkv, layer.qkv_bias)
+                q, k, v = qkv.view(-1, 3, self._heads, self._head_dim).unbind(1)
+                attended = self.attention(q, k, v, cu, longest, self._head_dim**-0.5)
+            attended = attended.reshape(len(x), self.hidden_size)
+            y = linear(quantise(attended) if layer.quantised else attended, layer.attended)
+            x, scaled = add_layer_norm(
+                x, y, layer.attended_bias, layer.attended_norm, self._eps, quantised=layer.quantised
+            )
+            wide = linear(x if scaled is None else scaled, layer.up)
+            active = activate(wide, layer.up_bias, tanh=self._tanh, quantised=layer.quantised)
+            y = linear(active, layer.down)
+            if not last:
+                x, scaled = add_layer_norm(
+                    x,
+                    y,
+                    layer.down_bias,
+                    layer.norm,
+                    self._eps,
+                    quantised=self._layers[index + 1].quantised,
+                )
+        if out is None:
+            out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+        add_layer_norm(x, y, layer.down_bias, layer.norm, self._eps, out=out)
+        return out
+
+    def _attended_by(
+        self, picked: Tensor, rows: Tensor | Scaled, layer: _Layer, cu: Tensor, longest: int
+    ) -> Tensor:
+        """Attention of one token of each place: keys and values of all, queries of those."""
+        of_queries, of_keys = split_channels(layer.qkv, self.hidden_size)
+        q_bias, kv_bias = layer.qkv_bias[: self.hidden_size], layer.qkv_bias[self.hidden_size :]
+        q = linear(select_rows(rows, picked), of_queries, q_bias).view(-1, self._heads, self._head_dim)
+        k, v = linear(rows, of_keys, kv_bias).view(-1, 2, self._heads, self._head_dim).unbind(1)
+        # Places without a text have no query either: attention over no keys at all is nobody's business.
+        cu_q = F.pad((cu[1:] > cu[:-1]).cumsum(0, dtype=torch.int32), (1, 0))
+        return self.attention(q, k, v, cu, longest, self._head_dim**-0.5, cu_q)
+
+
+def _layer(layer: Any, quantised: bool) -> _Layer:
+    attention, up, down = layer.attention, layer.intermediate.dense, layer.output.dense
+    parts = (attention.self.query, attention.self.key, attention.self.value)
+
+    def fused(*modules: Any) -> Weight:
+        weight = weight_of([module.weight.detach() for module in modules], quantised=quantised)
+        for module in modules:
+            module.weight = None  # the model's own copy goes, layer by layer
+        return weight
+
+    return _Layer(
+        quantised=quantised,
+        qkv=fused(*parts),
+        qkv_bias=torch.cat([part.bias.detach() for part in parts]),
+        attended=fused(attention.output.dense),
+        attended_bias=attention.output.dense.bias.detach(),
+        attended_norm=_pair(attention.output.LayerNorm),
+        up=fused(up),
+        up_bias=up.bias.detach(),
+        down=fused(down),
+        down_bias=down.bias.detach(),
+        norm=_pair(layer.output.LayerNorm),
+    )
+
+
+def _pair(module: Any) -> Norm:
+    return module.weight.detach(), module.bias.detach()
