@@ -21,8 +21,11 @@ from embedq_shared.messages import Chunking
 
 __all__ = [
     "Chunked",
+    "DeviceLost",
     "Encoder",
+    "Memory",
     "ModelError",
+    "OutOfMemory",
     "Pending",
     "Piece",
     "Quantization",
@@ -41,6 +44,22 @@ Quantization = Literal["none", "fp8"]
 
 class ModelError(Exception):
     """A model directory cannot be served; the message names the file and what was expected."""
+
+
+class OutOfMemory(Exception):
+    """The device has too little memory left for a micro-batch; a smaller one may fit."""
+
+
+class DeviceLost(Exception):
+    """The device's context is broken: everything that this process asks of it from now on fails."""
+
+
+class Memory(msgspec.Struct, frozen=True):
+    """A device's memory in bytes. `peak` is the most that this process used at once since the last time it was asked."""
+
+    free: int
+    total: int
+    peak: int
 
 
 class Text(msgspec.Struct, frozen=True):
@@ -142,10 +161,18 @@ class Encoder(Protocol):
 
     def submit(self, batch: Sequence[Tokens]) -> Pending:
         """Start on one micro-batch: `rows` vectors for each text, in order. On a GPU it returns while the device computes, so that the
-        next micro-batch can be submitted; `result` may then be called from another thread."""
+        next micro-batch can be submitted; `result` may then be called from another thread.
+
+        Raises, and so does `result`:
+            OutOfMemory: nothing else is harmed, and a smaller micro-batch may run.
+            DeviceLost: nothing will run on this device until the process ends.
+        """
 
     def encode(self, batch: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.float32]:
         """`submit` and wait, for plain ids: float32 (len(batch), hidden_size)."""
+
+    def memory(self) -> Memory | None:
+        """What the device has left; None on a CPU, whose memory is everybody's."""
 
     def close(self) -> None:
         """Release the weights' memory. The encoder must not be used afterwards."""
