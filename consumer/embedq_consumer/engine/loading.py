@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from embedq_consumer.engine import ModelError, Quantization
-from embedq_consumer.engine.digest import model_version
+from embedq_consumer.engine.digest import model_version, tensor_digests
 from embedq_consumer.engine.directory import ModelDirectory, read_directory
+from embedq_consumer.engine.memory import Room, need_of, refuse_if_too_large
 from embedq_consumer.engine.packed import PackedEncoder
+from embedq_consumer.engine.phases import Phases
 from embedq_consumer.engine.tokenizer import TextTokenizer
 
 __all__ = ["load"]
@@ -27,7 +32,12 @@ _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
 
 def load(
-    path: Path, *, device: str = "auto", threads: int | None = None, quantization: Quantization = "none"
+    path: Path,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    quantization: Quantization = "none",
+    deterministic: bool = False,
 ) -> PackedEncoder:
     """Load `path`, and prove on a few random tokens that packed it computes what transformers' own code does.
 
@@ -39,33 +49,84 @@ def load(
     target = _device(device)
     if threads is not None:
         torch.set_num_threads(threads)
-    directory = read_directory(path)
-    with _quiet_transformers():
-        model = _load_model(directory, torch.bfloat16 if target.type == "cuda" else torch.float32)
+    phases = Phases(wait=lambda: _wait_for(target))
+    with phases.step("directory"):
+        directory = read_directory(path)
+    with phases.step("memory"):
+        _refuse_if_too_large(directory, target, quantization)
+    with ThreadPoolExecutor(1, thread_name_prefix="digests") as beside:
+        # The digest reads every byte once more: it does so while the weights go where they belong.
+        digests = beside.submit(tensor_digests, directory.tensors, threads)
+        with phases.step("transformers"):
+            import transformers  # noqa: F401
+        with phases.step("weights"), _quiet_transformers():
+            model = _load_model(directory, torch.bfloat16 if target.type == "cuda" else torch.float32)
         max_tokens, position_offset = _limits(directory, model)
-        tokenizer = TextTokenizer.load(directory, max_tokens)
-    version = model_version(directory, max_tokens=max_tokens, threads=threads, quantization=quantization)
-    model.to(target)
-    sequences = _probe(model, max_tokens)
-    expected = _reference(model, sequences)
+        with phases.step("tokenizer"), _quiet_transformers():
+            tokenizer = TextTokenizer.load(directory, max_tokens)
+        with phases.step("device"):
+            model.to(target)
+        with phases.step("reference"):
+            sequences = _probe(model, max_tokens)
+            expected = _reference(model, sequences)
+        with phases.step("digest"):
+            version = model_version(
+                directory,
+                max_tokens=max_tokens,
+                threads=threads,
+                quantization=quantization,
+                digests=digests.result(),
+            )
     try:
-        encoder = PackedEncoder(
-            directory,
-            model,
-            tokenizer,
-            version=version,
-            max_tokens=max_tokens,
-            position_offset=position_offset,
-            quantization=quantization,
-        )
-        encoder.prove(sequences, expected)
-        encoder.capture()
+        with phases.step("forward"):
+            encoder = PackedEncoder(
+                directory,
+                model,
+                tokenizer,
+                version=version,
+                max_tokens=max_tokens,
+                position_offset=position_offset,
+                quantization=quantization,
+            )
+        with phases.step("proof"):
+            encoder.prove(sequences, expected)
+        with phases.step("graphs"):
+            encoder.capture()
     except NotImplementedError as error:
         model_type = directory.config["model_type"]
         raise ModelError(
             f"{directory.checkpoint / 'config.json'}: model_type {model_type}: {error}"
         ) from error
+    encoder.phases = phases.seconds
     return encoder
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+def _refuse_if_too_large(directory: ModelDirectory, target: torch.device, quantization: Quantization) -> None:
+    """Before a weight is read. On the CPU weights alone count, against all memory: it swaps before it fails."""
+    on_cuda = target.type == "cuda"
+    positions = directory.config.get("max_position_embeddings")
+    limits = (directory.max_seq_length, positions if isinstance(positions, int) else None)
+    need = need_of(
+        directory.tensors,
+        directory.config,
+        dtype="bf16" if on_cuda else "float32",
+        quantised=quantization == "fp8",
+        longest=min((limit for limit in limits if limit is not None), default=0),
+    )
+    if on_cuda:
+        free, total = torch.cuda.mem_get_info(target)
+        # What PyTorch holds of it and does not use is free to us too.
+        free += torch.cuda.memory_reserved(target) - torch.cuda.memory_allocated(target)
+        room = Room(str(target), free, total)
+    else:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        need, room = msgspec.structs.replace(need, activations=0), Room("the machine", total, total)
+    refuse_if_too_large(str(directory.checkpoint), need, room)
 
 
 def _device(name: str) -> torch.device:
@@ -99,15 +160,20 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _load_model(directory: ModelDirectory, dtype: torch.dtype) -> Any:
-    """The base model without a head, on the CPU, in evaluation mode, with transformers' own attention."""
+def _load_model(directory: ModelDirectory, target: torch.device) -> Any:
+    """The base model without a head, in evaluation mode, with transformers' own attention.
+
+    It lies on the CPU; a quantised one where it will run, since its layers are chosen for the device.
+    """
     from transformers import AutoModel
 
     file = directory.checkpoint / "config.json"
+    quantised = directory.quantization_method is not None
     try:
         model, loading = AutoModel.from_pretrained(
             str(directory.checkpoint),
-            dtype=dtype,
+            dtype=torch.bfloat16 if target.type == "cuda" else torch.float32,
+            device_map={"": target} if quantised and target.type == "cuda" else None,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
@@ -117,6 +183,10 @@ def _load_model(directory: ModelDirectory, dtype: torch.dtype) -> Any:
         raise ModelError(
             f"{file}: {str(error).strip().partition(chr(10))[0] or type(error).__name__}"
         ) from error
+    if quantised and getattr(model, "hf_quantizer", None) is None:
+        raise ModelError(
+            f"{file}: quantization_config: transformers cannot load {directory.quantization_method}"
+        )
     missing = sorted(name for name in loading["missing_keys"] if not name.startswith("pooler."))
     if missing:
         raise ModelError(
