@@ -29,9 +29,11 @@ _MODELS = frozenset({"BertModel", "RobertaModel", "XLMRobertaModel", "CamembertM
 _TANH = {"gelu": False, "gelu_new": True, "gelu_pytorch_tanh": True}
 """Activations, and whether they are the approximation with tanh."""
 
+_FP8_PRODUCTS = frozenset({"down"})
+"""The products that FP8 is right for: in all of them all-MiniLM-L6-v2 keeps a cosine of 0.989, in these 0.997."""
+
 
 class _Layer(msgspec.Struct, frozen=True):
-    quantised: bool
     qkv: Weight
     qkv_bias: Tensor
     attended: Weight
@@ -47,7 +49,8 @@ class _Layer(msgspec.Struct, frozen=True):
 class PackedBertCuda:
     """The layers of one model, which it takes apart as it fuses them: no weight is held twice.
 
-    `quantised`: weights and activations of every product in FP8, but for the layers whose numbers are in `keep`.
+    `quantised`: weights and activations of the products in `_FP8_PRODUCTS` in FP8, but for the layers whose numbers are in
+    `keep`.
     `max_tokens` is the longest sequence that it will see; positions of a `Row` start at `position_offset` of the
     model's. Filler places of a row get finite vectors that mean nothing.
     """
@@ -122,7 +125,7 @@ class PackedBertCuda:
             self._run(*x, row.cu, longest, first if self._pooling == "cls" else row.last, out)
 
     def _embedded(self, ids: Tensor, positions: Tensor, table: Tensor) -> tuple[Tensor, Scaled | None]:
-        quantised = self._layers[0].quantised
+        quantised = _in_fp8(self._layers[0].qkv)
         return embed(ids, positions, self._words, table, self._embedding_norm, self._eps, quantised=quantised)
 
     def _run(
@@ -146,12 +149,12 @@ class PackedBertCuda:
                 q, k, v = qkv.view(-1, 3, self._heads, self._head_dim).unbind(1)
                 attended = self.attention(q, k, v, cu, longest, self._head_dim**-0.5)
             attended = attended.reshape(len(x), self.hidden_size)
-            y = linear(quantise(attended) if layer.quantised else attended, layer.attended)
+            y = linear(quantise(attended) if _in_fp8(layer.attended) else attended, layer.attended)
             x, scaled = add_layer_norm(
-                x, y, layer.attended_bias, layer.attended_norm, self._eps, quantised=layer.quantised
+                x, y, layer.attended_bias, layer.attended_norm, self._eps, quantised=_in_fp8(layer.up)
             )
             wide = linear(x if scaled is None else scaled, layer.up)
-            active = activate(wide, layer.up_bias, tanh=self._tanh, quantised=layer.quantised)
+            active = activate(wide, layer.up_bias, tanh=self._tanh, quantised=_in_fp8(layer.down))
             y = linear(active, layer.down)
             if not last:
                 x, scaled = add_layer_norm(
@@ -160,7 +163,7 @@ class PackedBertCuda:
                     layer.down_bias,
                     layer.norm,
                     self._eps,
-                    quantised=self._layers[index + 1].quantised,
+                    quantised=_in_fp8(self._layers[index + 1].qkv),
                 )
         if out is None:
             out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
@@ -180,26 +183,30 @@ class PackedBertCuda:
         return self.attention(q, k, v, cu, longest, self._head_dim**-0.5, cu_q)
 
 
+def _in_fp8(weight: Weight) -> bool:
+    return isinstance(weight, tuple)
+
+
 def _layer(layer: Any, quantised: bool) -> _Layer:
     attention, up, down = layer.attention, layer.intermediate.dense, layer.output.dense
     parts = (attention.self.query, attention.self.key, attention.self.value)
 
-    def fused(*modules: Any) -> Weight:
-        weight = weight_of([module.weight.detach() for module in modules], quantised=quantised)
+    def fused(name: str, *modules: Any) -> Weight:
+        in_fp8 = quantised and name in _FP8_PRODUCTS
+        weight = weight_of([module.weight.detach() for module in modules], quantised=in_fp8)
         for module in modules:
             module.weight = None  # the model's own copy goes, layer by layer
         return weight
 
     return _Layer(
-        quantised=quantised,
-        qkv=fused(*parts),
+        qkv=fused("qkv", *parts),
         qkv_bias=torch.cat([part.bias.detach() for part in parts]),
-        attended=fused(attention.output.dense),
+        attended=fused("attended", attention.output.dense),
         attended_bias=attention.output.dense.bias.detach(),
         attended_norm=_pair(attention.output.LayerNorm),
-        up=fused(up),
+        up=fused("up", up),
         up_bias=up.bias.detach(),
-        down=fused(down),
+        down=fused("down", down),
         down_bias=down.bias.detach(),
         norm=_pair(layer.output.LayerNorm),
     )

@@ -8,7 +8,7 @@ tokens cost, and gives what each text alone gives.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -18,11 +18,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from embedq_consumer.engine import ModelError, Pending, Quantization, Text, TextTooLong, Tokens
+from embedq_consumer.engine import (
+    Chunked,
+    Memory,
+    ModelError,
+    Pending,
+    Quantization,
+    Text,
+    TextTooLong,
+    Tokens,
+)
 from embedq_consumer.engine.attention import PACKED, Packing, register
 from embedq_consumer.engine.bert import PackedBert
 from embedq_consumer.engine.dense import DenseLayers
 from embedq_consumer.engine.directory import ModelDirectory, Pooling
+from embedq_consumer.engine.failures import guarded, memory
 from embedq_consumer.engine.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
@@ -36,7 +46,7 @@ _Forward = Callable[[Tensor, Tensor, Packing], Tensor]
 
 _CPU_TOKENS = 1024
 """Tokens run at once on a CPU: fewer leave the cores idle, many more leave the caches (benchmarks/encoder_cpu.py)."""
-_PROBE_COSINE = {torch.float32: 0.9999, torch.bfloat16: 0.99}
+_PROBE_COSINE = {torch.float32: 0.9999, torch.bfloat16: 0.99, torch.float16: 0.99}
 _PROBE_COSINE_FP8 = 0.9
 """Far below what FP8 gives on trained weights, far above what a wrong forward gives on any."""
 
@@ -47,6 +57,18 @@ class Computed(msgspec.Struct, frozen=True):
     vectors: npt.NDArray[np.float32]
 
     def result(self) -> npt.NDArray[np.float32]:
+        return self.vectors
+
+
+class _InOrder(msgspec.Struct, frozen=True):
+    """Rows of texts without spans, which `pending` will have, and those of texts with spans, which are there."""
+
+    pending: Pending
+    plain: npt.NDArray[np.intp]
+    vectors: npt.NDArray[np.float32]
+
+    def result(self) -> npt.NDArray[np.float32]:
+        self.vectors[self.plain] = self.pending.result()
         return self.vectors
 
 
@@ -67,6 +89,8 @@ class PackedEncoder:
         max_tokens: int,
         position_offset: int,
         quantization: Quantization = "none",
+        deterministic: bool = False,
+        keep_bf16: Collection[int] = (),
     ) -> None:
         """Takes `model` over: its attention, pooler and last norm are replaced."""
         self.model_version: str = version
@@ -75,8 +99,10 @@ class PackedEncoder:
         self.max_tokens: int = max_tokens
         self.prompts: Mapping[str, str] = directory.prompts
         self.default_prompt: str = directory.default_prompt
+        self.phases: Mapping[str, float] = {}
         self._tokenizer = tokenizer
         self._pooling: Pooling = directory.pooling
+        self.late_chunks: bool = directory.pooling != "cls"
         self._position_offset = position_offset
         self._device: torch.device = model.device
         self._dense = DenseLayers(directory.dense, self._device)
@@ -89,6 +115,9 @@ class PackedEncoder:
             self._last_norm = _take_last_norm(model)
             self._last_norm_weight = None if self._last_norm is None else weight
         self._quantization = quantization
+        self._deterministic = deterministic
+        self._keep_bf16 = keep_bf16
+        self._dtype: torch.dtype = model.dtype
         self._graphs: Graphs | None = None
         self._forward: _Forward | None
         if directory.quantization_method is not None:
@@ -108,37 +137,90 @@ class PackedEncoder:
 
     def _on_cuda(self, model: Any) -> _Forward:
         """A forward written for the model where there is one, else transformers' own."""
+        from embedq_consumer.engine.bert_cuda import PackedBertCuda
         from embedq_consumer.engine.fp8 import fp8_available
-        from embedq_consumer.engine.graphs import Graphs
+        from embedq_consumer.engine.graphs import PART_TOKENS, Graphs, graph_limit
         from embedq_consumer.engine.qwen3 import PackedQwen3
 
         quantised = self._quantization == "fp8"
         if quantised and not fp8_available(self._device):
             raise ModelError("quantization fp8: needs a GPU of compute capability 9.0 or later")
+        if PackedBertCuda.fits(model):
+            bert = PackedBertCuda(
+                model,
+                pooling=self._pooling,
+                max_tokens=self.max_tokens,
+                position_offset=self._position_offset,
+                quantised=quantised,
+                keep=self._keep_bf16,
+            )
+            if not self._dense:
+                self._graphs = Graphs(
+                    bert.pooled,
+                    bert.hidden_size,
+                    self._device,
+                    graph_limit=graph_limit(bert.attention, self.max_tokens),
+                    part_tokens=PART_TOKENS,
+                    deterministic=self._deterministic,
+                )
+            return bert
         if not PackedQwen3.fits(model):
             if quantised:
                 raise ModelError(f"quantization fp8: {type(model).__name__} has no FP8 forward")
             return _packed(model)
         forward = PackedQwen3(model, quantised=quantised)
         if self._last_norm_weight is not None and not self._dense:
-            self._graphs = Graphs.over(forward, self._last_norm_weight)
+            self._graphs = Graphs.over(forward, self._last_norm_weight, deterministic=self._deterministic)
         return forward
 
     def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong]:
-        return self._tokenizer.tokenize(texts)
+        share = self._graphs is not None and self._graphs.shares_prefixes
+        return self._tokenizer.tokenize(texts, share=share)
+
+    def chunk(self, texts: Sequence[Text]) -> list[Chunked | TextTooLong]:
+        return self._tokenizer.chunk(texts, end_token=self._pooling == "lasttoken")
 
     def submit(self, batch: Sequence[Tokens]) -> Pending:
-        return self._submit([tokens.ids for tokens in batch])
+        return guarded(self._device, lambda: self._start(batch))
+
+    def memory(self) -> Memory | None:
+        return memory(self._device)
+
+    def _start(self, batch: Sequence[Tokens]) -> Pending:
+        if any(tokens.spans for tokens in batch):
+            return self._submit_spans(batch)
+        return self._submit(batch)
 
     def encode(self, batch: Sequence[Ids]) -> npt.NDArray[np.float32]:
         """A sequence of no tokens (an empty text, where the tokenizer adds none) gives zeros, as padding would."""
-        return self._submit(batch).result()
+        texts = [Tokens(ids) for ids in batch]
+        return guarded(self._device, lambda: self._submit(texts)).result()
 
-    def _submit(self, batch: Sequence[Ids]) -> Pending:
-        # On CUDA the look-up itself would break the device's context, and with it every later batch.
+    def _submit(self, batch: Sequence[Tokens]) -> Pending:
+        ids = [tokens.ids for tokens in batch]
+        self._check_tokens(ids)
+        return self._computed(ids) if self._graphs is None else self._graphs.submit(batch)
+
+    def _check_tokens(self, batch: Sequence[Ids]) -> None:
+        """On CUDA the look-up itself would break the device's context, and with it every later batch."""
         if any(ids.max(initial=0) >= self._vocabulary for ids in batch):
             raise IndexError(f"a token beyond the model's {self._vocabulary} embeddings")
-        return self._computed(batch) if self._graphs is None else self._graphs.submit(batch)
+
+    def _submit_spans(self, batch: Sequence[Tokens]) -> Pending:
+        """Texts with spans need every token's hidden state: they run here and now, without graphs, the others as ever."""
+        rows = np.cumsum([0, *(tokens.rows for tokens in batch)])
+        vectors = np.zeros((rows[-1], self.hidden_size), dtype=np.float32)
+        plain = [i for i, tokens in enumerate(batch) if not tokens.spans]
+        spanned = [i for i, tokens in enumerate(batch) if tokens.spans]
+        self._check_tokens([batch[i].ids for i in spanned])
+        spanned.sort(key=lambda i: len(batch[i].ids))
+        for part in self._parts([tokens.ids for tokens in batch], spanned):
+            found = self._run_spans([batch[i] for i in part])
+            for i, pooled in zip(part, found, strict=True):
+                # As in `_computed`: it may be a neighbour's fault.
+                alone = self._device.type == "cuda" and len(part) > 1 and not np.isfinite(pooled.sum())
+                vectors[rows[i] : rows[i + 1]] = self._run_spans([batch[i]])[0] if alone else pooled
+        return _InOrder(self.submit([batch[i] for i in plain]), rows[plain], vectors)
 
     def _computed(self, batch: Sequence[Ids]) -> Computed:
         vectors = np.zeros((len(batch), self.hidden_size), dtype=np.float32)
@@ -166,8 +248,9 @@ class PackedEncoder:
             torch.cuda.empty_cache()
 
     def _parts(self, batch: Sequence[Ids], order: list[int]) -> Iterator[list[int]]:
-        """What runs at once: everything on CUDA, as much as the caches hold on a CPU."""
+        """What runs at once: everything on CUDA, as much as the caches hold on a CPU; each alone if deterministic."""
         limit = _CPU_TOKENS if self._device.type == "cpu" else None
+        limit = 0 if self._deterministic else limit
         part: list[int] = []
         tokens = 0
         for i in order:
@@ -185,6 +268,31 @@ class PackedEncoder:
         pooled: npt.NDArray[np.float32] = self._pool(hidden, packing).cpu().numpy()
         return pooled
 
+    @torch.inference_mode()
+    def _run_spans(self, batch: Sequence[Tokens]) -> list[npt.NDArray[np.float32]]:
+        """A vector for each span of each text, float32 (spans, hidden_size) a text."""
+        hidden, _ = self._hidden([tokens.ids for tokens in batch])
+        firsts = np.cumsum([0, *(len(tokens.ids) for tokens in batch[:-1])])
+        spans = np.concatenate(
+            [np.array(tokens.spans) + first for tokens, first in zip(batch, firsts, strict=True)]
+        )
+        pooled: npt.NDArray[np.float32] = self._pool_spans(hidden, spans).cpu().numpy()
+        return np.split(pooled, np.cumsum([tokens.rows for tokens in batch])[:-1])
+
+    def _pool_spans(self, hidden: Tensor, spans: npt.NDArray[np.int64]) -> Tensor:
+        """As `_pool`, of ranges of the row: the last token's vector, or the mean of them all."""
+        if self._pooling == "lasttoken":
+            pooled = hidden[torch.from_numpy(spans[:, 1] - 1).to(hidden.device)].float()
+            pooled = pooled if self._last_norm is None else self._last_norm(pooled)
+        elif self._pooling == "mean":
+            inside = np.concatenate([np.arange(begin, end) for begin, end in spans])
+            tokens = hidden[torch.from_numpy(inside).to(hidden.device)].float()
+            lengths = torch.from_numpy(spans[:, 1] - spans[:, 0]).to(hidden.device)
+            pooled = torch.segment_reduce(tokens, "mean", lengths=lengths, unsafe=True)
+        else:
+            raise RuntimeError("spans of a model that pools its first token. This is a bug.")
+        return self._dense(pooled)
+
     def _hidden(self, sequences: Sequence[Ids]) -> tuple[Tensor, Packing]:
         assert self._forward is not None, "encode after close. This is a bug."
         lengths = [len(ids) for ids in sequences]
@@ -196,14 +304,9 @@ class PackedEncoder:
 
     def _pool(self, hidden: Tensor, packing: Packing) -> Tensor:
         """Float32 (sequences, hidden_size), on the device."""
-        if self._pooling == "cls":
-            pooled = hidden[packing.cu_seqlens[:-1].long()].float()
-        elif self._pooling == "lasttoken":
-            pooled = hidden[packing.cu_seqlens[1:].long() - 1].float()
-            pooled = pooled if self._last_norm is None else self._last_norm(pooled)
-        else:
-            lengths = packing.cu_seqlens.diff().long()
-            pooled = torch.segment_reduce(hidden.float(), "mean", lengths=lengths, unsafe=True)
+        pooled = _pooled(hidden, packing.cu_seqlens, self._pooling)
+        if self._last_norm is not None:
+            pooled = self._last_norm(pooled)
         return self._dense(pooled)
 
     def capture(self) -> None:
@@ -217,24 +320,31 @@ class PackedEncoder:
 
         An architecture that attends, counts positions or masks in a way that packing breaks shows here, not in vectors.
         """
-        hidden, _ = self._hidden(sequences)
-        dtype = hidden.dtype
+        hidden, packing = self._hidden(sequences)
         hidden = hidden.float()
         if self._last_norm is not None:
             hidden = self._last_norm(hidden)
         finite = expected.isfinite().all(dim=1)
         cosines = F.cosine_similarity(hidden[finite], expected[finite], dim=1)
-        least = _PROBE_COSINE_FP8 if self._quantization == "fp8" else _PROBE_COSINE[dtype]
+        least = _PROBE_COSINE_FP8 if self._quantization == "fp8" else _PROBE_COSINE[self._dtype]
         if self._graphs is not None:
             # Few tokens and many take different kernels: the same sequences once, and many times over.
-            ends = torch.tensor([len(ids) for ids in sequences]).cumsum(0) - 1
             for times in (1, 16):
                 vectors = torch.from_numpy(self._graphs.encode(list(sequences) * times)).to(expected)
-                wanted = expected[ends].repeat(times, 1)
+                wanted = _pooled(expected, packing.cu_seqlens, self._pooling).repeat(times, 1)
                 known = wanted.isfinite().all(dim=1)
                 cosines = torch.cat([cosines, F.cosine_similarity(vectors[known], wanted[known], dim=1)])
         if not bool((cosines >= least).all()):
             raise NotImplementedError("packed sequences do not give what each gives alone")
+
+
+def _pooled(hidden: Tensor, cu: Tensor, pooling: Pooling) -> Tensor:
+    """Float32 (sequences, hidden): each sequence's first or last token, or the mean over all of its own."""
+    if pooling == "cls":
+        return hidden[cu[:-1].long()].float()
+    if pooling == "lasttoken":
+        return hidden[cu[1:].long() - 1].float()
+    return torch.segment_reduce(hidden.float(), "mean", lengths=cu.diff().long(), unsafe=True)
 
 
 def _take_last_norm(model: Any) -> Callable[[Tensor], Tensor] | None:
