@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -45,6 +45,7 @@ class Health:
         self._limits: dict[str, float] = {}
         self._beats: dict[str, float] = {}
         self._reason: str | None = reason
+        self._facts: dict[str, object] = {}
 
     def register(self, loop: str, limit_s: float, now: float) -> None:
         """From now on this loop must beat at least every `limit_s`; registering counts as its first beat."""
@@ -69,6 +70,11 @@ class Health:
         with self._lock:
             self._reason = reason
 
+    def tell(self, facts: Mapping[str, object]) -> None:
+        """Show these facts to whoever asks whether the service is ready."""
+        with self._lock:
+            self._facts.update(facts)
+
     def oldest_beat(self, now: float) -> float:
         """Seconds since the slowest loop's last beat; 0 when no loop is registered."""
         with self._lock:
@@ -92,8 +98,9 @@ class Health:
         alive, facts = self.live(now)
         with self._lock:
             reason = self._reason
+            told = dict(self._facts)
         if reason is None and alive:
-            return Report(True, {"status": "ok"})
+            return Report(True, {"status": "ok", **told})
         return Report(False, {"status": "not ready", "reason": reason or facts["reason"]})
 
 

@@ -86,6 +86,9 @@ class Metrics:
             registry=registry,
             buckets=(0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 1.0),
         )
+        self.batch_budget = gauge(
+            "batch_budget_tokens", "Tokens that a micro-batch may hold; lowered when memory runs out."
+        )
         self.batch_splits = counter("batch_splits_total", "Micro-batches halved after they failed.")
         self.tokens = counter("tokens_total", "Tokens run through the model.")
         self.waiting_tokens = gauge("waiting_tokens", "Tokens waiting for a micro-batch.", "lane")

@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from embedq_consumer.budget import Budget
 from embedq_consumer.engine import Encoder, Pending, Tokens
 
 Params = ParamSpec("Params")
@@ -21,10 +22,11 @@ Loader = Callable[[Path], Encoder]
 
 
 class Loaded(msgspec.Struct, frozen=True):
-    """An encoder and the directory that it came from."""
+    """An encoder, the directory that it came from, and the token budget that was found for it, once it was."""
 
     encoder: Encoder
     path: Path
+    budget: Budget | None = None
 
 
 class NoModel(Exception):

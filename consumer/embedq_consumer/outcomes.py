@@ -63,6 +63,17 @@ def too_long(request: Request, index: int, found: TextTooLong) -> ErrorBody:
     )
 
 
+def beyond_memory(request: Request, index: int, tokens: int, limit: int) -> ErrorBody:
+    """A text that the model would take, but for which this replica's device has too little memory."""
+    param = input_param(request, index)
+    return ErrorBody.of(
+        "text_too_long",
+        f"`{param}`: expected at most {limit} tokens, special tokens included, which is what fits into this replica's "
+        f"memory; got {tokens}",
+        param,
+    )
+
+
 def failed(job: InFlight, index: int) -> ErrorBody:
     """A text whose micro-batch failed even when it ran alone."""
     param = input_param(job.request, index)

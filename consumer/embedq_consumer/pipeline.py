@@ -15,8 +15,9 @@ from embedq_consumer import outcomes
 from embedq_consumer.admission import Refusal, Rules, UnknownAddress, datum_bytes
 from embedq_consumer.answers import Answers, Outgoing, Reply
 from embedq_consumer.batching import Batcher
+from embedq_consumer.budget import TokenBudget
 from embedq_consumer.cache import CachedVector, VectorCache, cache_key
-from embedq_consumer.engine import Text, TextTooLong
+from embedq_consumer.engine import DeviceLost, OutOfMemory, Text, TextTooLong
 from embedq_consumer.flights import Flights, Identity, Item, Waiter
 from embedq_consumer.jobs import Answer, InFlight, Record
 from embedq_consumer.metrics import Metrics
@@ -59,6 +60,7 @@ class Pipeline:
         tasks: asyncio.TaskGroup,
         finish: Finish,
         room: Room,
+        budget: TokenBudget,
     ) -> None:
         self._rules = rules
         self._answers = answers
@@ -70,6 +72,7 @@ class Pipeline:
         self._tasks = tasks
         self._finish = finish
         self._room = room
+        self._budget = budget
         self._flights = Flights()
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pipeline")
 
@@ -174,6 +177,16 @@ class Pipeline:
             if isinstance(found, TextTooLong):
                 waiters = self._flights.land(identity)
                 errors += [(other, at, outcomes.too_long(other.request, at, found)) for other, at in waiters]
+            elif len(found.ids) > self._budget.longest:
+                waiters = self._flights.land(identity)
+                errors += [
+                    (
+                        other,
+                        at,
+                        outcomes.beyond_memory(other.request, at, len(found.ids), self._budget.longest),
+                    )
+                    for other, at in waiters
+                ]
             else:
                 items.append(Item(identity, encoder, found, now))
         self._batcher.put(items)
@@ -198,9 +211,13 @@ class Pipeline:
         """Run it; if it fails, in halves, until the text that fails is alone."""
         try:
             vectors, seconds = await self._slot.encode(batch[0].encoder, [item.text for item in batch])
+        except DeviceLost:
+            raise  # no text's fault, and the next one would fail too: the next process repeats what is unfinished
         except Exception as error:  # noqa: BLE001
-            # Whatever the model raises is the input's fault until it has failed alone.
+            # Whatever else the model raises is the input's fault until it has failed alone.
             log.warning("batch_failed", items=len(batch), reason=type(error).__name__)
+            if isinstance(error, OutOfMemory) and len(batch) > 1:
+                self._budget.ran_out(sum(item.cost for item in batch))
             if len(batch) == 1:
                 waiters = self._flights.land(batch[0].identity)
                 self._settle((job, index, outcomes.failed(job, index)) for job, index in waiters)

@@ -11,7 +11,7 @@ import structlog
 from aiokafka.errors import KafkaError
 
 from embedq_consumer import logs
-from embedq_consumer.engine import ModelError
+from embedq_consumer.engine import DeviceLost, ModelError
 from embedq_consumer.model import NoModel
 from embedq_consumer.publisher import BrokerUnavailable
 from embedq_consumer.reload import Rejected
@@ -23,6 +23,7 @@ _EXPECTED = (
     SettingsError,
     MissingTopics,
     ModelError,
+    DeviceLost,
     Rejected,
     NoModel,
     BrokerUnavailable,

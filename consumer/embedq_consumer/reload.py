@@ -8,12 +8,22 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Final
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import structlog
 
+from embedq_consumer.budget import Budget, TokenBudget, find_budget
 from embedq_consumer.control import ControlTopic
-from embedq_consumer.engine import Encoder, ModelError, Text, TextTooLong, Tokens
+from embedq_consumer.engine import (
+    DeviceLost,
+    Encoder,
+    ModelError,
+    OutOfMemory,
+    Text,
+    TextTooLong,
+    Tokens,
+)
 from embedq_consumer.metrics import Metrics
 from embedq_consumer.model import Loaded, ModelSlot, NoModel
 from embedq_consumer.status import Reporter
@@ -57,7 +67,9 @@ class Models:
         *,
         root: Path,
         initial: Path,
-        warm_up_tokens: int,
+        budget: TokenBudget,
+        batch_tokens: int,
+        batch_items: int,
         reporter: Reporter,
         metrics: Metrics,
         drain_timeout_s: float,
@@ -65,7 +77,9 @@ class Models:
         self._slot = slot
         self._root = root
         self._initial = initial
-        self._warm_up_tokens = warm_up_tokens
+        self._budget = budget
+        self._batch_tokens = batch_tokens
+        self._batch_items = batch_items
         self._reporter = reporter
         self._metrics = metrics
         self._drain_timeout_s = drain_timeout_s
@@ -89,7 +103,7 @@ class Models:
                 log.warning("model_not_loaded", reason=str(error))
         else:
             loaded = await self._prepare_initial()
-        self._slot.install(loaded)
+        self._install(loaded)
         self._show(loaded)
         await self._reporter.say(
             "serving",
@@ -153,7 +167,7 @@ class Models:
         try:
             await self._reporter.say("drain", "LOADING", command=command)
             async with hold(self._drain_timeout_s):
-                old = self._slot.install(new)
+                old = self._install(new)
         except TimeoutError:
             await self._slot.discard(new)
             raise
@@ -174,7 +188,13 @@ class Models:
                 self._slot.install(await self._load_again(before))
                 raise
             await self._reporter.say("swap", "LOADING", command=command)
-            self._slot.install(new)
+            self._install(new)
+
+    def _install(self, new: Loaded) -> Loaded | None:
+        """Serve this model from now on, within its budget; the one before."""
+        assert new.budget is not None, "a model that did not warm up. This is a bug."
+        self._budget.serve(new.budget)
+        return self._slot.install(new)
 
     async def _load_again(self, path: Path) -> Loaded:
         """The model that served before, since the new one may not."""
@@ -188,9 +208,9 @@ class Models:
     async def _prepare_initial(self) -> Loaded:
         await self._reporter.say("load", "LOADING")
         loaded = await self._slot.load(self._initial)
-        await self._warm_up(loaded.encoder)
+        budget = await self._warm_up(loaded.encoder)
         await self._checked(loaded.encoder)
-        return loaded
+        return msgspec.structs.replace(loaded, budget=budget)
 
     async def _prepare(
         self, path: str, command: Control | None, reference: npt.NDArray[np.float32] | None = None
@@ -206,15 +226,17 @@ class Models:
         loaded = await self._load(directory)
         try:
             await self._reporter.say("warm_up", "LOADING", command=command)
-            await self._warm_up(loaded.encoder)
+            budget = await self._warm_up(loaded.encoder)
             await self._reporter.say("check", "LOADING", command=command)
             vectors = await self._checked(loaded.encoder)
             if command is not None:
                 await self._compare(loaded.encoder, vectors, command, reference)
+        except DeviceLost:
+            raise  # there is nothing left to free
         except BaseException:
             await self._slot.discard(loaded)
             raise
-        return loaded
+        return msgspec.structs.replace(loaded, budget=budget)
 
     async def _load(self, directory: Path) -> Loaded:
         try:
@@ -239,16 +261,26 @@ class Models:
             raise Rejected(f"path: {directory} is no directory")
         return directory
 
-    async def _warm_up(self, encoder: Encoder) -> None:
-        """One micro-batch as large as any that will come, so that memory runs out now or never."""
+    async def _warm_up(self, encoder: Encoder) -> Budget:
+        """Micro-batches as large as any that will come, and what of them fits, so that memory runs out now or never.
+
+        Beside a model that still serves, less fits than will later; nobody looks again.
+        """
         [tokens] = await asyncio.to_thread(
             encoder.tokenize, [Text("warm up " * encoder.max_tokens, truncate="end")]
         )
         if isinstance(tokens, TextTooLong):
             raise Rejected("the tokenizer did not cut a text that it was asked to cut")
-        length = max(1, min(len(tokens.ids), encoder.max_tokens, self._warm_up_tokens))
-        text = Tokens(tokens.ids[:length])
-        await self._encode(encoder, [text] * max(1, self._warm_up_tokens // length))
+        try:
+            return await find_budget(
+                encoder,
+                lambda batch: self._encode(encoder, batch),
+                tokens.ids,
+                tokens=self._batch_tokens,
+                max_items=self._batch_items,
+            )
+        except OutOfMemory as error:
+            raise Rejected("the model cannot run: its device has too little memory left") from error
 
     async def _checked(self, encoder: Encoder) -> npt.NDArray[np.float32]:
         """Unit vectors of the check texts, float32 (texts, hidden_size)."""
@@ -261,13 +293,18 @@ class Models:
     async def _check_vectors(self, encoder: Encoder) -> npt.NDArray[np.float32]:
         texts = [Text(text, encoder.default_prompt, "end") for text in CHECK_TEXTS]
         tokens = await asyncio.to_thread(encoder.tokenize, texts)
-        raw = await self._encode(encoder, [found for found in tokens if isinstance(found, Tokens)])
+        try:
+            raw = await self._encode(encoder, [found for found in tokens if isinstance(found, Tokens)])
+        except OutOfMemory as error:
+            raise Rejected("the model cannot run: its device has too little memory left") from error
         return np.stack([cut_and_normalise(vector, encoder.hidden_size) for vector in raw])
 
     async def _encode(self, encoder: Encoder, batch: Sequence[Tokens]) -> npt.NDArray[np.float32]:
-        """Vectors of a model on trial: what it raises is a reason to reject it."""
+        """Vectors of a model on trial: what it raises is a reason to reject it, or to try a smaller micro-batch."""
         try:
             vectors, _ = await self._slot.encode(encoder, batch)
+        except (OutOfMemory, DeviceLost):
+            raise
         except Exception as error:
             raise Rejected(f"the model cannot run: {type(error).__name__}") from error
         return vectors

@@ -18,6 +18,7 @@ import structlog
 from embedq_consumer.admission import Rules
 from embedq_consumer.answers import Answers
 from embedq_consumer.batching import Batcher, BatchPolicy
+from embedq_consumer.budget import TokenBudget
 from embedq_consumer.cache import VectorCache
 from embedq_consumer.control import ControlTopic
 from embedq_consumer.engine import default_batch_tokens, load_encoder
@@ -71,12 +72,25 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         )
         parts.callback(slot.close)
         reporter = Reporter(settings.topics, settings.replica, settings.alias, publisher.publish, metrics)
-        budget = settings.max_batch_tokens or await asyncio.to_thread(default_batch_tokens, settings.device)
+        batch_tokens = settings.max_batch_tokens or await asyncio.to_thread(
+            default_batch_tokens, settings.device
+        )
+        batcher = Batcher[Item](
+            BatchPolicy(
+                max_tokens=batch_tokens,
+                max_items=settings.max_batch_items,
+                max_wait=settings.max_wait_ms / 1000,
+                bulk_max_wait=settings.bulk_max_wait_s,
+            )
+        )
+        budget = TokenBudget(batcher, metrics, health.tell)
         models = Models(
             slot,
             root=root,
             initial=initial,
-            warm_up_tokens=budget,
+            budget=budget,
+            batch_tokens=batch_tokens,
+            batch_items=settings.max_batch_items,
             reporter=reporter,
             metrics=metrics,
             drain_timeout_s=settings.drain_timeout_s,
@@ -103,14 +117,6 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             commit_interval_s=settings.commit_interval_ms / 1000,
             max_uncommitted=settings.max_uncommitted_jobs,
         )
-        batcher = Batcher[Item](
-            BatchPolicy(
-                max_tokens=budget,
-                max_items=settings.max_batch_items,
-                max_wait=settings.max_wait_ms / 1000,
-                bulk_max_wait=settings.bulk_max_wait_s,
-            )
-        )
         parts.push_async_callback(intake.close)
         await intake.open()
 
@@ -126,9 +132,10 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
                 tasks=work,
                 finish=intake.finish,
                 room=Room(settings.max_pending_bytes),
+                budget=budget,
             )
             parts.callback(pipeline.close)
-            worker = Worker(batcher, pipeline, metrics, work, budget)
+            worker = Worker(batcher, pipeline.run_batch, metrics, work)
             for loop in ("intake", "compute"):
                 health.register(loop, settings.stall_timeout_s, time.monotonic())
             loops = [

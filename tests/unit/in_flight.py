@@ -11,7 +11,7 @@ import numpy.typing as npt
 from aiokafka import TopicPartition
 
 from embedq_consumer.admission import Rules
-from embedq_consumer.engine import Pending, Text, TextTooLong, Tokens
+from embedq_consumer.engine import Memory, Pending, Text, TextTooLong, Tokens
 from embedq_consumer.flights import Identity, Item, Waiter
 from embedq_consumer.jobs import InFlight, Record
 from embedq_consumer.ledger import Ticket
@@ -42,6 +42,9 @@ class Model:
 
     def encode(self, batch: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.float32]:
         raise NotImplementedError
+
+    def memory(self) -> Memory | None:
+        return None
 
     def close(self) -> None:
         raise NotImplementedError
