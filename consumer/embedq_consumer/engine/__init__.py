@@ -200,7 +200,12 @@ def default_batch_tokens(device: str) -> int:
 
 
 def load_encoder(
-    path: Path, *, device: str = "auto", threads: int | None = None, quantization: Quantization = "none"
+    path: Path,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    quantization: Quantization = "none",
+    deterministic: bool = False,
 ) -> Encoder:
     """Load a directory in Hugging Face / sentence-transformers layout.
 
@@ -208,6 +213,8 @@ def load_encoder(
     `threads` is how many threads PyTorch may use on the CPU, process-wide; all cores unless given.
     `quantization` "fp8" quantises the weights while loading and the activations as they come; CUDA from compute
     capability 9.0 on.
+    `deterministic` makes a text's vector bit-equal whatever runs beside it, on the same device and software; it costs
+    throughput, and shares no prefixes.
 
     Raises:
         ModelError: the directory is incomplete, or asks for something that embedq does not run.
@@ -215,7 +222,9 @@ def load_encoder(
     _before_torch()
     from embedq_consumer.engine.loading import load
 
-    return load(path, device=device, threads=threads, quantization=quantization)
+    return load(
+        path, device=device, threads=threads, quantization=quantization, deterministic=deterministic
+    )
 
 
 def _before_torch() -> None:

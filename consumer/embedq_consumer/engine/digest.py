@@ -6,14 +6,14 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from embedq_consumer.engine.directory import ModelDirectory, TensorSlice
 
-__all__ = ["model_version"]
+__all__ = ["model_version", "tensor_digests"]
 
 # Fields that no vector depends on; everything else in these files counts, known to us or not.
 _IDLE_CONFIG = frozenset(
@@ -36,12 +36,20 @@ _IDLE_TOKENIZER_CONFIG = frozenset(
 
 
 def model_version(
-    directory: ModelDirectory, *, max_tokens: int, threads: int | None = None, quantization: str = "none"
+    directory: ModelDirectory,
+    *,
+    max_tokens: int,
+    threads: int | None = None,
+    quantization: str = "none",
+    deterministic: bool = False,
+    digests: Sequence[bytes] | None = None,
 ) -> str:
     """`sha256:` and 64 hex digits; the same for every copy of a directory, wherever and however it is stored.
 
     Weights count tensor by tensor, so that resharding keeps the version. `max_tokens` counts, since it decides where a
-    long text is cut, and so does `quantization`, which makes other vectors of the same weights. Files are read in `threads` threads (hashlib drops the GIL); 8 GB take seconds.
+    long text is cut, and so does `quantization`, which makes other vectors of the same weights. Files are read in
+    `threads` threads (hashlib drops the GIL); 8 GB take seconds. `digests` are those of `directory.tensors`, if they
+    are known already.
     """
     total = hashlib.sha256(b"embedq model version 1")
 
@@ -64,12 +72,16 @@ def model_version(
     add("max_tokens", str(max_tokens).encode())
     if quantization != "none":
         add("quantization", quantization.encode())
-    for tensor, digest in zip(directory.tensors, _tensor_digests(directory.tensors, threads), strict=True):
+    if deterministic:
+        add("deterministic", b"1")
+    if digests is None:
+        digests = tensor_digests(directory.tensors, threads)
+    for tensor, digest in zip(directory.tensors, digests, strict=True):
         add(f"tensor {tensor.name} {tensor.dtype} {list(tensor.shape)}", digest)
     for number, layer in enumerate(directory.dense):
         add(f"dense {number}", layer.activation.encode())
         parts = (layer.weight,) if layer.bias is None else (layer.weight, layer.bias)
-        for tensor, digest in zip(parts, _tensor_digests(parts, threads), strict=True):
+        for tensor, digest in zip(parts, tensor_digests(parts, threads), strict=True):
             add(f"dense {number} {tensor.name} {tensor.dtype} {list(tensor.shape)}", digest)
     return f"sha256:{total.hexdigest()}"
 
@@ -79,7 +91,8 @@ def _canonical(value: Mapping[str, Any], idle: frozenset[str] = frozenset()) -> 
     return json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
 
-def _tensor_digests(tensors: tuple[TensorSlice, ...], threads: int | None) -> list[bytes]:
+def tensor_digests(tensors: tuple[TensorSlice, ...], threads: int | None) -> list[bytes]:
+    """SHA-256 of each tensor's bytes, in order."""
     files = {tensor.file for tensor in tensors}
     maps = {file: _map(file) for file in files}
     try:

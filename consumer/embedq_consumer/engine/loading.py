@@ -60,12 +60,13 @@ def load(
         with phases.step("transformers"):
             import transformers  # noqa: F401
         with phases.step("weights"), _quiet_transformers():
-            model = _load_model(directory, torch.bfloat16 if target.type == "cuda" else torch.float32)
+            model = _load_model(directory, target)
         max_tokens, position_offset = _limits(directory, model)
         with phases.step("tokenizer"), _quiet_transformers():
             tokenizer = TextTokenizer.load(directory, max_tokens)
         with phases.step("device"):
-            model.to(target)
+            if model.device != target:
+                model.to(target)
         with phases.step("reference"):
             sequences = _probe(model, max_tokens)
             expected = _reference(model, sequences)
@@ -75,6 +76,7 @@ def load(
                 max_tokens=max_tokens,
                 threads=threads,
                 quantization=quantization,
+                deterministic=deterministic,
                 digests=digests.result(),
             )
     try:
@@ -87,6 +89,7 @@ def load(
                 max_tokens=max_tokens,
                 position_offset=position_offset,
                 quantization=quantization,
+                deterministic=deterministic,
             )
         with phases.step("proof"):
             encoder.prove(sequences, expected)
