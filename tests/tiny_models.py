@@ -23,6 +23,7 @@ __all__ = [
     "make_tiny_mistral",
     "make_tiny_modernbert",
     "make_tiny_qwen3",
+    "make_tiny_xlm_roberta",
     "minilm_path",
     "nan_weights",
 ]
@@ -125,6 +126,41 @@ def make_tiny_bert(
     )
     _write_weights(path, BertModel(config, add_pooling_layer=False), seed)
     _write_word_piece(path, tokenizer, max_tokens, tokenizer_class="BertTokenizer", do_lower_case=True)
+    _write_sentence_transformers(
+        path, hidden=hidden, pooling=pooling, normalize=True, max_seq_length=max_tokens
+    )
+    return path
+
+
+def make_tiny_xlm_roberta(
+    path: Path,
+    *,
+    seed: int = 0,
+    pooling: Literal["cls", "mean"] = "cls",
+    hidden: int = 128,
+    layers: int = 2,
+    max_tokens: int = 128,
+) -> Path:
+    """Write an XLM-RoBERTa embedding model, whose positions start behind the padding's number, and return `path`."""
+    from transformers import XLMRobertaConfig, XLMRobertaModel
+
+    path.mkdir(parents=True, exist_ok=True)
+    tokenizer = _word_piece()
+    pad = tokenizer.token_to_id("[PAD]")
+    config = XLMRobertaConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        max_position_embeddings=max_tokens + pad + 1,
+        type_vocab_size=1,
+        pad_token_id=pad,
+        bos_token_id=tokenizer.token_to_id("[CLS]"),
+        eos_token_id=tokenizer.token_to_id("[SEP]"),
+    )
+    _write_weights(path, XLMRobertaModel(config, add_pooling_layer=False), seed)
+    _write_word_piece(path, tokenizer, max_tokens, tokenizer_class="PreTrainedTokenizerFast")
     _write_sentence_transformers(
         path, hidden=hidden, pooling=pooling, normalize=True, max_seq_length=max_tokens
     )
