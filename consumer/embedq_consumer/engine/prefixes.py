@@ -14,10 +14,12 @@ import numpy.typing as npt
 
 from embedq_consumer.engine import Tokens
 
-__all__ = ["MARGIN", "NOTHING", "Prefix", "PrefixPool", "key_ends", "moves_of"]
+__all__ = ["LONGEST_PREFIX", "MARGIN", "NOTHING", "Prefix", "PrefixPool", "key_ends", "moves_of"]
 
 Ids = npt.NDArray[np.int32]
 
+LONGEST_PREFIX = 1024
+"""Tokens; what is longer is no instruction, and attention is told how many keys a text may have."""
 MARGIN = 256
 """Rows of zeros behind the last key: attention reads whole tiles, and what lies there times zero must be zero."""
 NOTHING = -(2**31)
@@ -125,4 +127,5 @@ def moves_of(cu: Ids, prefixes: Sequence[Ids], kept: Ids | None) -> Ids:
 
 
 def _key(text: Tokens) -> bytes | None:
-    return text.ids[: text.shared].tobytes() if 0 < text.shared < len(text.ids) else None
+    fits = 0 < text.shared <= LONGEST_PREFIX and text.shared < len(text.ids)
+    return text.ids[: text.shared].tobytes() if fits else None

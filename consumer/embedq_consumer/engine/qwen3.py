@@ -19,6 +19,7 @@ from embedq_consumer.engine.kernels import (
     Scaled,
     add_norm,
     gate,
+    move_rows,
     norm_rotate,
     quantise,
     skinny_linear,
@@ -26,7 +27,7 @@ from embedq_consumer.engine.kernels import (
 )
 
 if TYPE_CHECKING:
-    from embedq_consumer.engine.graphs import Row
+    from embedq_consumer.engine.graphs import Row, Shared
 
 __all__ = ["PackedQwen3"]
 
@@ -64,9 +65,9 @@ class PackedQwen3:
             self._norm = model.norm.weight.detach()
         self._rotation = _rotation(model)
         self._layers = [_layer(layer, quantised) for layer in model.layers]
-        causal = bool(getattr(config, "is_causal", True))
+        self.causal = bool(getattr(config, "is_causal", True))
         self.attention = cuda_kernel(
-            self._heads, self._kv_heads, self._head_dim, causal, self._words.dtype, self.device
+            self._heads, self._kv_heads, self._head_dim, self.causal, self._words.dtype, self.device
         )
 
     @staticmethod
@@ -89,7 +90,7 @@ class PackedQwen3:
 
     def __call__(self, ids: Tensor, positions: Tensor, packing: Packing) -> Tensor:
         """Last hidden states (tokens, hidden), as the model's own forward gives them."""
-        x, y = self._run(ids, positions, packing.cu_seqlens, packing.longest, None)
+        x, y = self._run(ids, positions, packing.cu_seqlens, packing.longest)
         if self._norm is None:
             return x if y is None else x + y
         normed = add_norm(x, y, self._norm, self._eps)
@@ -103,11 +104,22 @@ class PackedQwen3:
         or depends on what the tensors hold, so it can be captured as a CUDA graph. Tokens behind `row.cu[-1]` belong to
         no sequence: they cost time and change nothing.
         """
-        x, y = self._run(row.ids, row.positions, row.cu, longest, row.last)
+        x, y = self._run(row.ids, row.positions, row.cu, longest, row.last, row.shared)
         add_norm(x, y, norm, self._eps, keep=False, out=out)
 
+    def prefix_pool(self, rows: int) -> Tensor:
+        """Room for the keys and values of so many tokens: (layers, rows, 2 · kv_heads · head_dim)."""
+        width = 2 * self._kv_heads * self._head_dim
+        return torch.zeros(len(self._layers), rows, width, dtype=self._words.dtype, device=self.device)
+
     def _run(
-        self, ids: Tensor, positions: Tensor, cu: Tensor, longest: int, last: Tensor | None
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        cu: Tensor,
+        longest: int,
+        last: Tensor | None = None,
+        shared: Shared | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The residual stream behind the last layer, in two parts that are still to be added."""
         x = F.embedding(ids, self._words)
@@ -117,31 +129,57 @@ class PackedQwen3:
             rows = self._normed(x, y, layer.norm)
             if last is not None and index == len(self._layers) - 1:
                 x = x.index_select(0, last)
-                attended = self._attended_by_last(rows, layer, positions, cu, longest, last)
+                attended = self._attended_by_last(index, rows, positions, cu, longest, last, shared)
             else:
                 qkv = self._product(rows, layer.qkv)
                 norm_rotate(qkv, positions, self._rotation, layer.rotated, (heads, kv_heads), self._eps)
-                q, k, v = torch.split(
-                    qkv.view(-1, heads + 2 * kv_heads, dim), [heads, kv_heads, kv_heads], dim=1
-                )
-                attended = self.attention(q, k, v, cu, longest, dim**-0.5).view(-1, heads * dim)
+                q, kv = torch.split(qkv, [heads * dim, 2 * kv_heads * dim], dim=1)
+                attended = self._attended(index, q, kv, cu, longest, shared)
             rows = quantise(attended) if self._quantised else attended
             x, y = self._added(x, rows, layer.attended, in_product=False)
             gated = self._gated(self._normed(x, y, layer.middle_norm), layer.gate_up)
             x, y = self._added(x, gated, layer.down, in_product=True)
         return x, y
 
+    def _attended(
+        self,
+        index: int,
+        q: Tensor,
+        kv: Tensor,
+        cu: Tensor,
+        longest: int,
+        shared: Shared | None,
+        cu_q: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of queries (tokens, heads · head_dim) over keys and values side by side, those of prefixes in front.
+
+        `cu_q`, if not None: only each text's last token has a query.
+        """
+        most = 1
+        if shared is not None:
+            keys = kv.new_empty(len(shared.moves), kv.shape[1])
+            move_rows(kv, shared.pool[index], keys, shared.moves, shared.count)
+            if cu_q is None:
+                cu_q, most = cu, longest
+            kv, cu, longest = keys, shared.cu, shared.longest
+        kv_heads, dim = self._kv_heads, self._head_dim
+        k, v = torch.split(kv.view(-1, 2 * kv_heads, dim), [kv_heads, kv_heads], dim=1)
+        q = q.view(-1, self._heads, dim)
+        return self.attention(q, k, v, cu, longest, dim**-0.5, cu_q, most).view(-1, self._heads * dim)
+
     def _attended_by_last(
         self,
+        index: int,
         rows: Tensor | Scaled,
-        layer: _Layer,
         positions: Tensor,
         cu: Tensor,
         longest: int,
         last: Tensor,
+        shared: Shared | None,
     ) -> Tensor:
         """Attention of last tokens alone: keys and values of all, queries of those (places, heads · head_dim)."""
         heads, kv_heads, dim = self._heads, self._kv_heads, self._head_dim
+        layer = self._layers[index]
         of_queries, of_keys = _split(layer.qkv, heads * dim)
         q = self._product(_select(rows, last), of_queries)
         kv = self._product(rows, of_keys)
@@ -149,9 +187,7 @@ class PackedQwen3:
         norm_rotate(kv, positions, self._rotation, layer.rotated, (0, kv_heads), self._eps)
         # Places without a sequence have no query either: attention over no keys at all is nobody's business.
         cu_q = F.pad((cu[1:] > cu[:-1]).cumsum(0, dtype=torch.int32), (1, 0))
-        k, v = torch.split(kv.view(-1, 2 * kv_heads, dim), [kv_heads, kv_heads], dim=1)
-        attended = self.attention(q.view(-1, heads, dim), k, v, cu, longest, dim**-0.5, cu_q)
-        return attended.view(-1, heads * dim)
+        return self._attended(index, q, kv, cu, longest, shared, cu_q)
 
     def _normed(self, x: Tensor, y: Tensor | None, weight: Tensor) -> Tensor | Scaled:
         return add_norm(x, y, weight, self._eps, quantised=self._quantised)
