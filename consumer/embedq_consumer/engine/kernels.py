@@ -18,8 +18,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from embedq_consumer.engine.prefixes import NOTHING
-
 __all__ = [
     "FP8",
     "FP8_MAX",
@@ -49,7 +47,6 @@ Scaled = tuple[Tensor, Tensor]
 
 _tiny: Any = tl.constexpr(_TINY)
 _fp8_max: Any = tl.constexpr(FP8_MAX)
-_nothing: Any = tl.constexpr(NOTHING)
 
 
 @triton.jit
@@ -223,8 +220,10 @@ def _move_rows_kernel(own, stride, pool, keys, moves, count, WIDTH: tl.constexpr
             end = pool + (-1 - target) * WIDTH
         for i in tl.static_range(0, WIDTH, PART):
             columns = i + tl.arange(0, PART)
-            there = (source != _nothing) & (columns < WIDTH)
-            tl.store(end + columns, tl.load(begin + columns, mask=there, other=0.0), mask=columns < WIDTH)
+            if i + PART <= WIDTH:
+                tl.store(end + columns, tl.load(begin + columns))
+            else:
+                tl.store(end + columns, tl.load(begin + columns, mask=columns < WIDTH), mask=columns < WIDTH)
 
 
 @triton.jit
@@ -420,9 +419,7 @@ def move_rows(own: Tensor, pool: Tensor, keys: Tensor, moves: Tensor, count: Ten
 def move_rows_reference(own: Tensor, pool: Tensor, keys: Tensor, moves: Tensor, count: Tensor) -> None:
     """The same, a row at a time."""
     for source, target in moves[: int(count)].tolist():
-        row = torch.zeros_like(own[0])
-        if source != NOTHING:
-            row = own[source] if source >= 0 else pool[-1 - source]
+        row = own[source] if source >= 0 else pool[-1 - source]
         if target >= 0:
             keys[target] = row
         else:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from embedq_consumer.engine import Tokens
 
-__all__ = ["LONGEST_PREFIX", "MARGIN", "NOTHING", "Prefix", "PrefixPool", "key_ends", "moves_of"]
+__all__ = ["LONGEST_PREFIX", "MARGIN", "Prefix", "PrefixPool", "key_ends", "moves_of"]
 
 Ids = npt.NDArray[np.int32]
 
@@ -22,8 +22,8 @@ LONGEST_PREFIX = 1024
 """Tokens; what is longer is no instruction, and attention is told how many keys a text may have."""
 MARGIN = 256
 """Rows of zeros behind the last key: attention reads whole tiles, and what lies there times zero must be zero."""
-NOTHING = -(2**31)
-"""A move's source that is no row: its target becomes zeros."""
+_ZEROS = 0
+"""The pool's row that no prefix gets: it is zero, and stays so."""
 _REMEMBERED = 1024
 """Prefixes that came once and were not worth computing for that."""
 
@@ -44,8 +44,8 @@ class PrefixPool:
     """
 
     def __init__(self, rows: int) -> None:
-        self._rows = rows
-        self._free = list(range(rows - 1, -1, -1))
+        self._rows = rows - 1
+        self._free = [row for row in range(rows) if row != _ZEROS]
         self._held: OrderedDict[bytes, Ids] = OrderedDict()
         self._once: OrderedDict[bytes, None] = OrderedDict()
 
@@ -102,8 +102,8 @@ def moves_of(cu: Ids, prefixes: Sequence[Ids], kept: Ids | None) -> Ids:
 
     `cu`: where each text's own tokens end in the row, from 0 on; `prefixes`: the pool's rows of the first texts'
     prefixes, none for the others. `kept`: the pool's rows that the row's first tokens are to be kept in.
-    A source is a token of the row, or -1 - a row of the pool, or NOTHING; a target is a row of the keys, or -1 - a row
-    of the pool. Each target occurs once, and no row of the pool is read and written.
+    A source is a token of the row, or -1 - a row of the pool; a target is a row of the keys, or -1 - a row of the pool.
+    Each target occurs once, and no row of the pool is read and written.
     """
     before = key_ends(cu, prefixes) - cu
     texts = len(prefixes)
@@ -118,7 +118,7 @@ def moves_of(cu: Ids, prefixes: Sequence[Ids], kept: Ids | None) -> Ids:
     target[own:total] = np.arange(len(pooled), dtype=np.int32) + np.repeat(
         cu[:texts], [len(rows) for rows in prefixes]
     )
-    source[total : total + MARGIN] = NOTHING
+    source[total : total + MARGIN] = -1 - _ZEROS
     target[total : total + MARGIN] = np.arange(total, total + MARGIN, dtype=np.int32)
     if kept is not None:
         source[total + MARGIN :] = np.arange(saved, dtype=np.int32)
