@@ -13,7 +13,7 @@ from embedq_consumer.jobs import InFlight, Record, Request
 from embedq_shared import codec
 from embedq_shared.codec import BadJob, Envelope, Format
 from embedq_shared.headers import JobHeaders, parse
-from embedq_shared.messages import DEFAULT_ALIAS, ErrorBody, Job
+from embedq_shared.messages import DEFAULT_ALIAS, DEFAULT_CHUNK_TOKENS, Chunking, ErrorBody, Job
 from embedq_shared.topics import CONTENT_TYPE, MSGPACK_TYPES, Topics
 from embedq_shared.vectors import vector_bytes
 
@@ -185,6 +185,12 @@ class Rules(msgspec.Struct, frozen=True):
                 f"`dimensions`: expected a multiple of 8 where `dtype` is binary; the model has {dimensions}",
                 "dimensions",
             )
+        if job.chunk is not None and job.chunk.mode == "late" and not encoder.late_chunks:
+            return ErrorBody.of(
+                "invalid_value",
+                "`chunk.mode`: expected mean; this model's vector is that of its first token, so a span has none",
+                "chunk.mode",
+            )
         listed = not isinstance(job.input, str)
         texts = [job.input] if isinstance(job.input, str) else job.input
         request = Request(
@@ -197,6 +203,8 @@ class Rules(msgspec.Struct, frozen=True):
             dtype=dtype,
             encoding=job.encoding_format or "float",
             truncate=job.truncate or "error",
+            chunk=_chunking(job, encoder),
+            max_spans=self.max_inputs,
             metadata=job.metadata if bytes(job.metadata) else codec.null(format),
             format=format,
         )
@@ -229,6 +237,14 @@ def prompt_for(job: Job, encoder: Encoder) -> str:
     return encoder.default_prompt
 
 
+def _chunking(job: Job, encoder: Encoder) -> Chunking | None:
+    """What the job asks for, so that equal wishes are equal values."""
+    if job.chunk is None:
+        return None
+    default = DEFAULT_CHUNK_TOKENS if job.chunk.mode == "late" else encoder.max_tokens
+    return Chunking(job.chunk.mode, min(job.chunk.tokens or default, encoder.max_tokens))
+
+
 def fixed_bytes(record: Record, headers: JobHeaders, request: Request) -> int:
     """Upper bound of what each part of a result holds beside its vectors."""
     echoed = sum(len(name) + len(value) + 8 for name, value in headers.echo)
@@ -253,3 +269,20 @@ def datum_bytes(request: Request) -> int:
         return _DATUM_OVERHEAD + (raw + 2) // 3 * 4
     numbers = raw if request.dtype == "binary" else request.dimensions
     return _DATUM_OVERHEAD + numbers * _DECIMAL_BYTES[request.dtype]
+
+
+def held_bytes(request: Request, hidden_size: int) -> int:
+    """What a job's vectors may take in memory, a generous estimate before anything is tokenized."""
+    if request.chunk is None:
+        return len(request.texts) * datum_bytes(request)
+    # Windows run in micro-batches of their own, and what is there of a text waits, as the model gave it, for the rest.
+    each = max(datum_bytes(request), 8 * hidden_size)
+    return each * (min(request.max_spans, _most_spans(request)) if request.late else len(request.texts))
+
+
+def _most_spans(request: Request) -> int:
+    """A token is a byte at least, and a span three quarters full."""
+    assert request.chunk is not None
+    assert request.chunk.tokens is not None
+    least = request.chunk.tokens - request.chunk.tokens // 4
+    return sum(1 + len(text) * (1 if text.isascii() else 4) // least for text in request.texts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from base64 import b64encode
+from collections.abc import Iterator
 from typing import Final
 
 import msgspec
@@ -11,7 +12,7 @@ import numpy as np
 import orjson
 
 from embedq_consumer.admission import Refusal, fixed_bytes
-from embedq_consumer.jobs import Answer, InFlight, Outcome, Record, Request
+from embedq_consumer.jobs import Answer, InFlight, Outcome, Record, Request, Spans
 from embedq_shared import codec
 from embedq_shared.codec import Envelope, Format
 from embedq_shared.headers import Header, JobHeaders
@@ -62,10 +63,14 @@ class Answers:
         version = job.encoder.model_version
         if error is not None:
             return self._failure(job.record, job.headers, request.format, envelope, error, version)
-        data = [_datum(request, index, outcome) for index, outcome in enumerate(job.outcomes)]
-        tokens = sum(outcome.tokens for outcome in job.outcomes if isinstance(outcome, Answer))
+        data = [
+            datum for index, outcome in enumerate(job.outcomes) for datum in _data(request, index, outcome)
+        ]
+        tokens = sum(outcome.tokens for outcome in job.outcomes if isinstance(outcome, Answer | Spans))
         errors = tuple(outcome for outcome in job.outcomes if isinstance(outcome, ErrorBody))
-        status: ResultStatus = "ok" if not errors else "partial" if len(errors) < len(data) else "error"
+        status: ResultStatus = (
+            "ok" if not errors else "partial" if len(errors) < len(job.outcomes) else "error"
+        )
         parts = list(_split(data, self._limit - fixed_bytes(job.record, job.headers, request)))
         outgoing = []
         for number, part in enumerate(parts):
@@ -205,21 +210,41 @@ def _size(outgoing: Outgoing) -> int:
     return len(outgoing.value or b"") + len(outgoing.key or b"") + headers
 
 
-def _datum(request: Request, index: int, outcome: Outcome | None) -> msgspec.Raw:
-    """One input's outcome, encoded."""
-    if isinstance(outcome, Answer):
-        datum = Datum(
-            index=index,
-            embedding=_embedding(request, outcome.vector),
-            tokens=outcome.tokens,
-            truncated=outcome.truncated is not None,
-            cached=outcome.cached,
-            scale=msgspec.UNSET if outcome.scale is None else outcome.scale,
+def _data(request: Request, index: int, outcome: Outcome | None) -> Iterator[msgspec.Raw]:
+    """One input's outcome, encoded: a datum, or one for each of its spans."""
+    if isinstance(outcome, Spans):
+        for span in outcome.spans:
+            yield _encoded(
+                request,
+                Datum(
+                    index=index,
+                    embedding=_embedding(request, span.vector),
+                    tokens=span.tokens,
+                    truncated=False,
+                    cached=False,
+                    scale=msgspec.UNSET if span.scale is None else span.scale,
+                    span=(span.start, span.end),
+                ),
+            )
+    elif isinstance(outcome, Answer):
+        yield _encoded(
+            request,
+            Datum(
+                index=index,
+                embedding=_embedding(request, outcome.vector),
+                tokens=outcome.tokens,
+                truncated=outcome.truncated is not None,
+                cached=outcome.cached,
+                scale=msgspec.UNSET if outcome.scale is None else outcome.scale,
+            ),
         )
     elif outcome is not None:
-        datum = Datum(index=index, embedding=None, error=outcome)
+        yield _encoded(request, Datum(index=index, embedding=None, error=outcome))
     else:
         raise RuntimeError(f"input {index} has no outcome. This is a bug.")
+
+
+def _encoded(request: Request, datum: Datum) -> msgspec.Raw:
     return msgspec.Raw(codec.encode(datum, request.format))
 
 

@@ -70,25 +70,31 @@ class CachedVector(msgspec.Struct, frozen=True, gc=False):
     vector: bytes
 
 
-def cache_key(model_version: str, text: str, prompt: str, dimensions: int, dtype: str) -> bytes:
+def cache_key(
+    model_version: str, text: str, prompt: str, dimensions: int, dtype: str, window: int | None = None
+) -> bytes:
     """The Redis key of one vector; `prompt` is everything that is put in front of the text, or "".
 
-    Two keys are equal exactly if all five arguments are: each part has a fixed length or cannot hold a colon.
+    `window` is the tokens in each window of a mean over windows. Two keys are equal exactly if all six arguments are:
+    each part has a fixed length or cannot hold a colon, and only a key with a window has one part more.
 
     Raises:
         ValueError: `model_version` is not `sha256:` and 64 hex digits, or `text` holds a lone surrogate.
     """
     frame = _frame if len(prompt) <= _SHORT_PROMPT else _frame.__wrapped__
-    head, tail = frame(model_version, prompt, dimensions, dtype)
+    head, tail = frame(model_version, prompt, dimensions, dtype, window)
     return head + sha256(text.encode()).hexdigest().encode() + tail
 
 
 @lru_cache(maxsize=512)
-def _frame(model_version: str, prompt: str, dimensions: int, dtype: str) -> tuple[bytes, bytes]:
+def _frame(
+    model_version: str, prompt: str, dimensions: int, dtype: str, window: int | None
+) -> tuple[bytes, bytes]:
     version = _VERSION.fullmatch(model_version)
     if version is None:
         raise ValueError("model_version: expected sha256: and 64 hex digits")
-    tail = f":{sha256(prompt.encode()).hexdigest()}:{dimensions}:{dtype}"
+    mean = "" if window is None else f":mean{window}"
+    tail = f":{sha256(prompt.encode()).hexdigest()}{mean}:{dimensions}:{dtype}"
     return f"embedq:v1:{version[1]}:".encode(), tail.encode()
 
 

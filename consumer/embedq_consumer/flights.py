@@ -7,9 +7,10 @@ from collections.abc import Callable
 import msgspec
 
 from embedq_consumer.batching import Lane
-from embedq_consumer.engine import Encoder, Tokens
+from embedq_consumer.engine import Chunked, Encoder, Tokens
+from embedq_consumer.gathering import Gathered, Vectors
 from embedq_consumer.jobs import InFlight
-from embedq_shared.messages import Truncate
+from embedq_shared.messages import Chunking, Truncate
 
 Waiter = tuple[InFlight, int]
 """One input of a job."""
@@ -22,21 +23,30 @@ class Identity(msgspec.Struct, frozen=True, gc=False):
     text: str
     prompt: str
     truncate: Truncate
+    chunk: Chunking | None
 
     @classmethod
     def of(cls, job: InFlight, index: int) -> Identity:
         """Of one input; dimensions and dtype are no part of it, since each waiter cuts its own vector."""
         request = job.request
-        return cls(job.record.lane, request.texts[index], request.prompt, request.truncate)
+        return cls(job.record.lane, request.texts[index], request.prompt, request.truncate, request.chunk)
+
+
+class Window(msgspec.Struct, frozen=True, gc=False):
+    """Which window of a chunked text."""
+
+    of: Chunked
+    number: int
 
 
 class Item(msgspec.Struct, frozen=True, gc=False):
-    """One text that waits for a micro-batch. `arrived` is monotonic seconds."""
+    """One text, or one window of it, that waits for a micro-batch. `arrived` is monotonic seconds."""
 
     identity: Identity
     encoder: Encoder
     text: Tokens
     arrived: float
+    window: Window | None = None
 
     @property
     def cost(self) -> int:
@@ -53,11 +63,12 @@ class Flights:
     """Who waits for which text's vector.
 
     Invariants: of equal inputs the first to join starts the work and no other does; whoever joined is handed out
-    exactly once, by `leave` or by `land`.
+    exactly once, by `leave` or by `land`; windows are kept only while somebody waits for their text.
     """
 
     def __init__(self) -> None:
         self._waiting: dict[Identity, list[Waiter]] = {}
+        self._gathered: dict[Identity, Gathered] = {}
 
     def join(self, identity: Identity, waiter: Waiter) -> bool:
         """Wait for this text's vector. True for the first, who must see to it."""
@@ -81,9 +92,21 @@ class Flights:
             if stay:
                 self._waiting[identity] = stay
             else:
-                del self._waiting[identity]
+                self.land(identity)
         return left
 
     def land(self, identity: Identity) -> list[Waiter]:
         """The work is done: everybody who waited for it."""
+        self._gathered.pop(identity, None)
         return self._waiting.pop(identity, [])
+
+    def gather(self, item: Item, rows: Vectors) -> Vectors | None:
+        """Keep the vectors of one window. All of its text's once the last one is there; None before, and where nobody
+        waits any more."""
+        identity, window = item.identity, item.window
+        if identity not in self._waiting or identity.chunk is None or window is None:
+            return None
+        if identity not in self._gathered:
+            self._gathered[identity] = Gathered(window.of, identity.chunk.mode, item.encoder.hidden_size)
+        gathered = self._gathered[identity]
+        return gathered.rows if gathered.add(window.number, rows) else None

@@ -11,7 +11,7 @@ from embedq_consumer.engine import Encoder
 from embedq_consumer.ledger import Ticket
 from embedq_shared.codec import Format
 from embedq_shared.headers import JobHeaders
-from embedq_shared.messages import Dtype, EncodingFormat, ErrorBody, Truncate
+from embedq_shared.messages import Chunking, Dtype, EncodingFormat, ErrorBody, Truncate
 
 
 class Record(msgspec.Struct, frozen=True, gc=False):
@@ -49,7 +49,24 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
     cached: bool
 
 
-Outcome = Answer | ErrorBody
+class Span(msgspec.Struct, frozen=True, gc=False):
+    """The vector of one span of an input, `[start, end)` in code points."""
+
+    start: int
+    end: int
+    tokens: int
+    vector: bytes
+    scale: float | None
+
+
+class Spans(msgspec.Struct, frozen=True):
+    """The vectors of all spans of one input, in order; `tokens` is what was run for it."""
+
+    spans: tuple[Span, ...]
+    tokens: int
+
+
+Outcome = Answer | Spans | ErrorBody
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -64,8 +81,15 @@ class Request(msgspec.Struct, frozen=True):
     dtype: Dtype
     encoding: EncodingFormat
     truncate: Truncate
+    chunk: Chunking | None  # its `tokens` are there, and at most the model's limit
+    max_spans: int  # of all its inputs together
     metadata: msgspec.Raw
     format: Format
+
+    @property
+    def late(self) -> bool:
+        """Whether an input gets several vectors."""
+        return self.chunk is not None and self.chunk.mode == "late"
 
 
 class InFlight:
@@ -83,6 +107,7 @@ class InFlight:
         "record",
         "remaining",
         "request",
+        "spans",
         "tokenize_s",
     )
 
@@ -93,6 +118,7 @@ class InFlight:
         self.encoder = encoder
         self.outcomes: list[Outcome | None] = [None] * len(request.texts)
         self.remaining = len(request.texts)
+        self.spans = 0
         self.queue_s: float | None = None
         self.tokenize_s: float | None = None
         self.compute_s: float | None = None
@@ -101,6 +127,10 @@ class InFlight:
         """Give one input its outcome. True when that was the last one."""
         if self.outcomes[index] is not None:
             raise RuntimeError(f"input {index} settled twice. This is a bug.")
+        if isinstance(outcome, Spans):
+            self.spans += len(outcome.spans)
+            if self.spans > self.request.max_spans:
+                outcome = too_many_spans(self.request)
         self.outcomes[index] = outcome
         self.remaining -= 1
         return self.remaining == 0
@@ -112,8 +142,19 @@ class InFlight:
     def failure(self) -> ErrorBody | None:
         """Why the job as a whole has no vectors; None if any input has one or a list names its errors one by one."""
         errors = [outcome for outcome in self.outcomes if isinstance(outcome, ErrorBody)]
+        if over := next((error for error in errors if error.code == "too_many_inputs"), None):
+            return over  # which inputs found no room is chance: the job fails the same way each time
         if len(errors) < len(self.outcomes):
             return None
         if not self.request.listed or all(error.code == "expired" for error in errors):
             return errors[0]
         return None
+
+
+def too_many_spans(request: Request) -> ErrorBody:
+    """A job whose late chunks are more vectors than a job may have."""
+    return ErrorBody.of(
+        "too_many_inputs",
+        f"`chunk`: expected at most {request.max_spans} spans in a job; `tokens` may be larger",
+        "chunk",
+    )

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from embedq_consumer.admission import input_param
-from embedq_consumer.engine import TextTooLong
+from embedq_consumer.engine import Chunked, TextTooLong, Tokens
 from embedq_consumer.flights import Item, Waiter
-from embedq_consumer.jobs import Answer, InFlight, Outcome, Request
+from embedq_consumer.jobs import Answer, InFlight, Outcome, Request, Span, Spans, too_many_spans
 from embedq_shared.messages import Dtype, ErrorBody
 from embedq_shared.vectors import cut_and_normalise, quantise
 
@@ -28,6 +28,33 @@ def outcomes_of(
             found.append(
                 (job, index, _answer(item, job, vector, made) if usable else _not_finite(job, index))
             )
+    return found
+
+
+def chunked_outcomes_of(
+    landed: Sequence[tuple[Item, npt.NDArray[np.float32], Sequence[Waiter]]],
+) -> list[tuple[InFlight, int, Outcome]]:
+    """The same for texts that ran in windows, each with all its rows: one of a mean, or one for each piece."""
+    found: list[tuple[InFlight, int, Outcome]] = []
+    for item, rows, waiters in landed:
+        if item.window is None:
+            raise RuntimeError("a text without windows was gathered. This is a bug.")
+        chunked, usable = item.window.of, bool(np.isfinite(rows).all())
+        for job, index in waiters:
+            request = job.request
+            if not usable:
+                found.append((job, index, _not_finite(job, index)))
+                continue
+            made = [quantise(cut_and_normalise(row, request.dimensions), request.dtype) for row in rows]
+            if request.late:
+                spans = [
+                    Span(piece.start, piece.end, piece.tokens, raw, scale)
+                    for piece, (raw, scale) in zip(chunked.pieces, made, strict=True)
+                ]
+                found.append((job, index, Spans(tuple(spans), chunked.tokens)))
+            else:
+                raw, scale = made[0]
+                found.append((job, index, Answer(raw, chunked.tokens, None, scale, cached=False)))
     return found
 
 
@@ -52,13 +79,37 @@ def _not_finite(job: InFlight, index: int) -> ErrorBody:
     return ErrorBody.of("non_finite", f"`{param}`: the model gave a vector that is not finite", param)
 
 
+Refusal = Callable[[Request, int], ErrorBody]
+"""The error of one input of a job."""
+
+
+def refusal_of(found: Tokens | Chunked | TextTooLong, request: Request, longest: int) -> Refusal | None:
+    """Why a tokenized text is not run, if it is not; `longest` tokens are what memory has room for."""
+    if isinstance(found, TextTooLong):
+        return lambda request, index: too_long(request, index, found)
+    windows = found.windows if isinstance(found, Chunked) else (found,)
+    tokens = max(len(window.ids) for window in windows)
+    if tokens > longest:
+        return lambda request, index: beyond_memory(request, index, tokens, longest)
+    if request.late and isinstance(found, Chunked) and len(found.pieces) > request.max_spans:
+        return lambda request, index: too_many_spans(request)
+    return None
+
+
 def too_long(request: Request, index: int, found: TextTooLong) -> ErrorBody:
     """A text over the model's limit in a job that does not allow a cut."""
     param = input_param(request, index)
+    if request.chunk is not None:
+        return ErrorBody.of(
+            "text_too_long",
+            f"`{param}`: expected at most {found.limit} tokens of prompt and special tokens around each chunk, "
+            f"got {found.tokens}",
+            param,
+        )
     return ErrorBody.of(
         "text_too_long",
         f"`{param}`: expected at most {found.limit} tokens, special tokens included, got {found.tokens}; "
-        "`truncate` may be start or end",
+        "`truncate` may be start or end, or `chunk` may be there",
         param,
     )
 

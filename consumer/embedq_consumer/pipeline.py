@@ -12,14 +12,15 @@ import msgspec
 import structlog
 
 from embedq_consumer import outcomes
-from embedq_consumer.admission import Refusal, Rules, UnknownAddress, datum_bytes
+from embedq_consumer.admission import Refusal, Rules, UnknownAddress, held_bytes
 from embedq_consumer.answers import Answers, Outgoing, Reply
 from embedq_consumer.batching import Batcher
 from embedq_consumer.budget import TokenBudget
 from embedq_consumer.cache import CachedVector, VectorCache, cache_key
-from embedq_consumer.engine import DeviceLost, OutOfMemory, Text, TextTooLong
-from embedq_consumer.flights import Flights, Identity, Item, Waiter
-from embedq_consumer.jobs import Answer, InFlight, Record
+from embedq_consumer.engine import Chunked, DeviceLost, Encoder, OutOfMemory, Text, TextTooLong, Tokens
+from embedq_consumer.flights import Flights, Identity, Item, Window
+from embedq_consumer.gathering import Vectors
+from embedq_consumer.jobs import Answer, InFlight, Outcome, Record
 from embedq_consumer.metrics import Metrics
 from embedq_consumer.model import ModelSlot
 from embedq_consumer.publisher import Publisher
@@ -144,9 +145,10 @@ class Pipeline:
         refused = [(job, index, self._rules.check_text(job.request, index)) for job, index in inputs]
         self._settle((job, index, error) for job, index, error in refused if error is not None)
         inputs = [(job, index) for job, index, error in refused if error is None]
-        found = await self._cache.get_many([_key(job, index) for job, index in inputs])
-        hits, misses = [], []
-        for (job, index), entry in zip(inputs, found, strict=True):
+        kept = [(job, index) for job, index in inputs if not job.request.late]
+        found = await self._cache.get_many([_key(job, index) for job, index in kept])
+        hits, misses = [], [(job, index) for job, index in inputs if job.request.late]
+        for (job, index), entry in zip(kept, found, strict=True):
             answer = _from_cache(job, entry)
             if answer is None:
                 misses.append((job, index))
@@ -162,11 +164,10 @@ class Pipeline:
 
     async def _tokenize(self, inputs: Sequence[tuple[InFlight, int]]) -> None:
         encoder = inputs[0][0].encoder  # one for all: a swap waits until nothing is in flight
-        texts = [
-            Text(job.request.texts[index], job.request.prompt, job.request.truncate) for job, index in inputs
-        ]
+        requests = [(job.request, index) for job, index in inputs]
+        texts = [Text(of.texts[index], of.prompt, of.truncate, of.chunk) for of, index in requests]
         started = time.monotonic()
-        tokens = await self._in_thread(encoder.tokenize, texts)
+        tokens = await self._in_thread(_tokens_of, encoder, texts)
         now = time.monotonic()
         self._metrics.tokenize.observe(now - started)
         items: list[Item] = []
@@ -174,20 +175,16 @@ class Pipeline:
         for (job, index), found in zip(inputs, tokens, strict=True):
             job.tokenize_s = now - started
             identity = Identity.of(job, index)
-            if isinstance(found, TextTooLong):
+            refusal = outcomes.refusal_of(found, job.request, self._budget.longest)
+            if refusal is not None:
                 waiters = self._flights.land(identity)
-                errors += [(other, at, outcomes.too_long(other.request, at, found)) for other, at in waiters]
-            elif len(found.ids) > self._budget.longest:
-                waiters = self._flights.land(identity)
-                errors += [
-                    (
-                        other,
-                        at,
-                        outcomes.beyond_memory(other.request, at, len(found.ids), self._budget.longest),
-                    )
-                    for other, at in waiters
+                errors += [(other, at, refusal(other.request, at)) for other, at in waiters]
+            elif isinstance(found, Chunked):
+                items += [
+                    Item(identity, encoder, window, now, Window(found, number))
+                    for number, window in enumerate(found.windows)
                 ]
-            else:
+            elif isinstance(found, Tokens):
                 items.append(Item(identity, encoder, found, now))
         self._batcher.put(items)
         self._settle(errors)
@@ -229,17 +226,37 @@ class Pipeline:
             return
         self._metrics.compute.observe(seconds)
         self._metrics.tokens.inc(sum(item.cost for item in batch))
-        landed = [(item, self._flights.land(item.identity)) for item in batch]
-        for job in {id(job): job for _, waiters in landed for job, _ in waiters}.values():
+        waiting = [job for item in batch for job, _ in self._flights.waiting(item.identity)]
+        for job in {id(job): job for job in waiting}.values():
             job.compute_s = (job.compute_s or 0.0) + seconds
-        self._spawn(self._finish_batch(landed, vectors), "finish_batch")
+        if any(item.window is not None for item in batch):
+            batch, vectors = self._land_windows(batch, vectors)
+        landed = [(item, self._flights.land(item.identity)) for item in batch]
+        if landed:
+            self._spawn(self._conclude(outcomes.outcomes_of, landed, vectors), "finish_batch")
 
-    async def _finish_batch(self, landed: Sequence[tuple[Item, list[Waiter]]], vectors: Any) -> None:
-        self._settle(await self._in_thread(outcomes.outcomes_of, landed, vectors))
+    def _land_windows(self, batch: Sequence[Item], vectors: Vectors) -> tuple[list[Item], Vectors]:
+        """Gather the windows of chunked texts and finish the texts that are whole; the other texts, with their vectors."""
+        whole, plain, rows = [], [], []
+        begin = 0
+        for item in batch:
+            end = begin + item.text.rows
+            if item.window is None:
+                plain.append(item)
+                rows.append(begin)
+            elif (found := self._flights.gather(item, vectors[begin:end])) is not None:
+                whole.append((item, found, self._flights.land(item.identity)))
+            begin = end
+        if whole:
+            self._spawn(self._conclude(outcomes.chunked_outcomes_of, whole), "finish_chunked")
+        return plain, vectors[rows]
+
+    async def _conclude(self, work: Callable[..., list[tuple[InFlight, int, Outcome]]], *args: Any) -> None:
+        self._settle(await self._in_thread(work, *args))
 
     # -- the answer -------------------------------------------------------------------------------------------------
 
-    def _settle(self, found: Iterable[tuple[InFlight, int, Answer | ErrorBody]]) -> None:
+    def _settle(self, found: Iterable[tuple[InFlight, int, Outcome]]) -> None:
         """Note outcomes; jobs that have all of theirs are answered."""
         complete = [job for job, index, outcome in found if job.settle(index, outcome)]
         for start in range(0, len(complete), _JOBS_A_CALL):
@@ -316,9 +333,10 @@ class Pipeline:
             await self._publisher.publish(positions)
 
     def _count(self, job: InFlight) -> None:
-        vectors = [outcome for outcome in job.outcomes if isinstance(outcome, Answer)]
-        self._metrics.inputs.labels(job.record.lane).inc(len(vectors))
-        self._metrics.truncated.inc(sum(answer.truncated is not None for answer in vectors))
+        answered = [outcome for outcome in job.outcomes if not isinstance(outcome, ErrorBody)]
+        self._metrics.inputs.labels(job.record.lane).inc(len(answered))
+        cut = sum(isinstance(answer, Answer) and answer.truncated is not None for answer in answered)
+        self._metrics.truncated.inc(cut)
 
     # -- plumbing ---------------------------------------------------------------------------------------------------
 
@@ -339,7 +357,7 @@ _PORTION_BYTES: Final = 16 * 1024 * 1024
 
 def _weight(job: InFlight) -> int:
     """Bytes that a job's results may take."""
-    return len(job.request.texts) * datum_bytes(job.request)
+    return held_bytes(job.request, job.encoder.hidden_size)
 
 
 def _portions(jobs: Sequence[InFlight]) -> Iterator[tuple[list[InFlight], int]]:
@@ -384,10 +402,24 @@ def _undeliverable(reason: BaseException) -> ErrorBody:
     )
 
 
+def _tokens_of(encoder: Encoder, texts: Sequence[Text]) -> list[Tokens | Chunked | TextTooLong]:
+    """Tokens of each text, in order."""
+    if all(text.chunk is None for text in texts):
+        return [*encoder.tokenize(texts)]
+    plain = iter(encoder.tokenize([text for text in texts if text.chunk is None]))
+    chunked = iter(encoder.chunk([text for text in texts if text.chunk is not None]))
+    return [next(plain) if text.chunk is None else next(chunked) for text in texts]
+
+
 def _key(job: InFlight, index: int) -> bytes:
     request = job.request
     return cache_key(
-        job.encoder.model_version, request.texts[index], request.prompt, request.dimensions, request.dtype
+        job.encoder.model_version,
+        request.texts[index],
+        request.prompt,
+        request.dimensions,
+        request.dtype,
+        None if request.chunk is None else request.chunk.tokens,
     )
 
 

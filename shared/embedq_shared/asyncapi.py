@@ -207,6 +207,14 @@ def _messages() -> Object:
                         "metadata": {"row": 17},
                     },
                 },
+                {
+                    "name": "lateChunks",
+                    "summary": "One pass over the text, and a vector for each span of at most 128 tokens.",
+                    "payload": {
+                        "input": "The tide turns twice a day.",
+                        "chunk": {"mode": "late", "tokens": 128},
+                    },
+                },
             ],
         ),
         "jobMsgpack": _message(
@@ -225,7 +233,10 @@ def _messages() -> Object:
             _answer_headers(topics.JSON, ["ok", "partial", "error"], versioned=True),
             key=result_key,
             correlated=True,
-            examples=[{"name": "oneFailed", "summary": "int8; the second text failed alone.", **_PARTIAL}],
+            examples=[
+                {"name": "oneFailed", "summary": "int8; the second text failed alone.", **_PARTIAL},
+                {"name": "lateChunks", "summary": "Two spans of one text, in binary.", **_CHUNKED},
+            ],
         ),
         "resultMsgpack": _message(
             "ResultMsgpack",
@@ -479,6 +490,39 @@ _PARTIAL: Final[Object] = {
         "usage": {"prompt_tokens": 9, "total_tokens": 9},
         "timings": {"queue": 0.0021, "tokenize": None, "compute": None},
         "metadata": {"row": 17},
+        "part": 0,
+        "parts": 1,
+    },
+}
+
+_CHUNKED: Final[Object] = {
+    "headers": {"content-type": topics.JSON, "embedq-status": "ok", "embedq-model-version": _VERSION},
+    "payload": {
+        "object": "list",
+        "id": "embed.jobs-3-4712",
+        "model": "default",
+        "model_version": _VERSION,
+        "dimensions": 32,
+        "dtype": "binary",
+        "data": [
+            {
+                "object": "embedding",
+                "index": 0,
+                "embedding": embedding,
+                "tokens": tokens,
+                "truncated": False,
+                "cached": False,
+                "span": span,
+                "error": None,
+            }
+            for embedding, tokens, span in (
+                ([201, 14, 77, 3], 121, [0, 530]),
+                ([9, 130, 76, 35], 40, [530, 702]),
+            )
+        ],
+        "usage": {"prompt_tokens": 163, "total_tokens": 163},
+        "timings": {"queue": 0.0021, "tokenize": 0.0004, "compute": 0.0061},
+        "metadata": None,
         "part": 0,
         "parts": 1,
     },

@@ -18,6 +18,7 @@ from embedq_shared.messages import (
     MAX_INSTRUCTION_BYTES,
     MAX_METADATA_BYTES,
     MAX_NESTING,
+    MIN_CHUNK_TOKENS,
     MIN_DIMENSIONS,
     NULL,
     Control,
@@ -46,10 +47,15 @@ EXPECTED: Final[dict[str, str]] = {
     "input_type": "one of query, document",
     "instruction": f"a string of at most {MAX_INSTRUCTION_BYTES} bytes of UTF-8",
     "truncate": "one of error, start, end",
+    "chunk": "an object of `mode` and maybe `tokens`",
     "metadata": f"an object of at most {MAX_METADATA_BYTES} bytes, with finite numbers and string keys",
     "user": "any JSON value",
 }
 """What each field of a job must be, for error messages."""
+_EXPECTED_IN_CHUNK: Final[dict[str, str]] = {
+    "mode": "one of late, mean",
+    "tokens": f"an integer of at least {MIN_CHUNK_TOKENS}",
+}
 
 
 class BadJob(Exception):
@@ -104,8 +110,9 @@ _anything: Final[dict[Format, msgspec.json.Decoder[Any] | msgspec.msgpack.Decode
 _UNDECODABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _UNKNOWN: Final = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
 _MISSING: Final = re.compile(r"Object missing required field `(\w+)`")
+_IN_CHUNK: Final = " - at `$.chunk`"
 # At the end, since what stands before may quote the value.
-_AT: Final = re.compile(r" - at `\$\.(\w+)((?:\[\d+\])?)[^`]*`\Z")
+_AT: Final = re.compile(r" - at `\$\.(\w+)((?:\[\d+\]|\.\w+)?)[^`]*`\Z")
 _WHERE: Final = re.compile(r"\((?:byte|char) (\d+)\)")
 
 
@@ -175,6 +182,12 @@ def _check_job(job: Job, format: Format, max_inputs: int) -> None:
             "`instruction`: expected to be absent where `input_type` is document, since documents take none",
             "instruction",
         )
+    if job.chunk is not None and job.truncate not in (None, "error"):
+        raise BadJob(
+            "invalid_value",
+            "`truncate`: expected to be absent, or error, where `chunk` is there, since that cuts nothing off",
+            "truncate",
+        )
     if format == "msgpack" and job.encoding_format is not None:
         raise BadJob(
             "invalid_value",
@@ -219,7 +232,10 @@ def _check_value(found: Any, name: str, depth: int) -> None:
 
 
 def _invalid(field: str, suffix: str = "", *, envelope: Envelope | None = None) -> BadJob:
-    expected = "a string" if suffix else EXPECTED[field]
+    if field == "chunk" and suffix:
+        expected = _EXPECTED_IN_CHUNK[suffix.removeprefix(".")]
+    else:
+        expected = "a string" if suffix else EXPECTED[field]
     return BadJob(
         "invalid_value", f"`{field}{suffix}`: expected {expected}", f"{field}{suffix}", envelope=envelope
     )
@@ -238,6 +254,12 @@ def _explain(error: msgspec.ValidationError, value: bytes, format: Format) -> Ba
     envelope = _envelope(value, format)
     if envelope is None:
         return _malformed(error, format)
+    if message.endswith(_IN_CHUNK) and (missing := _MISSING.match(message)):
+        return _invalid("chunk", f".{missing[1]}", envelope=envelope)
+    if message.endswith(_IN_CHUNK) and _UNKNOWN.match(message):
+        # The name of such a field is part of a value, and values are never repeated.
+        expected = f"no field but {', '.join(_EXPECTED_IN_CHUNK)}"
+        return BadJob("unknown_field", f"`chunk`: expected {expected}", "chunk", envelope=envelope)
     if unknown := _UNKNOWN.match(message):
         name = unknown[1] if len(unknown[1]) <= 64 else unknown[1][:64] + "…"
         return BadJob(

@@ -139,6 +139,11 @@ def _complete(parts: dict[str, Schema]) -> None:
                 "if": _has("input_type", {"const": "document"}),
                 "then": {"properties": {"instruction": {"type": "null"}}},
             },
+            {
+                "$comment": "Chunks cut nothing off.",
+                "if": _has("chunk", {"type": "object"}),
+                "then": {"properties": {"truncate": {"enum": ["error", None]}}},
+            },
         ]
     if result := parts.get("Result"):
         _always_written(result)
@@ -158,12 +163,19 @@ def _complete(parts: dict[str, Schema]) -> None:
             }
         ]
     if datum := parts.get("Datum"):
-        _always_written(datum, but=("scale",))
+        _always_written(datum, but=("scale", "span"))
         properties = datum["properties"]
         properties["object"] = {"const": "embedding"}
         properties["index"]["minimum"] = 0
         properties["tokens"]["minimum"] = 0
         properties["scale"]["exclusiveMinimum"] = 0
+        properties["span"] = {
+            "description": "Late chunks alone: where the span begins and ends in its input, in Unicode code points.",
+            "type": "array",
+            "items": {"type": "integer", "minimum": 0},
+            "minItems": 2,
+            "maxItems": 2,
+        }
         properties["embedding"] = {
             "description": "Numbers, or base64 of the raw little-endian bytes; in MessagePack those bytes "
             "themselves; null for an input that failed alone.",
@@ -179,7 +191,10 @@ def _complete(parts: dict[str, Schema]) -> None:
                 "error": {"type": "null"},
             }
         }
-        datum["else"] = {"properties": {"error": {"type": "object"}}, "not": {"required": ["scale"]}}
+        datum["else"] = {
+            "properties": {"error": {"type": "object"}},
+            "not": {"anyOf": [{"required": ["scale"]}, {"required": ["span"]}]},
+        }
     if failure := parts.get("Failure"):
         _always_written(failure)
         failure["properties"]["model_version"] = {

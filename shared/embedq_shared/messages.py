@@ -11,6 +11,7 @@ Dtype = Literal["float32", "float16", "int8", "binary"]
 EncodingFormat = Literal["float", "base64"]
 InputType = Literal["query", "document"]
 Truncate = Literal["error", "start", "end"]
+ChunkMode = Literal["late", "mean"]
 ErrorCode = Literal[
     "malformed",
     "unknown_field",
@@ -37,9 +38,33 @@ MAX_INSTRUCTION_BYTES: Final = 16 * 1024
 """It goes in front of every input of its job: without a limit, 1 MB of job could ask for 2 GB of text."""
 MAX_NESTING: Final = 64
 DEFAULT_MAX_INPUTS: Final = 2048
+MIN_CHUNK_TOKENS: Final = 8
+"""Of a span or window: it bounds how many vectors a text may ask for."""
+DEFAULT_CHUNK_TOKENS: Final = 256
+"""Of a span of late chunking where the job says nothing."""
 
 NULL: Final = msgspec.Raw(b"null")
 """What absent metadata is in a JSON result."""
+
+
+class Chunking(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """How a text becomes pieces.
+
+    "late": one pass over the whole text and a vector for each span of at most `tokens` tokens. "mean": windows of at
+    most `tokens` tokens run alone, and the text's vector is their mean.
+    """
+
+    mode: ChunkMode
+    tokens: (
+        Annotated[
+            int,
+            Meta(
+                ge=MIN_CHUNK_TOKENS,
+                description=f"Absent: {DEFAULT_CHUNK_TOKENS} in mode late, as many as the model takes in mode mean.",
+            ),
+        ]
+        | None
+    ) = None
 
 
 class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True):
@@ -82,6 +107,7 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
         | None
     ) = None
     truncate: Annotated[Truncate, Meta(description="What to do with a text over the limit.")] | None = None
+    chunk: Chunking | None = None
     metadata: Annotated[
         msgspec.Raw,
         Meta(
@@ -112,10 +138,10 @@ class ErrorBody(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Datum(msgspec.Struct, frozen=True, kw_only=True):
-    """The outcome of one input.
+    """The outcome of one input, or of one span of it.
 
     `embedding` is a list of numbers or base64 text in JSON, raw little-endian bytes in MessagePack, and null for an
-    input that failed alone. `scale` is there for int8 alone: x ≈ q · scale.
+    input that failed alone. `scale` is there for int8 alone: x ≈ q · scale. `span` is there for late chunks alone.
     """
 
     object: Literal["embedding"] = "embedding"
@@ -137,11 +163,12 @@ class Datum(msgspec.Struct, frozen=True, kw_only=True):
     truncated: bool | None = None
     cached: bool | None = None
     scale: float | msgspec.UnsetType = msgspec.UNSET
+    span: tuple[int, int] | msgspec.UnsetType = msgspec.UNSET
     error: ErrorBody | None = None
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """Tokens that were run, after any cut; the same for cached answers."""
+    """Tokens that were run, after any cut, those of prompts and special tokens included; the same for cached answers."""
 
     prompt_tokens: int
     total_tokens: int

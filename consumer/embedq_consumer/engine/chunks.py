@@ -1,0 +1,88 @@
+"""Where a text may be cut into pieces of so many tokens. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Final
+
+__all__ = ["Range", "cut", "spans_of", "windows_of"]
+
+Range = tuple[int, int]
+"""[begin, end)."""
+
+_ENDS: Final = frozenset(".!?…。！？")
+_CLOSING: Final = frozenset("\"'”’»)]}」』")
+_NEEDS_NO_BLANK: Final = frozenset("。！？")
+
+
+def cut(text: str, begins: Sequence[int], ends: Sequence[int], size: int) -> list[Range]:
+    """Consecutive ranges of at most `size` tokens that hold all of them; token i covers text[begins[i]:ends[i]].
+
+    A range ends behind the last sentence that ends in its last quarter, else behind the last word there, else where it is
+    full. It never ends between tokens that share a character: such a group stays whole, even one larger than `size`.
+    """
+    free = _free(begins, ends)
+    found: list[Range] = []
+    begin, count = 0, len(begins)
+    while count - begin > size:
+        end = begin + size
+        least = end - size // 4
+        places = [at for at in range(end, least - 1, -1) if free[at]]
+        at = (
+            next((at for at in places if _is_sentence_end(text, begins[at])), None)
+            or next((at for at in places if _is_word_end(text, begins[at])), None)
+            or next(iter(places), None)
+            or next((at for at in range(least - 1, begin, -1) if free[at]), None)
+            or next((at for at in range(end + 1, count) if free[at]), count)
+        )
+        found.append((begin, at))
+        begin = at
+    if begin < count:
+        found.append((begin, count))
+    return found
+
+
+def spans_of(ranges: Sequence[Range], begins: Sequence[int], length: int) -> list[Range]:
+    """The characters of each range: they tile a text of `length` characters, blanks between two belong to the first."""
+    borders = [0, *(begins[begin] for begin, _ in ranges[1:]), length]
+    return list(pairwise(borders))
+
+
+def windows_of(ranges: Sequence[Range], size: int) -> Iterator[list[Range]]:
+    """Consecutive ranges in groups of at most `size` tokens; a larger one is a group of its own."""
+    group: list[Range] = []
+    for found in ranges:
+        if group and found[1] - group[0][0] > size:
+            yield group
+            group = []
+        group.append(found)
+    if group:
+        yield group
+
+
+def _free(begins: Sequence[int], ends: Sequence[int]) -> list[bool]:
+    """Before which tokens a range may end: those that begin with a character that no token before them touches."""
+    free = []
+    reached = 0
+    for begin, end in zip(begins, ends, strict=True):
+        free.append(begin >= reached and end > begin > 0)
+        reached = max(reached, end)
+    return free
+
+
+def _is_word_end(text: str, at: int) -> bool:
+    return text[at - 1].isspace() or text[at].isspace()
+
+
+def _is_sentence_end(text: str, at: int) -> bool:
+    """Whether a sentence, or a line, ends in front of the character `at`."""
+    before = at - 1
+    while before >= 0 and text[before].isspace():
+        if text[before] == "\n":
+            return True
+        before -= 1
+    blank = before < at - 1 or text[at].isspace()
+    while before > 0 and text[before] in _CLOSING:
+        before -= 1
+    return before >= 0 and text[before] in (_ENDS if blank else _NEEDS_NO_BLANK)
