@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from embedq_sdk.client import EmbedClient
 from embedq_sdk.control import LostRace, ServiceStatus, reload_model, service_status
 from embedq_sdk.errors import EmbedError, InvalidArgument, KafkaUnavailable
+from embedq_sdk.options import late, mean
 from embedq_sdk.rollout import RolloutUpdate
 from embedq_sdk.shown import replica_lines, replica_table, status_lines
 from embedq_sdk.topics import DEFAULT_PARTITIONS, DEFAULT_REPLY_PARTITIONS, create_topics
@@ -93,7 +94,48 @@ def _say(line: str) -> None:
     click.echo(f"embedq: {line}", err=True)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class Commands(click.Group):
+    """embedq's own commands, and those that its heavier packages offer as entry points of `embedq.commands`.
+
+    So this package imports none of them, and a command whose packages are missing is listed and says what it needs.
+    """
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *_offered()})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        command = super().get_command(ctx, cmd_name)
+        entry = _offered().get(cmd_name)
+        if command is not None or entry is None:
+            return command
+        try:
+            loaded: click.Command = entry.load()
+        except ModuleNotFoundError as missing:
+            return _not_installed(cmd_name, str(missing.name))
+        return loaded
+
+
+def _offered() -> dict[str, importlib.metadata.EntryPoint]:
+    return {entry.name: entry for entry in importlib.metadata.entry_points(group="embedq.commands")}
+
+
+def _not_installed(name: str, package: str) -> click.Command:
+    reason = f"{name} needs {package}: pip install 'embedq[consumer]'"
+
+    def say(arguments: tuple[str, ...]) -> None:
+        _say(reason)
+        sys.exit(NO_ANSWER)
+
+    return click.Command(
+        name,
+        callback=say,
+        params=[click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)],
+        context_settings={"ignore_unknown_options": True},
+        help=f"Not installed: {reason}",
+    )
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(importlib.metadata.version("embedq"), prog_name="embedq")
 def cli() -> None:
     """Text embeddings over Kafka."""
@@ -114,6 +156,12 @@ def cli() -> None:
 @click.option("--document", "input_type", flag_value="document", help="The texts are documents.")
 @click.option("--instruction", help="What the query is for.")
 @click.option("--truncate", type=click.Choice(["error", "start", "end"]))
+@click.option(
+    "--chunk",
+    type=click.Choice(["late", "mean"]),
+    help="late: a line for each span of a text; mean: one vector, over windows of a text of any length.",
+)
+@click.option("--chunk-tokens", type=int, help="Tokens in a span or window.")
 @click.option("--lane", type=click.Choice(["interactive", "bulk"]), default="interactive", show_default=True)
 @click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Texts in one job.")
 @click.option("--in-flight", type=click.IntRange(1), default=1024, show_default=True, help="Texts under way.")
@@ -127,6 +175,8 @@ def embed(
     servers: str,
     prefix: str,
     with_text: bool,
+    chunk: str | None,
+    chunk_tokens: int | None,
     **options: Any,
 ) -> None:
     """Embed TEXTS, the lines of a file, or standard input."""
@@ -134,8 +184,22 @@ def embed(
         raise click.UsageError("give either TEXTS or --file")
     if out is not None and out.suffix not in (".jsonl", ".npy"):
         raise click.BadParameter("expected a name that ends with .jsonl or .npy", param_hint="--out")
+    if chunk is None and chunk_tokens is not None:
+        raise click.UsageError("--chunk-tokens is for --chunk late or --chunk mean")
+    if chunk == "late" and out is not None and out.suffix == ".npy":
+        raise click.BadParameter("spans need a .jsonl file, which says where each begins", param_hint="--out")
+    try:
+        options["chunk"] = _chunking(chunk, chunk_tokens)
+    except InvalidArgument as error:
+        raise click.BadParameter(str(error), param_hint="--chunk-tokens") from None
     security = _security(options)
     _run(_embed(texts, source, out, servers, prefix, with_text, security, options))
+
+
+def _chunking(mode: str | None, tokens: int | None) -> Chunking | None:
+    if mode == "late":
+        return late() if tokens is None else late(tokens)
+    return mean(tokens) if mode == "mean" else None
 
 
 async def _embed(
