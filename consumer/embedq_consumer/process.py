@@ -6,12 +6,14 @@ import asyncio
 import os
 import signal
 import sys
+from pathlib import Path
 
 import structlog
 from aiokafka.errors import KafkaError
 
 from embedq_consumer import logs
 from embedq_consumer.engine import DeviceLost, ModelError
+from embedq_consumer.engine.caches import default_directory, keep_compiled
 from embedq_consumer.model import NoModel
 from embedq_consumer.publisher import BrokerUnavailable
 from embedq_consumer.reload import Rejected
@@ -38,6 +40,7 @@ def main() -> int:
     """The exit code: 0 after a clean stop, 1 after a failure, 2 for a wrong setting."""
     try:
         settings = Settings.from_env(os.environ).named()
+        _keep_compiled(settings)
     except SettingsError as error:
         print(f"embedq: {error}", file=sys.stderr)  # noqa: T201  # the logs are not set up yet
         return 2
@@ -54,6 +57,18 @@ def main() -> int:
     if any(isinstance(failure, SettingsError) for failure in failures):
         return 2
     return 1 if failures else 0
+
+
+def _keep_compiled(settings: Settings) -> None:
+    """Before anything imports PyTorch. A place that was asked for must do; the usual one may be missing."""
+    chosen = settings.compile_cache
+    try:
+        keep_compiled(Path(chosen) if chosen else default_directory(os.environ), os.environ)
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
+        if chosen:
+            raise SettingsError(
+                f"EMBEDQ_COMPILE_CACHE: cannot make {chosen} ({type(error).__name__})"
+            ) from error
 
 
 async def _run(settings: Settings) -> None:

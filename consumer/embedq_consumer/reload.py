@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -271,8 +272,9 @@ class Models:
         )
         if isinstance(tokens, TextTooLong):
             raise Rejected("the tokenizer did not cut a text that it was asked to cut")
+        begin = time.monotonic()
         try:
-            return await find_budget(
+            budget = await find_budget(
                 encoder,
                 lambda batch: self._encode(encoder, batch),
                 tokens.ids,
@@ -281,6 +283,14 @@ class Models:
             )
         except OutOfMemory as error:
             raise Rejected("the model cannot run: its device has too little memory left") from error
+        phases = dict(encoder.phases) | {"warm_up": time.monotonic() - begin}
+        log.info(
+            "model_loaded",
+            model_version=encoder.model_version,
+            attention=encoder.attention,
+            seconds={name: round(taken, 3) for name, taken in phases.items()},
+        )
+        return budget
 
     async def _checked(self, encoder: Encoder) -> npt.NDArray[np.float32]:
         """Unit vectors of the check texts, float32 (texts, hidden_size)."""
@@ -294,7 +304,10 @@ class Models:
         texts = [Text(text, encoder.default_prompt, "end") for text in CHECK_TEXTS]
         tokens = await asyncio.to_thread(encoder.tokenize, texts)
         try:
-            raw = await self._encode(encoder, [found for found in tokens if isinstance(found, Tokens)])
+            # Each alone: together they may be more than a budget that was found on a small device.
+            raw = [
+                (await self._encode(encoder, [found]))[0] for found in tokens if isinstance(found, Tokens)
+            ]
         except OutOfMemory as error:
             raise Rejected("the model cannot run: its device has too little memory left") from error
         return np.stack([cut_and_normalise(vector, encoder.hidden_size) for vector in raw])

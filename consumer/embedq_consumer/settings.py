@@ -59,6 +59,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         "none"  # fp8: half the memory, other vectors, another model version
     )
     threads: Annotated[int, Meta(ge=0)] = 0  # CPU threads of the model; 0: PyTorch's choice
+    compile_cache: str = ""  # compiled GPU code, for the next start; empty: below the user's cache directory
 
     # Micro-batches
     max_batch_tokens: Annotated[int, Meta(ge=0)] = 0  # 0: by device

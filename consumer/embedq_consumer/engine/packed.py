@@ -173,6 +173,13 @@ class PackedEncoder:
             self._graphs = Graphs.over(forward, self._last_norm_weight, deterministic=self._deterministic)
         return forward
 
+    @property
+    def attention(self) -> str:
+        kernel = getattr(self._forward, "attention", None)
+        if kernel is not None:
+            return str(kernel.__name__)
+        return "torch_sdpa" if self._device.type == "cpu" else "packed"
+
     def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong]:
         share = self._graphs is not None and self._graphs.shares_prefixes
         return self._tokenizer.tokenize(texts, share=share)
