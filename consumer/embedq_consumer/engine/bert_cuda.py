@@ -17,7 +17,7 @@ from torch import Tensor
 from embedq_consumer.engine.attention import Packing, cuda_kernel
 from embedq_consumer.engine.bert_kernels import Norm, activate, add_layer_norm, embed, mean_of_places
 from embedq_consumer.engine.directory import Pooling
-from embedq_consumer.engine.fp8 import Weight, linear, select_rows, split_channels, weight_of
+from embedq_consumer.engine.fp8 import Weight, in_fp8, linear, select_rows, split_channels, weight_of
 from embedq_consumer.engine.kernels import Scaled, quantise
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class PackedBertCuda:
             self._run(*x, row.cu, longest, first if self._pooling == "cls" else row.last, out)
 
     def _embedded(self, ids: Tensor, positions: Tensor, table: Tensor) -> tuple[Tensor, Scaled | None]:
-        quantised = _in_fp8(self._layers[0].qkv)
+        quantised = in_fp8(self._layers[0].qkv)
         return embed(ids, positions, self._words, table, self._embedding_norm, self._eps, quantised=quantised)
 
     def _run(
@@ -149,12 +149,12 @@ class PackedBertCuda:
                 q, k, v = qkv.view(-1, 3, self._heads, self._head_dim).unbind(1)
                 attended = self.attention(q, k, v, cu, longest, self._head_dim**-0.5)
             attended = attended.reshape(len(x), self.hidden_size)
-            y = linear(quantise(attended) if _in_fp8(layer.attended) else attended, layer.attended)
+            y = linear(quantise(attended) if in_fp8(layer.attended) else attended, layer.attended)
             x, scaled = add_layer_norm(
-                x, y, layer.attended_bias, layer.attended_norm, self._eps, quantised=_in_fp8(layer.up)
+                x, y, layer.attended_bias, layer.attended_norm, self._eps, quantised=in_fp8(layer.up)
             )
             wide = linear(x if scaled is None else scaled, layer.up)
-            active = activate(wide, layer.up_bias, tanh=self._tanh, quantised=_in_fp8(layer.down))
+            active = activate(wide, layer.up_bias, tanh=self._tanh, quantised=in_fp8(layer.down))
             y = linear(active, layer.down)
             if not last:
                 x, scaled = add_layer_norm(
@@ -163,7 +163,7 @@ class PackedBertCuda:
                     layer.down_bias,
                     layer.norm,
                     self._eps,
-                    quantised=_in_fp8(self._layers[index + 1].qkv),
+                    quantised=in_fp8(self._layers[index + 1].qkv),
                 )
         if out is None:
             out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
@@ -181,10 +181,6 @@ class PackedBertCuda:
         # Places without a text have no query either: attention over no keys at all is nobody's business.
         cu_q = F.pad((cu[1:] > cu[:-1]).cumsum(0, dtype=torch.int32), (1, 0))
         return self.attention(q, k, v, cu, longest, self._head_dim**-0.5, cu_q)
-
-
-def _in_fp8(weight: Weight) -> bool:
-    return isinstance(weight, tuple)
 
 
 def _layer(layer: Any, quantised: bool) -> _Layer:
