@@ -174,3 +174,4 @@ def test_the_wheel_says_what_it_needs_and_offers(wheel: zipfile.ZipFile) -> None
     assert {"cli", "consumer", "dev"} <= set(about.get_all("Provides-Extra", []))
     points = next(wheel.read(name) for name in wheel.namelist() if name.endswith("entry_points.txt"))
     assert b"embedq = embedq_sdk.cli:main" in points
+    assert b"[embedq.commands]\nverify = embedq_consumer.verify:verify" in points
