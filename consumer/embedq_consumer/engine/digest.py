@@ -6,7 +6,7 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -41,15 +41,17 @@ def model_version(
     max_tokens: int,
     threads: int | None = None,
     quantization: str = "none",
+    keep_bf16: Collection[int] = (),
     deterministic: bool = False,
     digests: Sequence[bytes] | None = None,
 ) -> str:
     """`sha256:` and 64 hex digits; the same for every copy of a directory, wherever and however it is stored.
 
     Weights count tensor by tensor, so that resharding keeps the version. `max_tokens` counts, since it decides where a
-    long text is cut, and so does `quantization`, which makes other vectors of the same weights. Files are read in
-    `threads` threads (hashlib drops the GIL); 8 GB take seconds. `digests` are those of `directory.tensors`, if they
-    are known already.
+    long text is cut, and so do `quantization` and `keep_bf16`, which make other vectors of the same weights. So does
+    `deterministic`: what it promises is bits, and a cache must not answer with some that another mode rounded otherwise.
+    Files are read in `threads` threads (hashlib drops the GIL); 8 GB take seconds. `digests` are those of
+    `directory.tensors`, if they are known already.
     """
     total = hashlib.sha256(b"embedq model version 1")
 
@@ -72,6 +74,8 @@ def model_version(
     add("max_tokens", str(max_tokens).encode())
     if quantization != "none":
         add("quantization", quantization.encode())
+    if keep_bf16:
+        add("keep_bf16", ",".join(map(str, sorted(set(keep_bf16)))).encode())
     if deterministic:
         add("deterministic", b"1")
     if digests is None:

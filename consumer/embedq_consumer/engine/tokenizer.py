@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer, normalizers
 
-from embedq_consumer.engine import ModelError, Text, TextTooLong, Tokens
+from embedq_consumer.engine import Chunked, ModelError, Piece, Text, TextTooLong, Tokens
+from embedq_consumer.engine.chunks import cut, spans_of, windows_of
 from embedq_consumer.engine.directory import ModelDirectory
+from embedq_consumer.engine.prefixes import LONGEST_PREFIX
 
 __all__ = ["TextTokenizer"]
+
+_LEAST_SHARED = 8
+"""Tokens that a shared prefix has at least: to lay its keys beside each text's own costs a little too."""
+_PROMPTS = 64
+"""Prompts whose ids are remembered."""
 
 
 class TextTokenizer:
@@ -31,6 +40,7 @@ class TextTokenizer:
         self._front, self._behind = _added_tokens(tokenizer)
         if self._front + self._behind >= max_tokens:
             raise ModelError(f"the limit of {max_tokens} tokens leaves no room between the special tokens")
+        self._prefix = lru_cache(maxsize=_PROMPTS)(self._prefix_of)
 
     @classmethod
     def load(cls, directory: ModelDirectory, max_tokens: int) -> TextTokenizer:
@@ -56,10 +66,76 @@ class TextTokenizer:
             backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *rest])
         return cls(backend, max_tokens)
 
-    def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong]:
-        """Tokens of each text, in order. Safe to call from many threads at once."""
+    def tokenize(self, texts: Sequence[Text], *, share: bool = False) -> list[Tokens | TextTooLong]:
+        """Tokens of each text, in order; with `share`, how many of the first are a shared prompt's.
+
+        Safe to call from many threads at once.
+        """
         encodings = self._tokenizer.encode_batch_fast([text.prompt + text.text for text in texts])
-        return [self._fit(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
+        found = [self._fit(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
+        if not share:
+            return found
+        return [self._sharing(text, tokens) for text, tokens in zip(texts, found, strict=True)]
+
+    def _sharing(self, text: Text, tokens: Tokens | TextTooLong) -> Tokens | TextTooLong:
+        """The same tokens; `shared` says whether they begin with the prompt's, as they do unless these were cut."""
+        if isinstance(tokens, TextTooLong) or not text.prompt:
+            return tokens
+        prefix = self._prefix(text.prompt)
+        begins = len(tokens.ids) > len(prefix) and np.array_equal(tokens.ids[: len(prefix)], prefix)
+        return msgspec.structs.replace(tokens, shared=len(prefix)) if begins else tokens
+
+    def _prefix_of(self, prompt: str) -> npt.NDArray[np.int32]:
+        """Ids that texts behind this prompt begin with; none if they are too few to be worth sharing.
+
+        The prompt's last token is not among them: it may become another one with the text behind it.
+        """
+        ids: npt.NDArray[np.int32] = np.array(self._tokenizer.encode(prompt).ids, dtype=np.int32)
+        prefix = ids[: len(ids) - self._behind - 1][:LONGEST_PREFIX]
+        return prefix if len(prefix) >= _LEAST_SHARED else prefix[:0]
+
+    def chunk(self, texts: Sequence[Text], *, end_token: bool) -> list[Chunked | TextTooLong]:
+        """Each text in windows; see `Encoder.chunk`. With `end_token`, the last span of a window holds what stands behind
+        the text too. Safe to call from many threads at once."""
+        encodings = self._tokenizer.encode_batch([text.prompt + text.text for text in texts])
+        return [
+            self._chunk(text, encoding, end_token) for text, encoding in zip(texts, encodings, strict=True)
+        ]
+
+    def _chunk(self, text: Text, encoding: Encoding, end_token: bool) -> Chunked | TextTooLong:
+        assert text.chunk is not None, "a text without chunks. This is a bug."
+        ids: npt.NDArray[np.int32] = np.array(encoding.ids, dtype=np.int32)
+        end = len(ids) - self._behind
+        offsets = encoding.offsets[self._front : end]
+        # A token that prompt and text share (a blank in front of a word) is the text's, or it would belong to no piece.
+        border = len(text.prompt)
+        prompt = next((at for at, (_, stop) in enumerate(offsets) if stop > border), len(offsets))
+        begins = [max(0, begin - border) for begin, _ in offsets[prompt:]]
+        ends = [stop - border for _, stop in offsets[prompt:]]
+        head = self._front + prompt
+        around = head + self._behind
+        if 2 * around > self._max_tokens:
+            return TextTooLong(tokens=around, limit=self._max_tokens // 2)
+        room = self._max_tokens - around
+        late = text.chunk.mode == "late"
+        size = min(text.chunk.tokens or room, room)
+        # Windows shorter than the prompt would run mostly prompt: a small job could ask for a day of work.
+        ranges = cut(text.text, begins, ends, size if late else max(size, prompt))
+        if not ranges:
+            return Chunked((Tokens(ids),), (Piece(0, len(text.text), 0),))
+        windows = []
+        for group in windows_of(ranges, room) if late else ([found] for found in ranges):
+            first, last = group[0][0], group[-1][1]
+            if last - first > room:  # one character of more tokens than the model takes
+                return TextTooLong(tokens=last - first + around, limit=self._max_tokens)
+            row = np.concatenate([ids[:head], ids[head + first : head + last], ids[end:]])
+            spans = [(begin - first + head, stop - first + head) for begin, stop in group] if late else []
+            if spans and end_token:
+                spans[-1] = (spans[-1][0], len(row))
+            windows.append(Tokens(row, spans=tuple(spans)))
+        places = spans_of(ranges, begins, len(text.text))
+        pieces = [Piece(*place, stop - begin) for place, (begin, stop) in zip(places, ranges, strict=True)]
+        return Chunked(tuple(windows), tuple(pieces))
 
     def _fit(self, text: Text, encoding: Encoding) -> Tokens | TextTooLong:
         ids: npt.NDArray[np.int32] = np.array(encoding.ids, dtype=np.int32)
