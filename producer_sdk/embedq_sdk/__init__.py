@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from embedq_sdk.answers import Embeddings
+from embedq_sdk.answers import Chunk, Embeddings
 from embedq_sdk.client import EmbedClient
 from embedq_sdk.errors import (
     ClientClosed,
@@ -24,11 +24,12 @@ from embedq_sdk.errors import (
     UnknownModel,
     UnreadableReply,
 )
-from embedq_sdk.options import JobArguments
+from embedq_sdk.options import JobArguments, late, mean
 from embedq_sdk.results import JobResult, ResultCollector
 from embedq_sdk.stream import Embedded
 
 __all__ = [
+    "Chunk",
     "ClientClosed",
     "DeadlineExceeded",
     "EmbedClient",
@@ -53,4 +54,6 @@ __all__ = [
     "TopicMissing",
     "UnknownModel",
     "UnreadableReply",
+    "late",
+    "mean",
 ]

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedq_sdk.errors import EmbedError, MixedModelVersions, PartialFailure, job_failed
-from embedq_shared.messages import Dtype, Timings
+from embedq_shared.messages import Dtype, Timings, Usage
 from embedq_shared.vectors import NUMPY, dequantise
 
 Vectors = npt.NDArray[Any]
@@ -28,7 +28,7 @@ class ReadError(msgspec.Struct, frozen=True, gc=False):
 
 
 class ReadDatum(msgspec.Struct, frozen=True, gc=False):
-    """The outcome of one input: a vector as it was written, or an error."""
+    """The outcome of one input, or of one span of it: a vector as it was written, or an error."""
 
     index: int
     embedding: Any = None
@@ -36,7 +36,24 @@ class ReadDatum(msgspec.Struct, frozen=True, gc=False):
     truncated: bool | None = None
     cached: bool | None = None
     scale: float | None = None
+    span: tuple[int, int] | None = None
     error: ReadError | None = None
+
+
+class Chunk(msgspec.Struct, frozen=True, eq=False):
+    """One span of a text and its vector: `[start, end)` in characters, as Python counts and slices them.
+
+    `vector` is float32 (dimensions,), or uint8 (dimensions / 8,) with dtype "binary". `tokens` are the span's own.
+    """
+
+    start: int
+    end: int
+    tokens: int
+    vector: Vectors
+
+    def of(self, text: str) -> str:
+        """Its part of the text that was sent."""
+        return text[self.start : self.end]
 
 
 class ReadResult(msgspec.Struct, frozen=True, tag_field="object", tag="list"):
@@ -48,6 +65,7 @@ class ReadResult(msgspec.Struct, frozen=True, tag_field="object", tag="list"):
     dimensions: int
     dtype: Dtype
     data: list[ReadDatum]
+    usage: Usage | None = None
     timings: Timings = Timings()
     metadata: Any = None
     part: int = 0
@@ -115,25 +133,33 @@ def vector(datum: ReadDatum, dtype: Dtype) -> Vectors:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Embeddings:
-    """The vectors of one call, and where they came from. Arrays have one entry for each input, in the inputs' order.
+    """The vectors of one call, and where they came from. Arrays have one row for each input, in the inputs' order; with
+    late chunks one for each span, in the order of inputs and text, and `inputs` and `spans` say which.
 
-    `vectors` is float32 (inputs, dimensions); with dtype "binary" it is uint8 (inputs, dimensions / 8), which
-    `numpy.unpackbits(..., axis=1)` expands. The row of an input that failed is all zeros and its error is in `errors`.
+    `vectors` is float32 (rows, dimensions); with dtype "binary" it is uint8 (rows, dimensions / 8), which
+    `numpy.unpackbits(..., axis=1)` expands. An input that failed has one row of zeros, and its error is in `errors`.
     """
 
     vectors: Vectors
     model: str
     model_versions: list[str | None]
-    """Each input's model version; None where the whole job failed."""
+    """Each row's model version; None where the whole job failed."""
     dimensions: int
     dtype: Dtype
     tokens: npt.NDArray[np.int64]
     truncated: npt.NDArray[np.bool_]
     cached: npt.NDArray[np.bool_]
     errors: dict[int, EmbedError]
+    """By row."""
     timings: tuple[Timings, ...]
     """The service's seconds for each job that the call took."""
-    metadata: Any = None
+    metadata: Any
+    inputs: npt.NDArray[np.int64]
+    """Each row's input: 0, 1, 2, … but for late chunks."""
+    spans: npt.NDArray[np.int64] | None
+    """(rows, 2): each row's `[start, end)` in its input, with late chunks alone; 0, 0 for an input that failed."""
+    total_tokens: int
+    """Tokens that were run, after any cut."""
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -150,10 +176,19 @@ class Embeddings:
             raise mixed(self.model_versions)
         return found.pop()
 
+    def chunks(self) -> list[list[Chunk]]:
+        """The spans of each input, in order; none for one that failed. An input without late chunks has none either."""
+        found: list[list[Chunk]] = [[] for _ in range(self.count)]
+        for row, (start, end) in enumerate([] if self.spans is None else self.spans.tolist()):
+            if row not in self.errors:
+                chunk = Chunk(start, end, int(self.tokens[row]), self.vectors[row])
+                found[self.inputs[row]].append(chunk)
+        return found
+
     @property
-    def total_tokens(self) -> int:
-        """Tokens that were run, after any cut."""
-        return int(self.tokens.sum())
+    def count(self) -> int:
+        """How many inputs there are."""
+        return int(self.inputs[-1]) + 1
 
     def masked(self) -> np.ma.MaskedArray[Any, Any]:
         """The vectors with the failed rows masked."""
@@ -170,15 +205,15 @@ class Embeddings:
         """
         if not self.errors:
             return self
-        index, first = min(self.errors.items())
+        row, first = min(self.errors.items())
         if len(self.errors) == len(self):
             raise first
         raise PartialFailure(
             vectors=self.masked(),
             errors=dict(sorted(self.errors.items())),
             failed=len(self.errors),
-            total=len(self),
-            index=index,
+            total=self.count,
+            index=int(self.inputs[row]),
             first=str(first),
         )
 
@@ -200,39 +235,52 @@ def assemble(jobs: Iterable[tuple[int, Outcome]]) -> Embeddings:
         EmbedError: not one job has a result; it is the first one's error.
     """
     jobs = list(jobs)
-    total = sum(count for count, _ in jobs)
     head = next((outcome[0] for _, outcome in jobs if isinstance(outcome, list)), None)
     if head is None:
         raise next(outcome for _, outcome in jobs if isinstance(outcome, EmbedError))
+    chunked = any(_chunked(outcome) for _, outcome in jobs)
+    total = sum(_rows(count, outcome) for count, outcome in jobs)
     width = head.dimensions // 8 if head.dtype == "binary" else head.dimensions
     out = np.zeros((total, width), dtype=np.uint8 if head.dtype == "binary" else np.float32)
     versions: list[str | None] = [None] * total
     tokens = np.zeros(total, dtype=np.int64)
     truncated = np.zeros(total, dtype=np.bool_)
     cached = np.zeros(total, dtype=np.bool_)
+    inputs = np.arange(total, dtype=np.int64)
+    spans = np.zeros((total, 2), dtype=np.int64) if chunked else None
     errors: dict[int, EmbedError] = {}
     timings: list[Timings] = []
-    start = 0
+    ran = start = first_input = 0
     for count, outcome in jobs:
         if isinstance(outcome, EmbedError):
             errors.update(dict.fromkeys(range(start, start + count), outcome))
+            inputs[start : start + count] = np.arange(first_input, first_input + count)
             start += count
+            first_input += count
             continue
         timings.append(outcome[0].timings)
+        ran += _tokens(outcome)
+        in_order = _chunked(outcome)
+        row = start
         for part in outcome:
             if part.dimensions != head.dimensions:
                 # A reload changed the hidden size; the rows can't stand in one array.
                 raise mixed([head.model_version, part.model_version])
-            _fill(out, part, start)
-            for datum in part.data:
-                row = start + datum.index
+            rows = [row + n if in_order else start + datum.index for n, datum in enumerate(part.data)]
+            _fill(out, part, rows)
+            for row, datum in zip(rows, part.data, strict=True):
                 versions[row] = part.model_version
                 tokens[row] = datum.tokens or 0
                 truncated[row] = bool(datum.truncated)
                 cached[row] = bool(datum.cached)
+                inputs[row] = first_input + datum.index
+                if spans is not None and datum.span is not None:
+                    spans[row] = datum.span
                 if datum.error is not None:
                     errors[row] = job_failed(datum.error)
-        start += count
+            row = rows[-1] + 1 if rows else row
+        start += _rows(count, outcome)
+        first_input += count
     return Embeddings(
         out,
         head.model,
@@ -245,18 +293,38 @@ def assemble(jobs: Iterable[tuple[int, Outcome]]) -> Embeddings:
         errors,
         tuple(timings),
         head.metadata,
+        inputs,
+        spans,
+        ran,
     )
 
 
-def _fill(out: Vectors, part: ReadResult, start: int) -> None:
+def _chunked(outcome: Outcome) -> bool:
+    """Whether an input may have several rows here."""
+    return isinstance(outcome, list) and any(d.span is not None for part in outcome for d in part.data)
+
+
+def _rows(count: int, outcome: Outcome) -> int:
+    """How many rows a job of `count` inputs gets."""
+    if isinstance(outcome, list) and _chunked(outcome):
+        return sum(len(part.data) for part in outcome)
+    return count
+
+
+def _tokens(outcome: list[ReadResult]) -> int:
+    """What was run for a job; each part says it of the whole. A service that does not say so ran what its data tell."""
+    usage = outcome[0].usage
+    return sum(d.tokens or 0 for part in outcome for d in part.data) if usage is None else usage.total_tokens
+
+
+def _fill(out: Vectors, part: ReadResult, rows: list[int]) -> None:
     """Write a part's vectors into their rows."""
     data = part.data
     plain = part.dtype != "int8" and all(isinstance(datum.embedding, bytes) for datum in data)
-    if plain and data and data[-1].index - data[0].index == len(data) - 1:
-        first = start + data[0].index
+    if plain and rows and rows[-1] - rows[0] == len(rows) - 1:
         joined = np.frombuffer(b"".join([datum.embedding for datum in data]), dtype=NUMPY[part.dtype])
-        out[first : first + len(data)] = joined.reshape(len(data), -1)
+        out[rows[0] : rows[0] + len(rows)] = joined.reshape(len(rows), -1)
         return
-    for datum in data:
+    for row, datum in zip(rows, data, strict=True):
         if datum.error is None:
-            out[start + datum.index] = vector(datum, part.dtype)
+            out[row] = vector(datum, part.dtype)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, Unpack
 import msgspec
 
 from embedq_sdk.answers import (
+    Chunk,
     Embeddings,
     Outcome,
     Vectors,
@@ -41,6 +42,7 @@ from embedq_sdk.options import (
     checked_id,
     checked_texts,
     checked_timeout,
+    late,
     split,
     text_size,
 )
@@ -69,8 +71,8 @@ _SILENT_S: Final = 1.2
 class EmbedClient:
     """Sends jobs and awaits their results. Use it as an async context manager, in one event loop.
 
-    What a job may ask for (`model`, `dimensions`, `dtype`, `input_type`, `instruction`, `truncate`, `metadata`, `lane`,
-    `trace`) are keyword arguments of every call: see `JobArguments`.
+    What a job may ask for (`model`, `dimensions`, `dtype`, `input_type`, `instruction`, `truncate`, `chunk`, `metadata`,
+    `lane`, `trace`) are keyword arguments of every call: see `JobArguments`.
 
     Args:
         servers: Kafka's address, "host:port", several with commas.
@@ -222,12 +224,35 @@ class EmbedClient:
             DeadlineExceeded, KafkaUnavailable, Overloaded, MixedModelVersions, ClientClosed.
         """
         options = JobOptions(**job)
+        if options.late:
+            raise InvalidArgument(
+                argument="chunk",
+                expected="none or mean(…); late chunks come from embed_chunks",
+                got="late(…)",
+            )
         timeout = checked_timeout("timeout", timeout)
         if isinstance(texts, str):
             size = text_size(texts, "texts", self._max_job_bytes)
             found = assemble(await self._ask([[texts]], [size], options, timeout))
             return found.checked().vectors[0]  # type: ignore[no-any-return]
         return (await self._embed(texts, options, timeout, allow_mixed=False)).checked().vectors
+
+    async def embed_chunks(
+        self, text: str, *, timeout: float = DEFAULT_TIMEOUT_S, **job: Unpack[JobArguments]
+    ) -> list[Chunk]:
+        """A text's spans, which tile it, each with its vector, in order; `chunk` is `late()` unless it is given.
+
+        For several texts there are `embed_detailed(texts, chunk=late()).chunks()` and `stream`. One job has at most 2,048
+        spans, unless the service is set otherwise. Deadline and errors are those of `embed`.
+        """
+        job.setdefault("chunk", late())
+        options = JobOptions(**job)
+        if not options.late:
+            raise InvalidArgument(argument="chunk", expected="late(…)", got="mean(…) or none")
+        timeout = checked_timeout("timeout", timeout)
+        size = text_size(text, "text", self._max_job_bytes)
+        found = assemble(await self._ask([[text]], [size], options, timeout))
+        return found.checked().chunks()[0]
 
     async def embed_detailed(
         self,

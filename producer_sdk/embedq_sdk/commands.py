@@ -25,6 +25,7 @@ from embedq_sdk.rollout import RolloutUpdate
 from embedq_sdk.shown import replica_lines, replica_table, status_lines
 from embedq_sdk.topics import DEFAULT_PARTITIONS, DEFAULT_REPLY_PARTITIONS, create_topics
 from embedq_sdk.writing import JsonLines, NpyFile, VectorWriter
+from embedq_shared.messages import Chunking
 
 FAILED = 1
 NO_ANSWER = 2
@@ -212,7 +213,7 @@ async def _embed(
     security: dict[str, Any],
     options: dict[str, Any],
 ) -> int:
-    failed = 0
+    failed, done = 0, -1
     with contextlib.ExitStack() as stack:
         lines, total = _source(texts, source)
         client = await _entered(EmbedClient(servers, topic_prefix=prefix, connect_timeout=5.0, **security))
@@ -222,6 +223,9 @@ async def _embed(
             async with contextlib.aclosing(client.stream(lines, errors="return", **options)) as items:
                 async for item in items:
                     writer.write(item)
+                    if item.index == done:  # another span of the same text
+                        continue
+                    done = item.index
                     if isinstance(item.error, KafkaUnavailable):
                         raise item.error
                     if item.error is not None:

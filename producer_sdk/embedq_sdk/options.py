@@ -12,10 +12,14 @@ import msgspec
 from embedq_sdk.errors import InvalidArgument
 from embedq_shared.codec import Format, encode
 from embedq_shared.messages import (
+    DEFAULT_CHUNK_TOKENS,
     MAX_ID_LENGTH,
     MAX_INSTRUCTION_BYTES,
     MAX_METADATA_BYTES,
+    MIN_CHUNK_TOKENS,
     MIN_DIMENSIONS,
+    Chunking,
+    ChunkMode,
     Dtype,
     InputType,
     Job,
@@ -27,10 +31,22 @@ Lane = Literal["interactive", "bulk"]
 _TRACE_LIMIT: Final = 512
 
 
+def late(tokens: int = DEFAULT_CHUNK_TOKENS) -> Chunking:
+    """Late chunking: the model reads the whole text, and each span of at most `tokens` tokens gets a vector."""
+    return Chunking("late", checked_count("tokens", tokens, MIN_CHUNK_TOKENS))
+
+
+def mean(tokens: int | None = None) -> Chunking:
+    """One vector of a text of any length: the mean over windows of at most `tokens` tokens, None for as many as the model
+    takes."""
+    return Chunking("mean", None if tokens is None else checked_count("tokens", tokens, MIN_CHUNK_TOKENS))
+
+
 class JobArguments(TypedDict, total=False):
     """What every call of the client takes for its jobs; what is absent is the service's default.
 
-    `lane` is "interactive" unless given, and "bulk" for submitted jobs; `trace` is a W3C traceparent.
+    `chunk` is `late(…)` or `mean(…)`. `lane` is "interactive" unless given, and "bulk" for submitted jobs; `trace` is a
+    W3C traceparent.
     """
 
     model: str | None
@@ -39,6 +55,7 @@ class JobArguments(TypedDict, total=False):
     input_type: InputType | None
     instruction: str | None
     truncate: Truncate | None
+    chunk: Chunking | None
     metadata: Mapping[str, Any] | None
     lane: Lane
     trace: str | None
@@ -57,12 +74,18 @@ class JobOptions:
     metadata: Mapping[str, Any] | None = None
     lane: Lane = "interactive"
     trace: str | None = None
+    chunk: Chunking | None = None
 
     def __post_init__(self) -> None:
         _text("model", self.model, 1)
         _choice("dtype", self.dtype, get_args(Dtype))
         _choice("input_type", self.input_type, get_args(InputType))
         _choice("truncate", self.truncate, get_args(Truncate))
+        _chunking(self.chunk)
+        if self.chunk is not None and self.truncate not in (None, "error"):
+            raise InvalidArgument(
+                argument="truncate", expected="none, or error, where chunk is given", got=repr(self.truncate)
+            )
         _choice("lane", self.lane, get_args(Lane), optional=False)
         _text("instruction", self.instruction)
         _text("trace", self.trace, 1)
@@ -86,6 +109,11 @@ class JobOptions:
         if self.metadata is not None:
             self._raw_metadata("msgpack")
 
+    @property
+    def late(self) -> bool:
+        """Whether a text gets several vectors."""
+        return self.chunk is not None and self.chunk.mode == "late"
+
     def encode(self, texts: str | list[str], id: str | None, format: Format = "msgpack") -> bytes:
         """One job's bytes."""
         return encode(
@@ -98,6 +126,7 @@ class JobOptions:
                 input_type=self.input_type,
                 instruction=self.instruction,
                 truncate=self.truncate,
+                chunk=self.chunk,
                 metadata=_NONE if self.metadata is None else self._raw_metadata(format),
             ),
             format,
@@ -132,6 +161,16 @@ def _choice(name: str, value: object, allowed: tuple[str, ...], *, optional: boo
     if not ((value is None and optional) or (isinstance(value, str) and value in allowed)):
         shown = repr(value[:40]) if isinstance(value, str) else type(value).__name__
         raise InvalidArgument(argument=name, expected=f"one of {', '.join(allowed)}", got=shown)
+
+
+def _chunking(value: object) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Chunking):
+        raise _wrong("chunk", "late(…) or mean(…)", value)
+    _choice("chunk", value.mode, get_args(ChunkMode), optional=False)
+    if value.tokens is not None:
+        checked_count("tokens", value.tokens, MIN_CHUNK_TOKENS)
 
 
 def _text(name: str, value: object, shortest: int = 0) -> None:

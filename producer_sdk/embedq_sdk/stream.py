@@ -16,9 +16,10 @@ from embedq_sdk.room import Room
 
 
 class Embedded(msgspec.Struct, frozen=True):
-    """One text of a stream. Either `vector` or `error` is there.
+    """One text of a stream, or with late chunks one span of it. Either `vector` or `error` is there.
 
-    `vector` is float32 (dimensions,), or uint8 (dimensions / 8,) with dtype "binary".
+    `vector` is float32 (dimensions,), or uint8 (dimensions / 8,) with dtype "binary". `span` is there for late chunks
+    alone: the vector stands for `text[span[0]:span[1]]`.
     """
 
     index: int
@@ -29,6 +30,7 @@ class Embedded(msgspec.Struct, frozen=True):
     truncated: bool | None = None
     cached: bool | None = None
     error: EmbedError | None = None
+    span: tuple[int, int] | None = None
 
 
 def items(first: int, texts: list[str], outcome: Outcome) -> Iterator[Embedded]:
@@ -49,6 +51,7 @@ def items(first: int, texts: list[str], outcome: Outcome) -> Iterator[Embedded]:
                 datum.truncated,
                 datum.cached,
                 job_failed(datum.error) if datum.error is not None else None,
+                datum.span,
             )
 
 

@@ -61,6 +61,8 @@ class JsonLines:
                 "model_version": item.model_version,
                 "tokens": item.tokens,
             }
+        if item.span is not None:
+            line["span"] = item.span
         self._target.write(msgspec.json.encode(line) + b"\n")
 
 
