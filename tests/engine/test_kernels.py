@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from embedq_consumer.engine import kernels
+from embedq_consumer.engine.fused import interleaved
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's overflow, in the interpreter
 
@@ -56,6 +57,15 @@ def test_gate(width: int) -> None:
     assert error(values(kernels.gate(rows, quantised=True)), kernels.gate_reference(rows)) < FP8
 
 
+@pytest.mark.parametrize("width", [96, 1024, 3000])
+def test_gate_of_interleaved_rows(width: int) -> None:
+    rows = 3 * random(3, 2 * width)
+    mixed = rows.view(3, 2, width).transpose(1, 2).reshape(3, 2 * width).contiguous()
+    for quantised, least in ((False, BF16), (True, FP8)):
+        found = kernels.gate(mixed, quantised=quantised, interleaved=True)
+        assert error(values(found), kernels.gate_reference(rows)) < least
+
+
 def test_gate_of_large_numbers_is_finite() -> None:
     rows = torch.tensor([[-300.0, 300.0, 0.0, -90.0] * 8 + [2.0] * 32], dtype=torch.bfloat16, device=DEVICE)
     assert torch.allclose(values(kernels.gate(rows)).float(), kernels.gate_reference(rows), atol=1e-3)
@@ -97,5 +107,9 @@ def test_product_of_few_rows(gated: bool, residual: bool) -> None:
     x, weight = random(16, 512, dtype=dtype), random(4096, 512, dtype=dtype)
     added = random(16, 2048 if gated else 4096, dtype=dtype) if residual else None
     plan = {"COLUMNS": 32, "STEP": 256, "num_warps": 4, "num_stages": 3}
-    found = kernels.skinny_linear(x, weight, plan, gated=gated, residual=added)
-    assert error(found, kernels.skinny_linear_reference(x, weight, gated=gated, residual=added)) < BF16
+    wanted = kernels.skinny_linear_reference(x, weight, gated=gated, residual=added)
+    assert error(kernels.skinny_linear(x, weight, plan, gated=gated, residual=added), wanted) < BF16
+    if gated:
+        mixed = interleaved(*weight.chunk(2))
+        found = kernels.skinny_linear(x, mixed, plan, gated=True, interleaved=True, residual=added)
+        assert error(found, wanted) < BF16

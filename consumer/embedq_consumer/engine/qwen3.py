@@ -6,6 +6,7 @@ one kernel for each of what lies between (kernels.py). PackedEncoder proves it a
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -14,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embedq_consumer.engine.attention import Packing, cuda_kernel
-from embedq_consumer.engine.fp8 import Weight, linear, weight_of
+from embedq_consumer.engine.fp8 import Weight, in_fp8, linear, select_rows, split_channels, weight_of
+from embedq_consumer.engine.fused import fuses, gated_linear, gates_in_product, interleaved
 from embedq_consumer.engine.kernels import (
     Scaled,
     add_norm,
@@ -46,17 +48,16 @@ class _Layer(msgspec.Struct, frozen=True):
 class PackedQwen3:
     """The layers of one Qwen3Model, which it takes apart as it fuses them: no weight is held twice.
 
-    `quantised`: weights and activations of every product in FP8; embeddings, norms, attention and residuals stay as they
+    `quantised`: weights and activations of every product in FP8, but for the layers in `keep`; embeddings, norms, attention and residuals stay as they
     are.
     """
 
-    def __init__(self, model: Any, *, quantised: bool = False) -> None:
+    def __init__(self, model: Any, *, quantised: bool = False, keep: Container[int] = ()) -> None:
         config = model.config
         self._heads = int(config.num_attention_heads)
         self._kv_heads = int(config.num_key_value_heads)
         self._head_dim = int(config.head_dim)
         self._eps = float(config.rms_norm_eps)
-        self._quantised = quantised
         self._words: Tensor = model.embed_tokens.weight.detach()
         self.device = self._words.device
         self.hidden_size = int(config.hidden_size)
@@ -64,7 +65,14 @@ class PackedQwen3:
         if not isinstance(model.norm, torch.nn.Identity):
             self._norm = model.norm.weight.detach()
         self._rotation = _rotation(model)
-        self._layers = [_layer(layer, quantised) for layer in model.layers]
+        # Gate and up are then interleaved in every layer, whichever product takes them.
+        self.gates_in_product = not quantised and gates_in_product(
+            int(config.intermediate_size), self.hidden_size, self.device
+        )
+        self._layers = [
+            _layer(layer, quantised and index not in keep, mixed=self.gates_in_product)
+            for index, layer in enumerate(model.layers)
+        ]
         self.causal = bool(getattr(config, "is_causal", True))
         self.attention = cuda_kernel(
             self._heads, self._kv_heads, self._head_dim, self.causal, self._words.dtype, self.device
@@ -126,7 +134,7 @@ class PackedQwen3:
         y: Tensor | None = None
         heads, kv_heads, dim = self._heads, self._kv_heads, self._head_dim
         for index, layer in enumerate(self._layers):
-            rows = self._normed(x, y, layer.norm)
+            rows = self._normed(x, y, layer.norm, layer.qkv)
             if last is not None and index == len(self._layers) - 1:
                 x = x.index_select(0, last)
                 attended = self._attended_by_last(index, rows, positions, cu, longest, last, shared)
@@ -135,9 +143,9 @@ class PackedQwen3:
                 norm_rotate(qkv, positions, self._rotation, layer.rotated, (heads, kv_heads), self._eps)
                 q, kv = torch.split(qkv, [heads * dim, 2 * kv_heads * dim], dim=1)
                 attended = self._attended(index, q, kv, cu, longest, shared)
-            rows = quantise(attended) if self._quantised else attended
+            rows = quantise(attended) if in_fp8(layer.attended) else attended
             x, y = self._added(x, rows, layer.attended, in_product=False)
-            gated = self._gated(self._normed(x, y, layer.middle_norm), layer.gate_up)
+            gated = self._gated(self._normed(x, y, layer.middle_norm, layer.gate_up), layer.gate_up)
             x, y = self._added(x, gated, layer.down, in_product=True)
         return x, y
 
@@ -180,8 +188,8 @@ class PackedQwen3:
         """Attention of last tokens alone: keys and values of all, queries of those (places, heads · head_dim)."""
         heads, kv_heads, dim = self._heads, self._kv_heads, self._head_dim
         layer = self._layers[index]
-        of_queries, of_keys = _split(layer.qkv, heads * dim)
-        q = self._product(_select(rows, last), of_queries)
+        of_queries, of_keys = split_channels(layer.qkv, heads * dim)
+        q = self._product(select_rows(rows, last), of_queries)
         kv = self._product(rows, of_keys)
         norm_rotate(q, positions.index_select(0, last), self._rotation, layer.rotated, (heads, 0), self._eps)
         norm_rotate(kv, positions, self._rotation, layer.rotated, (0, kv_heads), self._eps)
@@ -189,8 +197,9 @@ class PackedQwen3:
         cu_q = F.pad((cu[1:] > cu[:-1]).cumsum(0, dtype=torch.int32), (1, 0))
         return self._attended(index, q, kv, cu, longest, shared, cu_q)
 
-    def _normed(self, x: Tensor, y: Tensor | None, weight: Tensor) -> Tensor | Scaled:
-        return add_norm(x, y, weight, self._eps, quantised=self._quantised)
+    def _normed(self, x: Tensor, y: Tensor | None, norm: Tensor, weight: Weight) -> Tensor | Scaled:
+        """Rows for the product with `weight`."""
+        return add_norm(x, y, norm, self._eps, quantised=in_fp8(weight))
 
     def _product(self, rows: Tensor | Scaled, weight: Weight) -> Tensor:
         plan = self._plan(rows, weight)
@@ -198,10 +207,13 @@ class PackedQwen3:
 
     def _gated(self, rows: Tensor | Scaled, weight: Weight) -> Tensor | Scaled:
         plan = self._plan(rows, weight, gated=True)
+        mixed = self.gates_in_product
         if plan is None:
-            return gate(linear(rows, weight), quantised=self._quantised)
-        gated = skinny_linear(rows, weight, plan, gated=True)
-        return quantise(gated) if self._quantised else gated
+            if mixed and isinstance(rows, Tensor) and isinstance(weight, Tensor) and fuses(len(rows)):
+                return gated_linear(rows, weight)
+            return gate(linear(rows, weight), quantised=in_fp8(weight), interleaved=mixed)
+        gated = skinny_linear(rows, weight, plan, gated=True, interleaved=mixed)
+        return quantise(gated) if in_fp8(weight) else gated
 
     def _added(
         self, x: Tensor, rows: Tensor | Scaled, weight: Weight, *, in_product: bool
@@ -220,23 +232,7 @@ class PackedQwen3:
     def _plan(self, rows: Tensor | Scaled, weight: Weight, *, gated: bool = False) -> dict[str, int] | None:
         values, matrix = (part[0] if isinstance(part, tuple) else part for part in (rows, weight))
         width = len(matrix) // 2 if gated else len(matrix)
-        return skinny_plan(len(values), width, matrix.shape[1], gated=gated, scaled=self._quantised)
-
-
-def _split(weight: Weight, first: int) -> tuple[Weight, Weight]:
-    """The first so many output channels of a weight, and the others."""
-    if isinstance(weight, tuple):
-        values, scales = weight
-        return (values[:first], scales[:, :first]), (values[first:], scales[:, first:])
-    return weight[:first], weight[first:]
-
-
-def _select(rows: Tensor | Scaled, indices: Tensor) -> Tensor | Scaled:
-    if isinstance(rows, tuple):
-        values, scales = rows  # bytes: PyTorch selects no FP8 rows
-        picked = values.view(torch.uint8).index_select(0, indices).view(values.dtype)
-        return picked, scales.index_select(0, indices)
-    return rows.index_select(0, indices)
+        return skinny_plan(len(values), width, matrix.shape[1], gated=gated, scaled=in_fp8(weight))
 
 
 def _rotation(model: Any) -> tuple[Tensor, Tensor]:
@@ -248,11 +244,12 @@ def _rotation(model: Any) -> tuple[Tensor, Tensor]:
     return (angles.cos() * scaling).float(), (angles.sin() * scaling).float()
 
 
-def _layer(layer: Any, quantised: bool) -> _Layer:
+def _layer(layer: Any, quantised: bool, *, mixed: bool) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
 
-    def fused(*modules: Any) -> Weight:
-        weight = weight_of([module.weight.detach() for module in modules], quantised=quantised)
+    def fused(*modules: Any, mixed: bool = False) -> Weight:
+        parts = [module.weight.detach() for module in modules]
+        weight = interleaved(*parts) if mixed else weight_of(parts, quantised=quantised)
         for module in modules:
             module.weight = None  # the model's own copy goes, layer by layer
         return weight
@@ -263,6 +260,6 @@ def _layer(layer: Any, quantised: bool) -> _Layer:
         rotated=(attention.q_norm.weight.detach(), attention.k_norm.weight.detach()),
         attended=fused(attention.o_proj),
         middle_norm=layer.post_attention_layernorm.weight.detach(),
-        gate_up=fused(mlp.gate_proj, mlp.up_proj),
+        gate_up=fused(mlp.gate_proj, mlp.up_proj, mixed=mixed),
         down=fused(mlp.down_proj),
     )

@@ -1,0 +1,21 @@
+"""What happens to a product before it is written, in quack-kernels' language, whose package this module needs.
+
+The package names its compiled kernels after the source of these functions, and takes only plain ones.
+"""
+
+# What the package traces is neither annotated nor typed.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, import-not-found, import-untyped"
+
+from __future__ import annotations
+
+from quack.activation import swiglu
+from quack.epilogue import gemm_epilogue, unpack
+
+__all__ = ["gate"]
+
+
+@gemm_epilogue(outputs=("out",), mode="acc_pair")
+def gate(acc):
+    """silu(a)·b of neighbouring columns a and b: half as many come out."""
+    a, b = unpack(acc)
+    return {"out": swiglu(a, b)}
