@@ -68,6 +68,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
                 device=settings.device,
                 threads=settings.threads or None,
                 quantization=settings.quantization,
+                keep_bf16=settings.kept_layers,
             )
         )
         parts.callback(slot.close)

@@ -58,6 +58,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     quantization: Literal["none", "fp8"] = (
         "none"  # fp8: half the memory, other vectors, another model version
     )
+    # Layers that fp8 leaves in bf16: numbers with commas, negative ones from the end.
+    fp8_keep: Annotated[str, Meta(pattern=r"^(-?\d+(,-?\d+)*)?$")] = ""
     threads: Annotated[int, Meta(ge=0)] = 0  # CPU threads of the model; 0: PyTorch's choice
     compile_cache: str = ""  # compiled GPU code, for the next start; empty: below the user's cache directory
 
@@ -119,6 +121,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def __post_init__(self) -> None:
         if self.rebalance_timeout_ms < self.session_timeout_ms:
             raise ValueError("EMBEDQ_REBALANCE_TIMEOUT_MS: expected at least EMBEDQ_SESSION_TIMEOUT_MS")
+        if self.fp8_keep and self.quantization != "fp8":
+            raise ValueError("EMBEDQ_FP8_KEEP: needs EMBEDQ_QUANTIZATION=fp8")
         if self.devices and self.device != "auto":
             raise ValueError("EMBEDQ_DEVICE: cannot be set beside EMBEDQ_DEVICES")
 
@@ -131,6 +135,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def root(self) -> Path:
         """The directory below which every model must lie, with links resolved."""
         return Path(self.model_root).resolve() if self.model_root else Path(self.model).resolve().parent
+
+    @property
+    def kept_layers(self) -> tuple[int, ...]:
+        """The layers that `fp8_keep` names."""
+        return tuple(int(number) for number in self.fp8_keep.split(",") if number)
 
     @property
     def reply_patterns(self) -> tuple[str, ...]:

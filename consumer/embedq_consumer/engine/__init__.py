@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -210,6 +210,7 @@ def load_encoder(
     device: str = "auto",
     threads: int | None = None,
     quantization: Quantization = "none",
+    keep_bf16: Collection[int] = (),
     deterministic: bool = False,
 ) -> Encoder:
     """Load a directory in Hugging Face / sentence-transformers layout.
@@ -217,7 +218,7 @@ def load_encoder(
     `device` is "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N". bf16 on CUDA, float32 on the CPU.
     `threads` is how many threads PyTorch may use on the CPU, process-wide; all cores unless given.
     `quantization` "fp8" quantises the weights while loading and the activations as they come; CUDA from compute
-    capability 9.0 on.
+    capability 9.0 on. Layers whose numbers are in `keep_bf16` stay as they are; negative ones count from the end.
     `deterministic` makes a text's vector bit-equal whatever runs beside it, on the same device and software; it costs
     throughput, and shares no prefixes.
 
@@ -228,7 +229,12 @@ def load_encoder(
     from embedq_consumer.engine.loading import load
 
     return load(
-        path, device=device, threads=threads, quantization=quantization, deterministic=deterministic
+        path,
+        device=device,
+        threads=threads,
+        quantization=quantization,
+        keep_bf16=keep_bf16,
+        deterministic=deterministic,
     )
 
 

@@ -75,7 +75,7 @@ def model_version(
     if quantization != "none":
         add("quantization", quantization.encode())
     if keep_bf16:
-        add("keep_bf16", ",".join(map(str, sorted(set(keep_bf16)))).encode())
+        add("keep_bf16", ",".join(map(str, sorted(keep_bf16))).encode())
     if deterministic:
         add("deterministic", b"1")
     if digests is None:

@@ -6,19 +6,15 @@ the latter found anew each time: no calibration, and no token changes another's 
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 from torch import Tensor
 
-from embedq_consumer.engine import ModelError
 from embedq_consumer.engine.kernels import Scaled, quantise_reference
 
 __all__ = [
     "Weight",
     "fp8_available",
     "in_fp8",
-    "kept_layers",
     "linear",
     "select_rows",
     "split_channels",
@@ -46,18 +42,6 @@ def weight_of(parts: list[Tensor], *, quantised: bool) -> Weight:
 def in_fp8(weight: Weight) -> bool:
     """Whether its rows have to be FP8 too."""
     return isinstance(weight, tuple)
-
-
-def kept_layers(numbers: Collection[int], layers: int) -> frozenset[int]:
-    """The numbers of layers that stay in bf16, from 0 on: of `numbers`, negative ones count from the end.
-
-    Raises:
-        ModelError: the model has no such layer.
-    """
-    unknown = [number for number in numbers if not -layers <= number < layers]
-    if unknown:
-        raise ModelError(f"keep_bf16: layer {unknown[0]} of a model that has {layers} layers")
-    return frozenset(number % layers for number in numbers)
 
 
 def linear(rows: Tensor | Scaled, weight: Weight, bias: Tensor | None = None) -> Tensor:

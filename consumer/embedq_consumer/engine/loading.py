@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +23,7 @@ from embedq_consumer.engine.packed import PackedEncoder
 from embedq_consumer.engine.phases import Phases
 from embedq_consumer.engine.tokenizer import TextTokenizer
 
-__all__ = ["load"]
+__all__ = ["kept_layers", "load"]
 
 Ids = npt.NDArray[np.int32]
 
@@ -37,6 +37,7 @@ def load(
     device: str = "auto",
     threads: int | None = None,
     quantization: Quantization = "none",
+    keep_bf16: Collection[int] = (),
     deterministic: bool = False,
 ) -> PackedEncoder:
     """Load `path`, and prove on a few random tokens that packed it computes what transformers' own code does.
@@ -52,6 +53,7 @@ def load(
     phases = Phases(wait=lambda: _wait_for(target))
     with phases.step("directory"):
         directory = read_directory(path)
+    kept = kept_layers(keep_bf16, directory, quantization)
     with phases.step("memory"):
         _refuse_if_too_large(directory, target, quantization)
     with ThreadPoolExecutor(1, thread_name_prefix="digests") as beside:
@@ -76,6 +78,7 @@ def load(
                 max_tokens=max_tokens,
                 threads=threads,
                 quantization=quantization,
+                keep_bf16=kept,
                 deterministic=deterministic,
                 digests=digests.result(),
             )
@@ -89,6 +92,7 @@ def load(
                 max_tokens=max_tokens,
                 position_offset=position_offset,
                 quantization=quantization,
+                keep_bf16=kept,
                 deterministic=deterministic,
             )
         with phases.step("proof"):
@@ -102,6 +106,25 @@ def load(
         ) from error
     encoder.phases = phases.seconds
     return encoder
+
+
+def kept_layers(
+    numbers: Collection[int], directory: ModelDirectory, quantization: Quantization
+) -> frozenset[int]:
+    """Which layers stay in bf16, from 0 on: of `numbers`, negative ones count from the end.
+
+    Raises:
+        ModelError: the model has no such layer, or none is in anything but bf16.
+    """
+    if not numbers:
+        return frozenset()
+    if quantization == "none":
+        raise ModelError("keep_bf16: without quantization every layer is kept")
+    layers = int(directory.config.get("num_hidden_layers", 0))
+    unknown = [number for number in numbers if not -layers <= number < layers]
+    if unknown:
+        raise ModelError(f"keep_bf16: there is no layer {unknown[0]}: the model has {layers}")
+    return frozenset(number % layers for number in numbers)
 
 
 def _wait_for(device: torch.device) -> None:

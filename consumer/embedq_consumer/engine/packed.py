@@ -168,7 +168,7 @@ class PackedEncoder:
             if quantised:
                 raise ModelError(f"quantization fp8: {type(model).__name__} has no FP8 forward")
             return _packed(model)
-        forward = PackedQwen3(model, quantised=quantised)
+        forward = PackedQwen3(model, quantised=quantised, keep=self._keep_bf16)
         if self._last_norm_weight is not None and not self._dense:
             self._graphs = Graphs.over(forward, self._last_norm_weight, deterministic=self._deterministic)
         return forward
