@@ -451,11 +451,11 @@ def skinny_plan(rows: int, width: int, inner: int, *, gated: bool, scaled: bool)
     Measured on an H200 with the shapes of Qwen3-Embedding-4B: bf16 gains at 16 rows only, FP8 up to 64, for which the
     library has no small tiles.
     """
-    if rows not in ((16, 32, 64) if scaled else (16,)):
+    if rows not in ((16, 64) if scaled else (16,)):
         return None
     columns, step, stages = 32, 256, 5
     if gated:
-        columns, step, stages = (64 if rows == 32 else 32, 256, 3) if scaled else (32, 128, 4)
+        columns, step, stages = (32, 256, 3) if scaled else (32, 128, 4)
     elif width > 4096 and not scaled:
         columns, stages = 64, 4
     if width % columns or inner % step or width // columns < 64:
