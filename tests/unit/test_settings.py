@@ -109,6 +109,15 @@ def test_reply_topics_are_patterns_separated_by_commas() -> None:
     assert settings(reply_topics=" team-*.replies, other ,").reply_patterns == ("team-*.replies", "other")
 
 
+def test_layers_that_fp8_leaves_alone_are_numbers_separated_by_commas() -> None:
+    assert settings(quantization="fp8", fp8_keep="0,-1,12").kept_layers == (0, -1, 12)
+    assert settings().kept_layers == ()
+    with pytest.raises(SettingsError, match="EMBEDQ_FP8_KEEP: needs EMBEDQ_QUANTIZATION=fp8"):
+        settings(fp8_keep="0")
+    with pytest.raises(SettingsError, match="EMBEDQ_FP8_KEEP"):
+        settings(quantization="fp8", fp8_keep="0,down")
+
+
 def test_a_replica_without_a_name_gets_one_of_its_own() -> None:
     first, second = settings().named(), settings().named()
     assert first.replica
