@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
+import msgspec
 import numpy as np
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
@@ -134,17 +135,36 @@ class Responder:
         job = received.job
         texts = received.texts if texts is None else texts
         dimensions = job.dimensions or 64
+        ran = sum(len(text.split()) for text in received.texts)
         return Result(
             id=received.id,
             model=job.model or "default",
             model_version=self.version,
             dimensions=dimensions,
             dtype=job.dtype or "float32",
-            data=[self.datum(received, first + n, text, dimensions) for n, text in enumerate(texts)],
-            usage=Usage(len(texts), len(texts)),
+            data=[
+                datum
+                for n, text in enumerate(texts)
+                for datum in self.data(received, first + n, text, dimensions)
+            ],
+            usage=Usage(ran, ran),
             timings=Timings(queue=0.001, compute=0.002),
             metadata=job.metadata if bytes(job.metadata) else _null(received.format),
         )
+
+    def data(self, received: Received, index: int, text: str, dimensions: int) -> list[Datum]:
+        """The one datum of a text, or those of its late chunks, each of `tokens` characters."""
+        chunk = received.job.chunk
+        if chunk is None or chunk.mode == "mean":
+            return [self.datum(received, index, text, dimensions)]
+        step = chunk.tokens or 256
+        spans = [(start, min(start + step, len(text))) for start in range(0, max(1, len(text)), step)]
+        return [
+            msgspec.structs.replace(
+                self.datum(received, index, text[start:end], dimensions), span=(start, end)
+            )
+            for start, end in spans
+        ]
 
     def datum(self, received: Received, index: int, text: str, dimensions: int) -> Datum:
         dtype = received.job.dtype or "float32"

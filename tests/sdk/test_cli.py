@@ -223,3 +223,41 @@ async def test_status_for_people_and_for_programs(embedq: Run, servers: str, fre
     found = msgspec.json.decode(program.out)
     assert found["replicas"][0]["replica"] == "r1"
     assert found["lag"][0] == {"topic": f"{fresh}.jobs", "jobs": 0}
+
+
+LONG_TEXT = "The moon is round. 😀 And the sun is too."
+
+
+async def test_the_command_writes_a_line_for_each_span(embedq: Run, responder: Responders) -> None:
+    def second_fails(received: Received) -> list[Answer]:
+        whole = other.good(received)
+        error = ErrorBody.of("non_finite", "`input[1]`: not finite", "input[1]")
+        data = [datum for datum in whole.data if datum.index != 1]
+        return [changed(whole, data=[*data, Datum(index=1, embedding=None, error=error)])]
+
+    async with responder() as other:
+        done = await embedq("embed", LONG_TEXT, "b", "--chunk", "late", "--chunk-tokens", "16")
+        other.behave = second_fails
+        partly = await embedq("embed", LONG_TEXT, "b", "--chunk", "late", "--chunk-tokens", "16")
+    assert (done.code, done.err) == (0, "")
+    lines = done.lines()
+    assert [(line["index"], line["span"]) for line in lines] == [
+        (0, [0, 16]),
+        (0, [16, 32]),
+        (0, [32, len(LONG_TEXT)]),
+        (1, [0, 1]),
+    ]
+    assert np.array_equal(np.float32(lines[1]["embedding"]), expected(LONG_TEXT[16:32]))
+    assert partly.code == 1
+    assert [line.get("span") for line in partly.lines()] == [[0, 16], [16, 32], [32, len(LONG_TEXT)], None]
+
+
+async def test_the_command_refuses_what_makes_no_sense(embedq: Run, tmp_path: Path) -> None:
+    for arguments, reason in (
+        (("--chunk-tokens", "16"), "--chunk late"),
+        (("--chunk", "late", "--out", str(tmp_path / "a.npy")), ".jsonl"),
+        (("--chunk", "mean", "--chunk-tokens", "7"), "at least 8"),
+    ):
+        done = await embedq("embed", "a", *arguments)
+        assert done.code == 2
+        assert reason in done.err
