@@ -56,12 +56,22 @@ class Line(msgspec.Struct, frozen=True):
     text: str
 
 
+class Setup(msgspec.Struct, frozen=True):
+    """How one model is loaded."""
+
+    path: Path
+    device: str
+    quantization: Quantization
+    keep_bf16: tuple[int, ...]
+
+
 class Side(msgspec.Struct, frozen=True, kw_only=True):
     """One model and how it ran."""
 
     path: str
     device: str
     quantization: Quantization
+    keep_bf16: tuple[int, ...]
     model_version: str
     hidden_size: int
     tokens: int
@@ -125,6 +135,8 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
 @click.option(
     "--against-quantization", type=click.Choice(get_args(Quantization)), default="none", show_default=True
 )
+@click.option("--keep-bf16", default="", help="Layers that FP8 leaves as they are: 0,1,-1.")
+@click.option("--against-keep-bf16", default="")
 @click.option("--dimensions", type=click.IntRange(1), help="Cut the vectors to so many components.")
 @click.option("--top-k", type=click.IntRange(1), default=10, show_default=True, help="Neighbours of a text.")
 @click.option("--input-type", type=click.Choice(["query", "document"]), help="Put this prompt in front.")
@@ -143,6 +155,8 @@ def verify(
     against_device: str | None,
     quantization: Quantization,
     against_quantization: Quantization,
+    keep_bf16: str,
+    against_keep_bf16: str,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -151,8 +165,11 @@ def verify(
     Exit code 1 if --min-cosine or --min-agreement is missed or a text has no vector, 2 if a model cannot be loaded.
     """
     asked = Asked(**options)
-    sides = ((model, device, quantization), (against, against_device or device, against_quantization))
     try:
+        sides = (
+            Setup(model, device, quantization, _layers(keep_bf16)),
+            Setup(against, against_device or device, against_quantization, _layers(against_keep_bf16)),
+        )
         lines = list(_lines(source))
         report = _report(lines, sides, asked)
     except (ModelError, Unusable) as error:
@@ -200,10 +217,17 @@ class _Object(msgspec.Struct):
     text: str
 
 
-def _report(lines: Sequence[Line], sides: Sequence[tuple[Path, str, Quantization]], asked: Asked) -> Report:
+def _layers(listed: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in listed.split(",") if number.strip())
+    except ValueError:
+        raise Unusable(f"--keep-bf16: expected layers' numbers with commas, got {listed!r}") from None
+
+
+def _report(lines: Sequence[Line], setups: Sequence[Setup], asked: Asked) -> Report:
     if len(lines) < 2:
         raise Unusable(f"expected at least two texts that differ, got {len(lines)}")
-    (one, first), (other, second) = (_run(lines, *side, asked) for side in sides)
+    (one, first), (other, second) = (_run(lines, setup, asked) for setup in setups)
     failed = {*one.without_vector, *other.without_vector}
     kept = [n for n, line in enumerate(lines) if line.number not in failed]
     if len(kept) < 2:
@@ -254,14 +278,18 @@ def _missed(
         yield f"the mean neighbour agreement is {neighbours.mean:.4f}, less than {asked.min_agreement:g}"
 
 
-def _run(
-    lines: Sequence[Line], path: Path, device: str, quantization: Quantization, asked: Asked
-) -> tuple[Side, npt.NDArray[np.float32]]:
+def _run(lines: Sequence[Line], setup: Setup, asked: Asked) -> tuple[Side, npt.NDArray[np.float32]]:
     """Load, encode, unload: how it went, and float32 (lines, hidden_size), with whatever numbers the model gave."""
-    encoder = load_encoder(path, device=device, threads=asked.threads, quantization=quantization)
+    encoder = load_encoder(
+        setup.path,
+        device=setup.device,
+        threads=asked.threads,
+        quantization=setup.quantization,
+        keep_bf16=setup.keep_bf16,
+    )
     try:
         if asked.dimensions is not None and asked.dimensions > encoder.hidden_size:
-            raise Unusable(f"--dimensions: {path} gives {encoder.hidden_size} components at most")
+            raise Unusable(f"--dimensions: {setup.path} gives {encoder.hidden_size} components at most")
         job = Job(input="", input_type=asked.input_type, instruction=asked.instruction)
         prompt = prompt_for(job, encoder)
         tokens = [
@@ -270,16 +298,17 @@ def _run(
             if isinstance(found, Tokens)
         ]
         assert len(tokens) == len(lines), "a text that may be cut is never too long. This is a bug."
-        vectors, seconds = _encode(encoder, tokens, default_batch_tokens(device))
+        vectors, seconds = _encode(encoder, tokens, default_batch_tokens(setup.device))
     finally:
         encoder.close()
         gc.collect()  # what holds the device's memory in cycles must not be there when the next model loads
     usable = np.isfinite(vectors).all(axis=1) & vectors[:, : asked.dimensions].any(axis=1)
     count = sum(len(found.ids) for found in tokens)
     side = Side(
-        path=str(path),
-        device=device,
-        quantization=quantization,
+        path=str(setup.path),
+        device=setup.device,
+        quantization=setup.quantization,
+        keep_bf16=setup.keep_bf16,
         model_version=encoder.model_version,
         hidden_size=vectors.shape[1],
         tokens=count,
@@ -319,7 +348,7 @@ def _tables(report: Report) -> Iterator[Table]:
         ("path", [side.path for side in sides]),
         ("version", [side.model_version for side in sides]),
         ("device", [side.device for side in sides]),
-        ("quantization", [side.quantization for side in sides]),
+        ("quantization", [_quantization(side) for side in sides]),
         ("vector", [f"{n} of {side.hidden_size}" for n, side in zip(report.dimensions, sides, strict=True)]),
         ("tokens", [f"{side.tokens:,}" for side in sides]),
         ("tokens/s", [f"{side.tokens_per_second:,.0f}" for side in sides]),
@@ -335,6 +364,11 @@ def _tables(report: Report) -> Iterator[Table]:
             cosine = "" if pair.cosine is None else f"{pair.cosine:.6f}"
             worst.add_row(str(pair.line), cosine, f"{pair.agreement:.2f}", escape(repr(pair.text)[1:-1]))
         yield worst
+
+
+def _quantization(side: Side) -> str:
+    kept = ", ".join(map(str, side.keep_bf16))
+    return f"{side.quantization}, but for layers {kept}" if kept else side.quantization
 
 
 def _likeness_table(report: Report) -> Table:

@@ -180,6 +180,7 @@ def test_what_cannot_be_compared_is_one_line_and_exit_code_2(tmp_path: Path, ber
         ((bert, "--against", bert, "--texts", odd), "line 2"),
         ((bert, "--against", broken), "tokenizer.json: missing"),
         ((bert, "--against", bert, "--quantization", "fp8"), "fp8"),
+        ((bert, "--against", bert, "--keep-bf16", "0,x"), "--keep-bf16"),
     ):
         result = run(*arguments)
         assert result.exit_code == 2, arguments

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -189,17 +190,19 @@ def _quiet_transformers() -> Iterator[None]:
 def _load_model(directory: ModelDirectory, target: torch.device) -> Any:
     """The base model without a head, in evaluation mode, with transformers' own attention.
 
-    It lies on the CPU; a quantised one where it will run, since its layers are chosen for the device.
+    It lies on the CPU; a quantised one where it will run, if accelerate is there: GPTQ's and AWQ's layers, which need
+    that package, are chosen for the device.
     """
     from transformers import AutoModel
 
     file = directory.checkpoint / "config.json"
     quantised = directory.quantization_method is not None
+    in_place = quantised and target.type == "cuda" and importlib.util.find_spec("accelerate") is not None
     try:
         model, loading = AutoModel.from_pretrained(
             str(directory.checkpoint),
             dtype=torch.bfloat16 if target.type == "cuda" else torch.float32,
-            device_map={"": target} if quantised and target.type == "cuda" else None,
+            device_map={"": target} if in_place else None,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
