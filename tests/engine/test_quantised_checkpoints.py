@@ -141,6 +141,17 @@ def test_a_quantised_checkpoint_gives_the_vectors_of_the_values_that_it_stands_f
     quantised.close()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.filterwarnings("ignore")
+def test_on_cuda_it_is_close_to_the_values_that_it_stands_for(tmp_path: Path, method: str) -> None:
+    path, plain = quantise(tmp_path, method)
+    quantised, expected = load_encoder(path, device="cuda"), load_encoder(plain, device="cpu")
+    ids = tokens_of(expected, [Text(text, truncate="end") for text in TEXTS])
+    cosines = (normalised(quantised.encode(ids)) * normalised(expected.encode(ids))).sum(axis=1)
+    assert cosines.min() >= 0.999
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_quantised_tensors_count_for_the_model_version(tmp_path: Path, method: str) -> None:
     first, plain = quantise(tmp_path, method)
