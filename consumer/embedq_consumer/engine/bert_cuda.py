@@ -30,7 +30,8 @@ _TANH = {"gelu": False, "gelu_new": True, "gelu_pytorch_tanh": True}
 """Activations, and whether they are the approximation with tanh."""
 
 _FP8_PRODUCTS = frozenset({"down"})
-"""The products that FP8 is right for: in all of them all-MiniLM-L6-v2 keeps a cosine of 0.989, in these 0.997."""
+"""The products that FP8 is right for. all-MiniLM-L6-v2's worst text of 1,000 keeps a cosine of 0.996 with these, 0.988 with
+all, and no more than 0.994 to 0.995 with any two; rounding spreads evenly over its layers, so keeping some helps little."""
 
 
 class _Layer(msgspec.Struct, frozen=True):
