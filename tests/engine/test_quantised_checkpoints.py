@@ -37,6 +37,17 @@ def gptq(levels: torch.Tensor, scales: torch.Tensor) -> Parts:
     }
 
 
+def awq(levels: torch.Tensor, scales: torch.Tensor) -> Parts:
+    """Eight outputs of one input in an int32, first those at even places."""
+    outputs, inputs = levels.shape
+    order = [0, 2, 4, 6, 1, 3, 5, 7]
+    return {
+        "qweight": eight_in_one((levels + 8).t().reshape(inputs, outputs // 8, 8)[..., order]),
+        "qzeros": eight_in_one(torch.full((inputs // GROUP, outputs // 8, 8), 8)),
+        "scales": scales.t().contiguous(),
+    }
+
+
 def compressed_tensors(levels: torch.Tensor, scales: torch.Tensor) -> Parts:
     outputs, inputs = levels.shape
     return {
@@ -57,6 +68,11 @@ METHODS: dict[str, tuple[str, Packer, dict[str, Any]]] = {
         "gptqmodel",
         gptq,
         {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True},
+    ),
+    "awq": (
+        "gptqmodel",
+        awq,
+        {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"},
     ),
     "compressed-tensors": (
         "compressed_tensors",
@@ -174,7 +190,7 @@ def test_fp8_on_top_of_a_quantised_checkpoint_is_refused(tmp_path: Path, method:
     ("settings", "package"),
     [
         (METHODS["gptq"][2], "optimum"),
-        ({"quant_method": "awq", "bits": 4, "group_size": GROUP}, "gptqmodel"),
+        (METHODS["awq"][2], "gptqmodel"),
         ({"quant_method": "aqlm"}, "aqlm"),
         (METHODS["compressed-tensors"][2], "compressed_tensors"),
     ],
