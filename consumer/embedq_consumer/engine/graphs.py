@@ -451,11 +451,11 @@ class Graphs:
         if fitting is None:
             return self._start_alone(texts, lengths, indices, vectors, kept)
         size, room = fitting
+        graph = self._graph(size, room, shared)
         slot = self._free_slot()
         length = _lay_out(slot.inputs.numpy(), texts, lengths, size, room, kept, shared=shared)
         outputs = slot.outputs.first(len(texts))
         with self._here():
-            graph = self._graph(size, room, shared)
             self._inputs[:length].copy_(slot.inputs[:length], non_blocking=True)
             graph.replay()
             outputs.copy_(self._outputs.first(len(texts)), non_blocking=True)
