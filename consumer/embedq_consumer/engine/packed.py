@@ -210,7 +210,7 @@ class PackedEncoder:
 
     def _check_tokens(self, batch: Sequence[Ids]) -> None:
         """On CUDA the look-up itself would break the device's context, and with it every later batch."""
-        if any(ids.max(initial=0) >= self._vocabulary for ids in batch):
+        if batch and np.concatenate(batch).max(initial=0) >= self._vocabulary:
             raise IndexError(f"a token beyond the model's {self._vocabulary} embeddings")
 
     def _submit_spans(self, batch: Sequence[Tokens]) -> Pending:
