@@ -35,8 +35,9 @@ class Gathered:
         self._missing.remove(window)
         if self._mean:
             row = rows[0].astype(np.float64)
-            length = np.linalg.norm(row)
-            self._rows[0] += row / (length if length > 0 else 1.0) * max(1, self._pieces[window].tokens)
+            with np.errstate(invalid="ignore"):  # what is infinite makes NaN here, and is found like it
+                unit = row / (np.linalg.norm(row) or 1.0)
+                self._rows[0] += unit * max(1, self._pieces[window].tokens)
         else:
             self._rows[self._first[window] : self._first[window + 1]] = rows
         return not self._missing
