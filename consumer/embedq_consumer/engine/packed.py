@@ -153,6 +153,7 @@ class PackedEncoder:
                 position_offset=self._position_offset,
                 quantised=quantised,
                 keep=self._keep_bf16,
+                deterministic=self._deterministic,
             )
             if not self._dense:
                 self._graphs = Graphs(

@@ -1,0 +1,159 @@
+"""Attention of short texts over a packed row, in tiles of the row: several texts share a tile, and none has one to itself.
+
+Flash attention's kernels start work for each text and for the longest text possible, most of which has nothing to do
+where texts are short. Here a program takes some neighbouring queries with all keys that any of them sees, and a mask
+keeps the texts apart. What it costs does not depend on the longest text, so a CUDA graph loses nothing.
+
+A text's place in its tile decides in which order its sums are taken: equal to rounding, not bit-equal.
+"""
+
+# Triton's language is not Python's: what its kernels name, they neither annotate nor keep to one type.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, assignment, no-untyped-call"
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["bounds_of", "bounds_reference", "row_attention", "row_attention_reference"]
+
+Bounds = tuple[Tensor, Tensor]
+"""For each query its first key and one past its last, int32 (queries,)."""
+
+
+@triton.jit
+def _bounds_kernel(cu, begins, ends, count, places, STEPS: tl.constexpr, ROWS: tl.constexpr):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    low = tl.zeros((ROWS,), tl.int32)
+    high = tl.zeros((ROWS,), tl.int32) + places
+    for _ in tl.static_range(STEPS):  # the first place that ends behind the row
+        middle = (low + high) // 2
+        behind = tl.load(cu + tl.minimum(middle + 1, places)) > rows
+        open_ = low < high
+        high = tl.where(open_ & behind, middle, high)
+        low = tl.where(open_ & ~behind, middle + 1, low)
+    found = low < places
+    place = tl.minimum(low, places - 1)
+    # A row of no place sees itself: its numbers stay finite, and nobody reads them.
+    begin = tl.where(found, tl.load(cu + place), rows)
+    end = tl.where(found, tl.load(cu + place + 1), rows + 1)
+    tl.store(begins + rows, begin, mask=rows < count)
+    tl.store(ends + rows, end, mask=rows < count)
+
+
+@triton.jit
+def _attention_kernel(
+    q,
+    k,
+    v,
+    out,
+    begins,
+    ends,
+    count,
+    q_stride,
+    kv_stride,
+    scale,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    head = tl.program_id(1)
+    dims = tl.arange(0, DIM)
+    known = rows < count
+    begin = tl.load(begins + rows, mask=known, other=0)
+    end = tl.load(ends + rows, mask=known, other=0)
+    some = known & (begin < end)
+    first = tl.min(tl.where(some, begin, 2147483647), 0)
+    last = tl.max(tl.where(some, end, 0), 0)
+    queries = tl.load(
+        q + rows.to(tl.int64)[:, None] * q_stride + head * DIM + dims[None, :], mask=known[:, None], other=0.0
+    )
+    largest = tl.full((ROWS,), -1e30, tl.float32)
+    weights = tl.zeros((ROWS,), tl.float32)
+    total = tl.zeros((ROWS, DIM), tl.float32)
+    for begin_key in range(first, last, KEYS):
+        keys = begin_key + tl.arange(0, KEYS)
+        there = keys < last
+        offsets = keys.to(tl.int64) * kv_stride + head * DIM
+        part = tl.load(k + offsets[None, :] + dims[:, None], mask=there[None, :], other=0.0)
+        seen = (keys[None, :] >= begin[:, None]) & (keys[None, :] < end[:, None])
+        scores = tl.where(seen, tl.dot(queries, part) * scale, float("-inf"))
+        most = tl.maximum(largest, tl.max(scores, 1))
+        shares = tl.exp2(scores - most[:, None])
+        shrink = tl.exp2(largest - most)
+        weights = weights * shrink + tl.sum(shares, 1)
+        values = tl.load(v + offsets[:, None] + dims[None, :], mask=there[:, None], other=0.0)
+        total = tl.dot(shares.to(values.dtype), values, total * shrink[:, None])
+        largest = most
+    value = total / tl.maximum(weights, 1e-30)[:, None]
+    places = rows.to(tl.int64)[:, None] * (HEADS * DIM) + head * DIM + dims[None, :]
+    tl.store(out + places, value.to(out.dtype.element_ty), mask=known[:, None])
+
+
+def bounds_of(cu: Tensor, count: int) -> Bounds:
+    """The bounds of every token of a row of `count`: those of its text. `cu` is int32 (places + 1,)."""
+    places = len(cu) - 1
+    begins, ends = torch.empty(2, count, dtype=torch.int32, device=cu.device).unbind()
+    steps = places.bit_length()
+    _bounds_kernel[(-(-count // 128),)](cu, begins, ends, count, places, STEPS=steps, ROWS=128, num_warps=4)
+    return begins, ends
+
+
+def bounds_reference(cu: Tensor, count: int) -> Bounds:
+    """The same, token by token."""
+    found = [(row, row + 1) for row in range(count)]
+    edges = cu.tolist()
+    for place in range(len(edges) - 1):
+        for row in range(edges[place], edges[place + 1]):
+            found[row] = (edges[place], edges[place + 1])
+    begins, ends = torch.tensor(found, dtype=torch.int32, device=cu.device).unbind(1)
+    return begins, ends
+
+
+def row_attention(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, scale: float, *, sparse: bool = False
+) -> Tensor:
+    """Attention of q (queries, heads, dim) over the keys in `bounds`, of k and v (tokens, heads, dim); contiguous.
+
+    `sparse`: neighbouring queries are of different texts, so they share no keys. A query without keys gives zeros.
+    Each token's heads must lie side by side; q, k and v may be parts of wider rows, k and v of the same.
+    """
+    count, heads, dim = q.shape
+    assert q.stride(1) == k.stride(1) == v.stride(1) == dim, "heads that lie apart. This is a bug."
+    assert k.stride(0) == v.stride(0), "keys and values of different rows. This is a bug."
+    out = torch.empty(count, heads, dim, dtype=q.dtype, device=q.device)
+    rows = 16 if sparse or count <= 16 else 64
+    _attention_kernel[(-(-count // rows), heads)](
+        q,
+        k,
+        v,
+        out,
+        *bounds,
+        count,
+        q.stride(0),
+        k.stride(0),
+        scale * math.log2(math.e),
+        HEADS=heads,
+        DIM=dim,
+        ROWS=rows,
+        KEYS=64,
+        num_warps=4,
+        num_stages=2,
+    )
+    return out
+
+
+def row_attention_reference(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, scale: float) -> Tensor:
+    """The same in float32."""
+    keys = torch.arange(len(k), device=k.device)
+    begins, ends = (bound[:, None] for bound in bounds)
+    hidden = (keys < begins) | (keys >= ends)
+    scores = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * scale
+    shares = scores.masked_fill(hidden, float("-inf")).softmax(dim=2).nan_to_num(0.0)
+    return torch.einsum("hqk,khd->qhd", shares, v.float())
