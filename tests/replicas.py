@@ -130,6 +130,10 @@ class Replica:
         status, _ = await asyncio.to_thread(self._get, path)
         return status
 
+    async def page(self, path: str) -> tuple[int | None, str]:
+        """The status and text of one of its pages."""
+        return await asyncio.to_thread(self._get, path)
+
     async def metrics(self) -> dict[str, float]:
         """Every sample, by name and labels as Prometheus writes them: `embedq_jobs_total{lane="bulk",status="ok"}`."""
         _, body = await asyncio.to_thread(self._get, "/metrics")
