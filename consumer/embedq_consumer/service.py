@@ -69,6 +69,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
                 threads=settings.threads or None,
                 quantization=settings.quantization,
                 keep_bf16=settings.kept_layers,
+                deterministic=settings.deterministic,
             )
         )
         parts.callback(slot.close)
