@@ -15,35 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedq_consumer.engine import Encoder, ModelError, Text, load_encoder
-from embedq_consumer.engine.attention import Packing, attend_runs, cuda_kernel
+from embedq_consumer.engine.attention import Packing, attend_runs
+from tests.engine.architectures import LONG_TEXTS, MAKERS, make_embeddinggemma
 from tests.engine.conftest import normalised, tokens_of
-from tests.engine.test_parity import TEXTS, TOLERANCE
-from tests.tiny_models import (
-    make_tiny_gemma3,
-    make_tiny_llama,
-    make_tiny_mistral,
-    make_tiny_modernbert,
-)
-
-
-def make_embeddinggemma(path: Path) -> Path:
-    """Both ways, with two Dense modules that widen and narrow again, as EmbeddingGemma has them."""
-    return make_tiny_gemma3(path, dense=[(192, "Identity", False), (96, "Identity", False)])
-
-
-def make_causal_gemma3(path: Path) -> Path:
-    return make_tiny_gemma3(path, bidirectional=False, dense=[(64, "Tanh", True)])
-
-
-MAKERS: dict[str, Callable[[Path], Path]] = {
-    "modernbert": make_tiny_modernbert,
-    "embeddinggemma": make_embeddinggemma,
-    "gemma3": make_causal_gemma3,
-    "mistral": make_tiny_mistral,
-    "llama": make_tiny_llama,
-}
-# Longer than every window, by much and by little, and so long that queries are attended to in several calls.
-LONG_TEXTS = [*TEXTS, "the moon and the stone wall " * 70, "moon " * 15, "a b c d e f g h", "stone " * 900]
+from tests.engine.test_parity import TOLERANCE
+from tests.tiny_models import make_tiny_gemma3
 
 
 @pytest.fixture(scope="module", params=list(MAKERS))
@@ -218,38 +194,3 @@ def test_layers_of_another_kind_are_refused_by_name(tmp_path: Path) -> None:
     edit(path / "config.json", layer_types=["chunked_attention"] * 4)
     with pytest.raises(ModelError, match="chunked_attention"):
         load_encoder(path, device="cpu")
-
-
-# -- CUDA ---------------------------------------------------------------------------------------------------------------
-
-on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-
-
-@pytest.mark.gpu
-@on_cuda
-def test_bf16_on_cuda_is_close_to_float32_on_the_cpu(path: Path, encoder: Encoder) -> None:
-    cuda = load_encoder(path, device="cuda")
-    assert cuda.model_version == encoder.model_version
-    ids = tokens_of(encoder, [Text(text, truncate="end") for text in LONG_TEXTS])
-    wanted, vectors = normalised(encoder.encode(ids)), normalised(cuda.encode(ids))
-    assert (wanted * vectors).sum(axis=1).min() >= 0.999
-    alone = np.concatenate([normalised(cuda.encode([i])) for i in ids])
-    assert (vectors * alone).sum(axis=1).min() >= 0.9999
-
-
-@pytest.mark.gpu
-@on_cuda
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("window", [1, 65, 257])
-def test_a_kernel_with_a_window_is_attention_by_bands(window: int, causal: bool) -> None:
-    device = torch.device("cuda", 0)
-    lengths = [1, window, window + 1, 700, 3, 1500]
-    q, k, v = (torch.randn(sum(lengths), n, 64, device=device, dtype=torch.bfloat16) for n in (4, 2, 2))
-    packing = Packing.of(lengths, device)
-    kernel = cuda_kernel(4, 2, 64, causal, torch.bfloat16, device, window)
-    found = kernel(q, k, v, packing.cu_seqlens, packing.longest, 0.125)
-    expected = torch.empty(q.shape, device=device)
-    attend_runs(
-        q.float(), k.float(), v.float(), expected, packing.runs, causal=causal, scale=0.125, window=window
-    )
-    torch.testing.assert_close(found.float(), expected, atol=0.03, rtol=0.03)
