@@ -22,7 +22,7 @@ PACKAGES = {
     "embedq_sdk": ROOT / "producer_sdk" / "embedq_sdk",
     "embedq_shared": ROOT / "shared" / "embedq_shared",
 }
-HEAVY = {"torch", "transformers", "tokenizers", "sentence_transformers", "safetensors"}
+HEAVY = {"torch", "transformers", "tokenizers", "sentence_transformers", "safetensors", "flash_attn"}
 LIGHT = {"aiokafka", "msgspec", "numpy"}
 
 
@@ -122,6 +122,11 @@ def test_a_plain_install_is_light() -> None:
     assert needed(requirements) == LIGHT
     assert {"torch", "transformers", "redis"} <= needed(requirements, "consumer")
     assert needed(requirements, "cli") == {"click", "rich"}
+    assert needed(requirements, "cuda") == {"embedq", "flash-attn-4"}
+    for extra in ("cli", "consumer", "dev", None):
+        assert "flash-attn-4" not in needed(
+            requirements, extra
+        )  # a pre-release: only who asks for it gets it
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +176,7 @@ def test_the_wheel_says_what_it_needs_and_offers(wheel: zipfile.ZipFile) -> None
     assert about["Requires-Python"] == ">=3.11"
     assert about["License-Expression"] == "Apache-2.0"
     assert needed(about.get_all("Requires-Dist", [])) == LIGHT
-    assert {"cli", "consumer", "dev"} <= set(about.get_all("Provides-Extra", []))
+    assert {"cli", "consumer", "cuda", "dev"} <= set(about.get_all("Provides-Extra", []))
     points = next(wheel.read(name) for name in wheel.namelist() if name.endswith("entry_points.txt"))
     assert b"embedq = embedq_sdk.cli:main" in points
     assert b"[embedq.commands]\nverify = embedq_consumer.verify:verify" in points
