@@ -51,6 +51,20 @@ def test_a_key_names_the_digests_and_the_shape(
     assert cache_key(version, text, prompt, dimensions, dtype) == expected.encode()
 
 
+def test_a_mean_over_windows_has_a_key_of_its_own() -> None:
+    windows = [None, 8, 80, 512]
+    keys = [
+        cache_key(VERSION, "text", "", dimensions, "float32", window)
+        for dimensions in (8, 80)
+        for window in windows
+    ]
+    assert len(set(keys)) == len(keys)
+    entry = CachedVector(3, "", None, bytes(4 * 80))
+    of_window = cache_key(VERSION, "text", "", 80, "float32", 8)
+    assert unpack(of_window, pack(of_window, entry)) == entry
+    assert unpack(key(dimensions=80), pack(of_window, entry)) is None
+
+
 def test_a_prompt_of_any_length_has_a_key_of_its_own() -> None:
     prompts = ["", "a", "b", "a" * 5000, "a" * 5001, "b" * 5000]
     keys = {key(prompt=prompt) for prompt in prompts}

@@ -206,6 +206,30 @@ def bad_inputs(topics: Topics, poison: str) -> list[Bad]:
         instruction=CANARY * 90_000, input=["a"] * 2048)
     job("truncate unknown", "invalid_value", "truncate", truncate="middle")
     job("truncate a boolean", "invalid_value", "truncate", truncate=True)
+    late = {"mode": "late", "tokens": 8}
+    job("chunk a string", "invalid_value", "chunk", chunk="late")
+    job("chunk a list", "invalid_value", "chunk", chunk=[CANARY])
+    job("chunk a number", "invalid_value", "chunk", chunk=256)
+    job("chunk without a mode", "invalid_value", "chunk.mode", chunk={"tokens": 64})
+    job("chunk without anything", "invalid_value", "chunk.mode", chunk={})
+    job("chunk of an unknown mode", "invalid_value", "chunk.mode", chunk={"mode": CANARY})
+    job("chunk of mode null", "invalid_value", "chunk.mode", chunk={"mode": None})
+    for tokens in (7, 0, -64, 64.0, True, "64", [64], 1e300):
+        job(f"chunk of {tokens!r} tokens", "invalid_value", "chunk.tokens", chunk={"mode": "mean", "tokens": tokens})
+    job("chunk with an unknown field", "unknown_field", "chunk", chunk={"mode": "late", CANARY: 1})
+    job("chunk in a job that may be cut", "invalid_value", "truncate", chunk=late, truncate="end")
+    job("more spans than a job may have", "too_many_inputs", "chunk", input="a b " * 10_000, chunk=late, answer=_RAN)
+    job("more spans than a job may have, in all texts together", "too_many_inputs", "chunk",
+        input=["a b " * 500] * 40, chunk=late, answer=_RAN)
+    job("chunks of a text over the service's limit", "text_too_long", "input", chunk=late,
+        input="x" * (MAX_TEXT_BYTES + 1), answer=_RAN)
+    job("chunks behind an instruction of 16 KB", "text_too_long", "input", chunk=late,
+        instruction="a" * MAX_INSTRUCTION_BYTES, answer=_RAN)
+    for mode in ("late", "mean"):
+        job(f"NaN in one chunk, mode {mode}", "non_finite", "input", chunk=late | {"mode": mode},
+            input=f"a b c d {NAN_TOKEN} {CANARY} " * 9, answer=_RAN)
+        job(f"a chunk that the model cannot run, mode {mode}", "internal", "input", chunk=late | {"mode": mode},
+            input="a b c d e f g h i j k l m " + poison, answer=_RAN)
     job("metadata a list", "invalid_value", "metadata", metadata=[CANARY], answer={"metadata": None})
     job("metadata text", "invalid_value", "metadata", metadata=CANARY, answer={"metadata": None})
     job("metadata a number", "invalid_value", "metadata", metadata=7, answer={"metadata": None})
@@ -416,6 +440,8 @@ def odd_jobs(topics: Topics) -> list[Odd]:
         Odd("text blank", b'{"input": " \\n\\t"}', (" \n\t",)),
         Odd("an empty text in a list", b'{"input": ["a", "", "b"]}', ("a", "", "b")),
         Odd("one text many times", job(input=["a"] * 300, dimensions=32), ("a",) * 300, 32),
+        Odd("chunk null", job(chunk=None), (text,)),
+        Odd("a mean over one window", job(chunk={"mode": "mean", "tokens": None}), (text,)),
         Odd("emoji", job(input="🧑🏽‍🚀 ok"), ("🧑🏽‍🚀 ok",)),
         Odd("letters as they are, in UTF-8", '{"input": "Straße 月"}'.encode(), ("Straße 月",)),
         Odd("a NUL in the text", job(input="a\0b"), ("a\0b",)),

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from aiokafka import TopicPartition
 
 from embedq_consumer.admission import Rules
-from embedq_consumer.engine import Memory, Pending, Text, TextTooLong, Tokens
+from embedq_consumer.engine import Chunked, Memory, Pending, Text, TextTooLong, Tokens
 from embedq_consumer.flights import Identity, Item, Waiter
 from embedq_consumer.jobs import InFlight, Record
 from embedq_consumer.ledger import Ticket
@@ -30,11 +30,15 @@ class Model:
     max_tokens = 512
     prompts: Mapping[str, str] = {"query": "Q: ", "document": "D: "}
 
-    def __init__(self, hidden_size: int = 256, default_prompt: str = "") -> None:
+    def __init__(self, hidden_size: int = 256, default_prompt: str = "", *, late_chunks: bool = True) -> None:
         self.hidden_size = hidden_size
         self.default_prompt = default_prompt
+        self.late_chunks = late_chunks
 
     def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong]:
+        raise NotImplementedError
+
+    def chunk(self, texts: Sequence[Text]) -> list[Chunked | TextTooLong]:
         raise NotImplementedError
 
     def submit(self, batch: Sequence[Tokens]) -> Pending:

@@ -15,11 +15,13 @@ from embedq_consumer.admission import (
     UnknownAddress,
     datum_bytes,
     fixed_bytes,
+    held_bytes,
     input_param,
     prompt_for,
 )
 from embedq_consumer.jobs import InFlight, Record
 from embedq_shared import codec
+from embedq_shared.messages import Chunking
 from tests.unit.in_flight import NOW_MS, PARTITIONS, TOPICS, Model, admitted, record, rules
 
 REPLIES = ("reply-topic", TOPICS.replies.encode())
@@ -106,6 +108,44 @@ def test_a_job_that_this_model_cannot_run(fields: dict[str, Any], code: str, par
     assert (found.error.code, found.error.param, found.error.retryable) == (code, param, False)
     assert (found.envelope.id, bytes(found.envelope.metadata)) == ("x", b'{"a": 1}')
     assert (found.dead_letter, found.reply) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ({"mode": "late"}, Chunking("late", 256)),
+        ({"mode": "late", "tokens": 8}, Chunking("late", 8)),
+        ({"mode": "late", "tokens": 10**30}, Chunking("late", 512)),
+        ({"mode": "mean"}, Chunking("mean", 512)),
+        ({"mode": "mean", "tokens": 512}, Chunking("mean", 512)),
+        ({"mode": "mean", "tokens": 100}, Chunking("mean", 100)),
+        (None, None),
+    ],
+)
+def test_chunks_have_a_length_that_the_model_takes(asked: Any, found: Chunking | None) -> None:
+    assert admitted(input="a", chunk=asked).request.chunk == found
+
+
+def test_only_a_model_that_pools_its_first_token_refuses_late_chunks() -> None:
+    cls = Model(late_chunks=False)
+    found = refusal(record(input="a", chunk={"mode": "late"}), cls)
+    assert (found.error.code, found.error.param) == ("invalid_value", "chunk.mode")
+    assert isinstance(admit(record(input="a", chunk={"mode": "mean"}), cls), InFlight)
+
+
+def test_a_jobs_room_counts_its_spans_up_to_what_a_job_may_have() -> None:
+    def held(text: str | list[str], **fields: Any) -> int:
+        job = admitted(input=text, dimensions=32, **fields)
+        return held_bytes(job.request, 256) // max(datum_bytes(job.request), 8 * 256)
+
+    late = {"mode": "late", "tokens": 8}
+    assert held("a" * 600, chunk=late) == 101
+    assert held(["a" * 600, "ü" * 600], chunk=late) == 101 + 401
+    assert held("a" * 600, chunk={"mode": "late"}) == 4
+    assert held("a" * 600_000, chunk=late) == 2048
+    assert held(["a" * 600_000] * 3, chunk={"mode": "mean"}) == 3
+    plain = admitted(input=["a"] * 7)
+    assert held_bytes(plain.request, 256) == 7 * datum_bytes(plain.request)
 
 
 def test_binary_needs_a_multiple_of_8_even_where_the_model_decides() -> None:

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedq_consumer.admission import Refusal, datum_bytes, fixed_bytes
-from embedq_consumer.answers import Answers, Outgoing, Reply
-from embedq_consumer.jobs import Answer, InFlight, Outcome
+from embedq_consumer.answers import Answers, Outgoing, Reply, _data
+from embedq_consumer.jobs import Answer, InFlight, Outcome, Span, Spans
 from embedq_shared import codec
 from embedq_shared.codec import Envelope
 from embedq_shared.headers import parse, value_of
@@ -174,6 +174,68 @@ def test_a_single_text_that_failed_is_an_error_that_says_which_model() -> None:
     )
     assert value_of(sent.headers, "embedq-model-version") == VERSION.encode()
     assert (reply.status, reply.dead_letter) == ("error", None)
+
+
+def spans(job: InFlight, count: int, tokens: int = 3) -> Spans:
+    """So many spans of one text, each of four characters."""
+    made = [answer(job, seed) for seed in range(count)]
+    return Spans(
+        tuple(Span(4 * n, 4 * n + 4, tokens, one.vector, one.scale) for n, one in enumerate(made)),
+        tokens * count + 2,
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_late_chunks_are_a_datum_each_with_their_place(dtype: str) -> None:
+    job = admitted(input=["a", "b", "c"], dimensions=32, dtype=dtype, chunk={"mode": "late"})
+    reply = answers().of_job(settled(job, spans(job, 2), ERROR, spans(job, 1)))
+    [sent] = reply.outgoing
+    data = body(sent)["data"]
+    assert [(datum["index"], datum.get("span")) for datum in data] == [
+        (0, [0, 4]),
+        (0, [4, 8]),
+        (1, None),
+        (2, [0, 4]),
+    ]
+    assert [datum["tokens"] for datum in data] == [3, 3, None, 3]
+    assert [("scale" in datum) for datum in data] == [dtype == "int8"] * 2 + [False] + [dtype == "int8"]
+    assert body(sent)["usage"]["total_tokens"] == 8 + 5
+    assert reply.status == "partial"
+
+
+def test_more_spans_than_a_job_may_have_fail_it_whole_whichever_came_first() -> None:
+    for order in ((0, 1, 2), (2, 1, 0)):
+        job = admitted(input=["a", "b", "c"], chunk={"mode": "late"}, id="x")
+        for index in order:
+            done = job.settle(index, spans(job, 1000))
+        assert done
+        reply = answers().of_job(job)
+        error = body(reply.outgoing[0])["error"]
+        assert (error["code"], error["param"], reply.status) == ("too_many_inputs", "chunk", "error")
+        assert "2048" in error["message"]
+
+
+@pytest.mark.parametrize("limit", [4096, 30_000])
+def test_late_chunks_are_split_over_parts_within_the_limit(limit: int) -> None:
+    job = admitted(input=["a", "b"], dimensions=64, chunk={"mode": "late"}, max_result_bytes=limit)
+    reply = answers(limit).of_job(settled(job, spans(job, 150), spans(job, 70)))
+    parts = [body(sent) for sent in reply.outgoing]
+    assert len(parts) > 1
+    assert max(size(sent) for sent in reply.outgoing) <= limit
+    found = [(datum["index"], datum["span"][0]) for part in parts for datum in part["data"]]
+    assert found == [(0, 4 * n) for n in range(150)] + [(1, 4 * n) for n in range(70)]
+
+
+def test_the_longest_datum_of_a_span_is_within_its_bound() -> None:
+    for format, encoding in (("json", "float"), ("json", "base64"), ("msgpack", None)):
+        fields: dict[str, Any] = {"input": ["a"] * 2048, "dtype": "int8", "chunk": {"mode": "late"}}
+        fields |= {"encoding_format": encoding} if encoding else {}
+        headers = [MSGPACK] if format == "msgpack" else []
+        value = (msgspec.json if format == "json" else msgspec.msgpack).encode(fields)
+        job = admitted(*headers, value=value)
+        span = Span(999_990, 1_000_000, 1_000_000, bytes([128] * 256), 1.2345678901234567e-05)
+        [*_, datum] = _data(job.request, 2047, Spans((span,), 1_000_000))
+        assert len(bytes(datum)) < datum_bytes(job.request)
 
 
 # -- splitting --------------------------------------------------------------------------------------------------------

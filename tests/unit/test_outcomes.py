@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
 from embedq_consumer import outcomes
-from embedq_consumer.engine import TextTooLong
-from embedq_consumer.flights import Item, Waiter
-from embedq_consumer.jobs import Answer, Outcome
+from embedq_consumer.engine import Chunked, Piece, TextTooLong, Tokens
+from embedq_consumer.flights import Identity, Item, Waiter, Window
+from embedq_consumer.gathering import Gathered
+from embedq_consumer.jobs import Answer, InFlight, Outcome, Spans
 from embedq_shared.messages import ErrorBody
 from embedq_shared.vectors import dequantise
 from tests.unit.in_flight import admitted, item
@@ -112,3 +114,115 @@ def test_inputs_that_share_a_text_each_get_what_their_own_job_asks_for() -> None
     vectors[0, 200] = np.nan
     bad = outcomes.outcomes_of([(shared, [(small, 0), (large, 1)])], vectors)
     assert [error.param for _, _, error in bad if isinstance(error, ErrorBody)] == ["input", "input[1]"]
+
+
+# -- chunks -----------------------------------------------------------------------------------------------------------
+
+
+def chunked(*tokens: int) -> Chunked:
+    """A text in windows of a vector each, with so many tokens of the text, and two special ones around them."""
+    ends = np.cumsum(tokens).tolist()
+    return Chunked(
+        tuple(Tokens(np.zeros(count + 2, dtype=np.int32)) for count in tokens),
+        tuple(Piece(end - count, end, count) for count, end in zip(tokens, ends, strict=True)),
+    )
+
+
+def landed(job: InFlight, of: Chunked, index: int = 0) -> Item:
+    return Item(Identity.of(job, index), job.encoder, of.windows[0], 0.0, Window(of, 0))
+
+
+def test_a_mean_is_that_of_the_windows_unit_vectors_by_their_tokens() -> None:
+    of, vectors = chunked(100, 20, 1), raw(3)
+    vectors[1] *= 50  # its length is no weight
+    gathered = Gathered(of, "mean", 256)
+    assert [gathered.add(number, vectors[number : number + 1]) for number in (2, 0, 1)] == [
+        False,
+        False,
+        True,
+    ]
+    job = admitted(input="a", dimensions=64, chunk={"mode": "mean"})
+    [(_, _, found)] = outcomes.chunked_outcomes_of([(landed(job, of), gathered.rows, [(job, 0)])])
+    units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    expected = (units * np.array([[100], [20], [1]])).sum(axis=0)[:64]
+    assert isinstance(found, Answer)
+    np.testing.assert_allclose(
+        dequantise(found.vector, "float32"), expected / np.linalg.norm(expected), atol=1e-6
+    )
+    assert (found.tokens, found.truncated, found.cached) == (121 + 3 * 2, None, False)
+
+
+def test_a_mean_over_one_window_is_the_texts_own_vector() -> None:
+    of, vectors = chunked(5), raw(1)
+    gathered = Gathered(of, "mean", 256)
+    assert gathered.add(0, vectors)
+    job = admitted(input="a", chunk={"mode": "mean"})
+    [(_, _, mean)] = outcomes.chunked_outcomes_of([(landed(job, of), gathered.rows, [(job, 0)])])
+    [plain] = outcomes_of([item(admitted(input="a"))], vectors)
+    assert isinstance(mean, Answer)
+    assert isinstance(plain, Answer)
+    np.testing.assert_allclose(
+        dequantise(mean.vector, "float32"), dequantise(plain.vector, "float32"), atol=1e-6
+    )
+
+
+def test_each_span_is_cut_normalised_and_quantised_by_itself() -> None:
+    of, vectors = chunked(4, 6), raw(2)
+    small = admitted(input="a", dimensions=32, dtype="int8", chunk={"mode": "late"})
+    large = admitted(input=["b", "a"], chunk={"mode": "late"})
+    found = outcomes.chunked_outcomes_of([(landed(small, of), vectors, [(small, 0), (large, 1)])])
+    for job, _, spans in found:
+        assert isinstance(spans, Spans)
+        assert [(span.start, span.end, span.tokens) for span in spans.spans] == [(0, 4, 4), (4, 10, 6)]
+        assert spans.tokens == 14
+        for span, vector in zip(spans.spans, vectors, strict=True):
+            cut = vector[: job.request.dimensions]
+            back = dequantise(span.vector, job.request.dtype, span.scale)
+            np.testing.assert_allclose(back, cut / np.linalg.norm(cut), atol=3e-3)
+
+
+@pytest.mark.parametrize("mode", ["late", "mean"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_one_chunk_that_is_not_finite_costs_its_text_alone(bad: float, mode: Literal["late", "mean"]) -> None:
+    of, vectors = chunked(4, 6), raw(2)
+    job = admitted(input=["a", "b"], chunk={"mode": mode})
+    rows = []
+    for spoilt in (True, False):
+        vectors[1, 7] = bad if spoilt else 1.0
+        gathered = Gathered(of, mode, 256)
+        gathered.add(0, vectors[:1])
+        gathered.add(1, vectors[1:])
+        rows.append(gathered.rows)
+    first, second = outcomes.chunked_outcomes_of(
+        [(landed(job, of), rows[0], [(job, 0)]), (landed(job, of, 1), rows[1], [(job, 1)])]
+    )
+    assert isinstance(first[2], ErrorBody)
+    assert (first[2].code, first[2].param) == ("non_finite", "input[0]")
+    assert not isinstance(second[2], ErrorBody)
+
+
+def test_a_zero_window_adds_nothing_to_a_mean() -> None:
+    gathered = Gathered(chunked(4, 6), "mean", 256)
+    vectors = raw(1)
+    gathered.add(0, np.zeros((1, 256), np.float32))
+    gathered.add(1, vectors)
+    unit = vectors / np.linalg.norm(vectors)
+    np.testing.assert_allclose(gathered.rows, unit * 0.6, atol=1e-6)
+
+
+def test_what_is_too_much_for_one_text_is_said_before_it_runs() -> None:
+    late = admitted(input=["a", "b"], chunk={"mode": "late"}).request
+    mean = admitted(input=["a", "b"], chunk={"mode": "mean"}).request
+    many = chunked(*[8] * 2049)
+    refusal = outcomes.refusal_of(many, late, 512)
+    assert refusal is not None
+    assert (refusal(late, 1).code, refusal(late, 1).param) == ("too_many_inputs", "chunk")
+    assert outcomes.refusal_of(many, mean, 512) is None
+    assert outcomes.refusal_of(chunked(510), late, 512) is None
+    refusal = outcomes.refusal_of(chunked(10, 511), late, 512)
+    assert refusal is not None
+    assert (refusal(late, 1).code, refusal(late, 1).param) == ("text_too_long", "input[1]")
+    refusal = outcomes.refusal_of(TextTooLong(tokens=300, limit=256), mean, 512)
+    assert refusal is not None
+    assert "prompt" in refusal(mean, 0).message
+    assert "256" in refusal(mean, 0).message

@@ -228,7 +228,7 @@ class PackedEncoder:
                 # As in `_computed`: it may be a neighbour's fault.
                 alone = self._device.type == "cuda" and len(part) > 1 and not np.isfinite(pooled.sum())
                 vectors[rows[i] : rows[i + 1]] = self._run_spans([batch[i]])[0] if alone else pooled
-        return _InOrder(self.submit([batch[i] for i in plain]), rows[plain], vectors)
+        return _InOrder(self._submit([batch[i] for i in plain]), rows[plain], vectors)
 
     def _computed(self, batch: Sequence[Ids]) -> Computed:
         vectors = np.zeros((len(batch), self.hidden_size), dtype=np.float32)
