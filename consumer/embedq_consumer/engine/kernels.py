@@ -260,25 +260,31 @@ def _skinny_kernel(
     rows = tl.arange(0, ROWS)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     steps = tl.arange(0, STEP)
-    channels = columns.to(tl.int64)
-    next_one = WIDTH
-    if INTERLEAVED:
-        channels = channels * 2
-        next_one = 1
     x_places = x + rows[:, None] * INNER + steps[None, :]
-    w_places = weight + channels[None, :] * INNER + steps[:, None]
-    total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    gated = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for begin in range(0, INNER, STEP):
-        part = tl.load(x_places + begin)
-        total = tl.dot(part, tl.load(w_places + begin), total)
-        if GATE:
-            gated = tl.dot(part, tl.load(w_places + next_one * INNER + begin), gated)
-    if SCALED:
-        row_scale = tl.load(x_scales + rows)[:, None]
-        total = total * row_scale * tl.load(weight_scales + channels)[None, :]
-        if GATE:
-            gated = gated * row_scale * tl.load(weight_scales + next_one + channels)[None, :]
+    if INTERLEAVED:
+        # Gate and up of a column are neighbours: one product over both reads the weight as it lies.
+        channels = tl.program_id(0).to(tl.int64) * (2 * COLUMNS) + tl.arange(0, 2 * COLUMNS)
+        w_places = weight + channels[None, :] * INNER + steps[:, None]
+        both = tl.zeros((ROWS, 2 * COLUMNS), tl.float32)
+        for begin in range(0, INNER, STEP):
+            both = tl.dot(tl.load(x_places + begin), tl.load(w_places + begin), both)
+        if SCALED:
+            both = both * tl.load(x_scales + rows)[:, None] * tl.load(weight_scales + channels)[None, :]
+        total, gated = tl.split(tl.reshape(both, (ROWS, COLUMNS, 2)))
+    else:
+        w_places = weight + columns.to(tl.int64)[None, :] * INNER + steps[:, None]
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        gated = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for begin in range(0, INNER, STEP):
+            part = tl.load(x_places + begin)
+            total = tl.dot(part, tl.load(w_places + begin), total)
+            if GATE:
+                gated = tl.dot(part, tl.load(w_places + WIDTH * INNER + begin), gated)
+        if SCALED:
+            row_scale = tl.load(x_scales + rows)[:, None]
+            total = total * row_scale * tl.load(weight_scales + columns)[None, :]
+            if GATE:
+                gated = gated * row_scale * tl.load(weight_scales + WIDTH + columns)[None, :]
     if GATE:
         root = tl.rsqrt(1.0 + tl.exp2(total * -1.4426950408889634))
         total = total * gated * (root * root)
