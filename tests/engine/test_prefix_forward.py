@@ -26,7 +26,7 @@ from embedq_consumer.engine.prefixes import MARGIN
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's overflow, in the interpreter
 
 Ids = npt.NDArray[np.int32]
-SIZE, ROOMS = 48, 16
+SIZE, ROOMS = 32, 16
 NONE: Ids = np.empty(0, dtype=np.int32)
 
 
@@ -122,12 +122,12 @@ def forward() -> Forward:
 
 def test_texts_behind_shared_prefixes_have_the_vectors_of_whole_texts(forward: Forward) -> None:
     random = np.random.default_rng(0)
-    first, second = (random.integers(0, 300, n).astype(np.int32) for n in (11, 8))
-    rows = np.array([5, 3, 60, 9, 10, 11, 12, 40, 2, 1, 7], dtype=np.int32)
+    first, second = (random.integers(0, 300, 8).astype(np.int32) for _ in range(2))
+    rows = np.array([5, 3, 60, 9, 10, 40, 2, 7], dtype=np.int32)
     other = np.array([20, 21, 22, 23, 24, 25, 26, 27], dtype=np.int32)
     forward([first], kept=rows)
     forward([second], kept=other)
-    own = [random.integers(0, 300, n).astype(np.int32) for n in (4, 1, 6, 3)]
+    own = [random.integers(0, 300, n).astype(np.int32) for n in (2, 1, 3, 2)]
     texts = [np.concatenate([first, ids]) for ids in own[:2]]
     texts += [np.concatenate([second, own[2]]), own[3]]
     prefixes = [rows, rows, other, NONE]
@@ -136,11 +136,6 @@ def test_texts_behind_shared_prefixes_have_the_vectors_of_whole_texts(forward: F
         found = forward([texts[i] for i in order], [prefixes[i] for i in order])
         cosines = (found * wanted[order]).sum(dim=1)
         assert float(cosines.min()) >= 0.9999, (order, cosines)
-
-
-def test_a_prefix_that_was_not_what_the_text_begins_with_would_show(forward: Forward) -> None:
-    random = np.random.default_rng(1)
-    prefix, text = (random.integers(0, 300, n).astype(np.int32) for n in (9, 14))
-    rows = np.arange(30, 39, dtype=np.int32)
-    forward([prefix], kept=rows)
-    assert float((forward([text], [rows]) * forward([text])).sum()) < 0.99
+    # What is read is the prefix: another one's keys and values give other vectors.
+    mistaken = (forward(texts, [other, other, rows, NONE]) * wanted).sum(dim=1)
+    assert float(mistaken[:3].max()) < 0.99 <= float(mistaken[3])
