@@ -151,11 +151,13 @@ class Encoder(Protocol):
     """Whether spans of a text have vectors of their own: not where a text's vector is that of its first token."""
     default_prompt: str
     """What a text without `input_type` or instruction gets in front; `""` for most models."""
-    attention: str
-    """Which attention runs: `flash_attn_4` or `torch_varlen` on a GPU, `packed` where transformers' own layers call either,
-    `torch_sdpa` on a CPU."""
     phases: Mapping[str, float]
     """Seconds of each step of the load, in order."""
+
+    @property
+    def attention(self) -> str:
+        """Which attention runs: `flash_attn_4` or `torch_varlen` on a GPU, `packed` where transformers' own layers call
+        either, `torch_sdpa` on a CPU."""
 
     def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong]:
         """Tokens of each text, in order."""
