@@ -18,7 +18,7 @@ from embedq_consumer.batching import Batcher
 from embedq_consumer.budget import TokenBudget
 from embedq_consumer.cache import CachedVector, VectorCache, cache_key
 from embedq_consumer.engine import Chunked, DeviceLost, Encoder, OutOfMemory, Text, TextTooLong, Tokens
-from embedq_consumer.flights import Flights, Identity, Item, Window
+from embedq_consumer.flights import Flights, Identity, Item, Waiter, Window
 from embedq_consumer.gathering import Vectors
 from embedq_consumer.jobs import Answer, InFlight, Outcome, Record
 from embedq_consumer.metrics import Metrics
@@ -194,15 +194,29 @@ class Pipeline:
     async def run_batch(self, batch: Sequence[Item]) -> None:
         """Compute one micro-batch and send its outcomes on their way."""
         now_ms, now = time.time() * 1000, time.monotonic()
+        live: list[Item] = []
+        waiters: list[Waiter] = []
         for item in batch:
-            expired = self._flights.leave(item.identity, lambda waiter: waiter[0].expired(now_ms))
-            self._settle((job, index, outcomes.EXPIRED_WAITING) for job, index in expired)
-            for job, _ in self._flights.waiting(item.identity):
-                if job.queue_s is None:
-                    job.queue_s = now - job.record.polled_at
-                    self._metrics.queue.labels(item.lane).observe(job.queue_s)
-        if live := [item for item in batch if self._flights.waiting(item.identity)]:
-            await self._compute(live)
+            waiting = self._flights.waiting(item.identity)
+            if any(job.expired(now_ms) for job, _ in waiting):
+                expired = self._flights.leave(item.identity, lambda waiter: waiter[0].expired(now_ms))
+                self._settle((job, index, outcomes.EXPIRED_WAITING) for job, index in expired)
+                waiting = self._flights.waiting(item.identity)
+            if waiting:
+                live.append(item)
+                waiters += waiting
+        if live:
+            computing = self._tasks.create_task(self._compute(live), name="compute")
+            await asyncio.sleep(0)  # on its way to the device before anything is counted
+            self._note_queue(waiters, now)
+            await computing
+
+    def _note_queue(self, waiters: Iterable[Waiter], now: float) -> None:
+        """How long jobs waited for their first micro-batch, which began `now`."""
+        for job, _ in waiters:
+            if job.queue_s is None:
+                job.queue_s = now - job.record.polled_at
+                self._metrics.queue.labels(job.record.lane).observe(job.queue_s)
 
     async def _compute(self, batch: Sequence[Item]) -> None:
         """Run it; if it fails, in halves, until the text that fails is alone."""
