@@ -61,7 +61,7 @@ def load(
         # The digest reads every byte once more: it does so while the weights go where they belong.
         digests = beside.submit(tensor_digests, directory.tensors, threads)
         with phases.step("transformers"):
-            import transformers  # noqa: F401
+            import transformers.modeling_utils  # noqa: F401  # which takes as long as PyTorch itself
         with phases.step("weights"), _quiet_transformers():
             model = _load_model(directory, target)
         max_tokens, position_offset = _limits(directory, model)
