@@ -44,6 +44,7 @@ async def test_the_python_examples_run(models: Path, tmp_path: Path) -> None:
             body = "\n".join(line for line in source.splitlines() if not line.startswith("from "))
             names: dict[str, Any] = {
                 "texts": ["a", "b", "c"],
+                "book": "The moon is round, and the old stone wall is near. " * 600,
                 "endless": endless,
                 "store": lambda *found: stored.append(found),
             }
@@ -60,6 +61,9 @@ async def test_the_python_examples_run(models: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(np.linalg.norm(found["many"], axis=1), 1, atol=1e-5)
     assert found["told"].model_versions[0].startswith("sha256:")
     assert len(found["array"].vectors) == 3
+    assert len(found["spans"]) > 9
+    assert found["spans"][0].end == found["spans"][1].start > 256
+    assert found["whole"].shape == (hidden,)
     assert sorted(index for index, _, _ in stored) == list(range(40))
 
 
