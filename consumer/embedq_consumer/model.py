@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -78,8 +78,7 @@ class ModelSlot:
         self._running += 1
         self.busy_since = self.busy_since or time.monotonic()
         try:
-            submitted, pending = await _run(self._compute, self._submit, encoder, batch)
-            return await _run(self._results, self._result, pending, submitted)
+            return await asyncio.wrap_future(await _run(self._compute, self._submit, encoder, batch))
         finally:
             self._running -= 1
             self.busy_since = time.monotonic() if self._running else None
@@ -105,8 +104,13 @@ class ModelSlot:
         for pool in (self._compute, self._results, self._beside):
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _submit(self, encoder: Encoder, batch: Sequence[Tokens]) -> tuple[float, Pending]:
-        return time.monotonic(), encoder.submit(batch)
+    def _submit(
+        self, encoder: Encoder, batch: Sequence[Tokens]
+    ) -> Future[tuple[npt.NDArray[np.float32], float]]:
+        submitted = time.monotonic()
+        pending = encoder.submit(batch)
+        # From here and not from the event loop, which may be away: the vectors wait for nobody.
+        return self._results.submit(self._result, pending, submitted)
 
     def _result(self, pending: Pending, submitted: float) -> tuple[npt.NDArray[np.float32], float]:
         vectors = pending.result()
