@@ -143,6 +143,7 @@ class Encoder(Protocol):
     model_version: str
     """`sha256:` and 64 hex digits over weights, tokenizer, pooling and prompts: equal exactly when vectors are comparable."""
     hidden_size: int
+    """Components of a vector: the model's own width, or that of its last Dense module."""
     max_tokens: int
     """Longest input, special tokens included."""
     prompts: Mapping[str, str]
