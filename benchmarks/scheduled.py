@@ -40,13 +40,18 @@ def scheduled(
 
     Seconds are from ids on the host to vectors on the host. A text that the encoder cannot run is an error here.
     """
-    return asyncio.run(_Backlog(encoder, texts, budget).run())
+    slot = ModelSlot(lambda path: encoder)
+    try:
+        return asyncio.run(_Backlog(slot, encoder, texts, budget).run())
+    finally:
+        slot.close()
 
 
 class _Backlog:
     """One run: the pipeline's part between the tokenizer and the outcomes, with a place in an array for a job."""
 
-    def __init__(self, encoder: Encoder, texts: Sequence[Tokens], budget: int) -> None:
+    def __init__(self, slot: ModelSlot, encoder: Encoder, texts: Sequence[Tokens], budget: int) -> None:
+        self._slot = slot
         self._encoder = encoder
         self._texts = texts
         self._budget = budget
@@ -67,18 +72,14 @@ class _Backlog:
                 bulk_max_wait=_DEFAULTS.bulk_max_wait_s,
             )
         )
-        self._slot = ModelSlot(lambda path: self._encoder)
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                begin = time.perf_counter()
-                batcher.put(self._items(asyncio.get_running_loop().time()))
-                worker = tasks.create_task(Worker(batcher, self._run_batch, Metrics(), tasks).run())
-                if self._left:
-                    await self._done.wait()
-                seconds = time.perf_counter() - begin
-                worker.cancel()
-        finally:
-            self._slot.close()
+        async with asyncio.TaskGroup() as tasks:
+            begin = time.perf_counter()
+            batcher.put(self._items(asyncio.get_running_loop().time()))
+            worker = tasks.create_task(Worker(batcher, self._run_batch, Metrics(), tasks).run())
+            if self._left:
+                await self._done.wait()
+            seconds = time.perf_counter() - begin
+            worker.cancel()
         full = self._batches[:-1] or self._batches
         return (
             seconds,
