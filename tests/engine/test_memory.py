@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from embedq_consumer.engine import ModelError
+from embedq_consumer.engine import ModelError, load_encoder
 from embedq_consumer.engine.directory import TensorSlice, read_directory
 from embedq_consumer.engine.memory import Need, Room, need_of, refuse_if_too_large
 from tests.tiny_models import make_tiny_qwen3
@@ -114,3 +116,28 @@ def test_a_real_directory_counts_what_it_holds(tmp_path: Path) -> None:
     found = need_of(directory.tensors, directory.config, dtype="float32", quantised=False, longest=512)
     assert found.weights == sum(slice_.end - slice_.begin for slice_ in directory.tensors)
     assert found.activations == 16_384 * 4 * (3 * 256 + max((8 + 4) * 32, 3 * 512))
+
+
+def test_weights_beyond_the_machines_memory_are_refused_before_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_tiny_qwen3(tmp_path)
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1000, "SC_PHYS_PAGES": 1000}.__getitem__)
+    monkeypatch.setattr("embedq_consumer.engine.loading._load_model", _never)
+    with pytest.raises(ModelError, match=r"parameters in float32\); the machine has 0\.0 GB free of 0\.0$"):
+        load_encoder(path, device="cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
+def test_a_full_gpu_refuses_before_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_tiny_qwen3(tmp_path)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10_000_000, 24 * 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", torch.cuda.memory_allocated)
+    monkeypatch.setattr("embedq_consumer.engine.loading._load_model", _never)
+    with pytest.raises(ModelError, match=r"activations of 32,768 tokens; cuda.* free of 24\.0$"):
+        load_encoder(path, device="cuda")
+
+
+def _never(*_: object) -> None:
+    raise AssertionError("weights were read")
