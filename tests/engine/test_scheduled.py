@@ -18,8 +18,8 @@ def test_scheduled_texts_get_the_encoders_own_vectors_and_equal_ones_are_compute
     found = encoder.tokenize([Text(" ".join(words[: 1 + n % 9]) + f" {n % 6}") for n in range(60)])
     texts = [tokens for tokens in found if isinstance(tokens, Tokens)]
     texts.append(Tokens(np.tile(texts[0].ids, 40)))  # over the budget
-    seconds, vectors, stats = scheduled(encoder, texts, 256)
-    _, expected = straight(encoder, texts, 256)
+    seconds, vectors, stats = scheduled(encoder, texts, 64)
+    _, expected = straight(encoder, texts, 64)
     assert seconds > 0
     np.testing.assert_allclose(vectors, expected, atol=1e-4)
     assert stats["computed_texts"] == len({tokens.ids.tobytes() for tokens in texts}) < len(texts)
