@@ -117,7 +117,7 @@ def test_a_text_behind_a_prefix_may_be_longer_than_the_largest_graph(
     encoder: Encoder, quantization: Quantization
 ) -> None:
     random = np.random.default_rng(4)
-    texts = behind(ids_of(random, 25), [ids_of(random, n) for n in (20_000, 15, 15)])
+    texts = behind(ids_of(random, 200), [ids_of(random, n) for n in (20_000, 15, 15)])
     wanted = encoder.submit(whole(texts)).result()
     assert cosines(encoder.submit(texts).result(), wanted).min() >= LEAST[quantization]
 

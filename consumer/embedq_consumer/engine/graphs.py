@@ -55,6 +55,8 @@ _KEYS_A_TOKEN = 4
 """Room for keys in a part with shared prefixes, for each token of a part that runs."""
 _WHOLE_TOKENS = 64
 """So few tokens take the time of reading the weights, prefixes and all: nothing is gained by sharing."""
+_LEAST_SAVED = 64
+"""Sharing has to save one token in so many: to lay out the keys takes a hundredth of a token's time for each of them."""
 _FIXED_TOKENS = 1024
 """Rows of the deterministic mode: every text that fits runs in a row of this one size."""
 _SLOTS = 4
@@ -394,7 +396,8 @@ class Graphs:
 
         A part may read rows that a later one writes anew: the device does both in the order in which they are started.
         """
-        if self._prefixes is None or sum(len(text.ids) for text in batch) <= _WHOLE_TOKENS:
+        tokens, saved = sum(len(text.ids) for text in batch), sum(text.shared for text in batch)
+        if self._prefixes is None or tokens <= _WHOLE_TOKENS or saved * _LEAST_SAVED < tokens:
             return [_Text(text.ids, _NONE) for text in batch]
         places, new = self._prefixes.place(batch)
         try:
