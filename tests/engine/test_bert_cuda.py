@@ -18,10 +18,15 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read as kernels are defined, Triton's own among them
 pytest.importorskip("triton")
 
+from benchmarks.texts import varied
+from embedq_consumer.engine import load_encoder
 from embedq_consumer.engine.attention import Packing
 from embedq_consumer.engine.bert_cuda import PackedBertCuda
 from embedq_consumer.engine.directory import Pooling
+from embedq_consumer.engine.fp8 import in_fp8
 from embedq_consumer.engine.graphs import Row, fill, input_length
+from tests.engine.conftest import normalised, tokens_of
+from tests.tiny_models import minilm_path
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="tests/engine/test_bert_gpu.py runs it for real"),
@@ -112,4 +117,35 @@ def test_pooled_and_hidden_states_are_those_of_transformers(
     chosen = {"mean": lambda x: x.mean(0), "cls": lambda x: x[0], "lasttoken": lambda x: x[-1]}[pooling]
     expected = torch.stack([chosen(x) for x in wanted])
     assert F.cosine_similarity(out[: len(LENGTHS)], expected, dim=1).min() > 0.9995
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize(("quantised", "least"), [(False, 0.9995), (True, 0.99)])
+def test_a_trained_model_keeps_its_vectors(quantised: bool, least: float) -> None:
+    """In FP8 by less than on a GPU: the interpreter cuts numbers where the device rounds them."""
+    from transformers import AutoModel
+
+    encoder = load_encoder(minilm_path(), device="cpu")
+    ids = tokens_of(encoder, sorted(varied(40), key=len)[6:14])
+    assert sum(map(len, ids)) <= 128
+    model = AutoModel.from_pretrained(minilm_path(), dtype=torch.bfloat16)
+    forward = PackedBertCuda(model, pooling="mean", max_tokens=256, quantised=quantised, attention=attend)
+    out = torch.empty(16, 384)
+    forward.pooled(row_of([torch.from_numpy(each) for each in ids], 128, 16), LONGEST, out)
+    cosines = (normalised(out[: len(ids)].numpy()) * normalised(encoder.encode(ids))).sum(axis=1)
+    assert cosines.min() >= least
+
+
+def test_kept_layers_have_no_product_in_fp8() -> None:
+    forward = PackedBertCuda(
+        model_of("Bert", "gelu").bfloat16(),
+        pooling="mean",
+        max_tokens=LONGEST,
+        quantised=True,
+        keep={0, 2},
+        attention=attend,
+    )
+    assert [in_fp8(layer.down) for layer in forward._layers] == [False, True, False]
+    out = torch.empty(16, HIDDEN)
+    forward.pooled(row_of(texts(), 80, 16), 80, out)
     assert out.isfinite().all()

@@ -157,7 +157,7 @@ class Encoder(Protocol):
 
     @property
     def attention(self) -> str:
-        """Which attention runs: `flash_attn_4` or `torch_varlen` on a GPU, `packed` where transformers' own layers call
+        """Which attention runs: `flash_attn_4`, `torch_varlen` or `row_attention` on a GPU, `packed` where transformers' own layers call
         either, `torch_sdpa` on a CPU."""
 
     def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong]:
