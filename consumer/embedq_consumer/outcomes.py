@@ -102,8 +102,8 @@ def too_long(request: Request, index: int, found: TextTooLong) -> ErrorBody:
     if request.chunk is not None:
         return ErrorBody.of(
             "text_too_long",
-            f"`{param}`: expected at most {found.limit} tokens of prompt and special tokens around each chunk, "
-            f"got {found.tokens}",
+            f"`{param}`: expected at most {found.limit} tokens that no cut can part (prompt and special tokens, or one "
+            f"character of many tokens), got {found.tokens}",
             param,
         )
     return ErrorBody.of(

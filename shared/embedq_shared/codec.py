@@ -256,11 +256,12 @@ def _explain(error: msgspec.ValidationError, value: bytes, format: Format) -> Ba
         return _malformed(error, format)
     if message.endswith(_IN_CHUNK) and (missing := _MISSING.match(message)):
         return _invalid("chunk", f".{missing[1]}", envelope=envelope)
-    if message.endswith(_IN_CHUNK) and _UNKNOWN.match(message):
+    unknown = _UNKNOWN.match(message)
+    if unknown and message.endswith(_IN_CHUNK) and not _has_field(value, format, unknown[1]):
         # The name of such a field is part of a value, and values are never repeated.
         expected = f"no field but {', '.join(_EXPECTED_IN_CHUNK)}"
         return BadJob("unknown_field", f"`chunk`: expected {expected}", "chunk", envelope=envelope)
-    if unknown := _UNKNOWN.match(message):
+    if unknown:
         name = unknown[1] if len(unknown[1]) <= 64 else unknown[1][:64] + "…"
         return BadJob(
             "unknown_field",
@@ -273,6 +274,14 @@ def _explain(error: msgspec.ValidationError, value: bytes, format: Format) -> Ba
     if at := _AT.search(message):
         return _invalid(at[1], at[2], envelope=envelope)
     return BadJob("malformed", "expected an object at the top level", envelope=envelope)
+
+
+def _has_field(value: bytes, format: Format, name: str) -> bool:
+    """Whether the job itself has a field of this name, which may spell a path."""
+    try:
+        return name in _anything[format].decode(value)
+    except _UNDECODABLE:
+        return False
 
 
 def _envelope(value: bytes, format: Format) -> Envelope | None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedq_consumer.engine.chunks import cut, spans_of, windows_of
+from embedq_consumer.engine.chunks import Range, spans_of, windows_of
+from embedq_consumer.engine.chunks import cut as cut_places
 
 Tokenized = tuple[str, list[int], list[int]]
 """A text, and where its tokens begin and end."""
@@ -33,6 +35,10 @@ def tokenized(draw: st.DrawFn) -> Tokenized:
     return text, begins, ends
 
 
+def cut(text: str, begins: list[int], ends: list[int], size: int) -> list[Range]:
+    return cut_places(text, np.array(begins, np.int64), np.array(ends, np.int64), size)
+
+
 def words(text: str) -> Tokenized:
     """One token for each word and each mark behind it, as a tokenizer that drops blanks makes them."""
     places = [match.span() for match in re.finditer(r"\w+|[^\w\s]", text)]
@@ -42,7 +48,9 @@ def words(text: str) -> Tokenized:
 def pieces(tokens: Tokenized, size: int) -> list[str]:
     """The text of each span."""
     text, begins, ends = tokens
-    return [text[begin:end] for begin, end in spans_of(cut(text, begins, ends, size), begins, len(text))]
+    return [
+        text[begin:end] for begin, end in spans_of(cut(text, begins, ends, size), np.array(begins), len(text))
+    ]
 
 
 @given(tokenized(), st.integers(8, 40))
@@ -52,7 +60,7 @@ def test_ranges_hold_every_token_once_and_spans_every_character(tokens: Tokenize
     assert [token for begin, end in ranges for token in range(begin, end)] == list(range(len(begins)))
     assert "".join(pieces(tokens, size)) == text
     if begins:
-        spans = spans_of(ranges, begins, len(text))
+        spans = spans_of(ranges, np.array(begins), len(text))
         assert all(begin < end for begin, end in spans)
         for (first, last), (start, stop) in zip(ranges, spans, strict=True):
             assert all(start <= begins[token] and ends[token] <= stop for token in range(first, last))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from embedq_shared import codec
 from embedq_shared.codec import BadJob, Format
-from embedq_shared.messages import MAX_INSTRUCTION_BYTES, MAX_METADATA_BYTES, Job
+from embedq_shared.messages import MAX_INSTRUCTION_BYTES, MAX_METADATA_BYTES, Chunking, Job
 
 FORMATS: tuple[Format, ...] = ("json", "msgpack")
 
@@ -238,6 +238,19 @@ def test_a_malformed_value_says_where_it_broke() -> None:
         ({"instruction": "", "input_type": "document"}, "instruction"),
         ({"truncate": True}, "truncate"),
         ({"truncate": "middle"}, "truncate"),
+        ({"chunk": "late"}, "chunk"),
+        ({"chunk": [{"mode": "late"}]}, "chunk"),
+        ({"chunk": False}, "chunk"),
+        ({"chunk": {}}, "chunk.mode"),
+        ({"chunk": {"tokens": 64}}, "chunk.mode"),
+        ({"chunk": {"mode": "Late"}}, "chunk.mode"),
+        ({"chunk": {"mode": None}}, "chunk.mode"),
+        ({"chunk": {"mode": "x - at `$.id`"}}, "chunk.mode"),
+        ({"chunk": {"mode": "late", "tokens": 7}}, "chunk.tokens"),
+        ({"chunk": {"mode": "late", "tokens": 8.0}}, "chunk.tokens"),
+        ({"chunk": {"mode": "mean", "tokens": True}}, "chunk.tokens"),
+        ({"chunk": {"mode": "mean", "tokens": "8"}}, "chunk.tokens"),
+        ({"chunk": {"mode": "mean"}, "truncate": "start"}, "truncate"),
         ({"metadata": []}, "metadata"),
         ({"metadata": "a"}, "metadata"),
         ({"metadata": 0}, "metadata"),
@@ -258,9 +271,34 @@ def test_a_job_without_input_is_invalid(format: Format) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("name", ["dimension", "Input", "texts", "", "a b", "ключ", "x` - at `$.id"])
+@pytest.mark.parametrize(
+    "name", ["dimension", "Input", "texts", "", "a b", "ключ", "x` - at `$.id", "x` - at `$.chunk"]
+)
 def test_an_unknown_field_is_named(format: Format, name: str) -> None:
     assert verdict(packed({"input": "a", name: 1}, format), format) == ("unknown_field", name)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_unknown_field_of_a_chunk_is_not_named(format: Format) -> None:
+    bad = refusal(packed({"input": "a", "chunk": {"mode": "late", CANARY: 1}}, format), format)
+    assert (bad.error.code, bad.error.param) == ("unknown_field", "chunk")
+    assert "mode, tokens" in bad.error.message
+    assert CANARY not in bad.error.message
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    ("chunk", "found"),
+    [
+        (None, None),
+        ({"mode": "late"}, Chunking("late")),
+        ({"mode": "mean", "tokens": None}, Chunking("mean")),
+        ({"mode": "mean", "tokens": 8}, Chunking("mean", 8)),
+    ],
+)
+def test_a_chunk_is_read_as_it_is_meant(format: Format, chunk: Any, found: Chunking | None) -> None:
+    job = codec.decode_job(packed({"input": "a", "chunk": chunk, "truncate": "error"}, format), format)
+    assert job.chunk == found
 
 
 def test_a_very_long_field_name_is_cut_in_the_error() -> None:

@@ -6,17 +6,22 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Final
 
-__all__ = ["Range", "cut", "spans_of", "windows_of"]
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Places", "Range", "cut", "spans_of", "windows_of"]
 
 Range = tuple[int, int]
 """[begin, end)."""
+Places = npt.NDArray[np.int64]
+"""For each token, a character of the text."""
 
 _ENDS: Final = frozenset(".!?…。！？")
 _CLOSING: Final = frozenset("\"'”’»)]}」』")
 _NEEDS_NO_BLANK: Final = frozenset("。！？")
 
 
-def cut(text: str, begins: Sequence[int], ends: Sequence[int], size: int) -> list[Range]:
+def cut(text: str, begins: Places, ends: Places, size: int) -> list[Range]:
     """Consecutive ranges of at most `size` tokens that hold all of them; token i covers text[begins[i]:ends[i]].
 
     A range ends behind the last sentence that ends in its last quarter, else behind the last word there, else where it is
@@ -43,9 +48,9 @@ def cut(text: str, begins: Sequence[int], ends: Sequence[int], size: int) -> lis
     return found
 
 
-def spans_of(ranges: Sequence[Range], begins: Sequence[int], length: int) -> list[Range]:
+def spans_of(ranges: Sequence[Range], begins: Places, length: int) -> list[Range]:
     """The characters of each range: they tile a text of `length` characters, blanks between two belong to the first."""
-    borders = [0, *(begins[begin] for begin, _ in ranges[1:]), length]
+    borders = [0, *(int(begins[begin]) for begin, _ in ranges[1:]), length]
     return list(pairwise(borders))
 
 
@@ -61,14 +66,10 @@ def windows_of(ranges: Sequence[Range], size: int) -> Iterator[list[Range]]:
         yield group
 
 
-def _free(begins: Sequence[int], ends: Sequence[int]) -> list[bool]:
+def _free(begins: Places, ends: Places) -> npt.NDArray[np.bool_]:
     """Before which tokens a range may end: those that begin with a character that no token before them touches."""
-    free = []
-    reached = 0
-    for begin, end in zip(begins, ends, strict=True):
-        free.append(begin >= reached and end > begin > 0)
-        reached = max(reached, end)
-    return free
+    reached = np.maximum.accumulate(np.concatenate([[0], ends[:-1]]))
+    return (begins >= reached) & (ends > begins) & (begins > 0)
 
 
 def _is_word_end(text: str, at: int) -> bool:

@@ -106,12 +106,11 @@ class TextTokenizer:
         assert text.chunk is not None, "a text without chunks. This is a bug."
         ids: npt.NDArray[np.int32] = np.array(encoding.ids, dtype=np.int32)
         end = len(ids) - self._behind
-        offsets = encoding.offsets[self._front : end]
+        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)[self._front : end]
+        offsets -= len(text.prompt)
         # A token that prompt and text share (a blank in front of a word) is the text's, or it would belong to no piece.
-        border = len(text.prompt)
-        prompt = next((at for at, (_, stop) in enumerate(offsets) if stop > border), len(offsets))
-        begins = [max(0, begin - border) for begin, _ in offsets[prompt:]]
-        ends = [stop - border for _, stop in offsets[prompt:]]
+        prompt = int(np.count_nonzero(np.maximum.accumulate(offsets[:, 1]) <= 0))
+        begins, ends = np.maximum(offsets[prompt:].T, 0)
         head = self._front + prompt
         around = head + self._behind
         if 2 * around > self._max_tokens:
