@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ def mixed(vocabulary: int, longest: int) -> list[Tokens]:
     for n, length in enumerate([3, 40, 64, 129, 300, 511, 5, 5, 17, 400]):
         ids = random.integers(3, vocabulary, min(length, longest)).astype(np.int32)
         cuts = [1, *range(2, len(ids) - 1, 23)[1:], len(ids)]
-        spans = tuple(zip(cuts[:-1], cuts[1:], strict=True)) if n % 2 else ()
+        spans = tuple(pairwise(cuts)) if n % 2 else ()
         batch.append(Tokens(ids, spans=spans))
     return batch
 
