@@ -45,8 +45,8 @@ def shape_of_4b() -> list[TensorSlice]:
     return tensors
 
 
-def need(*, quantised: bool = False, longest: int = 40960) -> Need:
-    return need_of(shape_of_4b(), CONFIG, dtype="bf16", quantised=quantised, longest=longest)
+def need(*, quantised: bool = False) -> Need:
+    return need_of(shape_of_4b(), CONFIG, dtype="bf16", quantised=quantised)
 
 
 def test_bf16_takes_two_bytes_a_parameter() -> None:
@@ -62,11 +62,10 @@ def test_fp8_takes_one_byte_for_each_number_of_a_product_and_first_bf16_for_all(
     assert found.loading == 2 * found.parameters
 
 
-@pytest.mark.parametrize(("longest", "tokens"), [(512, 16_384), (40_960, 40_960)])
-def test_activations_are_those_of_a_full_row_or_of_the_longest_text(longest: int, tokens: int) -> None:
-    found = need(longest=longest)
-    assert found.tokens == tokens
-    assert found.activations == tokens * 2 * (3 * 2560 + 3 * 9728)
+def test_activations_are_those_of_what_runs_at_once() -> None:
+    found = need()
+    assert found.tokens == 16_384
+    assert found.activations == 16_384 * 2 * (3 * 2560 + 3 * 9728)
 
 
 def test_heads_that_are_not_run_do_not_count() -> None:
@@ -75,7 +74,6 @@ def test_heads_that_are_not_run_do_not_count() -> None:
         {},
         dtype="bf16",
         quantised=False,
-        longest=1,
     ) == Need(parameters=0, dtype="bf16", weights=0, loading=0, activations=0, tokens=16_384)
 
 
@@ -84,7 +82,7 @@ def test_integers_of_a_quantised_checkpoint_count_as_they_lie_in_the_file() -> N
         tensor("layers.0.qweight", 100, 8, dtype="I32", size=3200),
         tensor("norm.weight", 8, dtype="F32"),
     ]
-    found = need_of(tensors, {}, dtype="bf16", quantised=False, longest=1)
+    found = need_of(tensors, {}, dtype="bf16", quantised=False)
     assert (found.parameters, found.weights) == (8, 3200 + 16)
 
 
@@ -97,10 +95,10 @@ def test_what_fits_is_not_refused() -> None:
 
 def test_the_arithmetic_is_told() -> None:
     with pytest.raises(ModelError) as caught:
-        refuse_if_too_large("/models/4B/config.json", need(), Room("cuda:0", 10_200_000_000, 24 * 10**9))
+        refuse_if_too_large("/models/4B/config.json", need(), Room("cuda:0", 9_100_000_000, 10 * 10**9))
     assert str(caught.value) == (
-        "/models/4B/config.json: needs 8.0 GB for weights (4,021,774,336 parameters in bf16) and at least 3.0 GB for "
-        "activations of 40,960 tokens; cuda:0 has 10.2 GB free of 24.0"
+        "/models/4B/config.json: needs 8.0 GB for weights (4,021,774,336 parameters in bf16) and at least 1.2 GB for "
+        "activations of 16,384 tokens; cuda:0 has 9.1 GB free of 10.0"
     )
 
 
@@ -113,7 +111,7 @@ def test_weights_that_must_pass_through_bf16_are_told_as_such() -> None:
 
 def test_a_real_directory_counts_what_it_holds(tmp_path: Path) -> None:
     directory = read_directory(make_tiny_qwen3(tmp_path))
-    found = need_of(directory.tensors, directory.config, dtype="float32", quantised=False, longest=512)
+    found = need_of(directory.tensors, directory.config, dtype="float32", quantised=False)
     assert found.weights == sum(slice_.end - slice_.begin for slice_ in directory.tensors)
     assert found.activations == 16_384 * 4 * (3 * 256 + max((8 + 4) * 32, 3 * 512))
 
@@ -135,7 +133,7 @@ def test_a_full_gpu_refuses_before_weights_are_read(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10_000_000, 24 * 10**9))
     monkeypatch.setattr(torch.cuda, "memory_reserved", torch.cuda.memory_allocated)
     monkeypatch.setattr("embedq_consumer.engine.loading._load_model", _never)
-    with pytest.raises(ModelError, match=r"activations of 32,768 tokens; cuda.* free of 24\.0$"):
+    with pytest.raises(ModelError, match=r"activations of 16,384 tokens; cuda.* free of 24\.0$"):
         load_encoder(path, device="cuda")
 
 

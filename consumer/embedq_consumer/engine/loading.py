@@ -136,14 +136,11 @@ def _wait_for(device: torch.device) -> None:
 def _refuse_if_too_large(directory: ModelDirectory, target: torch.device, quantization: Quantization) -> None:
     """Before a weight is read. On the CPU weights alone count, against all memory: it swaps before it fails."""
     on_cuda = target.type == "cuda"
-    positions = directory.config.get("max_position_embeddings")
-    limits = (directory.max_seq_length, positions if isinstance(positions, int) else None)
     need = need_of(
         directory.tensors,
         directory.config,
         dtype="bf16" if on_cuda else "float32",
         quantised=quantization == "fp8",
-        longest=min((limit for limit in limits if limit is not None), default=0),
     )
     if on_cuda:
         free, total = torch.cuda.mem_get_info(target)

@@ -15,7 +15,7 @@ from embedq_consumer.engine.directory import TensorSlice
 __all__ = ["Need", "Room", "need_of", "refuse_if_too_large"]
 
 PART_TOKENS: Final = 16_384
-"""Tokens that run at once at least; a longer text runs alone (graphs.py)."""
+"""Tokens that run at once (graphs.py). Whether a longer text fits too is tried out (budget.py), and refuses no model."""
 
 _WIDTH: Final = {"bf16": 2, "float32": 4}
 _FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16"})
@@ -56,9 +56,8 @@ def need_of(
     *,
     dtype: str,
     quantised: bool,
-    longest: int,
 ) -> Need:
-    """What the weights in `tensors` take in `dtype` ("bf16" or "float32"), and running `longest` tokens beside them.
+    """What the weights in `tensors` take in `dtype` ("bf16" or "float32"), and running `PART_TOKENS` beside them.
 
     Weights: numbers times their width; integers as they lie in the file. With `quantised`, the products' weights inside
     the layers take one byte a number, but only once they have been on the device as bf16, layer by layer.
@@ -79,14 +78,13 @@ def need_of(
         loading += width * count
         product = len(tensor.shape) == 2 and _PRODUCT.search(tensor.name)
         weights += count + 4 * tensor.shape[0] if quantised and product else width * count
-    tokens = max(PART_TOKENS, longest)
     return Need(
         parameters=parameters,
         dtype=dtype,
         weights=weights,
         loading=loading if quantised else weights,
-        activations=width * _numbers_a_token(config) * tokens,
-        tokens=tokens,
+        activations=width * _numbers_a_token(config) * PART_TOKENS,
+        tokens=PART_TOKENS,
     )
 
 
