@@ -60,7 +60,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     )
     # Layers that fp8 leaves in bf16: numbers with commas, negative ones from the end.
     fp8_keep: Annotated[str, Meta(pattern=r"^(-?\d+(,-?\d+)*)?$")] = ""
-    deterministic: bool = False  # bit-equal vectors whatever the batch, for some throughput; another model version
+    deterministic: bool = (
+        False  # bit-equal vectors whatever the batch, for some throughput; another model version
+    )
     threads: Annotated[int, Meta(ge=0)] = 0  # CPU threads of the model; 0: PyTorch's choice
     compile_cache: str = ""  # compiled GPU code, for the next start; empty: below the user's cache directory
 
