@@ -168,8 +168,8 @@ def measure(encoder: Any, load: Load, rate: float, engine: str) -> dict[str, Any
         stats: dict[str, Any] = {}
         if way == "service":
             seconds, vectors, stats = scheduled(encoder, load.texts, default_batch_tokens("cuda"))
-        elif load.name in ("duplicates", "mixed 32k"):
-            continue  # equal texts are the service's business, and so is what waits behind a long one
+        elif load.name != "log-normal":
+            continue  # one load says what the scheduler costs
         else:
             begin = time.perf_counter()
             vectors = encoder.submit(load.texts).result()
@@ -206,7 +206,7 @@ def run(arguments: argparse.Namespace, out: Callable[[dict[str, Any]], None]) ->
                 out(results)
             _free()
             continue
-        measure_ours(path, engine, loads, found, lambda: out(results), profiled=arguments.profile)
+        measure_ours(path, engine, loads, found, lambda: out(results), arguments)
         _free()
     return results
 
@@ -217,8 +217,7 @@ def measure_ours(
     loads: Sequence[Load],
     found: dict[str, Any],
     out: Callable[[], None],
-    *,
-    profiled: bool,
+    arguments: argparse.Namespace,
 ) -> None:
     """Everything about one dtype of our engine, into `found`."""
     begin = time.perf_counter()
@@ -232,7 +231,7 @@ def measure_ours(
         flush=True,
     )
     print(f"   phases {found['phases']}", flush=True)
-    found["latency_ms"] = [latency(encoder, n) for n in (16, 32, 64, 128, 256, 512, 1024)]
+    found["latency_ms"] = [latency(encoder, n) for n in arguments.latency]
     for row in found["latency_ms"]:
         print(f"{engine} one text: {row}", flush=True)
     out()
@@ -246,7 +245,7 @@ def measure_ours(
     # The card warms up: a ceiling from behind all loads says how far the first one still holds.
     found["ceiling_again"] = ceiling(encoder, 3.0)
     print(f"{engine} products alone, again {found['ceiling_again']}", flush=True)
-    if profiled:
+    if arguments.profile:
         found["profile"] = {str(n): profile(encoder, n) for n in (8192, 16)}
         for n, rows in found["profile"].items():
             for line in rows:
@@ -275,6 +274,9 @@ def main() -> None:
         "--corpora", default="log-normal", help=f"of {', '.join(LENGTHS)}, separated by commas"
     )
     parser.add_argument("--padded-texts", type=int, default=1000, help="of each load, for the other engines")
+    parser.add_argument(
+        "--latency", type=int, nargs="*", default=[16, 32, 64, 128, 256, 512, 1024], help="tokens of one text"
+    )
     parser.add_argument("--profile", action="store_true", help="print and write the time of each kernel")
     parser.add_argument("--name", default="engine")
     arguments = parser.parse_args()
