@@ -100,7 +100,9 @@ def compare(found: Vectors, wanted: Vectors) -> dict[str, float]:
     }
 
 
-def measure(name: str, path: Path, texts: list[str], *, trained: bool) -> dict[str, Any]:
+def measure(
+    name: str, path: Path, texts: list[str], wanted_engines: set[str], *, trained: bool
+) -> dict[str, Any]:
     """Every engine against the reference; prints a line for each.
 
     Raises:
@@ -109,6 +111,8 @@ def measure(name: str, path: Path, texts: list[str], *, trained: bool) -> dict[s
     wanted = reference(path, texts)
     rows: dict[str, Any] = {}
     for engine, (device, quantization) in engines().items():
+        if engine not in wanted_engines:
+            continue
         try:
             found = ours(path, texts, device, quantization)
         except ModelError as error:
@@ -132,16 +136,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--texts", type=int, default=2000)
     parser.add_argument("--model", type=Path, help="a trained model; all-MiniLM-L6-v2 where it is installed")
+    parser.add_argument("--engines", default=",".join(LEAST), help="of those that the machine has")
+    parser.add_argument(
+        "--tiny", action=argparse.BooleanOptionalAction, default=True, help="other architectures too"
+    )
     parser.add_argument("--name", default="accuracy")
     arguments = parser.parse_args()
     path = arguments.model or minilm_path()
     name = arguments.model.name if arguments.model else "all-MiniLM-L6-v2"
     print(f"{'model':24} {'engine':8} cosine: min, 1 %, mean; largest difference; top-{NEIGHBOURS} agreement")
-    results = {name: measure(name, path, varied(arguments.texts), trained=True)}
-    for name, make in TINY.items():
+    wanted = set(arguments.engines.split(","))
+    results = {name: measure(name, path, varied(arguments.texts), wanted, trained=True)}
+    for name, make in TINY.items() if arguments.tiny else ():
         with tempfile.TemporaryDirectory() as folder:
             texts = varied(min(500, arguments.texts))
-            results[name] = measure(name, make(Path(folder) / "model"), texts, trained=False)
+            results[name] = measure(name, make(Path(folder) / "model"), texts, wanted, trained=False)
     print(write(arguments.name, results, "torch", "transformers", "sentence-transformers", "embedq-consumer"))
 
 

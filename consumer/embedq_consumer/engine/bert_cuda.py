@@ -19,7 +19,7 @@ from embedq_consumer.engine.bert_kernels import Norm, activate, add_layer_norm, 
 from embedq_consumer.engine.directory import Pooling
 from embedq_consumer.engine.fp8 import Weight, in_fp8, linear, select_rows, split_channels, weight_of
 from embedq_consumer.engine.kernels import Scaled, quantise
-from embedq_consumer.engine.row_attention import Bounds, bounds_of, row_attention
+from embedq_consumer.engine.row_attention import Bounds, bounds_of, row_attention, takes_head
 
 if TYPE_CHECKING:
     from embedq_consumer.engine.graphs import Row
@@ -91,7 +91,12 @@ class PackedBertCuda:
         self._layers = [
             _layer(layer, quantised and index not in keep) for index, layer in enumerate(model.encoder.layer)
         ]
-        self._in_rows = attention is None and max_tokens <= _ROW_TOKENS and not deterministic
+        self._in_rows = (
+            attention is None
+            and max_tokens <= _ROW_TOKENS
+            and not deterministic
+            and takes_head(self._head_dim)
+        )
         self.attention: Callable[..., Tensor]
         if self._in_rows:
             self.attention = row_attention

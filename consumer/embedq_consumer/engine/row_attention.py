@@ -19,10 +19,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["bounds_of", "bounds_reference", "row_attention", "row_attention_reference"]
+__all__ = ["bounds_of", "bounds_reference", "row_attention", "row_attention_reference", "takes_head"]
 
 Bounds = tuple[Tensor, Tensor]
 """For each query its first key and one past its last, int32 (queries,)."""
+
+
+def takes_head(dim: int) -> bool:
+    """Whether heads of `dim` can run: Triton's tiles are powers of two, its products at least 16 wide."""
+    return dim >= 16 and dim & (dim - 1) == 0
 
 
 @triton.jit
