@@ -305,9 +305,7 @@ class Models:
         tokens = await asyncio.to_thread(encoder.tokenize, texts)
         try:
             # Each alone: together they may be more than a budget that was found on a small device.
-            raw = [
-                (await self._encode(encoder, [found]))[0] for found in tokens if isinstance(found, Tokens)
-            ]
+            raw = [(await self._encode(encoder, [found]))[0] for found in tokens if isinstance(found, Tokens)]
         except OutOfMemory as error:
             raise Rejected("the model cannot run: its device has too little memory left") from error
         return np.stack([cut_and_normalise(vector, encoder.hidden_size) for vector in raw])

@@ -79,7 +79,11 @@ REFUSED: list[tuple[str, Change, str]] = [
     ("no model type", edit("config.json", model_type=None), "model_type"),
     ("unknown model type", edit("config.json", model_type="nonesuch"), "config.json.*nonesuch"),
     ("own code", edit("config.json", auto_map={"AutoModel": "modeling.X"}), "auto_map"),
-    ("quantised oddly", edit("config.json", quantization_config=["gptq"]), "quantization_config: expected an"),
+    (
+        "quantised oddly",
+        edit("config.json", quantization_config=["gptq"]),
+        "quantization_config: expected an",
+    ),
     ("encoder-decoder", edit("config.json", is_encoder_decoder=True), "is_encoder_decoder"),
     ("an adapter", write("adapter_config.json", "{}"), "adapter_config.json"),
     ("no tokenizer", remove("tokenizer.json"), r"/tokenizer\.json: missing"),

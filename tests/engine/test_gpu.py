@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +54,15 @@ def test_closing_frees_the_memory_of_the_device(tmp_path: Path) -> None:
     assert torch.cuda.memory_allocated() > before
     encoder.close()
     assert torch.cuda.memory_allocated() <= before
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("make", [make_tiny_qwen3, make_cls])
+def test_a_model_runs_on_the_second_gpu_from_any_thread(tmp_path: Path, make: Any) -> None:
+    path = make(tmp_path)
+    first = load_encoder(path, device="cuda:0")
+    ids = tokens_of(first, [Text(text, truncate="end") for text in TEXTS])
+    with ThreadPoolExecutor(1) as threads:
+        second = threads.submit(load_encoder, path, device="cuda:1").result()
+        vectors = threads.submit(second.encode, ids).result()
+    assert (normalised(first.encode(ids)) * normalised(vectors)).sum(axis=1).min() >= 0.9999

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from embedq_consumer.engine import DeviceLost, Memory, OutOfMemory, Pending
+from embedq_consumer.engine.devices import current
 
 __all__ = ["guarded", "memory", "named"]
 
@@ -38,14 +39,15 @@ def guarded(device: torch.device, start: Callable[[], Pending]) -> Pending:
 
 @contextmanager
 def named(device: torch.device) -> Iterator[None]:
-    """Give failures of the device their names; others stay as they are.
+    """Work on `device`, and give its failures their names; others stay as they are.
 
     Raises:
         OutOfMemory: the device had too little memory left. What it held for later is given back, so that less fits.
         DeviceLost: the device's context is broken, and every later call would fail too.
     """
     try:
-        yield
+        with current(device):
+            yield
     except (OutOfMemory, DeviceLost):
         raise
     except Exception as error:

@@ -59,6 +59,8 @@ _LEAST_SAVED = 64
 """Sharing has to save one token in so many: to lay out the keys takes a hundredth of a token's time for each of them."""
 _FIXED_TOKENS = 1024
 """Rows of the deterministic mode: every text that fits runs in a row of this one size."""
+_ROOMS_MATTER = 2048
+"""Rows of up to so many tokens take kernels of their own for few places."""
 _SLOTS = 4
 """Parts on their way at once: one runs, one waits behind it, two are being filled or emptied."""
 
@@ -290,6 +292,7 @@ class Graphs:
         if idle:
             _idle_streams.remove(self._stream)
         self._memory = torch.cuda.graph_pool_handle()
+        self._tried: set[tuple[int, ...]] = set()  # which kinds of rows ran without a graph
         self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}
         size = self._sizes[-1]
         places = rooms_of(size)[-1]
@@ -517,8 +520,12 @@ class Graphs:
         row = self._row(self._inputs, size, room, self._key_room if shared else 0)
         with self._here():
             self._inputs.zero_()  # else another size's ids would be read as this one's positions
-            # Once without a graph: kernels are compiled and libraries choose theirs, which a capture forbids.
-            self._compute(row, size, self._outputs)
+            # Once without a graph: kernels are compiled and libraries choose theirs, which a capture forbids. In long
+            # rows that is the same whatever their room, and takes most of a start's time on the device.
+            kinds = (size, shared) if size > _ROOMS_MATTER else (size, shared, room)
+            if kinds not in self._tried:
+                self._compute(row, size, self._outputs)
+                self._tried.add(kinds)
             self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         with (

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from embedq_consumer.engine import ModelError, Quantization
+from embedq_consumer.engine.devices import current
 from embedq_consumer.engine.digest import model_version, tensor_digests
 from embedq_consumer.engine.directory import ModelDirectory, read_directory
 from embedq_consumer.engine.memory import Room, need_of, refuse_if_too_large
@@ -51,6 +52,18 @@ def load(
     target = _device(device)
     if threads is not None:
         torch.set_num_threads(threads)
+    with current(target):
+        return _load(path, target, threads, quantization, keep_bf16, deterministic)
+
+
+def _load(
+    path: Path,
+    target: torch.device,
+    threads: int | None,
+    quantization: Quantization,
+    keep_bf16: Collection[int],
+    deterministic: bool,
+) -> PackedEncoder:
     phases = Phases(wait=lambda: _wait_for(target))
     with phases.step("directory"):
         directory = read_directory(path)
