@@ -369,6 +369,8 @@ class Graphs:
 
     def _collect(self, part: _Part) -> None:
         """Wait for one part and put its vectors in place; doing it again changes nothing."""
+        if part.collected:
+            return  # its event may be a later part's by now
         part.done.synchronize()
         with self._books:
             if part.collected:
