@@ -95,9 +95,11 @@ class _Backlog:
     def _items(self, now: float) -> list[Item]:
         items = []
         for row, tokens in enumerate(self._texts):
-            identity = Identity("bulk", tokens.ids.tobytes().decode("latin-1"), "", "error", None)
+            identity = Identity(
+                "bulk", tokens.ids.tobytes().decode("latin-1"), "", "error", None, self._encoder
+            )
             if self._flights.join(identity, row):
-                items.append(Item(identity, self._encoder, tokens, now))
+                items.append(Item(identity, tokens, now))
         return items
 
     async def _run_batch(self, batch: Sequence[Item]) -> None:

@@ -17,19 +17,29 @@ Waiter = tuple[InFlight, int]
 
 
 class Identity(msgspec.Struct, frozen=True, gc=False):
-    """What the model sees of an input. The lane belongs to it, so that no interactive text waits for a bulk one."""
+    """What the model sees of an input, and which model. The lane belongs to it, so that no interactive text waits for a
+    bulk one; the encoder, since windows of a job that expired may still wait for a micro-batch when another model serves.
+    """
 
     lane: Lane
     text: str
     prompt: str
     truncate: Truncate
     chunk: Chunking | None
+    encoder: Encoder
 
     @classmethod
     def of(cls, job: InFlight, index: int) -> Identity:
         """Of one input; dimensions and dtype are no part of it, since each waiter cuts its own vector."""
         request = job.request
-        return cls(job.record.lane, request.texts[index], request.prompt, request.truncate, request.chunk)
+        return cls(
+            job.record.lane,
+            request.texts[index],
+            request.prompt,
+            request.truncate,
+            request.chunk,
+            job.encoder,
+        )
 
 
 class Window(msgspec.Struct, frozen=True, gc=False):
@@ -43,7 +53,6 @@ class Item(msgspec.Struct, frozen=True, gc=False):
     """One text, or one window of it, that waits for a micro-batch. `arrived` is monotonic seconds."""
 
     identity: Identity
-    encoder: Encoder
     text: Tokens
     arrived: float
     window: Window | None = None
@@ -107,6 +116,6 @@ class Flights:
         if identity not in self._waiting or identity.chunk is None or window is None:
             return None
         if identity not in self._gathered:
-            self._gathered[identity] = Gathered(window.of, identity.chunk.mode, item.encoder.hidden_size)
+            self._gathered[identity] = Gathered(window.of, identity.chunk.mode, identity.encoder.hidden_size)
         gathered = self._gathered[identity]
         return gathered.rows if gathered.add(window.number, rows) else None

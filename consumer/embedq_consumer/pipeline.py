@@ -181,11 +181,11 @@ class Pipeline:
                 errors += [(other, at, refusal(other.request, at)) for other, at in waiters]
             elif isinstance(found, Chunked):
                 items += [
-                    Item(identity, encoder, window, now, Window(found, number))
+                    Item(identity, window, now, Window(found, number))
                     for number, window in enumerate(found.windows)
                 ]
             elif isinstance(found, Tokens):
-                items.append(Item(identity, encoder, found, now))
+                items.append(Item(identity, found, now))
         self._batcher.put(items)
         self._settle(errors)
 
@@ -221,7 +221,9 @@ class Pipeline:
     async def _compute(self, batch: Sequence[Item]) -> None:
         """Run it; if it fails, in halves, until the text that fails is alone."""
         try:
-            vectors, seconds = await self._slot.encode(batch[0].encoder, [item.text for item in batch])
+            vectors, seconds = await self._slot.encode(
+                batch[0].identity.encoder, [item.text for item in batch]
+            )
         except DeviceLost:
             raise  # no text's fault, and the next one would fail too: the next process repeats what is unfinished
         except Exception as error:  # noqa: BLE001

@@ -54,6 +54,9 @@ class Model:
         raise NotImplementedError
 
 
+MODEL = Model()
+
+
 def rules(**changes: Any) -> Rules:
     """The service's defaults."""
     settings = {
@@ -92,7 +95,7 @@ def admitted(
 ) -> InFlight:
     """A job in flight."""
     found = rules(max_result_bytes=max_result_bytes).admit(
-        record(value, *headers, key=key, **fields), model or Model(), NOW_MS, PARTITIONS.get
+        record(value, *headers, key=key, **fields), model or MODEL, NOW_MS, PARTITIONS.get
     )
     assert isinstance(found, InFlight)
     return found
@@ -103,4 +106,4 @@ def item(
 ) -> tuple[Item, list[Waiter]]:
     """One of its texts behind a micro-batch, and that this input alone waited for it."""
     ids = np.arange(tokens, dtype=np.int32)
-    return Item(Identity.of(job, index), job.encoder, Tokens(ids, truncated), 0.0), [(job, index)]
+    return Item(Identity.of(job, index), Tokens(ids, truncated), 0.0), [(job, index)]

@@ -10,7 +10,7 @@ import pytest
 from embedq_consumer.engine import Chunked, Piece, Tokens
 from embedq_consumer.flights import Flights, Identity, Item, Window
 from embedq_consumer.jobs import InFlight
-from tests.unit.in_flight import admitted
+from tests.unit.in_flight import Model, admitted
 
 
 def test_the_first_of_equal_inputs_starts_the_work_and_all_are_handed_out_once() -> None:
@@ -63,6 +63,17 @@ def test_when_the_last_one_has_left_the_next_is_a_first_again() -> None:
     assert flights.join(identity, (job, 0))
 
 
+def test_a_window_of_an_expired_job_is_nothing_to_an_equal_job_of_the_next_model() -> None:
+    flights = Flights()
+    expired, later = (admitted(input="a", chunk={"mode": "late"}, model=Model()) for _ in range(2))
+    stale, rows = windows(expired)
+    flights.join(stale[0].identity, (expired, 0))
+    flights.leave(stale[0].identity, lambda waiter: True)
+    assert flights.join(Identity.of(later, 0), (later, 0))
+    assert flights.waiting(stale[1].identity) == []
+    assert flights.gather(stale[1], rows[1]) is None
+
+
 def windows(job: InFlight) -> tuple[list[Item], list[np.ndarray[Any, np.dtype[np.float32]]]]:
     """Two windows of a text, of one span and of two, and their rows."""
     rows = np.arange(3 * 256, dtype=np.float32).reshape(3, 256)
@@ -71,8 +82,7 @@ def windows(job: InFlight) -> tuple[list[Item], list[np.ndarray[Any, np.dtype[np
     )
     chunked = Chunked(texts, (Piece(0, 7, 7), Piece(7, 9, 2), Piece(9, 14, 5)))
     items = [
-        Item(Identity.of(job, 0), job.encoder, text, 0.0, Window(chunked, number))
-        for number, text in enumerate(texts)
+        Item(Identity.of(job, 0), text, 0.0, Window(chunked, number)) for number, text in enumerate(texts)
     ]
     return items, [rows[:1], rows[1:]]
 

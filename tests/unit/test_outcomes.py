@@ -129,7 +129,7 @@ def chunked(*tokens: int) -> Chunked:
 
 
 def landed(job: InFlight, of: Chunked, index: int = 0) -> Item:
-    return Item(Identity.of(job, index), job.encoder, of.windows[0], 0.0, Window(of, 0))
+    return Item(Identity.of(job, index), of.windows[0], 0.0, Window(of, 0))
 
 
 def test_a_mean_is_that_of_the_windows_unit_vectors_by_their_tokens() -> None:
