@@ -45,7 +45,7 @@ Ids = npt.NDArray[np.int32]
 Vectors = npt.NDArray[np.float32]
 
 PART_TOKENS = 16384
-"""What runs at once of a larger batch: 8,192 tokens are 1 % slower in FP8, 4,096 are 3 % (benchmarks/engine.py)."""
+"""What runs at once of a larger batch: 8,192 tokens were 1 % slower in FP8 on an H200, 4,096 were 3 %."""
 _GRAPH_TOKENS = 16384
 _GRAPH_TOKENS_TORCH = 1024
 """PyTorch's own attention launches work for the longest sequence that a graph may hold, for every sequence."""
