@@ -94,14 +94,11 @@ def supervise(settings: Settings, environ: Mapping[str, str]) -> int:
                     deadline = time.monotonic() + settings.drain_timeout_s + _GRACE_S
                     for process in running.values():
                         process.terminate()
-                if deadline is not None and time.monotonic() > deadline:
+                if running and deadline is not None and time.monotonic() > deadline:
                     log.error("replicas_killed", children=sorted(running))
-                    for process in running.values():
-                        process.kill()
+                    _kill(running)
         finally:
-            for process in running.values():
-                process.kill()
-                process.wait()
+            _kill(running)
     return verdict.code
 
 
@@ -165,6 +162,14 @@ def _dies_with(parent: int) -> Callable[[], None] | None:
             os._exit(1)
 
     return ask
+
+
+def _kill(running: Mapping[str, subprocess.Popen[bytes]]) -> None:
+    """End these at once, and wait until they have."""
+    for process in running.values():
+        process.kill()
+    for process in running.values():
+        process.wait()
 
 
 def _end_by(number: int, running: Mapping[str, subprocess.Popen[bytes]]) -> None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+import signal
+import subprocess
+from collections.abc import Iterator
 
+import pytest
+from structlog.testing import capture_logs
+
+from embedq_consumer import supervisor
 from embedq_consumer.settings import Settings, SettingsError
-from embedq_consumer.supervisor import Verdict, children
+from embedq_consumer.supervisor import Child, Verdict, children, supervise
 
 NEEDED = {"EMBEDQ_KAFKA_SERVERS": "localhost:9092", "EMBEDQ_MODEL": "/models/one", "EMBEDQ_REPLICA": "host"}
 
@@ -104,3 +110,29 @@ def test_only_who_tells_it_twice_does_not_want_to_wait() -> None:
     verdict.ended(1)  # stopping already, but nobody has told it
     assert not verdict.told()
     assert verdict.told()
+
+
+class Stuck(subprocess.Popen[bytes]):
+    """A process that hears no SIGTERM, and of whose end nobody knows before it was waited for."""
+
+    def __init__(self) -> None:
+        super().__init__(["sleep", "60"], preexec_fn=lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN))
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+
+def test_a_replica_that_does_not_stop_is_killed_once_and_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    stuck = Stuck()
+    replicas: Iterator[subprocess.Popen[bytes]] = iter([subprocess.Popen(["true"]), stuck])
+
+    def start(child: Child) -> subprocess.Popen[bytes]:
+        return next(replicas)
+
+    monkeypatch.setattr(supervisor, "_start", start)
+    monkeypatch.setattr(supervisor, "_GRACE_S", 0.0)
+    environ = NEEDED | {"EMBEDQ_DEVICES": "cpu,cpu", "EMBEDQ_DRAIN_TIMEOUT_S": "0.2"}
+    with capture_logs() as logs:
+        assert supervise(Settings.from_env(environ), environ) == 1
+    assert stuck.returncode == -signal.SIGKILL
+    assert [event["event"] for event in logs].count("replicas_killed") == 1
