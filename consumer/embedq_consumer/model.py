@@ -71,7 +71,7 @@ class ModelSlot:
     async def encode(
         self, encoder: Encoder, batch: Sequence[Tokens]
     ) -> tuple[npt.NDArray[np.float32], float]:
-        """Vectors of one micro-batch, float32 (len(batch), hidden_size), and the seconds that they took.
+        """Vectors of one micro-batch, float32 (rows, hidden_size), and the seconds that they took.
 
         A micro-batch that was submitted while another ran took as long as it ran alone.
         """

@@ -79,11 +79,11 @@ def _not_finite(job: InFlight, index: int) -> ErrorBody:
     return ErrorBody.of("non_finite", f"`{param}`: the model gave a vector that is not finite", param)
 
 
-Refusal = Callable[[Request, int], ErrorBody]
+ErrorOf = Callable[[Request, int], ErrorBody]
 """The error of one input of a job."""
 
 
-def refusal_of(found: Tokens | Chunked | TextTooLong, request: Request, longest: int) -> Refusal | None:
+def refusal_of(found: Tokens | Chunked | TextTooLong, request: Request, longest: int) -> ErrorOf | None:
     """Why a tokenized text is not run, if it is not; `longest` tokens are what memory has room for."""
     if isinstance(found, TextTooLong):
         return lambda request, index: too_long(request, index, found)

@@ -57,7 +57,8 @@ class Models:
     """Decides which model the slot holds.
 
     Invariants:
-        - A command never ends the process: it ends in READY or FAILED, and after FAILED a model serves as before.
+        - A command ends in READY or FAILED, and after FAILED a model serves as before. Only a lost device, or both models
+          lost, ends the process.
         - Nothing is in flight while the slot changes, so that no job is split over two models.
         - Versions only rise. A command that is not newer changes nothing.
     """

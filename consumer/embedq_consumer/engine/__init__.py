@@ -1,7 +1,8 @@
 """The engine: model directories in, vectors out. The only package that imports torch, transformers and tokenizers.
 
-The service sees four names: `load_encoder`, the `Encoder` that it returns, and the values `Text` in and
-`Tokens | TextTooLong` out. Importing this module imports none of the heavy libraries; `load_encoder` does.
+The service sees `load_encoder`, the `Encoder` that it returns, and the values that go in and out: `Text`, what is made of
+it (`Tokens`, `Chunked`, `TextTooLong`), and `Pending` vectors. Importing this module imports none of the heavy libraries;
+`load_encoder` does.
 """
 
 from __future__ import annotations
@@ -157,8 +158,8 @@ class Encoder(Protocol):
 
     @property
     def attention(self) -> str:
-        """Which attention runs: `flash_attn_4`, `torch_varlen` or `row_attention` on a GPU, `packed` where transformers' own layers call
-        either, `torch_sdpa` on a CPU."""
+        """Which attention runs: `flash_attn_4`, `torch_varlen` or `row_attention` on a GPU, `packed` where transformers'
+        own layers call one of the first two, `torch_sdpa` on a CPU."""
 
     def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong]:
         """Tokens of each text, in order."""
@@ -168,8 +169,8 @@ class Encoder(Protocol):
         half of `max_tokens`, which is then the `limit`: each window would run mostly prompt."""
 
     def submit(self, batch: Sequence[Tokens]) -> Pending:
-        """Start on one micro-batch: `rows` vectors for each text, in order. On a GPU it returns while the device computes, so that the
-        next micro-batch can be submitted; `result` may then be called from another thread.
+        """Start on one micro-batch: `rows` vectors for each text, in order. On a GPU it returns while the device computes,
+        so that the next micro-batch can be submitted; `result` may then be called from another thread.
 
         Raises, and so does `result`:
             OutOfMemory: nothing else is harmed, and a smaller micro-batch may run.

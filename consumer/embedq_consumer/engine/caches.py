@@ -29,7 +29,8 @@ def default_directory(environ: MutableMapping[str, str]) -> Path:
 def keep_compiled(directory: Path, environ: MutableMapping[str, str]) -> None:
     """Point every library's cache below `directory`; what is set already stays as it is.
 
-    The directory is this user's alone: what lies there is loaded as code.
+    A directory that is made here is this user's alone, since what lies there is loaded as code; one that is there
+    already keeps its permissions.
 
     Raises:
         OSError: it cannot be made.

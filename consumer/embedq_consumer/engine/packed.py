@@ -33,6 +33,7 @@ from embedq_consumer.engine.bert import PackedBert
 from embedq_consumer.engine.dense import DenseLayers
 from embedq_consumer.engine.directory import ModelDirectory, Pooling
 from embedq_consumer.engine.failures import guarded, memory
+from embedq_consumer.engine.memory import PART_TOKENS
 from embedq_consumer.engine.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ _PROBE_COSINE_FP8 = 0.9
 """Far below what FP8 gives on trained weights, far above what a wrong forward gives on any."""
 
 
-class Computed(msgspec.Struct, frozen=True):
+class _Computed(msgspec.Struct, frozen=True):
     """Vectors that were there when `submit` returned."""
 
     vectors: npt.NDArray[np.float32]
@@ -139,7 +140,7 @@ class PackedEncoder:
         """A forward written for the model where there is one, else transformers' own."""
         from embedq_consumer.engine.bert_cuda import PackedBertCuda
         from embedq_consumer.engine.fp8 import fp8_available
-        from embedq_consumer.engine.graphs import PART_TOKENS, Graphs, graph_limit
+        from embedq_consumer.engine.graphs import Graphs, graph_limit
         from embedq_consumer.engine.qwen3 import PackedQwen3
 
         quantised = self._quantization == "fp8"
@@ -230,7 +231,7 @@ class PackedEncoder:
                 vectors[rows[i] : rows[i + 1]] = self._run_spans([batch[i]])[0] if alone else pooled
         return _InOrder(self._submit([batch[i] for i in plain]), rows[plain], vectors)
 
-    def _computed(self, batch: Sequence[Ids]) -> Computed:
+    def _computed(self, batch: Sequence[Ids]) -> _Computed:
         vectors = np.zeros((len(batch), self.hidden_size), dtype=np.float32)
         # Neighbours of one length share an attention call.
         order = sorted((i for i, ids in enumerate(batch) if len(ids)), key=lambda i: len(batch[i]))
@@ -241,7 +242,7 @@ class PackedEncoder:
             spoilt = ~np.logical_and.reduce(np.isfinite(vectors), axis=1)
             for i in np.flatnonzero(spoilt).tolist():
                 vectors[i] = self._run([batch[i]])[0]
-        return Computed(vectors)
+        return _Computed(vectors)
 
     def close(self) -> None:
         if self._graphs is not None:

@@ -48,8 +48,8 @@ class _Layer(msgspec.Struct, frozen=True):
 class PackedQwen3:
     """The layers of one Qwen3Model, which it takes apart as it fuses them: no weight is held twice.
 
-    `quantised`: weights and activations of every product in FP8, but for the layers in `keep`; embeddings, norms, attention and residuals stay as they
-    are.
+    `quantised`: weights and activations of every product in FP8, but for the layers in `keep`; embeddings, norms,
+    attention and residuals stay as they are.
     """
 
     def __init__(self, model: Any, *, quantised: bool = False, keep: Container[int] = ()) -> None:
