@@ -309,7 +309,7 @@ class Graphs:
         ]
         self._running: deque[_Part] = deque()
         self._feeding = RLock()  # held while parts go to the device, whose buffers all parts share
-        self._books = Lock()  # held while a part's vectors are taken out of its slot
+        self._books = Lock()  # held while `_free` or `_running` changes, and a part's vectors leave its slot
         torch.cuda.current_stream(device).synchronize()
 
     @classmethod
@@ -467,7 +467,8 @@ class Graphs:
             outputs.copy_(self._outputs.first(len(texts)), non_blocking=True)
             slot.done.record()
         part = _Part(texts, slot, slot.outputs, slot.done, vectors, indices)
-        self._running.append(part)
+        with self._books:
+            self._running.append(part)
         return part
 
     def _free_slot(self) -> _Slot:
