@@ -20,6 +20,7 @@ import torch
 from benchmarks.machine import write
 from benchmarks.texts import varied
 from embedq_consumer.engine import ModelError, Quantization, Text, Tokens, load_encoder
+from embedq_consumer.likeness import agreements, nearest
 from tests.tiny_models import (
     make_tiny_bert,
     make_tiny_gemma3,
@@ -75,28 +76,17 @@ def ours(path: Path, texts: list[str], device: str, quantization: Quantization) 
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def neighbours(vectors: Vectors) -> npt.NDArray[np.int64]:
-    """For each vector the others that are nearest to it, (texts, NEIGHBOURS)."""
-    near = vectors @ vectors.T
-    np.fill_diagonal(near, -2)
-    found: npt.NDArray[np.int64] = np.argpartition(-near, NEIGHBOURS, axis=1)[:, :NEIGHBOURS]
-    return found
-
-
 def compare(found: Vectors, wanted: Vectors) -> dict[str, float]:
     """One row of the table."""
     cosines = (found.astype(np.float64) * wanted).sum(axis=1)
-    same = [
-        len(set(a) & set(b)) / NEIGHBOURS
-        for a, b in zip(neighbours(found).tolist(), neighbours(wanted).tolist(), strict=True)
-    ]
+    neighbours, _ = agreements(nearest(found, NEIGHBOURS), nearest(wanted, NEIGHBOURS))
     return {
         "cosine_min": float(cosines.min()),
         "cosine_p1": float(np.quantile(cosines, 0.01)),
         "cosine_p50": float(np.median(cosines)),
         "cosine_mean": float(cosines.mean()),
         "largest_difference": float(np.abs(found - wanted).max()),
-        "top10_agreement": float(np.mean(same)),
+        "top10_agreement": neighbours.mean,
     }
 
 

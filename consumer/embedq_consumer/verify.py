@@ -24,8 +24,10 @@ from rich.table import Table
 from embedq_consumer import likeness
 from embedq_consumer.admission import prompt_for
 from embedq_consumer.engine import (
+    DeviceLost,
     Encoder,
     ModelError,
+    OutOfMemory,
     Quantization,
     Text,
     Tokens,
@@ -172,7 +174,7 @@ def verify(
         )
         lines = list(_lines(source))
         report = _report(lines, sides, asked)
-    except (ModelError, Unusable) as error:
+    except (ModelError, OutOfMemory, DeviceLost, Unusable) as error:
         click.echo(f"embedq: {error}", err=True)
         sys.exit(NOT_RUN)
     except ModuleNotFoundError as missing:
@@ -331,11 +333,13 @@ def _encode(encoder: Encoder, tokens: Sequence[Tokens], budget: int) -> tuple[np
 
 def _micro_batches(tokens: Sequence[Tokens], budget: int) -> Iterator[list[Tokens]]:
     batch: list[Tokens] = []
+    room = budget
     for found in tokens:
-        if batch and sum(t.cost for t in batch) + found.cost > budget:
+        if batch and found.cost > room:
             yield batch
-            batch = []
+            batch, room = [], budget
         batch.append(found)
+        room -= found.cost
     yield batch
 
 

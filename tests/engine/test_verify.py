@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from embedq_consumer import verify as module
+from embedq_consumer.engine import DeviceLost, OutOfMemory
 from embedq_consumer.sample import sample_texts
 from embedq_consumer.verify import verify
 from embedq_sdk.commands import cli
@@ -187,6 +188,19 @@ def test_what_cannot_be_compared_is_one_line_and_exit_code_2(tmp_path: Path, ber
         assert message in result.stderr
         assert len(result.stderr.splitlines()) == 1
         assert result.stdout == ""
+
+
+@pytest.mark.parametrize("failure", [OutOfMemory, DeviceLost])
+def test_a_device_that_gives_out_is_no_missed_threshold(
+    bert: Path, monkeypatch: pytest.MonkeyPatch, failure: type[Exception]
+) -> None:
+    def give_out(*_: object) -> None:
+        raise failure("cuda:0: no more")
+
+    monkeypatch.setattr(module, "_encode", give_out)
+    result = run(bert, "--against", bert)
+    assert result.exit_code == 2
+    assert result.stderr == "embedq: cuda:0: no more\n"
 
 
 def test_a_package_that_is_missing_is_named(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
