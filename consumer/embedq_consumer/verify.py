@@ -164,7 +164,8 @@ def verify(
 ) -> None:
     """Compare MODEL's vectors with another model's, or with its own in another dtype or on another device.
 
-    Exit code 1 if --min-cosine or --min-agreement is missed or a text has no vector, 2 if a model cannot be loaded.
+    Exit code 1 if --min-cosine or --min-agreement is missed or a text has no vector, 2 if a model cannot be
+    loaded or run.
     """
     asked = Asked(**options)
     try:

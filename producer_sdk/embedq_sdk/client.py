@@ -214,9 +214,9 @@ class EmbedClient:
         """The vector of a text, float32 (dimensions,), or of several, float32 (texts, dimensions), in their order.
 
         `dtype` is what travels: float16 and int8 save bytes and come back as float32; "binary" comes back as uint8
-        with eight dimensions in each byte. A text over the model's limit fails unless `truncate` or `chunk=mean()` is given; for
-        spans of a text there is `embed_chunks`. `timeout` is the deadline of the whole call in seconds. All vectors of one
-        call come from one model: if a reload falls in between, the older part is asked for once more.
+        with eight dimensions in each byte. A text over the model's limit fails unless `truncate` or `chunk=mean()` is
+        given; for spans of a text there is `embed_chunks`. `timeout` is the deadline of the whole call in seconds. All
+        vectors of one call come from one model: if a reload falls in between, the older part is asked for once more.
 
         Raises:
             InvalidArgument: before anything was sent.
