@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
@@ -14,7 +15,7 @@ import structlog
 from embedq_consumer import outcomes
 from embedq_consumer.admission import Refusal, Rules, UnknownAddress, held_bytes
 from embedq_consumer.answers import Answers, Outgoing, Reply
-from embedq_consumer.batching import Batcher
+from embedq_consumer.batching import LANES, Batcher, Lane
 from embedq_consumer.budget import TokenBudget
 from embedq_consumer.cache import CachedVector, VectorCache, cache_key
 from embedq_consumer.engine import Chunked, DeviceLost, Encoder, OutOfMemory, Text, TextTooLong, Tokens
@@ -75,11 +76,16 @@ class Pipeline:
         self._room = room
         self._budget = budget
         self._flights = Flights()
-        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="pipeline")
+        self._queue_seconds = {lane: metrics.queue.labels(lane) for lane in LANES}
+        self._job_seconds = {lane: metrics.job.labels(lane) for lane in LANES}
+        # Apart, since an answer that waited for its turn behind texts to be tokenized would hold its place in flight.
+        self._tokenizing = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
+        self._answering = ThreadPoolExecutor(max_workers=2, thread_name_prefix="answer")
 
     def close(self) -> None:
         """End the threads."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._tokenizing, self._answering):
+            pool.shutdown(wait=True, cancel_futures=True)
 
     # -- from the poll to the micro-batch ---------------------------------------------------------------------------
 
@@ -167,7 +173,7 @@ class Pipeline:
         requests = [(job.request, index) for job, index in inputs]
         texts = [Text(of.texts[index], of.prompt, of.truncate, of.chunk) for of, index in requests]
         started = time.monotonic()
-        tokens = await self._in_thread(_tokens_of, encoder, texts)
+        tokens = await _run(self._tokenizing, _tokens_of, encoder, texts)
         now = time.monotonic()
         self._metrics.tokenize.observe(now - started)
         items: list[Item] = []
@@ -216,7 +222,7 @@ class Pipeline:
         for job, _ in waiters:
             if job.queue_s is None:
                 job.queue_s = now - job.record.polled_at
-                self._metrics.queue.labels(job.record.lane).observe(job.queue_s)
+                self._queue_seconds[job.record.lane].observe(job.queue_s)
 
     async def _compute(self, batch: Sequence[Item]) -> None:
         """Run it; if it fails, in halves, until the text that fails is alone."""
@@ -268,7 +274,7 @@ class Pipeline:
         return plain, vectors[rows]
 
     async def _conclude(self, work: Callable[..., list[tuple[InFlight, int, Outcome]]], *args: Any) -> None:
-        self._settle(await self._in_thread(work, *args))
+        self._settle(await _run(self._answering, work, *args))
 
     # -- the answer -------------------------------------------------------------------------------------------------
 
@@ -283,11 +289,10 @@ class Pipeline:
             self._spawn(
                 self._cache.put_many(fresh), "cache_write"
             )  # beside the publishing, which it must not delay
-        replies = await self._in_thread(lambda: [self._answers.of_job(job) for job in jobs])
+        replies = await _run(self._answering, lambda: [self._answers.of_job(job) for job in jobs])
         await self._publish(replies)
-        for job in jobs:
-            self._room.give_back(_weight(job))
-            self._count(job)
+        self._room.give_back(sum(map(_weight, jobs)))
+        self._count(jobs)
 
     async def _publish(self, replies: Sequence[Reply]) -> None:
         """Send answers, and what could not be answered fully to the dead letters; then the records are finished."""
@@ -313,12 +318,13 @@ class Pipeline:
         await self._bury([reply for reply in (*answered, *undeliverable) if reply.dead_letter is not None])
         self._metrics.publish.observe(time.monotonic() - started)
         now = time.monotonic()
-        for reply in (*answered, *undeliverable):
-            lane = reply.record.lane
-            self._metrics.jobs.labels(lane, reply.status).inc()
+        done = [*answered, *undeliverable]
+        for (lane, status), count in Counter((reply.record.lane, reply.status) for reply in done).items():
+            self._metrics.jobs.labels(lane, status).inc(count)
+        for reply in done:
             for error in reply.errors:
                 self._metrics.errors.labels(error.code).inc()
-            self._metrics.job.labels(lane).observe(now - reply.record.polled_at)
+            self._job_seconds[reply.record.lane].observe(now - reply.record.polled_at)
             self._finish(reply.record)
 
     async def _bury(self, replies: Sequence[Reply]) -> None:
@@ -348,10 +354,15 @@ class Pipeline:
         if positions:
             await self._publisher.publish(positions)
 
-    def _count(self, job: InFlight) -> None:
-        answered = [outcome for outcome in job.outcomes if not isinstance(outcome, ErrorBody)]
-        self._metrics.inputs.labels(job.record.lane).inc(len(answered))
-        cut = sum(isinstance(answer, Answer) and answer.truncated is not None for answer in answered)
+    def _count(self, jobs: Iterable[InFlight]) -> None:
+        answered: Counter[Lane] = Counter()
+        cut = 0
+        for job in jobs:
+            for outcome in job.outcomes:
+                answered[job.record.lane] += not isinstance(outcome, ErrorBody)
+                cut += isinstance(outcome, Answer) and outcome.truncated is not None
+        for lane, count in answered.items():
+            self._metrics.inputs.labels(lane).inc(count)
         self._metrics.truncated.inc(cut)
 
     # -- plumbing ---------------------------------------------------------------------------------------------------
@@ -359,12 +370,13 @@ class Pipeline:
     def _spawn(self, work: Any, name: str) -> None:
         self._tasks.create_task(work, name=name)
 
-    async def _in_thread(self, work: Callable[..., Returned], *args: Any) -> Returned:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
-
 
 _LETTER_HEADERS: Final = 19
 """What `Answers.dead_letter` adds behind the record's own headers."""
+
+
+async def _run(pool: ThreadPoolExecutor, work: Callable[..., Returned], *args: Any) -> Returned:
+    return await asyncio.get_running_loop().run_in_executor(pool, work, *args)
 
 
 _PORTION_BYTES: Final = 16 * 1024 * 1024
