@@ -230,7 +230,10 @@ async def test_of_five_quick_commands_the_newest_wins_and_each_is_reported(
         for one in sent[:-1]:
             [outcome] = await outcomes(status, one, 1)
             if outcome["state"] == "FAILED":
-                assert "superseded by version 5" in outcome["error"]
+                # Which newer one depends on how many were there when the replica looked again.
+                assert outcome["error"] in {
+                    f"superseded by version {newer}" for newer in range(one["version"] + 1, 6)
+                }
 
         old = await command(client, topics, 3, "bert")
         [refused] = await outcomes(status, old, 1)
