@@ -1,8 +1,9 @@
 """The service through a real Kafka against the bare engine, on the same texts and in one run.
 
 Jobs are queued first, one text each; then the real command starts, on one device or several, and nobody reads its results
-until it is done. Rates come from the results' own timestamps, without the first and the last twentieth. On a machine
-without network, `--kafka` names a directory with a Java runtime and Kafka's jars.
+until it is done. Rates come from the results' own timestamps, without the first and the last twentieth, and not before
+every replica has its partitions. On a machine without network, `--kafka` names a directory with a Java runtime and
+Kafka's jars.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -132,6 +134,11 @@ class Service:
         """What it logged under this name."""
         lines = [line for line in self.log.read_text().splitlines() if line.startswith("{")]
         return [event for event in map(json.loads, lines) if event["event"] == name]
+
+    def last(self, name: str, before: float) -> float:
+        """When it last logged this before `before`, as `time.time()`."""
+        at = (datetime.fromisoformat(event["timestamp"]).timestamp() for event in self.events(name))
+        return max(seconds for seconds in at if seconds < before)
 
     def check(self) -> None:
         """Stop here if it ended by itself."""
@@ -257,12 +264,14 @@ async def through_kafka(
                     if done > len(texts) * (0.15 if not looks else 0.85) and len(looks) < 2:
                         pids = family(service.process.pid)
                         looks.append((time.time(), {pid: thread_seconds(pid) for pid in pids}))
+                all_done = time.time()
             finally:
                 await service.stop()
+            shared_out = service.last("partitions_assigned", before=all_done)
             stamps, vectors = await read(consumer, len(texts), format)
         order = sorted(stamps, key=stamps.__getitem__)
         cut = int(len(order) * CUT)
-        steady = order[cut : len(order) - cut]
+        steady = [number for number in order[cut : len(order) - cut] if stamps[number] > shared_out]
         first, last = stamps[steady[0]], stamps[steady[-1]]
         seen = gpus.between(first, last)
     seconds = last - first
@@ -274,6 +283,7 @@ async def through_kafka(
         "tokens": sum(tokens),
         "queued_jobs_per_s": round(len(texts) / queued, 1),
         "until_first_result_s": round(stamps[order[0]] - started, 2),
+        "until_shared_out_s": round(shared_out - started, 2),
         "steady_seconds": round(seconds, 3),
         "tokens_per_s": round(sum(tokens[number] for number in steady[1:]) / seconds, 1),
         "texts_per_s": round((len(steady) - 1) / seconds, 1),
