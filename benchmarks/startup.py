@@ -1,8 +1,8 @@
-"""Seconds of each step from nothing to the first vector, with and without compiled code from the start before.
+"""Seconds of each step from nothing to the first vector, with and without what the start before it kept.
 
-`python -m benchmarks.startup --shape 4B`. Each start is a process of its own. A cold one finds empty caches of compiled
-code, a warm one what the start before it left there. All find the weights in memory: they are read once beforehand, from
-the disk and again from memory, so that what reading takes is known apart.
+`python -m benchmarks.startup --shape 4B`. Each start is a process of its own. A cold one finds empty caches, a warm one
+what the start before it left there: compiled code, and what transformers says of the model. All find the weights in
+memory: they are read once beforehand, from the disk and again from memory, so that what reading takes is known apart.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ LENGTH = 1024
 BLOCK = 16 * 2**20
 
 
-def once(model: str, quantization: Quantization, begin: str) -> None:
+def once(model: str, quantization: Quantization, kept: str, begin: str) -> None:
     """One start, in a process that has imported nothing heavy yet: prints what it found as JSON, on a line of its own.
 
-    `begin` is when the process was asked for, by `time.monotonic()`, which all processes share.
+    `kept` is the folder that one start leaves to the next; `begin` is when the process was asked for, by
+    `time.monotonic()`, which all processes share.
     """
     steps: dict[str, float] = {}
     last = first = float(begin)
@@ -57,7 +58,7 @@ def once(model: str, quantization: Quantization, begin: str) -> None:
     import embedq_consumer.engine.loading  # noqa: F401
 
     mark("engine")
-    encoder = load_encoder(Path(model), quantization=quantization)
+    encoder = load_encoder(Path(model), quantization=quantization, known_models=Path(kept) / "models")
     mark("load")
     load = steps.pop("load")
     steps |= dict(encoder.phases)
@@ -81,13 +82,13 @@ def once(model: str, quantization: Quantization, begin: str) -> None:
     print(f"\n{json.dumps(found)}")
 
 
-def start(model: Path, quantization: Quantization, compiled: Path) -> dict[str, Any]:
-    """Start once with compiled code kept below `compiled`; what `once` found, and the size of what is kept there now."""
+def start(model: Path, quantization: Quantization, kept: Path) -> dict[str, Any]:
+    """Start once with everything kept below `kept`; what `once` found, and the size of what is kept there now."""
     environ: dict[str, str] = {}
-    keep_compiled(compiled, environ)
+    keep_compiled(kept, environ)
     program = "import sys; from benchmarks.startup import once; once(*sys.argv[1:])"
     done = subprocess.run(
-        [sys.executable, "-c", program, str(model), quantization, str(time.monotonic())],
+        [sys.executable, "-c", program, str(model), quantization, str(kept), str(time.monotonic())],
         env=os.environ | environ,
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -95,8 +96,8 @@ def start(model: Path, quantization: Quantization, compiled: Path) -> dict[str, 
         check=True,
     )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    kept = sum(file.stat().st_size for file in compiled.rglob("*") if file.is_file())
-    return found | {"compiled_mib": round(kept / 2**20, 2)}
+    size = sum(file.stat().st_size for file in kept.rglob("*") if file.is_file())
+    return found | {"kept_mib": round(size / 2**20, 2)}
 
 
 def reading(model: Path) -> dict[str, float]:
@@ -149,10 +150,10 @@ def main() -> None:
     results = {"shape": arguments.shape, "reading_s": reading(model), "starts": starts}
     print(f"reading the weights: {results['reading_s']}", flush=True)
     for quantization in arguments.quantizations or (["none", "fp8"] if count_gpus() else ["none"]):
-        with tempfile.TemporaryDirectory() as compiled:
+        with tempfile.TemporaryDirectory() as kept:
             for number in range(1 + arguments.warm):
                 name = "warm" if number else "cold"
-                starts.append({"start": name} | start(model, quantization, Path(compiled)))
+                starts.append({"start": name} | start(model, quantization, Path(kept)))
                 print(f"{starts[-1]['engine']} {name}: ready after {starts[-1]['ready']:.1f} s", flush=True)
                 path = write(arguments.name, results, "torch", "transformers", "triton", "flash-attn-4")
     show(starts)

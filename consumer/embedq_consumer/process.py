@@ -8,6 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
+import msgspec
 import structlog
 from aiokafka.errors import KafkaError
 
@@ -39,8 +40,7 @@ _EXPECTED = (
 def main() -> int:
     """The exit code: 0 after a clean stop, 1 after a failure, 2 for a wrong setting."""
     try:
-        settings = Settings.from_env(os.environ).named()
-        _keep_compiled(settings)
+        settings = _keep_compiled(Settings.from_env(os.environ).named())
     except SettingsError as error:
         print(f"embedq: {error}", file=sys.stderr)  # noqa: T201  # the logs are not set up yet
         return 2
@@ -59,16 +59,22 @@ def main() -> int:
     return 1 if failures else 0
 
 
-def _keep_compiled(settings: Settings) -> None:
-    """Before anything imports PyTorch. A place that was asked for must do; the usual one may be missing."""
+def _keep_compiled(settings: Settings) -> Settings:
+    """Before anything imports PyTorch: `settings` with the place in full, or with none.
+
+    A place that was asked for must do; the usual one may be missing.
+    """
     chosen = settings.compile_cache
     try:
-        keep_compiled(Path(chosen) if chosen else default_directory(os.environ), os.environ)
+        place = Path(chosen) if chosen else default_directory(os.environ)
+        keep_compiled(place, os.environ)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
         if chosen:
             raise SettingsError(
                 f"EMBEDQ_COMPILE_CACHE: cannot make {chosen} ({type(error).__name__})"
             ) from error
+        return settings
+    return msgspec.structs.replace(settings, compile_cache=str(place))
 
 
 async def _run(settings: Settings) -> None:

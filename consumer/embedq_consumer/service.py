@@ -73,6 +73,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
                 quantization=settings.quantization,
                 keep_bf16=settings.kept_layers,
                 deterministic=settings.deterministic,
+                known_models=Path(settings.compile_cache) / "models" if settings.compile_cache else None,
             )
         )
         parts.callback(slot.close)

@@ -64,7 +64,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         False  # bit-equal vectors whatever the batch, for some throughput; another model version
     )
     threads: Annotated[int, Meta(ge=0)] = 0  # CPU threads of the model; 0: PyTorch's choice
-    compile_cache: str = ""  # compiled GPU code, for the next start; empty: below the user's cache directory
+    compile_cache: str = ""  # what the next start need not do again; empty: below the user's cache directory
 
     # Micro-batches
     max_batch_tokens: Annotated[int, Meta(ge=0)] = 0  # 0: by device

@@ -216,6 +216,7 @@ def load_encoder(
     quantization: Quantization = "none",
     keep_bf16: Collection[int] = (),
     deterministic: bool = False,
+    known_models: Path | None = None,
 ) -> Encoder:
     """Load a directory in Hugging Face / sentence-transformers layout.
 
@@ -225,11 +226,14 @@ def load_encoder(
     capability 9.0 on. Layers whose numbers are in `keep_bf16` stay as they are; negative ones count from the end.
     `deterministic` makes a text's vector bit-equal whatever runs beside it, on the same device and software; it costs
     throughput, and shares no prefixes.
+    `known_models` is a folder for what transformers says of a model: the next load of the same one finds it there and does
+    without transformers.
 
     Raises:
         ModelError: the directory is incomplete, or asks for something that embedq does not run.
     """
     _before_torch()
+    from embedq_consumer.engine.known_models import KnownModels
     from embedq_consumer.engine.loading import load
 
     return load(
@@ -239,6 +243,7 @@ def load_encoder(
         quantization=quantization,
         keep_bf16=keep_bf16,
         deterministic=deterministic,
+        known_models=None if known_models is None else KnownModels(known_models),
     )
 
 

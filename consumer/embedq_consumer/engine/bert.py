@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embedq_consumer.engine.attention import Packing, attend_runs
+from embedq_consumer.engine.stand_in import architecture_of
 
 __all__ = ["PackedBert"]
 
@@ -60,7 +61,7 @@ class PackedBert:
     def fits(model: Any) -> bool:
         """Whether `model` is a plain encoder BERT in float32 on the CPU with the usual activation."""
         return (
-            type(model).__name__ == "BertModel"
+            architecture_of(model) == "BertModel"
             and model.device.type == "cpu"
             and model.dtype == torch.float32
             and model.config.hidden_act == "gelu"

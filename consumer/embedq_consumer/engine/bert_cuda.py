@@ -20,6 +20,7 @@ from embedq_consumer.engine.directory import Pooling
 from embedq_consumer.engine.fp8 import Weight, in_fp8, linear, select_rows, split_channels, weight_of
 from embedq_consumer.engine.kernels import Scaled, quantise
 from embedq_consumer.engine.row_attention import Bounds, bounds_of, row_attention, takes_head
+from embedq_consumer.engine.stand_in import architecture_of
 
 if TYPE_CHECKING:
     from embedq_consumer.engine.graphs import Row
@@ -110,7 +111,7 @@ class PackedBertCuda:
         """Whether `model` is a plain encoder of this family in bf16 on CUDA with an activation known here."""
         config = model.config
         return (
-            type(model).__name__ in _MODELS
+            architecture_of(model) in _MODELS
             and model.device.type == "cuda"
             and model.dtype == torch.bfloat16
             and config.hidden_act in _TANH

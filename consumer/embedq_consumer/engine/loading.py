@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from embedq_consumer.engine import ModelError, Quantization
 from embedq_consumer.engine.devices import current
 from embedq_consumer.engine.digest import model_version, tensor_digests
 from embedq_consumer.engine.directory import ModelDirectory, read_directory
+from embedq_consumer.engine.known_models import KnownModel, KnownModels, key_of
 from embedq_consumer.engine.memory import Room, need_of, refuse_if_too_large
-from embedq_consumer.engine.packed import PackedEncoder
+from embedq_consumer.engine.packed import PackedEncoder, last_norm_eps_of, release
 from embedq_consumer.engine.phases import Phases
+from embedq_consumer.engine.stand_in import StandIn, architecture_of, rotary_of, tensor_names
 from embedq_consumer.engine.tokenizer import TextTokenizer
 
 __all__ = ["kept_layers", "load"]
@@ -41,6 +44,7 @@ def load(
     quantization: Quantization = "none",
     keep_bf16: Collection[int] = (),
     deterministic: bool = False,
+    known_models: KnownModels | None = None,
 ) -> PackedEncoder:
     """Load `path`, and prove on a few random tokens that packed it computes what transformers' own code does.
 
@@ -53,7 +57,7 @@ def load(
     if threads is not None:
         torch.set_num_threads(threads)
     with current(target):
-        return _load(path, target, threads, quantization, keep_bf16, deterministic)
+        return _load(path, target, threads, quantization, keep_bf16, deterministic, known_models)
 
 
 def _load(
@@ -63,6 +67,7 @@ def _load(
     quantization: Quantization,
     keep_bf16: Collection[int],
     deterministic: bool,
+    known_models: KnownModels | None,
 ) -> PackedEncoder:
     phases = Phases(wait=lambda: _wait_for(target))
     with phases.step("directory"):
@@ -70,26 +75,25 @@ def _load(
     kept = kept_layers(keep_bf16, directory, quantization)
     with phases.step("memory"):
         _refuse_if_too_large(directory, target, quantization)
-    with ThreadPoolExecutor(1, thread_name_prefix="digests") as beside:
-        # The digest reads every byte once more: it does so while the weights go where they belong.
+    with ThreadPoolExecutor(2, thread_name_prefix="beside") as beside:
+        # The digest reads every byte once more: it does so while transformers is imported, if it has to be.
         digests = beside.submit(tensor_digests, directory.tensors, threads)
-        with phases.step("transformers"):
-            import transformers.modeling_utils  # noqa: F401  # which takes as long as PyTorch itself
-        with phases.step("weights"), _quiet_transformers():
-            model = _load_model(directory, target)
-        max_tokens, position_offset = _limits(directory, model)
-        with phases.step("tokenizer"), _quiet_transformers():
-            tokenizer = TextTokenizer.load(directory, max_tokens)
-        with phases.step("device"):
-            if model.device != target:
-                model.to(target)
-        with phases.step("reference"):
-            sequences = _probe(model, max_tokens)
-            expected = _reference(model, sequences)
+        key, parts = "", None
+        if known_models is not None:
+            with phases.step("digest"):
+                key = key_of(directory, _kind(target), digests.result())
+            known = known_models.find(key)
+            if known is not None:
+                kernels = beside.submit(_import_kernels, known.architecture, target)
+                parts = _parts_of(known, directory, target, phases)
+                with phases.step("imports"):
+                    kernels.result()
+        if parts is None:
+            parts = _by_transformers(directory, target, phases)
         with phases.step("digest"):
             version = model_version(
                 directory,
-                max_tokens=max_tokens,
+                max_tokens=parts.max_tokens,
                 threads=threads,
                 quantization=quantization,
                 keep_bf16=kept,
@@ -100,17 +104,17 @@ def _load(
         with phases.step("forward"):
             encoder = PackedEncoder(
                 directory,
-                model,
-                tokenizer,
+                parts.model,
+                parts.tokenizer,
                 version=version,
-                max_tokens=max_tokens,
-                position_offset=position_offset,
+                max_tokens=parts.max_tokens,
+                position_offset=parts.position_offset,
                 quantization=quantization,
                 keep_bf16=kept,
                 deterministic=deterministic,
             )
         with phases.step("proof"):
-            encoder.prove(sequences, expected)
+            encoder.prove(parts.sequences, parts.expected)
         with phases.step("graphs"):
             encoder.capture()
     except NotImplementedError as error:
@@ -118,8 +122,94 @@ def _load(
         raise ModelError(
             f"{directory.checkpoint / 'config.json'}: model_type {model_type}: {error}"
         ) from error
+    if known_models is not None and parts.new is not None:
+        known_models.keep(key, parts.new)
     encoder.phases = phases.seconds
     return encoder
+
+
+class _Parts(msgspec.Struct, frozen=True):
+    """What an encoder is made of and proved on."""
+
+    model: Any
+    tokenizer: TextTokenizer
+    max_tokens: int
+    position_offset: int
+    sequences: list[Ids]
+    expected: Tensor
+    """Hidden states of `sequences` by transformers' own code: float32 (tokens, hidden), on the model's device."""
+    new: KnownModel | None = None
+    """What the next load may know without transformers."""
+
+
+def _by_transformers(directory: ModelDirectory, target: torch.device, phases: Phases) -> _Parts:
+    """Ask transformers. Where a forward is written out for the model, transformers' own copy is gone when this returns."""
+    with phases.step("transformers"):
+        import transformers.modeling_utils  # noqa: F401  # which takes as long as PyTorch itself
+    with phases.step("weights"), _quiet_transformers():
+        model = _load_model(directory, target)
+    max_tokens, position_offset = _limits(directory, model)
+    with phases.step("tokenizer"), _quiet_transformers():
+        tokenizer = TextTokenizer.load(directory, max_tokens)
+    with phases.step("device"):
+        if model.device != target:
+            model.to(target)
+    with phases.step("reference"):
+        sequences = _probe(model, max_tokens)
+        expected = _reference(model, sequences)
+    tensors = tensor_names(model, directory) if _is_written_out(model, directory) else None
+    if tensors is None:
+        return _Parts(model, tokenizer, max_tokens, position_offset, sequences, expected)
+    known = KnownModel(
+        architecture=architecture_of(model),
+        config=json.loads(model.config.to_json_string(use_diff=False)),
+        tensors=tensors,
+        rotary=rotary_of(model),
+        last_norm_eps=last_norm_eps_of(model),
+        max_tokens=max_tokens,
+        position_offset=position_offset,
+        tokenizer=tokenizer.to_json(),
+        sequences=tuple(tuple(ids.tolist()) for ids in sequences),
+        expected=expected.cpu().numpy().tobytes(),
+    )
+    release(model)
+    # What serves is what the next start will serve, and this start proves it.
+    return msgspec.structs.replace(_parts_of(known, directory, target, phases), new=known)
+
+
+def _parts_of(known: KnownModel, directory: ModelDirectory, target: torch.device, phases: Phases) -> _Parts:
+    """The same without transformers."""
+    with phases.step("weights"):
+        model = StandIn(known, directory, target)
+    with phases.step("tokenizer"):
+        tokenizer = TextTokenizer.from_json(known.tokenizer, known.max_tokens)
+    expected = np.frombuffer(known.expected, np.float32).reshape(sum(map(len, known.sequences)), -1)
+    return _Parts(
+        model,
+        tokenizer,
+        known.max_tokens,
+        known.position_offset,
+        [np.array(ids, dtype=np.int32) for ids in known.sequences],
+        torch.from_numpy(expected.copy()).to(target),
+    )
+
+
+def _is_written_out(model: Any, directory: ModelDirectory) -> bool:
+    return directory.quantization_method is None and PackedEncoder.is_written_out(model)
+
+
+def _kind(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _import_kernels(architecture: str, device: torch.device) -> None:
+    """Import what the forward will import, while weights are on their way. Never beside an import of transformers: each
+    would find the other's modules half done."""
+    if device.type != "cuda" or architecture != "Qwen3Model":
+        return
+    for name in ("embedq_consumer.engine.qwen3", "flash_attn.cute", "embedq_consumer.engine.epilogues"):
+        with suppress(Exception):  # whoever needs it tries again, and says what follows
+            importlib.import_module(name)
 
 
 def kept_layers(

@@ -108,7 +108,7 @@ class PackedEncoder:
         self._device: torch.device = model.device
         self._dense = DenseLayers(directory.dense, self._device)
         self._model = model
-        self._vocabulary: int = model.get_input_embeddings().num_embeddings
+        self._vocabulary: int = int(model.config.vocab_size)
         self._last_norm_weight: Tensor | None = None
         self._last_norm = None
         if directory.pooling == "lasttoken":
@@ -129,12 +129,24 @@ class PackedEncoder:
                     f"({directory.quantization_method})"
                 )
             self._forward = _packed(model)
-        elif self._device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        elif self._device.type == "cuda" and _has_triton():
             self._forward = self._on_cuda(model)
         elif quantization != "none":
             raise ModelError(f"quantization {quantization}: needs CUDA and Triton")
         else:
             self._forward = PackedBert(model) if PackedBert.fits(model) else _packed(model)
+
+    @staticmethod
+    def is_written_out(model: Any) -> bool:
+        """Whether `model` would run a forward of ours, which needs its weights and none of transformers' code."""
+        if model.device.type == "cpu":
+            return PackedBert.fits(model)
+        if not _has_triton():
+            return False
+        from embedq_consumer.engine.bert_cuda import PackedBertCuda
+        from embedq_consumer.engine.qwen3 import PackedQwen3
+
+        return PackedBertCuda.fits(model) or PackedQwen3.fits(model)
 
     def _on_cuda(self, model: Any) -> _Forward:
         """A forward written for the model where there is one, else transformers' own."""
@@ -249,10 +261,7 @@ class PackedEncoder:
             self._graphs.close()
         self._forward = self._last_norm = self._last_norm_weight = self._graphs = None
         self._dense = DenseLayers((), self._device)
-        # Modules refer to each other in cycles, and a collection of those would stop every thread for a quarter of a
-        # second: free the weights' memory by hand, and leave the small rest to the collector.
-        for tensor in (*self._model.parameters(), *self._model.buffers()):
-            tensor.data = tensor.data.new_empty(0)
+        release(self._model)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -356,14 +365,36 @@ def _pooled(hidden: Tensor, cu: Tensor, pooling: Pooling) -> Tensor:
     return torch.segment_reduce(hidden.float(), "mean", lengths=cu.diff().long(), unsafe=True)
 
 
-def _take_last_norm(model: Any) -> Callable[[Tensor], Tensor] | None:
-    """Take an RMS norm off the end of `model`, to run it in float32 on the pooled tokens alone."""
+def release(model: Any) -> None:
+    """Free the memory of `model`'s weights, whoever still refers to it.
+
+    Modules refer to each other in cycles, and a collection of those would stop every thread for a quarter of a second: so
+    the weights go by hand, and the small rest is left to the collector.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.new_empty(0)
+
+
+def last_norm_eps_of(model: Any) -> float | None:
+    """The epsilon of an RMS norm behind the model's last layer; None if there is none."""
     norm: Any = getattr(model, "norm", None)
     if not type(norm).__name__.endswith("RMSNorm") or not hasattr(norm, "variance_epsilon"):
         return None
-    weight, eps = norm.weight.float(), float(norm.variance_epsilon)
+    return float(norm.variance_epsilon)
+
+
+def _take_last_norm(model: Any) -> Callable[[Tensor], Tensor] | None:
+    """Take an RMS norm off the end of `model`, to run it in float32 on the pooled tokens alone."""
+    eps = last_norm_eps_of(model)
+    if eps is None:
+        return None
+    weight = model.norm.weight.float()
     model.norm = torch.nn.Identity()
     return lambda x: F.rms_norm(x, weight.shape, weight, eps)
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _packed(model: Any) -> _Forward:

@@ -27,6 +27,7 @@ from embedq_consumer.engine.kernels import (
     skinny_linear,
     skinny_plan,
 )
+from embedq_consumer.engine.stand_in import architecture_of
 
 if TYPE_CHECKING:
     from embedq_consumer.engine.graphs import Row, Shared
@@ -82,7 +83,7 @@ class PackedQwen3:
     def fits(model: Any) -> bool:
         """Whether `model` is a plain Qwen3 in bf16 on CUDA, full attention and unscaled rotary positions."""
         config = model.config
-        if type(model).__name__ != "Qwen3Model" or model.device.type != "cuda":
+        if architecture_of(model) != "Qwen3Model" or model.device.type != "cuda":
             return False
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
         rotary = getattr(model.rotary_emb, "rope_type", None)

@@ -66,6 +66,15 @@ class TextTokenizer:
             backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *rest])
         return cls(backend, max_tokens)
 
+    @classmethod
+    def from_json(cls, serialized: str, max_tokens: int) -> TextTokenizer:
+        """The one that `to_json` came from."""
+        return cls(Tokenizer.from_str(serialized), max_tokens)
+
+    def to_json(self) -> str:
+        """The whole tokenizer, in the tokenizers library's own format."""
+        return str(self._tokenizer.to_str())
+
     def tokenize(self, texts: Sequence[Text], *, share: bool = False) -> list[Tokens | TextTooLong]:
         """Tokens of each text, in order; with `share`, how many of the first are a shared prompt's.
 
