@@ -12,7 +12,6 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from embedq_consumer.engine import kernels
-from embedq_consumer.engine.fused import interleaved
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's overflow, in the interpreter
 
@@ -97,19 +96,3 @@ def test_norm_and_rotation_of_queries_and_keys(heads: tuple[int, int, int], toke
     wanted = kernels.norm_rotate_reference(qkv, positions, rotation, weights, (q_heads, k_heads), 1e-6)
     kernels.norm_rotate(qkv, positions, rotation, weights, (q_heads, k_heads), 1e-6)
     assert error(qkv, wanted) < BF16
-
-
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("residual", [False, True])
-def test_product_of_few_rows(gated: bool, residual: bool) -> None:
-    # The interpreter multiplies no bf16; on the device the engine's own tests cover bf16 and FP8.
-    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-    x, weight = random(16, 512, dtype=dtype), random(4096, 512, dtype=dtype)
-    added = random(16, 2048 if gated else 4096, dtype=dtype) if residual else None
-    plan = {"COLUMNS": 32, "STEP": 256, "num_warps": 4, "num_stages": 3}
-    wanted = kernels.skinny_linear_reference(x, weight, gated=gated, residual=added)
-    assert error(kernels.skinny_linear(x, weight, plan, gated=gated, residual=added), wanted) < BF16
-    if gated:
-        mixed = interleaved(*weight.chunk(2))
-        found = kernels.skinny_linear(x, mixed, plan, gated=True, interleaved=True, residual=added)
-        assert error(found, wanted) < BF16

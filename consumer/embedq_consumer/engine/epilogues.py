@@ -8,8 +8,29 @@ The package names its compiled kernels after the source of these functions, and 
 
 from __future__ import annotations
 
-from quack.activation import swiglu
-from quack.epilogue import gemm_epilogue, unpack
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def _nothing_to_compile() -> Iterator[None]:
+    """The package hands functions to torch.compile that nobody here calls, which imports a compiler for two seconds."""
+    name = "TORCHDYNAMO_DISABLE"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+with _nothing_to_compile():
+    from quack.activation import swiglu
+    from quack.epilogue import gemm_epilogue, unpack
 
 __all__ = ["gate"]
 

@@ -289,6 +289,7 @@ class Graphs:
         self._stream = idle[-1] if idle else _new_stream(device)
         if idle:
             _idle_streams.remove(self._stream)
+        self._places = {shared: self._all_places(shared) for shared in (False, True)}
         self._memory = torch.cuda.graph_pool_handle()
         self._tried: set[tuple[int, ...]] = set()  # which kinds of rows ran without a graph
         self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}
@@ -336,7 +337,7 @@ class Graphs:
     def capture(self) -> None:
         """Capture every size, largest first: the smaller ones then find their memory in the pool."""
         for shared in (False, True) if self.shares_prefixes else (False,):
-            for size, room in reversed(self._places(shared)):
+            for size, room in reversed(self._places[shared]):
                 self._graph(size, room, shared)
         torch.cuda.empty_cache()  # what running each size once without a graph took
 
@@ -427,7 +428,7 @@ class Graphs:
         most = rooms_of(self.part_tokens)[-1] - 1
         return best_fit(lengths, self.part_tokens, most, prefixes=prefixes, prefix_room=prefix_room)
 
-    def _places(self, shared: bool) -> list[tuple[int, int]]:
+    def _all_places(self, shared: bool) -> list[tuple[int, int]]:
         """Every size and number of places that has a graph, ascending."""
         if shared:
             return [(size, rooms_of(size)[-1]) for size in self._shared_sizes]
@@ -441,7 +442,7 @@ class Graphs:
         return next(
             (
                 (size, room)
-                for size, room in self._places(shared)
+                for size, room in self._places[shared]
                 if size >= tokens and room >= sequences + (size > tokens)
             ),
             None,

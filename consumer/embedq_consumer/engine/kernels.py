@@ -32,9 +32,6 @@ __all__ = [
     "norm_rotate_reference",
     "quantise",
     "quantise_reference",
-    "skinny_linear",
-    "skinny_linear_reference",
-    "skinny_plan",
 ]
 
 FP8 = torch.float8_e4m3fn
@@ -239,61 +236,6 @@ def _move_rows_kernel(own, stride, pool, keys, moves, count, WIDTH: tl.constexpr
                 tl.store(end + columns, tl.load(begin + columns, mask=columns < WIDTH), mask=columns < WIDTH)
 
 
-@triton.jit
-def _skinny_kernel(
-    x,
-    x_scales,
-    weight,
-    weight_scales,
-    residual,
-    out,
-    WIDTH: tl.constexpr,
-    INNER: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STEP: tl.constexpr,
-    GATE: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    ADD: tl.constexpr,
-    SCALED: tl.constexpr,
-):
-    rows = tl.arange(0, ROWS)
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    steps = tl.arange(0, STEP)
-    x_places = x + rows[:, None] * INNER + steps[None, :]
-    if INTERLEAVED:
-        # Gate and up of a column are neighbours: one product over both reads the weight as it lies.
-        channels = tl.program_id(0).to(tl.int64) * (2 * COLUMNS) + tl.arange(0, 2 * COLUMNS)
-        w_places = weight + channels[None, :] * INNER + steps[:, None]
-        both = tl.zeros((ROWS, 2 * COLUMNS), tl.float32)
-        for begin in range(0, INNER, STEP):
-            both = tl.dot(tl.load(x_places + begin), tl.load(w_places + begin), both)
-        if SCALED:
-            both = both * tl.load(x_scales + rows)[:, None] * tl.load(weight_scales + channels)[None, :]
-        total, gated = tl.split(tl.reshape(both, (ROWS, COLUMNS, 2)))
-    else:
-        w_places = weight + columns.to(tl.int64)[None, :] * INNER + steps[:, None]
-        total = tl.zeros((ROWS, COLUMNS), tl.float32)
-        gated = tl.zeros((ROWS, COLUMNS), tl.float32)
-        for begin in range(0, INNER, STEP):
-            part = tl.load(x_places + begin)
-            total = tl.dot(part, tl.load(w_places + begin), total)
-            if GATE:
-                gated = tl.dot(part, tl.load(w_places + WIDTH * INNER + begin), gated)
-        if SCALED:
-            row_scale = tl.load(x_scales + rows)[:, None]
-            total = total * row_scale * tl.load(weight_scales + columns)[None, :]
-            if GATE:
-                gated = gated * row_scale * tl.load(weight_scales + WIDTH + columns)[None, :]
-    if GATE:
-        root = tl.rsqrt(1.0 + tl.exp2(total * -1.4426950408889634))
-        total = total * gated * (root * root)
-    places = rows[:, None] * WIDTH + columns[None, :]
-    if ADD:
-        total += tl.load(residual + places).to(tl.float32)
-    tl.store(out + places, total.to(out.dtype.element_ty))
-
-
 def _shape(width: int) -> dict[str, int]:
     """Parts and warps for a row of `width`: 16-byte loads, and few lanes idle in the last part."""
     part = 2048 if width > 4096 else 1024 if width >= 1024 else max(32, triton.next_power_of_2(width))
@@ -344,7 +286,14 @@ def gate(rows: Tensor, *, quantised: bool = False, interleaved: bool = False) ->
     count, width = rows.shape[0], rows.shape[1] // 2
     out = torch.empty(count, width, dtype=FP8 if quantised else rows.dtype, device=rows.device)
     scales = torch.empty(count, 1, dtype=torch.float32, device=rows.device) if quantised else rows
-    _gate_kernel[(count,)](rows, out, scales, INTERLEAVED=interleaved, QUANTISE=quantised, **_shape(width))
+    _gate_kernel[(count,)](
+        rows,
+        out,
+        scales,
+        INTERLEAVED=interleaved,
+        QUANTISE=quantised,
+        **_shape(width),
+    )
     return (out, scales) if quantised else out
 
 
@@ -449,71 +398,3 @@ def move_rows_reference(own: Tensor, pool: Tensor, keys: Tensor, moves: Tensor, 
             keys[target] = row
         else:
             pool[-1 - target] = row
-
-
-def skinny_plan(rows: int, width: int, inner: int, *, gated: bool, scaled: bool) -> dict[str, int] | None:
-    """How `skinny_linear` cuts a product of few rows, or None where the library's own product serves as well.
-
-    Measured on an H200 with the shapes of Qwen3-Embedding-4B: bf16 gains at 16 rows only, FP8 up to 64, for which the
-    library has no small tiles.
-    """
-    if rows not in ((16, 64) if scaled else (16,)):
-        return None
-    columns, step, stages = 32, 256, 5
-    if gated:
-        columns, step, stages = (32, 256, 3) if scaled else (32, 128, 4)
-    elif width > 4096 and not scaled:
-        columns, stages = 64, 4
-    if width % columns or inner % step or width // columns < 64:
-        return None
-    return {"COLUMNS": columns, "STEP": step, "num_warps": 4, "num_stages": stages}
-
-
-def skinny_linear(
-    x: Tensor | Scaled,
-    weight: Tensor | Scaled,
-    plan: dict[str, int],
-    *,
-    gated: bool = False,
-    interleaved: bool = False,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """One product of few rows at the speed of reading its weights, with the gate or the residual behind it.
-
-    x (rows, inner) and weight (out, inner), both bf16 or both FP8; the result is bf16. `gated`: the weight holds gate
-    and up one behind the other, or row by row (`interleaved`), and half as many columns come out.
-    """
-    values, scales = x if isinstance(x, tuple) else (x, x)
-    matrix, matrix_scales = weight if isinstance(weight, tuple) else (weight, weight)
-    rows, inner = values.shape
-    width = matrix.shape[0] // 2 if gated else matrix.shape[0]
-    out = torch.empty(rows, width, dtype=torch.bfloat16, device=values.device)
-    _skinny_kernel[(width // plan["COLUMNS"],)](
-        values,
-        scales,
-        matrix,
-        matrix_scales,
-        out if residual is None else residual,
-        out,
-        WIDTH=width,
-        INNER=inner,
-        ROWS=rows,
-        GATE=gated,
-        INTERLEAVED=interleaved,
-        ADD=residual is not None,
-        SCALED=isinstance(weight, tuple),
-        **plan,
-    )
-    return out
-
-
-def skinny_linear_reference(
-    x: Tensor | Scaled, weight: Tensor | Scaled, *, gated: bool = False, residual: Tensor | None = None
-) -> Tensor:
-    """The same in float32."""
-    value = x[0].float() * x[1] if isinstance(x, tuple) else x.float()
-    matrix = weight[0].float() * weight[1].view(-1, 1) if isinstance(weight, tuple) else weight.float()
-    value = value @ matrix.t()
-    if gated:
-        value = gate_reference(value)
-    return value if residual is None else value + residual.float()

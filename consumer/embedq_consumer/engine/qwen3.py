@@ -24,9 +24,8 @@ from embedq_consumer.engine.kernels import (
     move_rows,
     norm_rotate,
     quantise,
-    skinny_linear,
-    skinny_plan,
 )
+from embedq_consumer.engine.skinny import ATTENTION_ROWS, skinny_attention, skinny_linear, skinny_plan
 from embedq_consumer.engine.stand_in import architecture_of
 
 if TYPE_CHECKING:
@@ -141,9 +140,13 @@ class PackedQwen3:
                 attended = self._attended_by_last(index, rows, positions, cu, longest, last, shared)
             else:
                 qkv = self._product(rows, layer.qkv)
-                norm_rotate(qkv, positions, self._rotation, layer.rotated, (heads, kv_heads), self._eps)
-                q, kv = torch.split(qkv, [heads * dim, 2 * kv_heads * dim], dim=1)
-                attended = self._attended(index, q, kv, cu, longest, shared)
+                rotated = (positions, self._rotation, layer.rotated, (heads, kv_heads), self._eps)
+                if shared is None and len(qkv) in ATTENTION_ROWS:
+                    attended = skinny_attention(qkv, *rotated, causal=self.causal)
+                else:
+                    norm_rotate(qkv, *rotated)
+                    q, kv = torch.split(qkv, [heads * dim, 2 * kv_heads * dim], dim=1)
+                    attended = self._attended(index, q, kv, cu, longest, shared)
             rows = quantise(attended) if in_fp8(layer.attended) else attended
             x, y = self._added(x, rows, layer.attended, in_product=False)
             gated = self._gated(self._normed(x, y, layer.middle_norm, layer.gate_up), layer.gate_up)
