@@ -42,11 +42,7 @@ class StandIn(torch.nn.Module):
         if known.last_norm_eps is not None:
             self.norm = _RMSNorm(tensors["norm.weight"], known.last_norm_eps)
         if known.rotary is not None:
-            self.rotary_emb = SimpleNamespace(
-                rope_type=known.rotary.rope_type,
-                inv_freq=torch.tensor(known.rotary.frequencies, dtype=torch.float32, device=device),
-                attention_scaling=known.rotary.attention_scaling,
-            )
+            self.rotary_emb = _RotaryEmbedding(known.rotary, self.device)
 
 
 class _RMSNorm(torch.nn.Module):
@@ -56,6 +52,17 @@ class _RMSNorm(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
         self.variance_epsilon = eps
+
+
+class _RotaryEmbedding(torch.nn.Module):
+    """transformers' fields of one."""
+
+    def __init__(self, rotary: Rotary, device: torch.device) -> None:
+        super().__init__()
+        self.rope_type = rotary.rope_type
+        self.attention_scaling = rotary.attention_scaling
+        self.inv_freq: Tensor
+        self.register_buffer("inv_freq", torch.tensor(rotary.frequencies, dtype=torch.float32, device=device))
 
 
 def architecture_of(model: Any) -> str:
