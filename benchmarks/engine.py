@@ -224,10 +224,10 @@ def measure_ours(
     encoder: Any = load_encoder(path, device="cuda", quantization="fp8" if engine == "fp8" else "none")
     found["load_s"] = time.perf_counter() - begin
     found["phases"] = dict(getattr(encoder, "phases", {}))
-    found["attention"] = encoder._forward.attention.__name__
+    found["kernels"] = dict(encoder.kernels)
     found["memory_gib"] = torch.cuda.memory_allocated() / 2**30
     print(
-        f"{engine} loaded {found['load_s']:.1f} s {found['memory_gib']:.2f} GiB {found['attention']}",
+        f"{engine} loaded {found['load_s']:.1f} s {found['memory_gib']:.2f} GiB {found['kernels']}",
         flush=True,
     )
     print(f"   phases {found['phases']}", flush=True)

@@ -73,7 +73,7 @@ def once(model: str, quantization: Quantization, kept: str, begin: str) -> None:
     found = {
         "engine": "fp8" if quantization == "fp8" else "bf16" if on_cuda else "float32",
         "device": torch.cuda.get_device_name() if on_cuda else "cpu",
-        "attention": encoder.attention,
+        "kernels": dict(encoder.kernels),
         "steps": steps,
         "load": load,
         "ready": last - first,

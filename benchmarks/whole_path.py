@@ -96,7 +96,7 @@ def bare(model: str, device: str, quantization: Any, texts: Sequence[str], round
         "tokens_per_s": round(count / seconds, 1),
         "texts_per_s": round(len(texts) / seconds, 1),
         "tokenizing_texts_per_s": round(len(texts) / tokenized, 1),
-        "attention": encoder.attention,
+        "kernels": dict(encoder.kernels),
         "load_seconds": {name: round(taken, 3) for name, taken in encoder.phases.items()},
         "gpus": seen,
         "vectors": [cut_and_normalise(vector, encoder.hidden_size).tolist() for vector in chosen],

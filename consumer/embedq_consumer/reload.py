@@ -288,7 +288,7 @@ class Models:
         log.info(
             "model_loaded",
             model_version=encoder.model_version,
-            attention=encoder.attention,
+            kernels=dict(encoder.kernels),
             seconds={name: round(taken, 3) for name, taken in phases.items()},
         )
         return budget

@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read as kernels are defined
 pytest.importorskip("triton")
 
-from embedq_consumer.engine.fused import fuses, gated_linear, gates_in_product, interleaved
+from embedq_consumer.engine.fused import fuses, gated_linear, interleaved, obstacle
 from embedq_consumer.engine.kernels import gate_reference
 
 WIDTH, INNER = 1536, 512
@@ -35,16 +35,16 @@ def test_only_many_rows_in_few_counts_are_fused() -> None:
     assert [rows for rows in (16, 256, 512, 513, 640, 1000, 16384) if fuses(rows)] == [512, 640, 16384]
 
 
-def test_a_cpu_has_no_product_that_gates() -> None:
-    assert not gates_in_product(WIDTH, INNER, torch.device("cpu"))
+def test_why_a_cpu_has_no_product_that_gates() -> None:
+    assert obstacle(WIDTH, INNER, torch.device("cpu")) == "no Hopper GPU"
 
 
 @pytest.fixture
 def device() -> str:
     if not torch.cuda.is_available():
         pytest.skip("needs CUDA")
-    if not gates_in_product(WIDTH, INNER, torch.device("cuda", 0)):
-        pytest.skip("needs a Hopper GPU and quack-kernels")
+    if why := obstacle(WIDTH, INNER, torch.device("cuda", 0)):
+        pytest.skip(why)
     return "cuda:0"
 
 

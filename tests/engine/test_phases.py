@@ -44,4 +44,4 @@ def test_an_encoder_tells_how_it_was_loaded(tmp_path: Path) -> None:
     encoder = load_encoder(make_tiny_bert(tmp_path), device="cpu")
     assert set(encoder.phases) >= {"directory", "weights", "device", "digest", "proof"}
     assert all(seconds >= 0 for seconds in encoder.phases.values())
-    assert encoder.attention == "torch_sdpa"
+    assert encoder.kernels == {"attention": "torch_sdpa"}

@@ -157,9 +157,12 @@ class Encoder(Protocol):
     """Seconds of each step of the load, in order."""
 
     @property
-    def attention(self) -> str:
-        """Which attention runs: `flash_attn_4`, `torch_varlen` or `row_attention` on a GPU, `packed` where transformers'
-        own layers call one of the first two, `torch_sdpa` on a CPU."""
+    def kernels(self) -> Mapping[str, str]:
+        """Which kernels run, and why not faster ones.
+
+        `attention`: `flash_attn_4`, `torch_varlen` or `row_attention` on a GPU, `packed` where transformers' own layers call
+        one of the first two, `torch_sdpa` on a CPU. `gate`, of Qwen3 on a GPU: in the product in front of it, or behind.
+        """
 
     def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong]:
         """Tokens of each text, in order."""

@@ -105,6 +105,7 @@ class PackedBertCuda:
             self.attention = attention or cuda_kernel(
                 self._heads, self._heads, self._head_dim, False, self._words.dtype, self.device
             )
+        self.kernels = {"attention": self.attention.__name__}
 
     @staticmethod
     def fits(model: Any) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from embedq_consumer.engine.kernels import gate_reference
 
-__all__ = ["fuses", "gated_linear", "gates_in_product", "interleaved"]
+__all__ = ["fuses", "gated_linear", "interleaved", "obstacle"]
 
 # Measured against eleven others: two tiles in turn, so that one's epilogue hides behind the other's products.
 _TILE = {"tile_M": 128, "tile_N": 160, "cluster_M": 2, "cluster_N": 1, "pingpong": True}
@@ -51,14 +51,13 @@ def gated_linear(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 @lru_cache
-def gates_in_product(width: int, inner: int, device: torch.device) -> bool:
-    """Whether `gated_linear` is there for weights (2 · width, inner), and right: it is compiled, in two seconds, and tried."""
-    if (
-        device.type != "cuda"
-        or torch.cuda.get_device_capability(device) != (9, 0)
-        or find_spec("quack") is None
-    ):
-        return False
+def obstacle(width: int, inner: int, device: torch.device) -> str | None:
+    """Why weights (2 · width, inner) cannot go through `gated_linear`; None if they can: it is compiled, in two seconds,
+    and tried."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return "no Hopper GPU"
+    if find_spec("quack") is None:
+        return "quack-kernels is not installed"
     generator = torch.Generator(device).manual_seed(0)
     rows, gate, up = (
         torch.randn(count, inner, device=device, generator=generator).to(torch.bfloat16)
@@ -69,6 +68,7 @@ def gates_in_product(width: int, inner: int, device: torch.device) -> bool:
     try:
         with torch.inference_mode():
             found = gated_linear(rows, interleaved(gate, up))
-    except Exception:  # noqa: BLE001  every version of it has its own way to refuse; two kernels do the same
-        return False
-    return bool((found - wanted).norm() <= _LARGEST_ERROR * wanted.norm())
+    except Exception as error:  # noqa: BLE001  every version of it has its own way to refuse; two kernels do the same
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    right = bool((found - wanted).norm() <= _LARGEST_ERROR * wanted.norm())
+    return None if right else "it is wrong"

@@ -188,11 +188,11 @@ class PackedEncoder:
         return forward
 
     @property
-    def attention(self) -> str:
-        kernel = getattr(self._forward, "attention", None)
-        if kernel is not None:
-            return str(kernel.__name__)
-        return "torch_sdpa" if self._device.type == "cpu" else "packed"
+    def kernels(self) -> Mapping[str, str]:
+        found: Mapping[str, str] | None = getattr(self._forward, "kernels", None)
+        if found is not None:
+            return found
+        return {"attention": "torch_sdpa" if self._device.type == "cpu" else "packed"}
 
     def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong]:
         share = self._graphs is not None and self._graphs.shares_prefixes

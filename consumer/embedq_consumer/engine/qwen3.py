@@ -16,7 +16,7 @@ from torch import Tensor
 
 from embedq_consumer.engine.attention import Packing, cuda_kernel
 from embedq_consumer.engine.fp8 import Weight, in_fp8, linear, select_rows, split_channels, weight_of
-from embedq_consumer.engine.fused import fuses, gated_linear, gates_in_product, interleaved
+from embedq_consumer.engine.fused import fuses, gated_linear, interleaved, obstacle
 from embedq_consumer.engine.kernels import (
     Scaled,
     add_norm,
@@ -66,17 +66,22 @@ class PackedQwen3:
             self._norm = model.norm.weight.detach()
         self._rotation = _rotation(model)
         # Gate and up are then interleaved in every layer, whichever product takes them.
-        self.gates_in_product = not quantised and gates_in_product(
-            int(config.intermediate_size), self.hidden_size, self.device
+        missing = (
+            "FP8" if quantised else obstacle(int(config.intermediate_size), self.hidden_size, self.device)
         )
+        self._gates_in_product = missing is None
         self._layers = [
-            _layer(layer, quantised and index not in keep, mixed=self.gates_in_product)
+            _layer(layer, quantised and index not in keep, mixed=self._gates_in_product)
             for index, layer in enumerate(model.layers)
         ]
         self.causal = bool(getattr(config, "is_causal", True))
         self.attention = cuda_kernel(
             self._heads, self._kv_heads, self._head_dim, self.causal, self._words.dtype, self.device
         )
+        self.kernels = {
+            "attention": self.attention.__name__,
+            "gate": "in the product" if missing is None else f"behind the product ({missing})",
+        }
 
     @staticmethod
     def fits(model: Any) -> bool:
@@ -211,7 +216,7 @@ class PackedQwen3:
 
     def _gated(self, rows: Tensor | Scaled, weight: Weight) -> Tensor | Scaled:
         plan = self._plan(rows, weight, gated=True)
-        mixed = self.gates_in_product
+        mixed = self._gates_in_product
         if plan is None:
             if mixed and isinstance(rows, Tensor) and isinstance(weight, Tensor) and fuses(len(rows)):
                 return gated_linear(rows, weight)
