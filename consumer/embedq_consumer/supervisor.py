@@ -56,8 +56,11 @@ class Verdict:
         return again
 
     def ended(self, code: int) -> None:
-        """A replica ended with this exit code, negative for a signal. Unasked is a failure, whatever the code."""
-        if code != 0 or not self.stopping:
+        """A replica ended with this exit code, negative for a signal. Unasked is a failure, whatever the code.
+
+        Our SIGTERM kills one that has not come as far as to listen for it: such a one had accepted nothing.
+        """
+        if not self.stopping or code not in (0, -signal.SIGTERM):
             self.code = max(self.code, 2 if code == 2 else 1)
         self.stopping = True
 

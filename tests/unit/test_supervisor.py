@@ -105,6 +105,19 @@ def test_a_replica_that_fails_while_it_stops_is_a_failure() -> None:
     assert verdict.code == 1
 
 
+def test_a_replica_that_was_told_to_stop_before_it_could_listen_is_no_failure() -> None:
+    verdict = Verdict()
+    verdict.told()
+    verdict.ended(-signal.SIGTERM)
+    assert verdict.code == 0
+
+
+def test_a_replica_that_somebody_else_terminates_is_a_failure() -> None:
+    verdict = Verdict()
+    verdict.ended(-signal.SIGTERM)
+    assert verdict.code == 1
+
+
 def test_only_who_tells_it_twice_does_not_want_to_wait() -> None:
     verdict = Verdict()
     verdict.ended(1)  # stopping already, but nobody has told it
