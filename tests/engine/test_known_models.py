@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -58,9 +59,10 @@ def test_a_load_without_transformers_is_proved_against_its_hidden_states(tmp_pat
     path, known = make_tiny_bert(tmp_path / "model"), tmp_path / "known"
     load_encoder(path, device="cpu", known_models=known).close()
     [file] = files_of(known)
-    kept = msgspec.msgpack.decode(file.read_bytes(), type=KnownModel)
+    kept = KnownModels(known).find(file.stem)
+    assert kept is not None
     other = np.random.default_rng(0).standard_normal(len(kept.expected) // 4).astype(np.float32)
-    file.write_bytes(msgspec.msgpack.encode(msgspec.structs.replace(kept, expected=other.tobytes())))
+    KnownModels(known).keep(file.stem, msgspec.structs.replace(kept, expected=other.tobytes()))
     with pytest.raises(ModelError, match="packed sequences do not give what each gives alone"):
         load_encoder(path, device="cpu", known_models=known)
 
@@ -91,12 +93,15 @@ def test_another_limit_of_tokens_is_another_model(tmp_path: Path) -> None:
     assert limits == [50, 60]
 
 
-def test_a_file_that_cannot_be_read_counts_as_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "harm", [lambda whole: whole[: len(whole) // 2], lambda whole: whole[:-1] + b"!", lambda _: b""]
+)
+def test_a_damaged_file_counts_as_none(tmp_path: Path, harm: Callable[[bytes], bytes]) -> None:
     path, known = make_tiny_bert(tmp_path / "model"), tmp_path / "known"
     load_encoder(path, device="cpu", known_models=known).close()
     [file] = files_of(known)
     whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2])
+    file.write_bytes(harm(whole))
     load_encoder(path, device="cpu", known_models=known).close()
     assert file.read_bytes() == whole
 

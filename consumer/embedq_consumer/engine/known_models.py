@@ -26,6 +26,7 @@ __all__ = ["KnownModel", "KnownModels", "Rotary", "key_of"]
 
 _FORMAT: Final = "1"
 """To be raised when a field below comes to mean something else."""
+_DIGEST_SIZE: Final = 32
 _LIBRARIES: Final = ("torch", "transformers", "tokenizers")
 _KEPT: Final = 16
 """Models, those used last: each is as large as its `tokenizer.json`, up to 20 MB."""
@@ -62,7 +63,10 @@ class KnownModel(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KnownModels:
-    """A folder of them. What cannot be read or written there counts as not kept: the next load takes longer."""
+    """A folder of them. What cannot be read or written there counts as not kept: the next load takes longer.
+
+    A file is the SHA-256 of what follows, and that as MessagePack.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -71,9 +75,13 @@ class KnownModels:
         """What was kept under `key`."""
         file = self._file(key)
         try:
-            found = msgspec.msgpack.decode(file.read_bytes(), type=KnownModel)
-        except (OSError, msgspec.DecodeError):
+            content = file.read_bytes()
+        except OSError:
             return None
+        digest, packed = content[:_DIGEST_SIZE], content[_DIGEST_SIZE:]
+        if hashlib.sha256(packed).digest() != digest:
+            return None
+        found = msgspec.msgpack.decode(packed, type=KnownModel)
         with suppress(OSError):
             os.utime(file)  # as used now
         return found
@@ -84,7 +92,8 @@ class KnownModels:
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
                 try:
-                    file.write(msgspec.msgpack.encode(known))
+                    packed = msgspec.msgpack.encode(known)
+                    file.write(hashlib.sha256(packed).digest() + packed)
                     file.flush()
                     os.replace(file.name, self._file(key))  # whole or not at all, whoever else loads it now
                 except BaseException:
