@@ -25,6 +25,7 @@ from embedq_consumer.flow import Flow
 from embedq_consumer.jobs import Record
 from embedq_consumer.ledger import OffsetLedger
 from embedq_consumer.metrics import Metrics
+from embedq_consumer.turns import Turns
 from embedq_shared.topics import Topics
 
 log = structlog.get_logger()
@@ -88,6 +89,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
         self._finished = 0  # since the last commit
         self._commit_soon = asyncio.Event()
         self._ledger = OffsetLedger()
+        self._turns = Turns()
         self._lane_of: dict[str, Lane] = dict(zip(topics.lanes, LANES, strict=True))
         self._held = 0
         self._stopping = False
@@ -148,16 +150,21 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
                 continue  # `stop` may have come meanwhile
             self._parked.clear()
             partitions = self._to_poll()
+            turn = self._turns.next(partitions)
+            everyone = len(turn) == len(partitions)
             limit = max(1, min(self._max_poll_records, self._flow.room()))
             try:
-                polled = await self._poll(*(partitions or [_NOWHERE]), limit=limit)
+                polled = await self._poll(
+                    *(turn or [_NOWHERE]), limit=limit, timeout_ms=_POLL_MS if everyone else 0
+                )
             except UNREADABLE as error:
                 log.warning("poll_failed", reason=type(error).__name__)
                 await self._read_carefully(take, unreadable)
                 continue
+            self._turns.note(polled, limit)
             if records := self._begin(polled):
                 take(records)
-            else:
+            elif everyone:
                 await self._step_over_gaps()
         self._parked.set()
         self._ended.set()
