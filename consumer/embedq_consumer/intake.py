@@ -154,14 +154,19 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
             everyone = len(turn) == len(partitions)
             limit = max(1, min(self._max_poll_records, self._flow.room()))
             try:
-                polled = await self._poll(
-                    *(turn or [_NOWHERE]), limit=limit, timeout_ms=_POLL_MS if everyone else 0
-                )
+                # Bulk records that are there already must not stand before interactive ones that came since.
+                urgent = [] if everyone else [p for p in turn if self._lane_of[p.topic] == "interactive"]
+                polled = await self._poll(*urgent, limit=limit, timeout_ms=0) if urgent else {}
+                if not polled:
+                    urgent = []
+                    polled = await self._poll(
+                        *(turn or [_NOWHERE]), limit=limit, timeout_ms=_POLL_MS if everyone else 0
+                    )
             except UNREADABLE as error:
                 log.warning("poll_failed", reason=type(error).__name__)
                 await self._read_carefully(take, unreadable)
                 continue
-            self._turns.note(polled, limit)
+            self._turns.note(polled, limit, drained=not urgent)
             if records := self._begin(polled):
                 take(records)
             elif everyone:

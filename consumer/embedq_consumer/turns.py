@@ -24,9 +24,9 @@ class Turns:
             self._had.clear()
         return [partition for partition in partitions if partition not in self._had]
 
-    def note(self, polled: Mapping[TopicPartition, Sized], limit: int) -> None:
-        """What a poll for at most `limit` records gave."""
-        if sum(map(len, polled.values())) < limit:
-            self._had.clear()  # nobody has more
-        else:
+    def note(self, polled: Mapping[TopicPartition, Sized], limit: int, *, drained: bool = True) -> None:
+        """What a poll for at most `limit` records gave; `drained`: it named all whose turn it was."""
+        if sum(map(len, polled.values())) >= limit:
             self._had |= polled.keys()
+        elif drained:
+            self._had.clear()  # of those whose turn it was, nobody has more

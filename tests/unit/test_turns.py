@@ -36,6 +36,13 @@ def test_who_filled_a_poll_has_another_turn_once_the_others_have_nothing() -> No
     assert turns.next([A, B]) == [A, B]
 
 
+def test_a_poll_of_some_of_them_that_was_not_filled_ends_no_turn() -> None:
+    turns = Turns()
+    turns.note({A: "1234"}, limit=4)
+    turns.note({B: "1"}, limit=4, drained=False)
+    assert turns.next([A, B, C]) == [B, C]
+
+
 def test_nobody_waits_for_a_partition_that_may_not_be_polled() -> None:
     turns = Turns()
     turns.note({A: "1234"}, limit=4)
