@@ -87,7 +87,9 @@ class Replica:
 
     async def start(self, *, ready: bool = True) -> Replica:
         """Start the process; with `ready`, wait until it takes jobs."""
-        with await asyncio.to_thread(self.log.open, "ab") as log:
+        with await asyncio.to_thread(self.log.open, "ab", buffering=0) as log:
+            # What a library said at the end of the process before may lack its line end, and would swallow `starting`.
+            log.write(b"\n")
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable, *self._python, env=self._environ, stdout=log, stderr=log
             )

@@ -7,7 +7,7 @@ from typing import Final
 from embedq_consumer.batching import LANES, Lane
 
 _RESUME_AT: Final = 0.5
-"""A full lane takes records again once this share is left, since each pause throws prefetched records away."""
+"""A full lane takes records again once this share is left: then whole polls, and not one record for each answer."""
 
 
 class Flow:
@@ -46,7 +46,7 @@ class Flow:
         return room
 
     def is_full(self, lane: Lane) -> bool:
-        """Whether the lane's partitions should be paused."""
+        """Whether the lane's partitions should give no records."""
         return self._full[lane]
 
     def room(self) -> int:

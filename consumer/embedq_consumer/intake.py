@@ -1,4 +1,4 @@
-"""The one loop that touches the jobs consumer: it polls, begins records in the ledger, pauses, commits, rebalances."""
+"""The one loop that touches the jobs consumer: it polls, begins records in the ledger, commits, rebalances."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from embedq_consumer.flow import Flow
 from embedq_consumer.jobs import Record
 from embedq_consumer.ledger import OffsetLedger
 from embedq_consumer.metrics import Metrics
+from embedq_consumer.turns import Turns
 from embedq_shared.topics import Topics
 
 log = structlog.get_logger()
@@ -40,6 +41,9 @@ _COMMITS_A_SPAN: Final = 4
 _CAREFUL_RECORDS: Final = 2000
 """Records read one by one behind a poll that failed, before polls are whole again."""
 
+_NOWHERE: Final = TopicPartition("", 0)
+"""Polled while no partition may give records: the group hears of us, and the client keeps what it has fetched."""
+
 UNREADABLE: Final = (UnicodeDecodeError, CorruptRecordException, UnsupportedCodecError)
 """What the client raises for a record that it cannot hand out, poll after poll, until somebody steps over it."""
 
@@ -53,7 +57,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
     Invariants:
         - A record is begun in the ledger in the same step in which it is polled, before anything can fail.
         - No poll runs between a revocation and the assignment behind it: so every record belongs to the current epoch.
-        - Polling never stops for longer than that, full or held: pausing is what stops records.
+        - Polling never stops for longer than that. A partition that is full or held is not among those polled.
         - Commits come from the ledger alone, so none passes an unfinished record.
         - A crash repeats at most `max_uncommitted` records of a partition, and one poll.
     """
@@ -85,6 +89,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
         self._finished = 0  # since the last commit
         self._commit_soon = asyncio.Event()
         self._ledger = OffsetLedger()
+        self._turns = Turns()
         self._lane_of: dict[str, Lane] = dict(zip(topics.lanes, LANES, strict=True))
         self._held = 0
         self._stopping = False
@@ -95,7 +100,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
         self._parked = asyncio.Event()  # no poll runs
         self._parked.set()
         self._ended = asyncio.Event()  # the poll loop is over
-        self._holding = asyncio.Event()  # every partition is paused, and stays so
+        self._holding = asyncio.Event()  # no partition gives records, and it stays so
         self._progress = asyncio.Event()  # something finished
         self._committing = asyncio.Lock()  # one commit at a time, so that none is overtaken by a newer one
         self._broken: BaseException | None = None
@@ -144,16 +149,27 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
                 self._parked.clear()
                 continue  # `stop` may have come meanwhile
             self._parked.clear()
-            self._apply_pauses()
+            partitions = self._to_poll()
+            turn = self._turns.next(partitions)
+            everyone = len(turn) == len(partitions)
+            limit = max(1, min(self._max_poll_records, self._flow.room()))
             try:
-                polled = await self._poll(limit=max(1, min(self._max_poll_records, self._flow.room())))
+                # Bulk records that are there already must not stand before interactive ones that came since.
+                urgent = [] if everyone else [p for p in turn if self._lane_of[p.topic] == "interactive"]
+                polled = await self._poll(*urgent, limit=limit, timeout_ms=0) if urgent else {}
+                if not polled:
+                    urgent = []
+                    polled = await self._poll(
+                        *(turn or [_NOWHERE]), limit=limit, timeout_ms=_POLL_MS if everyone else 0
+                    )
             except UNREADABLE as error:
                 log.warning("poll_failed", reason=type(error).__name__)
                 await self._read_carefully(take, unreadable)
                 continue
+            self._turns.note(polled, limit, drained=not urgent)
             if records := self._begin(polled):
                 take(records)
-            else:
+            elif everyone:
                 await self._step_over_gaps()
         self._parked.set()
         self._ended.set()
@@ -329,16 +345,14 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
             return None
         return position
 
-    def _apply_pauses(self) -> None:
-        """Make the client's pauses what they should be: it forgets them at each rebalance."""
+    def _to_poll(self) -> list[TopicPartition]:
+        """The partitions that may give records.
+
+        The others are left out and not paused: the client throws away what it has fetched of a paused partition, and a
+        lane that is full many times a second would fetch its records as often.
+        """
         assigned = self._ledger.partitions
-        wanted = {p for p in assigned if self._held or self._is_full(p)}
         self._await_commit = any(self._repeats_too_much(p) for p in assigned)
-        paused = self._consumer.paused() & assigned
-        if more := wanted - paused:
-            self._consumer.pause(*more)
-        if less := paused - wanted:
-            self._consumer.resume(*less)
         if self._held:
             self._holding.set()
         else:
@@ -347,6 +361,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
             self._metrics.paused.labels(lane).set(self._flow.is_full(lane))
             self._metrics.in_flight_jobs.labels(lane).set(self._flow.jobs(lane))
             self._metrics.in_flight_bytes.labels(lane).set(self._flow.bytes(lane))
+        return [] if self._held else [p for p in assigned if not self._is_full(p)]
 
     def _is_full(self, partition: TopicPartition) -> bool:
         """Whether no more records of this partition should be taken: its lane is full, or a crash would repeat too many."""

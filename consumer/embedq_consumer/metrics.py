@@ -55,7 +55,7 @@ class Metrics:
         )
         self.in_flight_jobs = gauge("in_flight_jobs", "Jobs accepted and not yet finished.", "lane")
         self.in_flight_bytes = gauge("in_flight_bytes", "Bytes of the jobs in flight.", "lane")
-        self.paused = gauge("paused", "1 while the lane's partitions are paused, since it is full.", "lane")
+        self.paused = gauge("paused", "1 while the lane takes no records, since it is full.", "lane")
         self.lag = gauge(
             "lag_records",
             "Records between the committed offset and the end of the partition.",
