@@ -18,7 +18,7 @@ from embedq_consumer.answers import Answers, Outgoing, Reply
 from embedq_consumer.batching import LANES, Batcher, Lane
 from embedq_consumer.budget import TokenBudget
 from embedq_consumer.cache import CachedVector, VectorCache, cache_key
-from embedq_consumer.engine import Chunked, DeviceLost, Encoder, OutOfMemory, Text, TextTooLong, Tokens
+from embedq_consumer.engine import Chunked, DeviceLost, OutOfMemory, Text, Tokens
 from embedq_consumer.flights import Flights, Identity, Item, Waiter, Window
 from embedq_consumer.gathering import Vectors
 from embedq_consumer.jobs import Answer, InFlight, Outcome, Record
@@ -26,6 +26,7 @@ from embedq_consumer.metrics import Metrics
 from embedq_consumer.model import ModelSlot
 from embedq_consumer.publisher import Publisher
 from embedq_consumer.room import Room
+from embedq_consumer.tokenizing import Tokenizing
 from embedq_shared.codec import Envelope
 from embedq_shared.headers import JobHeaders
 from embedq_shared.messages import ErrorBody
@@ -79,13 +80,13 @@ class Pipeline:
         self._queue_seconds = {lane: metrics.queue.labels(lane) for lane in LANES}
         self._job_seconds = {lane: metrics.job.labels(lane) for lane in LANES}
         # Apart, since an answer that waited for its turn behind texts to be tokenized would hold its place in flight.
-        self._tokenizing = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
+        self._tokenizing = Tokenizing()
         self._answering = ThreadPoolExecutor(max_workers=2, thread_name_prefix="answer")
 
     def close(self) -> None:
         """End the threads."""
-        for pool in (self._tokenizing, self._answering):
-            pool.shutdown(wait=True, cancel_futures=True)
+        self._tokenizing.close()
+        self._answering.shutdown(wait=True, cancel_futures=True)
 
     # -- from the poll to the micro-batch ---------------------------------------------------------------------------
 
@@ -165,15 +166,16 @@ class Pipeline:
             (job, index) for job, index in misses if self._flights.join(Identity.of(job, index), (job, index))
         ]
         self._metrics.deduplicated.inc(len(misses) - len(first))
-        for call in _calls(first):
-            await self._tokenize(call)
+        for lane in LANES:
+            for call in _calls([(job, index) for job, index in first if job.record.lane == lane]):
+                await self._tokenize(lane, call)
 
-    async def _tokenize(self, inputs: Sequence[tuple[InFlight, int]]) -> None:
+    async def _tokenize(self, lane: Lane, inputs: Sequence[tuple[InFlight, int]]) -> None:
         encoder = inputs[0][0].encoder  # one for all: a swap waits until nothing is in flight
         requests = [(job.request, index) for job, index in inputs]
         texts = [Text(of.texts[index], of.prompt, of.truncate, of.chunk) for of, index in requests]
         started = time.monotonic()
-        tokens = await _run(self._tokenizing, _tokens_of, encoder, texts)
+        tokens = await self._tokenizing.run(lane, encoder, texts)
         now = time.monotonic()
         self._metrics.tokenize.observe(now - started)
         items: list[Item] = []
@@ -428,15 +430,6 @@ def _undeliverable(reason: BaseException) -> ErrorBody:
         "header `reply-topic`: expected a topic that takes results from this service",
         "reply-topic",
     )
-
-
-def _tokens_of(encoder: Encoder, texts: Sequence[Text]) -> list[Tokens | Chunked | TextTooLong]:
-    """Tokens of each text, in order."""
-    if all(text.chunk is None for text in texts):
-        return [*encoder.tokenize(texts)]
-    plain = iter(encoder.tokenize([text for text in texts if text.chunk is None]))
-    chunked = iter(encoder.chunk([text for text in texts if text.chunk is not None]))
-    return [next(plain) if text.chunk is None else next(chunked) for text in texts]
 
 
 def _key(job: InFlight, index: int) -> bytes:
