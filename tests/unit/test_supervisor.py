@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-from collections.abc import Iterator
 
 import pytest
 from structlog.testing import capture_logs
@@ -136,16 +135,17 @@ class Stuck(subprocess.Popen[bytes]):
 
 
 def test_a_replica_that_does_not_stop_is_killed_once_and_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    stuck = Stuck()
-    replicas: Iterator[subprocess.Popen[bytes]] = iter([subprocess.Popen(["true"]), stuck])
+    started: list[subprocess.Popen[bytes]] = []
 
     def start(child: Child) -> subprocess.Popen[bytes]:
-        return next(replicas)
+        # Not before: an end that nobody listens to yet would be missed.
+        started.append(Stuck() if started else subprocess.Popen(["true"]))
+        return started[-1]
 
     monkeypatch.setattr(supervisor, "_start", start)
     monkeypatch.setattr(supervisor, "_GRACE_S", 0.0)
     environ = NEEDED | {"EMBEDQ_DEVICES": "cpu,cpu", "EMBEDQ_DRAIN_TIMEOUT_S": "0.2"}
     with capture_logs() as logs:
         assert supervise(Settings.from_env(environ), environ) == 1
-    assert stuck.returncode == -signal.SIGKILL
+    assert started[1].returncode == -signal.SIGKILL
     assert [event["event"] for event in logs].count("replicas_killed") == 1
