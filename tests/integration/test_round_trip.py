@@ -107,3 +107,17 @@ async def test_equal_texts_are_computed_once_whatever_their_jobs_ask_for(
     tokens = {name: answers[name]["data"][0]["tokens"] for name in ("small", "other")}
     checked = metrics["embedq_tokens_total"]
     assert checked == tokens["small"] + tokens["other"]
+
+
+async def test_a_restarted_replica_does_without_transformers(
+    stack: DevStack, models: Path, tmp_path: Path
+) -> None:
+    topics = await make_topics(stack, fresh_prefix())
+    replica = Replica(stack, topics, models / "bert", tmp_path / "log", compile_cache=tmp_path / "kept")
+    for _ in range(2):
+        async with replicas(replica):
+            assert await replica.stop() == 0
+    first, second = (event for event in replica.events() if event["event"] == "model_loaded")
+    assert first["model_version"] == second["model_version"]
+    assert "transformers" in first["seconds"]
+    assert "transformers" not in second["seconds"]

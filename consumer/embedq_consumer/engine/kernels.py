@@ -32,6 +32,7 @@ __all__ = [
     "norm_rotate_reference",
     "quantise",
     "quantise_reference",
+    "turned",
 ]
 
 FP8 = torch.float8_e4m3fn
@@ -178,6 +179,19 @@ def _quantise_kernel(rows, out_rows, scales, WIDTH: tl.constexpr, PART: tl.const
 
 
 @triton.jit
+def turned(place, weight, cosine, sine, eps, HALF: tl.constexpr):
+    """Rows of one head, RMS-normalised and rotated, in two halves of their channels, rounded as they would be stored."""
+    half = tl.arange(0, HALF)
+    x1 = tl.load(place).to(tl.float32)
+    x2 = tl.load(place + HALF).to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, 1) / (2 * HALF) + eps)[:, None]
+    x1 = x1 * inverse * tl.load(weight + half).to(tl.float32)[None, :]
+    x2 = x2 * inverse * tl.load(weight + HALF + half).to(tl.float32)[None, :]
+    kind = place.dtype.element_ty
+    return (x1 * cosine - x2 * sine).to(kind), (x2 * cosine + x1 * sine).to(kind)
+
+
+@triton.jit
 def _norm_rotate_kernel(
     rows,
     stride,
@@ -204,16 +218,10 @@ def _norm_rotate_kernel(
         weight = q_weight
         if first >= Q_HEADS:
             weight = k_weight
-        w1 = tl.load(weight + half).to(tl.float32)[None, :]
-        w2 = tl.load(weight + HALF + half).to(tl.float32)[None, :]
         place = rows + row * stride + first * (2 * HALF) + offsets
-        x1 = tl.load(place).to(tl.float32)
-        x2 = tl.load(place + HALF).to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, 1) / (2 * HALF) + eps)[:, None]
-        x1 = x1 * inverse * w1
-        x2 = x2 * inverse * w2
-        tl.store(place, (x1 * c - x2 * s).to(rows.dtype.element_ty))
-        tl.store(place + HALF, (x2 * c + x1 * s).to(rows.dtype.element_ty))
+        x1, x2 = turned(place, weight, c, s, eps, HALF)
+        tl.store(place, x1)
+        tl.store(place + HALF, x2)
 
 
 @triton.jit

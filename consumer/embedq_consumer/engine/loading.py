@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,9 +22,9 @@ from embedq_consumer.engine.digest import model_version, tensor_digests
 from embedq_consumer.engine.directory import ModelDirectory, read_directory
 from embedq_consumer.engine.known_models import KnownModel, KnownModels, key_of
 from embedq_consumer.engine.memory import Room, need_of, refuse_if_too_large
-from embedq_consumer.engine.packed import PackedEncoder, last_norm_eps_of, release
+from embedq_consumer.engine.packed import PackedEncoder, release
 from embedq_consumer.engine.phases import Phases
-from embedq_consumer.engine.stand_in import StandIn, architecture_of, rotary_of, tensor_names
+from embedq_consumer.engine.stand_in import StandIn, known_model_of
 from embedq_consumer.engine.tokenizer import TextTokenizer
 
 __all__ = ["kept_layers", "load"]
@@ -157,21 +156,19 @@ def _by_transformers(directory: ModelDirectory, target: torch.device, phases: Ph
     with phases.step("reference"):
         sequences = _probe(model, max_tokens)
         expected = _reference(model, sequences)
-    tensors = tensor_names(model, directory) if _is_written_out(model, directory) else None
-    if tensors is None:
+    known = None
+    if directory.quantization_method is None and PackedEncoder.is_written_out(model):
+        known = known_model_of(
+            model,
+            directory,
+            max_tokens=max_tokens,
+            position_offset=position_offset,
+            tokenizer=tokenizer.to_json(),
+            sequences=sequences,
+            expected=expected,
+        )
+    if known is None:
         return _Parts(model, tokenizer, max_tokens, position_offset, sequences, expected)
-    known = KnownModel(
-        architecture=architecture_of(model),
-        config=json.loads(model.config.to_json_string(use_diff=False)),
-        tensors=tensors,
-        rotary=rotary_of(model),
-        last_norm_eps=last_norm_eps_of(model),
-        max_tokens=max_tokens,
-        position_offset=position_offset,
-        tokenizer=tokenizer.to_json(),
-        sequences=tuple(tuple(ids.tolist()) for ids in sequences),
-        expected=expected.cpu().numpy().tobytes(),
-    )
     release(model)
     # What serves is what the next start will serve, and this start proves it.
     return msgspec.structs.replace(_parts_of(known, directory, target, phases), new=known)
@@ -192,10 +189,6 @@ def _parts_of(known: KnownModel, directory: ModelDirectory, target: torch.device
         [np.array(ids, dtype=np.int32) for ids in known.sequences],
         torch.from_numpy(expected.copy()).to(target),
     )
-
-
-def _is_written_out(model: Any, directory: ModelDirectory) -> bool:
-    return directory.quantization_method is None and PackedEncoder.is_written_out(model)
 
 
 def _kind(device: torch.device) -> str:

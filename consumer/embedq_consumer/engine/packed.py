@@ -34,12 +34,13 @@ from embedq_consumer.engine.dense import DenseLayers
 from embedq_consumer.engine.directory import ModelDirectory, Pooling
 from embedq_consumer.engine.failures import guarded, memory
 from embedq_consumer.engine.memory import PART_TOKENS
+from embedq_consumer.engine.stand_in import last_norm_eps_of
 from embedq_consumer.engine.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     from embedq_consumer.engine.graphs import Graphs
 
-__all__ = ["PackedEncoder"]
+__all__ = ["PackedEncoder", "release"]
 
 Ids = npt.NDArray[np.int32]
 _Forward = Callable[[Tensor, Tensor, Packing], Tensor]
@@ -373,14 +374,6 @@ def release(model: Any) -> None:
     """
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.new_empty(0)
-
-
-def last_norm_eps_of(model: Any) -> float | None:
-    """The epsilon of an RMS norm behind the model's last layer; None if there is none."""
-    norm: Any = getattr(model, "norm", None)
-    if not type(norm).__name__.endswith("RMSNorm") or not hasattr(norm, "variance_epsilon"):
-        return None
-    return float(norm.variance_epsilon)
 
 
 def _take_last_norm(model: Any) -> Callable[[Tensor], Tensor] | None:

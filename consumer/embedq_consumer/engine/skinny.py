@@ -18,6 +18,7 @@ from embedq_consumer.engine.kernels import (
     Scaled,
     gate_reference,
     norm_rotate_reference,
+    turned,
 )
 
 __all__ = [
@@ -59,19 +60,6 @@ _LEAST_WIDTH = 2048
 
 
 @triton.jit
-def _turned(place, weight, cosine, sine, eps, HALF: tl.constexpr):
-    """Rows of one head, RMS-normalised and rotated, in two halves of their channels, rounded as they would be stored."""
-    half = tl.arange(0, HALF)
-    x1 = tl.load(place).to(tl.float32)
-    x2 = tl.load(place + HALF).to(tl.float32)
-    inverse = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, 1) / (2 * HALF) + eps)[:, None]
-    x1 = x1 * inverse * tl.load(weight + half).to(tl.float32)[None, :]
-    x2 = x2 * inverse * tl.load(weight + HALF + half).to(tl.float32)[None, :]
-    kind = place.dtype.element_ty
-    return (x1 * cosine - x2 * sine).to(kind), (x2 * cosine + x1 * sine).to(kind)
-
-
-@triton.jit
 def _skinny_attention_kernel(
     qkv,
     positions,
@@ -98,8 +86,8 @@ def _skinny_attention_kernel(
     cosine = tl.load(cosines + angle)
     sine = tl.load(sines + angle)
     row = qkv + rows[:, None] * ((Q_HEADS + 2 * KV_HEADS) * DIM)
-    q1, q2 = _turned(row + head * DIM + halves, q_weight, cosine, sine, eps, HALF)
-    k1, k2 = _turned(row + (Q_HEADS + kv_head) * DIM + halves, k_weight, cosine, sine, eps, HALF)
+    q1, q2 = turned(row + head * DIM + halves, q_weight, cosine, sine, eps, HALF)
+    k1, k2 = turned(row + (Q_HEADS + kv_head) * DIM + halves, k_weight, cosine, sine, eps, HALF)
     scores = tl.dot(q1, tl.trans(k1))
     scores = tl.dot(q2, tl.trans(k2), scores) * (scale * 1.4426950408889634)
     # A text begins where its positions do, and positions count up: so this is one number for each text.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -16,7 +19,7 @@ from embedq_consumer.engine.devices import current
 from embedq_consumer.engine.directory import ModelDirectory
 from embedq_consumer.engine.known_models import KnownModel, Rotary
 
-__all__ = ["StandIn", "architecture_of", "rotary_of", "tensor_names"]
+__all__ = ["StandIn", "architecture_of", "known_model_of", "last_norm_eps_of"]
 
 _READERS = 8
 """Threads that bring weights to a GPU: one alone waits for the kernel's pages and for the copy in turn."""
@@ -70,7 +73,44 @@ def architecture_of(model: Any) -> str:
     return str(getattr(model, "architecture", None) or type(model).__name__)
 
 
-def tensor_names(model: Any, directory: ModelDirectory) -> dict[str, str] | None:
+def known_model_of(
+    model: Any,
+    directory: ModelDirectory,
+    *,
+    max_tokens: int,
+    position_offset: int,
+    tokenizer: str,
+    sequences: Sequence[npt.NDArray[np.int32]],
+    expected: Tensor,
+) -> KnownModel | None:
+    """What a stand-in for transformers' `model` needs to know, and a load; None if a checkpoint's tensors are not simply the
+    model's. The rest is as in `KnownModel`."""
+    tensors = _tensor_names(model, directory)
+    if tensors is None:
+        return None
+    return KnownModel(
+        architecture=architecture_of(model),
+        config=json.loads(model.config.to_json_string(use_diff=False)),
+        tensors=tensors,
+        rotary=_rotary_of(model),
+        last_norm_eps=last_norm_eps_of(model),
+        max_tokens=max_tokens,
+        position_offset=position_offset,
+        tokenizer=tokenizer,
+        sequences=tuple(tuple(ids.tolist()) for ids in sequences),
+        expected=expected.cpu().numpy().tobytes(),
+    )
+
+
+def last_norm_eps_of(model: Any) -> float | None:
+    """The epsilon of an RMS norm behind the model's last layer; None if there is none."""
+    norm: Any = getattr(model, "norm", None)
+    if not type(norm).__name__.endswith("RMSNorm") or not hasattr(norm, "variance_epsilon"):
+        return None
+    return float(norm.variance_epsilon)
+
+
+def _tensor_names(model: Any, directory: ModelDirectory) -> dict[str, str] | None:
     """The checkpoint's name of each parameter of transformers' `model`; None if they are not simply the same tensors."""
     shapes = {tensor.name: tensor.shape for tensor in directory.tensors}
     found: dict[str, str] = {}
@@ -86,7 +126,7 @@ def tensor_names(model: Any, directory: ModelDirectory) -> dict[str, str] | None
     return found
 
 
-def rotary_of(model: Any) -> Rotary | None:
+def _rotary_of(model: Any) -> Rotary | None:
     """What transformers' `model` rotates queries and keys by, if it does so in one way everywhere."""
     module = getattr(model, "rotary_emb", None)
     frequencies = getattr(module, "inv_freq", None)
