@@ -20,8 +20,8 @@ import torch
 from benchmarks.machine import write
 from benchmarks.texts import varied
 from embedq_consumer.engine import ModelError, Quantization, Text, Tokens, load_encoder
-from embedq_consumer.likeness import agreements, nearest
-from tests.tiny_models import (
+from embedq_consumer.verify.similarity import agreements, nearest
+from tests.helpers.tiny_models import (
     make_tiny_bert,
     make_tiny_gemma3,
     make_tiny_modernbert,

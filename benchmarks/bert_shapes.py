@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.tiny_models import make_tiny_bert
+from tests.helpers.tiny_models import make_tiny_bert
 
 
 def make_minilm(path: Path, *, seed: int = 0) -> Path:

@@ -20,9 +20,9 @@ from typing import Any
 from benchmarks.machine import write
 from embedq_consumer.settings import Settings
 from embedq_sdk.dev import DevStack
-from tests.promises import Answered, preload, until_committed
-from tests.replicas import Replica, fresh_prefix, make_topics, reader, replicas
-from tests.tiny_models import minilm_path
+from tests.helpers.delivery import Answered, preload, until_committed
+from tests.helpers.service_process import Replica, fresh_prefix, make_topics, reader, replicas
+from tests.helpers.tiny_models import minilm_path
 
 _PARTITIONS = 8
 _SESSION_S = 6

@@ -1,6 +1,6 @@
 """The encoder alone on a CPU, beside sentence-transformers' `encode` on the same texts: `python -m benchmarks.encoder_cpu`.
 
-Both do all the work from text to normalised float32 vector, in one process, taking turns in every round, so that
+Both do all the work from text to normalized float32 vector, in one process, taking turns in every round, so that
 whatever else the machine does falls on both. sentence-transformers sees all texts at once, sorts them by length and
 pads batches of 32; the encoder sees micro-batches in order of arrival, as the service hands them over. The vectors are
 compared before anything is timed.
@@ -23,7 +23,7 @@ import numpy.typing as npt
 from benchmarks.machine import write
 from benchmarks.texts import sentences
 from embedq_consumer.engine import Encoder, Text, Tokens, load_encoder
-from tests.tiny_models import minilm_path
+from tests.helpers.tiny_models import minilm_path
 
 MICRO_BATCHES = (256, 1024, 4096)
 TOLERANCE = 1e-5
@@ -42,7 +42,7 @@ def main() -> None:
     model = options.model or minilm_path()
     encoder = load_encoder(model, device="cpu", threads=options.threads)
     # Imported only here: `load_encoder` sets OpenMP up before PyTorch is imported.
-    from embedq_consumer.engine.bert import PackedBert
+    from embedq_consumer.engine.models.bert_cpu import PackedBert
 
     with patch.object(PackedBert, "fits", return_value=False):
         general = load_encoder(model, device="cpu", threads=options.threads)
@@ -106,7 +106,7 @@ def compare(
 
 
 def embed(encoder: Encoder, texts: list[str], limit: int) -> npt.NDArray[np.float32]:
-    """Tokenize, run in micro-batches of at most `limit` tokens in order of arrival, normalise."""
+    """Tokenize, run in micro-batches of at most `limit` tokens in order of arrival, normalize."""
     vectors = np.concatenate([encoder.encode(batch) for batch in _batches(_tokens(encoder, texts), limit)])
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 

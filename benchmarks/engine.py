@@ -26,9 +26,9 @@ from benchmarks.peers import has_vllm, padded, reference, unit, vllm
 from benchmarks.qwen3_shapes import SHAPES, make
 from benchmarks.scheduled import scheduled
 from embedq_consumer.engine import Text, Tokens, default_batch_tokens, load_encoder
-from embedq_consumer.engine.fp8 import linear
-from embedq_consumer.engine.graphs import best_fit
-from embedq_consumer.engine.kernels import quantise
+from embedq_consumer.engine.cuda_graphs import best_fit
+from embedq_consumer.engine.kernels.fp8 import linear
+from embedq_consumer.engine.kernels.fused_ops import quantize
 
 Ids = npt.NDArray[np.int32]
 Vectors = npt.NDArray[np.float32]
@@ -48,12 +48,12 @@ def ceiling(encoder: Any, seconds: float = CEILING_SECONDS) -> dict[str, float]:
         rows: dict[tuple[int, bool], Any] = {}
 
         def rows_for(weight: Any) -> Any:
-            quantised = isinstance(weight, tuple)
-            width = (weight[0] if quantised else weight).shape[1]
-            if (width, quantised) not in rows:
+            quantized = isinstance(weight, tuple)
+            width = (weight[0] if quantized else weight).shape[1]
+            if (width, quantized) not in rows:
                 x = torch.randn(CEILING_TOKENS, width, device="cuda", dtype=torch.bfloat16)
-                rows[width, quantised] = quantise(x) if quantised else x
-            return rows[width, quantised]
+                rows[width, quantized] = quantize(x) if quantized else x
+            return rows[width, quantized]
 
         def products() -> None:
             for layer in layers:

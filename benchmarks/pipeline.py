@@ -31,8 +31,8 @@ from benchmarks.machine import write
 from benchmarks.reference import Reference
 from benchmarks.texts import distinct
 from embedq_sdk import EmbedClient
+from embedq_sdk.admin.topics import create_topics
 from embedq_sdk.dev import DevStack
-from embedq_sdk.topics import create_topics
 from embedq_shared.topics import Topics
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.tiny_models import make_tiny_qwen3
+from tests.helpers.tiny_models import make_tiny_qwen3
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"layers": 4, "hidden": 512, "heads": 8, "kv_heads": 2, "inner": 1536, "vocabulary": 600},

@@ -23,10 +23,10 @@ from typing import Any
 
 from benchmarks.crash import job
 from embedq_sdk.dev import DevStack
-from tests.promises import load, statuses
-from tests.replicas import Replica, fresh_prefix, make_topics, producer, reader, replicas
-from tests.support import wait_until
-from tests.tiny_models import minilm_path
+from tests.helpers.delivery import load, statuses
+from tests.helpers.service_process import Replica, fresh_prefix, make_topics, producer, reader, replicas
+from tests.helpers.support import wait_until
+from tests.helpers.tiny_models import minilm_path
 
 _RESULTS = Path(__file__).parent / "results"
 _RELOADS = 3

@@ -20,13 +20,13 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.machine import write
-from embedq_consumer.batching import Batcher, BatchPolicy
+from embedq_consumer.batching.batch_loop import BatchLoop
+from embedq_consumer.batching.batcher import Batcher, BatchPolicy
+from embedq_consumer.batching.single_flight import Identity, Item, SingleFlight
 from embedq_consumer.engine import Encoder, Tokens, default_batch_tokens, load_encoder
-from embedq_consumer.flights import Flights, Identity, Item
-from embedq_consumer.metrics import Metrics
-from embedq_consumer.model import ModelSlot
+from embedq_consumer.lifecycle.model_slot import ModelSlot
 from embedq_consumer.settings import Settings
-from embedq_consumer.worker import Worker
+from embedq_consumer.telemetry.metrics import Metrics
 
 Vectors = npt.NDArray[np.float32]
 
@@ -61,7 +61,7 @@ class _Backlog:
         self._computed = 0
         self._device_s = 0.0
         self._done = asyncio.Event()
-        self._flights: Any = Flights()  # whose waiters are rows of `_vectors` here
+        self._flights: Any = SingleFlight()  # whose waiters are rows of `_vectors` here
 
     async def run(self) -> tuple[float, Vectors, dict[str, Any]]:
         batcher = Batcher[Item](
@@ -75,7 +75,7 @@ class _Backlog:
         async with asyncio.TaskGroup() as tasks:
             begin = time.perf_counter()
             batcher.put(self._items(asyncio.get_running_loop().time()))
-            worker = tasks.create_task(Worker(batcher, self._run_batch, Metrics(), tasks).run())
+            worker = tasks.create_task(BatchLoop(batcher, self._run_batch, Metrics(), tasks).run())
             if self._left:
                 await self._done.wait()
             seconds = time.perf_counter() - begin
@@ -165,7 +165,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         model = options.model
         if model is None:
-            from tests.tiny_models import make_tiny_qwen3
+            from tests.helpers.tiny_models import make_tiny_qwen3
 
             model = make_tiny_qwen3(Path(directory) / "tiny")
         encoder = load_encoder(model)

@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks.machine import write
 from benchmarks.qwen3_shapes import SHAPES, make
 from embedq_consumer.engine import Quantization, Text, Tokens, count_gpus, default_batch_tokens, load_encoder
-from embedq_consumer.engine.caches import keep_compiled
+from embedq_consumer.engine.loading.compile_cache import keep_compiled
 
 ROOT = Path(__file__).parents[1]
 LENGTH = 1024
@@ -55,7 +55,7 @@ def once(model: str, quantization: Quantization, kept: str, begin: str) -> None:
     if on_cuda:
         torch.zeros(1, device="cuda")
         mark("context")
-    import embedq_consumer.engine.loading  # noqa: F401
+    import embedq_consumer.engine.loading.loader  # noqa: F401
 
     mark("engine")
     encoder = load_encoder(Path(model), quantization=quantization, known_models=Path(kept) / "models")

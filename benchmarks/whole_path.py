@@ -40,12 +40,12 @@ from benchmarks.sized_texts import sized_texts
 from benchmarks.unpacked_kafka import unpacked_kafka
 from benchmarks.watching import Gpus, busy, family, thread_seconds
 from embedq_consumer.engine import Text, Tokens, load_encoder
-from embedq_consumer.engine.caches import default_directory, keep_compiled
-from embedq_sdk.topics import create_topics
+from embedq_consumer.engine.loading.compile_cache import default_directory, keep_compiled
+from embedq_sdk.admin.topics import create_topics
 from embedq_shared.codec import decode_result
 from embedq_shared.messages import Result
 from embedq_shared.topics import Topics
-from embedq_shared.vectors import cut_and_normalise, dequantise
+from embedq_shared.vectors import cut_and_normalize, dequantize
 
 Vectors = npt.NDArray[np.float32]
 
@@ -99,7 +99,7 @@ def bare(model: str, device: str, quantization: Any, texts: Sequence[str], round
         "kernels": dict(encoder.kernels),
         "load_seconds": {name: round(taken, 3) for name, taken in encoder.phases.items()},
         "gpus": seen,
-        "vectors": [cut_and_normalise(vector, encoder.hidden_size).tolist() for vector in chosen],
+        "vectors": [cut_and_normalize(vector, encoder.hidden_size).tolist() for vector in chosen],
     }
 
 
@@ -212,7 +212,7 @@ async def read(
                     raw = result.data[0].embedding
                     if format == "json":
                         raw = msgspec.convert(raw, bytes)  # base64 in JSON
-                    vectors[number] = dequantise(raw, "float32")
+                    vectors[number] = dequantize(raw, "float32")
     return stamps, vectors
 
 

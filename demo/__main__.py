@@ -27,9 +27,9 @@ from demo.acts import DemoFailed, Pass, Reloaded, check_versions, embed_all, nea
 from demo.models import ModelMissing
 from demo.replica import Replica, ReplicaFailed
 from embedq_sdk import EmbedClient, EmbedError
+from embedq_sdk.admin.topics import create_topics, wanted_topics
 from embedq_sdk.dev import DevStack, DevStackError
 from embedq_sdk.dev.processes import Processes
-from embedq_sdk.topics import create_topics, wanted_topics
 
 HERE: Final = Path(__file__).parent
 NEIGHBOURS: Final = 3

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedq_sdk import EmbedClient
-from embedq_sdk.control import reload_model
+from embedq_sdk.admin.control import reload_model
 
 Vectors = npt.NDArray[np.float32]
 

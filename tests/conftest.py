@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
 
-from tests.stack import stack, stack_header
+from tests.helpers.stack import stack, stack_header
 
 __all__ = ["stack"]
 

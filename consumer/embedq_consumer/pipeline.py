@@ -12,21 +12,21 @@ from typing import Any, Final, TypeVar
 import msgspec
 import structlog
 
-from embedq_consumer import outcomes
-from embedq_consumer.admission import Refusal, Rules, UnknownAddress, held_bytes
-from embedq_consumer.answers import Answers, Outgoing, Reply
-from embedq_consumer.batching import LANES, Batcher, Lane
-from embedq_consumer.budget import TokenBudget
-from embedq_consumer.cache import CachedVector, VectorCache, cache_key
+from embedq_consumer.batching.batcher import LANES, Batcher, Lane
+from embedq_consumer.batching.single_flight import Identity, Item, SingleFlight, Waiter, Window
+from embedq_consumer.batching.token_budget import TokenBudget
+from embedq_consumer.batching.tokenizer_pool import TokenizerPool
+from embedq_consumer.batching.windows import Vectors
+from embedq_consumer.cache.vector_cache import CachedVector, VectorCache, cache_key
+from embedq_consumer.delivery import postprocess as outcomes
+from embedq_consumer.delivery.publisher import Publisher
+from embedq_consumer.delivery.result_records import Outgoing, Reply, ResultEncoder
 from embedq_consumer.engine import Chunked, DeviceLost, OutOfMemory, Text, Tokens
-from embedq_consumer.flights import Flights, Identity, Item, Waiter, Window
-from embedq_consumer.gathering import Vectors
-from embedq_consumer.jobs import Answer, InFlight, Outcome, Record
-from embedq_consumer.metrics import Metrics
-from embedq_consumer.model import ModelSlot
-from embedq_consumer.publisher import Publisher
-from embedq_consumer.room import Room
-from embedq_consumer.tokenizing import Tokenizing
+from embedq_consumer.intake.admission import AdmissionPolicy, Rejection, UnknownAddress, held_bytes
+from embedq_consumer.intake.jobs import InputVector, JobState, Outcome, Record
+from embedq_consumer.lifecycle.model_slot import ModelSlot
+from embedq_consumer.room import WeightedSemaphore
+from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.codec import Envelope
 from embedq_shared.headers import JobHeaders
 from embedq_shared.messages import ErrorBody
@@ -53,8 +53,8 @@ class Pipeline:
     def __init__(
         self,
         *,
-        rules: Rules,
-        answers: Answers,
+        rules: AdmissionPolicy,
+        answers: ResultEncoder,
         slot: ModelSlot,
         cache: VectorCache,
         batcher: Batcher[Item],
@@ -62,7 +62,7 @@ class Pipeline:
         metrics: Metrics,
         tasks: asyncio.TaskGroup,
         finish: Finish,
-        room: Room,
+        room: WeightedSemaphore,
         budget: TokenBudget,
     ) -> None:
         self._rules = rules
@@ -76,11 +76,11 @@ class Pipeline:
         self._finish = finish
         self._room = room
         self._budget = budget
-        self._flights = Flights()
+        self._flights = SingleFlight()
         self._queue_seconds = {lane: metrics.queue.labels(lane) for lane in LANES}
         self._job_seconds = {lane: metrics.job.labels(lane) for lane in LANES}
         # Apart, since an answer that waited for its turn behind texts to be tokenized would hold its place in flight.
-        self._tokenizing = Tokenizing()
+        self._tokenizing = TokenizerPool()
         self._answering = ThreadPoolExecutor(max_workers=2, thread_name_prefix="answer")
 
     def close(self) -> None:
@@ -105,17 +105,17 @@ class Pipeline:
 
     def _admit(
         self, records: Iterable[Record]
-    ) -> tuple[list[InFlight], list[tuple[Record, Refusal]], list[tuple[Record, UnknownAddress]]]:
+    ) -> tuple[list[JobState], list[tuple[Record, Rejection]], list[tuple[Record, UnknownAddress]]]:
         encoder = self._slot.loaded.encoder
         now_ms = time.time() * 1000
-        jobs: list[InFlight] = []
-        refusals: list[tuple[Record, Refusal]] = []
+        jobs: list[JobState] = []
+        refusals: list[tuple[Record, Rejection]] = []
         unknown: list[tuple[Record, UnknownAddress]] = []
         for record in records:
             match self._rules.admit(record, encoder, now_ms, self._publisher.topics.partitions):
-                case InFlight() as job:
+                case JobState() as job:
                     jobs.append(job)
-                case Refusal() as refusal:
+                case Rejection() as refusal:
                     refusals.append((record, refusal))
                 case UnknownAddress() as address:
                     unknown.append((record, address))
@@ -126,7 +126,7 @@ class Pipeline:
         reason = ErrorBody.of(
             "malformed", f"expected a record that the Kafka client can read ({type(error).__name__})"
         )
-        refusal = Refusal(reason, "json", JobHeaders(), Envelope(), dead_letter=True)
+        refusal = Rejection(reason, "json", JobHeaders(), Envelope(), dead_letter=True)
         self._spawn(self._refuse([(record, refusal)]), "refuse")
 
     async def _ask_for_topics(self, waiting: Sequence[tuple[Record, UnknownAddress]]) -> None:
@@ -137,16 +137,16 @@ class Pipeline:
         await self._refuse(refusals)
         await self._start(jobs)
 
-    async def _refuse(self, refusals: Sequence[tuple[Record, Refusal]]) -> None:
+    async def _refuse(self, refusals: Sequence[tuple[Record, Rejection]]) -> None:
         await self._publish([self._answers.of_refusal(record, refusal) for record, refusal in refusals])
 
-    async def _start(self, jobs: Sequence[InFlight]) -> None:
+    async def _start(self, jobs: Sequence[JobState]) -> None:
         """Start on jobs, as many at a time as there is room for their results."""
         for portion, weight in _portions(jobs):
             await self._room.take(weight)
             await self._look_up(portion)
 
-    async def _look_up(self, jobs: Sequence[InFlight]) -> None:
+    async def _look_up(self, jobs: Sequence[JobState]) -> None:
         """Answer from the cache what it holds; the rest is tokenized and waits for a micro-batch."""
         inputs = [(job, index) for job in jobs for index in range(len(job.request.texts))]
         refused = [(job, index, self._rules.check_text(job.request, index)) for job, index in inputs]
@@ -170,7 +170,7 @@ class Pipeline:
             for call in _calls([(job, index) for job, index in first if job.record.lane == lane]):
                 await self._tokenize(lane, call)
 
-    async def _tokenize(self, lane: Lane, inputs: Sequence[tuple[InFlight, int]]) -> None:
+    async def _tokenize(self, lane: Lane, inputs: Sequence[tuple[JobState, int]]) -> None:
         encoder = inputs[0][0].encoder  # one for all: a swap waits until nothing is in flight
         requests = [(job.request, index) for job, index in inputs]
         texts = [Text(of.texts[index], of.prompt, of.truncate, of.chunk) for of, index in requests]
@@ -179,7 +179,7 @@ class Pipeline:
         now = time.monotonic()
         self._metrics.tokenize.observe(now - started)
         items: list[Item] = []
-        errors: list[tuple[InFlight, int, ErrorBody]] = []
+        errors: list[tuple[JobState, int, ErrorBody]] = []
         for (job, index), found in zip(inputs, tokens, strict=True):
             job.tokenize_s = now - started
             identity = Identity.of(job, index)
@@ -275,18 +275,18 @@ class Pipeline:
             self._spawn(self._conclude(outcomes.chunked_outcomes_of, whole), "finish_chunked")
         return plain, vectors[rows]
 
-    async def _conclude(self, work: Callable[..., list[tuple[InFlight, int, Outcome]]], *args: Any) -> None:
+    async def _conclude(self, work: Callable[..., list[tuple[JobState, int, Outcome]]], *args: Any) -> None:
         self._settle(await _run(self._answering, work, *args))
 
     # -- the answer -------------------------------------------------------------------------------------------------
 
-    def _settle(self, found: Iterable[tuple[InFlight, int, Outcome]]) -> None:
+    def _settle(self, found: Iterable[tuple[JobState, int, Outcome]]) -> None:
         """Note outcomes; jobs that have all of theirs are answered."""
         complete = [job for job, index, outcome in found if job.settle(index, outcome)]
         for start in range(0, len(complete), _JOBS_A_CALL):
             self._spawn(self._complete(complete[start : start + _JOBS_A_CALL]), "complete")
 
-    async def _complete(self, jobs: Sequence[InFlight]) -> None:
+    async def _complete(self, jobs: Sequence[JobState]) -> None:
         if fresh := [entry for job in jobs for entry in _cacheable(job)]:
             self._spawn(
                 self._cache.put_many(fresh), "cache_write"
@@ -356,13 +356,13 @@ class Pipeline:
         if positions:
             await self._publisher.publish(positions)
 
-    def _count(self, jobs: Iterable[InFlight]) -> None:
+    def _count(self, jobs: Iterable[JobState]) -> None:
         answered: Counter[Lane] = Counter()
         cut = 0
         for job in jobs:
             for outcome in job.outcomes:
                 answered[job.record.lane] += not isinstance(outcome, ErrorBody)
-                cut += isinstance(outcome, Answer) and outcome.truncated is not None
+                cut += isinstance(outcome, InputVector) and outcome.truncated is not None
         for lane, count in answered.items():
             self._metrics.inputs.labels(lane).inc(count)
         self._metrics.truncated.inc(cut)
@@ -374,7 +374,7 @@ class Pipeline:
 
 
 _LETTER_HEADERS: Final = 19
-"""What `Answers.dead_letter` adds behind the record's own headers."""
+"""What `ResultEncoder.dead_letter` adds behind the record's own headers."""
 
 
 async def _run(pool: ThreadPoolExecutor, work: Callable[..., Returned], *args: Any) -> Returned:
@@ -385,14 +385,14 @@ _PORTION_BYTES: Final = 16 * 1024 * 1024
 """Results that are started on at once, of those that there is room for."""
 
 
-def _weight(job: InFlight) -> int:
+def _weight(job: JobState) -> int:
     """Bytes that a job's results may take."""
     return held_bytes(job.request, job.encoder.hidden_size)
 
 
-def _portions(jobs: Sequence[InFlight]) -> Iterator[tuple[list[InFlight], int]]:
+def _portions(jobs: Sequence[JobState]) -> Iterator[tuple[list[JobState], int]]:
     """Jobs in order, with the weight of each portion."""
-    portion: list[InFlight] = []
+    portion: list[JobState] = []
     total = 0
     for job in jobs:
         weight = _weight(job)
@@ -405,9 +405,9 @@ def _portions(jobs: Sequence[InFlight]) -> Iterator[tuple[list[InFlight], int]]:
         yield portion, total
 
 
-def _calls(inputs: Sequence[tuple[InFlight, int]]) -> Iterator[list[tuple[InFlight, int]]]:
+def _calls(inputs: Sequence[tuple[JobState, int]]) -> Iterator[list[tuple[JobState, int]]]:
     """Inputs in order, in portions for one call of the tokenizer."""
-    call: list[tuple[InFlight, int]] = []
+    call: list[tuple[JobState, int]] = []
     total = 0
     for job, index in inputs:
         characters = len(job.request.texts[index]) + len(job.request.prompt)
@@ -432,7 +432,7 @@ def _undeliverable(reason: BaseException) -> ErrorBody:
     )
 
 
-def _key(job: InFlight, index: int) -> bytes:
+def _key(job: JobState, index: int) -> bytes:
     request = job.request
     return cache_key(
         job.encoder.model_version,
@@ -444,15 +444,15 @@ def _key(job: InFlight, index: int) -> bytes:
     )
 
 
-def _from_cache(job: InFlight, entry: CachedVector | None) -> Answer | None:
+def _from_cache(job: JobState, entry: CachedVector | None) -> InputVector | None:
     """The cached answer, unless its text was cut in another way than this job wants."""
     if entry is None or entry.truncated not in ("", job.request.truncate):
         return None
-    return Answer(entry.vector, entry.tokens, entry.truncated or None, entry.scale, cached=True)
+    return InputVector(entry.vector, entry.tokens, entry.truncated or None, entry.scale, cached=True)
 
 
-def _cacheable(job: InFlight) -> Iterable[tuple[bytes, CachedVector]]:
+def _cacheable(job: JobState) -> Iterable[tuple[bytes, CachedVector]]:
     for index, outcome in enumerate(job.outcomes):
-        if isinstance(outcome, Answer) and not outcome.cached:
+        if isinstance(outcome, InputVector) and not outcome.cached:
             entry = CachedVector(outcome.tokens, outcome.truncated or "", outcome.scale, outcome.vector)
             yield _key(job, index), entry

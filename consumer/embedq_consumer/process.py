@@ -12,15 +12,15 @@ import msgspec
 import structlog
 from aiokafka.errors import KafkaError
 
-from embedq_consumer import logs
+from embedq_consumer.delivery.publisher import BrokerUnavailable
 from embedq_consumer.engine import DeviceLost, ModelError
-from embedq_consumer.engine.caches import default_directory, keep_compiled
-from embedq_consumer.model import NoModel
-from embedq_consumer.publisher import BrokerUnavailable
-from embedq_consumer.reload import Rejected
+from embedq_consumer.engine.loading.compile_cache import default_directory, keep_compiled
+from embedq_consumer.lifecycle.model_slot import NoModel
+from embedq_consumer.lifecycle.reloader import Rejected
 from embedq_consumer.service import MissingTopics, serve
 from embedq_consumer.settings import Settings, SettingsError
 from embedq_consumer.supervisor import supervise
+from embedq_consumer.telemetry import logs
 
 _EXPECTED = (
     SettingsError,

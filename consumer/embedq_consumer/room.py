@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 
 
-class Room:
+class WeightedSemaphore:
     """Admits work in order while its weight fits; what is heavier than the whole room is admitted alone.
 
     Invariants: every `take` has one `give_back` of the same weight; nobody overtakes, so a heavy job is never starved.

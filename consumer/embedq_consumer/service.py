@@ -16,26 +16,26 @@ from typing import Final
 
 import structlog
 
-from embedq_consumer.admission import Rules
-from embedq_consumer.answers import Answers
-from embedq_consumer.batching import Batcher, BatchPolicy
-from embedq_consumer.budget import TokenBudget
-from embedq_consumer.cache import VectorCache
-from embedq_consumer.control import ControlTopic
+from embedq_consumer.batching.batch_loop import BatchLoop
+from embedq_consumer.batching.batcher import Batcher, BatchPolicy
+from embedq_consumer.batching.single_flight import Item
+from embedq_consumer.batching.token_budget import TokenBudget
+from embedq_consumer.cache.vector_cache import VectorCache
+from embedq_consumer.delivery.publisher import Publisher
+from embedq_consumer.delivery.result_records import ResultEncoder
 from embedq_consumer.engine import default_batch_tokens, load_encoder
-from embedq_consumer.flights import Item
-from embedq_consumer.flow import Flow
-from embedq_consumer.http import Health, HealthServer
-from embedq_consumer.intake import Intake
-from embedq_consumer.metrics import Metrics
-from embedq_consumer.model import ModelSlot
+from embedq_consumer.intake.admission import AdmissionPolicy
+from embedq_consumer.intake.flow_control import InFlightLimits
+from embedq_consumer.intake.poll_loop import Intake
+from embedq_consumer.lifecycle.control_topic import ControlTopic
+from embedq_consumer.lifecycle.model_slot import ModelSlot
+from embedq_consumer.lifecycle.reloader import Reloader
+from embedq_consumer.lifecycle.status_reporter import StatusReporter
 from embedq_consumer.pipeline import Pipeline
-from embedq_consumer.publisher import Publisher
-from embedq_consumer.reload import Models
-from embedq_consumer.room import Room
+from embedq_consumer.room import WeightedSemaphore
 from embedq_consumer.settings import Settings, SettingsError
-from embedq_consumer.status import Reporter
-from embedq_consumer.worker import Worker
+from embedq_consumer.telemetry.health import Health, HealthServer
+from embedq_consumer.telemetry.metrics import Metrics
 
 log = structlog.get_logger()
 
@@ -77,7 +77,9 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             )
         )
         parts.callback(slot.close)
-        reporter = Reporter(settings.topics, settings.replica, settings.alias, publisher.publish, metrics)
+        reporter = StatusReporter(
+            settings.topics, settings.replica, settings.alias, publisher.publish, metrics
+        )
         batch_tokens = settings.max_batch_tokens or await asyncio.to_thread(
             default_batch_tokens, settings.device
         )
@@ -90,7 +92,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             )
         )
         budget = TokenBudget(batcher, metrics, health.tell)
-        models = Models(
+        models = Reloader(
             slot,
             root=root,
             initial=initial,
@@ -116,7 +118,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             settings.kafka(),
             topics=settings.topics,
             group=settings.group,
-            flow=Flow(max_jobs=settings.max_in_flight_jobs, max_bytes=settings.max_in_flight_bytes),
+            flow=InFlightLimits(max_jobs=settings.max_in_flight_jobs, max_bytes=settings.max_in_flight_bytes),
             metrics=metrics,
             beat=lambda: health.beat("intake", time.monotonic()),
             max_poll_records=settings.max_poll_records,
@@ -131,7 +133,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         async with _work() as work:
             pipeline = Pipeline(
                 rules=_rules(settings),
-                answers=Answers(settings.topics, settings.group, settings.max_result_bytes),
+                answers=ResultEncoder(settings.topics, settings.group, settings.max_result_bytes),
                 slot=slot,
                 cache=cache,
                 batcher=batcher,
@@ -139,11 +141,11 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
                 metrics=metrics,
                 tasks=work,
                 finish=intake.finish,
-                room=Room(settings.max_pending_bytes),
+                room=WeightedSemaphore(settings.max_pending_bytes),
                 budget=budget,
             )
             parts.callback(pipeline.close)
-            worker = Worker(batcher, pipeline.run_batch, metrics, work)
+            worker = BatchLoop(batcher, pipeline.run_batch, metrics, work)
             for loop in ("intake", "compute"):
                 health.register(loop, settings.stall_timeout_s, time.monotonic())
             loops = [
@@ -223,8 +225,8 @@ def _directories(settings: Settings) -> tuple[Path, Path]:
     return Path(settings.model).resolve(), settings.root
 
 
-def _rules(settings: Settings) -> Rules:
-    return Rules(
+def _rules(settings: Settings) -> AdmissionPolicy:
+    return AdmissionPolicy(
         topics=settings.topics,
         alias=settings.alias,
         max_inputs=settings.max_inputs,

@@ -39,7 +39,7 @@ class Child(msgspec.Struct, frozen=True):
     environ: dict[str, str]
 
 
-class Verdict:
+class ExitPolicy:
     """What the replicas' ends mean for the command. Pure; `supervise` acts on it.
 
     `code` is the command's: 0 only if everything ended well after it was told to, 2 if a setting was wrong.
@@ -76,7 +76,7 @@ def supervise(settings: Settings, environ: Mapping[str, str]) -> int:
     with _signals() as until_signal:
         wanted = children(settings, environ, _devices(settings.devices), os.cpu_count() or 1)
         running: dict[str, subprocess.Popen[bytes]] = {}
-        verdict = Verdict()
+        verdict = ExitPolicy()
         deadline: float | None = None
         try:
             for child in wanted:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from embedq_sdk.answers import Chunk, Embeddings
 from embedq_sdk.client import EmbedClient
+from embedq_sdk.embeddings import Chunk, Embeddings
 from embedq_sdk.errors import (
     ClientClosed,
     DeadlineExceeded,
@@ -24,8 +24,8 @@ from embedq_sdk.errors import (
     UnknownModel,
     UnreadableReply,
 )
-from embedq_sdk.options import JobArguments, late, mean
-from embedq_sdk.results import JobResult, ResultCollector
+from embedq_sdk.job_options import JobArguments, late, mean
+from embedq_sdk.result_reader import JobResult, ResultCollector
 from embedq_sdk.stream import Embedded
 
 __all__ = [

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, Unpack
 
 import msgspec
 
-from embedq_sdk.answers import (
+from embedq_sdk.embeddings import (
     Chunk,
     Embeddings,
     Outcome,
@@ -22,7 +22,6 @@ from embedq_sdk.answers import (
     mixed,
     read_reply,
 )
-from embedq_sdk.calls import Call, ReplyBook, backoff, settle, worth_retrying
 from embedq_sdk.errors import (
     ClientClosed,
     DeadlineExceeded,
@@ -33,9 +32,7 @@ from embedq_sdk.errors import (
     Overloaded,
     UnreadableReply,
 )
-from embedq_sdk.inbox import Inbox
-from embedq_sdk.kafka import Servers
-from embedq_sdk.options import (
+from embedq_sdk.job_options import (
     JobArguments,
     JobOptions,
     checked_count,
@@ -46,10 +43,13 @@ from embedq_sdk.options import (
     split,
     text_size,
 )
-from embedq_sdk.results import JobResult, read_results
-from embedq_sdk.room import Room
-from embedq_sdk.sender import Sender
+from embedq_sdk.result_reader import JobResult, read_results
+from embedq_sdk.room import WeightedSemaphore
 from embedq_sdk.stream import Embedded, JobStream, items
+from embedq_sdk.transport.job_sender import Sender
+from embedq_sdk.transport.kafka import KafkaConnection
+from embedq_sdk.transport.pending_jobs import PendingJob, PendingReplies, backoff, settle, worth_retrying
+from embedq_sdk.transport.reply_reader import ReplyReader
 from embedq_shared import topics as names
 from embedq_shared.codec import CONTENT_TYPES, Format
 from embedq_shared.headers import Header, reply_partition_bytes
@@ -98,7 +98,7 @@ class EmbedClient:
         instance: str | None = None,
         **security: Any,
     ) -> None:
-        self._servers = Servers.of(servers, security)
+        self._servers = KafkaConnection.of(servers, security)
         if not isinstance(topic_prefix, str) or not names.is_topic_name(f"{topic_prefix}.jobs.bulk"):
             raise InvalidArgument(
                 argument="topic_prefix", expected="the beginning of a topic name", got=repr(topic_prefix)
@@ -111,16 +111,16 @@ class EmbedClient:
             raise InvalidArgument(
                 argument="max_job_bytes", expected=f"at most {MAX_JOB_BYTES:,}", got=f"{max_job_bytes:,}"
             )
-        self._room = Room(
+        self._room = WeightedSemaphore(
             checked_count("max_in_flight_texts", max_in_flight_texts),
             checked_count("max_in_flight_bytes", max_in_flight_bytes),
         )
         self._instance = (instance or uuid.uuid4().hex).encode()
-        self._book = ReplyBook()
+        self._book = PendingReplies()
         self._sender = Sender(self._servers)
-        self._inbox = Inbox(self._servers, self._topics.replies, self._partition_of, self._deliver)
+        self._inbox = ReplyReader(self._servers, self._topics.replies, self._partition_of, self._deliver)
         self._tasks: list[asyncio.Task[None]] = []
-        self._submitted: set[Call] = set()
+        self._submitted: set[PendingJob] = set()
         self._open = False
         self._used = False
         self._fault: BaseException | None = None
@@ -333,7 +333,7 @@ class EmbedClient:
     ) -> list[tuple[int, Outcome]]:
         """Every job's outcome. What the service said about a job is an outcome; everything else is raised."""
         end = asyncio.get_running_loop().time() + timeout
-        calls: list[Call] = []
+        calls: list[PendingJob] = []
         try:
             for texts, size in zip(jobs, weights, strict=True):
                 if not self._room.take(len(texts), size):
@@ -362,7 +362,9 @@ class EmbedClient:
         except TimeoutError:
             raise Overloaded(texts=self._room.texts, size=self._room.size, timeout=timeout) from None
 
-    def _begin(self, texts: list[str], size: int, options: JobOptions, end: float, timeout: float) -> Call:
+    def _begin(
+        self, texts: list[str], size: int, options: JobOptions, end: float, timeout: float
+    ) -> PendingJob:
         """Send one job and expect its reply until `end` (the loop's clock). The caller has room for it."""
         if not self._open or self._fault is not None:
             raise self._closed()
@@ -375,7 +377,7 @@ class EmbedClient:
         ]
         if options.trace is not None:
             headers.append((names.TRACE[0], options.trace.encode()))
-        call = Call(
+        call = PendingJob(
             loop.create_future(),
             topic=self._topics.bulk if options.lane == "bulk" else self._topics.jobs,
             value=options.encode(texts[0] if len(texts) == 1 else texts, correlation.hex()),
@@ -390,13 +392,13 @@ class EmbedClient:
         self._sender.put(call)
         return call
 
-    def _finish(self, call: Call) -> None:
+    def _finish(self, call: PendingJob) -> None:
         """Nobody waits for the call any more; its room is free."""
         self._book.close(call)
         call.drop()
         self._room.give_back(call.count, call.size)
 
-    def _too_late(self, call: Call) -> None:
+    def _too_late(self, call: PendingJob) -> None:
         """A call's deadline: say what is likely wrong."""
         silent = self._inbox.silent_for(time.time())
         if self._sender.broken or silent > _SILENT_S:
@@ -431,7 +433,7 @@ class EmbedClient:
         else:
             call.fail(outcome)
 
-    def _again(self, call: Call) -> bool:
+    def _again(self, call: PendingJob) -> bool:
         """Send the same job once more after a pause, if that can still help."""
         loop = asyncio.get_running_loop()
         pause = backoff(call.attempt)
@@ -531,7 +533,7 @@ class EmbedClient:
         timeout = checked_timeout("timeout", timeout)
         loop = asyncio.get_running_loop()
 
-        def begin(texts: list[str], size: int) -> Call:
+        def begin(texts: list[str], size: int) -> PendingJob:
             return self._begin(texts, size, options, loop.time() + timeout, timeout)
 
         return JobStream(
@@ -593,7 +595,7 @@ class EmbedClient:
             headers: list[Header] = [(names.CONTENT_TYPE, CONTENT_TYPES[format].encode())]
             if options.trace is not None:
                 headers.append((names.TRACE[0], options.trace.encode()))
-            call = Call(
+            call = PendingJob(
                 loop.create_future(),
                 topic=self._topics.bulk if options.lane == "bulk" else self._topics.jobs,
                 value=options.encode(texts, job_id, format),
@@ -618,7 +620,7 @@ class EmbedClient:
             self._room.give_back(count, size)
         return job_id
 
-    def _not_acknowledged(self, call: Call) -> None:
+    def _not_acknowledged(self, call: PendingJob) -> None:
         call.fail(self._servers.unavailable(f"it did not acknowledge the job within {call.timeout:g} s"))
 
     def results(

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     import numpy as np
 
-    from embedq_sdk.answers import ReadError
+    from embedq_sdk.embeddings import ReadError
 
 
 class EmbedError(Exception):

@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 
 
-class Room:
+class WeightedSemaphore:
     """Texts and bytes under way, below two limits. First come, first served.
 
     When nothing is under way anything fits, so a job larger than the limit runs alone instead of never.

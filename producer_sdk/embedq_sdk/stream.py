@@ -8,11 +8,11 @@ from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, I
 
 import msgspec
 
-from embedq_sdk.answers import Outcome, Vectors, vector
-from embedq_sdk.calls import Call
+from embedq_sdk.embeddings import Outcome, Vectors, vector
 from embedq_sdk.errors import EmbedError, InvalidArgument, job_failed
-from embedq_sdk.options import text_size
-from embedq_sdk.room import Room
+from embedq_sdk.job_options import text_size
+from embedq_sdk.room import WeightedSemaphore
+from embedq_sdk.transport.pending_jobs import PendingJob
 
 
 class Embedded(msgspec.Struct, frozen=True):
@@ -60,7 +60,7 @@ class _Entry:
 
     __slots__ = ("call", "first", "size", "texts")
 
-    def __init__(self, first: int, texts: list[str], size: int, call: Call) -> None:
+    def __init__(self, first: int, texts: list[str], size: int, call: PendingJob) -> None:
         self.first = first
         self.texts = texts
         self.size = size
@@ -76,9 +76,9 @@ class JobStream:
 
     def __init__(
         self,
-        begin: Callable[[list[str], int], Call],
-        finish: Callable[[Call], None],
-        room: Room,
+        begin: Callable[[list[str], int], PendingJob],
+        finish: Callable[[PendingJob], None],
+        room: WeightedSemaphore,
         *,
         batch_size: int,
         in_flight: int,
@@ -102,8 +102,8 @@ class JobStream:
         self._batch: list[str] = []
         self._batch_bytes = 0
         self._flush_timer: asyncio.TimerHandle | None = None
-        self._entries: dict[Call, _Entry] = {}  # in the order of the source
-        self._finished: deque[Call] = deque()
+        self._entries: dict[PendingJob, _Entry] = {}  # in the order of the source
+        self._finished: deque[PendingJob] = deque()
         self._fault: BaseException | None = None
         self._space = asyncio.Event()
         self._news = asyncio.Event()
@@ -141,7 +141,7 @@ class JobStream:
             for call in self._entries:
                 call.drop()  # its done callback gives the room back
 
-    async def _next(self) -> Call | None:
+    async def _next(self) -> PendingJob | None:
         """The next call to give out, when it has ended; None after the last."""
         while True:
             if self._ordered:
@@ -215,14 +215,14 @@ class JobStream:
         self._batch, self._batch_bytes = [], 0
         call.future.add_done_callback(lambda _: self._ended(call))
 
-    def _ended(self, call: Call) -> None:
+    def _ended(self, call: PendingJob) -> None:
         self._finish(call)
         if not self._ordered:
             self._finished.append(call)
         self._news.set()
 
 
-def _outcome(call: Call) -> Outcome:
+def _outcome(call: PendingJob) -> Outcome:
     """How a call ended. What is not ours, such as a bug, is raised."""
     error = call.future.exception()
     if error is None:

@@ -24,7 +24,7 @@ def vector_bytes(dimensions: int, dtype: Dtype) -> int:
     return dimensions // 8 if dtype == "binary" else dimensions * NUMPY[dtype].itemsize
 
 
-def cut_and_normalise(vector: npt.NDArray[np.float32], dimensions: int) -> npt.NDArray[np.float32]:
+def cut_and_normalize(vector: npt.NDArray[np.float32], dimensions: int) -> npt.NDArray[np.float32]:
     """The first `dimensions` components, then scaled to length 1, in float32 (Matryoshka order).
 
     A vector that is zero after the cut stays zero, since no direction is left to keep.
@@ -42,7 +42,7 @@ def cut_and_normalise(vector: npt.NDArray[np.float32], dimensions: int) -> npt.N
     return unit
 
 
-def quantise(vector: npt.NDArray[np.float32], dtype: Dtype) -> tuple[bytes, float | None]:
+def quantize(vector: npt.NDArray[np.float32], dtype: Dtype) -> tuple[bytes, float | None]:
     """The wire bytes of a unit vector, and int8's scale (x ≈ q · scale, symmetric, one for each vector)."""
     match dtype:
         case "float32":
@@ -57,7 +57,7 @@ def quantise(vector: npt.NDArray[np.float32], dtype: Dtype) -> tuple[bytes, floa
             return np.packbits(vector > 0).tobytes(), None
 
 
-def dequantise(raw: bytes, dtype: Dtype, scale: float | None = None) -> npt.NDArray[np.float32]:
+def dequantize(raw: bytes, dtype: Dtype, scale: float | None = None) -> npt.NDArray[np.float32]:
     """float32 (dimensions,) from wire bytes; binary becomes 0.0 and 1.0, most significant bit first."""
     stored = np.frombuffer(raw, dtype=NUMPY[dtype])
     match dtype:

@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 
 from embedq_consumer import supervisor
 from embedq_consumer.settings import Settings, SettingsError
-from embedq_consumer.supervisor import Child, Verdict, children, supervise
+from embedq_consumer.supervisor import Child, ExitPolicy, children, supervise
 
 NEEDED = {"EMBEDQ_KAFKA_SERVERS": "localhost:9092", "EMBEDQ_MODEL": "/models/one", "EMBEDQ_REPLICA": "host"}
 
@@ -79,7 +79,7 @@ def test_one_device_and_several_are_not_set_together() -> None:
 
 
 def test_replicas_that_end_well_after_they_were_told_to_are_a_success() -> None:
-    verdict = Verdict()
+    verdict = ExitPolicy()
     assert not verdict.told()
     verdict.ended(0)
     verdict.ended(0)
@@ -88,7 +88,7 @@ def test_replicas_that_end_well_after_they_were_told_to_are_a_success() -> None:
 
 @pytest.mark.parametrize(("code", "expected"), [(0, 1), (1, 1), (2, 2), (-9, 1)])
 def test_a_replica_that_ends_unasked_is_a_failure_and_stops_the_others(code: int, expected: int) -> None:
-    verdict = Verdict()
+    verdict = ExitPolicy()
     verdict.ended(code)
     assert verdict.stopping
     verdict.ended(0)
@@ -96,7 +96,7 @@ def test_a_replica_that_ends_unasked_is_a_failure_and_stops_the_others(code: int
 
 
 def test_a_replica_that_fails_while_it_stops_is_a_failure() -> None:
-    verdict = Verdict()
+    verdict = ExitPolicy()
     verdict.told()
     verdict.ended(0)
     verdict.ended(-9)
@@ -105,20 +105,20 @@ def test_a_replica_that_fails_while_it_stops_is_a_failure() -> None:
 
 
 def test_a_replica_that_was_told_to_stop_before_it_could_listen_is_no_failure() -> None:
-    verdict = Verdict()
+    verdict = ExitPolicy()
     verdict.told()
     verdict.ended(-signal.SIGTERM)
     assert verdict.code == 0
 
 
 def test_a_replica_that_somebody_else_terminates_is_a_failure() -> None:
-    verdict = Verdict()
+    verdict = ExitPolicy()
     verdict.ended(-signal.SIGTERM)
     assert verdict.code == 1
 
 
 def test_only_who_tells_it_twice_does_not_want_to_wait() -> None:
-    verdict = Verdict()
+    verdict = ExitPolicy()
     verdict.ended(1)  # stopping already, but nobody has told it
     assert not verdict.told()
     assert verdict.told()

@@ -135,7 +135,7 @@ class Pending(Protocol):
     """Vectors that the device computes, or has computed."""
 
     def result(self) -> npt.NDArray[np.float32]:
-        """Wait for them: pooled, not yet normalised, float32 (rows, hidden_size), on the host. To be called once."""
+        """Wait for them: pooled, not yet normalized, float32 (rows, hidden_size), on the host. To be called once."""
 
 
 class Encoder(Protocol):
@@ -225,7 +225,7 @@ def load_encoder(
 
     `device` is "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N". bf16 on CUDA, float32 on the CPU.
     `threads` is how many threads PyTorch may use on the CPU, process-wide; all cores unless given.
-    `quantization` "fp8" quantises the weights while loading and the activations as they come; CUDA from compute
+    `quantization` "fp8" quantizes the weights while loading and the activations as they come; CUDA from compute
     capability 9.0 on. Layers whose numbers are in `keep_bf16` stay as they are; negative ones count from the end.
     `deterministic` makes a text's vector bit-equal whatever runs beside it, on the same device and software; it costs
     throughput, and shares no prefixes.
@@ -236,8 +236,8 @@ def load_encoder(
         ModelError: the directory is incomplete, or asks for something that embedq does not run.
     """
     _before_torch()
-    from embedq_consumer.engine.known_models import KnownModels
-    from embedq_consumer.engine.loading import load
+    from embedq_consumer.engine.loading.load_cache import LoadCache
+    from embedq_consumer.engine.loading.loader import load
 
     return load(
         path,
@@ -246,7 +246,7 @@ def load_encoder(
         quantization=quantization,
         keep_bf16=keep_bf16,
         deterministic=deterministic,
-        known_models=None if known_models is None else KnownModels(known_models),
+        known_models=None if known_models is None else LoadCache(known_models),
     )
 
 

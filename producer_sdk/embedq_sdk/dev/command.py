@@ -11,11 +11,11 @@ from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
 
+from embedq_sdk.admin.topics import create_topics
 from embedq_sdk.dev.errors import DevStackError
 from embedq_sdk.dev.processes import Processes
 from embedq_sdk.dev.stack import DevStack
 from embedq_sdk.errors import EmbedError
-from embedq_sdk.topics import create_topics
 
 _CONSUMER = "consumer"
 _LOOK_EVERY_S = 0.2

@@ -1,0 +1,130 @@
+"""How many tokens a micro-batch may hold, and a single text: tried out before a model serves, lowered if memory runs out."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import structlog
+
+from embedq_consumer.batching.batcher import Batcher
+from embedq_consumer.engine import Encoder, OutOfMemory, Tokens
+from embedq_consumer.telemetry.metrics import Metrics
+
+log = structlog.get_logger()
+
+LEAST: Final = 256
+"""A device that cannot run so many tokens at once cannot serve the model."""
+_SHORT: Final = 16
+_LOWEST_SHARE: Final = 8
+"""A budget is lowered to one part in so many of what was found, and no further: somebody else may have taken the memory."""
+
+
+class Budget(msgspec.Struct, frozen=True):
+    """What fits into a device's memory beside a model: `tokens` a micro-batch, and the `longest` text alone."""
+
+    tokens: int
+    longest: int
+
+
+async def find_budget(
+    encoder: Encoder,
+    run: Callable[[Sequence[Tokens]], Awaitable[object]],
+    ids: npt.NDArray[np.int32],
+    *,
+    tokens: int,
+    max_items: int,
+) -> Budget:
+    """The largest budget up to `tokens` with which the device does not run out of memory, by running it.
+
+    `run` computes one micro-batch of `encoder`; `ids` is a text as long as the model takes. Where memory runs out, the
+    longest text loses a quarter, and the micro-batch half of its tokens. A CPU has no memory of its own that a try could
+    find the end of: there one full micro-batch runs, to warm up.
+
+    Raises:
+        OutOfMemory: not even `LEAST` tokens fit.
+    """
+    longest = len(ids)
+    before = encoder.memory()
+    if before is not None:
+        while not await _fits(run, [Tokens(ids[:longest])], longest):
+            longest = max(LEAST, longest * 3 // 4)
+    while not await _all_fit(run, ids[: min(tokens, longest)], tokens, max_items):
+        tokens = max(LEAST, tokens // 2)
+    budget = Budget(tokens, encoder.max_tokens if longest == len(ids) else longest)
+    after = encoder.memory()
+    log.info(
+        "batch_budget",
+        tokens=budget.tokens,
+        longest_text=budget.longest,
+        free_bytes=before and before.free,
+        peak_bytes=after and after.peak,
+    )
+    return budget
+
+
+async def _all_fit(
+    run: Callable[[Sequence[Tokens]], Awaitable[object]],
+    ids: npt.NDArray[np.int32],
+    tokens: int,
+    max_items: int,
+) -> bool:
+    """Whether full micro-batches fit: of the longest texts that it can hold, and of short ones."""
+    for length in (len(ids), min(len(ids), _SHORT)):
+        count = max(1, min(tokens // max(1, length), max_items))
+        if not await _fits(run, [Tokens(ids[:length])] * count, tokens):
+            return False
+    return True
+
+
+async def _fits(
+    run: Callable[[Sequence[Tokens]], Awaitable[object]], batch: Sequence[Tokens], tokens: int
+) -> bool:
+    try:
+        await run(batch)
+    except OutOfMemory:
+        if tokens <= LEAST:
+            raise
+        return False
+    return True
+
+
+class TokenBudget:
+    """The budget in force: that of the model that serves, lowered while it serves whenever memory runs out.
+
+    `tell` gets what an operator should know of it.
+    """
+
+    def __init__(
+        self, batcher: Batcher[Any], metrics: Metrics, tell: Callable[[Mapping[str, object]], None]
+    ) -> None:
+        self._batcher = batcher
+        self._metrics = metrics
+        self._tell = tell
+        self._found = Budget(batcher.max_tokens, batcher.max_tokens)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text that fits, special tokens and instruction included."""
+        return self._found.longest
+
+    def serve(self, budget: Budget) -> None:
+        """Another model serves from now on."""
+        self._found = budget
+        self._resize(budget.tokens)
+
+    def ran_out(self, tokens: int) -> None:
+        """A micro-batch of so many tokens did not fit after all."""
+        now = self._batcher.max_tokens
+        lower = min(now, max(self._found.tokens // _LOWEST_SHARE, tokens // 2))
+        if lower < now:
+            self._resize(lower)
+            log.warning("batch_budget_lowered", tokens=lower)
+
+    def _resize(self, tokens: int) -> None:
+        self._batcher.resize(tokens)
+        self._metrics.batch_budget.set(tokens)
+        self._tell({"max_batch_tokens": tokens, "max_text_tokens": self._found.longest})

@@ -1,0 +1,1 @@
+"""Vectors that Redis remembers, for as long as Redis answers."""

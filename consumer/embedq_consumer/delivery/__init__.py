@@ -1,0 +1,1 @@
+"""Outcomes become result records, are acknowledged by the broker, and only then is a record finished."""

@@ -1,0 +1,1 @@
+"""A model directory becomes an encoder: checked, versioned, loaded and proved."""

@@ -1,0 +1,117 @@
+"""The model version: one hash over everything that decides what a vector is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from embedq_consumer.engine.model_directory import ModelDirectory, TensorSlice
+
+__all__ = ["model_version", "tensor_digests"]
+
+# Fields that no vector depends on; everything else in these files counts, known to us or not.
+_IDLE_CONFIG = frozenset(
+    {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+)
+_IDLE_TOKENIZER_CONFIG = frozenset(
+    {
+        "_name_or_path",
+        "chat_template",
+        "clean_up_tokenization_spaces",
+        "model_input_names",
+        "model_max_length",
+        "name_or_path",
+        "padding_side",
+        "tokenizer_file",
+        "transformers_version",
+        "truncation_side",
+    }
+)
+
+
+def model_version(
+    directory: ModelDirectory,
+    *,
+    max_tokens: int,
+    threads: int | None = None,
+    quantization: str = "none",
+    keep_bf16: Collection[int] = (),
+    deterministic: bool = False,
+    digests: Sequence[bytes] | None = None,
+) -> str:
+    """`sha256:` and 64 hex digits; the same for every copy of a directory, wherever and however it is stored.
+
+    Weights count tensor by tensor, so that resharding keeps the version. `max_tokens` counts, since it decides where a
+    long text is cut, and so do `quantization` and `keep_bf16`, which make other vectors of the same weights. So does
+    `deterministic`: what it promises is bits, and a cache must not answer with some that another mode rounded otherwise.
+    Files are read in `threads` threads (hashlib drops the GIL); 8 GB take seconds. `digests` are those of
+    `directory.tensors`, if they are known already.
+    """
+    total = hashlib.sha256(b"embedq model version 1")
+
+    def add(label: str, value: bytes) -> None:
+        for part in (label.encode(), value):
+            total.update(len(part).to_bytes(8, "little"))
+            total.update(part)
+
+    checkpoint = directory.checkpoint
+    add("config", _canonical(directory.config, _IDLE_CONFIG))
+    add("tokenizer", (checkpoint / "tokenizer.json").read_bytes())
+    add("tokenizer_config", _canonical(directory.tokenizer_config, _IDLE_TOKENIZER_CONFIG))
+    for name in ("special_tokens_map.json", "added_tokens.json"):
+        file = checkpoint / name
+        add(name, file.read_bytes() if file.exists() else b"")
+    add("pooling", directory.pooling.encode())
+    add("prompts", _canonical({name: prompt for name, prompt in directory.prompts.items() if prompt}))
+    add("default_prompt", directory.default_prompt.encode())
+    add("lower_case", str(directory.lower_case).encode())
+    add("max_tokens", str(max_tokens).encode())
+    if quantization != "none":
+        add("quantization", quantization.encode())
+    if keep_bf16:
+        add("keep_bf16", ",".join(map(str, sorted(keep_bf16))).encode())
+    if deterministic:
+        add("deterministic", b"1")
+    if digests is None:
+        digests = tensor_digests(directory.tensors, threads)
+    for tensor, digest in zip(directory.tensors, digests, strict=True):
+        add(f"tensor {tensor.name} {tensor.dtype} {list(tensor.shape)}", digest)
+    for number, layer in enumerate(directory.dense):
+        add(f"dense {number}", layer.activation.encode())
+        parts = (layer.weight,) if layer.bias is None else (layer.weight, layer.bias)
+        for tensor, digest in zip(parts, tensor_digests(parts, threads), strict=True):
+            add(f"dense {number} {tensor.name} {tensor.dtype} {list(tensor.shape)}", digest)
+    return f"sha256:{total.hexdigest()}"
+
+
+def _canonical(value: Mapping[str, Any], idle: frozenset[str] = frozenset()) -> bytes:
+    kept = {key: item for key, item in value.items() if key not in idle}
+    return json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+
+def tensor_digests(tensors: tuple[TensorSlice, ...], threads: int | None) -> list[bytes]:
+    """SHA-256 of each tensor's bytes, in order."""
+    files = {tensor.file for tensor in tensors}
+    maps = {file: _map(file) for file in files}
+    try:
+        with ThreadPoolExecutor(threads or os.cpu_count(), thread_name_prefix="digest") as pool:
+            return list(pool.map(lambda tensor: _digest(maps[tensor.file], tensor), tensors))
+    finally:
+        for mapped in maps.values():
+            mapped.close()
+
+
+def _digest(mapped: mmap.mmap, tensor: TensorSlice) -> bytes:
+    with memoryview(mapped) as whole, whole[tensor.begin : tensor.end] as part:
+        return hashlib.sha256(part).digest()
+
+
+def _map(file: Path) -> mmap.mmap:
+    with file.open("rb") as stream:
+        return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)

@@ -1,0 +1,175 @@
+"""A model's weights under transformers' names, without transformers: what the written-out forwards take apart."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from embedq_consumer.engine.devices import current
+from embedq_consumer.engine.loading.load_cache import ModelSnapshot, Rotary
+from embedq_consumer.engine.model_directory import ModelDirectory
+
+__all__ = ["CheckpointWeights", "architecture_of", "known_model_of", "last_norm_eps_of"]
+
+_READERS = 8
+"""Threads that bring weights to a GPU: one alone waits for the kernel's pages and for the copy in turn."""
+_UNUSED = "pooler."
+"""Parameters that no embedding needs, and many checkpoints lack."""
+
+
+class CheckpointWeights(torch.nn.Module):
+    """Parameters of `known` from the files of `directory`, on `device`: float32 on a CPU, bf16 on CUDA.
+
+    It has transformers' tree of modules, its `config` and its rotary frequencies, and no forward.
+    """
+
+    def __init__(self, known: ModelSnapshot, directory: ModelDirectory, device: torch.device) -> None:
+        super().__init__()
+        self.architecture = known.architecture
+        self.config = SimpleNamespace(**known.config)
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        tensors = _read(known.tensors, directory, device, self.dtype)
+        self.device = next(iter(tensors.values())).device
+        for name, module in _tree(tensors).named_children():
+            self.add_module(name, module)
+        if known.last_norm_eps is not None:
+            self.norm = _RMSNorm(tensors["norm.weight"], known.last_norm_eps)
+        if known.rotary is not None:
+            self.rotary_emb = _RotaryEmbedding(known.rotary, self.device)
+
+
+class _RMSNorm(torch.nn.Module):
+    """transformers' fields of one."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.variance_epsilon = eps
+
+
+class _RotaryEmbedding(torch.nn.Module):
+    """transformers' fields of one."""
+
+    def __init__(self, rotary: Rotary, device: torch.device) -> None:
+        super().__init__()
+        self.rope_type = rotary.rope_type
+        self.attention_scaling = rotary.attention_scaling
+        self.inv_freq: Tensor
+        self.register_buffer("inv_freq", torch.tensor(rotary.frequencies, dtype=torch.float32, device=device))
+
+
+def architecture_of(model: Any) -> str:
+    """The name of transformers' class, for one of its own models or a stand-in."""
+    return str(getattr(model, "architecture", None) or type(model).__name__)
+
+
+def known_model_of(
+    model: Any,
+    directory: ModelDirectory,
+    *,
+    max_tokens: int,
+    position_offset: int,
+    tokenizer: str,
+    sequences: Sequence[npt.NDArray[np.int32]],
+    expected: Tensor,
+) -> ModelSnapshot | None:
+    """What a stand-in for transformers' `model` needs to know, and a load; None if a checkpoint's tensors are not simply the
+    model's. The rest is as in `ModelSnapshot`."""
+    tensors = _tensor_names(model, directory)
+    if tensors is None:
+        return None
+    return ModelSnapshot(
+        architecture=architecture_of(model),
+        config=json.loads(model.config.to_json_string(use_diff=False)),
+        tensors=tensors,
+        rotary=_rotary_of(model),
+        last_norm_eps=last_norm_eps_of(model),
+        max_tokens=max_tokens,
+        position_offset=position_offset,
+        tokenizer=tokenizer,
+        sequences=tuple(tuple(ids.tolist()) for ids in sequences),
+        expected=expected.cpu().numpy().tobytes(),
+    )
+
+
+def last_norm_eps_of(model: Any) -> float | None:
+    """The epsilon of an RMS norm behind the model's last layer; None if there is none."""
+    norm: Any = getattr(model, "norm", None)
+    if not type(norm).__name__.endswith("RMSNorm") or not hasattr(norm, "variance_epsilon"):
+        return None
+    return float(norm.variance_epsilon)
+
+
+def _tensor_names(model: Any, directory: ModelDirectory) -> dict[str, str] | None:
+    """The checkpoint's name of each parameter of transformers' `model`; None if they are not simply the same tensors."""
+    shapes = {tensor.name: tensor.shape for tensor in directory.tensors}
+    found: dict[str, str] = {}
+    for name, parameter in model.named_parameters():
+        if name.startswith(_UNUSED):
+            continue
+        for known in (name, f"{model.base_model_prefix}.{name}"):
+            if shapes.get(known) == tuple(parameter.shape):
+                found[name] = known
+                break
+        else:
+            return None
+    return found
+
+
+def _rotary_of(model: Any) -> Rotary | None:
+    """What transformers' `model` rotates queries and keys by, if it does so in one way everywhere."""
+    module = getattr(model, "rotary_emb", None)
+    frequencies = getattr(module, "inv_freq", None)
+    if module is None or frequencies is None:
+        return None
+    return Rotary(module.rope_type, tuple(frequencies.float().tolist()), float(module.attention_scaling))
+
+
+def _read(
+    names: Mapping[str, str], directory: ModelDirectory, device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    places = {tensor.name: tensor.file for tensor in directory.tensors}
+    files = {file: _open(file) for file in set(places.values())}
+
+    def read(name: str) -> Tensor:
+        with current(device):
+            # A copy always: the file's own pages may change or go.
+            tensor: Tensor = files[places[name]].get_tensor(name).to(device, copy=True)
+            return tensor.to(dtype)
+
+    with ThreadPoolExecutor(_READERS if device.type == "cuda" else 1, "weights") as pool:
+        return dict(zip(names, pool.map(read, names.values()), strict=True))
+
+
+def _open(file: Path) -> Any:
+    return safe_open(file, framework="pt").__enter__()  # type: ignore[no-untyped-call]
+
+
+def _tree(tensors: Mapping[str, Tensor]) -> torch.nn.Module:
+    """Modules and parameters by dotted names; numbered modules are a list."""
+    inner: dict[str, dict[str, Tensor]] = {}
+    own: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        first, _, rest = name.partition(".")
+        if rest:
+            inner.setdefault(first, {})[rest] = tensor
+        else:
+            own[first] = tensor
+    if inner and all(name.isdigit() for name in inner):
+        return torch.nn.ModuleList(_tree(inner[name]) for name in sorted(inner, key=int))
+    module = torch.nn.Module()
+    for name, parts in inner.items():
+        module.add_module(name, _tree(parts))
+    for name, tensor in own.items():
+        module.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+    return module

@@ -1,0 +1,425 @@
+"""What a model directory says, read and checked before any weight is loaded.
+
+The layout is sentence-transformers' own (`modules.json` and the folders it names); a directory without `modules.json`
+is a bare Hugging Face checkpoint. Whatever changes vectors is either understood here or refused by name: a setting
+that we silently skipped would give wrong vectors that look right.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import msgspec
+
+from embedq_consumer.engine import ModelError
+
+__all__ = ["Activation", "Dense", "ModelDirectory", "Pooling", "TensorSlice", "read_directory", "read_header"]
+
+Pooling = Literal["cls", "mean", "lasttoken"]
+Activation = Literal["identity", "tanh"]
+
+_TRANSFORMER_CONFIGS = (
+    "sentence_bert_config.json",
+    "sentence_roberta_config.json",
+    "sentence_distilbert_config.json",
+    "sentence_camembert_config.json",
+    "sentence_albert_config.json",
+    "sentence_xlm-roberta_config.json",
+    "sentence_xlnet_config.json",
+)
+_LEGACY_POOLING = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
+_ACTIVATIONS: dict[str, Activation] = {
+    "torch.nn.modules.linear.Identity": "identity",
+    "torch.nn.modules.activation.Tanh": "tanh",
+}
+# What these settings choose is ours to choose: the dtype, the attention, where padding would go, what is cached.
+_HARMLESS_KWARGS = frozenset(
+    {
+        "attn_implementation",
+        "dtype",
+        "model_max_length",
+        "padding_side",
+        "torch_dtype",
+        "use_cache",
+        "use_fast",
+    }
+)
+_HEADER_LIMIT = 100_000_000
+"""Bytes; the bound that the safetensors format itself puts on a header."""
+
+
+class TensorSlice(msgspec.Struct, frozen=True):
+    """Where one tensor's bytes lie: `[begin, end)` of `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    begin: int
+    end: int
+
+
+class Dense(msgspec.Struct, frozen=True):
+    """A linear layer behind the pooling, with a bias or without one: `activation(weight · vector + bias)`."""
+
+    weight: TensorSlice
+    bias: TensorSlice | None
+    activation: Activation
+
+    @property
+    def width_in(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def width_out(self) -> int:
+        return self.weight.shape[0]
+
+
+class ModelDirectory(msgspec.Struct, frozen=True, kw_only=True):
+    """One checked directory. Holds nothing that depends on where the directory lies, but for the paths."""
+
+    root: Path
+    checkpoint: Path
+    """Where config, weights and tokenizer lie: `root`, or the folder that `modules.json` names for the Transformer."""
+    config: dict[str, Any]
+    """`config.json` as it is."""
+    tokenizer_config: dict[str, Any]
+    pooling: Pooling
+    pooling_dimension: int | None
+    """The vector's length that the pooling's configuration expects; None if it says nothing."""
+    dense: tuple[Dense, ...]
+    """What the pooled vector goes through, in order; each takes what the one in front of it gives."""
+    prompts: dict[str, str]
+    default_prompt: str
+    lower_case: bool
+    """Lower-case the text before the tokenizer sees it."""
+    max_seq_length: int | None
+    """The limit that these files set, in tokens with special tokens; None if they set none."""
+    tensors: tuple[TensorSlice, ...]
+
+    @property
+    def quantization_method(self) -> str | None:
+        """The method that `config.json` says the weights were quantized with (`gptq`, `awq`, …); None if they were not."""
+        settings = self.config.get("quantization_config")
+        return str(settings.get("quant_method", "unknown")) if settings else None
+
+
+def read_directory(path: Path) -> ModelDirectory:
+    """Read and check `path`; reads the weights' headers but none of their bytes.
+
+    Raises:
+        ModelError: a file is missing or malformed, or asks for something that embedq does not run.
+    """
+    if not path.is_dir():
+        raise ModelError(f"{path}: no such directory")
+    modules, dense_folders = _modules(path)
+    checkpoint = path / modules["Transformer"] if modules else path
+    config = _read_object(checkpoint / "config.json")
+    if not isinstance(config.get("model_type"), str):
+        raise ModelError(f"{checkpoint / 'config.json'}: model_type: expected a string")
+    _refuse_foreign_checkpoints(checkpoint, config)
+    if not (checkpoint / "tokenizer.json").is_file():
+        raise ModelError(f"{checkpoint / 'tokenizer.json'}: missing; only fast tokenizers are served")
+    _read_object(checkpoint / "tokenizer.json")
+    tokenizer_config = _read_optional(checkpoint / "tokenizer_config.json")
+    lower_case, max_seq_length = _transformer_settings(checkpoint)
+    if "Pooling" in modules:
+        pooling, dimension = _pooling(path / modules["Pooling"] / "config.json")
+    elif modules:
+        raise ModelError(f"{path / 'modules.json'}: expected a Pooling module")
+    else:
+        pooling, dimension = _bare_pooling(config), None
+    prompts, default_prompt = _prompts(path / "config_sentence_transformers.json")
+    model_max_length = _positive(checkpoint / "tokenizer_config.json", tokenizer_config, "model_max_length")
+    return ModelDirectory(
+        root=path,
+        checkpoint=checkpoint,
+        config=config,
+        tokenizer_config=tokenizer_config,
+        pooling=pooling,
+        pooling_dimension=dimension,
+        dense=_dense(tuple(path / folder for folder in dense_folders)),
+        prompts=prompts,
+        default_prompt=default_prompt,
+        lower_case=lower_case,
+        max_seq_length=max_seq_length or model_max_length,
+        tensors=_tensors(checkpoint),
+    )
+
+
+def _modules(path: Path) -> tuple[dict[str, str], list[str]]:
+    """The folder of each kind of module, and the folders of the Dense ones in order."""
+    file = path / "modules.json"
+    if not file.exists():
+        return {}, []
+    entries = _read_json(file)
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ModelError(f"{file}: expected a list of objects")
+    found: dict[str, str] = {}
+    dense: list[str] = []
+    for entry in entries:
+        kind = str(entry.get("type", "")).rpartition(".")[2]
+        folder = entry.get("path", "")
+        if kind not in ("Transformer", "Pooling", "Dense", "Normalize") or kind in found:
+            raise ModelError(
+                f"{file}: type: embedq runs one Transformer, one Pooling, Dense modules and one Normalize, "
+                f"and was given {entry.get('type')!r}"
+            )
+        if not isinstance(folder, str) or Path(folder).is_absolute() or ".." in Path(folder).parts:
+            raise ModelError(f"{file}: path: expected a folder below the model's own, got {folder!r}")
+        if kind == "Dense" and list(found) == ["Transformer", "Pooling"]:
+            dense.append(folder)
+        else:
+            found[kind] = folder
+    if list(found) not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        raise ModelError(
+            f"{file}: expected a Transformer, then a Pooling, then maybe Dense modules, then maybe a Normalize"
+        )
+    return found, dense
+
+
+def _dense(folders: tuple[Path, ...]) -> tuple[Dense, ...]:
+    layers: list[Dense] = []
+    for folder in folders:
+        layer = _dense_layer(folder)
+        if layers and layers[-1].width_out != layer.width_in:
+            raise ModelError(
+                f"{folder / 'config.json'}: in_features is {layer.width_in}, but the Dense module in front of it "
+                f"gives {layers[-1].width_out}"
+            )
+        layers.append(layer)
+    return tuple(layers)
+
+
+def _dense_layer(folder: Path) -> Dense:
+    file = folder / "config.json"
+    settings = _read_object(file)
+    # Without the field, sentence-transformers takes the last one.
+    name = settings.get("activation_function", "torch.nn.modules.activation.Tanh")
+    if name not in _ACTIVATIONS:
+        raise ModelError(f"{file}: activation_function: expected Identity or Tanh, got {name!r}")
+    for field in ("module_input_name", "module_output_name"):
+        if settings.get(field) not in (None, "sentence_embedding"):
+            raise ModelError(f"{file}: {field}: expected sentence_embedding, got {settings[field]!r}")
+    if _flag(file, settings, "use_residual", False):
+        raise ModelError(f"{file}: use_residual: true is not supported")
+    tensors = {tensor.name: tensor for tensor in _tensors(folder)}
+    width_in, width_out = (_positive(file, settings, name) for name in ("in_features", "out_features"))
+    shapes: dict[str, tuple[int | None, ...]] = {"linear.weight": (width_out, width_in)}
+    if _flag(file, settings, "bias", True):
+        shapes["linear.bias"] = (width_out,)
+    found: dict[str, tuple[int | None, ...]] = {name: tensor.shape for name, tensor in tensors.items()}
+    if found != shapes:
+        raise ModelError(
+            f"{next(iter(tensors.values())).file}: expected tensors of the shapes {shapes}, got {found}"
+        )
+    return Dense(tensors["linear.weight"], tensors.get("linear.bias"), _ACTIVATIONS[name])
+
+
+def _refuse_foreign_checkpoints(checkpoint: Path, config: Mapping[str, Any]) -> None:
+    if (checkpoint / "adapter_config.json").exists():
+        raise ModelError(
+            f"{checkpoint / 'adapter_config.json'}: adapters are not served; merge them into the weights"
+        )
+    file = checkpoint / "config.json"
+    if not isinstance(config.get("quantization_config") or {}, dict):
+        raise ModelError(f"{file}: quantization_config: expected an object")
+    if config.get("is_encoder_decoder"):
+        raise ModelError(f"{file}: is_encoder_decoder: encoder-decoder models are not served")
+    auto_map = config.get("auto_map")
+    if isinstance(auto_map, dict) and "AutoModel" in auto_map:
+        raise ModelError(f"{file}: auto_map: the model needs code from its own directory, which is never run")
+
+
+def _transformer_settings(checkpoint: Path) -> tuple[bool, int | None]:
+    file = next((f for name in _TRANSFORMER_CONFIGS if (f := checkpoint / name).exists()), None)
+    if file is None:
+        return False, None
+    settings = _read_object(file)
+    if settings.get("transformer_task", "feature-extraction") != "feature-extraction":
+        raise ModelError(f"{file}: transformer_task: expected feature-extraction")
+    if settings.get("module_output_name", "token_embeddings") != "token_embeddings":
+        raise ModelError(f"{file}: module_output_name: expected token_embeddings")
+    modalities = settings.get("modality_config")
+    if modalities is not None and (not isinstance(modalities, dict) or "text" not in modalities):
+        raise ModelError(f"{file}: modality_config: expected text")
+    for field in (
+        "query_length",
+        "document_length",
+        "query_expansion",
+        "processing_kwargs",
+        "tokenizer_name_or_path",
+    ):
+        if settings.get(field):
+            raise ModelError(f"{file}: {field}: not supported")
+    for field in (
+        "model_args",
+        "model_kwargs",
+        "config_args",
+        "config_kwargs",
+        "tokenizer_args",
+        "processor_kwargs",
+    ):
+        value = settings.get(field) or {}
+        foreign = set(value) - _HARMLESS_KWARGS if isinstance(value, dict) else {"(not an object)"}
+        if foreign:
+            raise ModelError(f"{file}: {field}: not supported: {', '.join(sorted(foreign))}")
+    limits = [
+        _positive(file, source, name)
+        for source, name in (
+            (settings.get("processor_kwargs") or {}, "model_max_length"),
+            (settings.get("tokenizer_args") or {}, "model_max_length"),
+            (settings, "max_seq_length"),
+        )
+    ]
+    return _flag(file, settings, "do_lower_case", False), next((n for n in limits if n is not None), None)
+
+
+def _pooling(file: Path) -> tuple[Pooling, int | None]:
+    settings = _read_object(file)
+    if not _flag(file, settings, "include_prompt", True):
+        raise ModelError(f"{file}: include_prompt: false is not supported")
+    modes = settings.get("pooling_mode")
+    field = "pooling_mode"
+    if modes is None:
+        # All flags false or absent: sentence-transformers takes the mean.
+        flags = [name for name in _LEGACY_POOLING if _flag(file, settings, name, False)]
+        field = ", ".join(flags)
+        modes = [_LEGACY_POOLING[name] for name in flags] or ["mean"]
+    modes = [modes] if isinstance(modes, str) else modes
+    if not isinstance(modes, list) or len(modes) != 1 or modes[0] not in ("cls", "mean", "lasttoken"):
+        raise ModelError(f"{file}: {field}: expected one of cls, mean, lasttoken, got {modes!r}")
+    names = ("embedding_dimension", "word_embedding_dimension")
+    dimension = next((_positive(file, settings, name) for name in names if name in settings), None)
+    return cast("Pooling", modes[0]), dimension
+
+
+def _bare_pooling(config: Mapping[str, Any]) -> Pooling:
+    """Without `modules.json`: the last token for a causal language model, else the mean, as sentence-transformers does."""
+    architectures = config.get("architectures") or [""]
+    causal = str(architectures[0]).endswith("ForCausalLM") and config.get("is_causal", True)
+    return "lasttoken" if causal else "mean"
+
+
+def _prompts(file: Path) -> tuple[dict[str, str], str]:
+    settings = _read_optional(file)
+    if settings.get("model_type", "SentenceTransformer") != "SentenceTransformer":
+        raise ModelError(f"{file}: model_type: expected SentenceTransformer, got {settings['model_type']!r}")
+    prompts = settings.get("prompts") or {}
+    if not isinstance(prompts, dict) or not all(isinstance(p, str | None) for p in prompts.values()):
+        raise ModelError(f"{file}: prompts: expected an object of strings")
+    texts = {name: prompt or "" for name, prompt in prompts.items()}
+    name = settings.get("default_prompt_name")
+    if name is None:
+        return texts, ""
+    if name not in texts:
+        raise ModelError(f"{file}: default_prompt_name: {name!r} is not among prompts")
+    return texts, texts[name]
+
+
+def _tensors(checkpoint: Path) -> tuple[TensorSlice, ...]:
+    """Every tensor of the weights, sorted by name."""
+    single, index = checkpoint / "model.safetensors", checkpoint / "model.safetensors.index.json"
+    if single.exists():
+        files = [single]
+    elif index.exists():
+        weight_map = _read_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ModelError(f"{index}: weight_map: expected an object of tensor and file names")
+        names = sorted({str(name) for name in weight_map.values()})
+        if any(Path(name).name != name for name in names):
+            raise ModelError(f"{index}: weight_map: expected file names without a folder")
+        files = [checkpoint / name for name in names]
+    else:
+        pickled = sorted(f.name for pattern in ("*.bin", "*.pt", "*.pth") for f in checkpoint.glob(pattern))
+        reason = f"; pickled weights ({', '.join(pickled)}) are never loaded" if pickled else ""
+        raise ModelError(f"{single}: missing{reason}")
+    tensors: dict[str, TensorSlice] = {}
+    for file in files:
+        for tensor in read_header(file):
+            if tensor.name in tensors:
+                raise ModelError(f"{file}: tensor {tensor.name} is also in {tensors[tensor.name].file.name}")
+            tensors[tensor.name] = tensor
+    if not tensors:
+        raise ModelError(f"{files[0]}: no tensors")
+    return tuple(tensors[name] for name in sorted(tensors))
+
+
+def read_header(file: Path) -> list[TensorSlice]:
+    """The tensors of one safetensors file, whose size must be what the header promises."""
+    if not file.is_file():
+        raise ModelError(f"{file}: missing")
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, _HEADER_LIMIT):
+            raise ModelError(f"{file}: not a safetensors file, or cut short")
+        header = _parse(file, stream.read(length))
+    tensors = []
+    try:
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            begin, end = entry["data_offsets"]
+            shape = tuple(int(n) for n in entry["shape"])
+            tensors.append(
+                TensorSlice(name, str(entry["dtype"]), shape, file, 8 + length + begin, 8 + length + end)
+            )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{file}: not a safetensors header") from error
+    if max((tensor.end for tensor in tensors), default=8 + length) != size:
+        raise ModelError(f"{file}: cut short: {size} bytes are not what its header promises")
+    return tensors
+
+
+def _read_json(file: Path) -> Any:
+    if not file.is_file():
+        raise ModelError(f"{file}: missing")
+    return _parse(file, file.read_bytes())
+
+
+def _parse(file: Path, data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file}: not valid JSON") from error
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    value = _read_json(file)
+    if not isinstance(value, dict):
+        raise ModelError(f"{file}: expected an object")
+    return value
+
+
+def _read_optional(file: Path) -> dict[str, Any]:
+    return _read_object(file) if file.exists() else {}
+
+
+def _flag(file: Path, settings: Mapping[str, Any], name: str, default: bool) -> bool:
+    value = settings.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise ModelError(f"{file}: {name}: expected true or false")
+    return value
+
+
+def _positive(file: Path, settings: Mapping[str, Any], name: str) -> int | None:
+    """An integer above 0, or None when absent. Hugging Face writes 1e30, as an integer or a float, for "no limit"."""
+    value = settings.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 1:
+        raise ModelError(f"{file}: {name}: expected a positive number")
+    return int(value) if value < 1e9 else None

@@ -1,0 +1,1 @@
+"""Text becomes token ids, and a long text becomes windows."""

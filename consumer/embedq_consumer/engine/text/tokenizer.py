@@ -1,0 +1,184 @@
+"""Texts to token ids, exactly as sentence-transformers makes them, but in batches, off the GIL and from any thread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Encoding, Tokenizer, normalizers
+
+from embedq_consumer.engine import Chunked, ModelError, Piece, Text, TextTooLong, Tokens
+from embedq_consumer.engine.model_directory import ModelDirectory
+from embedq_consumer.engine.prefix_cache import LONGEST_PREFIX
+from embedq_consumer.engine.text.chunking import cut, spans_of, windows_of
+
+__all__ = ["TextTokenizer"]
+
+_LEAST_SHARED = 8
+"""Tokens that a shared prefix has at least: to lay its keys beside each text's own costs a little too."""
+_PROMPTS = 64
+"""Prompts whose ids are remembered."""
+
+
+class TextTokenizer:
+    """A fast tokenizer with no state that a call changes: truncation and padding are off for good, the cut is ours.
+
+    A text that spells a special token (`<|im_end|>`) is read as that token, and blanks at either end stay: both are
+    what sentence-transformers does. A cut never removes the special tokens that the post-processor adds
+    (`<|endoftext|>`, `[CLS]`, `[SEP]`).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, max_tokens: int) -> None:
+        self._tokenizer = tokenizer
+        self._max_tokens = max_tokens
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._front, self._behind = _added_tokens(tokenizer)
+        if self._front + self._behind >= max_tokens:
+            raise ModelError(f"the limit of {max_tokens} tokens leaves no room between the special tokens")
+        self._prefix = lru_cache(maxsize=_PROMPTS)(self._prefix_of)
+
+    @classmethod
+    def load(cls, directory: ModelDirectory, max_tokens: int) -> TextTokenizer:
+        """The tokenizer of `directory`.
+
+        transformers builds it, as it does for sentence-transformers: its classes may replace parts of `tokenizer.json`
+        by what `tokenizer_config.json` asks for.
+        """
+        from transformers import AutoTokenizer
+
+        file = directory.checkpoint / "tokenizer.json"
+        try:
+            wrapper = AutoTokenizer.from_pretrained(
+                str(directory.checkpoint), local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # the Rust side raises plain Exception
+            raise ModelError(f"{file}: {_first_line(error)}") from error
+        backend: Any = getattr(wrapper, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise ModelError(f"{file}: {type(wrapper).__name__} is not a fast tokenizer")
+        if directory.lower_case:
+            rest = [backend.normalizer] if backend.normalizer is not None else []
+            backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *rest])
+        return cls(backend, max_tokens)
+
+    @classmethod
+    def from_json(cls, serialized: str, max_tokens: int) -> TextTokenizer:
+        """The one that `to_json` came from."""
+        return cls(Tokenizer.from_str(serialized), max_tokens)
+
+    def to_json(self) -> str:
+        """The whole tokenizer, in the tokenizers library's own format."""
+        return str(self._tokenizer.to_str())
+
+    def tokenize(self, texts: Sequence[Text], *, share: bool = False) -> list[Tokens | TextTooLong]:
+        """Tokens of each text, in order; with `share`, how many of the first are a shared prompt's.
+
+        Safe to call from many threads at once.
+        """
+        encodings = self._tokenizer.encode_batch_fast([text.prompt + text.text for text in texts])
+        found = [self._fit(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
+        if not share:
+            return found
+        return [self._sharing(text, tokens) for text, tokens in zip(texts, found, strict=True)]
+
+    def _sharing(self, text: Text, tokens: Tokens | TextTooLong) -> Tokens | TextTooLong:
+        """The same tokens; `shared` says whether they begin with the prompt's, as they do unless these were cut."""
+        if isinstance(tokens, TextTooLong) or not text.prompt:
+            return tokens
+        prefix = self._prefix(text.prompt)
+        begins = len(tokens.ids) > len(prefix) and np.array_equal(tokens.ids[: len(prefix)], prefix)
+        return msgspec.structs.replace(tokens, shared=len(prefix)) if begins else tokens
+
+    def _prefix_of(self, prompt: str) -> npt.NDArray[np.int32]:
+        """Ids that texts behind this prompt begin with; none if they are too few to be worth sharing.
+
+        The prompt's last token is not among them: it may become another one with the text behind it.
+        """
+        ids: npt.NDArray[np.int32] = np.array(self._tokenizer.encode(prompt).ids, dtype=np.int32)
+        prefix = ids[: len(ids) - self._behind - 1][:LONGEST_PREFIX]
+        return prefix if len(prefix) >= _LEAST_SHARED else prefix[:0]
+
+    def chunk(self, texts: Sequence[Text], *, end_token: bool) -> list[Chunked | TextTooLong]:
+        """Each text in windows; see `Encoder.chunk`. With `end_token`, the last span of a window holds what stands behind
+        the text too. Safe to call from many threads at once."""
+        encodings = self._tokenizer.encode_batch([text.prompt + text.text for text in texts])
+        return [
+            self._chunk(text, encoding, end_token) for text, encoding in zip(texts, encodings, strict=True)
+        ]
+
+    def _chunk(self, text: Text, encoding: Encoding, end_token: bool) -> Chunked | TextTooLong:
+        assert text.chunk is not None, "a text without chunks. This is a bug."
+        ids: npt.NDArray[np.int32] = np.array(encoding.ids, dtype=np.int32)
+        end = len(ids) - self._behind
+        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)[self._front : end]
+        offsets -= len(text.prompt)
+        # A token that prompt and text share (a blank in front of a word) is the text's, or it would belong to no piece.
+        prompt = int(np.count_nonzero(np.maximum.accumulate(offsets[:, 1]) <= 0))
+        begins, ends = np.maximum(offsets[prompt:].T, 0)
+        head = self._front + prompt
+        around = head + self._behind
+        if 2 * around > self._max_tokens:
+            return TextTooLong(tokens=around, limit=self._max_tokens // 2)
+        room = self._max_tokens - around
+        late = text.chunk.mode == "late"
+        size = min(text.chunk.tokens or room, room)
+        # Windows shorter than the prompt would run mostly prompt: a small job could ask for a day of work.
+        ranges = cut(text.text, begins, ends, size if late else max(size, prompt))
+        if not ranges:
+            return Chunked((Tokens(ids),), (Piece(0, len(text.text), 0),))
+        windows = []
+        for group in windows_of(ranges, room) if late else ([found] for found in ranges):
+            first, last = group[0][0], group[-1][1]
+            if last - first > room:  # one character of more tokens than the model takes
+                return TextTooLong(tokens=last - first + around, limit=self._max_tokens)
+            row = np.concatenate([ids[:head], ids[head + first : head + last], ids[end:]])
+            spans = [(begin - first + head, stop - first + head) for begin, stop in group] if late else []
+            if spans and end_token:
+                spans[-1] = (spans[-1][0], len(row))
+            windows.append(Tokens(row, spans=tuple(spans)))
+        places = spans_of(ranges, begins, len(text.text))
+        pieces = [Piece(*place, stop - begin) for place, (begin, stop) in zip(places, ranges, strict=True)]
+        return Chunked(tuple(windows), tuple(pieces))
+
+    def _fit(self, text: Text, encoding: Encoding) -> Tokens | TextTooLong:
+        ids: npt.NDArray[np.int32] = np.array(encoding.ids, dtype=np.int32)
+        if len(ids) <= self._max_tokens:
+            return Tokens(ids)
+        if text.truncate == "error":
+            return TextTooLong(tokens=len(ids), limit=self._max_tokens)
+        end = len(ids) - self._behind
+        room = self._max_tokens - self._front - self._behind
+        if text.truncate == "end":
+            kept = [ids[: self._front + room], ids[end:]]
+        else:
+            prompt = self._prompt_tokens(text)
+            # A prompt that fills the limit by itself leaves nothing to keep of the text: then it is cut like the text.
+            prompt = prompt if prompt < room else 0
+            kept = [ids[: self._front + prompt], ids[end - (room - prompt) :]]
+        return Tokens(np.concatenate(kept), truncated=True)
+
+    def _prompt_tokens(self, text: Text) -> int:
+        """How many of the first tokens belong to the prompt; one that straddles the border does."""
+        if not text.prompt:
+            return 0
+        offsets = self._tokenizer.encode(text.prompt + text.text, add_special_tokens=False).offsets
+        return sum(begin < len(text.prompt) for begin, _ in offsets)
+
+
+def _added_tokens(tokenizer: Tokenizer) -> tuple[int, int]:
+    """How many tokens the post-processor puts in front of and behind a text."""
+    bare, full = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+    added = len(full) - len(bare)
+    for front in range(added + 1):
+        if full[front : front + len(bare)] == bare:
+            return front, added - front
+    raise ModelError("tokenizer.json: post_processor: expected one that only adds tokens around the text")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

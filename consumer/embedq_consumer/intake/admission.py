@@ -1,0 +1,288 @@
+"""Whether a record is a job that this replica can run. Pure: the model, the clock and the broker's topics are arguments."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable
+from typing import Final
+
+import msgspec
+
+from embedq_consumer.engine import Encoder
+from embedq_consumer.intake.jobs import JobState, Record, Request
+from embedq_shared import codec
+from embedq_shared.codec import BadJob, Envelope, Format
+from embedq_shared.headers import JobHeaders, parse
+from embedq_shared.messages import DEFAULT_ALIAS, DEFAULT_CHUNK_TOKENS, Chunking, ErrorBody, Job
+from embedq_shared.topics import CONTENT_TYPE, MSGPACK_TYPES, Topics
+from embedq_shared.vectors import vector_bytes
+
+PartitionCount = Callable[[str], int | None]
+
+# Bytes around the vectors: field names, numbers, and for each input index, tokens, flags and brackets.
+_RESULT_OVERHEAD: Final = 1024
+_DATUM_OVERHEAD: Final = 192
+# The longest decimals: "-1.2345679e-10," for float32, and as long for float16; "-128," for int8; "255," for binary.
+_DECIMAL_BYTES: Final = {"float32": 16, "float16": 16, "int8": 5, "binary": 4}
+
+
+class Rejection(msgspec.Struct, frozen=True):
+    """Why a record gets an error for an answer.
+
+    `dead_letter`: no result can answer the record fully, so it is copied to the dead-letter topic too.
+    `reply`: whether the answer goes to the reply address, or else to the results topic.
+    """
+
+    error: ErrorBody
+    format: Format
+    headers: JobHeaders
+    envelope: Envelope
+    dead_letter: bool = False
+    reply: bool = True
+
+
+class UnknownAddress(msgspec.Struct, frozen=True):
+    """The reply topic, or its partition, is not among those last seen: ask the broker before refusing the job.
+
+    `error` is what the job gets if the broker does not know it either.
+    """
+
+    headers: JobHeaders
+    error: ErrorBody
+
+
+class AdmissionPolicy(msgspec.Struct, frozen=True):
+    """The settings that decide what is accepted."""
+
+    topics: Topics
+    alias: str
+    max_inputs: int
+    max_text_bytes: int
+    max_result_bytes: int
+    reply_patterns: tuple[str, ...]
+
+    def admit(
+        self, record: Record, encoder: Encoder, now_ms: float, partitions: PartitionCount
+    ) -> JobState | Rejection | UnknownAddress:
+        """The job of one record, or why there is none."""
+        headers = parse(record.headers)
+        format = codec.format_of(headers.content_type)
+        address = self._check_address(headers, partitions)
+        if isinstance(address, UnknownAddress):
+            return address
+        if address is not None:
+            return self._refuse(record, headers, format or "json", address, dead_letter=True, reply=False)
+        if format is None:
+            known = ", ".join(["application/json", *sorted(MSGPACK_TYPES)])
+            error = ErrorBody.of(
+                "unsupported_content_type", f"header `{CONTENT_TYPE}`: expected one of {known}", CONTENT_TYPE
+            )
+            return Rejection(error, "json", headers, Envelope(), dead_letter=True)
+        try:
+            job = codec.decode_job(record.value, format, max_inputs=self.max_inputs)
+        except BadJob as bad:
+            # A value that does not decode is kept for whoever debugs its producer.
+            return Rejection(
+                bad.error, format, headers, bad.envelope, dead_letter=bad.error.code == "malformed"
+            )
+        envelope = codec.envelope_of(job)
+        if headers.bad_deadline is not None:
+            return Rejection(headers.bad_deadline, format, headers, envelope)
+        if headers.deadline_ms is not None and headers.deadline_ms <= now_ms:
+            return Rejection(EXPIRED, format, headers, envelope)
+        request = self._request(record, headers, job, format, encoder)
+        if isinstance(request, ErrorBody):
+            return Rejection(request, format, headers, envelope)
+        return JobState(record, headers, request, encoder)
+
+    def check_text(self, request: Request, index: int) -> ErrorBody | None:
+        """Why one text is refused before it is tokenized: tokenizing costs time and memory in its bytes."""
+        text = request.texts[index]
+        # A character is 1 to 4 bytes of UTF-8: count only where the limit is near.
+        if len(text) * 4 <= self.max_text_bytes or len(text.encode()) <= self.max_text_bytes:
+            return None
+        param = input_param(request, index)
+        return ErrorBody.of(
+            "text_too_long", f"`{param}`: expected at most {self.max_text_bytes} bytes of UTF-8", param
+        )
+
+    def _check_address(
+        self, headers: JobHeaders, partitions: PartitionCount
+    ) -> ErrorBody | UnknownAddress | None:
+        """Whether a result can be sent there; an unusable address means that the job is not computed."""
+        if headers.bad_address is not None:
+            return headers.bad_address
+        topic = headers.reply_topic
+        if topic is None:
+            if headers.reply_partition is None:
+                return None
+            topic = self.topics.results
+        elif not self._is_allowed(topic):
+            return ErrorBody.of(
+                "invalid_header",
+                "header `reply-topic`: expected a topic that this service may answer to; embedq's own job, control, "
+                "status, retry and dead-letter topics, and names that begin with `__`, never are",
+                "reply-topic",
+            )
+        count = partitions(topic)
+        if count is None:
+            error = "header `reply-topic`: expected a topic that exists"
+            return UnknownAddress(headers, ErrorBody.of("invalid_header", error, "reply-topic"))
+        if headers.reply_partition is not None and headers.reply_partition >= count:
+            error = f"header `reply-partition`: expected a partition below {count}, which is how many its topic has"
+            return UnknownAddress(headers, ErrorBody.of("invalid_header", error, "reply-partition"))
+        return None
+
+    def _is_allowed(self, topic: str) -> bool:
+        if self.topics.is_internal(topic):
+            return False
+        ours = topic in {self.topics.replies, self.topics.results}
+        return ours or any(fnmatch.fnmatchcase(topic, pattern) for pattern in self.reply_patterns)
+
+    def unknown_address(self, record: Record, address: UnknownAddress) -> Rejection:
+        """The refusal of a job whose reply address the broker does not have."""
+        format = codec.format_of(address.headers.content_type) or "json"
+        return self._refuse(record, address.headers, format, address.error, dead_letter=True, reply=False)
+
+    def _refuse(
+        self,
+        record: Record,
+        headers: JobHeaders,
+        format: Format,
+        error: ErrorBody,
+        *,
+        dead_letter: bool,
+        reply: bool,
+    ) -> Rejection:
+        """A refusal that repeats what can be read of the job."""
+        try:
+            job = codec.decode_job(record.value, format, max_inputs=self.max_inputs)
+            envelope = codec.envelope_of(job)
+        except BadJob as bad:
+            envelope = bad.envelope
+        return Rejection(error, format, headers, envelope, dead_letter, reply)
+
+    def _request(
+        self, record: Record, headers: JobHeaders, job: Job, format: Format, encoder: Encoder
+    ) -> Request | ErrorBody:
+        """The job with every default filled in, or the first rule of the model and the service that it breaks."""
+        alias = DEFAULT_ALIAS if job.model is None else job.model
+        if alias != self.alias:
+            return ErrorBody.of(
+                "unknown_model", f"`model`: expected {self.alias!r}, the one alias served here", "model"
+            )
+        dimensions = encoder.hidden_size if job.dimensions is None else job.dimensions
+        if dimensions > encoder.hidden_size:
+            return ErrorBody.of(
+                "invalid_value",
+                f"`dimensions`: expected an integer from 32 to {encoder.hidden_size}, the model's hidden size",
+                "dimensions",
+            )
+        dtype = job.dtype or "float32"
+        if dtype == "binary" and dimensions % 8:
+            return ErrorBody.of(
+                "invalid_value",
+                f"`dimensions`: expected a multiple of 8 where `dtype` is binary; the model has {dimensions}",
+                "dimensions",
+            )
+        if job.chunk is not None and job.chunk.mode == "late" and not encoder.late_chunks:
+            return ErrorBody.of(
+                "invalid_value",
+                "`chunk.mode`: expected mean; this model's vector is that of its first token, so a span has none",
+                "chunk.mode",
+            )
+        listed = not isinstance(job.input, str)
+        texts = [job.input] if isinstance(job.input, str) else job.input
+        request = Request(
+            id=job.id if job.id is not None else record.name,
+            model=alias,
+            texts=texts,
+            listed=listed,
+            prompt=prompt_for(job, encoder),
+            dimensions=dimensions,
+            dtype=dtype,
+            encoding=job.encoding_format or "float",
+            truncate=job.truncate or "error",
+            chunk=_chunking(job, encoder),
+            max_spans=self.max_inputs,
+            metadata=job.metadata if bytes(job.metadata) else codec.null(format),
+            format=format,
+        )
+        fixed = fixed_bytes(record, headers, request)
+        if fixed + datum_bytes(request) > self.max_result_bytes:
+            return ErrorBody.of(
+                "result_too_large",
+                f"expected a result of at most {self.max_result_bytes} bytes; the job's key, headers, id, metadata and "
+                f"one vector take {fixed + datum_bytes(request)}",
+            )
+        return request
+
+
+EXPIRED: Final = ErrorBody.of(
+    "expired", "header `deadline`: expected a time after the job is taken up", "deadline"
+)
+
+
+def input_param(request: Request, index: int) -> str:
+    """How an error names one input."""
+    return f"input[{index}]" if request.listed else "input"
+
+
+def prompt_for(job: Job, encoder: Encoder) -> str:
+    """What goes in front of each text. The template is Qwen3-Embedding's: one blank after `Instruct:`, none after `Query:`."""
+    if job.instruction is not None:
+        return f"Instruct: {job.instruction}\nQuery:"
+    if job.input_type is not None:
+        return encoder.prompts.get(job.input_type, "")
+    return encoder.default_prompt
+
+
+def _chunking(job: Job, encoder: Encoder) -> Chunking | None:
+    """What the job asks for, so that equal wishes are equal values."""
+    if job.chunk is None:
+        return None
+    default = DEFAULT_CHUNK_TOKENS if job.chunk.mode == "late" else encoder.max_tokens
+    return Chunking(job.chunk.mode, min(job.chunk.tokens or default, encoder.max_tokens))
+
+
+def fixed_bytes(record: Record, headers: JobHeaders, request: Request) -> int:
+    """Upper bound of what each part of a result holds beside its vectors."""
+    echoed = sum(len(name) + len(value) + 8 for name, value in headers.echo)
+    key = len(record.key) if record.key is not None else 4 * len(request.id)
+    # JSON writes a control character as six bytes.
+    return (
+        _RESULT_OVERHEAD
+        + echoed
+        + key
+        + 6 * len(request.id.encode())
+        + 6 * len(request.model)
+        + len(bytes(request.metadata))
+    )
+
+
+def datum_bytes(request: Request) -> int:
+    """Upper bound of one vector in a result."""
+    raw = vector_bytes(request.dimensions, request.dtype)
+    if request.format == "msgpack":
+        return _DATUM_OVERHEAD + raw
+    if request.encoding == "base64":
+        return _DATUM_OVERHEAD + (raw + 2) // 3 * 4
+    numbers = raw if request.dtype == "binary" else request.dimensions
+    return _DATUM_OVERHEAD + numbers * _DECIMAL_BYTES[request.dtype]
+
+
+def held_bytes(request: Request, hidden_size: int) -> int:
+    """What a job's vectors may take in memory, a generous estimate before anything is tokenized."""
+    if request.chunk is None:
+        return len(request.texts) * datum_bytes(request)
+    # Windows run in micro-batches of their own, and what is there of a text waits, as the model gave it, for the rest.
+    each = max(datum_bytes(request), 8 * hidden_size)
+    return each * (min(request.max_spans, _most_spans(request)) if request.late else len(request.texts))
+
+
+def _most_spans(request: Request) -> int:
+    """A token is a byte at least, and a span three quarters full."""
+    assert request.chunk is not None
+    assert request.chunk.tokens is not None
+    least = request.chunk.tokens - request.chunk.tokens // 4
+    return sum(1 + len(text) * (1 if text.isascii() else 4) // least for text in request.texts)

@@ -1,0 +1,160 @@
+"""A job in flight, from the record it came in to the answer that it gets."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from embedq_consumer.batching.batcher import Lane
+from embedq_consumer.engine import Encoder
+from embedq_consumer.intake.offsets import Ticket
+from embedq_shared.codec import Format
+from embedq_shared.headers import JobHeaders
+from embedq_shared.messages import Chunking, Dtype, EncodingFormat, ErrorBody, Truncate
+
+
+class Record(msgspec.Struct, frozen=True, gc=False):
+    """One record of a job topic, as it was polled. `polled_at` is monotonic seconds, `timestamp_ms` Kafka's."""
+
+    ticket: Ticket
+    lane: Lane
+    key: bytes | None
+    value: bytes | None
+    headers: tuple[tuple[str, bytes], ...]
+    timestamp_ms: int
+    timestamp_type: int
+    polled_at: float
+
+    @property
+    def name(self) -> str:
+        """`topic-partition-offset`: the id of a job that has none."""
+        partition = self.ticket.partition
+        return f"{partition.topic}-{partition.partition}-{self.ticket.offset}"
+
+    @property
+    def size(self) -> int:
+        """Bytes that it holds while in flight."""
+        headers = sum(len(name) + len(value or b"") for name, value in self.headers)
+        return len(self.value or b"") + len(self.key or b"") + headers
+
+
+class InputVector(msgspec.Struct, frozen=True, gc=False):
+    """The vector of one input, as it goes over the wire."""
+
+    vector: bytes
+    tokens: int
+    truncated: Literal["start", "end"] | None  # the policy by which it was cut, None if it was not
+    scale: float | None
+    cached: bool
+
+
+class Span(msgspec.Struct, frozen=True, gc=False):
+    """The vector of one span of an input, `[start, end)` in code points."""
+
+    start: int
+    end: int
+    tokens: int
+    vector: bytes
+    scale: float | None
+
+
+class Spans(msgspec.Struct, frozen=True):
+    """The vectors of all spans of one input, in order; `tokens` is what was run for it."""
+
+    spans: tuple[Span, ...]
+    tokens: int
+
+
+Outcome = InputVector | Spans | ErrorBody
+
+
+class Request(msgspec.Struct, frozen=True):
+    """What an accepted job asks for, with every default filled in for the model that will run it."""
+
+    id: str
+    model: str
+    texts: list[str]
+    listed: bool  # the input was a list, so that inputs fail one by one
+    prompt: str
+    dimensions: int
+    dtype: Dtype
+    encoding: EncodingFormat
+    truncate: Truncate
+    chunk: Chunking | None  # its `tokens` are there, and at most the model's limit
+    max_spans: int  # of all its inputs together
+    metadata: msgspec.Raw
+    format: Format
+
+    @property
+    def late(self) -> bool:
+        """Whether an input gets several vectors."""
+        return self.chunk is not None and self.chunk.mode == "late"
+
+
+class JobState:
+    """One job between the poll and its answer. Touched on the event loop alone.
+
+    It keeps the encoder that it was accepted for, so that no job is ever split over two model versions.
+    """
+
+    __slots__ = (
+        "compute_s",
+        "encoder",
+        "headers",
+        "outcomes",
+        "queue_s",
+        "record",
+        "remaining",
+        "request",
+        "spans",
+        "tokenize_s",
+    )
+
+    def __init__(self, record: Record, headers: JobHeaders, request: Request, encoder: Encoder) -> None:
+        self.record = record
+        self.headers = headers
+        self.request = request
+        self.encoder = encoder
+        self.outcomes: list[Outcome | None] = [None] * len(request.texts)
+        self.remaining = len(request.texts)
+        self.spans = 0
+        self.queue_s: float | None = None
+        self.tokenize_s: float | None = None
+        self.compute_s: float | None = None
+
+    def settle(self, index: int, outcome: Outcome) -> bool:
+        """Give one input its outcome. True when that was the last one."""
+        if self.outcomes[index] is not None:
+            raise RuntimeError(f"input {index} settled twice. This is a bug.")
+        if isinstance(outcome, Spans):
+            self.spans += len(outcome.spans)
+            if self.spans > self.request.max_spans:
+                outcome = too_many_spans(self.request)
+        self.outcomes[index] = outcome
+        self.remaining -= 1
+        return self.remaining == 0
+
+    def expired(self, now_ms: float) -> bool:
+        """Whether the caller has given up by now."""
+        return self.headers.deadline_ms is not None and self.headers.deadline_ms <= now_ms
+
+    def failure(self) -> ErrorBody | None:
+        """Why the job as a whole has no vectors; None if any input has one or a list names its errors one by one."""
+        errors = [outcome for outcome in self.outcomes if isinstance(outcome, ErrorBody)]
+        if over := next((error for error in errors if error.code == "too_many_inputs"), None):
+            return over  # which inputs found no room is chance: the job fails the same way each time
+        if len(errors) < len(self.outcomes):
+            return None
+        if not self.request.listed or all(error.code == "expired" for error in errors):
+            return errors[0]
+        return None
+
+
+def too_many_spans(request: Request) -> ErrorBody:
+    """A job whose late chunks are more vectors than a job may have."""
+    return ErrorBody.of(
+        "too_many_inputs",
+        f"`chunk`: expected at most {request.max_spans} spans in a job; `tokens` may be larger",
+        "chunk",
+    )

@@ -1,0 +1,89 @@
+"""What this replica says about itself on the status topic: at each change, and again while it lives."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+from embedq_consumer.delivery.result_records import Outgoing
+from embedq_consumer.telemetry.metrics import Metrics
+from embedq_shared.codec import encode_record
+from embedq_shared.messages import STATUS_INTERVAL_S, Control, State, Status, Step
+from embedq_shared.topics import Topics
+
+Publish = Callable[[list[Outgoing]], Awaitable[object]]
+
+
+class StatusReporter:
+    """Owns the replica's status. Key of each record: the replica, so that compaction keeps the last one."""
+
+    def __init__(self, topics: Topics, replica: str, alias: str, publish: Publish, metrics: Metrics) -> None:
+        self._topic = topics.status
+        self._publish = publish
+        self._metrics = metrics
+        self._step_since = time.monotonic()
+        self.status = Status(
+            replica=replica,
+            alias=alias,
+            version=None,
+            step="starting",
+            state="LOADING",
+            model_version=None,
+            error=None,
+            at=0,
+        )
+
+    async def say(
+        self,
+        step: Step,
+        state: State,
+        *,
+        command: Control | None = None,
+        model_version: str | None = None,
+        error: str | None = None,
+    ) -> None:
+        """Change the status and publish it. What is not given of a command or a model stays as it was."""
+        now = time.monotonic()
+        if self.status.step != step:
+            self._metrics.reload_seconds.labels(self.status.step).observe(now - self._step_since)
+            self._step_since = now
+        self.status = msgspec.structs.replace(
+            self.status,
+            step=step,
+            state=state,
+            error=error,
+            version=command.version if command else self.status.version,
+            command_id=command.command_id if command else self.status.command_id,
+            model_version=model_version or self.status.model_version,
+        )
+        await self._send(self.status)
+
+    async def refuse(self, command: Control, error: str) -> None:
+        """Say once that a command was not applied, without changing the status."""
+        await self._send(
+            msgspec.structs.replace(
+                self.status,
+                version=command.version,
+                command_id=command.command_id,
+                step="validate",
+                state="FAILED",
+                error=error,
+            )
+        )
+
+    async def repeat(self) -> None:
+        """Say again that this replica lives."""
+        while True:
+            await asyncio.sleep(STATUS_INTERVAL_S)
+            await self.say_again()
+
+    async def say_again(self) -> None:
+        """Publish the status as it is."""
+        await self._send(self.status)
+
+    async def _send(self, status: Status) -> None:
+        at = msgspec.structs.replace(status, at=int(time.time() * 1000))
+        await self._publish([Outgoing(self._topic, None, at.replica.encode(), encode_record(at), [])])

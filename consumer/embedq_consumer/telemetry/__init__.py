@@ -1,0 +1,1 @@
+"""What operators see: health pages, metrics and logs."""

@@ -1,0 +1,131 @@
+"""Every metric of the service, in one list. Counted where the fact happens; no label has values that users choose."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    PlatformCollector,
+    ProcessCollector,
+)
+
+from embedq_consumer.batching.batcher import LANES
+from embedq_shared.messages import ErrorCode, ResultStatus
+
+_SECONDS = (
+    0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0,
+)  # fmt: skip
+_TOKENS = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+_ITEMS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+class Metrics:
+    """One registry for each process, so that a test or a second service in one process starts from zero."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        PlatformCollector(registry=registry)
+
+        def counter(name: str, help: str, *labels: str) -> Counter:
+            return Counter(f"embedq_{name}", help, labels, registry=registry)
+
+        def gauge(name: str, help: str, *labels: str) -> Gauge:
+            return Gauge(f"embedq_{name}", help, labels, registry=registry)
+
+        def seconds(name: str, help: str, *labels: str) -> Histogram:
+            return Histogram(f"embedq_{name}_seconds", help, labels, registry=registry, buckets=_SECONDS)
+
+        # Intake
+        self.records = counter("records_total", "Job records polled.", "lane")
+        self.jobs = counter("jobs_total", "Jobs answered, by the status of their result.", "lane", "status")
+        self.inputs = counter("inputs_total", "Texts answered with a vector.", "lane")
+        self.errors = counter("errors_total", "Jobs and single inputs that failed, by error code.", "code")
+        self.deduplicated = counter(
+            "deduplicated_total", "Texts that shared the computation of an equal one under way."
+        )
+        self.truncated = counter("truncated_total", "Texts that were cut, as their job allowed.")
+        self.dead_letters = counter(
+            "dead_letters_total", "Records copied to the dead-letter topic, by error code.", "code"
+        )
+        self.in_flight_jobs = gauge("in_flight_jobs", "Jobs accepted and not yet finished.", "lane")
+        self.in_flight_bytes = gauge("in_flight_bytes", "Bytes of the jobs in flight.", "lane")
+        self.paused = gauge("paused", "1 while the lane takes no records, since it is full.", "lane")
+        self.lag = gauge(
+            "lag_records",
+            "Records between the committed offset and the end of the partition.",
+            "topic",
+            "partition",
+        )
+        self.commits = counter("commits_total", "Offset commits, by outcome.", "outcome")
+        self.rebalances = counter("rebalances_total", "Partition assignments received.")
+        self.assigned = gauge("assigned_partitions", "Partitions that this replica reads.")
+
+        # Stages of a job
+        self.queue = seconds("queue", "From the poll to the start of the micro-batch.", "lane")
+        self.tokenize = seconds("tokenize", "Tokenizing one poll's texts.")
+        self.compute = seconds("compute", "Running one micro-batch.")
+        self.publish = seconds("publish", "From encoding results to the broker's acknowledgement.")
+        self.job = seconds("job", "From the poll to the acknowledged result.", "lane")
+
+        # Micro-batches
+        self.batch_tokens = Histogram(
+            "embedq_batch_tokens", "Tokens in a micro-batch.", registry=registry, buckets=_TOKENS
+        )
+        self.batch_items = Histogram(
+            "embedq_batch_items", "Texts in a micro-batch.", registry=registry, buckets=_ITEMS
+        )
+        self.batch_fill = Histogram(
+            "embedq_batch_fill_ratio",
+            "Tokens in a micro-batch over the token budget.",
+            registry=registry,
+            buckets=(0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 1.0),
+        )
+        self.batch_budget = gauge(
+            "batch_budget_tokens", "Tokens that a micro-batch may hold; lowered when memory runs out."
+        )
+        self.batch_splits = counter("batch_splits_total", "Micro-batches halved after they failed.")
+        self.tokens = counter("tokens_total", "Tokens run through the model.")
+        self.waiting_tokens = gauge("waiting_tokens", "Tokens waiting for a micro-batch.", "lane")
+
+        # Cache
+        self.cache = counter(
+            "cache_lookups_total", "Cache look-ups: hit, miss, corrupt, error, bypass.", "outcome"
+        )
+        self.cache_writes = counter("cache_writes_total", "Cache writes: ok, error, bypass.", "outcome")
+        self.cache_seconds = seconds("cache", "One round trip to Redis.", "operation")
+        self.cache_open = gauge("cache_breaker_open", "1 while Redis is left alone after failures.")
+
+        # Results
+        self.results = counter("results_total", "Result records acknowledged by the broker.")
+        self.result_bytes = counter("result_bytes_total", "Bytes of acknowledged result values.")
+        self.producer_restarts = counter("producer_restarts_total", "Producers replaced after an error.")
+
+        # Model
+        self.model = Info("embedq_model", "The model that serves.", registry=registry)
+        self.reloads = counter("reloads_total", "Control records applied: ready, failed, ignored.", "outcome")
+        self.reload_seconds = seconds("reload_step", "Each step of a reload.", "step")
+        self.ready = gauge("ready", "1 while the replica takes jobs.")
+        self.heartbeat_age = gauge("loop_heartbeat_age_seconds", "Age of the slowest loop's last heartbeat.")
+
+        # From the start at 0: Prometheus sees no increase in a series that begins at 1.
+        for lane in LANES:
+            self.records.labels(lane)
+            for status in get_args(ResultStatus):
+                self.jobs.labels(lane, status)
+        for code in get_args(ErrorCode):
+            self.errors.labels(code)
+            self.dead_letters.labels(code)
+        for outcome in ("ready", "failed", "ignored"):
+            self.reloads.labels(outcome)
+        for outcome in ("ok", "error", "fenced"):
+            self.commits.labels(outcome)
+        for outcome in ("hit", "miss", "corrupt", "error", "bypass"):
+            self.cache.labels(outcome)
+        for outcome in ("ok", "error", "bypass"):
+            self.cache_writes.labels(outcome)

@@ -1,0 +1,1 @@
+"""Two models compared offline, before a reload: `embedq verify`."""

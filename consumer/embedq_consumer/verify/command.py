@@ -1,0 +1,399 @@
+"""`embedq verify MODEL --against MODEL`: what changes when one model, dtype or device takes another's place.
+
+A plug-in of the command line (entry point `embedq.commands`). Both models run one after the other, as the service runs
+them, so that one GPU is enough. Nothing is written anywhere.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import click
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from embedq_consumer.engine import (
+    DeviceLost,
+    Encoder,
+    ModelError,
+    OutOfMemory,
+    Quantization,
+    Text,
+    Tokens,
+    default_batch_tokens,
+    load_encoder,
+)
+from embedq_consumer.intake.admission import prompt_for
+from embedq_consumer.verify import similarity as likeness
+from embedq_consumer.verify.sample_texts import sample_texts
+from embedq_shared.messages import Job
+
+__all__ = ["verify"]
+
+MISSED = 1
+"""A threshold is missed, or a text has no vector."""
+NOT_RUN = 2
+"""A model or the texts cannot be used."""
+
+_SHOWN_CHARACTERS = 40
+
+
+class Unusable(Exception):
+    """The texts or the options cannot be used; the message says why."""
+
+
+class Line(msgspec.Struct, frozen=True):
+    """One text, and where it stands in its file, from 1 on."""
+
+    number: int
+    text: str
+
+
+class Setup(msgspec.Struct, frozen=True):
+    """How one model is loaded."""
+
+    path: Path
+    device: str
+    quantization: Quantization
+    keep_bf16: tuple[int, ...]
+
+
+class Side(msgspec.Struct, frozen=True, kw_only=True):
+    """One model and how it ran."""
+
+    path: str
+    device: str
+    quantization: Quantization
+    keep_bf16: tuple[int, ...]
+    model_version: str
+    hidden_size: int
+    tokens: int
+    seconds: float
+    """In the encoder, one micro-batch after the other."""
+    tokens_per_second: float
+    cut: int
+    """Texts longer than the model takes, of which the end was left out."""
+    without_vector: tuple[int, ...]
+    """Lines whose vector is zero or not finite."""
+
+
+class Pair(msgspec.Struct, frozen=True):
+    """A text that changed much; `cosine` is None where the vectors have two lengths."""
+
+    line: int
+    cosine: float | None
+    agreement: float
+    text: str
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    texts: int
+    """Compared: neither empty, nor equal to an earlier one, and with a vector of both models."""
+    dimensions: tuple[int, int]
+    model: Side
+    against: Side
+    cosine: likeness.Cosines | None
+    neighbours: likeness.Neighbours
+    worst: tuple[Pair, ...]
+    missed: tuple[str, ...]
+    """What was asked for and is not so."""
+
+
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """What holds for both models, and what the outcome must be."""
+
+    dimensions: int | None
+    top_k: int
+    input_type: Literal["query", "document"] | None
+    instruction: str | None
+    threads: int | None
+    threshold: float
+    min_cosine: float | None
+    min_agreement: float | None
+    worst: int
+
+
+@click.command()
+@click.argument("model", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--against", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)
+@click.option(
+    "--texts",
+    "source",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="One text a line, or .jsonl with `text` in each object; absent: a few hundred that are built in.",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--against-device", help="Absent: the same.")
+@click.option("--quantization", type=click.Choice(get_args(Quantization)), default="none", show_default=True)
+@click.option(
+    "--against-quantization", type=click.Choice(get_args(Quantization)), default="none", show_default=True
+)
+@click.option("--keep-bf16", default="", help="Layers that FP8 leaves as they are: 0,1,-1.")
+@click.option("--against-keep-bf16", default="")
+@click.option("--dimensions", type=click.IntRange(1), help="Cut the vectors to so many components.")
+@click.option("--top-k", type=click.IntRange(1), default=10, show_default=True, help="Neighbours of a text.")
+@click.option("--input-type", type=click.Choice(["query", "document"]), help="Put this prompt in front.")
+@click.option("--instruction", help="Put this instruction in front.")
+@click.option("--threads", type=click.IntRange(1), help="Of PyTorch on a CPU; absent: all cores.")
+@click.option("--threshold", type=click.FloatRange(-1, 1), default=0.99, show_default=True)
+@click.option("--min-cosine", type=click.FloatRange(-1, 1), help="Exit with 1 if any text is less alike.")
+@click.option("--min-agreement", type=click.FloatRange(0, 1), help="Exit with 1 if the mean is less.")
+@click.option("--worst", type=click.IntRange(0), default=5, show_default=True, help="Texts to show.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+def verify(
+    model: Path,
+    against: Path,
+    source: Path | None,
+    device: str,
+    against_device: str | None,
+    quantization: Quantization,
+    against_quantization: Quantization,
+    keep_bf16: str,
+    against_keep_bf16: str,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Compare MODEL's vectors with another model's, or with its own in another dtype or on another device.
+
+    Exit code 1 if --min-cosine or --min-agreement is missed or a text has no vector, 2 if a model cannot be
+    loaded or run.
+    """
+    asked = Asked(**options)
+    try:
+        sides = (
+            Setup(model, device, quantization, _layers(keep_bf16)),
+            Setup(against, against_device or device, against_quantization, _layers(against_keep_bf16)),
+        )
+        lines = list(_lines(source))
+        report = _report(lines, sides, asked)
+    except (ModelError, OutOfMemory, DeviceLost, Unusable) as error:
+        click.echo(f"embedq: {error}", err=True)
+        sys.exit(NOT_RUN)
+    except ModuleNotFoundError as missing:
+        click.echo(f"embedq: verify needs {missing.name}: pip install 'embedq[consumer]'", err=True)
+        sys.exit(NOT_RUN)
+    if as_json:
+        click.echo(msgspec.json.encode(report))
+    else:
+        for table in _tables(report):
+            Console().print(table)
+    for miss in report.missed:
+        click.echo(f"embedq: {miss}", err=True)
+    sys.exit(MISSED if report.missed else 0)
+
+
+def _lines(source: Path | None) -> Iterator[Line]:
+    """The texts to compare: none is empty, and of equal ones, which have no order as neighbours, the first."""
+    seen: set[str] = set()
+    for number, text in enumerate(_texts(source), 1):
+        if text.strip() and text not in seen:
+            seen.add(text)
+            yield Line(number, text)
+
+
+def _texts(source: Path | None) -> Iterator[str]:
+    if source is None:
+        yield from sample_texts()
+        return
+    objects = source.suffix in (".jsonl", ".ndjson")
+    with source.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if objects and line.strip():
+                    yield msgspec.json.decode(line, type=_Object).text
+                else:
+                    yield line.decode().rstrip("\r\n")
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                raise Unusable(f"{source}: line {number}: {error}") from None
+
+
+class _Object(msgspec.Struct):
+    text: str
+
+
+def _layers(listed: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in listed.split(",") if number.strip())
+    except ValueError:
+        raise Unusable(f"--keep-bf16: expected layers' numbers with commas, got {listed!r}") from None
+
+
+def _report(lines: Sequence[Line], setups: Sequence[Setup], asked: Asked) -> Report:
+    if len(lines) < 2:
+        raise Unusable(f"expected at least two texts that differ, got {len(lines)}")
+    (one, first), (other, second) = (_run(lines, setup, asked) for setup in setups)
+    failed = {*one.without_vector, *other.without_vector}
+    kept = [n for n, line in enumerate(lines) if line.number not in failed]
+    if len(kept) < 2:
+        raise Unusable(f"only {len(kept)} of {len(lines)} texts have a vector of both models")
+    a, b = (likeness.unit(vectors[kept], asked.dimensions) for vectors in (first, second))
+    k = min(asked.top_k, len(kept) - 1)
+    neighbours, shares = likeness.agreements(likeness.nearest(a, k), likeness.nearest(b, k))
+    comparable = a.shape[1] == b.shape[1]
+    angles = likeness.cosines(a, b).tolist() if comparable else [None] * len(kept)
+    order = np.argsort(likeness.cosines(a, b) if comparable else shares, kind="stable")[: asked.worst]
+    cosine = likeness.summary(a, b, asked.threshold) if comparable else None
+    return Report(
+        texts=len(kept),
+        dimensions=(a.shape[1], b.shape[1]),
+        model=one,
+        against=other,
+        cosine=cosine,
+        neighbours=neighbours,
+        worst=tuple(
+            Pair(
+                line=lines[kept[n]].number,
+                cosine=angles[n],
+                agreement=float(shares[n]),
+                text=lines[kept[n]].text[:_SHOWN_CHARACTERS],
+            )
+            for n in order.tolist()
+        ),
+        missed=tuple(_missed(one, other, cosine, neighbours, asked)),
+    )
+
+
+def _missed(
+    one: Side,
+    other: Side,
+    cosine: likeness.Cosines | None,
+    neighbours: likeness.Neighbours,
+    asked: Asked,
+) -> Iterator[str]:
+    for side in (one, other):
+        if side.without_vector:
+            yield f"{len(side.without_vector)} texts have no vector of {side.path}, the first in line {side.without_vector[0]}"
+    if asked.min_cosine is not None:
+        if cosine is None:
+            yield "--min-cosine: vectors of two lengths have no cosine"
+        elif cosine.min < asked.min_cosine:
+            yield f"the least cosine is {cosine.min:.6f}, less than {asked.min_cosine:g}"
+    if asked.min_agreement is not None and neighbours.mean < asked.min_agreement:
+        yield f"the mean neighbour agreement is {neighbours.mean:.4f}, less than {asked.min_agreement:g}"
+
+
+def _run(lines: Sequence[Line], setup: Setup, asked: Asked) -> tuple[Side, npt.NDArray[np.float32]]:
+    """Load, encode, unload: how it went, and float32 (lines, hidden_size), with whatever numbers the model gave."""
+    encoder = load_encoder(
+        setup.path,
+        device=setup.device,
+        threads=asked.threads,
+        quantization=setup.quantization,
+        keep_bf16=setup.keep_bf16,
+    )
+    try:
+        if asked.dimensions is not None and asked.dimensions > encoder.hidden_size:
+            raise Unusable(f"--dimensions: {setup.path} gives {encoder.hidden_size} components at most")
+        job = Job(input="", input_type=asked.input_type, instruction=asked.instruction)
+        prompt = prompt_for(job, encoder)
+        tokens = [
+            found
+            for found in encoder.tokenize([Text(line.text, prompt, "end") for line in lines])
+            if isinstance(found, Tokens)
+        ]
+        assert len(tokens) == len(lines), "a text that may be cut is never too long. This is a bug."
+        vectors, seconds = _encode(encoder, tokens, default_batch_tokens(setup.device))
+    finally:
+        encoder.close()
+        gc.collect()  # what holds the device's memory in cycles must not be there when the next model loads
+    usable = np.isfinite(vectors).all(axis=1) & vectors[:, : asked.dimensions].any(axis=1)
+    count = sum(len(found.ids) for found in tokens)
+    side = Side(
+        path=str(setup.path),
+        device=setup.device,
+        quantization=setup.quantization,
+        keep_bf16=setup.keep_bf16,
+        model_version=encoder.model_version,
+        hidden_size=vectors.shape[1],
+        tokens=count,
+        seconds=seconds,
+        tokens_per_second=count / seconds,
+        cut=sum(found.truncated for found in tokens),
+        without_vector=tuple(lines[n].number for n in np.flatnonzero(~usable).tolist()),
+    )
+    return side, vectors
+
+
+def _encode(encoder: Encoder, tokens: Sequence[Tokens], budget: int) -> tuple[npt.NDArray[np.float32], float]:
+    """Vectors, and seconds without the first micro-batch's first run, which makes what later ones find ready."""
+    batches = list(_micro_batches(tokens, budget))
+    encoder.submit(batches[0]).result()
+    begun = time.perf_counter()
+    vectors = np.concatenate([encoder.submit(batch).result() for batch in batches])
+    return vectors, time.perf_counter() - begun
+
+
+def _micro_batches(tokens: Sequence[Tokens], budget: int) -> Iterator[list[Tokens]]:
+    batch: list[Tokens] = []
+    room = budget
+    for found in tokens:
+        if batch and found.cost > room:
+            yield batch
+            batch, room = [], budget
+        batch.append(found)
+        room -= found.cost
+    yield batch
+
+
+def _tables(report: Report) -> Iterator[Table]:
+    models = Table("", title=f"{report.texts} texts")
+    for name in ("model", "against"):
+        models.add_column(name, overflow="fold")
+    sides = (report.model, report.against)
+    for name, values in (
+        ("path", [side.path for side in sides]),
+        ("version", [side.model_version for side in sides]),
+        ("device", [side.device for side in sides]),
+        ("quantization", [_quantization(side) for side in sides]),
+        ("vector", [f"{n} of {side.hidden_size}" for n, side in zip(report.dimensions, sides, strict=True)]),
+        ("tokens", [f"{side.tokens:,}" for side in sides]),
+        ("tokens/s", [f"{side.tokens_per_second:,.0f}" for side in sides]),
+        ("texts cut", [str(side.cut) for side in sides]),
+        ("without vector", [str(len(side.without_vector)) for side in sides]),
+    ):
+        models.add_row(name, *values)
+    yield models
+    yield _likeness_table(report)
+    if report.worst:
+        worst = Table("line", "cosine", "agreement", "text", title="the least alike")
+        for pair in report.worst:
+            cosine = "" if pair.cosine is None else f"{pair.cosine:.6f}"
+            worst.add_row(str(pair.line), cosine, f"{pair.agreement:.2f}", escape(repr(pair.text)[1:-1]))
+        yield worst
+
+
+def _quantization(side: Side) -> str:
+    kept = ", ".join(map(str, side.keep_bf16))
+    return f"{side.quantization}, but for layers {kept}" if kept else side.quantization
+
+
+def _likeness_table(report: Report) -> Table:
+    table = Table("likeness", "value")
+    cosine = report.cosine
+    if cosine is None:
+        table.add_row("cosine", "none: the vectors have two lengths")
+    else:
+        for name, value in (
+            ("cosine, min", f"{cosine.min:.6f}"),
+            ("cosine, 1 %", f"{cosine.p1:.6f}"),
+            ("cosine, 5 %", f"{cosine.p5:.6f}"),
+            ("cosine, 50 %", f"{cosine.p50:.6f}"),
+            ("cosine, mean", f"{cosine.mean:.6f}"),
+            (f"cosine below {cosine.threshold:g}", f"{cosine.below_threshold:.2%} of the texts"),
+            ("largest difference", f"{cosine.largest_difference:.2e}"),
+        ):
+            table.add_row(name, value)
+    found = report.neighbours
+    table.add_row(f"top-{found.k} agreement, mean", f"{found.mean:.4f}")
+    table.add_row(f"top-{found.k} agreement, min", f"{found.min:.2f}")
+    table.add_row(f"top-{found.k} unchanged", f"{found.unchanged:.2%} of the texts")
+    return table

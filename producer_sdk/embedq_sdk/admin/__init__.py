@@ -1,0 +1,1 @@
+"""What operators do from anywhere: reload models, read the status, create topics."""

@@ -1,0 +1,192 @@
+"""Creating embedq's topics, and saying where existing ones differ from what embedq wants."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
+
+from embedq_sdk.errors import InvalidArgument, KafkaUnavailable
+from embedq_sdk.job_options import checked_count, checked_timeout
+from embedq_sdk.transport.kafka import KafkaConnection, reason
+from embedq_shared.topics import Topics, is_topic_name
+
+_MINUTE: Final = 60_000
+_DAY: Final = 24 * 60 * _MINUTE
+_PAUSE_S: Final = 0.1
+
+DEFAULT_PARTITIONS: Final = 8
+DEFAULT_REPLY_PARTITIONS: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class TopicSpec:
+    """One topic as embedq wants it."""
+
+    name: str
+    partitions: int
+    config: Mapping[str, str]
+
+
+@dataclass(slots=True)
+class TopicReport:
+    """One topic after `create_topics`. `differences` has a sentence for each thing that is not as embedq wants it."""
+
+    name: str
+    partitions: int
+    created: bool
+    differences: list[str] = field(default_factory=list)
+
+
+def wanted_topics(prefix: str, *, partitions: int, reply_partitions: int) -> list[TopicSpec]:
+    """Every topic of the wire contract, with its configuration."""
+    topics = Topics(prefix)
+    # Many instances share the reply topic and nobody reads old replies: small segments let Kafka delete them soon.
+    short = {
+        "cleanup.policy": "delete",
+        "retention.ms": str(15 * _MINUTE),
+        "segment.ms": str(5 * _MINUTE),
+        "segment.bytes": str(128 << 20),
+    }
+    week = {"cleanup.policy": "delete", "retention.ms": str(7 * _DAY)}
+    # Compaction looks at closed segments alone, so these roll often.
+    compacted = {
+        "cleanup.policy": "compact",
+        "segment.ms": str(10 * _MINUTE),
+        "min.cleanable.dirty.ratio": "0.1",
+        "delete.retention.ms": str(_DAY),
+    }
+    return [
+        TopicSpec(topics.jobs, partitions, week),
+        TopicSpec(topics.bulk, partitions, week),
+        TopicSpec(topics.results, partitions, week),
+        TopicSpec(topics.replies, reply_partitions, short),
+        TopicSpec(topics.control, 1, compacted),
+        TopicSpec(topics.status, 1, compacted),
+        TopicSpec(
+            # A dead letter keeps its record's timestamp: retention by time would delete what was old at once.
+            topics.dead_letters,
+            partitions,
+            {"cleanup.policy": "delete", "retention.ms": "-1"},
+        ),
+    ]
+
+
+async def create_topics(
+    servers: str | list[str],
+    *,
+    prefix: str = "embed",
+    partitions: int = DEFAULT_PARTITIONS,
+    reply_partitions: int = DEFAULT_REPLY_PARTITIONS,
+    replication: int | None = None,
+    timeout: float = 30.0,
+    connect_timeout: float = 10.0,
+    **security: Any,
+) -> list[TopicReport]:
+    """Create what is missing and look at what is there; changes no topic that exists. Run it as often as you like.
+
+    Args:
+        partitions: of the job, result and dead letter topics; it bounds the number of replicas that share a lane.
+        reply_partitions: of the reply topic; client instances spread over them.
+        replication: copies of each topic; absent: three, or as many as there are brokers.
+
+    Raises:
+        InvalidArgument, KafkaUnavailable: nothing was created, or not everything.
+    """
+    if not isinstance(prefix, str) or not is_topic_name(f"{prefix}.jobs.bulk"):
+        raise InvalidArgument(argument="prefix", expected="the beginning of a topic name", got=repr(prefix))
+    specs = wanted_topics(
+        prefix,
+        partitions=checked_count("partitions", partitions),
+        reply_partitions=checked_count("reply_partitions", reply_partitions),
+    )
+    if replication is not None:
+        checked_count("replication", replication)
+    timeout = checked_timeout("timeout", timeout)
+    where = KafkaConnection.of(servers, security)
+    loop = asyncio.get_running_loop()
+    end = loop.time() + timeout
+    async with where.opened(where.admin, checked_timeout("connect_timeout", connect_timeout)) as admin:
+        try:
+            async with asyncio.timeout_at(end):
+                existing = set(await admin.list_topics())
+                copies = replication or min(3, len((await admin.describe_cluster())["brokers"]))
+                missing = [spec for spec in specs if spec.name not in existing]
+                while missing:
+                    missing = await _create(admin, missing, copies)
+                    if missing:
+                        await asyncio.sleep(_PAUSE_S)
+                return await _describe(admin, specs, existing)
+        except TimeoutError:
+            raise where.unavailable(f"creating the topics took more than {timeout:g} s") from None
+        except (KafkaError, OSError) as error:
+            raise where.unavailable(f"creating the topics: {reason(error)}") from error
+
+
+async def _create(admin: AIOKafkaAdminClient, specs: list[TopicSpec], copies: int) -> list[TopicSpec]:
+    """Create topics; those that the broker was not ready for are returned."""
+    new = [NewTopic(spec.name, spec.partitions, copies, topic_configs=dict(spec.config)) for spec in specs]
+    try:
+        answer = await admin.create_topics(new)
+    except AttributeError:
+        return specs  # aiokafka's metadata has no controller yet
+    again: list[TopicSpec] = []
+    by_name = {spec.name: spec for spec in specs}
+    for name, code, *rest in answer.topic_errors:
+        error = for_code(code)
+        if code == 0 or error is TopicAlreadyExistsError:
+            continue
+        if getattr(error, "retriable", False):
+            again.append(by_name[name])
+            continue
+        detail = rest[0] if rest and rest[0] else error.__name__
+        if error.__name__ in {"InvalidReplicationFactorError", "InvalidPartitionsError"}:
+            argument = "replication" if "Replication" in error.__name__ else "partitions"
+            raise InvalidArgument(argument=argument, expected="what the cluster can hold", got=str(detail))
+        raise KafkaError(f"{name}: {detail}")
+    return again
+
+
+async def _describe(
+    admin: AIOKafkaAdminClient, specs: list[TopicSpec], existing: set[str]
+) -> list[TopicReport]:
+    """What the broker now says of each topic."""
+    names = [spec.name for spec in specs]
+    counts: dict[str, int] = {}
+    while len(counts) < len(names):  # a new topic takes a moment to be known everywhere
+        described = await admin.describe_topics(names)
+        counts = {
+            t["topic"]: len(t["partitions"]) for t in described if t["error_code"] == 0 and t["partitions"]
+        }
+        if len(counts) < len(names):
+            await asyncio.sleep(_PAUSE_S)
+    configs = await _configs(admin, names)
+    reports: list[TopicReport] = []
+    for spec in specs:
+        report = TopicReport(spec.name, counts[spec.name], created=spec.name not in existing)
+        if report.partitions != spec.partitions:
+            report.differences.append(f"has {report.partitions} partitions, not {spec.partitions}")
+        for key, value in spec.config.items():
+            found = configs.get(spec.name, {}).get(key)
+            if found != value:
+                report.differences.append(f"{key} is {found}, not {value}")
+        reports.append(report)
+    return reports
+
+
+async def _configs(admin: AIOKafkaAdminClient, names: list[str]) -> dict[str, dict[str, str]]:
+    """Each topic's configuration."""
+    found: dict[str, dict[str, str]] = {}
+    resources = [ConfigResource(ConfigResourceType.TOPIC, name) for name in names]
+    for response in await admin.describe_configs(resources):
+        for _code, _message, _kind, name, entries in response.resources:
+            found[name] = {entry[0]: entry[1] for entry in entries}
+    return found
+
+
+__all__ = ["KafkaUnavailable", "TopicReport", "TopicSpec", "create_topics", "wanted_topics"]

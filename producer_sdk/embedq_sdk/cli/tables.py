@@ -1,0 +1,71 @@
+"""Replicas and lags as a person reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.table import Table
+
+from embedq_sdk.admin.rollout import ReplicaView, RolloutUpdate
+
+if TYPE_CHECKING:
+    from embedq_sdk.admin.control import ServiceStatus
+
+_COLOURS = {"READY": "green", "FAILED": "red", "LOADING": "yellow", "STOPPED": "dim"}
+
+
+def short(model_version: str | None) -> str:
+    """Enough of a digest to tell two apart."""
+    return "-" if model_version is None else model_version[:19]
+
+
+def replica_table(replicas: Iterable[ReplicaView], title: str) -> Table:
+    """One row for each replica."""
+    table = Table(title=title, title_justify="left")
+    for column in ("replica", "alias", "state", "step", "version", "model", "age", "error"):
+        table.add_column(column)
+    for replica in replicas:
+        colour = _COLOURS[replica.state]
+        table.add_row(
+            escape(replica.replica),
+            escape(replica.alias),
+            f"[{colour}]{replica.state}[/]",
+            replica.step,
+            "-" if replica.version is None else str(replica.version),
+            short(replica.model_version),
+            f"{replica.age_s:.0f} s",
+            escape(replica.error or ""),
+        )
+    return table
+
+
+def replica_lines(before: RolloutUpdate | None, now: RolloutUpdate) -> Iterator[str]:
+    """A line for each replica that changed."""
+    known = {r.replica: (r.state, r.step, r.version) for r in before.replicas} if before else {}
+    if before is None:
+        yield f"{now.alias} version {now.version}: {len(now.replicas)} live replicas"
+    for replica in now.replicas:
+        if known.pop(replica.replica, None) != (replica.state, replica.step, replica.version):
+            error = f": {replica.error}" if replica.error else ""
+            version = "-" if replica.version is None else replica.version
+            yield f"{replica.replica}: {replica.state} {replica.step} (version {version}){error}"
+    for replica_id in known:
+        yield f"{replica_id}: gone"
+
+
+def status_lines(status: ServiceStatus, *, plain: bool) -> Sequence[Table | str]:
+    """All that `embedq status` shows."""
+    lag = [f"{lane.topic}: {lane.jobs} jobs waiting" for lane in status.lag]
+    if not status.replicas:
+        return ["no live replicas", *lag]
+    if not plain:
+        return [replica_table(status.replicas, "replicas"), *lag]
+    rows = [
+        f"{escape(r.replica)} {escape(r.alias)} {r.state} {r.step} "
+        f"version={'-' if r.version is None else r.version} model={short(r.model_version)} age={r.age_s:.0f}s"
+        + (f" error={escape(r.error)}" if r.error else "")
+        for r in status.replicas
+    ]
+    return [*rows, *lag]

@@ -1,0 +1,1 @@
+"""Jobs out, replies in: everything that a client does with Kafka."""

@@ -1,0 +1,167 @@
+"""`embedq dev` as its user meets it: in a terminal, until Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from aiokafka.admin import AIOKafkaAdminClient
+
+from tests.helpers.programs import alive, own_environ, wait_for
+
+pytestmark = pytest.mark.kafka
+
+IN_A_TERMINAL = "import os, sys; os.login_tty(0); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+
+
+class Terminal:
+    """A program with a terminal of its own, what it showed, and the keys pressed."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._master, slave = os.openpty()
+        program = f"import sys; from embedq_sdk.dev.command import run; sys.exit(run({', '.join(arguments)}))"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", IN_A_TERMINAL, "-c", program],
+            env=own_environ(),
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+        )
+        os.close(slave)
+        self._shown = b""
+
+    def shown(self) -> str:
+        while select.select([self._master], [], [], 0)[0]:
+            try:
+                data = os.read(self._master, 1 << 16)
+            except OSError:  # how Linux says that the program closed its side
+                break
+            if not data:
+                break
+            self._shown += data
+        return self._shown.decode().replace("\r\n", "\n")
+
+    def press_ctrl_c(self) -> None:
+        os.write(self._master, b"\x03")
+
+    def exported(self, name: str) -> str:
+        (value,) = re.findall(rf"^  export {name}=(\S+)$", self.shown(), re.MULTILINE)
+        return str(value)
+
+    def descendants(self) -> list[int]:
+        return [child.pid for child in psutil.Process(self.process.pid).children(recursive=True)]
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._master)
+
+
+@contextlib.contextmanager
+def terminal(*arguments: str) -> Iterator[Terminal]:
+    opened = Terminal(*arguments)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+async def topics_of(servers: str) -> set[str]:
+    admin = AIOKafkaAdminClient(bootstrap_servers=servers)
+    await admin.start()
+    try:
+        return set(await admin.list_topics())
+    finally:
+        await admin.close()
+
+
+def end_of(screen: Terminal, within: float = 60.0) -> int:
+    wait_for(lambda: screen.process.poll() is not None, within=within, what="the program's end")
+    return screen.process.returncode
+
+
+def started(screen: Terminal) -> None:
+    wait_for(
+        lambda: "Press Ctrl-C" in screen.shown() or screen.process.poll() is not None,
+        within=90,
+        what="the start",
+    )
+    assert screen.process.poll() is None, screen.shown()
+
+
+def test_ctrl_c_ends_everything_quietly_with_exit_code_0() -> None:
+    with terminal() as screen:
+        started(screen)
+        children = screen.descendants()
+        assert len(children) >= 4  # two guardians, Redis, Kafka
+        screen.press_ctrl_c()
+        assert end_of(screen) == 0
+        assert not any(map(alive, children))
+        assert screen.shown().endswith("Press Ctrl-C to stop.\n^CStopped.\n")
+
+
+def test_sigterm_ends_it_with_exit_code_0() -> None:
+    with terminal("None", "False") as screen:
+        started(screen)
+        children = screen.descendants()
+        screen.process.send_signal(signal.SIGTERM)
+        assert end_of(screen) == 0
+        assert not any(map(alive, children))
+        assert "Traceback" not in screen.shown()
+
+
+def test_ctrl_c_during_the_start_ends_it_too() -> None:
+    with terminal("None", "False") as screen:
+        # Its child's child is Redis: the start has begun and Kafka is not there yet.
+        wait_for(lambda: len(screen.descendants()) >= 2, within=60)
+        children = screen.descendants()
+        screen.press_ctrl_c()
+        assert end_of(screen) == 0
+        wait_for(lambda: not any(map(alive, children)))
+        assert "Traceback" not in screen.shown()
+        assert "Press Ctrl-C" not in screen.shown()
+
+
+def test_the_lines_to_copy_lead_to_a_broker_that_has_embedqs_topics() -> None:
+    with terminal() as screen:
+        started(screen)
+        assert "Apache Kafka 4.1.0 (embedded process)\n" in screen.shown()
+        assert screen.exported("EMBEDQ_REDIS_URL").startswith("redis://127.0.0.1:")
+        topics = asyncio.run(topics_of(screen.exported("EMBEDQ_KAFKA_SERVERS")))
+        assert {"embed.jobs", "embed.jobs.bulk", "embed.replies", "embed.control"} <= topics
+
+
+def test_a_server_that_dies_ends_the_command_with_exit_code_1() -> None:
+    with terminal("None", "False") as screen:
+        started(screen)
+        for pid in screen.descendants():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "redis-server" in psutil.Process(pid).name():
+                    os.kill(pid, signal.SIGKILL)
+        assert end_of(screen) == 1
+        assert "redis ended with exit code -9" in screen.shown()
+        assert "Traceback" not in screen.shown()
+
+
+def test_a_model_that_is_no_directory_is_told_before_anything_starts(tmp_path: Path) -> None:
+    with terminal(repr(str(tmp_path / "none")), "False") as screen:
+        assert end_of(screen) == 1
+        assert screen.shown() == f"{tmp_path / 'none'} is not a directory\n"
+
+
+def test_a_consumer_that_fails_is_told_with_its_own_words(tmp_path: Path) -> None:
+    """An empty directory is no model: the consumer says so, and the command ends."""
+    with terminal(repr(str(tmp_path)), "True") as screen:
+        assert end_of(screen, within=100) == 1
+        assert "the consumer ended with exit code" in screen.shown()
+        assert str(tmp_path) in screen.shown()

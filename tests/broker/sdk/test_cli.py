@@ -1,0 +1,263 @@
+"""The command line as a user runs it: another process, a real Kafka, exit codes and what is on which stream."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from embedq_sdk.admin.topics import create_topics
+from embedq_shared.messages import Datum, ErrorBody
+from tests.broker.sdk.test_client import changed
+from tests.helpers.fake_replica import Replica, failing, silent
+from tests.helpers.responder import OLD, Answer, Received, Responder, expected
+
+pytestmark = pytest.mark.kafka
+
+Responders = Callable[..., Responder]
+Run = Callable[..., Any]
+
+
+class Done(msgspec.Struct):
+    code: int
+    out: str
+    err: str
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [msgspec.json.decode(line) for line in self.out.splitlines()]
+
+
+@pytest.fixture
+def embedq(servers: str, prefix: str) -> Run:
+    async def run(*arguments: str, stdin: str | bytes = "", **environ: str) -> Done:
+        settings = {"EMBEDQ_KAFKA_SERVERS": servers, "EMBEDQ_TOPIC_PREFIX": prefix} | environ
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", "from embedq_sdk.cli import main; main()", *arguments),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ | settings,
+        )
+        async with asyncio.timeout(60):
+            out, err = await process.communicate(stdin.encode() if isinstance(stdin, str) else stdin)
+        assert b"Traceback" not in err
+        assert process.returncode is not None
+        return Done(process.returncode, out.decode(), err.decode())
+
+    return run
+
+
+async def test_texts_become_json_lines(embedq: Run, responder: Responders) -> None:
+    async with responder():
+        done = await embedq("embed", "hello", "", "--dimensions", "32")
+
+    assert (done.code, done.err) == (0, "")
+    first, second = done.lines()
+    assert first.keys() == {"index", "embedding", "model_version", "tokens"}
+    assert (first["index"], first["model_version"], first["tokens"]) == (0, OLD, 1)
+    assert np.array_equal(np.float32(first["embedding"]), expected("hello", 32))
+    assert np.array_equal(np.float32(second["embedding"]), expected("", 32))
+
+
+async def test_a_file_becomes_an_array(embedq: Run, responder: Responders, tmp_path: Path) -> None:
+    texts = [f"line {n} with \u2028 inside" for n in range(500)]
+    (tmp_path / "in.txt").write_text("\r\n".join(texts) + "\n", encoding="utf-8", newline="")
+    async with responder() as other:
+        done = await embedq(
+            *("embed", "--file", str(tmp_path / "in.txt"), "--out", str(tmp_path / "out.npy")),
+            *("--query", "--instruction", "find", "--lane", "bulk", "--batch-size", "50"),
+        )
+
+    assert (done.code, done.out, done.err) == (0, "", "")
+    assert np.array_equal(np.load(tmp_path / "out.npy"), np.stack([expected(text) for text in texts]))
+    job = other.received[0]
+    assert (job.job.input_type, job.job.instruction) == ("query", "find")
+    assert job.topic.endswith(".bulk")
+
+
+async def test_standard_input_becomes_a_file_of_lines(
+    embedq: Run, responder: Responders, tmp_path: Path
+) -> None:
+    async with responder():
+        done = await embedq(
+            "embed", "--file", "-", "--with-text", "--out", str(tmp_path / "o.jsonl"), stdin="eins\nzwei"
+        )
+
+    assert (done.code, done.out) == (0, "")
+    lines = [msgspec.json.decode(line) for line in (tmp_path / "o.jsonl").read_bytes().splitlines()]
+    assert [line["text"] for line in lines] == ["eins", "zwei"]
+
+
+async def test_a_failed_text_is_told_and_changes_the_exit_code(embedq: Run, responder: Responders) -> None:
+    def second_fails(job: Received) -> list[Answer]:
+        good = other.good(job)
+        bad = Datum(index=1, embedding=None, error=ErrorBody.of("text_too_long", "expected less", "input[1]"))
+        return [changed(good, data=[good.data[0], bad])]
+
+    async with responder() as other:
+        other.behave = second_fails
+        done = await embedq("embed", "a", "b")
+
+    assert done.code == 1
+    assert done.err == "embedq: text 1: text_too_long: expected less\n"
+    assert [set(line) & {"embedding", "error"} for line in done.lines()] == [{"embedding"}, {"error"}]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("embed",), "give either TEXTS or --file"),
+        (("embed", "x", "--out", "x.csv"), ".jsonl or .npy"),
+        (("embed", "x", "--dimensions", "5"), "`dimensions`: expected an integer of at least 32, got 5"),
+        (("embed", "x", "--timeout", "0"), "`timeout`"),
+        (("embed", "x", "--instruction", "i", "--document"), "`instruction`"),
+        (("reload", "/m", "--digest", "abc"), "`digest`: expected sha256:"),
+        (("reload", "/m", "--min-cosine", "3"), "min-cosine"),
+        (("topics", "create", "--partitions", "0"), "partitions"),
+    ],
+)
+async def test_wrong_usage_is_exit_code_2(embedq: Run, arguments: tuple[str, ...], told: str) -> None:
+    done = await embedq(*arguments)
+
+    assert done.code == 2
+    assert told in done.err
+
+
+async def test_bytes_that_are_no_text_are_named_by_line(embedq: Run) -> None:
+    done = await embedq("embed", "--file", "-", stdin=b"good\n\xff\xfe\n")
+
+    assert done.code == 2
+    assert "line 2" in done.err
+
+
+@pytest.mark.parametrize(
+    "arguments", [("embed", "x"), ("reload", "/m"), ("status",), ("topics", "create")], ids=lambda a: a[0]
+)
+async def test_without_kafka_one_line_says_so(
+    embedq: Run, arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    done = await embedq(*arguments, EMBEDQ_KAFKA_SERVERS="127.0.0.1:1")
+
+    assert done.code == 3
+    assert done.err.count("\n") == 1
+    assert done.err.startswith("embedq: Kafka at 127.0.0.1:1 does not answer")
+
+
+async def test_a_missing_topic_is_one_line(embedq: Run) -> None:
+    done = await embedq("embed", "x", EMBEDQ_TOPIC_PREFIX="nowhere")
+
+    assert done.code == 1
+    assert done.err.count("\n") == 1
+    assert "embedq topics create" in done.err
+
+
+async def test_the_version_is_the_distributions(embedq: Run) -> None:
+    assert (await embedq("--version")).out.startswith("embedq, version ")
+
+
+async def test_topics_are_created_and_then_exist(embedq: Run) -> None:
+    prefix = f"cli-{uuid.uuid4().hex[:8]}"
+    command = ("topics", "create", "--reply-partitions", "2", "--prefix", prefix)
+
+    first = await embedq(*command, "--partitions", "2")
+    second = await embedq(*command, "--partitions", "3")
+
+    assert first.code == second.code == 0
+    assert f"{prefix}.jobs: created, 2 partitions" in first.out.splitlines()
+    assert f"{prefix}.jobs: exists, 2 partitions" in second.out.splitlines()
+    assert f"embedq: warning: {prefix}.jobs has 2 partitions, not 3" in second.err.splitlines()
+
+
+@pytest.fixture
+def fresh(servers: str) -> str:
+    name = f"cli-{uuid.uuid4().hex[:8]}"
+    asyncio.run(create_topics(servers, prefix=name, partitions=2, reply_partitions=1))
+    return name
+
+
+async def test_reload_shows_each_step_and_ends_well(embedq: Run, servers: str, fresh: str) -> None:
+    async with Replica(servers, fresh, "r1") as replica:
+        done = await embedq("reload", "/models/new", "--prefix", fresh, "--policy", "resource")
+
+    assert done.code == 0
+    assert "r1: READY serving (version 1)" in done.out
+    assert done.out.splitlines()[-1] == "default version 1: READY on 1 of 1 replicas"
+    assert replica.commands[0].policy == "resource_preserving"
+
+
+async def test_a_failed_reload_gives_the_reason(embedq: Run, servers: str, fresh: str) -> None:
+    async with Replica(servers, fresh, "r1"), Replica(servers, fresh, "r2", failing):
+        done = await embedq("reload", "/models/bad", "--prefix", fresh)
+
+    assert done.code == 1
+    assert done.err == "embedq: r2 FAILED and keeps its old model: no such directory\n"
+
+
+async def test_a_reload_that_nobody_answers_is_exit_code_2(embedq: Run, servers: str, fresh: str) -> None:
+    alone = await embedq("reload", "/m", "--prefix", fresh, "--timeout", "1")
+    async with Replica(servers, fresh, "stuck", silent):
+        stuck = await embedq("reload", "/m", "--prefix", fresh, "--timeout", "2")
+
+    assert alone.code == stuck.code == 2
+    assert "no live replica" in alone.err
+    assert "no answer within 2 s from stuck" in stuck.err
+
+
+async def test_status_for_people_and_for_programs(embedq: Run, servers: str, fresh: str) -> None:
+    async with Replica(servers, fresh, "r1"):
+        plain = await embedq("status", "--prefix", fresh)
+        program = await embedq("status", "--json", "--prefix", fresh)
+
+    assert plain.code == program.code == 0
+    assert plain.out.startswith("r1 default READY serving version=- model=- age=")
+    assert f"{fresh}.jobs: 0 jobs waiting" in plain.out
+    found = msgspec.json.decode(program.out)
+    assert found["replicas"][0]["replica"] == "r1"
+    assert found["lag"][0] == {"topic": f"{fresh}.jobs", "jobs": 0}
+
+
+LONG_TEXT = "The moon is round. 😀 And the sun is too."
+
+
+async def test_the_command_writes_a_line_for_each_span(embedq: Run, responder: Responders) -> None:
+    def second_fails(received: Received) -> list[Answer]:
+        whole = other.good(received)
+        error = ErrorBody.of("non_finite", "`input[1]`: not finite", "input[1]")
+        data = [datum for datum in whole.data if datum.index != 1]
+        return [changed(whole, data=[*data, Datum(index=1, embedding=None, error=error)])]
+
+    async with responder() as other:
+        done = await embedq("embed", LONG_TEXT, "b", "--chunk", "late", "--chunk-tokens", "16")
+        other.behave = second_fails
+        partly = await embedq("embed", LONG_TEXT, "b", "--chunk", "late", "--chunk-tokens", "16")
+    assert (done.code, done.err) == (0, "")
+    lines = done.lines()
+    assert [(line["index"], line["span"]) for line in lines] == [
+        (0, [0, 16]),
+        (0, [16, 32]),
+        (0, [32, len(LONG_TEXT)]),
+        (1, [0, 1]),
+    ]
+    assert np.array_equal(np.float32(lines[1]["embedding"]), expected(LONG_TEXT[16:32]))
+    assert partly.code == 1
+    assert [line.get("span") for line in partly.lines()] == [[0, 16], [16, 32], [32, len(LONG_TEXT)], None]
+
+
+async def test_the_command_refuses_what_makes_no_sense(embedq: Run, tmp_path: Path) -> None:
+    for arguments, reason in (
+        (("--chunk-tokens", "16"), "--chunk late"),
+        (("--chunk", "late", "--out", str(tmp_path / "a.npy")), ".jsonl"),
+        (("--chunk", "mean", "--chunk-tokens", "7"), "at least 8"),
+    ):
+        done = await embedq("embed", "a", *arguments)
+        assert done.code == 2
+        assert reason in done.err

@@ -1,0 +1,98 @@
+"""The intake against a real broker, without the rest of the service."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+
+import pytest
+from aiokafka import TopicPartition
+from aiokafka.consumer.fetcher import PartitionRecords
+
+from embedq_consumer.intake.flow_control import InFlightLimits
+from embedq_consumer.intake.jobs import Record
+from embedq_consumer.intake.poll_loop import Intake
+from embedq_consumer.telemetry.metrics import Metrics
+from embedq_sdk.dev import DevStack
+from embedq_shared.topics import Topics
+from tests.helpers.delivery import preload
+from tests.helpers.service_process import fresh_prefix, make_topics
+from tests.helpers.support import wait_until
+
+pytestmark = [pytest.mark.kafka, pytest.mark.timeout(120)]
+
+
+class Taken:
+    """What an intake with little room took, in order. Each poll's records are answered a little later."""
+
+    def __init__(self, stack: DevStack, topics: Topics) -> None:
+        self.records: list[Record] = []
+        self.times_full = 0
+        self._flow = InFlightLimits(max_jobs=20, max_bytes=1_000_000)
+        self._intake = Intake(
+            {"bootstrap_servers": stack.kafka_servers},
+            topics=topics,
+            group=topics.prefix,
+            flow=self._flow,
+            metrics=Metrics(),
+            beat=lambda: None,
+            max_poll_records=10,
+            session_timeout_ms=6000,
+            rebalance_timeout_ms=20_000,
+            commit_interval_s=0.5,
+            max_uncommitted=2048,
+        )
+
+    async def until(self, count: int) -> None:
+        """Run the intake until it took so many."""
+        await self._intake.open()
+        polling = asyncio.create_task(self._intake.run(self._take, lambda record, error: None))
+        try:
+            await wait_until(lambda: len(self.records) >= count, what=f"{count} records")
+            assert await self._intake.stop(within=10)
+            await polling
+        finally:
+            polling.cancel()
+            with suppress(asyncio.CancelledError):
+                await polling
+            await self._intake.close()
+
+    def _take(self, records: Sequence[Record]) -> None:
+        self.records += records
+        self.times_full += self._flow.is_full("interactive")
+        asyncio.get_running_loop().call_later(0.002, self._answer, records)
+
+    def _answer(self, records: Sequence[Record]) -> None:
+        for record in records:
+            self._intake.finish(record)
+
+
+async def test_a_lane_that_is_full_again_and_again_fetches_its_records_once(
+    stack: DevStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: Counter[TopicPartition] = Counter()
+    parse = PartitionRecords.__init__
+
+    def counting(self: PartitionRecords, tp: TopicPartition, *rest: object) -> None:
+        fetched[tp] += 1
+        parse(self, tp, *rest)
+
+    monkeypatch.setattr(PartitionRecords, "__init__", counting)
+    topics = await make_topics(stack, fresh_prefix(), partitions=2)
+    await preload(stack, topics.jobs, 1000)
+    taken = Taken(stack, topics)
+    await taken.until(1000)
+    assert len({record.name for record in taken.records}) == 1000
+    assert taken.times_full > 10
+    assert max(fetched.values()) <= 2  # the second for what the first response had no room for
+
+
+async def test_no_record_waits_behind_all_that_was_fetched_of_another_partition(stack: DevStack) -> None:
+    topics = await make_topics(stack, fresh_prefix(), partitions=2)
+    await preload(stack, topics.jobs, 1000)
+    taken = Taken(stack, topics)
+    await taken.until(1000)
+    first = Counter(record.ticket.partition.partition for record in taken.records[:300])
+    assert min(first[0], first[1]) >= 100

@@ -1,0 +1,83 @@
+"""Redis may vanish at any time: jobs are computed then, and none waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedq_sdk.dev import DevStack
+from tests.helpers.delivery import load, until_committed
+from tests.helpers.service_process import Replica, fresh_prefix, make_topics, reader, replicas
+
+pytestmark = [pytest.mark.kafka, pytest.mark.timeout(180)]
+
+
+@pytest.fixture(scope="module")
+def own_redis(stack: DevStack) -> Iterator[DevStack]:
+    """The session's broker with a Redis that this module may stop."""
+    with DevStack(environ={"EMBEDQ_KAFKA_SERVERS": stack.kafka_servers}) as own:
+        yield own
+
+
+def repeated_job(number: int) -> dict[str, Any]:
+    """Ten texts in turn, so that nearly every job could be a hit."""
+    return {"id": f"job-{number}", "input": f"text number {number % 10}", "dimensions": 32}
+
+
+def hits(results: list[dict[str, Any]]) -> int:
+    return sum(result["data"][0]["cached"] for result in results)
+
+
+async def test_redis_stopped_frozen_and_started_again_costs_no_job_and_no_repeat(
+    own_redis: DevStack, models: Path, tmp_path: Path
+) -> None:
+    topics = await make_topics(own_redis, fresh_prefix())
+    replica = Replica(own_redis, topics, models / "qwen-a", tmp_path / "log")
+    async with replicas(replica), reader(own_redis, topics.results) as results:
+        async with load(own_redis, topics.jobs, results, window=16, make=repeated_job) as jobs:
+            await jobs.progress(100)
+            assert hits(jobs.answered.results) > 0
+
+            await asyncio.to_thread(own_redis.stop_redis, kill=True)
+            await jobs.progress(200)
+            assert not any(result["data"][0]["cached"] for result in jobs.answered.results[-50:])
+            assert await replica.get("/readyz") == 200
+
+            await asyncio.to_thread(own_redis.start_redis)
+            before = hits(jobs.answered.results)
+            while hits(jobs.answered.results) == before:  # the breaker tries again by itself
+                await jobs.progress(20)
+
+            await asyncio.to_thread(own_redis.pause_redis)
+            try:
+                await jobs.progress(200)
+            finally:
+                await asyncio.to_thread(own_redis.resume_redis)
+            await jobs.progress(20)
+        await until_committed(own_redis, topics)
+        assert await replica.stop() == 0
+        await jobs.answered.all()
+    assert set(jobs.answered.counts()) == set(jobs.ids)
+    assert jobs.answered.duplicates() == 0
+    assert {len(result["data"][0]["embedding"]) for result in jobs.answered.results} == {32}
+
+
+async def test_a_replica_that_starts_without_redis_serves_and_uses_it_once_it_is_there(
+    own_redis: DevStack, models: Path, tmp_path: Path
+) -> None:
+    topics = await make_topics(own_redis, fresh_prefix())
+    await asyncio.to_thread(own_redis.stop_redis)
+    async with (
+        replicas(Replica(own_redis, topics, models / "qwen-b", tmp_path / "log")),
+        reader(own_redis, topics.results) as results,
+        load(own_redis, topics.jobs, results, window=16, make=repeated_job) as jobs,
+    ):
+        await jobs.progress(50)
+        assert hits(jobs.answered.results) == 0
+        await asyncio.to_thread(own_redis.start_redis)
+        while hits(jobs.answered.results) == 0:
+            await jobs.progress(20)

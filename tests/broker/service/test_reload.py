@@ -1,0 +1,295 @@
+"""Models change while jobs flow: no job is lost, and every vector says truly which model made it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import uuid
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from aiokafka import AIOKafkaProducer
+
+from embedq_consumer.engine import Text, Tokens, load_encoder
+from embedq_sdk.dev import DevStack
+from embedq_shared.topics import Topics
+from embedq_shared.vectors import cut_and_normalize
+from tests.helpers.delivery import load, send_unreadable, statuses, until_committed
+from tests.helpers.service_process import (
+    Reader,
+    Replica,
+    fresh_prefix,
+    make_topics,
+    producer,
+    reader,
+    replicas,
+)
+from tests.helpers.support import wait_until
+from tests.helpers.tiny_models import nan_weights
+
+pytestmark = [pytest.mark.kafka, pytest.mark.timeout(240)]
+
+_TEXTS = tuple(f"the text of number {number}" + " and more" * (number % 7) for number in range(12))
+_DIMENSIONS = 64
+
+
+class Own:
+    """A model's own output, computed here: what its service must give."""
+
+    def __init__(self, path: Path) -> None:
+        encoder = load_encoder(path, device="cpu", threads=1)
+        self.version = encoder.model_version
+        self.vectors: dict[str, np.ndarray[Any, Any]] = {}
+        for text, tokens in zip(_TEXTS, encoder.tokenize([Text(text) for text in _TEXTS]), strict=True):
+            assert isinstance(tokens, Tokens)
+            self.vectors[text] = cut_and_normalize(encoder.encode([tokens.ids])[0], _DIMENSIONS)
+        encoder.close()
+
+
+own = cache(Own)
+
+
+def list_job(number: int) -> dict[str, Any]:
+    """Three of the texts: few enough texts that the cache holds each, for each model."""
+    texts = [_TEXTS[(number + step) % len(_TEXTS)] for step in (0, 1, 5)]
+    return {"id": f"job-{number}", "input": texts, "dimensions": _DIMENSIONS}
+
+
+def assert_each_vector_is_its_models_own(results: Iterable[dict[str, Any]], *models: Own) -> set[str]:
+    """Compares every vector with the output of the model that its result names; the versions seen."""
+    by_version = {model.version: model for model in models}
+    for result in results:
+        assert result["object"] == "list", result
+        model = by_version[result["model_version"]]
+        for text, datum in zip(
+            list_job(int(result["id"].split("-")[1]))["input"], result["data"], strict=True
+        ):
+            np.testing.assert_allclose(datum["embedding"], model.vectors[text], atol=1e-5)
+    return {result["model_version"] for result in results}
+
+
+async def command(
+    client: AIOKafkaProducer, topics: Topics, version: int, path: str, **more: Any
+) -> dict[str, Any]:
+    """Write one control record, as an operator without our command line would."""
+    record = {"alias": "default", "version": version, "path": path, "command_id": uuid.uuid4().hex, **more}
+    await client.send_and_wait(topics.control, json.dumps(record).encode(), key=b"default", partition=0)
+    return record
+
+
+async def outcomes(status: Reader, sent: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """The last word of so many replicas about a command: READY or FAILED."""
+    found: dict[str, dict[str, Any]] = {}
+
+    async def enough() -> bool:
+        for said in await statuses(status):
+            if said["command_id"] == sent["command_id"] and said["state"] in ("READY", "FAILED"):
+                found[said["replica"]] = said
+        return len(found) >= count
+
+    await wait_until(enough, within=90, what=f"the outcome of version {sent['version']}")
+    return list(found.values())
+
+
+async def steps(status: Reader, sent: dict[str, Any], replica: str) -> list[str]:
+    """What one replica said about a command, in order and without repeats."""
+    said = [
+        record["step"]
+        for record in await statuses(status)
+        if record["command_id"] == sent["command_id"] and record["replica"] == replica
+    ]
+    return [step for before, step in zip([None, *said], said, strict=False) if step != before]
+
+
+async def test_two_replicas_change_models_to_and_fro_under_load_and_every_vector_is_true(
+    stack: DevStack, models: Path, tmp_path: Path
+) -> None:
+    a = await asyncio.to_thread(own, models / "qwen-a")
+    b = await asyncio.to_thread(own, models / "qwen-b")
+    topics = await make_topics(stack, fresh_prefix())
+    pair = [
+        Replica(stack, topics, models / "qwen-a", tmp_path / name, replica=name) for name in ("one", "two")
+    ]
+    late = Replica(stack, topics, models / "qwen-a", tmp_path / "late", replica="late")
+    async with (
+        replicas(*pair),
+        producer(stack) as client,
+        reader(stack, topics.results) as results,
+        reader(stack, topics.status) as status,
+    ):
+        async with load(stack, topics.jobs, results, window=48, make=list_job) as jobs:
+            await jobs.progress(100)
+            beside = await command(client, topics, 1, "qwen-b")
+            for outcome in await outcomes(status, beside, 2):
+                assert (outcome["state"], outcome["model_version"]) == ("READY", b.version)
+            changed = len(jobs.ids)
+            await jobs.progress(150)
+            first_after = [
+                result for result in jobs.answered.results if int(result["id"].split("-")[1]) >= changed
+            ]
+            assert {result["model_version"] for result in first_after} == {b.version}
+
+            async with replicas(late):  # its own setting says qwen-a
+                await jobs.progress(100)
+                serving = [
+                    said
+                    for said in await statuses(status)
+                    if (said["replica"], said["state"]) == ("late", "READY")
+                ]
+                assert {said["model_version"] for said in serving} == {b.version}
+                assert await late.stop() == 0
+
+            unload = await command(client, topics, 2, "qwen-a", policy="resource_preserving")
+            for outcome in await outcomes(status, unload, 2):
+                assert (outcome["state"], outcome["model_version"]) == ("READY", a.version)
+            await jobs.progress(100)
+        await until_committed(stack, topics)
+        answered = jobs.answered
+        await answered.all()
+
+        assert set(answered.counts()) == set(jobs.ids)
+        assert answered.duplicates() == 0
+        versions = assert_each_vector_is_its_models_own(answered.results, a, b)
+        assert versions == {a.version, b.version}
+        # The same texts were asked for before and behind each change: the cache took part, for the right model.
+        cached = [result for result in answered.results if result["data"][0]["cached"]]
+        assert {result["model_version"] for result in cached} == {a.version, b.version}
+        for name in ("one", "two"):
+            assert await steps(status, beside, name) == [
+                *("validate", "load", "warm_up", "check", "drain", "swap", "serving")
+            ]
+            assert await steps(status, unload, name) == [
+                *("drain", "validate", "load", "warm_up", "check", "swap", "serving")
+            ]
+        assert await asyncio.gather(*(replica.stop() for replica in pair)) == [0, 0]
+
+
+async def test_a_command_that_cannot_be_followed_keeps_the_old_model_and_says_why(
+    stack: DevStack, models: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "models"
+    shutil.copytree(models / "qwen-a", root / "qwen-a")
+    shutil.copytree(models / "qwen-b", root / "qwen-b")
+    shutil.copytree(models / "qwen-a", tmp_path / "outside")
+    await asyncio.to_thread(nan_weights, root / "nan")
+    shutil.copytree(models / "qwen-a", root / "torn")
+    weights = (root / "torn" / "model.safetensors").read_bytes()
+    (root / "torn" / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    (root / "file").write_text("no directory")
+    a = await asyncio.to_thread(own, models / "qwen-a")
+    topics = await make_topics(stack, fresh_prefix())
+    wanted: list[tuple[str, dict[str, Any], str]] = [
+        ("nan", {}, "finite"),
+        ("missing", {}, "is no directory"),
+        ("file", {}, "is no directory"),
+        ("../outside", {}, "below"),
+        ("torn", {}, "model.safetensors"),
+        ("qwen-b", {"digest": "sha256:" + "0" * 64}, "digest"),
+        ("qwen-b", {"min_cosine": 0.99}, "min_cosine"),
+    ]
+    replica = Replica(stack, topics, root / "qwen-a", tmp_path / "log")
+    async with (
+        replicas(replica),
+        producer(stack) as client,
+        reader(stack, topics.results) as results,
+        reader(stack, topics.status) as status,
+        load(stack, topics.jobs, results, window=16, make=list_job) as jobs,
+    ):
+        version = 0
+        for policy in ("availability_preserving", "resource_preserving"):
+            for path, more, why in wanted:
+                version += 1
+                sent = await command(client, topics, version, path, policy=policy, **more)
+                [outcome] = await outcomes(status, sent, 1)
+                assert outcome["state"] == "FAILED", (path, policy)
+                assert why in outcome["error"], (path, policy, outcome["error"])
+                assert outcome["model_version"] == a.version
+        version += 1
+        sent = await command(client, topics, version, "qwen-a", digest=a.version, min_cosine=0.9999)
+        [outcome] = await outcomes(status, sent, 1)
+        assert (outcome["state"], outcome["error"]) == ("READY", None)
+        await jobs.progress(20)
+        assert replica.returncode is None
+    assert set(jobs.answered.counts()) == set(jobs.ids)
+    assert jobs.answered.duplicates() == 0
+    assert assert_each_vector_is_its_models_own(jobs.answered.results, a) == {a.version}
+
+
+async def test_of_five_quick_commands_the_newest_wins_and_each_is_reported(
+    stack: DevStack, models: Path, tmp_path: Path
+) -> None:
+    b = await asyncio.to_thread(own, models / "qwen-b")
+    topics = await make_topics(stack, fresh_prefix())
+    replica = Replica(stack, topics, models / "qwen-a", tmp_path / "log")
+    async with (
+        replicas(replica),
+        producer(stack) as client,
+        reader(stack, topics.status) as status,
+    ):
+        paths = ["qwen-b", "bert", "qwen-a", "bert", "qwen-b"]
+        sent = [await command(client, topics, 1 + number, path) for number, path in enumerate(paths)]
+        [last] = await outcomes(status, sent[-1], 1)
+        assert (last["state"], last["model_version"]) == ("READY", b.version)
+        for one in sent[:-1]:
+            [outcome] = await outcomes(status, one, 1)
+            if outcome["state"] == "FAILED":
+                # Which newer one depends on how many were there when the replica looked again.
+                assert outcome["error"] in {
+                    f"superseded by version {newer}" for newer in range(one["version"] + 1, 6)
+                }
+
+        old = await command(client, topics, 3, "bert")
+        [refused] = await outcomes(status, old, 1)
+        assert (refused["state"], refused["model_version"]) == ("FAILED", b.version)
+        assert "above 5" in refused["error"]
+
+
+async def test_control_records_that_no_client_can_read_are_stepped_over(
+    stack: DevStack, models: Path, tmp_path: Path
+) -> None:
+    """A header name that is not UTF-8 makes aiokafka's polls raise, a live replica's and a new one's."""
+    b = await asyncio.to_thread(own, models / "qwen-b")
+    topics = await make_topics(stack, fresh_prefix())
+    live, later = (
+        Replica(stack, topics, models / "qwen-a", tmp_path / name, replica=name) for name in ("live", "later")
+    )
+    async with producer(stack) as client, reader(stack, topics.status) as status, replicas(live):
+        for value in (b"", b"{", b'{"alias": "default"}', b'{"alias": "other", "version": 9}', b"\xff"):
+            await client.send_and_wait(topics.control, value, key=b"default", partition=0)
+        before = await command(client, topics, 1, "qwen-b")
+        await send_unreadable(client, topics.control, 0, b"default")
+        await client.send_and_wait(topics.control, None, key=b"default", partition=0)
+        [outcome] = await outcomes(status, before, 1)
+        assert outcome["state"] == "READY"
+        behind = await command(client, topics, 2, "qwen-a")
+        await outcomes(status, behind, 1)
+        again = await command(client, topics, 3, "qwen-b")
+        await outcomes(status, again, 1)
+        async with replicas(later):
+            ready = [
+                said
+                for said in await statuses(status)
+                if (said["replica"], said["state"]) == ("later", "READY")
+            ]
+            assert {said["model_version"] for said in ready} == {b.version}
+        assert live.returncode is None
+
+
+async def test_a_replica_starts_on_the_fallback_when_the_desired_model_has_vanished(
+    stack: DevStack, models: Path, tmp_path: Path
+) -> None:
+    b = await asyncio.to_thread(own, models / "qwen-b")
+    topics = await make_topics(stack, fresh_prefix())
+    replica = Replica(stack, topics, models / "qwen-a", tmp_path / "log")
+    async with producer(stack) as client, reader(stack, topics.status) as status:
+        sent = await command(client, topics, 1, "vanished", fallback="qwen-b")
+        async with replicas(replica):
+            [outcome] = await outcomes(status, sent, 1)
+            assert (outcome["state"], outcome["model_version"]) == ("FAILED", b.version)
+            assert "vanished" in outcome["error"]
+            assert await replica.get("/readyz") == 200

@@ -1,0 +1,36 @@
+"""Tiny models of the architectures that run through the general path, and texts longer than their windows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.helpers.tiny_models import (
+    make_tiny_gemma3,
+    make_tiny_llama,
+    make_tiny_mistral,
+    make_tiny_modernbert,
+)
+from tests.model.test_parity import TEXTS
+
+__all__ = ["LONG_TEXTS", "MAKERS", "make_embeddinggemma"]
+
+
+def make_embeddinggemma(path: Path) -> Path:
+    """Both ways, with two Dense modules that widen and narrow again, as EmbeddingGemma has them."""
+    return make_tiny_gemma3(path, dense=[(192, "Identity", False), (96, "Identity", False)])
+
+
+def make_causal_gemma3(path: Path) -> Path:
+    return make_tiny_gemma3(path, bidirectional=False, dense=[(64, "Tanh", True)])
+
+
+MAKERS: dict[str, Callable[[Path], Path]] = {
+    "modernbert": make_tiny_modernbert,
+    "embeddinggemma": make_embeddinggemma,
+    "gemma3": make_causal_gemma3,
+    "mistral": make_tiny_mistral,
+    "llama": make_tiny_llama,
+}
+# Longer than every window, by much and by little, and so long that queries are attended to in several calls.
+LONG_TEXTS = [*TEXTS, "the moon and the stone wall " * 70, "moon " * 15, "a b c d e f g h", "stone " * 900]

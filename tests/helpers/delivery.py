@@ -1,0 +1,230 @@
+"""What tests of delivery count: jobs that went in, results that came out, and where the group stands."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.record.default_records import _DefaultRecordBatchBuilderPy
+
+from embedq_sdk.dev import DevStack
+from embedq_shared.topics import Topics
+from tests.helpers.service_process import Reader, Replica, producer
+from tests.helpers.support import wait_until
+
+MakeJob = Callable[[int], dict[str, Any]]
+
+
+def short_job(number: int) -> dict[str, Any]:
+    """A text that no other job has, so that the cache answers none but repeats."""
+    return {"id": f"job-{number}", "input": f"text number {number}", "dimensions": 32}
+
+
+def long_job(number: int) -> dict[str, Any]:
+    """A few hundred tokens, so that the model is what takes time."""
+    return short_job(number) | {"input": f"text number {number}" + " and then some more of the same" * 8}
+
+
+async def preload(stack: DevStack, topic: str, count: int, make: MakeJob = short_job) -> list[str]:
+    """Put jobs into a topic, spread over its partitions; their ids."""
+    async with producer(stack, enable_idempotence=True) as client:
+        partitions = sorted(await client.partitions_for(topic))
+        jobs = [make(number) for number in range(count)]
+        sent = [
+            await client.send(topic, json.dumps(job).encode(), partition=partitions[index % len(partitions)])
+            for index, job in enumerate(jobs)
+        ]
+        await asyncio.gather(*sent)
+    return [job["id"] for job in jobs]
+
+
+class _NotUtf8(str):
+    """A header name whose bytes on the wire are no text."""
+
+    __slots__ = ()
+
+    def encode(self, *_: Any) -> bytes:
+        return b"\xff\xfe"
+
+
+async def send_unreadable(client: AIOKafkaProducer, topic: str, partition: int, key: bytes) -> None:
+    """A record that aiokafka's consumer raises for at each poll: the name of its header is not UTF-8."""
+    batch = client.create_batch()
+    # The compiled builder takes nothing but text; the one in Python asks the name for its bytes.
+    batch._builder = _DefaultRecordBatchBuilderPy(
+        magic=2,
+        compression_type=0,
+        is_transactional=0,
+        producer_id=-1,
+        producer_epoch=-1,
+        base_sequence=-1,
+        batch_size=10_000,
+    )
+    batch.append(key=key, value=b"{}", timestamp=None, headers=[(_NotUtf8("name"), b"")])
+    await (await client.send_batch(batch, topic, partition=partition))
+
+
+class Answered:
+    """The results on a reader, by job id. Nobody else may use that reader."""
+
+    def __init__(self, results: Reader) -> None:
+        self._results = results
+        self._decoded: list[dict[str, Any]] = []
+
+    async def until(self, ids: Iterable[str], *, within: float = 120.0) -> None:
+        """Wait until each of these jobs has a result."""
+        waiting = set(ids)
+        async with asyncio.timeout(within):
+            while missing := waiting - set(self.counts()):
+                try:
+                    await self.more()
+                except AssertionError as error:
+                    raise AssertionError(f"{len(missing)} of {len(waiting)} jobs have no result") from error
+
+    async def some(self, count: int, *, within: float = 60.0) -> None:
+        """Wait until there are so many results."""
+        await self._results.until(count, within=within)
+        self._decode()
+
+    async def more(self, *, within: float = 60.0) -> None:
+        """Wait for at least one more result."""
+        await self._results.until(len(self._decoded) + 1, within=within)
+        self._decode()
+
+    async def all(self) -> list[dict[str, Any]]:
+        """Every result up to the topic's end as it is now."""
+        await self._results.all()
+        self._decode()
+        return self._decoded
+
+    def counts(self) -> Counter[str]:
+        """How many results each job has."""
+        return Counter(result["id"] for result in self._decoded)
+
+    def duplicates(self) -> int:
+        """Results beyond the first of each job."""
+        counts = self.counts()
+        return counts.total() - len(counts)
+
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        """What has been read so far."""
+        return self._decoded
+
+    def _decode(self) -> None:
+        records = self._results.records
+        self._decoded += [json.loads(record.value) for record in records[len(self._decoded) :]]
+
+
+class Load:
+    """Jobs that keep coming: never more than `window` without an answer, until `finish`."""
+
+    def __init__(
+        self, client: AIOKafkaProducer, topic: str, answered: Answered, window: int, make: MakeJob
+    ) -> None:
+        self._client = client
+        self._topic = topic
+        self._window = window
+        self._make = make
+        self._ending = False
+        self.answered = answered
+        self.ids: list[str] = []
+
+    async def run(self) -> None:
+        """Send and read until `finish`, and on until every job has its answer."""
+        while True:
+            open_ = len(self.ids) - len(self.answered.counts())
+            if self._ending and not open_:
+                return
+            while not self._ending and open_ < self._window:
+                job = self._make(len(self.ids))
+                await self._client.send(self._topic, json.dumps(job).encode(), key=job["id"].encode())
+                self.ids.append(job["id"])
+                open_ += 1
+            await self.answered.more()
+
+    async def progress(self, count: int, *, within: float = 90.0) -> None:
+        """Wait until so many more jobs have their answer."""
+        target = len(self.answered.counts()) + count
+        await wait_until(
+            lambda: len(self.answered.counts()) >= target, within=within, what=f"{count} more answers"
+        )
+
+    def finish(self) -> None:
+        """Send no more."""
+        self._ending = True
+
+
+@asynccontextmanager
+async def load(
+    stack: DevStack, topic: str, results: Reader, *, window: int = 64, make: MakeJob = short_job
+) -> AsyncIterator[Load]:
+    """Run a load beside the block, and wait for its last answers at the end."""
+    async with producer(stack, enable_idempotence=True) as client:
+        running = Load(client, topic, Answered(results), window, make)
+        task = asyncio.create_task(running.run())
+        try:
+            yield running
+            running.finish()
+            async with asyncio.timeout(120):
+                await task
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+    await running.answered.all()
+
+
+async def uncommitted(stack: DevStack, topics: Topics) -> int:
+    """Records of both lanes behind which the group has not committed."""
+    group = f"{topics.prefix}.embedq"
+    admin = AIOKafkaAdminClient(bootstrap_servers=stack.kafka_servers)
+    reader = AIOKafkaConsumer(bootstrap_servers=stack.kafka_servers)
+    await admin.start()
+    await reader.start()
+    try:
+        described = await admin.describe_topics(list(topics.lanes))
+        partitions = [
+            TopicPartition(topic["topic"], found["partition"])
+            for topic in described
+            for found in topic["partitions"]
+        ]
+        ends = await reader.end_offsets(partitions)
+        committed = await admin.list_consumer_group_offsets(group)
+    finally:
+        await reader.stop()
+        await admin.close()
+    left = 0
+    for partition in partitions:
+        offset = committed[partition].offset if partition in committed else 0
+        left += ends[partition] - max(0, offset)
+    return left
+
+
+async def until_committed(stack: DevStack, topics: Topics, *, within: float = 30.0) -> None:
+    """Wait until the group has committed the end of both lanes."""
+
+    async def nothing_left() -> bool:
+        return await uncommitted(stack, topics) == 0
+
+    await wait_until(nothing_left, within=within, what="a commit of everything")
+
+
+async def until_it_logged(replica: Replica, event: str, *, times: int = 1, within: float = 60.0) -> None:
+    """Wait for an event in a replica's log."""
+    await wait_until(
+        lambda: sum(found["event"] == event for found in replica.events()) >= times,
+        within=within,
+        what=f"`{event}` in the log of a replica",
+    )
+
+
+async def statuses(results: Reader) -> list[dict[str, Any]]:
+    """Every status so far, oldest first."""
+    return [json.loads(record.value) for record in await results.all()]

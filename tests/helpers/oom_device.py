@@ -1,0 +1,48 @@
+"""The service on a device that holds so many tokens and no more: `python -m tests.helpers.oom_device FILE`.
+
+FILE holds the number, which a test may change while the service runs; 0 means that the device is lost.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from embedq_consumer import process, service
+from embedq_consumer.engine import DeviceLost, Encoder, Memory, OutOfMemory, Pending, Tokens, load_encoder
+
+
+class SmallDevice:
+    """A real encoder, of which a micro-batch over `room()` tokens fails as it would on a GPU that is full."""
+
+    def __init__(self, encoder: Encoder, room: Callable[[], int]) -> None:
+        self._encoder = encoder
+        self._room = room
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._encoder, name)
+
+    def submit(self, batch: Sequence[Tokens]) -> Pending:
+        room = self._room()
+        if room == 0:
+            raise DeviceLost("device 0: an illegal memory access")
+        if sum(len(tokens.ids) for tokens in batch) > room:
+            raise OutOfMemory("out of memory")
+        return self._encoder.submit(batch)
+
+    def memory(self) -> Memory | None:
+        return Memory(free=self._room(), total=self._room(), peak=0)
+
+
+def main(file: Path) -> int:
+    def load(*args: Any, **kwargs: Any) -> Any:
+        return SmallDevice(load_encoder(*args, **kwargs), lambda: int(file.read_text()))
+
+    service.load_encoder = load  # type: ignore[assignment]
+    return process.main()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(Path(sys.argv[1])))

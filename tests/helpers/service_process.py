@@ -1,0 +1,263 @@
+"""The real service as processes, for tests that prove promises: started, watched, killed, restarted."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.errors import for_code
+from prometheus_client.parser import text_string_to_metric_families
+
+from embedq_sdk.dev import DevStack
+from embedq_shared.topics import Topics
+from tests.helpers.support import wait_until
+
+
+def fresh_prefix() -> str:
+    """A topic prefix that no other test has."""
+    return f"t{uuid.uuid4().hex[:10]}"
+
+
+async def make_topics(
+    stack: DevStack, prefix: str, *, partitions: int = 4, names: Iterable[str] = ()
+) -> Topics:
+    """embedq's topics below this prefix, and other ones by name."""
+    topics = Topics(prefix)
+    compact = {"cleanup.policy": "compact"}
+    new = [
+        NewTopic(name, partitions, 1)
+        for name in (*topics.lanes, topics.results, topics.replies, topics.dead_letters, *names)
+    ] + [NewTopic(name, 1, 1, topic_configs=compact) for name in (topics.control, topics.status)]
+    admin = AIOKafkaAdminClient(bootstrap_servers=stack.kafka_servers)
+    await admin.start()
+    try:
+        response = await admin.create_topics(new)
+        for topic, code, *_ in response.topic_errors:
+            if code:
+                raise for_code(code)(topic)
+    finally:
+        await admin.close()
+    return topics
+
+
+class Replica:
+    """One service process. Its group and topics follow from the prefix, so replicas of one prefix share the work."""
+
+    def __init__(
+        self,
+        stack: DevStack,
+        topics: Topics,
+        model: Path,
+        log: Path,
+        *,
+        redis: bool = True,
+        python: Sequence[str] = (),
+        **settings: Any,
+    ) -> None:
+        self.log = log
+        self._python = list(python) or ["-m", "embedq_consumer"]
+        self._environ = {
+            name: value for name, value in os.environ.items() if not name.startswith("EMBEDQ_")
+        } | {
+            "EMBEDQ_KAFKA_SERVERS": stack.kafka_servers,
+            "EMBEDQ_REDIS_URL": stack.redis_url if redis else "",
+            "EMBEDQ_TOPIC_PREFIX": topics.prefix,
+            "EMBEDQ_GROUP": f"{topics.prefix}.embedq",
+            "EMBEDQ_MODEL": str(model),
+            "EMBEDQ_HTTP_HOST": "127.0.0.1",
+            "EMBEDQ_HTTP_PORT": "0",
+            "EMBEDQ_SESSION_TIMEOUT_MS": "6000",
+            "EMBEDQ_REBALANCE_TIMEOUT_MS": "20000",
+            "EMBEDQ_THREADS": "1",
+            **{f"EMBEDQ_{name.upper()}": str(value) for name, value in settings.items()},
+        }
+        self.process: asyncio.subprocess.Process | None = None
+
+    async def start(self, *, ready: bool = True) -> Replica:
+        """Start the process; with `ready`, wait until it takes jobs."""
+        with await asyncio.to_thread(self.log.open, "ab", buffering=0) as log:
+            # What a library said at the end of the process before may lack its line end, and would swallow `starting`.
+            log.write(b"\n")
+            self.process = await asyncio.create_subprocess_exec(
+                sys.executable, *self._python, env=self._environ, stdout=log, stderr=log
+            )
+        if ready:
+            await self.until_ready()
+        return self
+
+    async def until_ready(self, within: float = 90.0) -> None:
+        async def is_ready() -> bool:
+            if self.returncode is not None:
+                raise AssertionError(f"the replica ended with {self.returncode}:\n{self.tail()}")
+            return await self.get("/readyz") == 200
+
+        await wait_until(is_ready, within=within, what="a ready replica")
+
+    @property
+    def returncode(self) -> int | None:
+        assert self.process is not None
+        return self.process.returncode
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def tail(self, lines: int = 30) -> str:
+        return "\n".join(self.log.read_text().splitlines()[-lines:])
+
+    def events(self) -> list[dict[str, Any]]:
+        """Its log."""
+        lines = self.log.read_text().splitlines()
+        return [json.loads(line) for line in lines if line.startswith("{")]
+
+    def port(self) -> int | None:
+        started = [event for event in self.events() if event["event"] == "starting"]
+        return started[-1]["http_port"] if started else None
+
+    async def get(self, path: str) -> int | None:
+        """The status of one of its health pages, None while it serves none."""
+        status, _ = await asyncio.to_thread(self._get, path)
+        return status
+
+    async def page(self, path: str) -> tuple[int | None, str]:
+        """The status and text of one of its pages."""
+        return await asyncio.to_thread(self._get, path)
+
+    async def metrics(self) -> dict[str, float]:
+        """Every sample, by name and labels as Prometheus writes them: `embedq_jobs_total{lane="bulk",status="ok"}`."""
+        _, body = await asyncio.to_thread(self._get, "/metrics")
+        found = {}
+        for family in text_string_to_metric_families(body):
+            for sample in family.samples:
+                labels = ",".join(f'{name}="{value}"' for name, value in sorted(sample.labels.items()))
+                found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+        return found
+
+    def _get(self, path: str) -> tuple[int | None, str]:
+        port = self.port()
+        if port is None:
+            return None, ""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+        except OSError:
+            return None, ""
+
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    async def stop(self, within: float = 60.0) -> int:
+        """SIGTERM, and the exit code."""
+        if self.returncode is None:
+            self.kill(signal.SIGTERM)
+        return await self.ended(within)
+
+    async def ended(self, within: float = 60.0) -> int:
+        assert self.process is not None
+        async with asyncio.timeout(within):
+            return await self.process.wait()
+
+
+@asynccontextmanager
+async def replicas(*wanted: Replica) -> AsyncIterator[tuple[Replica, ...]]:
+    """Started at once, and gone at the end whatever happens."""
+    try:
+        await asyncio.gather(*(replica.start() for replica in wanted))
+        yield wanted
+    finally:
+        for replica in wanted:
+            if replica.process is not None and replica.returncode is None:
+                replica.kill()
+                await replica.ended()
+
+
+@asynccontextmanager
+async def producer(stack: DevStack, **options: Any) -> AsyncIterator[AIOKafkaProducer]:
+    """A plain producer, as somebody without the SDK has one."""
+    client = AIOKafkaProducer(
+        bootstrap_servers=stack.kafka_servers, max_request_size=20_000_000, linger_ms=2, **options
+    )
+    await client.start()
+    try:
+        yield client
+    finally:
+        await client.stop()
+
+
+class Reader:
+    """Everything on some topics, from the beginning."""
+
+    def __init__(self, consumer: AIOKafkaConsumer) -> None:
+        self._consumer = consumer
+        self.records: list[ConsumerRecord] = []
+
+    async def until(self, count: int, *, within: float = 60.0) -> list[ConsumerRecord]:
+        """All records so far, once there are `count` of them."""
+
+        async def enough() -> bool:
+            await self._poll()
+            return len(self.records) >= count
+
+        await wait_until(enough, within=within, what=f"record {count} (there are {len(self.records)})")
+        return self.records
+
+    async def all(self) -> list[ConsumerRecord]:
+        """All records up to the end as it is now."""
+        await self._poll()
+        partitions = list(self._consumer.assignment())
+        ends = await self._consumer.end_offsets(partitions)
+        for partition in partitions:
+            while await self._consumer.position(partition) < ends[partition]:
+                await self._poll()
+        return self.records
+
+    async def _poll(self) -> None:
+        for found in (await self._consumer.getmany(timeout_ms=100)).values():
+            self.records.extend(found)
+
+
+@asynccontextmanager
+async def reader(stack: DevStack, *names: str) -> AsyncIterator[Reader]:
+    """A plain consumer of whole topics."""
+    consumer = AIOKafkaConsumer(
+        bootstrap_servers=stack.kafka_servers,
+        auto_offset_reset="earliest",
+        fetch_max_wait_ms=50,
+        max_partition_fetch_bytes=16 * 1024 * 1024,
+    )
+    await consumer.start()
+    try:
+        admin = AIOKafkaAdminClient(bootstrap_servers=stack.kafka_servers)
+        await admin.start()
+        try:
+            described = await admin.describe_topics(list(names))
+        finally:
+            await admin.close()
+        consumer.assign(
+            [
+                TopicPartition(topic["topic"], p["partition"])
+                for topic in described
+                for p in topic["partitions"]
+            ]
+        )
+        await consumer.seek_to_beginning()
+        yield Reader(consumer)
+    finally:
+        await consumer.stop()

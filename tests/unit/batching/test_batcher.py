@@ -1,0 +1,364 @@
+"""Micro-batches: the policy with plain numbers as time, and the queue that waits around it."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedq_consumer.batching.batcher import LANES, OVERDUE_SHARE, WINDOW, Batcher, BatchPolicy, Lane
+
+
+@dataclass(frozen=True)
+class Item:
+    number: int
+    cost: int
+    lane: Lane = "interactive"
+    arrived: float = 0.0
+
+
+def policy(
+    *, max_tokens: int = 100, max_items: int = 10, max_wait: float = 1.0, bulk_max_wait: float = 50.0
+) -> BatchPolicy[Item]:
+    return BatchPolicy(
+        max_tokens=max_tokens, max_items=max_items, max_wait=max_wait, bulk_max_wait=bulk_max_wait
+    )
+
+
+def items(*tokens: int, lane: Lane = "interactive", arrived: float = 0.0) -> list[Item]:
+    return [Item(number, count, lane, arrived) for number, count in enumerate(tokens)]
+
+
+def numbers(batch: Sequence[Item]) -> list[int]:
+    return [item.number for item in batch]
+
+
+def test_nothing_is_due_while_nothing_waits() -> None:
+    waiting = policy()
+    assert waiting.due_in(0.0) == math.inf
+    assert waiting.take(1e9) == []
+
+
+def test_a_lone_text_waits_for_others_as_long_as_allowed_and_no_longer() -> None:
+    waiting = policy(max_wait=1.0)
+    waiting.put(items(10, arrived=5.0))
+    assert waiting.due_in(5.25) == 0.75
+    assert waiting.take(5.99) == []
+    assert numbers(waiting.take(6.0)) == [0]
+    assert waiting.due_in(6.0) == math.inf
+
+
+def test_the_wait_is_counted_from_the_oldest_text_of_both_lanes() -> None:
+    waiting = policy(max_wait=1.0)
+    waiting.put(items(10, arrived=5.0, lane="bulk"))
+    waiting.put(items(10, arrived=5.9))
+    assert waiting.due_in(5.9) == pytest.approx(0.1)
+
+
+def test_a_full_token_budget_runs_at_once() -> None:
+    waiting = policy(max_tokens=100)
+    waiting.put(items(60, 39))
+    assert waiting.due_in(0.0) > 0
+    waiting.put([Item(2, 1)])
+    assert waiting.due_in(0.0) == 0
+    assert numbers(waiting.take(0.0)) == [0, 1, 2]
+
+
+def test_as_many_texts_as_allowed_run_at_once() -> None:
+    waiting = policy(max_items=3)
+    waiting.put(items(1, 1, 1, 1))
+    assert numbers(waiting.take(0.0)) == [0, 1, 2]
+    assert waiting.take(0.0) == []
+
+
+def test_the_last_room_goes_to_the_longest_text_that_fits() -> None:
+    waiting = policy(max_tokens=100)
+    waiting.put(items(60, 60, 10, 30, 20, 10))
+    assert numbers(waiting.take(2.0)) == [0, 3, 2]
+    assert numbers(waiting.take(2.0)) == [1, 4, 5]
+
+
+def test_texts_run_in_their_order_where_they_leave_no_room() -> None:
+    waiting = policy(max_tokens=100)
+    waiting.put(items(50, 30, 20, 90, 10))
+    assert numbers(waiting.take(2.0)) == [0, 1, 2]
+    assert numbers(waiting.take(2.0)) == [3, 4]
+
+
+def test_a_text_is_overtaken_by_none_that_came_a_window_later() -> None:
+    waiting = policy(max_tokens=100, max_items=1000)
+    waiting.put(items(60, 60, *[100] * (WINDOW - 1), 40))
+    assert numbers(waiting.take(2.0)) == [0]
+    assert numbers(waiting.take(2.0)) == [
+        1,
+        WINDOW + 1,
+    ]  # which is near enough to those that it overtakes now
+
+
+def test_a_text_over_the_budget_runs_alone() -> None:
+    waiting = policy(max_tokens=100)
+    waiting.put(items(500))
+    assert numbers(waiting.take(0.0)) == [0]
+
+
+def test_shorter_texts_run_between_two_that_are_over_the_budget() -> None:
+    waiting = policy(max_tokens=100)
+    waiting.put(items(500, 500, 500, 60, 60, 10))
+    assert [numbers(waiting.take(2.0)) for _ in range(5)] == [[0], [3, 5], [1], [4], [2]]
+
+
+def test_a_text_over_the_budget_waits_for_the_micro_batch_of_those_before_it() -> None:
+    waiting = policy(max_tokens=100)
+    waiting.put(items(60, 500, 30, 20))
+    assert [numbers(waiting.take(2.0)) for _ in range(3)] == [[0, 2], [1], [3]]
+
+
+def test_an_overdue_bulk_text_over_the_budget_does_not_follow_an_interactive_one_while_shorter_ones_wait() -> (
+    None
+):
+    waiting = policy(max_tokens=100, bulk_max_wait=5.0)
+    waiting.put(items(*[110] * 4, lane="bulk"))
+    waiting.put(items(*[500] * 40))
+    waiting.put(items(*[60] * 40))
+    batches = [waiting.take(6.0) for _ in range(20)]
+    long = [batch[0].cost > 100 for batch in batches]
+    assert not any(first and second for first, second in pairwise(long))
+    assert {batch[0].lane for batch in batches if batch[0].cost > 100} == {"interactive", "bulk"}
+
+
+def test_a_smaller_budget_holds_for_what_waits_too() -> None:
+    waiting = policy(max_tokens=100)
+    waiting.put(items(60, 60, 30, 10))
+    waiting.resize(50)
+    assert waiting.due_in(0.0) == 0.0
+    assert [numbers(waiting.take(2.0)) for _ in range(3)] == [[0], [2, 3], [1]]
+    waiting.put(items(60))
+    waiting.resize(100)
+    waiting.put([Item(1, 40)])
+    assert numbers(waiting.take(2.0)) == [0, 1]
+
+
+def test_interactive_texts_go_first_and_bulk_ones_fill_the_rest() -> None:
+    waiting = policy(max_tokens=100)
+    waiting.put([Item(0, 40, "bulk"), Item(1, 40, "bulk"), Item(2, 50, "interactive")])
+    assert numbers(waiting.take(2.0)) == [2, 0]
+    assert numbers(waiting.take(2.0)) == [1]
+
+
+def saturated(bulk_tokens: int, interactive_tokens: int, batches: int = 400) -> dict[Lane, float]:
+    """Shares of the tokens that each lane gets while both lanes always have texts waiting, the bulk ones overdue."""
+    waiting = policy(max_tokens=100, max_items=1000, bulk_max_wait=5.0)
+    done: dict[Lane, int] = dict.fromkeys(LANES, 0)
+    for number in range(batches):
+        # More of each than one micro-batch takes, so that neither lane ever runs dry.
+        for lane, tokens in (("bulk", bulk_tokens), ("interactive", interactive_tokens)):
+            while waiting.waiting_tokens(lane) < 3 * max(100, tokens):  # type: ignore[arg-type]
+                waiting.put([Item(number, tokens, lane, 0.0)])  # type: ignore[arg-type]
+        batch = waiting.take(1000.0)
+        assert batch
+        for item in batch:
+            done[item.lane] += item.cost
+    return {lane: count / sum(done.values()) for lane, count in done.items()}
+
+
+@pytest.mark.parametrize("interactive_tokens", [1, 20, 60, 100, 400])
+@pytest.mark.parametrize("bulk_tokens", [1, 20, 60, 100, 400])
+def test_neither_lane_starves_the_other(bulk_tokens: int, interactive_tokens: int) -> None:
+    """Overdue bulk texts get about a quarter of the micro-batches' room, however long the texts of either lane are."""
+    shares = saturated(bulk_tokens, interactive_tokens)
+    assert shares["bulk"] >= 1 / 25  # an interactive text over the budget takes as much room as it needs
+    assert shares["interactive"] >= 1 / 2
+
+
+def test_many_short_bulk_texts_do_not_use_up_the_places_of_interactive_ones() -> None:
+    waiting = policy(max_tokens=10_000, max_items=8, bulk_max_wait=5.0)
+    waiting.put(items(*[1] * 20, lane="bulk"))
+    waiting.put(items(*[1] * 20))
+    assert [item.lane for item in waiting.take(6.0)] == ["bulk"] * 2 + ["interactive"] * 6
+
+
+def test_bulk_texts_that_are_not_overdue_wait_for_every_interactive_one() -> None:
+    waiting = policy(max_tokens=100, bulk_max_wait=5.0)
+    waiting.put(items(10, lane="bulk", arrived=8.0))
+    for _ in range(5):
+        waiting.put(items(100, arrived=9.0))
+        assert [item.lane for item in waiting.take(10.0)] == ["interactive"]
+
+
+def test_an_overdue_bulk_text_is_in_the_next_micro_batch_if_its_share_holds_it() -> None:
+    waiting = policy(max_tokens=100, bulk_max_wait=5.0)
+    waiting.put(items(100 // OVERDUE_SHARE, lane="bulk"))
+    waiting.put(items(75, 75))
+    assert [item.lane for item in waiting.take(6.0)] == ["bulk", "interactive"]
+
+
+arrivals = st.lists(
+    st.tuples(
+        st.sampled_from(LANES),
+        st.integers(0, 150),  # tokens
+        st.floats(0, 3),  # seconds since the arrival before
+        st.booleans(),  # whether the worker asks for a micro-batch then
+    ),
+    max_size=60,
+)
+
+
+def outcome(
+    script: list[tuple[Lane, int, float, bool]], max_items: int = 5
+) -> tuple[list[Item], list[list[Item]]]:
+    """What was put, and the micro-batches, of a script of arrivals; the budget is 100."""
+    waiting = policy(max_tokens=100, max_items=max_items, max_wait=1.0, bulk_max_wait=2.0)
+    now, put, batches = 0.0, [], []
+    for number, (lane, tokens, pause, worker_asks) in enumerate(script):
+        now += pause
+        item = Item(number, tokens, lane, now)
+        waiting.put([item])
+        put.append(item)
+        if worker_asks:
+            due = waiting.due_in(now) == 0
+            batch = waiting.take(now)
+            assert bool(batch) is due
+            batches += [batch] if batch else []
+    while math.isfinite(waiting.due_in(now)):
+        now += waiting.due_in(now)
+        batches.append(waiting.take(now))
+        assert batches[-1]
+    assert waiting.waiting_tokens() == 0
+    return put, batches
+
+
+@given(arrivals)
+def test_whatever_comes_each_text_runs_once_and_within_the_budget(
+    script: list[tuple[Lane, int, float, bool]],
+) -> None:
+    put, batches = outcome(script)
+    ran = [item for batch in batches for item in batch]
+    assert sorted(ran, key=lambda item: item.number) == put
+    for batch in batches:
+        assert len(batch) <= 5
+        assert len(batch) == 1 or sum(item.cost for item in batch) <= 100
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(LANES), st.integers(1, 300)), max_size=40), st.sampled_from([0.0, 9.0])
+)
+def test_between_two_texts_over_the_budget_waiting_shorter_ones_get_a_micro_batch(
+    backlog: list[tuple[Lane, int]], now: float
+) -> None:
+    """Those of their own lane, and interactive ones between any two; with bulk overdue and without."""
+    waiting = policy(max_tokens=100, max_items=5, max_wait=0.0, bulk_max_wait=5.0)
+    waiting.put(Item(number, cost, lane) for number, (lane, cost) in enumerate(backlog))
+    batches = []
+    while batch := waiting.take(now):
+        batches.append(batch)
+    for lane in LANES:
+        of_lane = [batch for batch in batches if any(item.lane == lane for item in batch)]
+        considered = batches if lane == "interactive" else of_lane
+        for place, (first, second) in enumerate(pairwise(considered)):
+            if first[0].cost > 100 and second[0].cost > 100:
+                left = [item for batch in considered[place + 2 :] for item in batch if item.lane == lane]
+                assert all(item.cost > 100 for item in left)
+        long = [batch[0].number for batch in of_lane if batch[0].cost > 100]
+        assert long == sorted(long)
+
+
+@given(st.lists(st.integers(1, 100), max_size=900), st.integers(1, 12))
+def test_fewer_than_a_window_overtake_a_text(costs: list[int], many: int) -> None:
+    """Also where the worker asks while texts still come, `many` at a time."""
+    waiting = policy(max_tokens=100, max_items=1000, max_wait=0.0)
+    put, ran = items(*costs), []
+    while put or waiting.waiting_tokens():
+        waiting.put(put[:many])
+        put = put[many:]
+        ran += numbers(waiting.take(1.0))
+    for place, number in enumerate(ran):
+        before = ran[:place]
+        assert sum(other > number for other in before) < WINDOW
+        assert max(before, default=0) < number + WINDOW
+
+
+def log_normal(count: int) -> list[int]:
+    random = Random(0)
+    return [min(2048, max(8, int(random.lognormvariate(math.log(180), 0.9)))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("max_tokens", [2048, 8192, 16384])
+def test_a_backlog_of_log_normal_documents_fills_its_micro_batches(max_tokens: int) -> None:
+    waiting = policy(max_tokens=max_tokens, max_items=1024)
+    waiting.put(items(*log_normal(3000)))
+    fills = []
+    while waiting.waiting_tokens() >= 2 * max_tokens:
+        fills.append(sum(item.cost for item in waiting.take(0.0)) / max_tokens)
+    assert sum(fills) / len(fills) >= 0.99
+
+
+def test_a_short_text_waits_for_at_most_one_long_one_beside_what_is_ahead_of_it() -> None:
+    """Simulated: a micro-batch takes its tokens' time, long texts keep coming, and now and then a short one does.
+
+    The worker queues one micro-batch behind the one that runs, but none behind a text over the budget.
+    """
+    waiting = policy(max_tokens=100, max_wait=0.0)
+    random = Random(1)
+    long = 800
+    now, number, worst = 0.0, 0, 0.0
+    under_way: deque[tuple[float, list[Item]]] = deque()  # (when it ends, what it is)
+    free_at = 0.0
+    for _ in range(20_000):
+        while waiting.waiting_tokens() < 3 * long:
+            number += 1
+            waiting.put([Item(number, long, "interactive", now)])
+        if random.random() < 0.2:
+            number += 1
+            waiting.put([Item(number, 30, "interactive", now)])
+        alone = any(batch[0].cost > 100 for _, batch in under_way)
+        if len(under_way) < 2 and not alone:
+            batch = waiting.take(now)
+            free_at = max(now, free_at) + sum(item.cost for item in batch)
+            under_way.append((free_at, batch))
+            continue
+        end, batch = under_way.popleft()
+        now = end
+        worst = max([worst, *(end - item.arrived for item in batch if item.cost < 100)])
+    # One long text; the micro-batch that was under way before it, and its own.
+    assert long < worst <= long + 2 * 100
+
+
+async def test_the_queue_hands_out_a_batch_when_its_wait_is_over() -> None:
+    batcher = Batcher[Item](policy(max_wait=0.01))
+    now = asyncio.get_running_loop().time()
+    batcher.put([Item(0, 1, arrived=now)])
+    assert numbers(await batcher.next()) == [0]
+    assert asyncio.get_running_loop().time() >= now + 0.01
+
+
+async def test_an_arrival_wakes_whoever_waits_for_a_batch() -> None:
+    batcher = Batcher[Item](policy(max_tokens=100, max_wait=3600.0))
+    waiting = asyncio.create_task(batcher.next())
+    now = asyncio.get_running_loop().time()
+    batcher.put([Item(0, 60, arrived=now)])
+    await asyncio.sleep(0)  # it wakes, finds nothing due for an hour, and waits on
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    batcher.put([Item(1, 60, arrived=now)])
+    async with asyncio.timeout(10):
+        assert numbers(await waiting) == [0]
+
+
+async def test_a_cancelled_wait_takes_no_texts_with_it() -> None:
+    batcher = Batcher[Item](policy(max_wait=0.0))
+    waiting = asyncio.create_task(batcher.next())
+    await asyncio.sleep(0)
+    batcher.put([Item(0, 1)])
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert batcher.waiting_tokens("interactive") == 1
+    assert numbers(await batcher.next()) == [0]

@@ -1,0 +1,115 @@
+"""Equal texts under way: one works, the others wait."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedq_consumer.batching.single_flight import Identity, Item, SingleFlight, Window
+from embedq_consumer.engine import Chunked, Piece, Tokens
+from embedq_consumer.intake.jobs import JobState
+from tests.helpers.in_flight import Model, admitted
+
+
+def test_the_first_of_equal_inputs_starts_the_work_and_all_are_handed_out_once() -> None:
+    flights = SingleFlight()
+    one, two = admitted(input="a", dimensions=32), admitted(input=["b", "a"], dtype="int8")
+    assert flights.join(Identity.of(one, 0), (one, 0))
+    assert flights.join(Identity.of(two, 0), (two, 0))
+    assert not flights.join(Identity.of(two, 1), (two, 1))
+    assert flights.land(Identity.of(one, 0)) == [(one, 0), (two, 1)]
+    assert flights.land(Identity.of(one, 0)) == []
+    assert flights.waiting(Identity.of(two, 0)) == [(two, 0)]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"input": "b"},
+        {"instruction": "find"},
+        {"truncate": "end"},
+        {"truncate": "start"},
+        {"chunk": {"mode": "late"}},
+        {"chunk": {"mode": "mean"}},
+    ],
+    ids=str,
+)
+def test_what_the_model_would_see_differently_is_not_equal(other: dict[str, Any]) -> None:
+    one, two = admitted(input="a"), admitted(**({"input": "a"} | other))
+    flights = SingleFlight()
+    assert flights.join(Identity.of(one, 0), (one, 0))
+    assert flights.join(Identity.of(two, 0), (two, 0))
+
+
+def test_whoever_leaves_does_not_land_and_the_rest_does() -> None:
+    flights = SingleFlight()
+    jobs = [admitted(input="a") for _ in range(3)]
+    identity = Identity.of(jobs[0], 0)
+    for job in jobs:
+        flights.join(identity, (job, 0))
+    assert flights.leave(identity, lambda waiter: waiter[0] is jobs[0]) == [(jobs[0], 0)]
+    assert flights.land(identity) == [(jobs[1], 0), (jobs[2], 0)]
+
+
+def test_when_the_last_one_has_left_the_next_is_a_first_again() -> None:
+    flights = SingleFlight()
+    job = admitted(input="a")
+    identity = Identity.of(job, 0)
+    flights.join(identity, (job, 0))
+    flights.leave(identity, lambda waiter: True)
+    assert flights.waiting(identity) == []
+    assert flights.join(identity, (job, 0))
+
+
+def test_a_window_of_an_expired_job_is_nothing_to_an_equal_job_of_the_next_model() -> None:
+    flights = SingleFlight()
+    expired, later = (admitted(input="a", chunk={"mode": "late"}, model=Model()) for _ in range(2))
+    stale, rows = windows(expired)
+    flights.join(stale[0].identity, (expired, 0))
+    flights.leave(stale[0].identity, lambda waiter: True)
+    assert flights.join(Identity.of(later, 0), (later, 0))
+    assert flights.waiting(stale[1].identity) == []
+    assert flights.gather(stale[1], rows[1]) is None
+
+
+def windows(job: JobState) -> tuple[list[Item], list[np.ndarray[Any, np.dtype[np.float32]]]]:
+    """Two windows of a text, of one span and of two, and their rows."""
+    rows = np.arange(3 * 256, dtype=np.float32).reshape(3, 256)
+    texts = tuple(
+        Tokens(np.arange(9, dtype=np.int32), spans=spans) for spans in (((1, 8),), ((1, 3), (3, 8)))
+    )
+    chunked = Chunked(texts, (Piece(0, 7, 7), Piece(7, 9, 2), Piece(9, 14, 5)))
+    items = [
+        Item(Identity.of(job, 0), text, 0.0, Window(chunked, number)) for number, text in enumerate(texts)
+    ]
+    return items, [rows[:1], rows[1:]]
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (0, 0, 1), (1, 0, 0)])
+def test_windows_are_whole_with_the_last_one_in_any_order(order: tuple[int, ...]) -> None:
+    job = admitted(input="a", chunk={"mode": "late"})
+    flights = SingleFlight()
+    items, rows = windows(job)
+    flights.join(items[0].identity, (job, 0))
+    found = [flights.gather(items[number], rows[number]) for number in order]
+    last = next(place for place, _ in enumerate(order) if set(order[: place + 1]) == {0, 1})
+    assert [place for place, whole in enumerate(found) if whole is not None] == [last]
+    assert np.array_equal(found[last], np.concatenate(rows))
+    assert flights.land(items[0].identity) == [(job, 0)]
+
+
+def test_windows_are_kept_only_while_somebody_waits() -> None:
+    job = admitted(input="a", chunk={"mode": "late"})
+    flights = SingleFlight()
+    items, rows = windows(job)
+    assert flights.gather(items[0], rows[0]) is None
+    for gone in (flights.land, lambda identity: flights.leave(identity, lambda waiter: True)):
+        flights.join(items[0].identity, (job, 0))
+        flights.gather(items[0], rows[0])
+        gone(items[0].identity)
+        flights.join(items[0].identity, (job, 0))
+        assert flights.gather(items[1], rows[1]) is None
+        assert flights.gather(items[0], rows[0]) is not None
+        flights.land(items[0].identity)

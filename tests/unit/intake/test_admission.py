@@ -1,0 +1,311 @@
+"""Which records are jobs, and what those that are none are told."""
+
+from __future__ import annotations
+
+import json
+import struct
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedq_consumer.intake.admission import (
+    Rejection,
+    UnknownAddress,
+    datum_bytes,
+    fixed_bytes,
+    held_bytes,
+    input_param,
+    prompt_for,
+)
+from embedq_consumer.intake.jobs import JobState, Record
+from embedq_shared import codec
+from embedq_shared.messages import Chunking
+from tests.helpers.in_flight import NOW_MS, PARTITIONS, TOPICS, Model, admitted, record, rules
+
+REPLIES = ("reply-topic", TOPICS.replies.encode())
+
+
+def admit(
+    found: Record, model: Model | None = None, **settings: Any
+) -> JobState | Rejection | UnknownAddress:
+    return rules(**settings).admit(found, model or Model(), NOW_MS, PARTITIONS.get)
+
+
+def refusal(found: Record, model: Model | None = None, **settings: Any) -> Rejection:
+    answer = admit(found, model, **settings)
+    assert isinstance(answer, Rejection)
+    return answer
+
+
+# -- jobs -------------------------------------------------------------------------------------------------------------
+
+
+def test_every_default_is_filled_in() -> None:
+    job = admitted(input="a")
+    request = job.request
+    assert (request.id, request.model, request.texts, request.listed) == (
+        "t.jobs-3-7",
+        "default",
+        ["a"],
+        False,
+    )
+    assert (request.dimensions, request.dtype, request.encoding, request.truncate) == (
+        256,
+        "float32",
+        "float",
+        "error",
+    )
+    assert (request.prompt, bytes(request.metadata), request.format) == ("", b"null", "json")
+    assert job.remaining == 1
+
+
+def test_a_job_keeps_the_encoder_that_it_was_accepted_for() -> None:
+    model = Model()
+    assert admitted(model=model, input="a").encoder is model
+
+
+@pytest.mark.parametrize(
+    ("fields", "prompt"),
+    [
+        ({}, "always: "),
+        ({"input_type": "query"}, "Q: "),
+        ({"input_type": "document"}, "D: "),
+        ({"instruction": "find"}, "Instruct: find\nQuery:"),
+        ({"instruction": "find", "input_type": "query"}, "Instruct: find\nQuery:"),
+        ({"instruction": ""}, "Instruct: \nQuery:"),
+    ],
+)
+def test_what_goes_in_front_of_a_text(fields: dict[str, Any], prompt: str) -> None:
+    model = Model(default_prompt="always: ")
+    job = codec.decode_job(json.dumps({"input": "a"} | fields).encode(), "json")
+    assert prompt_for(job, model) == prompt
+
+
+def test_an_input_type_without_a_prompt_puts_nothing_in_front() -> None:
+    model = Model(default_prompt="always: ")
+    model.prompts = {}
+    assert admitted(model=model, input="a", input_type="query").request.prompt == ""
+
+
+def test_an_input_is_named_by_its_place_in_a_list() -> None:
+    assert input_param(admitted(input="a").request, 0) == "input"
+    assert input_param(admitted(input=["a", "b"]).request, 1) == "input[1]"
+
+
+# -- limits of the model and the service ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "param"),
+    [
+        ({"dimensions": 257}, "invalid_value", "dimensions"),
+        ({"model": "other"}, "unknown_model", "model"),
+        ({"model": ""}, "unknown_model", "model"),
+    ],
+)
+def test_a_job_that_this_model_cannot_run(fields: dict[str, Any], code: str, param: str) -> None:
+    found = refusal(record(input="a", id="x", metadata={"a": 1}, **fields))
+    assert (found.error.code, found.error.param, found.error.retryable) == (code, param, False)
+    assert (found.envelope.id, bytes(found.envelope.metadata)) == ("x", b'{"a": 1}')
+    assert (found.dead_letter, found.reply) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        ({"mode": "late"}, Chunking("late", 256)),
+        ({"mode": "late", "tokens": 8}, Chunking("late", 8)),
+        ({"mode": "late", "tokens": 10**30}, Chunking("late", 512)),
+        ({"mode": "mean"}, Chunking("mean", 512)),
+        ({"mode": "mean", "tokens": 512}, Chunking("mean", 512)),
+        ({"mode": "mean", "tokens": 100}, Chunking("mean", 100)),
+        (None, None),
+    ],
+)
+def test_chunks_have_a_length_that_the_model_takes(asked: Any, found: Chunking | None) -> None:
+    assert admitted(input="a", chunk=asked).request.chunk == found
+
+
+def test_only_a_model_that_pools_its_first_token_refuses_late_chunks() -> None:
+    cls = Model(late_chunks=False)
+    found = refusal(record(input="a", chunk={"mode": "late"}), cls)
+    assert (found.error.code, found.error.param) == ("invalid_value", "chunk.mode")
+    assert isinstance(admit(record(input="a", chunk={"mode": "mean"}), cls), JobState)
+
+
+def test_a_jobs_room_counts_its_spans_up_to_what_a_job_may_have() -> None:
+    def held(text: str | list[str], **fields: Any) -> int:
+        job = admitted(input=text, dimensions=32, **fields)
+        return held_bytes(job.request, 256) // max(datum_bytes(job.request), 8 * 256)
+
+    late = {"mode": "late", "tokens": 8}
+    assert held("a" * 600, chunk=late) == 101
+    assert held(["a" * 600, "ü" * 600], chunk=late) == 101 + 401
+    assert held("a" * 600, chunk={"mode": "late"}) == 4
+    assert held("a" * 600_000, chunk=late) == 2048
+    assert held(["a" * 600_000] * 3, chunk={"mode": "mean"}) == 3
+    plain = admitted(input=["a"] * 7)
+    assert held_bytes(plain.request, 256) == 7 * datum_bytes(plain.request)
+
+
+def test_binary_needs_a_multiple_of_8_even_where_the_model_decides() -> None:
+    assert refusal(record(input="a", dtype="binary"), Model(hidden_size=100)).error.param == "dimensions"
+    assert isinstance(admit(record(input="a", dtype="binary"), Model(hidden_size=104)), JobState)
+
+
+def test_another_alias_is_another_name_for_the_one_model() -> None:
+    assert isinstance(admit(record(input="a", model="large"), alias="large"), JobState)
+    assert refusal(record(input="a"), alias="large").error.code == "unknown_model"
+
+
+@pytest.mark.parametrize("text", ["x" * 101, "ü" * 51, "月" * 34, "🛂" * 26])
+def test_a_text_is_measured_in_bytes(text: str) -> None:
+    limited = rules(max_text_bytes=100)
+    error = limited.check_text(admitted(input=["a", text]).request, 1)
+    assert error is not None
+    assert (error.code, error.param) == ("text_too_long", "input[1]")
+    assert limited.check_text(admitted(input=text[:-1]).request, 0) is None
+
+
+def test_a_deadline_is_over_when_it_is_now() -> None:
+    for deadline, accepted in ((NOW_MS - 1, False), (NOW_MS, False), (NOW_MS + 1, True)):
+        found = admit(record(None, ("deadline", b"%d" % deadline), input="a"))
+        assert isinstance(found, JobState) is accepted
+        if isinstance(found, Rejection):
+            assert found.error.code == "expired"
+
+
+def test_an_unreadable_deadline_is_answered_at_the_reply_address() -> None:
+    found = refusal(record(None, ("deadline", b"soon"), REPLIES, input="a", id="x"))
+    assert (found.error.code, found.error.param) == ("invalid_header", "deadline")
+    assert (found.reply, found.dead_letter, found.headers.reply_topic) == (True, False, TOPICS.replies)
+
+
+# -- results that never fit -------------------------------------------------------------------------------------------
+
+
+def test_a_key_that_leaves_no_room_for_one_vector_is_refused_before_compute() -> None:
+    request = admitted(input="a").request
+    plain = record(input="a")
+    need = fixed_bytes(plain, admitted(input="a").headers, request) + datum_bytes(request)
+    spare = 900_000 - need
+    # Without a key, room is kept for the id in its place.
+    assert isinstance(admit(record(input="a", key=b"k" * (spare + 4 * len(request.id)))), JobState)
+    found = refusal(record(input="a", key=b"k" * (spare + 4 * len(request.id) + 1)))
+    assert (found.error.code, found.error.param) == ("result_too_large", None)
+
+
+@pytest.mark.parametrize(
+    "name", ["correlation-id", "kafka_correlationId", "REPLY_CORRELATION_ID", "traceparent"]
+)
+def test_an_echoed_header_that_leaves_no_room_is_refused_too(name: str) -> None:
+    assert refusal(record(None, (name, b"x" * 900_000), input="a")).error.code == "result_too_large"
+    assert isinstance(admit(record(None, ("whatever", b"x" * 900_000), input="a")), JobState)
+
+
+# -- reply addresses --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("topic", [TOPICS.replies, TOPICS.results, "elsewhere"])
+def test_a_known_topic_is_a_reply_address(topic: str) -> None:
+    job = admitted(("reply-topic", topic.encode()), input="a")
+    assert job.headers.reply_topic == topic
+
+
+@pytest.mark.parametrize(
+    "topic",
+    [
+        "t.jobs",
+        "t.jobs.bulk",
+        "t.control",
+        "t.status",
+        "t.dlq",
+        "t.retry",
+        "t.retry.1",
+        "__consumer_offsets",
+        "__x",
+    ],
+)
+def test_a_reply_that_would_loop_is_forbidden(topic: str) -> None:
+    found = refusal(record(None, ("reply-topic", topic.encode()), input="a", id="x"))
+    assert (found.error.code, found.error.param) == ("invalid_header", "reply-topic")
+    assert (found.dead_letter, found.reply, found.envelope.id) == (True, False, "x")
+    assert topic not in found.error.message
+
+
+def test_patterns_allow_topics_but_never_our_own() -> None:
+    def allowed(topic: str, *patterns: str) -> bool:
+        found = admit(record(None, ("reply-topic", topic.encode()), input="a"), reply_patterns=patterns)
+        return not isinstance(found, Rejection)
+
+    assert allowed("elsewhere", "else*", "other")
+    assert not allowed("elsewhere", "other-*")
+    assert allowed(TOPICS.replies)
+    assert allowed(TOPICS.results)
+    assert not allowed(TOPICS.jobs, "*", "t.*")
+    assert not allowed("elsewhere", "ELSE*")
+
+
+def test_a_topic_or_partition_not_seen_before_is_asked_for_first() -> None:
+    for headers, param in (
+        ([("reply-topic", b"new")], "reply-topic"),
+        ([REPLIES, ("reply-partition", struct.pack(">i", 4))], "reply-partition"),
+        ([("reply-partition", struct.pack(">i", 4))], "reply-partition"),
+    ):
+        asked = record(None, *headers, input="a", id="x")
+        found = admit(asked)
+        assert isinstance(found, UnknownAddress)
+        refused = rules().unknown_address(asked, found)
+        assert (refused.error.code, refused.error.param) == ("invalid_header", param)
+        assert (refused.dead_letter, refused.reply, refused.envelope.id) == (True, False, "x")
+
+
+def test_a_bad_address_comes_before_anything_else_that_is_wrong() -> None:
+    found = refusal(record(b"{", ("reply-topic", b""), ("content-type", b"text/plain"), ("deadline", b"1")))
+    assert (found.error.code, found.error.param) == ("invalid_header", "reply-topic")
+    assert (found.format, found.envelope.id) == ("json", None)
+
+
+def test_an_unknown_content_type_is_answered_in_json_and_kept() -> None:
+    found = refusal(record(None, ("content-type", b"text/plain"), input="a", id="x"))
+    assert (found.error.code, found.format, found.dead_letter, found.reply) == (
+        "unsupported_content_type", "json", True, True,
+    )  # fmt: skip
+    assert "text/plain" not in found.error.message
+
+
+@pytest.mark.parametrize(("value", "kept"), [(b"{", True), (None, True), (b'{"input": 1}', False)])
+def test_only_a_value_that_does_not_decode_is_kept(value: bytes | None, kept: bool) -> None:
+    assert refusal(record(value)).dead_letter is kept
+
+
+@given(
+    st.binary(max_size=60) | st.none(),
+    st.lists(
+        st.tuples(
+            st.sampled_from(
+                [
+                    "content-type",
+                    "reply-topic",
+                    "reply-partition",
+                    "deadline",
+                    "correlation-id",
+                    "kafka_replyTopic",
+                ]
+            ),
+            st.binary(max_size=12) | st.none() | st.sampled_from([b"application/msgpack", b"t.replies"]),
+        ),
+        max_size=4,
+    ),
+)
+def test_no_record_makes_admission_raise(
+    value: bytes | None, headers: list[tuple[str, bytes | None]]
+) -> None:
+    found = record(value, *headers)
+    answer = admit(found)
+    if isinstance(answer, UnknownAddress):
+        answer = rules().unknown_address(found, answer)
+    if isinstance(answer, Rejection):
+        assert answer.error.code not in ("internal", "overloaded")

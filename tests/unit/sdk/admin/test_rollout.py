@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+from typing import Any
+
+from embedq_sdk.admin.rollout import RolloutUpdate, RolloutView, StatusBoard
+from embedq_shared.messages import Control, Status
+
+START = 1_000_000.0
+
+
+def a_status(replica: str = "r1", *, at: float = START, **more: Any) -> Status:
+    known: dict[str, Any] = {
+        "replica": replica,
+        "alias": "default",
+        "version": 1,
+        "step": "serving",
+        "state": "READY",
+        "model_version": None,
+        "error": None,
+        "at": int(at * 1000),
+    }
+    return Status(**(known | more))
+
+
+def ours(replica: str = "r1", **more: Any) -> Status:
+    return a_status(replica, **({"version": 2, "command_id": "c"} | more))
+
+
+def watch(*statuses: Status, now: float = START + 1, timeout: float = 60.0) -> RolloutUpdate:
+    board = StatusBoard()
+    for status in statuses:
+        board.see(status)
+    view = RolloutView(board, alias="default", version=2, command_id="c", started=START, timeout=timeout)
+    return view.at(now)
+
+
+def test_a_reload_is_through_when_every_live_replica_is_ready() -> None:
+    update = watch(ours("r1"), ours("r2"))
+
+    assert update.progress == "ready"
+    assert update.ok
+    assert update.done
+
+
+def test_ready_for_an_earlier_command_is_no_answer() -> None:
+    update = watch(ours("r1"), a_status("r2"))
+
+    assert update.progress == "running"
+    assert [replica.answered for replica in update.replicas] == [True, False]
+
+
+def test_one_failed_replica_fails_the_reload_once_all_answered() -> None:
+    failed = ours("r1", state="FAILED", step="load", error="no such directory")
+
+    assert watch(failed, ours("r2", state="LOADING", step="load")).progress == "running"
+    update = watch(failed, ours("r2"))
+    assert update.progress == "failed"
+    assert not update.ok
+    assert update.replicas[0].error == "no such directory"
+
+
+def test_a_replica_that_appears_meanwhile_counts() -> None:
+    newcomer = a_status("r2", version=None, state="LOADING", step="starting")
+
+    assert watch(ours("r1"), newcomer).progress == "running"
+
+
+def test_a_replica_that_fell_silent_counts_until_its_status_is_stale() -> None:
+    silent = a_status("r2", at=START)
+
+    assert watch(ours("r1", at=START + 15), silent, now=START + 15).progress == "running"
+    assert watch(ours("r1", at=START + 15), silent, now=START + 15.1).progress == "ready"
+
+
+def test_a_replica_that_stopped_does_not_count() -> None:
+    assert watch(ours("r1"), a_status("r2", state="STOPPED", step="stopped")).progress == "ready"
+
+
+def test_replicas_of_another_alias_do_not_count() -> None:
+    assert watch(ours("r1"), a_status("r2", alias="other")).progress == "ready"
+
+
+def test_nobody_there_is_said_after_two_status_intervals() -> None:
+    assert watch(now=START + 5.9).progress == "running"
+    assert watch(now=START + 6.0).progress == "no_replicas"
+
+
+def test_time_runs_out() -> None:
+    slow = ours("r1", at=START + 60, state="LOADING", step="load")
+
+    assert watch(slow, now=START + 59.9).progress == "running"
+    assert watch(slow, now=START + 60).progress == "timeout"
+
+
+def test_a_later_command_ends_the_watch() -> None:
+    assert watch(ours("r1"), a_status("r2", version=3, command_id="d")).progress == "superseded"
+    assert watch(ours("r1"), a_status("r2", version=2, command_id="d")).progress == "superseded"
+
+
+def test_a_replica_that_names_no_command_answers_by_version() -> None:
+    assert watch(ours("r1", command_id=None)).progress == "ready"
+
+
+def test_a_tombstone_removes_a_replica() -> None:
+    board = StatusBoard()
+    board.see(a_status("r1"))
+    board.forget("r1")
+
+    assert board.live(START) == []
+
+
+def a_command(version: int = 1, **more: Any) -> Control:
+    return Control(
+        **({"alias": "default", "version": version, "path": f"/m{version}", "command_id": "c"} | more)
+    )
+
+
+def test_the_next_command_falls_back_to_what_a_live_replica_serves() -> None:
+    from embedq_sdk.admin.control import _next_command
+
+    new = a_command(path="/new")
+
+    served = _next_command(new, [a_command(4), a_command(7, fallback="/old")], [a_status(version=7)])
+    unproven = _next_command(
+        new, [a_command(7, fallback="/old")], [a_status(version=7, state="FAILED"), a_status("r2", version=6)]
+    )
+    first = _next_command(new, [], [a_status(version=None)])
+
+    assert (served.version, served.path, served.fallback) == (8, "/new", "/m7")
+    assert (unproven.version, unproven.fallback) == (8, "/old")
+    assert (first.version, first.fallback) == (1, None)

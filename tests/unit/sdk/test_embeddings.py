@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedq_sdk.embeddings import (
+    PartJoiner,
+    ReadDatum,
+    ReadError,
+    ReadFailure,
+    ReadResult,
+    assemble,
+    read_reply,
+)
+from embedq_sdk.errors import (
+    DeadlineExceeded,
+    EmbedError,
+    InternalError,
+    InvalidArgument,
+    JobFailed,
+    KafkaUnavailable,
+    MixedModelVersions,
+    PartialFailure,
+    TextTooLong,
+    job_failed,
+)
+from embedq_shared.codec import encode
+from embedq_shared.messages import Datum, ErrorBody, Failure, Result, Timings, Usage
+from embedq_shared.vectors import quantize
+
+UNIT = np.full(64, 0.125, dtype=np.float32)
+V1, V2 = "sha256:" + "1" * 64, "sha256:" + "2" * 64
+
+
+def datum(index: int = 0, vector: np.ndarray = UNIT, dtype: Any = "float32", **more: Any) -> ReadDatum:
+    raw, scale = quantize(vector, dtype)
+    return ReadDatum(index=index, embedding=raw, scale=scale, tokens=index + 1, **more)
+
+
+def failed(index: int = 0, code: str = "text_too_long") -> ReadDatum:
+    return ReadDatum(index=index, error=ReadError(code=code, message="too long", param=f"input[{index}]"))
+
+
+def result(*data: ReadDatum, version: str = V1, dtype: Any = "float32", **more: Any) -> ReadResult:
+    return ReadResult(
+        id="j", model="default", model_version=version, dimensions=64, dtype=dtype, data=list(data), **more
+    )
+
+
+def test_parts_are_joined_in_any_order_and_repeats_change_nothing() -> None:
+    joiner = PartJoiner()
+    first, second, third = (result(datum(n), part=n, parts=3) for n in range(3))
+
+    assert joiner.add(third) is None
+    assert joiner.add(third) is None
+    assert joiner.add(first) is None
+    assert joiner.add(second) == [first, second, third]
+
+
+def test_parts_of_two_models_are_never_joined() -> None:
+    joiner = PartJoiner()
+
+    assert joiner.add(result(datum(0), part=0, parts=2, version=V1)) is None
+    assert joiner.add(result(datum(1), part=1, parts=2, version=V2)) is None
+    joined = joiner.add(result(datum(0), part=0, parts=2, version=V2))
+
+    assert joined is not None
+    assert {part.model_version for part in joined} == {V2}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_every_dtype_comes_back_as_float32(dtype: Any) -> None:
+    vector = np.linspace(-0.2, 0.2, 64, dtype=np.float32)
+
+    found = assemble([(2, [result(datum(0, vector, dtype), datum(1, vector, dtype), dtype=dtype)])]).vectors
+
+    assert found.dtype == np.float32
+    assert found.shape == (2, 64)
+    assert np.abs(found - vector).max() < 2e-3
+
+
+def test_binary_comes_back_packed() -> None:
+    vector = np.array([1, -1] * 32, dtype=np.float32)
+
+    found = assemble([(1, [result(datum(0, vector, "binary"), dtype="binary")])]).vectors
+
+    assert found.dtype == np.uint8
+    assert np.array_equal(np.unpackbits(found, axis=1)[0], vector > 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8", "binary"])
+def test_json_numbers_and_msgpack_bytes_give_the_same_vector(dtype: Any) -> None:
+    raw, scale = quantize(UNIT, dtype)
+    numbers = np.frombuffer(raw, {"float32": "<f4", "int8": "i1", "binary": "u1"}[dtype]).tolist()
+    as_json = result(ReadDatum(index=0, embedding=numbers, scale=scale), dtype=dtype)
+
+    assert np.array_equal(
+        assemble([(1, [as_json])]).vectors, assemble([(1, [result(datum(dtype=dtype), dtype=dtype)])]).vectors
+    )
+
+
+def test_jobs_are_put_together_in_order() -> None:
+    jobs = [(2, [result(datum(0, UNIT), datum(1, -UNIT))]), (1, [result(datum(0, UNIT * 2))])]
+
+    found = assemble(jobs)
+
+    assert np.array_equal(found.vectors, np.stack([UNIT, -UNIT, UNIT * 2]))
+    assert found.tokens.tolist() == [1, 2, 1]
+    assert found.total_tokens == 4
+    assert found.model_version == V1
+
+
+def test_some_failed_inputs_are_masked_and_named() -> None:
+    found = assemble([(3, [result(datum(0), failed(1), datum(2))])])
+
+    with pytest.raises(
+        PartialFailure, match=r"^1 of 3 inputs failed; the first, input 1: text_too_long"
+    ) as raised:
+        found.checked()
+
+    assert list(raised.value.errors) == [1]
+    assert isinstance(raised.value.errors[1], TextTooLong)
+    assert raised.value.vectors.mask[:, 0].tolist() == [False, True, False]
+    assert np.array_equal(raised.value.vectors[2], UNIT)
+
+
+def test_when_every_input_failed_the_first_error_is_raised() -> None:
+    with pytest.raises(TextTooLong):
+        assemble([(2, [result(failed(0), failed(1))])]).checked()
+
+
+def test_a_job_that_failed_whole_is_the_error_of_each_of_its_inputs() -> None:
+    whole = InternalError(code="internal", message="m", param=None, retryable=True)
+
+    found = assemble([(2, [result(datum(0), datum(1))]), (3, whole)])
+
+    assert list(found.errors) == [2, 3, 4]
+    assert found.model_versions == [V1, V1, None, None, None]
+
+
+def test_two_model_versions_have_no_common_one() -> None:
+    found = assemble([(1, [result(datum(0))]), (1, [result(datum(0), version=V2)])])
+
+    with pytest.raises(MixedModelVersions) as raised:
+        _ = found.model_version
+
+    assert raised.value.versions == [V1, V2]
+
+
+def test_replies_are_read_with_fields_and_codes_of_a_newer_service() -> None:
+    value = b'{"object":"error","id":"a","error":{"code":"on_strike","message":"no","retryable":false,"x":1},"y":2}'
+
+    reply = read_reply(value, msgpack=False)
+
+    assert isinstance(reply, ReadFailure)
+    error = job_failed(reply.error)
+    assert type(error) is JobFailed
+    assert error.code == "on_strike"
+
+
+@pytest.mark.parametrize("msgpack", [True, False])
+def test_what_the_contract_writes_is_read(msgpack: bool) -> None:
+    format: Any = "msgpack" if msgpack else "json"
+    written = Result(
+        id="a",
+        model="default",
+        model_version=V1,
+        dimensions=64,
+        dtype="float32",
+        data=[Datum(index=0, embedding=None, error=ErrorBody.of("non_finite", "m", "input[0]"))],
+        usage=Usage(0, 0),
+        timings=Timings(queue=1.0),
+    )
+    refused = Failure(id=None, model=None, model_version=None, error=ErrorBody.of("malformed", "m"))
+
+    found = read_reply(encode(written, format), msgpack=msgpack) if not msgpack else None
+    failure = read_reply(encode(refused, "json"), msgpack=False)
+
+    assert isinstance(failure, ReadFailure)
+    if found is not None:
+        assert isinstance(found, ReadResult)
+        assert found.data[0].error is not None
+        assert found.timings.queue == 1.0
+
+
+def test_messages_come_from_docstrings_and_facts_are_attributes() -> None:
+    error = KafkaUnavailable(servers="a:1", reason="refused")
+
+    assert str(error) == "Kafka at a:1 does not answer: refused"
+    assert error.servers == "a:1"
+    assert isinstance(InvalidArgument(argument="a", expected="b", got="c"), ValueError)
+    assert isinstance(DeadlineExceeded(timeout=1.0, progress="p"), TimeoutError)
+
+
+def test_errors_survive_pickling() -> None:
+    error = pickle.loads(pickle.dumps(DeadlineExceeded(timeout=2.0, progress="p")))
+
+    assert isinstance(error, EmbedError)
+    assert error.timeout == 2.0

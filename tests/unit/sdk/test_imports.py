@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+HEAVY = {"torch", "transformers", "tokenizers", "redis", "click", "rich", "embedq_consumer", "embedq_sdk.dev"}
+
+
+def modules_after(code: str) -> set[str]:
+    program = f"{code}\nimport sys\nprint(*sys.modules)"
+    return set(
+        subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True
+        ).stdout.split()
+    )
+
+
+def test_the_sdk_imports_nothing_heavy() -> None:
+    loaded = modules_after("import embedq_sdk, embedq_sdk.admin.topics, embedq_sdk.admin.control")
+
+    assert "aiokafka" in loaded
+    assert not loaded & HEAVY
+
+
+def test_the_command_line_says_what_to_install_when_click_is_missing() -> None:
+    program = "import sys; sys.modules['click'] = None\nfrom embedq_sdk.cli import main\nmain()"
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 1
+    assert done.stderr == "embedq: the command line needs click and rich: pip install 'embedq[cli]'\n"
+
+
+def test_everything_in_all_is_there_and_documented() -> None:
+    import embedq_sdk
+
+    for name in embedq_sdk.__all__:
+        assert getattr(embedq_sdk, name).__doc__, name
