@@ -12,24 +12,27 @@ from typing import Any, Final, TypeVar
 import msgspec
 import structlog
 
-from embedq_consumer.batching.batcher import LANES, Batcher, Lane
+from embedq_consumer.batching.batcher import Batcher
 from embedq_consumer.batching.single_flight import Identity, Item, SingleFlight, Waiter, Window
 from embedq_consumer.batching.token_budget import TokenBudget
 from embedq_consumer.batching.tokenizer_pool import TokenizerPool
 from embedq_consumer.batching.windows import Vectors
 from embedq_consumer.cache.vector_cache import CachedVector, VectorCache, cache_key
 from embedq_consumer.delivery import postprocess as outcomes
-from embedq_consumer.delivery.publisher import Publisher
-from embedq_consumer.delivery.result_records import Outgoing, Reply, ResultEncoder
+from embedq_consumer.delivery.publisher import Outgoing, Publisher
+from embedq_consumer.delivery.result_records import Reply, ResultEncoder
 from embedq_consumer.engine import Chunked, DeviceLost, OutOfMemory, Text, Tokens
-from embedq_consumer.intake.admission import AdmissionPolicy, Rejection, UnknownAddress, held_bytes
-from embedq_consumer.intake.jobs import InputVector, JobState, Outcome, Record
+from embedq_consumer.intake.admission import AdmissionPolicy, Rejection, UnknownAddress
+from embedq_consumer.intake.jobs import InputVector, JobState, Outcome
+from embedq_consumer.intake.records import Record
+from embedq_consumer.intake.result_sizes import held_bytes
 from embedq_consumer.lifecycle.model_slot import ModelSlot
 from embedq_consumer.room import WeightedSemaphore
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.codec import Envelope
 from embedq_shared.headers import JobHeaders
 from embedq_shared.messages import ErrorBody
+from embedq_shared.topics import LANES, Lane
 
 log = structlog.get_logger()
 

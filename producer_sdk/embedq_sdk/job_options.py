@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, TypedDict, get_args
+from typing import Any, Final, TypedDict, get_args
 
 import msgspec
 
@@ -25,8 +25,7 @@ from embedq_shared.messages import (
     Job,
     Truncate,
 )
-
-Lane = Literal["interactive", "bulk"]
+from embedq_shared.topics import Lane
 
 _TRACE_LIMIT: Final = 512
 

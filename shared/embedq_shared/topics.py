@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 
@@ -25,6 +25,10 @@ TRACE: Final = ("traceparent", "tracestate")
 # A result's own headers, beside the echoed ones.
 STATUS: Final = "embedq-status"
 MODEL_VERSION: Final = "embedq-model-version"
+
+Lane = Literal["interactive", "bulk"]
+LANES: Final[tuple[Lane, Lane]] = ("interactive", "bulk")
+"""Both lanes, in the order of `Topics.lanes`."""
 
 MAX_TOPIC_LENGTH: Final = 249
 _TOPIC_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,249}")

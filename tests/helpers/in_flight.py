@@ -13,8 +13,9 @@ from aiokafka import TopicPartition
 from embedq_consumer.batching.single_flight import Identity, Item, Waiter
 from embedq_consumer.engine import Chunked, Memory, Pending, Text, TextTooLong, Tokens
 from embedq_consumer.intake.admission import AdmissionPolicy
-from embedq_consumer.intake.jobs import JobState, Record
+from embedq_consumer.intake.jobs import JobState
 from embedq_consumer.intake.offsets import Ticket
+from embedq_consumer.intake.records import Record
 from embedq_shared.topics import Topics
 
 TOPICS = Topics("t")

@@ -7,8 +7,9 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, Generic
 
-from embedq_consumer.batching.batcher import LANES, Batcher, Item
+from embedq_consumer.batching.batcher import Batcher, Item
 from embedq_consumer.telemetry.metrics import Metrics
+from embedq_shared.topics import LANES
 
 _QUICK_S: Final = 0.025
 

@@ -6,10 +6,9 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import Iterable
-from typing import Final, Generic, Literal, Protocol, TypeVar
+from typing import Final, Generic, Protocol, TypeVar
 
-Lane = Literal["interactive", "bulk"]
-LANES: Final[tuple[Lane, Lane]] = ("interactive", "bulk")
+from embedq_shared.topics import LANES, Lane
 
 OVERDUE_SHARE: Final = 4
 """Overdue bulk texts get one part in so many of what runs, so that neither lane can starve the other."""

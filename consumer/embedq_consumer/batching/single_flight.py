@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import msgspec
 
-from embedq_consumer.batching.batcher import Lane
 from embedq_consumer.batching.windows import Vectors, WindowAssembler
 from embedq_consumer.engine import Chunked, Encoder, Tokens
 from embedq_consumer.intake.jobs import JobState
 from embedq_shared.messages import Chunking, Truncate
+from embedq_shared.topics import Lane
 
 Waiter = tuple[JobState, int]
 """One input of a job."""

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Final
 
-from embedq_consumer.batching.batcher import Lane
 from embedq_consumer.engine import Chunked, Encoder, Text, TextTooLong, Tokens
+from embedq_shared.topics import Lane
 
 __all__ = ["TokenizerPool"]
 

@@ -10,8 +10,16 @@ import numpy.typing as npt
 
 from embedq_consumer.batching.single_flight import Item, Waiter
 from embedq_consumer.engine import Chunked, TextTooLong, Tokens
-from embedq_consumer.intake.admission import input_param
-from embedq_consumer.intake.jobs import InputVector, JobState, Outcome, Request, Span, Spans, too_many_spans
+from embedq_consumer.intake.jobs import (
+    InputVector,
+    JobState,
+    Outcome,
+    Request,
+    Span,
+    Spans,
+    input_param,
+    too_many_spans,
+)
 from embedq_shared.messages import Dtype, ErrorBody
 from embedq_shared.vectors import cut_and_normalize, quantize
 

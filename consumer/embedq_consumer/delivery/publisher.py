@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
+import msgspec
 import structlog
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import (
@@ -18,9 +19,9 @@ from aiokafka.errors import (
     UnknownTopicOrPartitionError,
 )
 
-from embedq_consumer.delivery.result_records import Outgoing
 from embedq_consumer.ending import ended
 from embedq_consumer.telemetry.metrics import Metrics
+from embedq_shared.headers import Header
 
 log = structlog.get_logger()
 
@@ -76,6 +77,17 @@ class TopicDirectory:
             self._counts = {
                 topic: len(cluster.partitions_for_topic(topic) or ()) for topic in cluster.topics(False)
             }
+
+
+class Outgoing(msgspec.Struct, frozen=True, gc=False):
+    """One record to publish."""
+
+    topic: str
+    partition: int | None
+    key: bytes | None
+    value: bytes | None
+    headers: list[Header]
+    timestamp_ms: int | None = None
 
 
 class Publisher:

@@ -11,8 +11,11 @@ import msgspec
 import numpy as np
 import orjson
 
-from embedq_consumer.intake.admission import Rejection, fixed_bytes
-from embedq_consumer.intake.jobs import InputVector, JobState, Outcome, Record, Request, Spans
+from embedq_consumer.delivery.publisher import Outgoing
+from embedq_consumer.intake.admission import Rejection
+from embedq_consumer.intake.jobs import InputVector, JobState, Outcome, Request, Spans
+from embedq_consumer.intake.records import Record
+from embedq_consumer.intake.result_sizes import fixed_bytes
 from embedq_shared import codec
 from embedq_shared.codec import Envelope, Format
 from embedq_shared.headers import Header, JobHeaders
@@ -21,17 +24,6 @@ from embedq_shared.topics import CONTENT_TYPE, MODEL_VERSION, STATUS, Topics
 from embedq_shared.vectors import NUMPY
 
 _DATUM_SEPARATOR: Final = 1
-
-
-class Outgoing(msgspec.Struct, frozen=True, gc=False):
-    """One record to publish."""
-
-    topic: str
-    partition: int | None
-    key: bytes | None
-    value: bytes | None
-    headers: list[Header]
-    timestamp_ms: int | None = None
 
 
 class Reply(msgspec.Struct, frozen=True):

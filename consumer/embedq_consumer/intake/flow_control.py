@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from embedq_consumer.batching.batcher import LANES, Lane
+from embedq_shared.topics import LANES, Lane
 
 _RESUME_AT: Final = 0.5
 """A full lane takes records again once this share is left: then whole polls, and not one record for each answer."""

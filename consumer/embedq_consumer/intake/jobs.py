@@ -6,37 +6,11 @@ from typing import Literal
 
 import msgspec
 
-from embedq_consumer.batching.batcher import Lane
 from embedq_consumer.engine import Encoder
-from embedq_consumer.intake.offsets import Ticket
+from embedq_consumer.intake.records import Record
 from embedq_shared.codec import Format
 from embedq_shared.headers import JobHeaders
 from embedq_shared.messages import Chunking, Dtype, EncodingFormat, ErrorBody, Truncate
-
-
-class Record(msgspec.Struct, frozen=True, gc=False):
-    """One record of a job topic, as it was polled. `polled_at` is monotonic seconds, `timestamp_ms` Kafka's."""
-
-    ticket: Ticket
-    lane: Lane
-    key: bytes | None
-    value: bytes | None
-    headers: tuple[tuple[str, bytes], ...]
-    timestamp_ms: int
-    timestamp_type: int
-    polled_at: float
-
-    @property
-    def name(self) -> str:
-        """`topic-partition-offset`: the id of a job that has none."""
-        partition = self.ticket.partition
-        return f"{partition.topic}-{partition.partition}-{self.ticket.offset}"
-
-    @property
-    def size(self) -> int:
-        """Bytes that it holds while in flight."""
-        headers = sum(len(name) + len(value or b"") for name, value in self.headers)
-        return len(self.value or b"") + len(self.key or b"") + headers
 
 
 class InputVector(msgspec.Struct, frozen=True, gc=False):
@@ -158,3 +132,8 @@ def too_many_spans(request: Request) -> ErrorBody:
         f"`chunk`: expected at most {request.max_spans} spans in a job; `tokens` may be larger",
         "chunk",
     )
+
+
+def input_param(request: Request, index: int) -> str:
+    """How an error names one input."""
+    return f"input[{index}]" if request.listed else "input"

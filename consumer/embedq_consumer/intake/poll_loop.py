@@ -19,14 +19,13 @@ from aiokafka.errors import (
     UnsupportedCodecError,
 )
 
-from embedq_consumer.batching.batcher import LANES, Lane
 from embedq_consumer.ending import ended
 from embedq_consumer.intake.flow_control import InFlightLimits
-from embedq_consumer.intake.jobs import Record
 from embedq_consumer.intake.offsets import OffsetLedger
+from embedq_consumer.intake.records import Record
 from embedq_consumer.intake.rotation import PartitionRotation
 from embedq_consumer.telemetry.metrics import Metrics
-from embedq_shared.topics import Topics
+from embedq_shared.topics import LANES, Lane, Topics
 
 log = structlog.get_logger()
 

@@ -14,8 +14,8 @@ from prometheus_client import (
     ProcessCollector,
 )
 
-from embedq_consumer.batching.batcher import LANES
 from embedq_shared.messages import ErrorCode, ResultStatus
+from embedq_shared.topics import LANES
 
 _SECONDS = (
     0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0,

@@ -32,7 +32,7 @@ from embedq_consumer.engine import (
     default_batch_tokens,
     load_encoder,
 )
-from embedq_consumer.intake.admission import prompt_for
+from embedq_consumer.engine.text.prompts import prompt_for
 from embedq_consumer.verify import similarity as likeness
 from embedq_consumer.verify.sample_texts import sample_texts
 from embedq_shared.messages import Job

@@ -12,8 +12,8 @@ from aiokafka import TopicPartition
 from aiokafka.consumer.fetcher import PartitionRecords
 
 from embedq_consumer.intake.flow_control import InFlightLimits
-from embedq_consumer.intake.jobs import Record
 from embedq_consumer.intake.poll_loop import Intake
+from embedq_consumer.intake.records import Record
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_sdk.dev import DevStack
 from embedq_shared.topics import Topics

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from embedq_consumer.batching.batch_loop import BatchLoop, PrefetchLimit
-from embedq_consumer.batching.batcher import Batcher, BatchPolicy, Lane
+from embedq_consumer.batching.batcher import Batcher, BatchPolicy
 from embedq_consumer.telemetry.metrics import Metrics
+from embedq_shared.topics import Lane
 from tests.helpers.support import wait_until
 
 

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedq_consumer.batching.batcher import LANES, OVERDUE_SHARE, WINDOW, Batcher, BatchPolicy, Lane
+from embedq_consumer.batching.batcher import OVERDUE_SHARE, WINDOW, Batcher, BatchPolicy
+from embedq_shared.topics import LANES, Lane
 
 
 @dataclass(frozen=True)

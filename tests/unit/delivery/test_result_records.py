@@ -12,9 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedq_consumer.delivery.result_records import Outgoing, Reply, ResultEncoder, _data
-from embedq_consumer.intake.admission import Rejection, datum_bytes, fixed_bytes
+from embedq_consumer.delivery.publisher import Outgoing
+from embedq_consumer.delivery.result_records import Reply, ResultEncoder, _data
+from embedq_consumer.intake.admission import Rejection
 from embedq_consumer.intake.jobs import InputVector, JobState, Outcome, Span, Spans
+from embedq_consumer.intake.result_sizes import datum_bytes, fixed_bytes
 from embedq_shared import codec
 from embedq_shared.codec import Envelope
 from embedq_shared.headers import parse, value_of

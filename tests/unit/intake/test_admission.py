@@ -10,16 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedq_consumer.intake.admission import (
-    Rejection,
-    UnknownAddress,
-    datum_bytes,
-    fixed_bytes,
-    held_bytes,
-    input_param,
-    prompt_for,
-)
-from embedq_consumer.intake.jobs import JobState, Record
+from embedq_consumer.engine.text.prompts import prompt_for
+from embedq_consumer.intake.admission import Rejection, UnknownAddress
+from embedq_consumer.intake.jobs import JobState, input_param
+from embedq_consumer.intake.records import Record
+from embedq_consumer.intake.result_sizes import datum_bytes, fixed_bytes, held_bytes
 from embedq_shared import codec
 from embedq_shared.messages import Chunking
 from tests.helpers.in_flight import NOW_MS, PARTITIONS, TOPICS, Model, admitted, record, rules

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedq_consumer.batching.batcher import LANES, Lane
 from embedq_consumer.intake.flow_control import InFlightLimits
+from embedq_shared.topics import LANES, Lane
 
 
 def flow(max_jobs: int = 4, max_bytes: int = 1000) -> InFlightLimits:

@@ -1,0 +1,33 @@
+"""One record of a job topic, as it was polled."""
+
+from __future__ import annotations
+
+import msgspec
+
+from embedq_consumer.intake.offsets import Ticket
+from embedq_shared.topics import Lane
+
+
+class Record(msgspec.Struct, frozen=True, gc=False):
+    """One record of a job topic, as it was polled. `polled_at` is monotonic seconds, `timestamp_ms` Kafka's."""
+
+    ticket: Ticket
+    lane: Lane
+    key: bytes | None
+    value: bytes | None
+    headers: tuple[tuple[str, bytes], ...]
+    timestamp_ms: int
+    timestamp_type: int
+    polled_at: float
+
+    @property
+    def name(self) -> str:
+        """`topic-partition-offset`: the id of a job that has none."""
+        partition = self.ticket.partition
+        return f"{partition.topic}-{partition.partition}-{self.ticket.offset}"
+
+    @property
+    def size(self) -> int:
+        """Bytes that it holds while in flight."""
+        headers = sum(len(name) + len(value or b"") for name, value in self.headers)
+        return len(self.value or b"") + len(self.key or b"") + headers
