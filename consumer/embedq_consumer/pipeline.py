@@ -27,12 +27,12 @@ from embedq_consumer.intake.jobs import InputVector, JobState, Outcome
 from embedq_consumer.intake.records import Record
 from embedq_consumer.intake.result_sizes import held_bytes
 from embedq_consumer.lifecycle.model_slot import ModelSlot
-from embedq_consumer.room import WeightedSemaphore
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.codec import Envelope
 from embedq_shared.headers import JobHeaders
 from embedq_shared.messages import ErrorBody
 from embedq_shared.topics import LANES, Lane
+from embedq_shared.weighted_semaphore import WeightedSemaphore
 
 log = structlog.get_logger()
 
@@ -146,7 +146,7 @@ class Pipeline:
     async def _start(self, jobs: Sequence[JobState]) -> None:
         """Start on jobs, as many at a time as there is room for their results."""
         for portion, weight in _portions(jobs):
-            await self._room.take(weight)
+            await self._room.acquire(weight)
             await self._look_up(portion)
 
     async def _look_up(self, jobs: Sequence[JobState]) -> None:
@@ -296,7 +296,7 @@ class Pipeline:
             )  # beside the publishing, which it must not delay
         replies = await _run(self._answering, lambda: [self._answers.of_job(job) for job in jobs])
         await self._publish(replies)
-        self._room.give_back(sum(map(_weight, jobs)))
+        self._room.release(sum(map(_weight, jobs)))
         self._count(jobs)
 
     async def _publish(self, replies: Sequence[Reply]) -> None:

@@ -32,10 +32,10 @@ from embedq_consumer.lifecycle.model_slot import ModelSlot
 from embedq_consumer.lifecycle.reloader import Reloader
 from embedq_consumer.lifecycle.status_reporter import StatusReporter
 from embedq_consumer.pipeline import Pipeline
-from embedq_consumer.room import WeightedSemaphore
 from embedq_consumer.settings import Settings, SettingsError
 from embedq_consumer.telemetry.health import Health, HealthServer
 from embedq_consumer.telemetry.metrics import Metrics
+from embedq_shared.weighted_semaphore import WeightedSemaphore
 
 log = structlog.get_logger()
 

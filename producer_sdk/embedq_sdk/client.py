@@ -44,7 +44,6 @@ from embedq_sdk.job_options import (
     text_size,
 )
 from embedq_sdk.result_reader import JobResult, read_results
-from embedq_sdk.room import WeightedSemaphore
 from embedq_sdk.stream import Embedded, JobStream, items
 from embedq_sdk.transport.job_sender import Sender
 from embedq_sdk.transport.kafka import KafkaConnection
@@ -54,6 +53,7 @@ from embedq_shared import topics as names
 from embedq_shared.codec import CONTENT_TYPES, Format
 from embedq_shared.headers import Header, reply_partition_bytes
 from embedq_shared.messages import DEFAULT_MAX_INPUTS
+from embedq_shared.weighted_semaphore import WeightedSemaphore
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -336,12 +336,12 @@ class EmbedClient:
         calls: list[PendingJob] = []
         try:
             for texts, size in zip(jobs, weights, strict=True):
-                if not self._room.take(len(texts), size):
+                if not self._room.try_acquire(len(texts), size):
                     await self._wait_for_room(len(texts), size, end, timeout)
                 try:
                     call = self._begin(texts, size, options, end, timeout)
                 except BaseException:
-                    self._room.give_back(len(texts), size)
+                    self._room.release(len(texts), size)
                     raise
                 calls.append(call)
             outcomes: list[tuple[int, Outcome]] = []
@@ -358,9 +358,10 @@ class EmbedClient:
     async def _wait_for_room(self, texts: int, size: int, end: float, timeout: float) -> None:
         try:
             async with asyncio.timeout_at(end):
-                await self._room.wait_and_take(texts, size)
+                await self._room.acquire(texts, size)
         except TimeoutError:
-            raise Overloaded(texts=self._room.texts, size=self._room.size, timeout=timeout) from None
+            texts, size = self._room.held
+            raise Overloaded(texts=texts, size=size, timeout=timeout) from None
 
     def _begin(
         self, texts: list[str], size: int, options: JobOptions, end: float, timeout: float
@@ -396,7 +397,7 @@ class EmbedClient:
         """Nobody waits for the call any more; its room is free."""
         self._book.close(call)
         call.drop()
-        self._room.give_back(call.count, call.size)
+        self._room.release(call.count, call.size)
 
     def _too_late(self, call: PendingJob) -> None:
         """A call's deadline: say what is likely wrong."""
@@ -587,7 +588,7 @@ class EmbedClient:
                 )
         loop = asyncio.get_running_loop()
         end = loop.time() + timeout
-        if not self._room.take(count, size):
+        if not self._room.try_acquire(count, size):
             await self._wait_for_room(count, size, end, timeout)
         try:
             if not self._open or self._fault is not None:
@@ -607,7 +608,7 @@ class EmbedClient:
                 awaits_reply=False,
             )
         except BaseException:
-            self._room.give_back(count, size)
+            self._room.release(count, size)
             raise
         call.timer = loop.call_at(end, self._not_acknowledged, call)
         self._submitted.add(call)
@@ -617,7 +618,7 @@ class EmbedClient:
         finally:
             self._submitted.discard(call)
             call.drop()
-            self._room.give_back(count, size)
+            self._room.release(count, size)
         return job_id
 
     def _not_acknowledged(self, call: PendingJob) -> None:

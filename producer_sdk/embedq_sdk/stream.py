@@ -11,8 +11,8 @@ import msgspec
 from embedq_sdk.embeddings import Outcome, Vectors, vector
 from embedq_sdk.errors import EmbedError, InvalidArgument, job_failed
 from embedq_sdk.job_options import text_size
-from embedq_sdk.room import WeightedSemaphore
 from embedq_sdk.transport.pending_jobs import PendingJob
+from embedq_shared.weighted_semaphore import WeightedSemaphore
 
 
 class Embedded(msgspec.Struct, frozen=True):
@@ -136,7 +136,7 @@ class JobStream:
                 feeder.exception()
             if self._flush_timer is not None:
                 self._flush_timer.cancel()
-            self._room.give_back(len(self._batch), self._batch_bytes)
+            self._room.release(len(self._batch), self._batch_bytes)
             self._batch, self._batch_bytes = [], 0
             for call in self._entries:
                 call.drop()  # its done callback gives the room back
@@ -175,9 +175,9 @@ class JobStream:
         size = text_size(text, f"texts[{self._pulled}]", self._max_job_bytes)
         if self._batch and self._batch_bytes + size > self._max_job_bytes:
             self._flush()
-        if not self._room.take(1, size):
+        if not self._room.try_acquire(1, size):
             self._flush()
-            await self._room.wait_and_take(1, size)
+            await self._room.acquire(1, size)
         self._batch.append(text)
         self._batch_bytes += size
         self._pulled += 1

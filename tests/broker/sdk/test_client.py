@@ -287,7 +287,7 @@ async def test_cancelling_a_call_leaves_nothing_behind(client: Clients, responde
 
         assert all(isinstance(end, asyncio.CancelledError) for end in ended)
         assert embedq.in_flight == 0
-        assert (embedq._room.texts, embedq._room.size) == (0, 0)
+        assert embedq._room.held == (0, 0)
         other.behave = None
         assert np.array_equal(await embedq.embed("x"), expected("x"))
 

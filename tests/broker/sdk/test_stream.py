@@ -126,7 +126,7 @@ async def test_a_stream_pulls_no_more_than_its_window(client: Clients, responder
             await wait_until(lambda: embedq.in_flight == 0, what="the window's answers")
             assert pulled <= 204 + 20
         assert sum(len(job.texts) for job in other.received) <= 204 + 20
-        assert (embedq._room.texts, embedq._room.size) == (0, 0)
+        assert embedq._room.held == (0, 0)
 
 
 async def test_a_stream_bounds_bytes_too(client: Clients, responder: Responders) -> None:
@@ -192,7 +192,7 @@ async def test_a_source_that_raises_does_so_after_what_it_gave(
         with pytest.raises(LookupError, match="the file ended"):
             await anext(stream)
         assert embedq.in_flight == 0
-        assert embedq._room.texts == 0
+        assert embedq._room.held[0] == 0
 
 
 @pytest.mark.parametrize("errors", ["raise", "return"])

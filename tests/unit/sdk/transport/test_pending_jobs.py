@@ -8,7 +8,6 @@ import pytest
 
 from embedq_sdk.embeddings import ReadDatum, ReadError, ReadFailure, ReadResult
 from embedq_sdk.errors import JobFailed, job_failed
-from embedq_sdk.room import WeightedSemaphore
 from embedq_sdk.transport.job_sender import share
 from embedq_sdk.transport.pending_jobs import PendingJob, PendingReplies, backoff, settle, worth_retrying
 
@@ -78,55 +77,3 @@ def test_backoff_doubles_up_to_a_limit_and_is_half_random() -> None:
 )
 def test_a_burst_is_shared_among_all_partitions(waiting: int, partitions: int, each: int) -> None:
     assert share(waiting, partitions) == each
-
-
-async def test_room_is_given_in_the_order_of_asking() -> None:
-    room = WeightedSemaphore(max_texts=10, max_size=100)
-    assert room.take(8, 10)
-    large = asyncio.ensure_future(room.wait_and_take(5, 10))
-    await asyncio.sleep(0)
-
-    assert not room.take(1, 1), "a small one must not overtake"
-    room.give_back(8, 10)
-    await large
-
-    assert (room.texts, room.size) == (5, 10)
-
-
-async def test_one_that_is_too_large_runs_alone_instead_of_never() -> None:
-    room = WeightedSemaphore(max_texts=2, max_size=10)
-
-    assert room.take(5, 500)
-    assert not room.take(1, 1)
-    room.give_back(5, 500)
-    assert room.take(1, 1)
-
-
-async def test_someone_who_stops_waiting_holds_nobody_up() -> None:
-    room = WeightedSemaphore(max_texts=1, max_size=10)
-    room.take(1, 1)
-    impatient = asyncio.ensure_future(room.wait_and_take(1, 1))
-    patient = asyncio.ensure_future(room.wait_and_take(1, 1))
-    await asyncio.sleep(0)
-
-    impatient.cancel()
-    room.give_back(1, 1)
-    await patient
-
-    assert room.texts == 1
-    room.give_back(1, 1)
-    assert room.take(1, 1)
-
-
-async def test_room_granted_to_someone_who_was_cancelled_meanwhile_comes_back() -> None:
-    room = WeightedSemaphore(max_texts=1, max_size=10)
-    room.take(1, 1)
-    waiting = asyncio.ensure_future(room.wait_and_take(1, 1))
-    await asyncio.sleep(0)
-
-    room.give_back(1, 1)  # grants it
-    waiting.cancel()  # before it runs
-    with pytest.raises(asyncio.CancelledError):
-        await waiting
-
-    assert (room.texts, room.size) == (0, 0)
