@@ -23,7 +23,7 @@ from benchmarks.machine import write
 from embedq_consumer.batching.batch_loop import BatchLoop
 from embedq_consumer.batching.batcher import Batcher, BatchPolicy
 from embedq_consumer.batching.single_flight import Identity, Item, SingleFlight
-from embedq_consumer.engine import Encoder, Tokens, default_batch_tokens, load_encoder
+from embedq_consumer.engine import Encoder, Text, Tokens, default_batch_tokens, load_encoder
 from embedq_consumer.lifecycle.model_slot import ModelSlot
 from embedq_consumer.settings import Settings
 from embedq_consumer.telemetry.metrics import Metrics
@@ -95,9 +95,8 @@ class _Backlog:
     def _items(self, now: float) -> list[Item]:
         items = []
         for row, tokens in enumerate(self._texts):
-            identity = Identity(
-                "bulk", tokens.ids.tobytes().decode("latin-1"), "", "error", None, self._encoder
-            )
+            text = Text(tokens.ids.tobytes().decode("latin-1"))
+            identity = Identity("bulk", text, self._encoder)
             if self._flights.join(identity, row):
                 items.append(Item(identity, tokens, now))
         return items

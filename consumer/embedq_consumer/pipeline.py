@@ -21,7 +21,7 @@ from embedq_consumer.cache.vector_cache import CachedVector, VectorCache, cache_
 from embedq_consumer.delivery import postprocess as outcomes
 from embedq_consumer.delivery.publisher import Outgoing, Publisher
 from embedq_consumer.delivery.result_records import Reply, ResultEncoder
-from embedq_consumer.engine import Chunked, DeviceLost, OutOfMemory, Text, Tokens
+from embedq_consumer.engine import Chunked, DeviceLost, OutOfMemory, Tokens
 from embedq_consumer.intake.admission import AdmissionPolicy, Rejection, UnknownAddress
 from embedq_consumer.intake.jobs import InputVector, JobState, Outcome
 from embedq_consumer.intake.records import Record
@@ -175,8 +175,7 @@ class Pipeline:
 
     async def _tokenize(self, lane: Lane, inputs: Sequence[tuple[JobState, int]]) -> None:
         encoder = inputs[0][0].encoder  # one for all: a swap waits until nothing is in flight
-        requests = [(job.request, index) for job, index in inputs]
-        texts = [Text(of.texts[index], of.prompt, of.truncate, of.chunk) for of, index in requests]
+        texts = [job.request.text(index) for job, index in inputs]
         started = time.monotonic()
         tokens = await self._tokenizing.run(lane, encoder, texts)
         now = time.monotonic()
@@ -437,14 +436,7 @@ def _undeliverable(reason: BaseException) -> ErrorBody:
 
 def _key(job: JobState, index: int) -> bytes:
     request = job.request
-    return cache_key(
-        job.encoder.model_version,
-        request.texts[index],
-        request.prompt,
-        request.dimensions,
-        request.dtype,
-        None if request.chunk is None else request.chunk.tokens,
-    )
+    return cache_key(job.encoder.model_version, request.text(index), request.dimensions, request.dtype)
 
 
 def _from_cache(job: JobState, entry: CachedVector | None) -> InputVector | None:

@@ -7,9 +7,8 @@ from collections.abc import Callable
 import msgspec
 
 from embedq_consumer.batching.windows import Vectors, WindowAssembler
-from embedq_consumer.engine import Chunked, Encoder, Tokens
+from embedq_consumer.engine import Chunked, Encoder, Text, Tokens
 from embedq_consumer.intake.jobs import JobState
-from embedq_shared.messages import Chunking, Truncate
 from embedq_shared.topics import Lane
 
 Waiter = tuple[JobState, int]
@@ -17,29 +16,19 @@ Waiter = tuple[JobState, int]
 
 
 class Identity(msgspec.Struct, frozen=True, gc=False):
-    """What the model sees of an input, and which model. The lane belongs to it, so that no interactive text waits for a
-    bulk one; the encoder, since windows of a job that expired may still wait for a micro-batch when another model serves.
+    """Deduplication key: what the model sees of an input, and which model. The lane belongs to it, so that no interactive
+    text waits for a bulk one; the encoder, since windows of a job that expired may still wait for a micro-batch when
+    another model serves. Dimensions and dtype do not: each waiter cuts its own vector.
     """
 
     lane: Lane
-    text: str
-    prompt: str
-    truncate: Truncate
-    chunk: Chunking | None
+    text: Text
     encoder: Encoder
 
     @classmethod
     def of(cls, job: JobState, index: int) -> Identity:
-        """Of one input; dimensions and dtype are no part of it, since each waiter cuts its own vector."""
-        request = job.request
-        return cls(
-            job.record.lane,
-            request.texts[index],
-            request.prompt,
-            request.truncate,
-            request.chunk,
-            job.encoder,
-        )
+        """The identity of one input."""
+        return cls(job.record.lane, job.request.text(index), job.encoder)
 
 
 class Window(msgspec.Struct, frozen=True, gc=False):
@@ -113,11 +102,11 @@ class SingleFlight:
         """Keep the vectors of one window. All of its text's once the last one is there; None before, and where nobody
         waits any more."""
         identity, window = item.identity, item.window
-        if identity not in self._waiting or identity.chunk is None or window is None:
+        if identity not in self._waiting or identity.text.chunk is None or window is None:
             return None
         if identity not in self._gathered:
             self._gathered[identity] = WindowAssembler(
-                window.of, identity.chunk.mode, identity.encoder.hidden_size
+                window.of, identity.text.chunk.mode, identity.encoder.hidden_size
             )
         gathered = self._gathered[identity]
         return gathered.rows if gathered.add(window.number, rows) else None

@@ -30,6 +30,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import InvalidResponse, RedisError, ResponseError
 
 from embedq_consumer.cache.circuit_breaker import CircuitBreaker, State
+from embedq_consumer.engine import Text
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.messages import Dtype
 from embedq_shared.vectors import vector_bytes
@@ -70,20 +71,21 @@ class CachedVector(msgspec.Struct, frozen=True, gc=False):
     vector: bytes
 
 
-def cache_key(
-    model_version: str, text: str, prompt: str, dimensions: int, dtype: str, window: int | None = None
-) -> bytes:
-    """The Redis key of one vector; `prompt` is everything that is put in front of the text, or "".
+def cache_key(model_version: str, text: Text, dimensions: int, dtype: str) -> bytes:
+    """The Redis key of one vector: of all that the model sees of the input, but for `truncate`, which the entry holds.
 
-    `window` is the tokens in each window of a mean over windows. Two keys are equal exactly if all six arguments are:
-    each part has a fixed length or cannot hold a colon, and only a key with a window has one part more.
+    Two keys are equal exactly if version, text, prompt, window (`chunk.tokens`, of a mean over windows), dimensions and
+    dtype are: each part has a fixed length or cannot hold a colon, and only a key with a window has one part more.
 
     Raises:
-        ValueError: `model_version` is not `sha256:` and 64 hex digits, or `text` holds a lone surrogate.
+        ValueError: `model_version` is not `sha256:` and 64 hex digits, or the text holds a lone surrogate.
     """
+    prompt = text.prompt
     frame = _frame if len(prompt) <= _SHORT_PROMPT else _frame.__wrapped__
-    head, tail = frame(model_version, prompt, dimensions, dtype, window)
-    return head + sha256(text.encode()).hexdigest().encode() + tail
+    head, tail = frame(
+        model_version, prompt, dimensions, dtype, None if text.chunk is None else text.chunk.tokens
+    )
+    return head + sha256(text.text.encode()).hexdigest().encode() + tail
 
 
 @lru_cache(maxsize=512)

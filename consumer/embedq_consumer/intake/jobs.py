@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from embedq_consumer.engine import Encoder
+from embedq_consumer.engine import Encoder, Text
 from embedq_consumer.intake.records import Record
 from embedq_shared.codec import Format
 from embedq_shared.headers import JobHeaders
@@ -59,6 +59,10 @@ class Request(msgspec.Struct, frozen=True):
     max_spans: int  # of all its inputs together
     metadata: msgspec.Raw
     format: Format
+
+    def text(self, index: int) -> Text:
+        """What the model sees of one input: the single flight's identity and the cache key are made from it."""
+        return Text(self.texts[index], self.prompt, self.truncate, self.chunk)
 
     @property
     def late(self) -> bool:

@@ -16,6 +16,7 @@ import pytest
 
 from embedq_consumer.cache.circuit_breaker import CircuitBreaker
 from embedq_consumer.cache.vector_cache import CHUNK_BYTES, CachedVector, VectorCache, cache_key
+from embedq_consumer.engine import Text
 from embedq_consumer.telemetry.metrics import Metrics
 from tests.helpers.redis_process import RedisProcess
 from tests.helpers.support import wait_until
@@ -24,7 +25,7 @@ VERSION = "sha256:" + "c" * 64
 
 
 def key(text: str, *, dimensions: int = 32) -> bytes:
-    return cache_key(VERSION, text, "", dimensions, "float32")
+    return cache_key(VERSION, Text(text), dimensions, "float32")
 
 
 @functools.cache
@@ -83,7 +84,7 @@ async def test_what_was_put_is_found_and_the_rest_is_missed(redis: RedisProcess,
 
 async def test_an_entry_comes_back_with_every_field(redis: RedisProcess, opened: Open) -> None:
     one = await opened(redis.url)
-    name = cache_key(VERSION, "text", "Query:", 64, "int8")
+    name = cache_key(VERSION, Text("text", "Query:"), 64, "int8")
     quantized = CachedVector(512, "start", 0.1 + 0.2, bytes(range(64)))
     await one.cache.put_many([(name, quantized)])
     assert await one.cache.get_many([name]) == [quantized]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from hashlib import sha256
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from embedq_consumer.cache.vector_cache import CachedVector, cache_key, pack, unpack
+from embedq_consumer.engine import Text
+from embedq_shared.messages import Chunking
 from embedq_shared.vectors import vector_bytes
 
 VERSION = "sha256:" + "a" * 64
@@ -32,14 +35,14 @@ fields = st.tuples(
 def key(
     version: str = VERSION, text: str = "text", prompt: str = "", dimensions: int = 32, dtype: str = "float32"
 ) -> bytes:
-    return cache_key(version, text, prompt, dimensions, dtype)
+    return cache_key(version, Text(text, prompt), dimensions, dtype)
 
 
 @given(fields, fields)
 def test_two_keys_are_equal_exactly_if_every_field_is(
     one: tuple[str, str, str, int, str], other: tuple[str, str, str, int, str]
 ) -> None:
-    assert (cache_key(*one) == cache_key(*other)) == (one == other)
+    assert (key(*one) == key(*other)) == (one == other)
 
 
 @given(versions, texts, texts, dimensions, dtypes)
@@ -48,19 +51,33 @@ def test_a_key_names_the_digests_and_the_shape(
 ) -> None:
     digests = [sha256(part.encode()).hexdigest() for part in (text, prompt)]
     expected = ":".join(["embedq", "v1", version.removeprefix("sha256:"), *digests, str(dimensions), dtype])
-    assert cache_key(version, text, prompt, dimensions, dtype) == expected.encode()
+    assert key(version, text, prompt, dimensions, dtype) == expected.encode()
+
+
+def test_whatever_else_the_model_sees_of_an_input_changes_its_key() -> None:
+    """A field that is added to `Text` must go into the key, or into the entry as `truncate` does."""
+    plain = Text("text", "prompt", "error", None)
+    others = {"text": "other", "prompt": "other", "truncate": "end", "chunk": Chunking("mean", 8)}
+    assert set(others) == set(Text.__struct_fields__)
+    changed = {
+        name
+        for name, value in others.items()
+        if cache_key(VERSION, msgspec.structs.replace(plain, **{name: value}), 32, "float32")
+        != cache_key(VERSION, plain, 32, "float32")
+    }
+    assert changed == {"text", "prompt", "chunk"}
 
 
 def test_a_mean_over_windows_has_a_key_of_its_own() -> None:
     windows = [None, 8, 80, 512]
     keys = [
-        cache_key(VERSION, "text", "", dimensions, "float32", window)
+        cache_key(VERSION, Text("text", chunk=window and Chunking("mean", window)), dimensions, "float32")
         for dimensions in (8, 80)
         for window in windows
     ]
     assert len(set(keys)) == len(keys)
     entry = CachedVector(3, "", None, bytes(4 * 80))
-    of_window = cache_key(VERSION, "text", "", 80, "float32", 8)
+    of_window = cache_key(VERSION, Text("text", chunk=Chunking("mean", 8)), 80, "float32")
     assert unpack(of_window, pack(of_window, entry)) == entry
     assert unpack(key(dimensions=80), pack(of_window, entry)) is None
 
