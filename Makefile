@@ -36,7 +36,7 @@ check: setup ## lint, types, generated files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m embedq_shared.contract --check
+	$(BIN)/python -m tools.schemas --check
 
 test: check ## everything CI runs
 	$(BIN)/python -m pytest $(TESTS)
@@ -46,7 +46,7 @@ format: setup ## format the code
 	$(BIN)/ruff format .
 
 contract: setup ## write the JSON Schemas and the AsyncAPI document
-	$(BIN)/python -m embedq_shared.contract
+	$(BIN)/python -m tools.schemas
 
 constraints: setup ## pin anew what CI and this file install
 	$(UV) pip compile -q --universal --python-version 3.11 --no-emit-index-url --no-annotate --no-header \

@@ -96,7 +96,7 @@ def test_importing_the_sdk_loads_nothing_heavy() -> None:
 
 
 def test_importing_the_contract_loads_no_kafka_client() -> None:
-    found = loaded_by("import embedq_shared.codec, embedq_shared.contract")
+    found = loaded_by("import embedq_shared.codec, embedq_shared.messages, embedq_shared.headers")
     assert found & (HEAVY | {"aiokafka", "redis", "embedq_consumer", "embedq_sdk"}) == set()
 
 
@@ -159,7 +159,7 @@ def test_every_package_of_the_wheel_says_that_it_is_typed(wheel: zipfile.ZipFile
 def test_the_wheel_carries_the_contract(wheel: zipfile.ZipFile) -> None:
     names = {Path(name).name for name in wheel.namelist() if name.startswith("embedq_shared/spec/")}
     assert names == {path.name for path in (PACKAGES["embedq_shared"] / "spec").iterdir()}
-    assert {"WIRE.md", "asyncapi.json", "job.schema.json", "result.schema.json"} <= names
+    assert {"WIRE.md", "asyncapi.yaml", "job.schema.json", "result.schema.json"} <= names
 
 
 def test_the_wheel_carries_every_source_file(wheel: zipfile.ZipFile) -> None:

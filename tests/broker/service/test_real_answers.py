@@ -11,11 +11,12 @@ import msgspec
 import pytest
 from aiokafka import ConsumerRecord
 from jsonschema import Draft202012Validator
+from tools.schemas import SPEC
 
 from embedq_sdk.dev import DevStack
-from embedq_shared import contract
 from embedq_shared.headers import value_of
 from embedq_shared.topics import MSGPACK, Topics
+from tests.helpers.asyncapi import MESSAGES, resolve
 from tests.helpers.service_process import Replica, fresh_prefix, make_topics, producer, reader, replicas
 from tests.helpers.tiny_models import make_tiny_bert
 
@@ -45,12 +46,11 @@ JOBS: list[dict[str, Any]] = [
 
 
 def schema(stem: str) -> Draft202012Validator:
-    return Draft202012Validator(json.loads((contract.SPEC / f"{stem}.schema.json").read_text("utf-8")))
+    return Draft202012Validator(json.loads((SPEC / f"{stem}.schema.json").read_text("utf-8")))
 
 
 def headers_schema(message: str) -> Draft202012Validator:
-    document = json.loads((contract.SPEC / "asyncapi.json").read_text("utf-8"))
-    return Draft202012Validator(document["components"]["messages"][message]["headers"])
+    return Draft202012Validator(resolve(MESSAGES[message]["headers"]))
 
 
 def faults(validator: Draft202012Validator, found: Any) -> Iterator[str]:

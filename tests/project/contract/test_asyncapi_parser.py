@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from tools.schemas import SPEC
 
 from embedq_sdk.dev.jars import cache_directory
-from embedq_shared import contract
 
 HERE = Path(__file__).parent
 LOCK = HERE / "package-lock.json"
@@ -72,7 +72,7 @@ def parse(document: Path, modules: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_asyncapi_parser_accepts_the_document(modules: Path) -> None:
-    done = parse(contract.SPEC / "asyncapi.json", modules)
+    done = parse(SPEC / "asyncapi.yaml", modules)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     assert found["errors"] == found["warnings"] == []
@@ -89,12 +89,18 @@ def test_the_asyncapi_parser_accepts_the_document(modules: Path) -> None:
     }
 
 
-def test_the_asyncapi_parser_refuses_a_broken_document(modules: Path, tmp_path: Path) -> None:
-    document = json.loads((contract.SPEC / "asyncapi.json").read_text(encoding="utf-8"))
-    document["operations"]["sendResult"]["action"] = "publish"
-    broken = tmp_path / "asyncapi.json"
-    broken.write_text(json.dumps(document), encoding="utf-8")
-    done = parse(broken, modules)
+@pytest.mark.parametrize(
+    ("right", "wrong"), [("action: send", "action: publish"), ("./job.schema.json", "./no_such_file.json")]
+)
+def test_the_asyncapi_parser_refuses_a_broken_document(
+    modules: Path, tmp_path: Path, right: str, wrong: str
+) -> None:
+    shutil.copytree(SPEC, tmp_path / "spec")
+    document = tmp_path / "spec" / "asyncapi.yaml"
+    text = document.read_text(encoding="utf-8")
+    assert right in text
+    document.write_text(text.replace(right, wrong), encoding="utf-8")
+    done = parse(document, modules)
     assert done.returncode == 1
     assert json.loads(done.stdout)["errors"] != []
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
+from tools import schemas
 
-from embedq_shared import codec, contract
+from embedq_shared import codec
 from embedq_shared.codec import BadJob
 from embedq_shared.messages import (
     Control,
@@ -26,11 +25,10 @@ from embedq_shared.messages import (
     Timings,
     Usage,
 )
-from embedq_shared.vectors import quantize
 
 SCHEMAS = {
     path.name.removesuffix(".schema.json"): json.loads(path.read_text(encoding="utf-8"))
-    for path in contract.SPEC.glob("*.schema.json")
+    for path in schemas.SPEC.glob("*.schema.json")
 }
 VALIDATORS = {stem: Draft202012Validator(schema) for stem, schema in SCHEMAS.items()}
 VERSION = "sha256:" + "0123456789abcdef" * 4
@@ -40,20 +38,20 @@ VERSION = "sha256:" + "0123456789abcdef" * 4
 
 
 def test_the_generated_files_are_fresh() -> None:
-    assert contract.stale() == [], "run `python -m embedq_shared.contract`"
+    assert schemas.stale() == [], "run `make contract`"
 
 
 def test_a_changed_a_missing_and_a_left_over_file_are_stale(tmp_path: Path) -> None:
-    for name, text in contract.render().items():
+    for name, text in schemas.render().items():
         (tmp_path / name).write_text(text, encoding="utf-8")
-    assert contract.stale(tmp_path) == []
+    assert schemas.stale(tmp_path) == []
     (tmp_path / "job.schema.json").write_text("{}", encoding="utf-8")
     (tmp_path / "status.schema.json").unlink()
     (tmp_path / "old.schema.json").write_text("{}", encoding="utf-8")
-    assert contract.stale(tmp_path) == ["job.schema.json", "old.schema.json", "status.schema.json"]
+    assert schemas.stale(tmp_path) == ["job.schema.json", "old.schema.json", "status.schema.json"]
 
 
-@pytest.mark.parametrize("stem", sorted(contract.ROOTS))
+@pytest.mark.parametrize("stem", sorted(schemas.ROOTS))
 def test_a_schema_is_valid_json_schema_2020_12(stem: str) -> None:
     assert SCHEMAS[stem]["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     Draft202012Validator.check_schema(SCHEMAS[stem])
@@ -284,66 +282,3 @@ def test_a_control_record_that_breaks_a_rule_does_not_fit(fields: dict[str, Any]
     right = {"alias": "default", "version": 1, "path": "a", "command_id": "c"}
     VALIDATORS["control"].validate(right)
     assert not VALIDATORS["control"].is_valid(right | fields)
-
-
-# -- the AsyncAPI document --------------------------------------------------------------------------------------------
-
-ASYNCAPI = json.loads((contract.SPEC / "asyncapi.json").read_text(encoding="utf-8"))
-
-
-def resolve(node: Any) -> Any:
-    """A part of the document with its local references filled in."""
-    if isinstance(node, list):
-        return [resolve(item) for item in node]
-    if not isinstance(node, dict):
-        return node
-    if "$ref" in node:
-        found = ASYNCAPI
-        for step in node["$ref"].removeprefix("#/").split("/"):
-            found = found[step]
-        return resolve(found)
-    return {key: resolve(value) for key, value in node.items()}
-
-
-@pytest.mark.parametrize("name", sorted(ASYNCAPI["components"]["messages"]))
-def test_the_examples_of_a_message_fit_it(name: str) -> None:
-    message = resolve(ASYNCAPI["components"]["messages"][name])
-    Draft202012Validator.check_schema(message["payload"])
-    Draft202012Validator.check_schema(message.get("headers", {}))
-    for example in message.get("examples", []):
-        Draft202012Validator(message["payload"]).validate(example["payload"])
-        Draft202012Validator(message.get("headers", {})).validate(example.get("headers", {}))
-
-
-def test_the_job_examples_are_jobs() -> None:
-    examples = ASYNCAPI["components"]["messages"]["job"]["examples"]
-    assert len(examples) >= 2
-    assert all(accepts(example["payload"]) for example in examples)
-
-
-def test_the_int8_example_is_a_unit_vector() -> None:
-    payload = ASYNCAPI["components"]["messages"]["result"]["examples"][0]["payload"]
-    first = payload["data"][0]
-    stored = np.frombuffer(base64.b64decode(first["embedding"]), dtype=np.int8).astype(np.float64)
-    assert len(stored) == payload["dimensions"]
-    assert np.linalg.norm(stored * first["scale"]) == pytest.approx(1, abs=0.02)
-    assert (
-        quantize((stored * first["scale"]).astype(np.float32), "int8")[0] == stored.astype(np.int8).tobytes()
-    )
-
-
-def test_every_topic_is_a_channel_and_every_channel_has_an_operation() -> None:
-    channels = ASYNCAPI["channels"]
-    addresses = {channel["address"] for channel in channels.values()}
-    own = ["jobs", "jobs.bulk", "results", "replies", "control", "status", "dlq"]
-    assert addresses == {f"embed.{name}" for name in own} | {None}
-    used = {operation["channel"]["$ref"].split("/")[-1] for operation in ASYNCAPI["operations"].values()}
-    assert used == channels.keys() - {"replyAddress"}
-
-
-def test_jobs_are_correlated_and_answered_where_their_headers_say() -> None:
-    job = ASYNCAPI["components"]["messages"]["job"]
-    assert job["correlationId"]["location"] == "$message.header#/correlation-id"
-    reply = ASYNCAPI["operations"]["receiveJob"]["reply"]
-    assert reply["address"]["location"] == "$message.header#/reply-topic"
-    assert ASYNCAPI["channels"]["replyAddress"]["address"] is None

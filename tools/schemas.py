@@ -1,8 +1,8 @@
-"""Writes the wire contract for readers who have no Python: JSON Schemas and an AsyncAPI 3 document.
+"""Writes the JSON Schemas of the wire contract, for readers who have no Python.
 
-`python -m embedq_shared.contract` writes `spec/`, `--check` exits with 1 and names the files that are stale.
-Shapes come from `embedq_shared.messages`; what no type can say is added here: rules between fields, and what the
-service always writes. `embedq_shared.asyncapi` adds topics, headers and operations.
+`python -m tools.schemas` writes `shared/embedq_shared/spec/*.schema.json`; `--check` exits with 1 and names the files that are
+stale. Shapes come from `embedq_shared.messages`; what no type can say is added here: rules between fields, and what the
+service always writes. `asyncapi.yaml`, which is kept by hand, refers to these files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Final, get_args
 
 import msgspec
 
-from embedq_shared import asyncapi
+import embedq_shared
 from embedq_shared.messages import (
     DEFAULT_ALIAS,
     DEFAULT_MAX_INPUTS,
@@ -30,7 +30,7 @@ from embedq_shared.messages import (
 
 Schema = dict[str, Any]
 
-SPEC: Final = Path(__file__).parent / "spec"
+SPEC: Final = Path(embedq_shared.__file__).parent / "spec"
 DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 MODEL_VERSION_PATTERN: Final = "^sha256:[0-9a-f]{64}$"
 
@@ -68,7 +68,6 @@ def schemas() -> dict[str, Schema]:
 def render() -> dict[str, str]:
     """File name → text, for every generated file."""
     documents: dict[str, Schema] = {f"{stem}.schema.json": schema for stem, schema in schemas().items()}
-    documents["asyncapi.json"] = asyncapi.document(schemas())
     return {
         name: json.dumps(document, indent=2, ensure_ascii=False) + "\n"
         for name, document in documents.items()
@@ -251,13 +250,13 @@ def _always_written(schema: Schema, but: tuple[str, ...] = ()) -> None:
 
 def main() -> int:
     """Write the generated files, or with `--check` say which are stale; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m embedq_shared.contract", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.schemas", description=main.__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file is stale")
     check = parser.parse_args().check
     wrong = stale()
     if check:
         for name in wrong:
-            sys.stderr.write(f"stale: {SPEC.name}/{name}; run python -m embedq_shared.contract\n")
+            sys.stderr.write(f"stale: {SPEC.name}/{name}; run python -m tools.schemas\n")
         return 1 if wrong else 0
     wanted = render()
     SPEC.mkdir(exist_ok=True)
