@@ -14,7 +14,7 @@ TESTS ?= tests
 unexport PYTHONDONTWRITEBYTECODE
 UV := UV_LINK_MODE=hardlink $(BIN)/uv
 
-.PHONY: help setup demo test check format contract constraints bench clean
+.PHONY: help setup demo test check format contract docs constraints bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1 \t/' | expand -t 20
@@ -37,6 +37,7 @@ check: setup ## lint, types, generated files
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m tools.schemas --check
+	$(BIN)/python -m tools.settings_page --check
 
 test: check ## everything CI runs
 	$(BIN)/python -m pytest $(TESTS)
@@ -45,8 +46,11 @@ format: setup ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-contract: setup ## write the JSON Schemas and the AsyncAPI document
+contract: setup ## write the JSON Schemas
 	$(BIN)/python -m tools.schemas
+
+docs: setup ## write docs/settings.md
+	$(BIN)/python -m tools.settings_page
 
 constraints: setup ## pin anew what CI and this file install
 	$(UV) pip compile -q --universal --python-version 3.11 --no-emit-index-url --no-annotate --no-header \

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from tools.schemas import SPEC
 
 DOCUMENT: Any = yaml.safe_load((SPEC / "asyncapi.yaml").read_text(encoding="utf-8"))

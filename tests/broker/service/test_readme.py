@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import indent
@@ -20,14 +23,38 @@ from tests.helpers.service_process import Replica, replicas
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(300)]
 
-README = (Path(__file__).parents[3] / "README.md").read_text()
+ROOT = Path(__file__).parents[3]
+README = (ROOT / "README.md").read_text()
 
 
-async def test_the_python_examples_run(models: Path, tmp_path: Path) -> None:
-    # The examples use the default topic prefix: a stack of their own keeps other tests out of it.
-    with_imports = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL)).replace(
-        "localhost:9092", "{servers}"
+async def printed_by(program: str, stack: DevStack) -> str:
+    """What a program prints in an interpreter of its own, where the address of the stack is exported."""
+    environ = {**os.environ, "EMBEDQ_KAFKA_SERVERS": stack.kafka_servers}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", program, env=environ, stdout=subprocess.PIPE
     )
+    output, _ = await process.communicate()
+    assert process.returncode == 0
+    return output.decode()
+
+
+async def test_the_first_block_runs_as_it_is_pasted() -> None:
+    """Without the target's set-up, which made the interpreter that runs this test."""
+    block = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)[0]
+    assert block == "make demo\n"
+    recipe = re.findall(r"^demo: setup.*\n\t@(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert recipe == ["$(BIN)/python -m demo"]
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("EMBEDQ_")}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "demo", cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    output, _ = await process.communicate()
+    assert process.returncode == 0, output.decode()
+
+
+async def test_the_python_examples_run_as_they_are_pasted(models: Path, tmp_path: Path) -> None:
+    # The examples use the default topic prefix: a stack of their own keeps other tests out of it.
+    complete, source = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     stored: list[tuple[int, Any, str]] = []
 
     def endless() -> Iterator[str]:
@@ -39,7 +66,8 @@ async def test_the_python_examples_run(models: Path, tmp_path: Path) -> None:
         await create_topics(stack.kafka_servers, partitions=2, reply_partitions=2)
         replica = Replica(stack, Topics(), models / "qwen-a", tmp_path / "log")
         async with replicas(replica):
-            source = with_imports.replace("{servers}", stack.kafka_servers)
+            assert "float32" in await printed_by(complete, stack)
+            source = source.replace("localhost:9092", stack.kafka_servers)
             imports = [line for line in source.splitlines() if line.startswith("from ")]
             body = "\n".join(line for line in source.splitlines() if not line.startswith("from "))
             names: dict[str, Any] = {
@@ -54,12 +82,11 @@ async def test_the_python_examples_run(models: Path, tmp_path: Path) -> None:
     finally:
         await asyncio.to_thread(stack.close)
 
-    hidden = found["vector"].shape[0]
-    assert found["vector"].dtype == np.float32
-    assert found["one"].shape == (hidden,)
+    (hidden,) = found["one"].shape
+    assert found["one"].dtype == np.float32
     assert found["many"].shape == (2, 256)
     np.testing.assert_allclose(np.linalg.norm(found["many"], axis=1), 1, atol=1e-5)
-    assert found["told"].model_versions[0].startswith("sha256:")
+    assert found["detailed"].model_versions[0].startswith("sha256:")
     assert len(found["array"].vectors) == 3
     assert len(found["spans"]) > 9
     assert found["spans"][0].end == found["spans"][1].start > 256

@@ -11,7 +11,6 @@ import msgspec
 import pytest
 from aiokafka import ConsumerRecord
 from jsonschema import Draft202012Validator
-from tools.schemas import SPEC
 
 from embedq_sdk.dev import DevStack
 from embedq_shared.headers import value_of
@@ -19,6 +18,7 @@ from embedq_shared.topics import MSGPACK, Topics
 from tests.helpers.asyncapi import MESSAGES, resolve
 from tests.helpers.service_process import Replica, fresh_prefix, make_topics, producer, reader, replicas
 from tests.helpers.tiny_models import make_tiny_bert
+from tools.schemas import SPEC
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(180)]
 

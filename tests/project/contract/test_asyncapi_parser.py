@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tools.schemas import SPEC
 
 from embedq_sdk.dev.jars import cache_directory
+from tools.schemas import SPEC
 
 HERE = Path(__file__).parent
 LOCK = HERE / "package-lock.json"

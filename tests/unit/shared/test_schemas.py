@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
-from tools import schemas
 
 from embedq_shared import codec
 from embedq_shared.codec import BadJob
@@ -25,6 +24,7 @@ from embedq_shared.messages import (
     Timings,
     Usage,
 )
+from tools import schemas
 
 SCHEMAS = {
     path.name.removesuffix(".schema.json"): json.loads(path.read_text(encoding="utf-8"))
