@@ -15,8 +15,7 @@ from aiokafka.errors import KafkaError
 from embedq_consumer.delivery.publisher import BrokerUnavailable
 from embedq_consumer.engine import DeviceLost, ModelError
 from embedq_consumer.engine.loading.compile_cache import default_directory, keep_compiled
-from embedq_consumer.lifecycle.model_slot import NoModel
-from embedq_consumer.lifecycle.reloader import Rejected
+from embedq_consumer.lifecycle import ModelRejected, NoModel
 from embedq_consumer.service import MissingTopics, serve
 from embedq_consumer.settings import Settings, SettingsError
 from embedq_consumer.supervisor import supervise
@@ -27,7 +26,7 @@ _EXPECTED = (
     MissingTopics,
     ModelError,
     DeviceLost,
-    Rejected,
+    ModelRejected,
     NoModel,
     BrokerUnavailable,
     KafkaError,
