@@ -83,7 +83,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
 
         intake = await parts.enter_async_context(_intake(settings, metrics, health))
         async with _tasks() as tasks:
-            pipeline = parts.enter_context(
+            pipeline = await parts.enter_async_context(
                 _pipeline(settings, model, cache, publisher, metrics, tasks, intake)
             )
             _expect_heartbeats(health, settings.stall_timeout_s)
@@ -254,7 +254,7 @@ async def _model(
     try:
         yield model
     finally:
-        model.close()
+        await asyncio.to_thread(model.close)  # waits for a micro-batch that runs
 
 
 @asynccontextmanager
@@ -288,8 +288,8 @@ async def _intake(settings: Settings, metrics: Metrics, health: Health) -> Async
         await intake.close()
 
 
-@contextmanager
-def _pipeline(
+@asynccontextmanager
+async def _pipeline(
     settings: Settings,
     model: ServedModel,
     cache: VectorCache,
@@ -297,7 +297,7 @@ def _pipeline(
     metrics: Metrics,
     tasks: asyncio.TaskGroup,
     intake: Intake,
-) -> Iterator[Pipeline]:
+) -> AsyncIterator[Pipeline]:
     pipeline = Pipeline(
         rules=settings.admission,
         answers=ResultEncoder(settings.topics, settings.group, settings.max_result_bytes),
@@ -314,4 +314,4 @@ def _pipeline(
     try:
         yield pipeline
     finally:
-        pipeline.close()
+        await asyncio.to_thread(pipeline.close)
