@@ -11,7 +11,13 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 import msgspec
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
+from aiokafka import (
+    AIOKafkaConsumer,
+    AIOKafkaProducer,
+    ConsumerRebalanceListener,
+    ConsumerRecord,
+    TopicPartition,
+)
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import (
     CorruptRecordException,
@@ -32,6 +38,7 @@ __all__ = [
     "AIOKafkaConsumer",
     "AIOKafkaProducer",
     "BrokerUnreachable",
+    "ConsumerRebalanceListener",
     "ConsumerRecord",
     "KafkaError",
     "KafkaOptions",
