@@ -24,7 +24,7 @@ from embedq_shared.kafka import (
 )
 
 _REMEMBERED: Final = 100_000
-"""Ids of finished jobs that repeats are known by; about 10 MB."""
+"""Ids of finished jobs that repeats are known by; about 17 MB."""
 _COMMIT_EVERY_S: Final = 1.0
 _COMMIT_TIMEOUT_S: Final = 5.0
 _POLL_MS: Final = 500
