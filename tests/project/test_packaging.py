@@ -64,9 +64,10 @@ def test_redis_stays_in_the_cache() -> None:
     assert importers("embedq_sdk", {"redis"}) == importers("embedq_shared", {"redis"}) == set()
 
 
-def test_shared_needs_msgspec_and_numpy_alone() -> None:
+def test_shared_needs_msgspec_and_numpy_alone_but_for_its_kafka_room() -> None:
+    assert importers("embedq_shared", {"aiokafka"}) == {"kafka.py"}
     found = {name for file in PACKAGES["embedq_shared"].rglob("*.py") for name in imports(file)}
-    assert found - sys.stdlib_module_names - {"embedq_shared"} == {"msgspec", "numpy"}
+    assert found - sys.stdlib_module_names - {"embedq_shared"} == {"aiokafka", "msgspec", "numpy"}
 
 
 def test_the_sdk_needs_light_packages_but_for_its_command_line_and_its_local_stack() -> None:
