@@ -20,7 +20,7 @@ from embedq_consumer.batching.batch_loop import BatchLoop
 from embedq_consumer.batching.batcher import Batcher, BatchPolicy
 from embedq_consumer.batching.single_flight import Item
 from embedq_consumer.batching.token_budget import TokenBudget
-from embedq_consumer.cache.vector_cache import VectorCache
+from embedq_consumer.cache import CacheOptions, VectorCache
 from embedq_consumer.delivery.publisher import Publisher
 from embedq_consumer.delivery.result_records import ResultEncoder
 from embedq_consumer.engine import default_batch_tokens, load_encoder
@@ -202,12 +202,12 @@ async def _publisher(settings: Settings, metrics: Metrics) -> AsyncIterator[Publ
 @asynccontextmanager
 async def _cache(settings: Settings, metrics: Metrics) -> AsyncIterator[VectorCache]:
     try:
-        cache = VectorCache(
-            settings.redis_url or None,
-            metrics=metrics,
+        options = CacheOptions(
+            url=settings.redis_url,
             ttl_s=settings.cache_ttl_s,
             timeout_s=settings.cache_timeout_ms / 1000,
         )
+        cache = VectorCache(options, metrics)
     except ValueError:  # its message may quote a password
         raise SettingsError("EMBEDQ_REDIS_URL: expected an address such as redis://HOST:6379/0") from None
     await cache.open()
