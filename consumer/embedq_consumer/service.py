@@ -21,6 +21,7 @@ from embedq_consumer.batching.batcher import Batcher, BatchPolicy
 from embedq_consumer.batching.single_flight import Item
 from embedq_consumer.batching.token_budget import TokenBudget
 from embedq_consumer.cache import CacheOptions, VectorCache
+from embedq_consumer.delivery.kafka_producer import producers
 from embedq_consumer.delivery.publisher import Publisher
 from embedq_consumer.delivery.result_records import ResultEncoder
 from embedq_consumer.engine import default_batch_tokens, load_encoder
@@ -184,7 +185,9 @@ async def _work() -> AsyncIterator[asyncio.TaskGroup]:
 @asynccontextmanager
 async def _publisher(settings: Settings, metrics: Metrics) -> AsyncIterator[Publisher]:
     publisher = Publisher(
-        settings.kafka(), metrics, max_bytes=16 * 1024 * 1024, timeout_s=settings.publish_timeout_s
+        producers(settings.kafka(), max_bytes=16 * 1024 * 1024),
+        metrics,
+        timeout_s=settings.publish_timeout_s,
     )
     await publisher.open()
     try:

@@ -86,4 +86,11 @@ class StatusReporter:
 
     async def _send(self, status: Status) -> None:
         at = msgspec.structs.replace(status, at=int(time.time() * 1000))
-        await self._publish([Outgoing(self._topic, None, at.replica.encode(), encode_record(at), [])])
+        record = Outgoing(
+            topic=self._topic,
+            partition=None,
+            key=at.replica.encode(),
+            value=encode_record(at),
+            headers=[],
+        )
+        await self._publish([record])
