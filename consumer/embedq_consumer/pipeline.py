@@ -17,7 +17,7 @@ from embedq_consumer.batching.single_flight import Identity, Item, SingleFlight,
 from embedq_consumer.batching.token_budget import TokenBudget
 from embedq_consumer.batching.tokenizer_pool import TokenizerPool
 from embedq_consumer.batching.windows import Vectors
-from embedq_consumer.cache.vector_cache import CachedVector, VectorCache, cache_key
+from embedq_consumer.cache import CachedVector, VectorCache, cache_key
 from embedq_consumer.delivery import postprocess as outcomes
 from embedq_consumer.delivery.publisher import Outgoing, Publisher
 from embedq_consumer.delivery.result_records import Reply, ResultEncoder
@@ -449,5 +449,10 @@ def _from_cache(job: JobState, entry: CachedVector | None) -> InputVector | None
 def _cacheable(job: JobState) -> Iterable[tuple[bytes, CachedVector]]:
     for index, outcome in enumerate(job.outcomes):
         if isinstance(outcome, InputVector) and not outcome.cached:
-            entry = CachedVector(outcome.tokens, outcome.truncated or "", outcome.scale, outcome.vector)
+            entry = CachedVector(
+                tokens=outcome.tokens,
+                truncated=outcome.truncated or "",
+                scale=outcome.scale,
+                vector=outcome.vector,
+            )
             yield _key(job, index), entry

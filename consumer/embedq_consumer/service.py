@@ -23,7 +23,8 @@ from typing import Final
 
 import structlog
 
-from embedq_consumer.cache.vector_cache import VectorCache
+from embedq_consumer.cache import VectorCache
+from embedq_consumer.delivery.kafka_producer import producers
 from embedq_consumer.delivery.publisher import Publisher
 from embedq_consumer.delivery.result_records import ResultEncoder
 from embedq_consumer.engine import Encoder, default_batch_tokens, load_encoder
@@ -199,12 +200,7 @@ async def _health_pages(settings: Settings, metrics: Metrics, health: Health) ->
 @asynccontextmanager
 async def _cache(settings: Settings, metrics: Metrics) -> AsyncIterator[VectorCache]:
     try:
-        cache = VectorCache(
-            settings.redis_url or None,
-            metrics=metrics,
-            ttl_s=settings.cache_ttl_s,
-            timeout_s=settings.cache_timeout_ms / 1000,
-        )
+        cache = VectorCache(settings.cache, metrics)
     except ValueError:  # its message may quote a password
         raise SettingsError("EMBEDQ_REDIS_URL: expected an address such as redis://HOST:6379/0") from None
     await cache.open()
@@ -217,7 +213,9 @@ async def _cache(settings: Settings, metrics: Metrics) -> AsyncIterator[VectorCa
 @asynccontextmanager
 async def _publisher(settings: Settings, metrics: Metrics) -> AsyncIterator[Publisher]:
     publisher = Publisher(
-        settings.kafka(), metrics, max_bytes=_MAX_REQUEST_BYTES, timeout_s=settings.publish_timeout_s
+        producers(settings.kafka(), max_bytes=_MAX_REQUEST_BYTES),
+        metrics,
+        timeout_s=settings.publish_timeout_s,
     )
     await publisher.open()
     try:

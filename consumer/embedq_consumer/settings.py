@@ -13,6 +13,7 @@ from typing import Annotated, Any, Final, Literal, get_args, get_type_hints
 import msgspec
 from msgspec import Meta
 
+from embedq_consumer.cache import CacheOptions
 from embedq_consumer.engine import Quantization
 from embedq_consumer.intake.admission import AdmissionPolicy
 from embedq_consumer.lifecycle.served_model import BatchOptions, ModelOptions
@@ -319,6 +320,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         if self.replica:
             return self
         return msgspec.structs.replace(self, replica=f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}")
+
+    @property
+    def cache(self) -> CacheOptions:
+        """Where vectors are remembered, and for how long."""
+        return CacheOptions(
+            url=self.redis_url, ttl_s=self.cache_ttl_s, timeout_s=self.cache_timeout_ms / 1000
+        )
 
     @property
     def admission(self) -> AdmissionPolicy:

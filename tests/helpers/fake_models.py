@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from embedq_consumer.delivery.publisher import Outgoing
+from embedq_consumer.delivery.outgoing import Outgoing
 from embedq_consumer.engine import Chunked, Encoder, Memory, Pending, Text, TextTooLong, Tokens
 from embedq_consumer.lifecycle import BatchOptions, ModelOptions, ServedModel
 from embedq_consumer.telemetry.metrics import Metrics

@@ -60,7 +60,7 @@ def test_the_model_libraries_stay_in_the_engine() -> None:
 
 
 def test_redis_stays_in_the_cache() -> None:
-    assert importers("embedq_consumer", {"redis"}) == {"cache/vector_cache.py"}
+    assert importers("embedq_consumer", {"redis"}) == {"cache/redis_link.py"}
     assert importers("embedq_sdk", {"redis"}) == importers("embedq_shared", {"redis"}) == set()
 
 

@@ -13,7 +13,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from embedq_consumer import service
-from embedq_consumer.delivery.publisher import Outgoing
+from embedq_consumer.delivery.outgoing import Outgoing
 from embedq_consumer.engine import Encoder
 from embedq_consumer.service import MissingTopics, serve
 from embedq_consumer.settings import Settings

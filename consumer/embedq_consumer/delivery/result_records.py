@@ -139,12 +139,12 @@ class ResultEncoder:
             ("embedq-result-sent", b"true" if result_sent else b"false"),
         ]
         return Outgoing(
-            self._topics.dead_letters,
-            partition,
-            key,
-            record.value,
-            [*record.headers, *about],
-            record.timestamp_ms if record.timestamp_ms >= 0 else None,
+            topic=self._topics.dead_letters,
+            partition=partition,
+            key=key,
+            value=record.value,
+            headers=[*record.headers, *about],
+            timestamp_ms=record.timestamp_ms if record.timestamp_ms >= 0 else None,
         )
 
     def _failure(
@@ -189,7 +189,13 @@ class ResultEncoder:
         self, record: Record, headers: JobHeaders, id: str, value: bytes, own: list[Header]
     ) -> Outgoing:
         key = record.key if record.key is not None else id.encode()
-        return Outgoing(headers.reply_topic or self._topics.results, headers.reply_partition, key, value, own)
+        return Outgoing(
+            topic=headers.reply_topic or self._topics.results,
+            partition=headers.reply_partition,
+            key=key,
+            value=value,
+            headers=own,
+        )
 
 
 def _unaddressed(headers: JobHeaders) -> JobHeaders:

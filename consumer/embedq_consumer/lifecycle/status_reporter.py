@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from embedq_consumer.delivery.publisher import Outgoing
+from embedq_consumer.delivery.outgoing import Outgoing
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.codec import encode_record
 from embedq_shared.messages import STATUS_INTERVAL_S, Control, State, Status, Step
