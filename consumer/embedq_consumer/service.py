@@ -17,10 +17,13 @@ from typing import Final
 import structlog
 
 from embedq_consumer.batching.batch_loop import BatchLoop
+from embedq_consumer.batching.batch_runner import BatchRunner
 from embedq_consumer.batching.batcher import Batcher, BatchPolicy
-from embedq_consumer.batching.single_flight import Item
+from embedq_consumer.batching.single_flight import QueuedText, SingleFlight
+from embedq_consumer.batching.text_queue import TextQueue
 from embedq_consumer.batching.token_budget import TokenBudget
 from embedq_consumer.cache.vector_cache import VectorCache
+from embedq_consumer.delivery.deliverer import Deliverer
 from embedq_consumer.delivery.publisher import Publisher
 from embedq_consumer.delivery.result_records import ResultEncoder
 from embedq_consumer.engine import default_batch_tokens, load_encoder
@@ -83,7 +86,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         batch_tokens = settings.max_batch_tokens or await asyncio.to_thread(
             default_batch_tokens, settings.device
         )
-        batcher = Batcher[Item](
+        batcher = Batcher[QueuedText](
             BatchPolicy(
                 max_tokens=batch_tokens,
                 max_items=settings.max_batch_items,
@@ -131,21 +134,15 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         await intake.open()
 
         async with _work() as work:
-            pipeline = Pipeline(
-                rules=_rules(settings),
-                answers=ResultEncoder(settings.topics, settings.group, settings.max_result_bytes),
-                slot=slot,
-                cache=cache,
-                batcher=batcher,
-                publisher=publisher,
-                metrics=metrics,
-                tasks=work,
-                finish=intake.finish,
-                room=WeightedSemaphore(settings.max_pending_bytes),
-                budget=budget,
-            )
+            results = ResultEncoder(settings.topics, settings.group, settings.max_result_bytes)
+            memory = WeightedSemaphore(settings.max_pending_bytes)
+            deliverer = Deliverer(results, publisher, intake.finish, memory, metrics)
+            flights = SingleFlight()
+            queue = TextQueue(flights, batcher, budget, metrics)
+            pipeline = Pipeline(_rules(settings), lambda: slot.loaded.encoder, cache, queue, deliverer, work)
             parts.callback(pipeline.close)
-            worker = BatchLoop(batcher, pipeline.run_batch, metrics, work)
+            runner = BatchRunner(flights, slot, budget, pipeline, metrics, work)
+            worker = BatchLoop(batcher, runner.run, metrics, work)
             for loop in ("intake", "compute"):
                 health.register(loop, settings.stall_timeout_s, time.monotonic())
             loops = [

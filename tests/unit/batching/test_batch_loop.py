@@ -25,50 +25,50 @@ class Item:
 
 
 def test_one_runs_and_one_waits_behind_it() -> None:
-    ahead = PrefetchLimit()
-    ahead.begin(long=False)
-    assert ahead.has_room()
-    ahead.begin(long=False)
-    assert not ahead.has_room()
-    ahead.end(0.0, 0.2, long=False)
-    assert ahead.has_room()
+    prefetch = PrefetchLimit()
+    prefetch.begin(long=False)
+    assert prefetch.allows_another()
+    prefetch.begin(long=False)
+    assert not prefetch.allows_another()
+    prefetch.end(0.0, 0.2, long=False)
+    assert prefetch.allows_another()
 
 
 def test_quick_ones_may_have_two_behind_them_and_slow_ones_again_one() -> None:
-    ahead = PrefetchLimit()
+    prefetch = PrefetchLimit()
     for _ in range(2):
-        ahead.begin(long=False)
-    ahead.end(0.0, 0.003, long=False)
-    ahead.begin(long=False)
-    assert ahead.has_room()
-    ahead.begin(long=False)
-    assert not ahead.has_room()
-    ahead.end(0.001, 0.1, long=False)  # it had the device from 0.003 on
-    assert not ahead.has_room()
-    ahead.end(0.002, 0.2, long=False)
-    assert ahead.has_room()
+        prefetch.begin(long=False)
+    prefetch.end(0.0, 0.003, long=False)
+    prefetch.begin(long=False)
+    assert prefetch.allows_another()
+    prefetch.begin(long=False)
+    assert not prefetch.allows_another()
+    prefetch.end(0.001, 0.1, long=False)  # it had the device from 0.003 on
+    assert not prefetch.allows_another()
+    prefetch.end(0.002, 0.2, long=False)
+    assert prefetch.allows_another()
 
 
 def test_waiting_behind_another_one_does_not_count_as_slow() -> None:
-    ahead = PrefetchLimit()
+    prefetch = PrefetchLimit()
     for _ in range(2):
-        ahead.begin(long=False)
-    ahead.end(0.0, 1.0, long=False)
-    ahead.end(0.0, 1.003, long=False)
+        prefetch.begin(long=False)
+    prefetch.end(0.0, 1.0, long=False)
+    prefetch.end(0.0, 1.003, long=False)
     for _ in range(2):
-        ahead.begin(long=False)
-    assert ahead.has_room()
+        prefetch.begin(long=False)
+    assert prefetch.allows_another()
 
 
 def test_nothing_is_taken_behind_a_text_over_the_budget() -> None:
-    ahead = PrefetchLimit()
-    ahead.begin(long=False)
-    assert ahead.has_room()  # it may itself wait behind another one
-    ahead.begin(long=True)
-    ahead.end(0.0, 0.2, long=False)
-    assert not ahead.has_room()
-    ahead.end(0.1, 1.0, long=True)
-    assert ahead.has_room()
+    prefetch = PrefetchLimit()
+    prefetch.begin(long=False)
+    assert prefetch.allows_another()  # it may itself wait behind another one
+    prefetch.begin(long=True)
+    prefetch.end(0.0, 0.2, long=False)
+    assert not prefetch.allows_another()
+    prefetch.end(0.1, 1.0, long=True)
+    assert prefetch.allows_another()
 
 
 @dataclass
