@@ -53,6 +53,16 @@ def test_an_input_that_abandons_its_text_is_not_resolved_and_the_others_are() ->
     assert flights.resolve(identity) == [(jobs[1], 0), (jobs[2], 0)]
 
 
+def test_none_who_wait_is_abandoned_unless_gone() -> None:
+    flights = SingleFlight()
+    job = admitted(input="a")
+    identity = Identity.of(job, 0)
+    assert flights.abandon(identity, lambda waiter: True) == []
+    flights.join(identity, (job, 0))
+    assert flights.abandon(identity, lambda waiter: False) == []
+    assert flights.waiters(identity) == [(job, 0)]
+
+
 def test_after_the_last_one_abandoned_the_text_the_next_is_a_first_again() -> None:
     flights = SingleFlight()
     job = admitted(input="a")

@@ -181,6 +181,12 @@ def test_one_chunk_that_is_not_finite_costs_its_text_alone(bad: float, mode: Lit
     assert not isinstance(second[2], ErrorBody)
 
 
+def test_a_text_that_ran_whole_is_not_assembled() -> None:
+    text, waiters = computed(admitted(input="a"))
+    with pytest.raises(RuntimeError, match="This is a bug"):
+        outcomes.assembled_outcomes_of([(text, raw(1), waiters)])
+
+
 def test_a_zero_window_adds_nothing_to_a_mean() -> None:
     assembler = WindowAssembler(chunked(4, 6), "mean", 256)
     vectors = raw(1)

@@ -431,6 +431,13 @@ def test_a_reply_without_an_error_is_no_dead_letter() -> None:
         answers().dead_letter(answers().of_job(settled(job, answer(job))), None)
 
 
+def test_a_job_without_all_of_its_outcomes_has_no_result() -> None:
+    job = admitted(input=["a", "b"])
+    job.settle(0, answer(job))
+    with pytest.raises(RuntimeError, match=r"input 1 has no outcome\. This is a bug\."):
+        answers().of_job(job)
+
+
 def test_the_encoded_result_has_the_fields_of_the_contract_in_their_order() -> None:
     assert EncodedResult.__struct_fields__ == Result.__struct_fields__
     assert EncodedResult.__struct_config__.tag == Result.__struct_config__.tag
