@@ -2,8 +2,8 @@
 
 A job's path is `pipeline.py`, from the poll loop's `take` to `finish`. Two facts are decided here and nowhere else:
 
-- **Where a job's offset is committed.** `finish` marks a job's record once the broker has acknowledged its result, and
-  `intake.commit_forever` commits each partition up to its first record that is not finished. So when a process ends in
+- **Where a job's offset is committed.** The deliverer calls `intake.finish` once the broker has acknowledged a job's
+  result, and `intake.commit_forever` commits each partition up to its first record that is not finished. So when a process ends in
   any way, the next one repeats what was not answered.
 - **Where a reload swaps the model.** `model.follow` reads commands, loads and checks the new model, and swaps it in inside
   `intake.held`, where nothing is in flight: no job is computed by two models (`lifecycle/reloader.py`, `_serve`).
@@ -24,6 +24,7 @@ from typing import Final
 import structlog
 
 from embedq_consumer.cache import VectorCache
+from embedq_consumer.delivery.deliverer import Deliverer, Finish
 from embedq_consumer.delivery.kafka_producer import producers
 from embedq_consumer.delivery.publisher import Publisher
 from embedq_consumer.delivery.result_records import ResultEncoder
@@ -83,15 +84,14 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         parts.enter_context(_long_lived_objects_frozen())
 
         intake = await parts.enter_async_context(_intake(settings, metrics, health))
+        deliverer = await parts.enter_async_context(_deliverer(settings, publisher, intake.finish, metrics))
         async with _tasks() as tasks:
-            pipeline = await parts.enter_async_context(
-                _pipeline(settings, model, cache, publisher, metrics, tasks, intake)
-            )
+            pipeline = Pipeline(settings.admission, model.encoder, cache, model.queue, deliverer, tasks)
             _expect_heartbeats(health, settings.stall_timeout_s)
             loops = {
                 "intake": intake.run(pipeline.take, pipeline.take_unreadable),
                 "commit": intake.commit_forever(),
-                "batches": model.run_batches(pipeline.run_batch, tasks),
+                "batches": model.run_batches(pipeline, tasks),
                 "control": model.follow(control, intake.held),
                 "status": model.reporter.resend_forever(),
                 "heartbeat": _beat_forever(health, model.slot, metrics),
@@ -287,29 +287,13 @@ async def _intake(settings: Settings, metrics: Metrics, health: Health) -> Async
 
 
 @asynccontextmanager
-async def _pipeline(
-    settings: Settings,
-    model: ServedModel,
-    cache: VectorCache,
-    publisher: Publisher,
-    metrics: Metrics,
-    tasks: asyncio.TaskGroup,
-    intake: Intake,
-) -> AsyncIterator[Pipeline]:
-    pipeline = Pipeline(
-        rules=settings.admission,
-        answers=ResultEncoder(settings.topics, settings.group, settings.max_result_bytes),
-        slot=model.slot,
-        cache=cache,
-        batcher=model.batcher,
-        publisher=publisher,
-        metrics=metrics,
-        tasks=tasks,
-        finish=intake.finish,
-        room=WeightedSemaphore(settings.max_pending_bytes),
-        budget=model.budget,
-    )
+async def _deliverer(
+    settings: Settings, publisher: Publisher, finish: Finish, metrics: Metrics
+) -> AsyncIterator[Deliverer]:
+    results = ResultEncoder(settings.topics, settings.group, settings.max_result_bytes)
+    memory = WeightedSemaphore(settings.max_pending_bytes)
+    deliverer = Deliverer(results, publisher, finish, memory, metrics)
     try:
-        yield pipeline
+        yield deliverer
     finally:
-        await asyncio.to_thread(pipeline.close)
+        await asyncio.to_thread(deliverer.close)

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import msgspec
 
-from embedq_consumer.batching.batch_loop import BatchLoop, Run
+from embedq_consumer.batching.batch_loop import BatchLoop
+from embedq_consumer.batching.batch_runner import BatchRunner, Results
 from embedq_consumer.batching.batcher import Batcher, BatchPolicy
-from embedq_consumer.batching.single_flight import Item
+from embedq_consumer.batching.single_flight import QueuedText, SingleFlight
+from embedq_consumer.batching.text_queue import TextQueue
 from embedq_consumer.batching.token_budget import TokenBudget
+from embedq_consumer.engine import Encoder
 from embedq_consumer.lifecycle.model_root import ModelRoot
 from embedq_consumer.lifecycle.model_slot import Loader, ModelSlot
 from embedq_consumer.lifecycle.reloader import Commands, Hold, Reloader
@@ -49,8 +52,8 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
 class ServedModel:
     """One object per alias. A second alias is a second object; nothing here is shared between two.
 
-    Its parts: `slot` holds the model, `batcher` the texts that wait for it, `budget` says how many tokens fit at once,
-    `reporter` owns the status; only `start` and `follow` change the slot.
+    Its parts: `slot` holds the model, `queue` the texts that wait for it, `reporter` owns the status. Only `start` and
+    `follow` change the slot, and only `run_batches` takes from the queue.
     """
 
     def __init__(
@@ -66,7 +69,8 @@ class ServedModel:
         self._metrics = metrics
         self._configured = options.configured
         self.slot = ModelSlot(load)
-        self.batcher = Batcher[Item](
+        self._flights = SingleFlight()
+        self._batcher = Batcher[QueuedText](
             BatchPolicy(
                 max_tokens=batches.max_tokens,
                 max_items=batches.max_items,
@@ -74,7 +78,8 @@ class ServedModel:
                 bulk_max_wait=batches.bulk_max_wait_s,
             )
         )
-        self.budget = TokenBudget(self.batcher, metrics, show_facts)
+        self._budget = TokenBudget(self._batcher, metrics, show_facts)
+        self.queue = TextQueue(self._flights, self._batcher, self._budget, metrics)
         self.reporter = StatusReporter(options.topics, options.replica, options.alias, publish, metrics)
         trial = Trial(
             self.slot,
@@ -86,7 +91,7 @@ class ServedModel:
         self._reloader = Reloader(
             self.slot,
             trial,
-            self.budget,
+            self._budget,
             self.reporter,
             metrics,
             drain_timeout_s=options.drain_timeout_s,
@@ -100,9 +105,18 @@ class ServedModel:
         """
         await self._reloader.start(desired, self._configured)
 
-    async def run_batches(self, run: Run[Item], tasks: asyncio.TaskGroup) -> None:
-        """Take micro-batches in order and compute each with `run`, until cancelled."""
-        await BatchLoop(self.batcher, run, self._metrics, tasks).run()
+    def encoder(self) -> Encoder:
+        """The model that accepts new jobs.
+
+        Raises:
+            NoModel: none serves right now; nothing may be polled then.
+        """
+        return self.slot.loaded.encoder
+
+    async def run_batches(self, results: Results, tasks: asyncio.TaskGroup) -> None:
+        """Take micro-batches from the queue in order, compute them and hand on their results, until cancelled."""
+        runner = BatchRunner(self._flights, self.slot, self._budget, results, self._metrics, tasks)
+        await BatchLoop(self._batcher, runner.run, self._metrics, tasks).run()
 
     async def follow(self, commands: Commands, hold: Hold) -> None:
         """Reload as commands say, until cancelled. The swap runs inside `hold`, where nothing is in flight."""
@@ -110,4 +124,5 @@ class ServedModel:
 
     def close(self) -> None:
         """End the threads. Waits for micro-batches that run."""
+        self.queue.close()
         self.slot.close()

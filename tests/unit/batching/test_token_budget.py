@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from embedq_consumer.batching.batcher import Batcher, BatchPolicy
-from embedq_consumer.batching.single_flight import Item
+from embedq_consumer.batching.single_flight import QueuedText
 from embedq_consumer.batching.token_budget import LEAST, Budget, TokenBudget, find_budget
 from embedq_consumer.engine import Memory, OutOfMemory, Tokens
 from embedq_consumer.telemetry.metrics import Metrics
@@ -86,8 +86,10 @@ async def test_a_processor_warms_up_with_one_full_micro_batch_and_is_not_tried_w
     assert device.ran == [[2_048], [16] * 128]
 
 
-def budget(found: Budget) -> tuple[TokenBudget, Batcher[Item], Metrics, dict[str, object]]:
-    batcher = Batcher[Item](BatchPolicy(max_tokens=16_384, max_items=10, max_wait=0.0, bulk_max_wait=5.0))
+def budget(found: Budget) -> tuple[TokenBudget, Batcher[QueuedText], Metrics, dict[str, object]]:
+    batcher = Batcher[QueuedText](
+        BatchPolicy(max_tokens=16_384, max_items=10, max_wait=0.0, bulk_max_wait=5.0)
+    )
     metrics = Metrics()
     told: dict[str, object] = {}
 
