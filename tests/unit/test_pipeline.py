@@ -17,7 +17,7 @@ from embedq_consumer.batching.batcher import Batcher, BatchPolicy
 from embedq_consumer.batching.single_flight import QueuedText, SingleFlight
 from embedq_consumer.batching.text_queue import TextQueue
 from embedq_consumer.batching.token_budget import TokenBudget
-from embedq_consumer.cache.vector_cache import CachedVector, cache_key
+from embedq_consumer.cache import CachedVector, cache_key
 from embedq_consumer.delivery.deliverer import Deliverer
 from embedq_consumer.delivery.publisher import Outgoing
 from embedq_consumer.delivery.result_records import ResultEncoder
@@ -48,13 +48,10 @@ class Parts:
         flights = SingleFlight()
         encoder = ResultEncoder(TOPICS, "group", 900_000)
         memory = WeightedSemaphore(1 << 30)
+        self.queue = TextQueue(flights, batcher, budget, self.metrics)
+        self.deliverer = Deliverer(encoder, self.sink, self.sink.finish, memory, self.metrics)
         self.pipeline = Pipeline(
-            rules(**settings),
-            lambda: self.model,
-            self.cache,
-            TextQueue(flights, batcher, budget, self.metrics),
-            Deliverer(encoder, self.sink, self.sink.finish, memory, self.metrics),
-            tasks,
+            rules(**settings), lambda: self.model, self.cache, self.queue, self.deliverer, tasks
         )
         runner = BatchRunner(flights, device, budget, self.pipeline, self.metrics, tasks)
         self.loop = tasks.create_task(BatchLoop(batcher, runner.run, self.metrics, tasks).run())
@@ -75,7 +72,8 @@ async def running(device: ScriptedDevice | None = None, **settings: Any) -> Asyn
             yield parts
         finally:
             parts.loop.cancel()
-            await asyncio.to_thread(parts.pipeline.close)
+            await asyncio.to_thread(parts.queue.close)
+            await asyncio.to_thread(parts.deliverer.close)
 
 
 def job(offset: int, *headers: tuple[str, bytes], **fields: Any) -> Record:

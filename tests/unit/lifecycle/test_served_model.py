@@ -3,39 +3,61 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+import pytest
 
-from embedq_consumer.batching.single_flight import Item
+from embedq_consumer.batching.batch_runner import AssembledText, ComputedText
+from embedq_consumer.batching.single_flight import Settled
 from embedq_consumer.engine import Tokens
-from tests.helpers.fake_models import MakeBench
-from tests.helpers.in_flight import admitted, item
+from embedq_consumer.lifecycle import NoModel
+from tests.helpers.fake_models import MakeBench, Vectors
+from tests.helpers.in_flight import admitted
 from tests.helpers.support import wait_until
 
 
-async def test_texts_put_into_its_batcher_are_run_in_micro_batches(bench: MakeBench) -> None:
+class SettledInputs:
+    """Keeps the vectors that it is handed; nothing here fails or is chunked."""
+
+    def __init__(self) -> None:
+        self.vectors: list[Vectors] = []
+
+    def settle(self, outcomes: Iterable[Settled]) -> None:
+        raise AssertionError
+
+    def computed(self, texts: Sequence[ComputedText], vectors: Vectors) -> None:
+        self.vectors += list(vectors)
+
+    def assembled(self, texts: Sequence[AssembledText]) -> None:
+        raise AssertionError
+
+
+async def test_texts_that_join_its_queue_are_computed_by_its_model(bench: MakeBench) -> None:
     b = bench()
-    job = admitted(input=["one", "two"])
-    items = [item(job, index)[0] for index in (0, 1)]
-    ran: list[Item] = []
-
-    async def run(batch: Sequence[Item]) -> None:
-        ran.extend(batch)
-
+    await b.model.start(None)
+    assert b.sample("batch_items_count") == 0
+    job = admitted(model=b.model.encoder(), input=["one", "two"])
+    results = SettledInputs()
     async with asyncio.TaskGroup() as tasks:
-        loop = tasks.create_task(b.model.run_batches(run, tasks))
-        b.model.batcher.put(items)
-        await wait_until(lambda: len(ran) == 2)
+        loop = tasks.create_task(b.model.run_batches(results, tasks))
+        for lane, first in b.model.queue.join([(job, 0), (job, 1)]):
+            assert await b.model.queue.tokenize(lane, first) == []
+        await wait_until(lambda: len(results.vectors) == 2, what="both vectors")
         loop.cancel()
-    assert ran == items
-    assert b.sample("batch_items_count") == 1
+    assert [vector.tolist() for vector in results.vectors] == [[3.0, 4.0], [3.0, 4.0]]
+    assert b.sample("batch_items_sum") == 2
+
+
+async def test_no_job_is_accepted_while_no_model_serves(bench: MakeBench) -> None:
+    with pytest.raises(NoModel):
+        bench().model.encoder()
 
 
 async def test_the_budget_in_force_is_that_of_the_model_that_serves(bench: MakeBench) -> None:
     b = bench()
-    assert b.model.budget.longest == 512  # none was tried yet
+    assert b.facts == {}  # none was tried yet
     await b.model.start(None)
-    assert b.model.budget.longest == 64
+    assert b.facts == {"max_batch_tokens": 512, "max_text_tokens": 64}
     vectors, _ = await b.model.slot.encode(b.model.slot.loaded.encoder, [Tokens(np.zeros(1, np.int32))])
     assert vectors.shape == (1, 2)
