@@ -132,11 +132,6 @@ def test_layers_that_fp8_leaves_alone_are_numbers_separated_by_commas() -> None:
         settings(quantization="fp8", fp8_keep="0,down")
 
 
-def test_device_and_devices_exclude_each_other() -> None:
-    with pytest.raises(SettingsError, match="EMBEDQ_DEVICE: cannot be set together with EMBEDQ_DEVICES"):
-        settings(device="cpu", devices="cuda:0,cuda:1")
-
-
 def test_the_model_of_the_settings_lies_where_its_links_lead(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "one")

@@ -74,7 +74,7 @@ def test_devices_are_all_or_a_list(devices: str) -> None:
 
 
 def test_one_device_and_several_are_not_set_together() -> None:
-    with pytest.raises(SettingsError, match="EMBEDQ_DEVICE: cannot be set beside EMBEDQ_DEVICES"):
+    with pytest.raises(SettingsError, match="EMBEDQ_DEVICE: cannot be set together with EMBEDQ_DEVICES"):
         Settings.from_env(NEEDED | {"EMBEDQ_DEVICE": "cuda:1", "EMBEDQ_DEVICES": "all"})
 
 
