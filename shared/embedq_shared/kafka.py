@@ -20,12 +20,16 @@ from aiokafka import (
 )
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import (
+    CommitFailedError,
     CorruptRecordException,
     GroupCoordinatorNotAvailableError,
     GroupLoadInProgressError,
     IllegalStateError,
     KafkaError,
+    MessageSizeTooLargeError,
     NotCoordinatorForGroupError,
+    RecordListTooLargeError,
+    UnknownTopicOrPartitionError,
     UnsupportedCodecError,
 )
 from aiokafka.helpers import create_ssl_context
@@ -33,18 +37,22 @@ from aiokafka.helpers import create_ssl_context
 from embedq_shared.backoff import backoff
 
 __all__ = [
+    "TOO_LARGE",
     "UNREADABLE",
     "AIOKafkaAdminClient",
     "AIOKafkaConsumer",
     "AIOKafkaProducer",
     "BrokerUnreachable",
+    "CommitFailedError",
     "ConsumerRebalanceListener",
     "ConsumerRecord",
+    "IllegalStateError",
     "KafkaError",
     "KafkaOptions",
     "Polled",
     "SecurityProtocol",
     "TopicPartition",
+    "UnknownTopicOrPartitionError",
     "UnreadableRecord",
     "committed_offsets",
     "connect",
@@ -66,6 +74,9 @@ UNREADABLE: Final = (UnicodeDecodeError, CorruptRecordException, UnsupportedCode
 
 The first is a header name that is not UTF-8, which any producer but aiokafka's can write.
 """
+
+TOO_LARGE: Final = (MessageSizeTooLargeError, RecordListTooLargeError)
+"""What a broker says of a batch, or of a record, that is larger than it takes."""
 
 _ATTEMPT_S: Final = 5.0
 """One attempt to connect: a broker that hangs must not cost the whole deadline."""

@@ -7,12 +7,10 @@ from collections import deque
 from functools import partial
 from typing import Any, Final
 
-from aiokafka.errors import MessageSizeTooLargeError, RecordListTooLargeError
-
 from embedq_sdk.errors import InvalidArgument, KafkaUnavailable
 from embedq_sdk.transport.kafka import KafkaConnection, close
 from embedq_sdk.transport.pending_jobs import PendingJob
-from embedq_shared.kafka import AIOKafkaProducer, KafkaError
+from embedq_shared.kafka import TOO_LARGE, AIOKafkaProducer, KafkaError
 
 _LEAST_SHARE: Final = 16
 """Jobs in a batch, if that many wait: fewer are not worth a request."""
@@ -20,7 +18,6 @@ _MOST_JOBS: Final = 4096
 """Jobs in a batch, until the broker says that it takes less."""
 _RECONNECT_S: Final = 30.0
 _SEND_S: Final = 10.0
-_TOO_LARGE: Final = (MessageSizeTooLargeError, RecordListTooLargeError)
 
 
 def share(waiting: int, partitions: int) -> int:
@@ -158,10 +155,10 @@ class Sender:
                 job.acknowledged = True
                 if not job.awaits_reply and not job.future.done():
                     job.future.set_result([])
-        elif isinstance(error, _TOO_LARGE) and len(jobs) == 1:
+        elif isinstance(error, TOO_LARGE) and len(jobs) == 1:
             jobs[0].fail(_too_large(jobs[0]))
         else:
-            if isinstance(error, _TOO_LARGE):
+            if isinstance(error, TOO_LARGE):
                 self._most = max(1, len(jobs) // 2)  # the broker takes less than its default
             else:
                 self._broken = True
