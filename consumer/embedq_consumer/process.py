@@ -33,7 +33,7 @@ _EXPECTED = (
     OSError,
     TimeoutError,
 )
-"""What an operator can mend: told in one line, without a traceback."""
+"""What an operator can fix: logged in one line, without a traceback."""
 
 
 def main() -> int:
@@ -59,9 +59,12 @@ def main() -> int:
 
 
 def _keep_compiled(settings: Settings) -> Settings:
-    """Before anything imports PyTorch: `settings` with the place in full, or with none.
+    """`settings` with the full path of the compile cache, or with none. Must run before anything imports PyTorch.
 
-    A place that was asked for must do; the usual one may be missing.
+    A directory that was asked for must be usable; the default one may be missing.
+
+    Raises:
+        SettingsError: the directory that was asked for cannot be made.
     """
     chosen = settings.compile_cache
     try:
@@ -77,12 +80,13 @@ def _keep_compiled(settings: Settings) -> Settings:
 
 
 async def _run(settings: Settings) -> None:
+    """One replica, until SIGTERM or SIGINT."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
     def ask_to_stop() -> None:
         stop.set()
-        # A second signal ends the process as usual: somebody does not want to wait for the drain.
+        # A second signal ends the process at once: somebody does not want to wait for the drain.
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
 
@@ -92,6 +96,7 @@ async def _run(settings: Settings) -> None:
 
 
 def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    """The exceptions of a group and of the groups in it, flat."""
     found: list[BaseException] = []
     for failure in group.exceptions:
         found += _leaves(failure) if isinstance(failure, BaseExceptionGroup) else [failure]

@@ -146,7 +146,7 @@ class Publisher:
         producer = self._live()
         for index in sends.pending:
             record = records[index]
-            if record.place in missing:
+            if missing and record.place in missing:
                 sent[index] = _failed(UnknownTopicOrPartitionError())
                 continue
             alone = sends.is_alone(index)

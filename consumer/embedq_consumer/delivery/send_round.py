@@ -79,16 +79,12 @@ class SendRound:
 
     def tried(self, failures: Mapping[int, BaseException], now: float) -> Tried:
         """Every pending record was tried, and these failed."""
+        acknowledged = [index for index in self.pending if index not in failures]
         again: list[int] = []
-        acknowledged: list[int] = []
         unknown_topics: set[str] = set()
         reason: BaseException | None = None
-        for index in self.pending:
-            error = failures.get(index)
-            if error is None:
-                acknowledged.append(index)
-                continue
-            reason = error
+        for index in [index for index in self.pending if index in failures]:
+            reason = error = failures[index]
             if isinstance(error, UnknownTopicOrPartitionError):
                 unknown_topics.add(self._records[index].topic)
             if isinstance(error, _TOO_LARGE) and index not in self._alone and self._may_share(index):

@@ -209,7 +209,7 @@ async def test_after_failures_in_a_row_the_breaker_leaves_redis_alone_and_says_s
     assert [(line["event"], line["error"]) for line in logs] == [("cache_breaker_opened", "ConnectionError")]
 
 
-async def test_a_breaker_that_many_look_ups_open_at_once_is_told_once() -> None:
+async def test_a_breaker_that_many_look_ups_open_at_once_is_logged_once() -> None:
     one = await Opened(failures=2).open()
     one.link.failure = LinkFailed("TimeoutError")
     with capture_logs() as logs:
@@ -256,7 +256,7 @@ async def test_each_round_trip_is_timed_by_its_operation() -> None:
     assert counts == {"ping": 1, "put": 1, "get": 1}
 
 
-async def test_an_unreachable_redis_is_told_at_the_start_and_is_no_error() -> None:
+async def test_an_unreachable_redis_is_logged_at_the_start_and_is_no_error() -> None:
     one = Opened()
     one.link.failure = LinkFailed("ConnectionError")
     with capture_logs() as logs:

@@ -145,7 +145,7 @@ async def test_a_producer_whose_stop_hangs_is_taken_apart(monkeypatch: pytest.Mo
     assert underlying.client.closed
 
 
-async def test_connections_that_do_not_close_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_connections_that_do_not_close_are_logged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kafka_producer, "_CLOSE_S", 0.01)
     producer, underlying = adapted()
     underlying.stop_hangs = underlying.client.close_fails = True

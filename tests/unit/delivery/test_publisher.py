@@ -291,7 +291,7 @@ async def test_callers_that_ask_for_topics_at_once_share_one_look() -> None:
     assert one.broker.looks == before + 1
 
 
-async def test_topics_that_no_broker_tells_are_an_unavailable_broker() -> None:
+async def test_no_answer_about_topics_within_the_time_out_is_an_unavailable_broker() -> None:
     one = await opened(timeout_s=0.01)
     one.broker.blind = repeat(KafkaConnectionError())
     with pytest.raises(BrokerUnavailable, match=r"no broker answered for 0.01 s"):
