@@ -1,7 +1,7 @@
 """Texts through the service's own scheduling, without Kafka: equal ones once, micro-batches, two steps to the device.
 
 `python -m benchmarks.scheduled` runs log-normal documents through a tiny model on the CPU, or `--model DIRECTORY`, and
-beside that the same texts straight through the encoder, in micro-batches of the same budget in order of arrival.
+as well as the same texts straight through the encoder, in micro-batches of the same budget in order of arrival.
 """
 
 from __future__ import annotations

@@ -21,13 +21,9 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, Final, Protocol
 
-from embedq_consumer.batching.batch_runner import AssembledText, ComputedText
-from embedq_consumer.batching.single_flight import JobInput, Settled
-from embedq_consumer.batching.text_queue import TextQueue
-from embedq_consumer.batching.windows import Vectors
+from embedq_consumer.batching import AssembledText, ComputedText, JobInput, Settled, TextQueue, Vectors
 from embedq_consumer.cache import CachedVector, cache_key
-from embedq_consumer.delivery.deliverer import Deliverer
-from embedq_consumer.delivery.postprocess import assembled_outcomes_of, outcomes_of
+from embedq_consumer.delivery import Deliverer, assembled_outcomes_of, outcomes_of
 from embedq_consumer.engine import Encoder
 from embedq_consumer.intake.admission import AdmissionPolicy, Rejection, UnknownAddress
 from embedq_consumer.intake.jobs import InputVector, JobState

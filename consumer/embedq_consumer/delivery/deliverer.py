@@ -85,8 +85,8 @@ class Deliverer:
         self._memory = memory
         self._metrics = metrics
         self._job_seconds = {lane: metrics.job.labels(lane) for lane in LANES}
-        # Threads of their own: results must not queue behind texts that wait for the tokenizer.
-        self._threads = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="results")
+        # Threads of their own: results must not wait for the tokenizer.
+        self._threads = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="deliver")
 
     def close(self) -> None:
         """End the threads."""

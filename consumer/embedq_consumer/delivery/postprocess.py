@@ -7,14 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from embedq_consumer.batching.batch_runner import AssembledText, ComputedText
-from embedq_consumer.batching.single_flight import QueuedText, Settled
+from embedq_consumer.batching import AssembledText, ComputedText, QueuedText, Settled, Vectors
 from embedq_consumer.intake.jobs import InputVector, JobState, Span, Spans, input_param
 from embedq_shared.messages import Dtype, ErrorBody
 from embedq_shared.vectors import cut_and_normalize, quantize
 
 
-def outcomes_of(texts: Sequence[ComputedText], vectors: npt.NDArray[np.float32]) -> list[Settled]:
+def outcomes_of(texts: Sequence[ComputedText], vectors: Vectors) -> list[Settled]:
     """The outcome of each input that waited for a text of a micro-batch; `vectors` is float32 (texts, hidden_size)."""
     finite = np.logical_and.reduce(np.isfinite(vectors), axis=1)
     settled: list[Settled] = []

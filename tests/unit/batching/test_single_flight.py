@@ -113,6 +113,19 @@ def test_windows_are_whole_with_the_last_one_in_any_order(order: tuple[int, ...]
     assert flights.resolve(items[0].identity) == [(job, 0)]
 
 
+def test_a_text_without_windows_is_not_assembled() -> None:
+    flights = SingleFlight()
+    plain, late = admitted(input="a"), admitted(input="a", chunk={"mode": "late"})
+    for job in (plain, late):
+        identity = Identity.of(job, 0)
+        flights.join(identity, (job, 0))
+        text = QueuedText(identity=identity, tokens=Tokens(np.arange(3, dtype=np.int32)), arrived=0.0)
+        assert flights.assemble(text, np.ones((1, 256), np.float32)) is None
+    [whole], rows = windows(late)[0][:1], windows(late)[1]
+    stray = QueuedText(identity=Identity.of(plain, 0), tokens=whole.tokens, arrived=0.0, window=whole.window)
+    assert flights.assemble(stray, rows[0]) is None
+
+
 def test_windows_are_kept_only_while_an_input_waits() -> None:
     job = admitted(input="a", chunk={"mode": "late"})
     flights = SingleFlight()

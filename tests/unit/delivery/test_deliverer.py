@@ -226,7 +226,7 @@ async def test_one_refused_part_makes_the_whole_result_an_error() -> None:
         assert parts.sink.finished == [7]
 
 
-async def test_a_job_whose_error_is_refused_too_is_told_of_by_its_dead_letter_alone() -> None:
+async def test_a_job_whose_error_is_refused_too_has_its_dead_letter_alone() -> None:
     async with delivering(refusing(MessageSizeTooLargeError(), "elsewhere", TOPICS.results)) as parts:
         await parts.deliver(answered(ELSEWHERE))
         assert parts.sink.events == [TOPICS.dead_letters, 7]
