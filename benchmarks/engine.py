@@ -26,9 +26,9 @@ from benchmarks.peers import has_vllm, padded, reference, unit, vllm
 from benchmarks.qwen3_shapes import SHAPES, make
 from benchmarks.scheduled import scheduled
 from embedq_consumer.engine import Text, Tokens, default_batch_tokens, load_encoder
-from embedq_consumer.engine.cuda_graphs import best_fit
 from embedq_consumer.engine.kernels.fp8 import linear
-from embedq_consumer.engine.kernels.fused_ops import quantize
+from embedq_consumer.engine.kernels.fused_ops import per_token_quant_fp8
+from embedq_consumer.engine.row_sizes import best_fit
 
 Ids = npt.NDArray[np.int32]
 Vectors = npt.NDArray[np.float32]
@@ -52,12 +52,12 @@ def ceiling(encoder: Any, seconds: float = CEILING_SECONDS) -> dict[str, float]:
             width = (weight[0] if quantized else weight).shape[1]
             if (width, quantized) not in rows:
                 x = torch.randn(CEILING_TOKENS, width, device="cuda", dtype=torch.bfloat16)
-                rows[width, quantized] = quantize(x) if quantized else x
+                rows[width, quantized] = per_token_quant_fp8(x) if quantized else x
             return rows[width, quantized]
 
         def products() -> None:
             for layer in layers:
-                for weight in (layer.qkv, layer.attended, layer.gate_up, layer.down):
+                for weight in (layer.qkv, layer.o_proj, layer.gate_up, layer.down):
                     linear(rows_for(weight), weight)
 
         products()

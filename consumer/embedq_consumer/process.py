@@ -14,7 +14,7 @@ from aiokafka.errors import KafkaError
 
 from embedq_consumer.delivery.publisher import BrokerUnavailable
 from embedq_consumer.engine import DeviceLost, ModelError
-from embedq_consumer.engine.loading.compile_cache import default_directory, keep_compiled
+from embedq_consumer.engine.loading import compile_cache
 from embedq_consumer.lifecycle import ModelRejected, NoModel
 from embedq_consumer.service import MissingTopics, serve
 from embedq_consumer.settings import Settings, SettingsError
@@ -68,8 +68,8 @@ def _keep_compiled(settings: Settings) -> Settings:
     """
     chosen = settings.compile_cache
     try:
-        place = Path(chosen) if chosen else default_directory(os.environ)
-        keep_compiled(place, os.environ)
+        place = Path(chosen) if chosen else compile_cache.default_directory(os.environ)
+        compile_cache.enable(place, os.environ)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
         if chosen:
             raise SettingsError(

@@ -18,6 +18,7 @@ import gc
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -28,7 +29,7 @@ from embedq_consumer.delivery.deliverer import Deliverer, Finish
 from embedq_consumer.delivery.kafka_producer import producers
 from embedq_consumer.delivery.publisher import Publisher
 from embedq_consumer.delivery.result_records import ResultEncoder
-from embedq_consumer.engine import Encoder, default_batch_tokens, load_encoder
+from embedq_consumer.engine import default_batch_tokens, load_encoder
 from embedq_consumer.intake.flow_control import InFlightLimits
 from embedq_consumer.intake.poll_loop import Intake
 from embedq_consumer.lifecycle.control_topic import ControlTopic
@@ -237,17 +238,7 @@ async def _model(
     batch_tokens = settings.max_batch_tokens or await asyncio.to_thread(default_batch_tokens, settings.device)
     options = await asyncio.to_thread(settings.served_model, batch_tokens)
 
-    def load(path: Path) -> Encoder:
-        return load_encoder(
-            path,
-            device=settings.device,
-            threads=settings.threads or None,
-            quantization=settings.quantization,
-            keep_bf16=settings.kept_layers,
-            deterministic=settings.deterministic,
-            known_models=Path(settings.compile_cache) / "models" if settings.compile_cache else None,
-        )
-
+    load = partial(load_encoder, options=settings.load)
     model = ServedModel(options, load, publisher.publish, metrics, health.tell)
     try:
         yield model

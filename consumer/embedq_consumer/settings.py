@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from embedq_consumer.cache import CacheOptions
-from embedq_consumer.engine import Quantization
+from embedq_consumer.engine import LoadOptions, Quantization
 from embedq_consumer.intake.admission import AdmissionPolicy
 from embedq_consumer.lifecycle.served_model import BatchOptions, ModelOptions
 from embedq_shared.messages import DEFAULT_ALIAS, DEFAULT_MAX_INPUTS
@@ -306,11 +306,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return Path(self.model_root).resolve() if self.model_root else Path(self.model).resolve().parent
 
     @property
-    def kept_layers(self) -> tuple[int, ...]:
-        """The layers that `fp8_keep` names."""
-        return tuple(int(number) for number in self.fp8_keep.split(",") if number)
-
-    @property
     def reply_patterns(self) -> tuple[str, ...]:
         """The shell patterns of allowed reply topics."""
         return tuple(pattern.strip() for pattern in self.reply_topics.split(",") if pattern.strip())
@@ -320,6 +315,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         if self.replica:
             return self
         return msgspec.structs.replace(self, replica=f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}")
+
+    @property
+    def load(self) -> LoadOptions:
+        """How models are loaded."""
+        return LoadOptions(
+            device=self.device,
+            threads=self.threads or None,
+            quantization=self.quantization,
+            keep_bf16=tuple(int(number) for number in self.fp8_keep.split(",") if number),
+            deterministic=self.deterministic,
+            known_models=Path(self.compile_cache) / "models" if self.compile_cache else None,
+        )
 
     @property
     def cache(self) -> CacheOptions:

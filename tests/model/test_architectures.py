@@ -52,8 +52,8 @@ def test_a_mixed_batch_gives_what_sentence_transformers_gives(encoder: Encoder, 
 
 def test_a_text_gives_the_same_alone_and_packed_in_every_position(encoder: Encoder) -> None:
     for text in ("the old stone wall", "the old stone wall " * 30):
-        neighbours = (*LONG_TEXTS[:4], *LONG_TEXTS[-4:-1])
-        wanted, *others = tokens_of(encoder, [Text(t, truncate="end") for t in (text, *neighbours)])
+        neighbors = (*LONG_TEXTS[:4], *LONG_TEXTS[-4:-1])
+        wanted, *others = tokens_of(encoder, [Text(t, truncate="end") for t in (text, *neighbors)])
         alone = normalized(encoder.encode([wanted]))[0]
         for position in range(len(others) + 1):
             packed = normalized(encoder.encode([*others[:position], wanted, *others[position:]]))

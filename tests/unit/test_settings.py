@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 import msgspec
 import pytest
 
+from embedq_consumer.engine import LoadOptions
 from embedq_consumer.intake.admission import AdmissionPolicy
 from embedq_consumer.lifecycle import BatchOptions
 from embedq_consumer.service import serve
@@ -124,8 +125,8 @@ def test_reply_topics_are_patterns_separated_by_commas() -> None:
 
 
 def test_layers_that_fp8_leaves_alone_are_numbers_separated_by_commas() -> None:
-    assert settings(quantization="fp8", fp8_keep="0,-1,12").kept_layers == (0, -1, 12)
-    assert settings().kept_layers == ()
+    assert settings(quantization="fp8", fp8_keep="0,-1,12").load.keep_bf16 == (0, -1, 12)
+    assert settings().load.keep_bf16 == ()
     with pytest.raises(SettingsError, match="EMBEDQ_FP8_KEEP: needs EMBEDQ_QUANTIZATION=fp8"):
         settings(fp8_keep="0")
     with pytest.raises(SettingsError, match="EMBEDQ_FP8_KEEP"):
@@ -141,6 +142,18 @@ def test_the_model_of_the_settings_lies_where_its_links_lead(tmp_path: Path) -> 
     assert (found.configured, found.root) == (tmp_path / "one", tmp_path)
     assert (found.alias, found.replica, found.drain_timeout_s) == ("default", "r", 9)
     assert found.batches == BatchOptions(max_tokens=512, max_items=1024, max_wait_s=0.004, bulk_max_wait_s=7)
+
+
+def test_models_are_loaded_as_the_settings_say() -> None:
+    assert settings().load == LoadOptions()
+    assert settings(
+        device="cuda:1", threads="3", deterministic="true", compile_cache="/c"
+    ).load == LoadOptions(device="cuda:1", threads=3, deterministic=True, known_models=Path("/c/models"))
+
+
+def test_the_cache_gets_its_address_and_its_times_in_seconds() -> None:
+    found = settings(redis_url="redis://r", cache_ttl_s="60", cache_timeout_ms="20").cache
+    assert (found.url, found.ttl_s, found.timeout_s) == ("redis://r", 60, 0.02)
 
 
 def test_admission_follows_the_settings() -> None:

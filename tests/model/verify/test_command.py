@@ -78,7 +78,7 @@ def test_a_model_is_just_like_itself(texts: Path) -> None:
     assert report["cosine"]["min"] == pytest.approx(1, abs=1e-6)
     assert report["cosine"]["below_threshold"] == 0
     assert report["cosine"]["largest_difference"] <= 1e-6
-    assert report["neighbours"] == {"k": 10, "mean": 1, "min": 1, "unchanged": 1}
+    assert report["neighbors"] == {"k": 10, "mean": 1, "min": 1, "unchanged": 1}
     one, other = report["model"], report["against"]
     assert one["model_version"] == other["model_version"]
     assert one["tokens"] == other["tokens"] > len(TEXTS)
@@ -92,7 +92,7 @@ def test_a_changed_copy_is_told_by_how_much(texts: Path, tmp_path: Path) -> None
     assert near["model"]["model_version"] != near["against"]["model_version"]
     assert 1 > near["cosine"]["min"] > far["cosine"]["min"]
     assert near["cosine"]["p1"] <= near["cosine"]["p5"] <= near["cosine"]["p50"] < 1
-    assert near["neighbours"]["mean"] > far["neighbours"]["mean"]
+    assert near["neighbors"]["mean"] > far["neighbors"]["mean"]
     assert far["cosine"]["below_threshold"] == 1
     worst = far["worst"]
     assert worst[0]["cosine"] == pytest.approx(far["cosine"]["min"])
@@ -103,19 +103,19 @@ def test_a_changed_copy_is_told_by_how_much(texts: Path, tmp_path: Path) -> None
 def test_a_missed_threshold_is_exit_code_1(texts: Path, tmp_path: Path) -> None:
     model = minilm_path()
     copy = perturbed(model, tmp_path / "copy", 0.3)
-    for option, message in (("--min-cosine", "least cosine"), ("--min-agreement", "neighbour agreement")):
+    for option, message in (("--min-cosine", "least cosine"), ("--min-agreement", "neighbor agreement")):
         result = run(model, "--against", copy, "--texts", texts, option, "0.999")
         assert result.exit_code == 1
         assert message in result.stderr
         assert "top-10 agreement, mean" in result.stdout
 
 
-def test_models_of_two_widths_have_neighbours_but_no_cosine(texts: Path, bert: Path, qwen3: Path) -> None:
+def test_models_of_two_widths_have_neighbors_but_no_cosine(texts: Path, bert: Path, qwen3: Path) -> None:
     report = told(qwen3, "--against", bert, "--texts", texts, "--top-k", "5")
     assert report["dimensions"] == [256, 128]
     assert report["cosine"] is None
-    assert 0 <= report["neighbours"]["mean"] < 1
-    assert report["neighbours"]["k"] == 5
+    assert 0 <= report["neighbors"]["mean"] < 1
+    assert report["neighbors"]["k"] == 5
     assert "the vectors have two lengths" in run(qwen3, "--against", bert, "--texts", texts).stdout
     missed = run(qwen3, "--against", bert, "--texts", texts, "--min-cosine", "0.5")
     assert missed.exit_code == 1
@@ -148,7 +148,7 @@ def test_lines_keep_their_numbers_where_empty_and_equal_ones_are_left_out(
     path.write_text("the moon\n\nthe stone wall\nthe moon\n   \nthe river\n")
     report = told(qwen3, "--against", bert, "--texts", path)
     assert report["texts"] == 3
-    assert report["neighbours"]["k"] == 2
+    assert report["neighbors"]["k"] == 2
     assert sorted((pair["line"], pair["text"]) for pair in report["worst"]) == [
         (1, "the moon"),
         (3, "the stone wall"),
