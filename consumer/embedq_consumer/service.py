@@ -25,7 +25,7 @@ from embedq_consumer.delivery.publisher import Publisher
 from embedq_consumer.delivery.result_records import ResultEncoder
 from embedq_consumer.engine import default_batch_tokens, load_encoder
 from embedq_consumer.intake.admission import AdmissionPolicy
-from embedq_consumer.intake.flow_control import InFlightLimits
+from embedq_consumer.intake.jobs_consumer import IntakeOptions, jobs_consumer
 from embedq_consumer.intake.poll_loop import Intake
 from embedq_consumer.lifecycle.control_topic import ControlTopic
 from embedq_consumer.lifecycle.model_slot import ModelSlot
@@ -114,18 +114,13 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         _spare_collector()
         parts.callback(gc.unfreeze)  # else nothing frees the libraries' objects at exit, and some complain
 
+        options = _intake_options(settings)
         intake = Intake(
-            settings.kafka(),
+            jobs_consumer(settings.kafka(), options),
+            options,
             topics=settings.topics,
-            group=settings.group,
-            flow=InFlightLimits(max_jobs=settings.max_in_flight_jobs, max_bytes=settings.max_in_flight_bytes),
             metrics=metrics,
             beat=lambda: health.beat("intake", time.monotonic()),
-            max_poll_records=settings.max_poll_records,
-            session_timeout_ms=settings.session_timeout_ms,
-            rebalance_timeout_ms=settings.rebalance_timeout_ms,
-            commit_interval_s=settings.commit_interval_ms / 1000,
-            max_uncommitted=settings.max_uncommitted_jobs,
         )
         parts.push_async_callback(intake.close)
         await intake.open()
@@ -233,6 +228,19 @@ def _rules(settings: Settings) -> AdmissionPolicy:
         max_text_bytes=settings.max_text_bytes,
         max_result_bytes=settings.max_result_bytes,
         reply_patterns=settings.reply_patterns,
+    )
+
+
+def _intake_options(settings: Settings) -> IntakeOptions:
+    return IntakeOptions(
+        group=settings.group,
+        max_in_flight_jobs=settings.max_in_flight_jobs,
+        max_in_flight_bytes=settings.max_in_flight_bytes,
+        max_poll_records=settings.max_poll_records,
+        max_uncommitted=settings.max_uncommitted_jobs,
+        commit_interval_s=settings.commit_interval_ms / 1000,
+        session_timeout_ms=settings.session_timeout_ms,
+        rebalance_timeout_ms=settings.rebalance_timeout_ms,
     )
 
 

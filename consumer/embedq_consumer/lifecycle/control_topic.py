@@ -10,7 +10,7 @@ import structlog
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 
 from embedq_consumer.ending import ended
-from embedq_consumer.intake.poll_loop import UNREADABLE
+from embedq_consumer.intake.unreadable import UNREADABLE
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.codec import decode_control
 from embedq_shared.messages import Control
