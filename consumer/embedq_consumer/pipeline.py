@@ -129,7 +129,9 @@ class Pipeline:
         reason = ErrorBody.of(
             "malformed", f"expected a record that the Kafka client can read ({type(error).__name__})"
         )
-        refusal = Rejection(reason, "json", JobHeaders(), Envelope(), dead_letter=True)
+        refusal = Rejection(
+            error=reason, format="json", headers=JobHeaders(), envelope=Envelope(), dead_letter=True
+        )
         self._spawn(self._refuse([(record, refusal)]), "refuse")
 
     async def _ask_for_topics(self, waiting: Sequence[tuple[Record, UnknownAddress]]) -> None:

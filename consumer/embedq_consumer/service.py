@@ -25,7 +25,7 @@ from embedq_consumer.delivery.publisher import Publisher
 from embedq_consumer.delivery.result_records import ResultEncoder
 from embedq_consumer.engine import default_batch_tokens, load_encoder
 from embedq_consumer.intake.admission import AdmissionPolicy
-from embedq_consumer.intake.jobs_consumer import IntakeOptions, jobs_consumer
+from embedq_consumer.intake.jobs_consumer import IntakeOptions, make_jobs_consumer
 from embedq_consumer.intake.poll_loop import Intake
 from embedq_consumer.lifecycle.control_topic import ControlTopic
 from embedq_consumer.lifecycle.model_slot import ModelSlot
@@ -116,7 +116,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
 
         options = _intake_options(settings)
         intake = Intake(
-            jobs_consumer(settings.kafka(), options),
+            make_jobs_consumer(settings.kafka(), options),
             options,
             topics=settings.topics,
             metrics=metrics,

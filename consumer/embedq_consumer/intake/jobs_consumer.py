@@ -65,7 +65,7 @@ class JobsConsumer(Protocol):
         """The end of the partition, as of the last fetch; None before the first."""
 
 
-def jobs_consumer(kafka: Mapping[str, Any], options: IntakeOptions) -> JobsConsumer:
+def make_jobs_consumer(kafka: Mapping[str, Any], options: IntakeOptions) -> JobsConsumer:
     """The real one; `kafka` is what each client needs to reach the brokers. Every setting whose default is a trap is
     written out."""
     return cast(

@@ -24,10 +24,10 @@ class PollState:
 
     Invariants:
         - From `revoke` to `assign` no turn polls, so every record belongs to the epoch in which it was polled.
-        - While anybody holds, no turn gives records. The hold is reached once the turn before it is over.
+        - While there is a hold, no turn gives records. The hold is reached once the turn before it is over.
         - After `stop` no turn begins but `end`, not even during a rebalance.
         - Whatever changes what may be polled interrupts the poll under way: see `interrupted`.
-        - No commit between `give_up` and `assign`, by anybody: the broker checks the member's generation and not whose
+        - No commit between `give_up` and `assign`, not even a last one: the broker checks the member's generation and not whose
           partition it is, so a late commit would set back partitions that another replica has read on.
     """
 
@@ -134,7 +134,7 @@ class PollState:
 
     @property
     def may_commit(self) -> bool:
-        """Whether the partitions are ours, so that a commit sets nobody back."""
+        """Whether the partitions are ours, so that a commit cannot set another replica back."""
         return self._rebalance != "reassigning"
 
     @property

@@ -12,7 +12,7 @@ from embedq_consumer.intake.jobs_consumer import JobsConsumer, step_over
 from embedq_consumer.intake.offsets import OffsetLedger
 
 UNREADABLE: Final = (UnicodeDecodeError, CorruptRecordException, UnsupportedCodecError)
-"""What the client raises for a record that it cannot hand out, poll after poll, until somebody steps over it."""
+"""What the client raises for a record that it cannot hand out, poll after poll, until its reader steps over it."""
 
 POLL_MS: Final = 200
 """The usual wait for records. It bounds how late the loop's heartbeat comes; whatever matters interrupts it."""

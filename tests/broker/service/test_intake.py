@@ -11,7 +11,7 @@ import pytest
 from aiokafka import TopicPartition
 from aiokafka.consumer.fetcher import PartitionRecords
 
-from embedq_consumer.intake.jobs_consumer import IntakeOptions, jobs_consumer
+from embedq_consumer.intake.jobs_consumer import IntakeOptions, make_jobs_consumer
 from embedq_consumer.intake.poll_loop import Intake
 from embedq_consumer.intake.records import Record
 from embedq_consumer.telemetry.metrics import Metrics
@@ -41,7 +41,7 @@ class Taken:
             rebalance_timeout_ms=20_000,
         )
         self._intake = Intake(
-            jobs_consumer({"bootstrap_servers": stack.kafka_servers}, options),
+            make_jobs_consumer({"bootstrap_servers": stack.kafka_servers}, options),
             options,
             topics=topics,
             metrics=Metrics(),

@@ -298,7 +298,9 @@ def refused(
     *headers: tuple[str, bytes], limit: int = 900_000, key: bytes | None = None, **about: Any
 ) -> Reply:
     envelope = about.pop("envelope", Envelope("x", "m", msgspec.Raw(b'{"k":1}')))
-    refusal = Rejection(ERROR, about.pop("format", "json"), parse(headers), envelope, **about)
+    refusal = Rejection(
+        error=ERROR, format=about.pop("format", "json"), headers=parse(headers), envelope=envelope, **about
+    )
     return answers(limit).of_refusal(record(b"{}", *headers, key=key), refusal)
 
 

@@ -14,7 +14,7 @@ from embedq_consumer.intake import jobs_consumer as module
 from embedq_consumer.intake.jobs_consumer import (
     IntakeOptions,
     JobsConsumer,
-    jobs_consumer,
+    make_jobs_consumer,
     position,
     step_over,
 )
@@ -47,7 +47,7 @@ class Recorded:
 
 def settings_of(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> dict[str, Any]:
     monkeypatch.setattr(module, "AIOKafkaConsumer", Recorded)
-    made: Any = jobs_consumer({"bootstrap_servers": "kafka:9092"}, options(**changes))
+    made: Any = make_jobs_consumer({"bootstrap_servers": "kafka:9092"}, options(**changes))
     found: dict[str, Any] = made.settings
     return found
 
@@ -95,7 +95,7 @@ def test_the_real_consumer_and_the_scripted_one_take_the_calls_of_the_protocol(
 
 async def test_the_real_consumer_accepts_these_settings() -> None:
     """Made and not started: an unknown setting, or one that is out of range, raises."""
-    consumer = jobs_consumer({"bootstrap_servers": "localhost:1"}, options())
+    consumer = make_jobs_consumer({"bootstrap_servers": "localhost:1"}, options())
     assert isinstance(consumer, AIOKafkaConsumer)
     await consumer.stop()
 

@@ -328,7 +328,7 @@ async def test_a_revocation_that_fails_ends_the_loop_although_the_client_would_g
             await running.polling
 
 
-async def test_the_lag_of_a_partition_that_was_lost_is_nobodys_here() -> None:
+async def test_the_lag_of_a_partition_that_was_lost_is_zero_here() -> None:
     running = Harness(ScriptedConsumer(), commit_interval_s=0.001, answer=False)
     running.consumer.write(A, *values(3))
 
@@ -496,7 +496,7 @@ async def test_markers_and_holes_after_the_last_record_are_committed_too() -> No
         await wait_until(lambda: running.consumer.stored.get(A) == 4, what="the commit past the gap")
 
 
-async def test_a_gap_is_not_stepped_over_before_the_records_in_front_of_it_are_finished() -> None:
+async def test_a_gap_is_not_stepped_over_before_the_records_ahead_of_it_are_finished() -> None:
     running = Harness(ScriptedConsumer(), answer=False, commit_interval_s=0.001)
     running.consumer.write(A, b"1")
     running.consumer.write_gap(A, 3)
