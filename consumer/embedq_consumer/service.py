@@ -30,8 +30,7 @@ from embedq_consumer.delivery.kafka_producer import producers
 from embedq_consumer.delivery.publisher import Publisher
 from embedq_consumer.delivery.result_records import ResultEncoder
 from embedq_consumer.engine import default_batch_tokens, load_encoder
-from embedq_consumer.intake.flow_control import InFlightLimits
-from embedq_consumer.intake.poll_loop import Intake
+from embedq_consumer.intake import Intake, make_jobs_consumer
 from embedq_consumer.lifecycle.control_topic import ControlTopic
 from embedq_consumer.lifecycle.model_slot import ModelSlot
 from embedq_consumer.lifecycle.served_model import ServedModel
@@ -258,17 +257,11 @@ async def _control(settings: Settings, metrics: Metrics) -> AsyncIterator[Contro
 @asynccontextmanager
 async def _intake(settings: Settings, metrics: Metrics, health: Health) -> AsyncIterator[Intake]:
     intake = Intake(
-        settings.kafka(),
+        make_jobs_consumer(settings.kafka(), settings.intake),
+        settings.intake,
         topics=settings.topics,
-        group=settings.group,
-        flow=InFlightLimits(max_jobs=settings.max_in_flight_jobs, max_bytes=settings.max_in_flight_bytes),
         metrics=metrics,
         beat=lambda: health.beat("intake", time.monotonic()),
-        max_poll_records=settings.max_poll_records,
-        session_timeout_ms=settings.session_timeout_ms,
-        rebalance_timeout_ms=settings.rebalance_timeout_ms,
-        commit_interval_s=settings.commit_interval_ms / 1000,
-        max_uncommitted=settings.max_uncommitted_jobs,
     )
     try:
         await intake.open()

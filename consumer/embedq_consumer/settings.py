@@ -15,7 +15,7 @@ from msgspec import Meta
 
 from embedq_consumer.cache import CacheOptions
 from embedq_consumer.engine import LoadOptions, Quantization
-from embedq_consumer.intake.admission import AdmissionPolicy
+from embedq_consumer.intake import AdmissionPolicy, IntakeOptions
 from embedq_consumer.lifecycle.served_model import BatchOptions, ModelOptions
 from embedq_shared.messages import DEFAULT_ALIAS, DEFAULT_MAX_INPUTS
 from embedq_shared.topics import GROUP, Topics
@@ -326,6 +326,20 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             keep_bf16=tuple(int(number) for number in self.fp8_keep.split(",") if number),
             deterministic=self.deterministic,
             known_models=Path(self.compile_cache) / "models" if self.compile_cache else None,
+        )
+
+    @property
+    def intake(self) -> IntakeOptions:
+        """How jobs are polled and their offsets committed."""
+        return IntakeOptions(
+            group=self.group,
+            max_in_flight_jobs=self.max_in_flight_jobs,
+            max_in_flight_bytes=self.max_in_flight_bytes,
+            max_poll_records=self.max_poll_records,
+            max_uncommitted=self.max_uncommitted_jobs,
+            commit_interval_s=self.commit_interval_ms / 1000,
+            session_timeout_ms=self.session_timeout_ms,
+            rebalance_timeout_ms=self.rebalance_timeout_ms,
         )
 
     @property

@@ -87,7 +87,16 @@ def record(
     if value is None and fields:
         value = json.dumps(fields).encode()
     ticket = Ticket(TopicPartition(TOPICS.jobs, 3), epoch=1, offset=offset)
-    return Record(ticket, "interactive", key, value, headers, timestamp_ms, 0, 0.0)  # type: ignore[arg-type]
+    return Record(
+        ticket=ticket,
+        lane="interactive",
+        key=key,
+        value=value,
+        headers=headers,  # type: ignore[arg-type]
+        timestamp_ms=timestamp_ms,
+        timestamp_type=0,
+        polled_at=0.0,
+    )
 
 
 def admitted(

@@ -15,6 +15,7 @@ from structlog.testing import capture_logs
 from embedq_consumer import process
 from embedq_consumer.delivery.publisher import BrokerUnavailable
 from embedq_consumer.engine import DeviceLost
+from embedq_consumer.engine.loading import compile_cache
 from embedq_consumer.process import main
 from embedq_consumer.settings import Settings, SettingsError
 
@@ -29,7 +30,7 @@ def environ(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("EMBEDQ_KAFKA_SERVERS", "127.0.0.1:1")
     monkeypatch.setenv("EMBEDQ_MODEL", str(tmp_path))
     monkeypatch.setattr("embedq_consumer.telemetry.logs.configure", lambda level, *, replica: None)
-    monkeypatch.setattr(process, "keep_compiled", lambda directory, environ: None)
+    monkeypatch.setattr(compile_cache, "enable", lambda directory, environ: None)
 
 
 def failing(*failures: BaseException) -> Serve:
@@ -112,7 +113,7 @@ def test_a_compile_cache_that_was_asked_for_must_be_usable(
     def refuse(directory: Path, environ: Mapping[str, str]) -> None:
         raise PermissionError
 
-    monkeypatch.setattr(process, "keep_compiled", refuse)
+    monkeypatch.setattr(compile_cache, "enable", refuse)
     monkeypatch.setenv("EMBEDQ_COMPILE_CACHE", "/nowhere")
     assert main() == 2
     assert capsys.readouterr().err == "embedq: EMBEDQ_COMPILE_CACHE: cannot make /nowhere (PermissionError)\n"
@@ -125,6 +126,6 @@ def test_the_default_compile_cache_may_be_missing(monkeypatch: pytest.MonkeyPatc
     async def serve(settings: Settings, stop: asyncio.Event) -> None:
         assert settings.compile_cache == ""
 
-    monkeypatch.setattr(process, "keep_compiled", refuse)
+    monkeypatch.setattr(compile_cache, "enable", refuse)
     monkeypatch.setattr(process, "serve", serve)
     assert main() == 0

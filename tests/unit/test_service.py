@@ -137,6 +137,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
         "Publisher": FakePublisher,
         "ControlTopic": FakeControl,
         "Intake": FakeIntake,
+        "make_jobs_consumer": lambda *_: None,
         "load_encoder": load,
         "Metrics": metrics,
         "Health": health,

@@ -151,6 +151,14 @@ def test_models_are_loaded_as_the_settings_say() -> None:
     ).load == LoadOptions(device="cuda:1", threads=3, deterministic=True, known_models=Path("/c/models"))
 
 
+def test_the_intake_gets_its_limits_and_its_interval_in_seconds() -> None:
+    found = settings(
+        group="g", max_in_flight_jobs="7", max_uncommitted_jobs="9", commit_interval_ms="250"
+    ).intake
+    assert (found.group, found.max_in_flight_jobs, found.max_uncommitted) == ("g", 7, 9)
+    assert found.commit_interval_s == 0.25
+
+
 def test_the_cache_gets_its_address_and_its_times_in_seconds() -> None:
     found = settings(redis_url="redis://r", cache_ttl_s="60", cache_timeout_ms="20").cache
     assert (found.url, found.ttl_s, found.timeout_s) == ("redis://r", 60, 0.02)
