@@ -233,12 +233,19 @@ async def _finished(work: Awaitable[None], within: float) -> str | None:
     finally:
         if not task.done():
             task.cancel()
+            task.add_done_callback(_ignore_outcome)
     if not task.done():
         return "TimeoutError"
     if task.cancelled():
         return "CancelledError"
     failure = task.exception()
     return None if failure is None else type(failure).__name__
+
+
+def _ignore_outcome(task: asyncio.Future[None]) -> None:
+    """What a client raises once it was abandoned is of no use, and asyncio must not log it as never retrieved."""
+    if not task.cancelled():
+        task.exception()
 
 
 # -- records that cannot be read --------------------------------------------------------------------------------------------
