@@ -86,7 +86,7 @@ async def _run(settings: Settings) -> None:
 
     def ask_to_stop() -> None:
         stop.set()
-        # A second signal ends the process at once: somebody does not want to wait for the drain.
+        # A second signal ends the process at once, without waiting for the drain.
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
 

@@ -54,12 +54,12 @@ class ExitPolicy:
         self._requested = False
 
     def request_stop(self) -> bool:
-        """Somebody wants the command to stop. True if it is the second time: they do not want to wait for the drain."""
+        """The command is asked to stop. True if it was asked before: then nothing waits for the drain."""
         again, self._requested, self.stopping = self._requested, True, True
         return again
 
     def child_exited(self, code: int) -> None:
-        """A replica ended with this exit code, negative for a signal. Without a request that is a failure, whatever the code.
+        """A replica ended with this exit code, negative for a signal. Without a request that is a failure.
 
         Our SIGTERM kills a replica that has not come as far as to listen for it: it had accepted nothing.
         """
@@ -81,10 +81,11 @@ def supervise(settings: Settings, environ: Mapping[str, str]) -> int:
 
 
 async def _supervise(settings: Settings, environ: Mapping[str, str]) -> int:
+    """Signals are listened for before anything starts."""
     replicas = _Replicas(stop_within_s=settings.drain_timeout_s + _GRACE_S)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, replicas.request_stop, number)
-    devices = _devices(settings.devices)  # may block for seconds; a signal that comes meanwhile waits
+    devices = _devices(settings.devices)  # may block for seconds; signals wait until then
     return await replicas.run(children(settings, environ, devices, os.cpu_count() or 1))
 
 
@@ -101,7 +102,7 @@ class _Replicas:
     def request_stop(self, number: int) -> None:
         """SIGTERM or SIGINT came. The second one ends everything now, this process by the signal itself."""
         if self._policy.request_stop():
-            self._signal(signal.SIGKILL)
+            self._signal_all(signal.SIGKILL)
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self._stopping.set()
@@ -112,13 +113,13 @@ class _Replicas:
             async with asyncio.TaskGroup() as tasks:
                 lives = [tasks.create_task(self._live(child)) for child in wanted]
                 await self._stopping.wait()
-                self._signal(signal.SIGTERM)
+                self._signal_all(signal.SIGTERM)
                 _, late = await asyncio.wait(lives, timeout=self._stop_within_s)
                 if late:
                     log.error("replicas_killed", children=sorted(self._running))
-                    self._signal(signal.SIGKILL)
+                    self._signal_all(signal.SIGKILL)
         finally:
-            self._signal(signal.SIGKILL)
+            self._signal_all(signal.SIGKILL)
             for process in self._running.values():
                 await process.wait()
         return self._policy.code
@@ -128,22 +129,25 @@ class _Replicas:
         process = self._running[child.name] = await _start(child)
         log.info("replica_started", child=child.name, device=child.device, pid=process.pid)
         if self._sent is not None:
-            self._signal(self._sent)  # which came while it started
+            _signal(process, self._sent)  # which came while it started
         code = await process.wait()
         del self._running[child.name]
         self._policy.child_exited(code)
         log.info("replica_ended", child=child.name, exit_code=code)
         self._stopping.set()
 
-    def _signal(self, number: int) -> None:
-        """Send this to every replica that runs, and to those that are just being started."""
+    def _signal_all(self, number: int) -> None:
+        """Send this to every replica that runs; one that is just being started gets it then, once."""
         self._sent = number
         for process in self._running.values():
-            # Not `process.send_signal`: before Python 3.13 it may take the exit code that asyncio waits for, which then
-            # reports 255.
-            if process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process.pid, number)
+            _signal(process, number)
+
+
+def _signal(process: Process, number: int) -> None:
+    """Not `process.send_signal`, which in Python 3.11 may take the exit code away from asyncio, which then reports 255."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, number)
 
 
 def children(

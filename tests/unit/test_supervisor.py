@@ -140,11 +140,11 @@ async def stuck() -> Process:
 Start = Callable[[Child], Awaitable[Process]]
 
 
-def supervised(monkeypatch: pytest.MonkeyPatch, start: Start) -> int:
+def supervised(monkeypatch: pytest.MonkeyPatch, start: Start, *, drain_s: float = 0.2) -> int:
     """The exit code of a command with two replicas, `host-0` and `host-1`, which `start` starts."""
     monkeypatch.setattr(supervisor, "_start", start)
     monkeypatch.setattr(supervisor, "_GRACE_S", 0.0)
-    environ = NEEDED | {"EMBEDQ_DEVICES": "cpu,cpu", "EMBEDQ_DRAIN_TIMEOUT_S": "0.2"}
+    environ = NEEDED | {"EMBEDQ_DEVICES": "cpu,cpu", "EMBEDQ_DRAIN_TIMEOUT_S": str(drain_s)}
     return supervise(Settings.from_env(environ), environ)
 
 
@@ -185,6 +185,41 @@ def test_one_signal_stops_every_replica_even_one_that_is_just_being_started(
     ends = {event["child"]: event["exit_code"] for event in logs if event["event"] == "replica_ended"}
     assert ends == {"host-0": -signal.SIGTERM, "host-1": -signal.SIGTERM}
     assert signal.getsignal(number) == before
+
+
+def test_a_replica_that_drains_is_not_signaled_again_for_one_that_starts_late(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A second SIGTERM would end it at once."""
+    program = (
+        "trap 'trap - TERM; echo draining; read line; exit 0' TERM; echo up; while :; do sleep 0.01; done"
+    )
+    draining: list[Process] = []
+    tasks: list[asyncio.Task[None]] = []
+
+    async def release(late: Process) -> None:
+        await late.wait()
+        assert draining[0].stdin is not None
+        draining[0].stdin.write(b"drained\n")
+
+    async def start(child: Child) -> Process:
+        if child.name == "host-0":
+            pipe = asyncio.subprocess.PIPE
+            process = await asyncio.create_subprocess_exec("sh", "-c", program, stdin=pipe, stdout=pipe)
+            assert process.stdout is not None
+            assert await process.stdout.readline() == b"up\n"
+            draining.append(process)
+            return process
+        await wait_until(lambda: bool(draining), what="the other replica")
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert draining[0].stdout is not None
+        assert await draining[0].stdout.readline() == b"draining\n"
+        late = await asyncio.create_subprocess_exec("sleep", "60")
+        tasks.append(asyncio.create_task(release(late)))
+        return late
+
+    assert supervised(monkeypatch, start, drain_s=60) == 0
+    assert draining[0].returncode == 0
 
 
 def test_a_replica_that_cannot_be_started_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

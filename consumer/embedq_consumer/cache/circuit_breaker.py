@@ -19,7 +19,8 @@ class CircuitBreaker:
 
     - closed → open: `failures` permitted calls in a row failed.
     - open → probing: the pause is over and a caller asks; only that caller gets a permit.
-    - probing → closed: the probe succeeded. probing → open: it failed, and the pause doubles, up to `longest_pause_s`.
+    - probing → closed: the probe succeeded.
+    - probing → open: the probe failed, and the pause doubles, up to `longest_pause_s`.
     - An outcome that belongs to an earlier state is ignored: a call that began before the breaker opened neither closes
       it nor fails the probe.
     - Every pause is jittered by ±`jitter`, so that replicas do not return together.

@@ -47,7 +47,7 @@ class CachedVector(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 def cache_key(model_version: str, text: Text, dimensions: int, dtype: str) -> bytes:
-    """The Redis key of one vector: everything that the model sees of the input except `truncate`, which the entry holds.
+    """The Redis key of one vector: all that the model sees of the input except `truncate`, which the entry holds.
 
     Two keys are equal exactly if version, text, prompt, window (`chunk.tokens`, of a mean over windows), dimensions and
     dtype are: each part has a fixed length or cannot hold a colon, and only a key with a window has one part more.

@@ -88,7 +88,7 @@ class VectorCache:
             await self._link.close(self._options.timeout_s)
 
     async def get_many(self, keys: Sequence[bytes]) -> list[CachedVector | None]:
-        """The entry of each key, in order; None for a key that Redis does not hold or cannot be asked for. Never raises.
+        """The entry of each key, in order, or None where Redis has none or cannot be asked. Never raises.
 
         One MGET, or one for every `CHUNK_BYTES` of vectors. The first chunk that fails ends the look-up, so that a
         dead Redis costs one time-out however many keys there are.

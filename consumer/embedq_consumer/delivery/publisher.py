@@ -27,7 +27,10 @@ _BACKOFF_S: Final = 0.2
 
 
 class BrokerUnavailable(Exception):
-    """The brokers took no record for `publish_timeout_s`; ending the process loses nothing, since nothing was committed."""
+    """The brokers took no record for `publish_timeout_s`.
+
+    Ending the process loses nothing, since nothing was committed.
+    """
 
 
 class Publisher:

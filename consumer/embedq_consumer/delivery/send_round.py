@@ -55,8 +55,8 @@ class SendRound:
 
     - A record is pending, acknowledged or refused; only pending ones are sent, in order.
     - A record is refused for a reason in `REFUSALS` alone. Every other failure leaves it pending.
-    - The broker judges a batch's size, not a record's: a small record that is too large is sent once more, alone, before
-      it is refused.
+    - A small record that the broker calls too large is sent once more, alone, before it is refused: the broker judges
+      the size of a batch, not of a record.
     - The deadline is `timeout_s` after the last try that settled a record, or after the beginning.
     """
 

@@ -196,7 +196,7 @@ def test_a_peer_that_says_nothing_or_nonsense_does_not_stop_the_others(
 
 async def test_it_answers_while_the_event_loop_is_stuck(served: Served) -> None:
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(served.json, "/livez").result(timeout=30)  # the loop stands still meanwhile
+        answer = pool.submit(served.json, "/livez").result(timeout=30)  # the loop is blocked until then
     assert answer[0] == 200
 
 
