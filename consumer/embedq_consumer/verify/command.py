@@ -301,7 +301,9 @@ def _missed(
 ) -> Iterator[str]:
     for side in (one, other):
         if side.without_vector:
-            yield f"{len(side.without_vector)} texts have no vector from {side.path}, the first of them in line {side.without_vector[0]}"
+            count = len(side.without_vector)
+            texts = "1 text has" if count == 1 else f"{count} texts have"
+            yield f"{texts} no vector from {side.path}, the first of them in line {side.without_vector[0]}"
     if asked.min_cosine is not None:
         if cosine is None:
             yield "--min-cosine: the vectors differ in length, so they have no cosine"

@@ -27,10 +27,10 @@ DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float16
 """The interpreter multiplies no bf16 matrices."""
 
 
-def cu_of(lengths: list[int], places: int) -> torch.Tensor:
-    """Where places end; those behind the last text are empty."""
+def cu_of(lengths: list[int], slots: int) -> torch.Tensor:
+    """Where slots end; those after the last text are empty."""
     ends = torch.tensor([0, *lengths]).cumsum(0)
-    ends = torch.cat([ends, ends[-1:].repeat(places - len(lengths))])
+    ends = torch.cat([ends, ends[-1:].repeat(slots - len(lengths))])
     return ends.to(torch.int32).to(DEVICE)
 
 
@@ -39,9 +39,9 @@ def qkv_of(tokens: int, dim: int) -> tuple[torch.Tensor, ...]:
     return random(tokens, 3 * HEADS * dim, dtype=DTYPE).view(tokens, 3, HEADS, dim).unbind(1)
 
 
-@pytest.mark.parametrize("places", [len(LENGTHS), 16, 33])
-def test_bounds_are_those_of_each_tokens_text(places: int) -> None:
-    cu_seqlens = cu_of(LENGTHS, places)
+@pytest.mark.parametrize("slots", [len(LENGTHS), 16, 33])
+def test_bounds_are_those_of_each_tokens_text(slots: int) -> None:
+    cu_seqlens = cu_of(LENGTHS, slots)
     for count in (sum(LENGTHS), sum(LENGTHS) + 100):
         for found, wanted in zip(
             bounds_of(cu_seqlens, count), bounds_reference(cu_seqlens, count), strict=True

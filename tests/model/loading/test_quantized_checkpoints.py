@@ -1,4 +1,4 @@
-"""Checkpoints that somebody quantized before: run as transformers runs them, or refused with what it asks for."""
+"""Checkpoints that are already quantized: run as transformers runs them, or refused with what it asks for."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Packer = Callable[[torch.Tensor, torch.Tensor], Parts]
 
 
 def gptq(levels: torch.Tensor, scales: torch.Tensor) -> Parts:
-    """Eight levels of one output in an int32, from 0 on, beside zero points of which one less is written."""
+    """Eight levels of one output in an int32, from 0 on, with zero points that are stored minus one."""
     outputs, inputs = levels.shape
     return {
         "qweight": eight_in_one((levels + 8).t().reshape(inputs // 8, 8, outputs).transpose(1, 2)),
@@ -38,7 +38,7 @@ def gptq(levels: torch.Tensor, scales: torch.Tensor) -> Parts:
 
 
 def awq(levels: torch.Tensor, scales: torch.Tensor) -> Parts:
-    """Eight outputs of one input in an int32, first those at even places."""
+    """Eight outputs of one input in an int32, those at even positions first."""
     outputs, inputs = levels.shape
     order = [0, 2, 4, 6, 1, 3, 5, 7]
     return {
@@ -111,7 +111,7 @@ def quantize(path: Path, method: str) -> tuple[Path, Path]:
         if not name.endswith("_proj.weight"):
             few[name] = meant[name] = weight
             continue
-        groups = weight.unflatten(1, (-1, GROUP))
+        groups = weight.view(len(weight), -1, GROUP)
         scales = (groups.abs().amax(-1) / 7).half()
         levels = (groups / scales.float().unsqueeze(-1)).round().clamp(-8, 7)
         meant[name] = (levels * scales.float().unsqueeze(-1)).flatten(1)

@@ -6,7 +6,7 @@ Attention is the one part that has no kernel there: PyTorch's own takes its plac
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -78,8 +78,8 @@ def attend(
     for slot in range(len(ends) - 1):
         keys, queries = slice(ends[slot], ends[slot + 1]), slice(q_ends[slot], q_ends[slot + 1])
         if keys.start < keys.stop:
-            parts = (t.float().transpose(0, 1) for t in (q[queries], k[keys], v[keys]))
-            out[queries] = F.scaled_dot_product_attention(*parts, scale=scale).transpose(0, 1).to(q.dtype)
+            q1, k1, v1 = (t.float().transpose(0, 1) for t in (q[queries], k[keys], v[keys]))
+            out[queries] = F.scaled_dot_product_attention(q1, k1, v1, scale=scale).transpose(0, 1).to(q.dtype)
     return out
 
 
@@ -119,7 +119,12 @@ def test_pooled_and_hidden_states_are_those_of_transformers(
     assert F.cosine_similarity(hidden, torch.cat(wanted), dim=1).min() > 0.999
     out = torch.full((16, HIDDEN), float("nan"))
     forward.pooled().run(row_of(texts(), 80, 16), 80, out)
-    chosen = {"mean": lambda x: x.mean(0), "cls": lambda x: x[0], "lasttoken": lambda x: x[-1]}[pooling]
+    ways: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "mean": lambda x: x.mean(0),
+        "cls": lambda x: x[0],
+        "lasttoken": lambda x: x[-1],
+    }
+    chosen = ways[pooling]
     expected = torch.stack([chosen(x) for x in wanted])
     assert F.cosine_similarity(out[: len(LENGTHS)], expected, dim=1).min() > 0.9995
     assert out.isfinite().all()

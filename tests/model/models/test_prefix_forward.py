@@ -6,6 +6,7 @@ Everything is what runs on the GPU but attention, which is its definition here: 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,13 +45,11 @@ def attention_by_definition(
 ) -> Tensor:
     """Causal, aligned at the end: a text's last query sees all of its keys."""
     out = torch.zeros_like(q)
-    queries = cu_seqlens if cu_seqlens_q is None else cu_seqlens_q
+    ends = cu_seqlens.tolist()
+    query_ends = ends if cu_seqlens_q is None else cu_seqlens_q.tolist()
     group = q.shape[1] // k.shape[1]
-    for slot in range(len(cu_seqlens) - 1):
-        rows, keys = (
-            slice(queries[slot], queries[slot + 1]),
-            slice(cu_seqlens[slot], cu_seqlens[slot + 1]),
-        )
+    for slot in range(len(ends) - 1):
+        rows, keys = slice(query_ends[slot], query_ends[slot + 1]), slice(ends[slot], ends[slot + 1])
         count, length = rows.stop - rows.start, keys.stop - keys.start
         assert count <= (longest if cu_seqlens_q is None else longest_q)
         assert length <= longest
@@ -82,7 +81,8 @@ class Forward:
             head_dim=32,
             max_position_embeddings=256,
         )
-        model = Qwen3Model(config).to(torch.bfloat16).eval().requires_grad_(False)
+        model: Any = Qwen3Model(config)
+        model = model.bfloat16().eval().requires_grad_(False)
         options = ForwardOptions(
             pooling=POOLINGS["lasttoken"],
             limits=Limits(max_tokens=256, position_offset=0),
