@@ -39,6 +39,7 @@ class ScriptedConsumer:
         self._assigned.set()
         self._given_up = False
         self._listener: ConsumerRebalanceListener | None = None
+        self._client = _Connections()  # what the Kafka room closes after a stop that failed
 
     # -- the test's side ------------------------------------------------------------------------------------------------
 
@@ -169,6 +170,11 @@ class ScriptedConsumer:
                 found[partition] = taken
                 limit -= len(taken)
         return found
+
+
+class _Connections:
+    async def close(self) -> None:
+        """There are none."""
 
 
 def _record(partition: TopicPartition, offset: int, value: bytes) -> ConsumerRecord:

@@ -6,9 +6,9 @@ from collections.abc import Collection, Mapping, Sized
 from typing import Final
 
 import msgspec
-from aiokafka import TopicPartition
 
 from embedq_consumer.intake.offsets import OffsetLedger
+from embedq_shared.kafka import TopicPartition
 from embedq_shared.topics import LANES, Lane
 
 _RESUME_AT: Final = 0.5

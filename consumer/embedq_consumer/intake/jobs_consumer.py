@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Protocol, cast
+from typing import Any, Protocol, cast
 
 import msgspec
-from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
+from aiokafka import ConsumerRebalanceListener
 from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
-from aiokafka.errors import IllegalStateError
 
-_POSITION_S: Final = 1.0
-"""The client waits for a position for as long as a request may take; the loop that asks has other partitions to read."""
+from embedq_shared.kafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 
 
 class IntakeOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,27 +86,3 @@ def make_jobs_consumer(kafka: Mapping[str, Any], options: IntakeOptions) -> Jobs
             metadata_max_age_ms=60_000,
         ),
     )
-
-
-async def position(consumer: JobsConsumer, partition: TopicPartition) -> int | None:
-    """The offset of the next record; None while the consumer has no position there."""
-    try:
-        async with asyncio.timeout(_POSITION_S):
-            return await consumer.position(partition)
-    except (TimeoutError, IllegalStateError):
-        return None
-
-
-async def step_over(consumer: JobsConsumer, partition: TopicPartition) -> int | None:
-    """Move past the record at the position, for which a poll of one record raised one of `UNREADABLE`; its offset.
-
-    None, and nothing moved, if the partition is not assigned any more.
-    """
-    offset = await position(consumer, partition)
-    if offset is None:
-        return None
-    try:
-        consumer.seek(partition, offset + 1)
-    except IllegalStateError:
-        return None
-    return offset

@@ -6,7 +6,8 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 
 import msgspec
-from aiokafka import TopicPartition
+
+from embedq_shared.kafka import TopicPartition
 
 
 class Ticket(msgspec.Struct, frozen=True, gc=False):

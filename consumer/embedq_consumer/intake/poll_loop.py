@@ -12,17 +12,17 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 import structlog
-from aiokafka import ConsumerRebalanceListener, TopicPartition
+from aiokafka import ConsumerRebalanceListener
 
-from embedq_consumer.ending import ended
 from embedq_consumer.intake.flow_control import InFlightLimits, PollPlanner
-from embedq_consumer.intake.jobs_consumer import IntakeOptions, JobsConsumer, position
+from embedq_consumer.intake.jobs_consumer import IntakeOptions, JobsConsumer
 from embedq_consumer.intake.offset_committer import OffsetCommitter
 from embedq_consumer.intake.offsets import OffsetLedger
 from embedq_consumer.intake.poll_state import PollState
 from embedq_consumer.intake.records import Record
-from embedq_consumer.intake.unreadable import POLL_MS, UNREADABLE, CarefulReader, PolledRecords
+from embedq_consumer.intake.unreadable import POLL_MS, CarefulReader, PolledRecords
 from embedq_consumer.telemetry.metrics import Metrics
+from embedq_shared.kafka import UNREADABLE, TopicPartition, position, stop_client
 from embedq_shared.topics import LANES, Lane, Topics
 
 log = structlog.get_logger()
@@ -130,7 +130,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
 
     async def close(self) -> None:
         """Leave the group."""
-        if problem := await ended(self._consumer.stop(), _CLOSE_S):
+        if problem := await stop_client(self._consumer, _CLOSE_S):
             log.warning("group_left_by_timeout", reason=problem)
 
     @asynccontextmanager

@@ -16,7 +16,8 @@ Phase = Literal["running", "held", "revoking", "reassigning", "draining", "stopp
 """
 
 Turn = Literal["poll", "poll_nothing", "wait", "end"]
-"""What the loop does in one turn. `poll_nothing`: the group must hear of us although no partition may give records."""
+"""What the loop does in one turn. `poll_nothing`: no partition may give records, but without polls the
+replica would lose its place in the group."""
 
 
 class PollState:

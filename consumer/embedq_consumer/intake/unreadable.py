@@ -5,14 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol
 
-from aiokafka import ConsumerRecord, TopicPartition
-from aiokafka.errors import CorruptRecordException, UnsupportedCodecError
-
-from embedq_consumer.intake.jobs_consumer import JobsConsumer, step_over
+from embedq_consumer.intake.jobs_consumer import JobsConsumer
 from embedq_consumer.intake.offsets import OffsetLedger
-
-UNREADABLE: Final = (UnicodeDecodeError, CorruptRecordException, UnsupportedCodecError)
-"""What the client raises for a record that it cannot hand out, poll after poll, until its reader steps over it."""
+from embedq_shared.kafka import UNREADABLE, ConsumerRecord, TopicPartition, step_over
 
 POLL_MS: Final = 200
 """The usual wait for records. It bounds how late the loop's heartbeat comes; whatever matters interrupts it."""
@@ -36,6 +31,9 @@ class Poll(Protocol):
 
 class CarefulReader:
     """Reads record by record after a failed poll, until the client meets the record that it cannot hand out.
+
+    The Kafka room's own walk (`embedq_shared.kafka.poll_partition`) would not do: it knows neither the ledger, to which a
+    failed poll's other partitions must be set back, nor interruptions by a rebalance.
 
     Invariants:
         - A failed poll costs no record: it may have swallowed those of other partitions while their positions moved, so

@@ -5,16 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from aiokafka import AIOKafkaProducer, ConsumerRecord, TopicPartition
+from aiokafka import AIOKafkaProducer, ConsumerRecord
 from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, NewTopic
-from aiokafka.protocol.produce import ProduceRequest
-from aiokafka.record.util import calc_crc32c
 
 from embedq_sdk.dev import DevStack
 from embedq_shared.headers import reply_partition_bytes, value_of
@@ -29,9 +26,7 @@ from tests.helpers.service_process import (
     replicas,
 )
 from tests.helpers.support import wait_until
-
-_CHECKSUM_AT = 17
-"""In a record batch of format 2; it covers all that follows."""
+from tests.helpers.unreadable_records import send_unreadable
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(240)]
 
@@ -44,27 +39,9 @@ def ids(records: list[ConsumerRecord]) -> Counter[str]:
     return Counter(json.loads(record.value)["id"] for record in records)
 
 
-async def send_unreadable(client: AIOKafkaProducer, topic: str, partition: int) -> str:
-    """Write a job with a header name that is not UTF-8, which no method of the client does; its place.
-
-    The batch is made as the client makes it, with a name of as many bytes; then the name is changed, and the checksum.
-    """
-    name = "header-name"
-    batch = client.create_batch()
-    batch.append(key=None, value=job("unreadable"), timestamp=int(time.time() * 1000), headers=[(name, b"x")])
-    batch.close()
-    data = bytearray(batch._build())
-    at = data.index(name.encode())
-    data[at : at + 2] = b"\xff\xfe"
-    struct.pack_into(">I", data, _CHECKSUM_AT, calc_crc32c(bytes(data[_CHECKSUM_AT + 4 :])))
-    await client.partitions_for(topic)
-    leader = client.client.cluster.leader_for_partition(TopicPartition(topic, partition))
-    request = ProduceRequest(
-        transactional_id=None, required_acks=-1, timeout=5000, topics=[(topic, [(partition, bytes(data))])]
-    )
-    response = await client.client.send(leader, request)
-    [(_, [(_, error, offset, *_)])] = response.topics
-    assert error == 0
+async def send_bad_job(client: AIOKafkaProducer, topic: str, partition: int) -> str:
+    """Write a job that the client cannot read; its place."""
+    offset = await send_unreadable(client, topic, partition, value=job("unreadable"))
     return f"{topic}-{partition}-{offset}"
 
 
@@ -110,7 +87,7 @@ async def test_a_record_that_cannot_be_read_costs_no_other_one(
             await asyncio.gather(*sending)
 
         async def send_bad(topic: str, partition: int) -> None:
-            poison.add(await send_unreadable(client, topic, partition))
+            poison.add(await send_bad_job(client, topic, partition))
 
         await send_bad(topics.jobs, 3)  # the first record of its partition
         await send_good(30)
@@ -157,7 +134,7 @@ async def test_the_next_replica_meets_no_unreadable_record_again(
     )
     async with producer(stack) as client, reader(stack, topics.results) as results:
         async with replicas(first):
-            await send_unreadable(client, topics.jobs, 0)
+            await send_bad_job(client, topics.jobs, 0)
             await results.until(1)
             assert await first.stop() == 0
         async with replicas(second):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 from typing import Any
 
 import pytest
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import AIOKafkaConsumer
 from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 
 from embedq_consumer.intake import jobs_consumer as module
@@ -15,12 +14,9 @@ from embedq_consumer.intake.jobs_consumer import (
     IntakeOptions,
     JobsConsumer,
     make_jobs_consumer,
-    position,
-    step_over,
 )
 from tests.helpers.scripted_consumer import ScriptedConsumer
 
-A = TopicPartition("jobs", 0)
 METHODS = sorted(name for name in vars(JobsConsumer) if not name.startswith("_"))
 
 
@@ -98,33 +94,3 @@ async def test_the_real_consumer_accepts_these_settings() -> None:
     consumer = make_jobs_consumer({"bootstrap_servers": "localhost:1"}, options())
     assert isinstance(consumer, AIOKafkaConsumer)
     await consumer.stop()
-
-
-async def test_a_partition_that_is_not_assigned_has_no_position() -> None:
-    assert await position(ScriptedConsumer(), A) is None
-
-
-async def test_a_position_that_the_client_waits_for_too_long_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Waiting(ScriptedConsumer):
-        async def position(self, partition: TopicPartition) -> int:
-            await asyncio.Event().wait()
-            return 0
-
-    monkeypatch.setattr(module, "_POSITION_S", 0.001)
-    assert await position(Waiting(), A) is None
-
-
-async def test_stepping_over_a_record_moves_the_position_past_it() -> None:
-    consumer = ScriptedConsumer()
-    consumer.positions[A] = 7
-    assert await step_over(consumer, A) == 7
-    assert consumer.positions[A] == 8
-
-
-async def test_nothing_is_stepped_over_in_a_partition_that_was_lost() -> None:
-    class LostMeanwhile(ScriptedConsumer):
-        async def position(self, partition: TopicPartition) -> int:
-            return 7
-
-    assert await step_over(ScriptedConsumer(), A) is None
-    assert await step_over(LostMeanwhile(), A) is None
