@@ -70,11 +70,6 @@ class Pipeline:
         self._deliverer = deliverer
         self._tasks = tasks
 
-    def close(self) -> None:
-        """End the threads."""
-        self._queue.close()
-        self._deliverer.close()
-
     # -- from the poll to the queue ----------------------------------------------------------------------------------
 
     def take(self, records: Sequence[Record]) -> None:

@@ -140,7 +140,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             flights = SingleFlight()
             queue = TextQueue(flights, batcher, budget, metrics)
             pipeline = Pipeline(_rules(settings), lambda: slot.loaded.encoder, cache, queue, deliverer, work)
-            parts.callback(pipeline.close)
+            parts.callback(queue.close)
+            parts.callback(deliverer.close)
             runner = BatchRunner(flights, slot, budget, pipeline, metrics, work)
             worker = BatchLoop(batcher, runner.run, metrics, work)
             for loop in ("intake", "compute"):

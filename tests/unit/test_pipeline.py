@@ -55,13 +55,10 @@ class Parts:
         flights = SingleFlight()
         encoder = ResultEncoder(TOPICS, "group", 900_000)
         self.memory = WeightedSemaphore(1 << 30)
+        self.queue = TextQueue(flights, batcher, budget, self.metrics)
+        self.deliverer = Deliverer(encoder, self.sink, self.sink.finish, self.memory, self.metrics)
         self.pipeline = Pipeline(
-            rules(**settings),
-            lambda: self.model,
-            self.cache,
-            TextQueue(flights, batcher, budget, self.metrics),
-            Deliverer(encoder, self.sink, self.sink.finish, self.memory, self.metrics),
-            tasks,
+            rules(**settings), lambda: self.model, self.cache, self.queue, self.deliverer, tasks
         )
         runner = BatchRunner(flights, device, budget, self.pipeline, self.metrics, tasks)
         self.loop = tasks.create_task(BatchLoop(batcher, runner.run, self.metrics, tasks).run())
@@ -84,7 +81,8 @@ async def running(
             yield parts
         finally:
             parts.loop.cancel()
-            await asyncio.to_thread(parts.pipeline.close)
+            await asyncio.to_thread(parts.queue.close)
+            await asyncio.to_thread(parts.deliverer.close)
 
 
 def job(offset: int, *headers: tuple[str, bytes], **fields: Any) -> Record:
