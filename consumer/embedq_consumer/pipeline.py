@@ -117,7 +117,8 @@ class Pipeline:
         await self._deliverer.refresh_topics()
         jobs, rejected, unknown = self._admit(record for record, _ in waiting)
         rejected += [(record, self._policy.unknown_address(record, address)) for record, address in unknown]
-        await self._deliverer.reject(rejected)
+        if rejected:
+            await self._deliverer.reject(rejected)
         await self._start(jobs)
 
     async def _start(self, jobs: Sequence[JobState]) -> None:

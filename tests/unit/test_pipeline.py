@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
 import pytest
+from aiokafka.errors import MessageSizeTooLargeError
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from embedq_consumer.batching.batch_loop import BatchLoop
 from embedq_consumer.batching.batch_runner import BatchRunner
@@ -31,15 +34,19 @@ from tests.helpers.fake_parts import DictCache, Letters, ScriptedDevice, Scripte
 from tests.helpers.in_flight import TOPICS, VERSION, record, rules
 from tests.helpers.support import wait_until
 
+Refusal = Callable[[Outgoing], Exception | None]
+
 
 class Parts:
     """Everything between the poll loop and Kafka, with fakes at the edges."""
 
-    def __init__(self, tasks: asyncio.TaskGroup, device: ScriptedDevice, **settings: Any) -> None:
+    def __init__(
+        self, tasks: asyncio.TaskGroup, device: ScriptedDevice, refusal: Refusal, **settings: Any
+    ) -> None:
         self.metrics = Metrics()
         self.model = Letters(max_tokens=20)
         self.device = device
-        self.sink = ScriptedSink()
+        self.sink = ScriptedSink(refusal)
         self.cache = DictCache()
         batcher = Batcher[QueuedText](
             BatchPolicy(max_tokens=100, max_items=100, max_wait=0.0, bulk_max_wait=5.0)
@@ -47,9 +54,9 @@ class Parts:
         budget = TokenBudget(batcher, self.metrics, lambda facts: None)
         flights = SingleFlight()
         encoder = ResultEncoder(TOPICS, "group", 900_000)
-        memory = WeightedSemaphore(1 << 30)
+        self.memory = WeightedSemaphore(1 << 30)
         self.queue = TextQueue(flights, batcher, budget, self.metrics)
-        self.deliverer = Deliverer(encoder, self.sink, self.sink.finish, memory, self.metrics)
+        self.deliverer = Deliverer(encoder, self.sink, self.sink.finish, self.memory, self.metrics)
         self.pipeline = Pipeline(
             rules(**settings), lambda: self.model, self.cache, self.queue, self.deliverer, tasks
         )
@@ -65,9 +72,11 @@ class Parts:
 
 
 @asynccontextmanager
-async def running(device: ScriptedDevice | None = None, **settings: Any) -> AsyncIterator[Parts]:
+async def running(
+    device: ScriptedDevice | None = None, refusal: Refusal = lambda record: None, **settings: Any
+) -> AsyncIterator[Parts]:
     async with asyncio.TaskGroup() as tasks:
-        parts = Parts(tasks, device or ScriptedDevice(), **settings)
+        parts = Parts(tasks, device or ScriptedDevice(), refusal, **settings)
         try:
             yield parts
         finally:
@@ -260,6 +269,67 @@ async def test_a_reply_topic_that_no_broker_has_gets_an_error_on_the_results_top
         assert [error["error"]["code"] for error in errors] == ["invalid_header"]
         assert len(parts.sink.to(TOPICS.dead_letters)) == 1
         assert parts.device.ran == [["b"]]
+
+
+# -- whatever it is -----------------------------------------------------------------------------------------------------
+
+
+JOBS = st.one_of(
+    st.just(b"junk"),
+    st.just(None),
+    st.fixed_dictionaries(
+        {
+            "input": st.lists(
+                st.sampled_from(["a", "b", "fail", "much too long", "x" * 30]), min_size=1, max_size=4
+            )
+        },
+        optional={
+            "chunk": st.sampled_from([{"mode": "late"}, {"mode": "mean"}]),
+            "truncate": st.sampled_from(["start", "end"]),
+            "dimensions": st.sampled_from([32, 256, 5000]),
+            "model": st.just("unknown"),
+        },
+    ).map(lambda fields: json.dumps(fields).encode()),
+)
+ADDRESSES = st.sampled_from(
+    [
+        (),
+        (("reply-topic", b"elsewhere"),),
+        (("reply-topic", b"new"),),
+        (("reply-topic", b"nowhere"),),
+        (("reply-topic", b"full"),),
+        (("deadline", b"1000001"),),
+    ]
+)
+
+
+@given(st.lists(st.lists(st.tuples(JOBS, ADDRESSES), min_size=1, max_size=5), min_size=1, max_size=3))
+@settings(max_examples=40, deadline=None)
+def test_whatever_comes_each_record_is_answered_and_then_finished_once(
+    polls: list[list[tuple[bytes | None, tuple[tuple[str, bytes], ...]]]],
+) -> None:
+    def fails(texts: list[str]) -> Exception | None:
+        return ValueError("no") if "fail" in texts else None
+
+    def full(outgoing: Outgoing) -> Exception | None:
+        return MessageSizeTooLargeError() if outgoing.topic == "full" else None
+
+    async def run() -> None:
+        async with running(ScriptedDevice(fails), full, max_text_bytes=25) as parts:
+            parts.sink.known["full"] = 1
+            parts.sink.new_topics["new"] = 1
+            offset = 0
+            for poll in polls:
+                records = [
+                    record(value, *headers, offset=offset + at) for at, (value, headers) in enumerate(poll)
+                ]
+                offset += len(poll)
+                parts.pipeline.take(records)
+            await parts.finished(*range(offset))
+            assert len([sent for sent in parts.sink.sent if sent.topic != TOPICS.dead_letters]) == offset
+            await wait_until(lambda: parts.memory.held == (0,), what="all memory released")
+
+    asyncio.run(run())
 
 
 # -- failures ---------------------------------------------------------------------------------------------------------

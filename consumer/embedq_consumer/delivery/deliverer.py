@@ -130,17 +130,17 @@ class Deliverer:
         sent, refused = await self._publish(replies)
         if refused:
             log.warning("results_undeliverable", jobs=len(refused))
-            errors, mute = await self._publish(
+            errors, refused_again = await self._publish(
                 [self._encoder.of_undeliverable(reply, _undeliverable(reason)) for reply, reason in refused]
             )
             sent += errors
-            sent += [msgspec.structs.replace(reply, outgoing=[]) for reply, _ in mute]
-        await self._bury([reply for reply in sent if reply.dead_letter is not None])
+            sent += [msgspec.structs.replace(reply, outgoing=[]) for reply, _ in refused_again]
+        await self._send_dead_letters([reply for reply in sent if reply.dead_letter is not None])
         self._metrics.publish.observe(time.monotonic() - started)
         self._conclude(sent)
 
     async def _publish(self, replies: Sequence[Reply]) -> tuple[list[Reply], list[tuple[Reply, Exception]]]:
-        """Publish all their records: the replies that the brokers have, and those of which they refused a record, and why."""
+        """Publish their records. Returns the replies that the brokers have, and those that they refused, with the reason."""
         outcomes = iter(await self._sink.publish([record for reply in replies for record in reply.outgoing]))
         sent: list[Reply] = []
         refused: list[tuple[Reply, Exception]] = []
@@ -152,7 +152,7 @@ class Deliverer:
                 sent.append(reply)
         return sent, refused
 
-    async def _bury(self, replies: Sequence[Reply]) -> None:
+    async def _send_dead_letters(self, replies: Sequence[Reply]) -> None:
         """Copy records to the dead letters; of one that is refused there, its position and what was wrong."""
         if not replies:
             return

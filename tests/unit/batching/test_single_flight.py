@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from embedq_consumer.batching.single_flight import Identity, QueuedText, SingleFlight, Window
+from embedq_consumer.batching.single_flight import Identity, JobInput, QueuedText, SingleFlight, Window
 from embedq_consumer.engine import Chunked, Piece, Tokens
 from embedq_consumer.intake.jobs import JobState
+from embedq_shared.topics import LANES, Lane
 from tests.helpers.in_flight import Model, admitted
 
 
@@ -139,3 +144,50 @@ def test_windows_are_kept_only_while_an_input_waits() -> None:
         assert flights.assemble(items[1], rows[1]) is None
         assert flights.assemble(items[0], rows[0]) is not None
         flights.resolve(items[0].identity)
+
+
+TEXTS = st.sampled_from(["a", "b", "c"])
+
+
+class SingleFlightMachine(RuleBasedStateMachine):
+    """Against a model that is too simple to be wrong: all inputs that wait, in order of arrival."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flights = SingleFlight()
+        self.waiting: list[tuple[Identity, JobInput]] = []
+
+    def those_of(self, identity: Identity) -> list[JobInput]:
+        return [waiter for other, waiter in self.waiting if other == identity]
+
+    @rule(text=TEXTS, lane=st.sampled_from(LANES))
+    def join(self, text: str, lane: Lane) -> None:
+        job = admitted(input=text)
+        job.record = msgspec.structs.replace(job.record, lane=lane)
+        identity = Identity.of(job, 0)
+        assert self.flights.join(identity, (job, 0)) is (not self.those_of(identity))
+        self.waiting.append((identity, (job, 0)))
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def abandon(self, data: st.DataObject) -> None:
+        identity, _ = data.draw(st.sampled_from(self.waiting))
+        gone = [waiter for waiter in self.those_of(identity) if data.draw(st.booleans())]
+        assert self.flights.abandon(identity, lambda waiter: waiter in gone) == gone
+        self.waiting = [entry for entry in self.waiting if entry[1] not in gone]
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def resolve(self, data: st.DataObject) -> None:
+        identity, _ = data.draw(st.sampled_from(self.waiting))
+        assert self.flights.resolve(identity) == self.those_of(identity)
+        self.waiting = [entry for entry in self.waiting if entry[0] != identity]
+
+    @invariant()
+    def who_waits_is_known(self) -> None:
+        for identity, _ in self.waiting:
+            assert self.flights.waiters(identity) == self.those_of(identity)
+
+
+TestSingleFlight = SingleFlightMachine.TestCase
+TestSingleFlight.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -290,7 +291,13 @@ async def test_a_record_whose_dead_letter_is_refused_altogether_is_finished_and_
         assert logs == [{"event": "dead_letters_refused", "records": 1, "log_level": "error"}]
 
 
-# -- topics -----------------------------------------------------------------------------------------------------------
+# -- the rest -----------------------------------------------------------------------------------------------------------
+
+
+async def test_closing_ends_the_threads() -> None:
+    async with delivering() as parts:
+        thread = await parts.deliverer.in_thread(threading.current_thread)
+    assert not thread.is_alive()
 
 
 async def test_topics_are_those_of_the_sink() -> None:
