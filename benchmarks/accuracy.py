@@ -1,4 +1,4 @@
-"""Vectors against sentence-transformers in float32: how near, and whether the nearest neighbours are the same.
+"""Vectors against sentence-transformers in float32: how near, and whether the nearest neighbors are the same.
 
 `python -m benchmarks.accuracy` runs every engine of this machine (float32 on the CPU; bf16 and FP8 on CUDA) over 2,000
 texts of many kinds with all-MiniLM-L6-v2, and over fewer with tiny random models of other architectures. It fails where
@@ -32,7 +32,7 @@ from tests.helpers.tiny_models import (
 
 Vectors = npt.NDArray[np.float32]
 
-NEIGHBOURS = 10
+NEIGHBORS = 10
 LEAST = {"float32": 0.99999, "bf16": 0.9995, "fp8": 0.995}
 """The least cosine of any text, for trained weights. Random ones amplify rounding: for them only float32 is bound."""
 MOST_DIFFERENCE = 1e-5
@@ -73,20 +73,21 @@ def ours(path: Path, texts: list[str], device: str, quantization: Quantization) 
     tokens = encoder.tokenize([Text(text, prompt=default, truncate="end") for text in texts])
     vectors = encoder.encode([found.ids for found in tokens if isinstance(found, Tokens)])
     encoder.close()
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit: Vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return unit
 
 
 def compare(found: Vectors, wanted: Vectors) -> dict[str, float]:
     """One row of the table."""
     cosines = (found.astype(np.float64) * wanted).sum(axis=1)
-    neighbours, _ = agreements(nearest(found, NEIGHBOURS), nearest(wanted, NEIGHBOURS))
+    neighbors, _ = agreements(nearest(found, NEIGHBORS), nearest(wanted, NEIGHBORS))
     return {
         "cosine_min": float(cosines.min()),
         "cosine_p1": float(np.quantile(cosines, 0.01)),
         "cosine_p50": float(np.median(cosines)),
         "cosine_mean": float(cosines.mean()),
         "largest_difference": float(np.abs(found - wanted).max()),
-        "top10_agreement": neighbours.mean,
+        "top10_agreement": neighbors.mean,
     }
 
 
@@ -134,7 +135,7 @@ def main() -> None:
     arguments = parser.parse_args()
     path = arguments.model or minilm_path()
     name = arguments.model.name if arguments.model else "all-MiniLM-L6-v2"
-    print(f"{'model':24} {'engine':8} cosine: min, 1 %, mean; largest difference; top-{NEIGHBOURS} agreement")
+    print(f"{'model':24} {'engine':8} cosine: min, 1 %, mean; largest difference; top-{NEIGHBORS} agreement")
     wanted = set(arguments.engines.split(","))
     results = {name: measure(name, path, varied(arguments.texts), wanted, trained=True)}
     for name, make in TINY.items() if arguments.tiny else ():

@@ -26,9 +26,9 @@ from benchmarks.peers import has_vllm, padded, reference, unit, vllm
 from benchmarks.qwen3_shapes import SHAPES, make
 from benchmarks.scheduled import scheduled
 from embedq_consumer.engine import Text, Tokens, default_batch_tokens, load_encoder
-from embedq_consumer.engine.cuda_graphs import best_fit
 from embedq_consumer.engine.kernels.fp8 import linear
-from embedq_consumer.engine.kernels.fused_ops import quantize
+from embedq_consumer.engine.kernels.fused_ops import per_token_quant_fp8
+from embedq_consumer.engine.row_sizes import best_fit
 
 Ids = npt.NDArray[np.int32]
 Vectors = npt.NDArray[np.float32]
@@ -52,12 +52,12 @@ def ceiling(encoder: Any, seconds: float = CEILING_SECONDS) -> dict[str, float]:
             width = (weight[0] if quantized else weight).shape[1]
             if (width, quantized) not in rows:
                 x = torch.randn(CEILING_TOKENS, width, device="cuda", dtype=torch.bfloat16)
-                rows[width, quantized] = quantize(x) if quantized else x
+                rows[width, quantized] = per_token_quant_fp8(x) if quantized else x
             return rows[width, quantized]
 
         def products() -> None:
             for layer in layers:
-                for weight in (layer.qkv, layer.attended, layer.gate_up, layer.down):
+                for weight in (layer.qkv, layer.o_proj, layer.gate_up, layer.down):
                     linear(rows_for(weight), weight)
 
         products()
@@ -117,7 +117,7 @@ def profile(encoder: Any, tokens: int) -> list[dict[str, float | str]]:
     spent: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)
     for event in recorded.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type.name == "CUDA":
             spent[event.name[:80]] += event.device_time / 3
             calls[event.name[:80]] += 1
     rows = sorted(spent.items(), key=lambda item: -item[1])[:14]
@@ -150,7 +150,7 @@ class Load:
 
 
 def measure_peer(path: Path, load: Load, engine: str, most: int) -> dict[str, float]:
-    """Tokens a second of another engine, of at most so many texts."""
+    """Tokens a second of another engine, of at most `most` texts."""
     ids = [text.ids for text in load.texts[:most]]
     if engine == "transformers":
         seconds, vectors = padded(path, ids)
@@ -242,7 +242,7 @@ def measure_ours(
         for way, row in found[load.name].items():
             print(f"{engine} {load.name}, {way}: {_line(row)}", flush=True)
         out()
-    # The card warms up: a ceiling from behind all loads says how far the first one still holds.
+    # The card warms up: a ceiling measured after all loads says how far the first one still holds.
     found["ceiling_again"] = ceiling(encoder, 3.0)
     print(f"{engine} products alone, again {found['ceiling_again']}", flush=True)
     if arguments.profile:

@@ -1,7 +1,7 @@
 """Texts through the service's own scheduling, without Kafka: equal ones once, micro-batches, two steps to the device.
 
 `python -m benchmarks.scheduled` runs log-normal documents through a tiny model on the CPU, or `--model DIRECTORY`, and
-beside that the same texts straight through the encoder, in micro-batches of the same budget in order of arrival.
+as well as the same texts straight through the encoder, in micro-batches of the same budget in order of arrival.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ import numpy.typing as npt
 from benchmarks.machine import write
 from embedq_consumer.batching.batch_loop import BatchLoop
 from embedq_consumer.batching.batcher import Batcher, BatchPolicy
-from embedq_consumer.batching.single_flight import Identity, Item, SingleFlight
+from embedq_consumer.batching.single_flight import Identity, QueuedText, SingleFlight
 from embedq_consumer.engine import Encoder, Text, Tokens, default_batch_tokens, load_encoder
 from embedq_consumer.lifecycle.model_slot import ModelSlot
 from embedq_consumer.settings import Settings
 from embedq_consumer.telemetry.metrics import Metrics
+from embedq_shared.grouping import batched_by
 
 Vectors = npt.NDArray[np.float32]
 
@@ -64,7 +65,7 @@ class _Backlog:
         self._flights: Any = SingleFlight()  # whose waiters are rows of `_vectors` here
 
     async def run(self) -> tuple[float, Vectors, dict[str, Any]]:
-        batcher = Batcher[Item](
+        batcher = Batcher[QueuedText](
             BatchPolicy(
                 max_tokens=self._budget,
                 max_items=_DEFAULTS.max_batch_items,
@@ -92,22 +93,22 @@ class _Backlog:
             },
         )
 
-    def _items(self, now: float) -> list[Item]:
+    def _items(self, now: float) -> list[QueuedText]:
         items = []
         for row, tokens in enumerate(self._texts):
             text = Text(tokens.ids.tobytes().decode("latin-1"))
             identity = Identity("bulk", text, self._encoder)
             if self._flights.join(identity, row):
-                items.append(Item(identity, tokens, now))
+                items.append(QueuedText(identity=identity, tokens=tokens, arrived=now))
         return items
 
-    async def _run_batch(self, batch: Sequence[Item]) -> None:
-        vectors, seconds = await self._slot.encode(self._encoder, [item.text for item in batch])
+    async def _run_batch(self, batch: Sequence[QueuedText]) -> None:
+        vectors, seconds = await self._slot.encode(self._encoder, [item.tokens for item in batch])
         self._batches.append(sum(item.cost for item in batch))
         self._computed += len(batch)
         self._device_s += seconds
         for item, vector in zip(batch, vectors, strict=True):
-            rows = self._flights.land(item.identity)
+            rows = self._flights.resolve(item.identity)
             self._vectors[rows] = vector
             self._left -= len(rows)
         if not self._left:
@@ -119,23 +120,13 @@ def straight(encoder: Encoder, texts: Sequence[Tokens], budget: int) -> tuple[fl
 
     def run() -> tuple[float, Vectors]:
         begin = time.perf_counter()
-        vectors = np.concatenate([encoder.submit(batch).result() for batch in _in_order(texts, budget)])
+        vectors = np.concatenate(
+            [encoder.submit(batch).result() for batch in batched_by(texts, lambda text: text.cost, budget)]
+        )
         return time.perf_counter() - begin, vectors
 
     with ThreadPoolExecutor(max_workers=1) as thread:
         return thread.submit(run).result()
-
-
-def _in_order(texts: Sequence[Tokens], budget: int) -> Iterator[list[Tokens]]:
-    batch: list[Tokens] = []
-    room = budget
-    for tokens in texts:
-        if batch and tokens.cost > room:
-            yield batch
-            batch, room = [], budget
-        batch.append(tokens)
-        room -= tokens.cost
-    yield batch
 
 
 def _documents(count: int, encoder: Encoder, model: Path) -> list[Tokens]:
@@ -158,9 +149,8 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=0, help="tokens of a micro-batch; 0: the device's")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    budget = options.budget or default_batch_tokens(
-        "auto"
-    )  # the engine sets PyTorch's threads up: before its import
+    # The engine sets PyTorch's threads up: before its import.
+    budget = options.budget or default_batch_tokens("auto")
     with tempfile.TemporaryDirectory() as directory:
         model = options.model
         if model is None:

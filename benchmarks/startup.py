@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks.machine import write
 from benchmarks.qwen3_shapes import SHAPES, make
 from embedq_consumer.engine import Quantization, Text, Tokens, count_gpus, default_batch_tokens, load_encoder
-from embedq_consumer.engine.loading.compile_cache import keep_compiled
+from embedq_consumer.engine.loading import compile_cache
 
 ROOT = Path(__file__).parents[1]
 LENGTH = 1024
@@ -85,7 +85,7 @@ def once(model: str, quantization: Quantization, kept: str, begin: str) -> None:
 def start(model: Path, quantization: Quantization, kept: Path) -> dict[str, Any]:
     """Start once with everything kept below `kept`; what `once` found, and the size of what is kept there now."""
     environ: dict[str, str] = {}
-    keep_compiled(kept, environ)
+    compile_cache.enable(kept, environ)
     program = "import sys; from benchmarks.startup import once; once(*sys.argv[1:])"
     done = subprocess.run(
         [sys.executable, "-c", program, str(model), quantization, str(kept), str(time.monotonic())],
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument(
         "--quantizations", nargs="+", choices=["none", "fp8"], help="both on a GPU unless given"
     )
-    parser.add_argument("--warm", type=int, default=2, help="warm starts behind each cold one")
+    parser.add_argument("--warm", type=int, default=2, help="warm starts after each cold one")
     parser.add_argument("--name", default="startup")
     arguments = parser.parse_args()
     model = arguments.model or Path(tempfile.gettempdir()) / f"embedq-{arguments.shape}"

@@ -40,7 +40,7 @@ from benchmarks.sized_texts import sized_texts
 from benchmarks.unpacked_kafka import unpacked_kafka
 from benchmarks.watching import Gpus, busy, family, thread_seconds
 from embedq_consumer.engine import Text, Tokens, load_encoder
-from embedq_consumer.engine.loading.compile_cache import default_directory, keep_compiled
+from embedq_consumer.engine.loading import compile_cache
 from embedq_sdk.admin.topics import create_topics
 from embedq_shared.codec import decode_result
 from embedq_shared.messages import Result
@@ -60,7 +60,7 @@ LEAST_COSINE = 0.98
 
 def bare(model: str, device: str, quantization: Any, texts: Sequence[str], rounds: int) -> dict[str, Any]:
     """The engine alone, in a process of its own: tokens and texts a second, and unit vectors of some texts."""
-    keep_compiled(default_directory(os.environ), os.environ)
+    compile_cache.enable(compile_cache.default_directory(os.environ), os.environ)
     encoder = load_encoder(Path(model), device=device, quantization=quantization)
     begin = time.perf_counter()
     found: list[Tokens] = []

@@ -30,7 +30,7 @@ class Replica:
         (self._port,) = free_ports(1)
 
     def start(self, *, servers: str, redis_url: str, prefix: str, model: Path) -> None:
-        """Start it; `ready` tells when it serves."""
+        """Start it; `ready` returns once it serves."""
         settings = {
             "EMBEDQ_KAFKA_SERVERS": servers,
             "EMBEDQ_REDIS_URL": redis_url,

@@ -14,9 +14,8 @@ from aiokafka.errors import KafkaError
 
 from embedq_consumer.delivery.publisher import BrokerUnavailable
 from embedq_consumer.engine import DeviceLost, ModelError
-from embedq_consumer.engine.loading.compile_cache import default_directory, keep_compiled
-from embedq_consumer.lifecycle.model_slot import NoModel
-from embedq_consumer.lifecycle.reloader import Rejected
+from embedq_consumer.engine.loading import compile_cache
+from embedq_consumer.lifecycle import ModelRejected, NoModel
 from embedq_consumer.service import MissingTopics, serve
 from embedq_consumer.settings import Settings, SettingsError
 from embedq_consumer.supervisor import supervise
@@ -27,14 +26,14 @@ _EXPECTED = (
     MissingTopics,
     ModelError,
     DeviceLost,
-    Rejected,
+    ModelRejected,
     NoModel,
     BrokerUnavailable,
     KafkaError,
     OSError,
     TimeoutError,
 )
-"""What an operator can mend: told in one line, without a traceback."""
+"""What an operator can fix: logged in one line, without a traceback."""
 
 
 def main() -> int:
@@ -60,14 +59,17 @@ def main() -> int:
 
 
 def _keep_compiled(settings: Settings) -> Settings:
-    """Before anything imports PyTorch: `settings` with the place in full, or with none.
+    """`settings` with the full path of the compile cache, or with none. Must run before anything imports PyTorch.
 
-    A place that was asked for must do; the usual one may be missing.
+    A directory that was asked for must be usable; the default one may be missing.
+
+    Raises:
+        SettingsError: the directory that was asked for cannot be made.
     """
     chosen = settings.compile_cache
     try:
-        place = Path(chosen) if chosen else default_directory(os.environ)
-        keep_compiled(place, os.environ)
+        place = Path(chosen) if chosen else compile_cache.default_directory(os.environ)
+        compile_cache.enable(place, os.environ)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
         if chosen:
             raise SettingsError(
@@ -78,12 +80,13 @@ def _keep_compiled(settings: Settings) -> Settings:
 
 
 async def _run(settings: Settings) -> None:
+    """One replica, until SIGTERM or SIGINT."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
     def ask_to_stop() -> None:
         stop.set()
-        # A second signal ends the process as usual: somebody does not want to wait for the drain.
+        # A second signal ends the process at once, without waiting for the drain.
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
 
@@ -93,6 +96,7 @@ async def _run(settings: Settings) -> None:
 
 
 def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    """The exceptions of a group and of the groups in it, flat."""
     found: list[BaseException] = []
     for failure in group.exceptions:
         found += _leaves(failure) if isinstance(failure, BaseExceptionGroup) else [failure]

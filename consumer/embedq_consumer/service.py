@@ -1,7 +1,14 @@
-"""The whole story, start here: open the parts, load the model, run the loops until told to stop, stop them in order.
+"""The whole story, start here: open the parts, load the model, run the loops until the stop, drain, close in reverse.
 
-A job's path is `pipeline.py`, a reload's is `reload.py`. Every loop is a task of one group: when one fails, the process
-ends with a non-zero exit code, and since no offset was committed before its answer, the next process repeats the rest.
+A job's path is `pipeline.py`, from the poll loop's `take` to `finish`. Two facts are decided here and nowhere else:
+
+- **Where a job's offset is committed.** The deliverer calls `intake.finish` once the broker has acknowledged a job's
+  result, and `intake.commit_forever` commits each partition up to its first record that is not finished. So when a process ends in
+  any way, the next one repeats what was not answered.
+- **Where a reload swaps the model.** `model.follow` reads commands, loads and checks the new model, and swaps it in inside
+  `intake.held`, where nothing is in flight: no job is computed by two models (`lifecycle/reloader.py`, `_serve`).
+
+Every loop is a task of one group: when one fails, the others are cancelled and the process ends with exit code 1.
 """
 
 from __future__ import annotations
@@ -9,27 +16,24 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import structlog
 
-from embedq_consumer.batching.batch_loop import BatchLoop
-from embedq_consumer.batching.batcher import Batcher, BatchPolicy
-from embedq_consumer.batching.single_flight import Item
-from embedq_consumer.batching.token_budget import TokenBudget
-from embedq_consumer.cache.vector_cache import VectorCache
+from embedq_consumer.cache import VectorCache
+from embedq_consumer.delivery.deliverer import Deliverer, Finish
+from embedq_consumer.delivery.kafka_producer import producers
 from embedq_consumer.delivery.publisher import Publisher
 from embedq_consumer.delivery.result_records import ResultEncoder
 from embedq_consumer.engine import default_batch_tokens, load_encoder
-from embedq_consumer.intake.admission import AdmissionPolicy
-from embedq_consumer.intake.flow_control import InFlightLimits
-from embedq_consumer.intake.poll_loop import Intake
+from embedq_consumer.intake import Intake, make_jobs_consumer
 from embedq_consumer.lifecycle.control_topic import ControlTopic
 from embedq_consumer.lifecycle.model_slot import ModelSlot
-from embedq_consumer.lifecycle.reloader import Reloader
+from embedq_consumer.lifecycle.served_model import ServedModel
 from embedq_consumer.lifecycle.status_reporter import StatusReporter
 from embedq_consumer.pipeline import Pipeline
 from embedq_consumer.settings import Settings, SettingsError
@@ -39,9 +43,12 @@ from embedq_shared.weighted_semaphore import WeightedSemaphore
 
 log = structlog.get_logger()
 
-_PULSE_S: Final = 0.5
+_HEARTBEAT_S: Final = 0.5
+"""Well below any stall timeout; the gauges that go with it are scraped every few seconds."""
 _YOUNG_OBJECTS: Final = 20_000
 """New objects before a collection; the jobs in flight alone are some ten thousand."""
+_MAX_REQUEST_BYTES: Final = 16 * 1024 * 1024
+"""Of one request to the broker, which may carry many results."""
 
 
 class MissingTopics(Exception):
@@ -53,138 +60,162 @@ class DrainTimedOut(Exception):
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
-    """Run one replica until `stop` is set, then finish what was accepted and leave."""
-    settings = settings.named()
-    initial, root = await asyncio.to_thread(_directories, settings)
-    health = Health()
-    metrics = Metrics()
-    async with AsyncExitStack() as parts:
-        server = HealthServer(settings.http_port, metrics.registry, health, host=settings.http_host)
-        parts.push_async_callback(asyncio.to_thread, server.close)
-        log.info("starting", replica=settings.replica, http_port=server.port)
+    """Run one replica until `stop` is set, then finish what was accepted and leave.
 
+    Raises:
+        SettingsError, MissingTopics, ModelError, ModelRejected, KafkaError, OSError: it cannot start.
+        BaseExceptionGroup: a loop failed, for instance with `DeviceLost`, `NoModel` or `BrokerUnavailable`.
+    """
+    settings = settings.named()
+    await asyncio.to_thread(_check_directories, settings)
+    health, metrics = Health(), Metrics()
+    async with AsyncExitStack() as parts:
+        await parts.enter_async_context(_health_pages(settings, metrics, health))
         cache = await parts.enter_async_context(_cache(settings, metrics))
         publisher = await parts.enter_async_context(_publisher(settings, metrics))
-        slot = ModelSlot(
-            lambda path: load_encoder(
-                path,
-                device=settings.device,
-                threads=settings.threads or None,
-                quantization=settings.quantization,
-                keep_bf16=settings.kept_layers,
-                deterministic=settings.deterministic,
-                known_models=Path(settings.compile_cache) / "models" if settings.compile_cache else None,
-            )
-        )
-        parts.callback(slot.close)
-        reporter = StatusReporter(
-            settings.topics, settings.replica, settings.alias, publisher.publish, metrics
-        )
-        batch_tokens = settings.max_batch_tokens or await asyncio.to_thread(
-            default_batch_tokens, settings.device
-        )
-        batcher = Batcher[Item](
-            BatchPolicy(
-                max_tokens=batch_tokens,
-                max_items=settings.max_batch_items,
-                max_wait=settings.max_wait_ms / 1000,
-                bulk_max_wait=settings.bulk_max_wait_s,
-            )
-        )
-        budget = TokenBudget(batcher, metrics, health.tell)
-        models = Reloader(
-            slot,
-            root=root,
-            initial=initial,
-            budget=budget,
-            batch_tokens=batch_tokens,
-            batch_items=settings.max_batch_items,
-            reporter=reporter,
-            metrics=metrics,
-            drain_timeout_s=settings.drain_timeout_s,
-        )
+        model = await parts.enter_async_context(_model(settings, publisher, metrics, health))
+        control = await parts.enter_async_context(_control(settings, metrics))
 
         # The desired model first, the jobs after: a late joiner must not answer with yesterday's model.
         health.set_ready("loading the model")
-        control = ControlTopic(settings.kafka(), settings.topics, settings.alias, metrics)
-        parts.push_async_callback(control.close)
-        await models.start(await control.open())
+        await model.start(await control.open())
         if stop.is_set():
             return
-        _spare_collector()
-        parts.callback(gc.unfreeze)  # else nothing frees the libraries' objects at exit, and some complain
+        parts.enter_context(_long_lived_objects_frozen())
 
-        intake = Intake(
-            settings.kafka(),
-            topics=settings.topics,
-            group=settings.group,
-            flow=InFlightLimits(max_jobs=settings.max_in_flight_jobs, max_bytes=settings.max_in_flight_bytes),
-            metrics=metrics,
-            beat=lambda: health.beat("intake", time.monotonic()),
-            max_poll_records=settings.max_poll_records,
-            session_timeout_ms=settings.session_timeout_ms,
-            rebalance_timeout_ms=settings.rebalance_timeout_ms,
-            commit_interval_s=settings.commit_interval_ms / 1000,
-            max_uncommitted=settings.max_uncommitted_jobs,
-        )
-        parts.push_async_callback(intake.close)
-        await intake.open()
-
-        async with _work() as work:
-            pipeline = Pipeline(
-                rules=_rules(settings),
-                answers=ResultEncoder(settings.topics, settings.group, settings.max_result_bytes),
-                slot=slot,
-                cache=cache,
-                batcher=batcher,
-                publisher=publisher,
-                metrics=metrics,
-                tasks=work,
-                finish=intake.finish,
-                room=WeightedSemaphore(settings.max_pending_bytes),
-                budget=budget,
-            )
-            parts.callback(pipeline.close)
-            worker = BatchLoop(batcher, pipeline.run_batch, metrics, work)
-            for loop in ("intake", "compute"):
-                health.register(loop, settings.stall_timeout_s, time.monotonic())
-            loops = [
-                work.create_task(intake.run(pipeline.take, pipeline.take_unreadable), name="intake"),
-                work.create_task(intake.commit_forever(), name="commit"),
-                work.create_task(worker.run(), name="worker"),
-                work.create_task(models.follow(control, intake.held), name="control"),
-                work.create_task(reporter.repeat(), name="status"),
-                work.create_task(_pulse(health, slot, metrics), name="pulse"),
-                work.create_task(_ready(intake, health), name="ready"),
-            ]
+        intake = await parts.enter_async_context(_intake(settings, metrics, health))
+        deliverer = await parts.enter_async_context(_deliverer(settings, publisher, intake.finish, metrics))
+        async with _tasks() as tasks:
+            pipeline = Pipeline(settings.admission, model.encoder, cache, model.queue, deliverer, tasks)
+            _expect_heartbeats(health, settings.stall_timeout_s)
+            loops = {
+                "intake": intake.run(pipeline.take, pipeline.take_unreadable),
+                "commit": intake.commit_forever(),
+                "batches": model.run_batches(pipeline, tasks),
+                "control": model.follow(control, intake.held),
+                "status": model.reporter.resend_forever(),
+                "heartbeat": _beat_forever(health, model.slot, metrics),
+                "ready": _ready_after(intake.joined, health),
+            }
+            running = [tasks.create_task(loop, name=name) for name, loop in loops.items()]
 
             await stop.wait()
 
             health.set_ready("draining")
-            log.info("draining")
-            drained = await intake.stop(settings.drain_timeout_s)
-            await reporter.say("stopped", "STOPPED")
-            if not drained:
-                raise DrainTimedOut
-            for task in loops:
-                task.cancel()
+            await _drain(intake.stop, model.reporter, settings.drain_timeout_s)
+            for loop in running:
+                loop.cancel()
     log.info("stopped")
 
 
+# -- running ----------------------------------------------------------------------------------------------------------
+
+
 @asynccontextmanager
-async def _work() -> AsyncIterator[asyncio.TaskGroup]:
-    """Every task of the service. A drain that took too long cancels what is left, and is no failure."""
+async def _tasks() -> AsyncIterator[asyncio.TaskGroup]:
+    """Every task of the service. A drain that took too long cancels what is left, and is not a failure."""
     try:
-        async with asyncio.TaskGroup() as work:
-            yield work
+        async with asyncio.TaskGroup() as tasks:
+            yield tasks
     except* DrainTimedOut:
         log.warning("drain_timed_out")
+
+
+async def _drain(
+    stop_intake: Callable[[float], Awaitable[bool]], reporter: StatusReporter, timeout_s: float
+) -> None:
+    """Take no more jobs, finish and commit those in flight, and say goodbye.
+
+    Raises:
+        DrainTimedOut: some were not finished in time.
+    """
+    log.info("draining")
+    drained = await stop_intake(timeout_s)
+    await reporter.update("stopped", "STOPPED")
+    if not drained:
+        raise DrainTimedOut
+
+
+async def _ready_after(joined: asyncio.Event, health: Health) -> None:
+    await joined.wait()
+    health.set_ready(None)
+    log.info("ready")
+
+
+def _expect_heartbeats(health: Health, stall_timeout_s: float) -> None:
+    for loop in ("intake", "compute"):
+        health.register(loop, stall_timeout_s, time.monotonic())
+
+
+async def _beat_forever(
+    health: Health, slot: ModelSlot, metrics: Metrics, clock: Callable[[], float] = time.monotonic
+) -> None:
+    """The compute loop's heartbeat: idle is healthy, computing is healthy until the stall timeout."""
+    while True:
+        now = clock()
+        health.beat("compute", slot.busy_since or now)
+        metrics.ready.set(health.ready(now).well)
+        metrics.heartbeat_age.set(health.oldest_beat(now))
+        await asyncio.sleep(_HEARTBEAT_S)
+
+
+@contextmanager
+def _long_lived_objects_frozen() -> Iterator[None]:
+    """Exempt what lives as long as the process from garbage collection: libraries and the model, half a million objects.
+
+    Each full collection would walk through them, and every thread would wait a quarter of a second, every other second
+    under load. Jobs leave no cycles, so that a higher threshold costs little memory. A model that is loaded later is not
+    frozen, and no model's weights wait for the collector (`Encoder.close`).
+    """
+    before = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_YOUNG_OBJECTS, 10, 10)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()  # else nothing frees the libraries' objects at exit, and some complain
+
+
+# -- opening, in the order of `serve` ---------------------------------------------------------------------------------
+
+
+def _check_directories(settings: Settings) -> None:
+    for name, directory in (("MODEL", Path(settings.model)), ("MODEL_ROOT", settings.root)):
+        if not directory.is_dir():
+            raise SettingsError(f"EMBEDQ_{name}: expected a directory, {directory} is not one")
+
+
+@asynccontextmanager
+async def _health_pages(settings: Settings, metrics: Metrics, health: Health) -> AsyncIterator[None]:
+    server = HealthServer(settings.http_port, metrics.registry, health, host=settings.http_host)
+    try:
+        log.info("starting", replica=settings.replica, http_port=server.port)
+        yield
+    finally:
+        await asyncio.to_thread(server.close)
+
+
+@asynccontextmanager
+async def _cache(settings: Settings, metrics: Metrics) -> AsyncIterator[VectorCache]:
+    try:
+        cache = VectorCache(settings.cache, metrics)
+    except ValueError:  # its message may quote a password
+        raise SettingsError("EMBEDQ_REDIS_URL: expected an address such as redis://HOST:6379/0") from None
+    await cache.open()
+    try:
+        yield cache
+    finally:
+        await cache.close()
 
 
 @asynccontextmanager
 async def _publisher(settings: Settings, metrics: Metrics) -> AsyncIterator[Publisher]:
     publisher = Publisher(
-        settings.kafka(), metrics, max_bytes=16 * 1024 * 1024, timeout_s=settings.publish_timeout_s
+        producers(settings.kafka(), max_bytes=_MAX_REQUEST_BYTES),
+        metrics,
+        timeout_s=settings.publish_timeout_s,
     )
     await publisher.open()
     try:
@@ -200,67 +231,53 @@ async def _publisher(settings: Settings, metrics: Metrics) -> AsyncIterator[Publ
 
 
 @asynccontextmanager
-async def _cache(settings: Settings, metrics: Metrics) -> AsyncIterator[VectorCache]:
+async def _model(
+    settings: Settings, publisher: Publisher, metrics: Metrics, health: Health
+) -> AsyncIterator[ServedModel]:
+    batch_tokens = settings.max_batch_tokens or await asyncio.to_thread(default_batch_tokens, settings.device)
+    options = await asyncio.to_thread(settings.served_model, batch_tokens)
+
+    load = partial(load_encoder, options=settings.load)
+    model = ServedModel(options, load, publisher.publish, metrics, health.tell)
     try:
-        cache = VectorCache(
-            settings.redis_url or None,
-            metrics=metrics,
-            ttl_s=settings.cache_ttl_s,
-            timeout_s=settings.cache_timeout_ms / 1000,
-        )
-    except ValueError:  # its message may quote a password
-        raise SettingsError("EMBEDQ_REDIS_URL: expected an address such as redis://HOST:6379/0") from None
-    await cache.open()
-    try:
-        yield cache
+        yield model
     finally:
-        await cache.close()
+        await asyncio.to_thread(model.close)  # waits for a micro-batch that runs
 
 
-def _directories(settings: Settings) -> tuple[Path, Path]:
-    """The first model and the model root."""
-    for name, directory in (("MODEL", Path(settings.model)), ("MODEL_ROOT", settings.root)):
-        if not directory.is_dir():
-            raise SettingsError(f"EMBEDQ_{name}: expected a directory, {directory} is none")
-    return Path(settings.model).resolve(), settings.root
+@asynccontextmanager
+async def _control(settings: Settings, metrics: Metrics) -> AsyncIterator[ControlTopic]:
+    control = ControlTopic(settings.kafka(), settings.topics, settings.alias, metrics)
+    try:
+        yield control
+    finally:
+        await control.close()
 
 
-def _rules(settings: Settings) -> AdmissionPolicy:
-    return AdmissionPolicy(
+@asynccontextmanager
+async def _intake(settings: Settings, metrics: Metrics, health: Health) -> AsyncIterator[Intake]:
+    intake = Intake(
+        make_jobs_consumer(settings.kafka(), settings.intake),
+        settings.intake,
         topics=settings.topics,
-        alias=settings.alias,
-        max_inputs=settings.max_inputs,
-        max_text_bytes=settings.max_text_bytes,
-        max_result_bytes=settings.max_result_bytes,
-        reply_patterns=settings.reply_patterns,
+        metrics=metrics,
+        beat=lambda: health.beat("intake", time.monotonic()),
     )
+    try:
+        await intake.open()
+        yield intake
+    finally:
+        await intake.close()
 
 
-def _spare_collector() -> None:
-    """Take what is there for good out of the garbage collector's sight: libraries and the model, half a million objects.
-
-    Each full collection would walk through them, and every thread would wait a quarter of a second, every other second
-    under load. Jobs leave no cycles, so that a higher threshold costs little memory. A model that is loaded later is not
-    frozen, and no model's weights wait for the collector (`Encoder.close`).
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(_YOUNG_OBJECTS, 10, 10)
-
-
-async def _ready(intake: Intake, health: Health) -> None:
-    await intake.joined.wait()
-    health.set_ready(None)
-    log.info("ready")
-
-
-async def _pulse(
-    health: Health, slot: ModelSlot, metrics: Metrics, clock: Callable[[], float] = time.monotonic
-) -> None:
-    """The compute loop's heartbeat: an idle model is well, and one that computes is well for as long as its limit."""
-    while True:
-        now = clock()
-        health.beat("compute", slot.busy_since or now)
-        metrics.ready.set(health.ready(now).well)
-        metrics.heartbeat_age.set(health.oldest_beat(now))
-        await asyncio.sleep(_PULSE_S)
+@asynccontextmanager
+async def _deliverer(
+    settings: Settings, publisher: Publisher, finish: Finish, metrics: Metrics
+) -> AsyncIterator[Deliverer]:
+    results = ResultEncoder(settings.topics, settings.group, settings.max_result_bytes)
+    memory = WeightedSemaphore(settings.max_pending_bytes)
+    deliverer = Deliverer(results, publisher, finish, memory, metrics)
+    try:
+        yield deliverer
+    finally:
+        await asyncio.to_thread(deliverer.close)

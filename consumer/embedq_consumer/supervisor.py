@@ -1,4 +1,4 @@
-"""Several replicas under one command: a process for each device, told to stop together and gone together.
+"""Several replicas under one command: a process for each device; they are asked to stop together and end together.
 
 Each is the ordinary service with a name and a health port of its own; Kafka's consumer group shares the partitions out
 among them. A replica that ends takes the others with it, as a failure in one ends its own process: what starts the
@@ -7,15 +7,14 @@ command again starts all of them.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import ctypes
 import os
-import select
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from asyncio.subprocess import Process
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import msgspec
@@ -25,14 +24,14 @@ from embedq_consumer.engine import count_gpus
 from embedq_consumer.settings import PREFIX, Settings, SettingsError
 
 _GRACE_S: Final = 60.0
-"""Beyond its drain, a replica that was told to stop has so long for the rest: loading may have just begun."""
+"""What a replica that was asked to stop has beyond its drain for the rest: it may have just begun to load its model."""
 _PR_SET_PDEATHSIG: Final = 1
 
 log = structlog.get_logger()
 
 
-class Child(msgspec.Struct, frozen=True):
-    """One replica to be: its name, its device and its whole environment."""
+class Child(msgspec.Struct, frozen=True, kw_only=True):
+    """A replica to start: its name, its device and its whole environment."""
 
     name: str
     device: str
@@ -42,23 +41,27 @@ class Child(msgspec.Struct, frozen=True):
 class ExitPolicy:
     """What the replicas' ends mean for the command. Pure; `supervise` acts on it.
 
-    `code` is the command's: 0 only if everything ended well after it was told to, 2 if a setting was wrong.
+    Invariants:
+
+    - `stopping` is true from the first request or the first replica that ended, for good.
+    - `code`, the command's exit code, is 0 only if every replica ended well after a request to stop; 2 if one found a
+      wrong setting, else 1. It never falls.
     """
 
     def __init__(self) -> None:
         self.stopping = False
         self.code = 0
-        self._told = False
+        self._requested = False
 
-    def told(self) -> bool:
-        """Somebody wants the command to stop. Whether this is the second time: they will not wait for the drain."""
-        again, self._told, self.stopping = self._told, True, True
+    def request_stop(self) -> bool:
+        """The command is asked to stop. True if it was asked before: then nothing waits for the drain."""
+        again, self._requested, self.stopping = self._requested, True, True
         return again
 
-    def ended(self, code: int) -> None:
-        """A replica ended with this exit code, negative for a signal. Unasked is a failure, whatever the code.
+    def child_exited(self, code: int) -> None:
+        """A replica ended with this exit code, negative for a signal. Without a request that is a failure.
 
-        Our SIGTERM kills one that has not come as far as to listen for it: such a one had accepted nothing.
+        Our SIGTERM kills a replica that has not come as far as to listen for it: it had accepted nothing.
         """
         if not self.stopping or code not in (0, -signal.SIGTERM):
             self.code = max(self.code, 2 if code == 2 else 1)
@@ -66,43 +69,85 @@ class ExitPolicy:
 
 
 def supervise(settings: Settings, environ: Mapping[str, str]) -> int:
-    """Run one replica for each of `settings.devices` until told to stop; the exit code.
+    """Run one replica for each of `settings.devices` until asked to stop; the exit code. Needs the main thread.
 
     The first SIGTERM or SIGINT is passed on as SIGTERM, and each replica drains. A second one ends everything at once.
 
     Raises:
         SettingsError: there is no such device, or what a replica would be given is out of range.
+        BaseExceptionGroup: of OSError, a replica cannot be started.
     """
-    with _signals() as until_signal:
-        wanted = children(settings, environ, _devices(settings.devices), os.cpu_count() or 1)
-        running: dict[str, subprocess.Popen[bytes]] = {}
-        verdict = ExitPolicy()
-        deadline: float | None = None
+    return asyncio.run(_supervise(settings, environ))
+
+
+async def _supervise(settings: Settings, environ: Mapping[str, str]) -> int:
+    """Signals are listened for before anything starts."""
+    replicas = _Replicas(stop_within_s=settings.drain_timeout_s + _GRACE_S)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, replicas.request_stop, number)
+    devices = _devices(settings.devices)  # may block for seconds; signals wait until then
+    return await replicas.run(children(settings, environ, devices, os.cpu_count() or 1))
+
+
+class _Replicas:
+    """The processes that run. `ExitPolicy` decides; this carries it out."""
+
+    def __init__(self, *, stop_within_s: float) -> None:
+        self._stop_within_s = stop_within_s
+        self._policy = ExitPolicy()
+        self._stopping = asyncio.Event()
+        self._running: dict[str, Process] = {}
+        self._sent: int | None = None
+
+    def request_stop(self, number: int) -> None:
+        """SIGTERM or SIGINT came. The second one ends everything now, this process by the signal itself."""
+        if self._policy.request_stop():
+            self._signal_all(signal.SIGKILL)
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self._stopping.set()
+
+    async def run(self, wanted: Sequence[Child]) -> int:
+        """Start all, and return the exit code when all have ended."""
         try:
-            for child in wanted:
-                running[child.name] = _start(child)
-                log.info(
-                    "replica_started", child=child.name, device=child.device, pid=running[child.name].pid
-                )
-            while running:
-                for number in until_signal(deadline):
-                    if number != signal.SIGCHLD and verdict.told():
-                        _end_by(number, running)
-                for name, process in list(running.items()):
-                    if (code := process.poll()) is not None:
-                        del running[name]
-                        verdict.ended(code)
-                        log.info("replica_ended", child=name, exit_code=code)
-                if verdict.stopping and deadline is None:
-                    deadline = time.monotonic() + settings.drain_timeout_s + _GRACE_S
-                    for process in running.values():
-                        process.terminate()
-                if running and deadline is not None and time.monotonic() > deadline:
-                    log.error("replicas_killed", children=sorted(running))
-                    _kill(running)
+            async with asyncio.TaskGroup() as tasks:
+                lives = [tasks.create_task(self._live(child)) for child in wanted]
+                await self._stopping.wait()
+                self._signal_all(signal.SIGTERM)
+                _, late = await asyncio.wait(lives, timeout=self._stop_within_s)
+                if late:
+                    log.error("replicas_killed", children=sorted(self._running))
+                    self._signal_all(signal.SIGKILL)
         finally:
-            _kill(running)
-    return verdict.code
+            self._signal_all(signal.SIGKILL)
+            for process in self._running.values():
+                await process.wait()
+        return self._policy.code
+
+    async def _live(self, child: Child) -> None:
+        """One replica, from its start to its end."""
+        process = self._running[child.name] = await _start(child)
+        log.info("replica_started", child=child.name, device=child.device, pid=process.pid)
+        if self._sent is not None:
+            _signal(process, self._sent)  # which came while it started
+        code = await process.wait()
+        del self._running[child.name]
+        self._policy.child_exited(code)
+        log.info("replica_ended", child=child.name, exit_code=code)
+        self._stopping.set()
+
+    def _signal_all(self, number: int) -> None:
+        """Send this to every replica that runs; one that is just being started gets it then, once."""
+        self._sent = number
+        for process in self._running.values():
+            _signal(process, number)
+
+
+def _signal(process: Process, number: int) -> None:
+    """Not `process.send_signal`, which in Python 3.11 may take the exit code away from asyncio, which then reports 255."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, number)
 
 
 def children(
@@ -129,7 +174,7 @@ def children(
         # Tokenizers start a thread for each core, in every process.
         theirs.setdefault("RAYON_NUM_THREADS", str(max(1, cores // len(devices))))
         Settings.from_env(theirs)
-        found.append(Child(name, device, theirs))
+        found.append(Child(name=name, device=device, environ=theirs))
     return found
 
 
@@ -142,14 +187,16 @@ def _devices(wanted: str) -> list[str]:
     return [f"cuda:{index}" for index in range(count)]
 
 
-def _start(child: Child) -> subprocess.Popen[bytes]:
+async def _start(child: Child) -> Process:
     """Start one replica, in a session of its own: Ctrl-C in the terminal reaches it through us, once."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "embedq_consumer"],
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "embedq_consumer",
         env=child.environ,
-        stdin=subprocess.DEVNULL,
+        stdin=asyncio.subprocess.DEVNULL,
         start_new_session=True,
-        preexec_fn=_dies_with(os.getpid()),  # noqa: PLW1509  # tied to the thread that forks, our only one
+        preexec_fn=_dies_with(os.getpid()),  # tied to the thread that forks: the loop's, our main one
     )
 
 
@@ -165,46 +212,3 @@ def _dies_with(parent: int) -> Callable[[], None] | None:
             os._exit(1)
 
     return ask
-
-
-def _kill(running: Mapping[str, subprocess.Popen[bytes]]) -> None:
-    """End these at once, and wait until they have."""
-    for process in running.values():
-        process.kill()
-    for process in running.values():
-        process.wait()
-
-
-def _end_by(number: int, running: Mapping[str, subprocess.Popen[bytes]]) -> None:
-    """Told twice: everything ends now, this process by the signal itself."""
-    for process in running.values():
-        process.kill()
-    signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
-
-
-@contextmanager
-def _signals() -> Iterator[Callable[[float | None], list[int]]]:
-    """Collect SIGTERM, SIGINT and SIGCHLD. Gives a function that waits for some, until `deadline` if there is one.
-
-    The kernel's order is kept and none is lost between two calls: they arrive through a pipe.
-    """
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    # A handler that does nothing, not SIG_IGN, which the children would inherit.
-    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
-    signal.set_wakeup_fd(writer)
-
-    def wait(deadline: float | None) -> list[int]:
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        return list(os.read(reader, 64)) if select.select([reader], [], [], left)[0] else []
-
-    try:
-        yield wait
-    finally:
-        signal.set_wakeup_fd(-1)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        os.close(reader)
-        os.close(writer)

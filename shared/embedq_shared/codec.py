@@ -22,7 +22,6 @@ from embedq_shared.messages import (
     MIN_DIMENSIONS,
     NULL,
     Control,
-    Datum,
     ErrorBody,
     ErrorCode,
     Failure,
@@ -322,7 +321,7 @@ _control: Final = msgspec.json.Decoder(Control)
 _status: Final = msgspec.json.Decoder(Status)
 
 
-def encode(message: Job | Result | Failure | Datum, format: Format = "json") -> bytes:
+def encode(message: msgspec.Struct, format: Format = "json") -> bytes:
     """A message's bytes. Raw members must already be in the same format."""
     if isinstance(message, Job):
         # Empty raw bytes would be written as nothing at all, which leaves a key without a value.

@@ -60,7 +60,7 @@ def vectors_of(encoder: Encoder, batch: list[Tokens]) -> npt.NDArray[np.float32]
     return encoder.submit(batch).result()
 
 
-def test_spans_beside_plain_texts_are_those_of_float32_on_the_cpu(
+def test_spans_among_plain_texts_are_those_of_float32_on_the_cpu(
     encoder: Encoder, path: Path, batch: list[Tokens], name: str
 ) -> None:
     expected = normalized(vectors_of(load_encoder(path, device="cpu"), batch))
@@ -77,7 +77,7 @@ def test_submits_overlap_and_each_keeps_its_own_rows(encoder: Encoder, batch: li
         assert (normalized(waiting.result()) * wanted).sum(axis=1).min() >= 0.998
 
 
-def test_a_deterministic_span_has_the_same_bits_alone_and_beside_others(
+def test_a_deterministic_span_has_the_same_bits_alone_and_among_others(
     path: Path, batch: list[Tokens]
 ) -> None:
     encoder = load_encoder(path, device="cuda", deterministic=True)

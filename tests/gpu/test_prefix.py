@@ -28,7 +28,7 @@ def ids_of(random: np.random.Generator, length: int) -> Ids:
     return random.integers(3, SHAPES["tiny"]["vocabulary"], length).astype(np.int32)
 
 
-def behind(prefix: Ids, own: list[Ids]) -> list[Tokens]:
+def with_prefix(prefix: Ids, own: list[Ids]) -> list[Tokens]:
     return [Tokens(np.concatenate([prefix, ids]), shared=len(prefix)) for ids in own]
 
 
@@ -62,7 +62,7 @@ def deterministic(path: Path, quantization: Quantization) -> Encoder:
     return load_encoder(path, device="cuda", quantization=quantization, deterministic=True)
 
 
-def test_queries_behind_one_instruction_have_the_vectors_of_whole_texts(
+def test_queries_after_one_instruction_have_the_vectors_of_whole_texts(
     encoder: Encoder, quantization: Quantization
 ) -> None:
     texts = [Text(f"how far is the moon from {place}?", QUERY_PROMPT) for place in "abcdefghijklmnop"]
@@ -82,10 +82,10 @@ def test_no_position_among_other_prefixes_changes_a_vector(
     others = [
         text
         for prefix in prefixes
-        for text in behind(prefix, [ids_of(random, n) for n in (1, 2, 15, 63, 64, 65, 300)])
+        for text in with_prefix(prefix, [ids_of(random, n) for n in (1, 2, 15, 63, 64, 65, 300)])
     ]
     others += [Tokens(ids_of(random, n)) for n in (1, 40, 700)]
-    text = behind(prefixes[0], [ids_of(random, 15)])[0]
+    text = with_prefix(prefixes[0], [ids_of(random, 15)])[0]
     wanted = encoder.submit(whole([text])).result()
     for position in range(len(others) + 1):
         batch = [*others[:position], text, *others[position:]]
@@ -103,7 +103,7 @@ def test_more_prefixes_than_the_pool_holds_and_more_texts_than_a_part(
     texts = [
         text
         for prefix in prefixes
-        for text in behind(prefix, [ids_of(random, int(n)) for n in random.integers(1, 60, 90)])
+        for text in with_prefix(prefix, [ids_of(random, int(n)) for n in random.integers(1, 60, 90)])
     ]
     order = random.permutation(len(texts)).tolist()
     shuffled = [texts[i] for i in order]
@@ -113,16 +113,18 @@ def test_more_prefixes_than_the_pool_holds_and_more_texts_than_a_part(
     assert cosines(found, wanted).min() >= LEAST[quantization]
 
 
-def test_a_text_behind_a_prefix_may_be_longer_than_the_largest_graph(
+def test_a_text_after_a_prefix_may_be_longer_than_the_largest_graph(
     encoder: Encoder, quantization: Quantization
 ) -> None:
     random = np.random.default_rng(4)
-    texts = behind(ids_of(random, 200), [ids_of(random, n) for n in (20_000, 15, 15)])
+    texts = with_prefix(ids_of(random, 200), [ids_of(random, n) for n in (20_000, 15, 15)])
     wanted = encoder.submit(whole(texts)).result()
     assert cosines(encoder.submit(texts).result(), wanted).min() >= LEAST[quantization]
 
 
-def test_deterministic_vectors_are_the_same_bits_whatever_runs_beside_them(deterministic: Encoder) -> None:
+def test_deterministic_vectors_are_the_same_bits_whatever_else_is_in_the_batch(
+    deterministic: Encoder,
+) -> None:
     random = np.random.default_rng(5)
     lengths = [1, 2, 15, 16, 17, 40, 63, 64, 65, 127, 128, 129, 500, 1000, 1024, 1025, 1500, 3000]
     texts = [Tokens(ids_of(random, n)) for n in lengths]

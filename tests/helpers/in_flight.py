@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from aiokafka import TopicPartition
 
-from embedq_consumer.batching.single_flight import Identity, Item, Waiter
-from embedq_consumer.engine import Chunked, Memory, Pending, Text, TextTooLong, Tokens
+from embedq_consumer.batching.single_flight import Identity, JobInput, QueuedText
+from embedq_consumer.engine import Chunked, Encoder, Memory, Pending, Piece, Text, TextTooLong, Tokens
 from embedq_consumer.intake.admission import AdmissionPolicy
 from embedq_consumer.intake.jobs import JobState
 from embedq_consumer.intake.offsets import Ticket
@@ -25,16 +25,20 @@ VERSION = "sha256:" + "ab" * 32
 
 
 class Model:
-    """What admission and answers read of an encoder. It computes nothing."""
-
-    model_version = VERSION
-    max_tokens = 512
-    prompts: Mapping[str, str] = {"query": "Q: ", "document": "D: "}
+    """What admission and results read of an encoder. It computes nothing."""
 
     def __init__(self, hidden_size: int = 256, default_prompt: str = "", *, late_chunks: bool = True) -> None:
+        self.model_version = VERSION
+        self.max_tokens = 512
+        self.prompts: Mapping[str, str] = {"query": "Q: ", "document": "D: "}
+        self.phases: Mapping[str, float] = {}
         self.hidden_size = hidden_size
         self.default_prompt = default_prompt
         self.late_chunks = late_chunks
+
+    @property
+    def kernels(self) -> Mapping[str, str]:
+        return {}
 
     def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong]:
         raise NotImplementedError
@@ -55,12 +59,12 @@ class Model:
         raise NotImplementedError
 
 
-MODEL = Model()
+MODEL: Encoder = Model()
 
 
 def rules(**changes: Any) -> AdmissionPolicy:
     """The service's defaults."""
-    settings = {
+    settings: dict[str, Any] = {
         "topics": TOPICS,
         "alias": "default",
         "max_inputs": 2048,
@@ -83,12 +87,21 @@ def record(
     if value is None and fields:
         value = json.dumps(fields).encode()
     ticket = Ticket(TopicPartition(TOPICS.jobs, 3), epoch=1, offset=offset)
-    return Record(ticket, "interactive", key, value, headers, timestamp_ms, 0, 0.0)  # type: ignore[arg-type]
+    return Record(
+        ticket=ticket,
+        lane="interactive",
+        key=key,
+        value=value,
+        headers=headers,  # type: ignore[arg-type]
+        timestamp_ms=timestamp_ms,
+        timestamp_type=0,
+        polled_at=0.0,
+    )
 
 
 def admitted(
     *headers: tuple[str, bytes | None],
-    model: Model | None = None,
+    model: Encoder | None = None,
     max_result_bytes: int = 900_000,
     key: bytes | None = None,
     value: bytes | None = None,
@@ -102,9 +115,19 @@ def admitted(
     return found
 
 
-def item(
+def chunked(*tokens: int) -> Chunked:
+    """A text in windows of a vector each: this many tokens of the text, and two special ones around them."""
+    ends = np.cumsum(tokens).tolist()
+    return Chunked(
+        tuple(Tokens(np.zeros(count + 2, dtype=np.int32)) for count in tokens),
+        tuple(Piece(end - count, end, count) for count, end in zip(tokens, ends, strict=True)),
+    )
+
+
+def computed(
     job: JobState, index: int = 0, tokens: int = 3, *, truncated: bool = False
-) -> tuple[Item, list[Waiter]]:
-    """One of its texts behind a micro-batch, and that this input alone waited for it."""
+) -> tuple[QueuedText, list[JobInput]]:
+    """One of its texts after its micro-batch; only this input waited for it."""
     ids = np.arange(tokens, dtype=np.int32)
-    return Item(Identity.of(job, index), Tokens(ids, truncated), 0.0), [(job, index)]
+    text = QueuedText(identity=Identity.of(job, index), tokens=Tokens(ids, truncated), arrived=0.0)
+    return text, [(job, index)]

@@ -1,6 +1,6 @@
-"""The service on a device that holds so many tokens and no more: `python -m tests.helpers.oom_device FILE`.
+"""The service on a device that runs out of memory above n tokens: `python -m tests.helpers.oom_device FILE`.
 
-FILE holds the number, which a test may change while the service runs; 0 means that the device is lost.
+FILE holds n, which a test may change while the service runs; 0 means that the device is lost.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from embedq_consumer.engine import DeviceLost, Encoder, Memory, OutOfMemory, Pen
 
 
 class SmallDevice:
-    """A real encoder, of which a micro-batch over `room()` tokens fails as it would on a GPU that is full."""
+    """A real encoder. A micro-batch of more than `most()` tokens fails as it would on a GPU that is full."""
 
-    def __init__(self, encoder: Encoder, room: Callable[[], int]) -> None:
+    def __init__(self, encoder: Encoder, most: Callable[[], int]) -> None:
         self._encoder = encoder
-        self._room = room
+        self._most = most
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._encoder, name)
 
     def submit(self, batch: Sequence[Tokens]) -> Pending:
-        room = self._room()
-        if room == 0:
+        most = self._most()
+        if most == 0:
             raise DeviceLost("device 0: an illegal memory access")
-        if sum(len(tokens.ids) for tokens in batch) > room:
+        if sum(len(tokens.ids) for tokens in batch) > most:
             raise OutOfMemory("out of memory")
         return self._encoder.submit(batch)
 
     def memory(self) -> Memory | None:
-        return Memory(free=self._room(), total=self._room(), peak=0)
+        return Memory(free=self._most(), total=self._most(), peak=0)
 
 
 def main(file: Path) -> int:
     def load(*args: Any, **kwargs: Any) -> Any:
         return SmallDevice(load_encoder(*args, **kwargs), lambda: int(file.read_text()))
 
-    service.load_encoder = load  # type: ignore[assignment]
+    service.load_encoder = load  # type: ignore[attr-defined]  # the one seam of a whole process
     return process.main()
 
 

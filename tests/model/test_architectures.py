@@ -1,4 +1,4 @@
-"""Architectures beyond BERT and Qwen3, through the general path, beside sentence-transformers on the same directory."""
+"""Architectures beyond BERT and Qwen3, through the general path, against sentence-transformers on the same directory."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def test_a_mixed_batch_gives_what_sentence_transformers_gives(encoder: Encoder, 
 
 def test_a_text_gives_the_same_alone_and_packed_in_every_position(encoder: Encoder) -> None:
     for text in ("the old stone wall", "the old stone wall " * 30):
-        neighbours = (*LONG_TEXTS[:4], *LONG_TEXTS[-4:-1])
-        wanted, *others = tokens_of(encoder, [Text(t, truncate="end") for t in (text, *neighbours)])
+        neighbors = (*LONG_TEXTS[:4], *LONG_TEXTS[-4:-1])
+        wanted, *others = tokens_of(encoder, [Text(t, truncate="end") for t in (text, *neighbors)])
         alone = normalized(encoder.encode([wanted]))[0]
         for position in range(len(others) + 1):
             packed = normalized(encoder.encode([*others[:position], wanted, *others[position:]]))
@@ -101,8 +101,8 @@ def test_attention_by_bands_is_attention_with_the_whole_mask(
     out = torch.empty_like(q)
     packing = Packing.of(lengths, torch.device("cpu"))
     attend_runs(q, k, v, out, packing.runs, causal=causal, scale=8**-0.5, window=window)
-    parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-    expected = torch.cat([everything_at_once(*part, causal, window) for part in parts])
+    texts = zip(torch.split(q, lengths), torch.split(k, lengths), torch.split(v, lengths), strict=True)
+    expected = torch.cat([everything_at_once(*text, causal, window) for text in texts])
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -155,7 +155,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "widths that do not meet": (
         lambda path: shutil.copytree(path / "2_Dense", path / "3_Dense", dirs_exist_ok=True),
-        r"3_Dense/config\.json: in_features is 128, but the Dense module in front of it gives 192",
+        r"3_Dense/config\.json: in_features is 128, but the Dense module before it gives 192",
     ),
     "a width that is not the pooling's": (
         lambda path: shutil.copytree(path / "3_Dense", path / "2_Dense", dirs_exist_ok=True),
@@ -181,7 +181,7 @@ def test_the_first_dense_module_must_take_what_the_pooling_gives(tmp_path: Path)
         load_encoder(path, device="cpu")
 
 
-def test_a_dense_module_behind_the_normalizing_is_refused(tmp_path: Path) -> None:
+def test_a_dense_module_after_the_normalizing_is_refused(tmp_path: Path) -> None:
     path = make_tiny_gemma3(tmp_path, dense=[(64, "Identity", False)])
     entries = json.loads((path / "modules.json").read_text())
     entries[2:] = reversed(entries[2:])

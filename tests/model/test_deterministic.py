@@ -24,7 +24,7 @@ def encoder(path: Path) -> Encoder:
     return load_encoder(path, device="cpu", deterministic=True)
 
 
-def test_vectors_are_the_same_bits_whatever_runs_beside_them(encoder: Encoder) -> None:
+def test_vectors_are_the_same_bits_whatever_else_is_in_the_batch(encoder: Encoder) -> None:
     texts = [Text(text, truncate="end") for text in (*TEXTS, "stone wall " * 40)]
     found = [tokens for tokens in encoder.tokenize(texts) if isinstance(tokens, Tokens)]
     assert len(found) == len(texts)

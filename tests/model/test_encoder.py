@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from embedq_consumer.engine import ModelError, Text, load_encoder
-from embedq_consumer.engine.encoder import PackedBert
+from embedq_consumer.engine.models.bert_cpu import PackedBert
 from tests.helpers.tiny_models import make_tiny_bert, make_tiny_qwen3, nan_weights
 from tests.model.conftest import normalized, tokens_of
 from tests.model.test_parity import TEXTS, TOLERANCE
@@ -25,7 +25,8 @@ def make_other(path: Path, config: Any) -> Path:
     make_tiny_bert(path, max_tokens=64)
     config.vocab_size = 500
     torch.manual_seed(0)
-    AutoModel.from_config(config).save_pretrained(path)
+    auto: Any = AutoModel
+    auto.from_config(config).save_pretrained(path)
     return path
 
 
@@ -47,7 +48,7 @@ def small(**fields: Any) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("quiet")
-def test_positions_that_start_behind_the_padding_give_what_sentence_transformers_gives(
+def test_positions_that_start_after_the_padding_give_what_sentence_transformers_gives(
     tmp_path: Path,
 ) -> None:
     from sentence_transformers import SentenceTransformer
@@ -87,7 +88,7 @@ def test_weights_that_are_not_numbers_load_and_give_nan(tmp_path: Path) -> None:
     assert np.isnan(encoder.encode(tokens_of(encoder, ["moon", "", "the stone wall"]))).all()
 
 
-def test_a_text_that_gives_nan_leaves_its_neighbours_alone(tmp_path: Path) -> None:
+def test_a_text_that_gives_nan_leaves_its_neighbors_alone(tmp_path: Path) -> None:
     encoder = load_encoder(nan_weights(tmp_path, token="<|im_start|>"), device="cpu")
     texts = ["the moon", "the <|im_start|>moon", "the wall", "<|im_start|>", "a"]
     vectors = encoder.encode(tokens_of(encoder, texts))
@@ -96,7 +97,7 @@ def test_a_text_that_gives_nan_leaves_its_neighbours_alone(tmp_path: Path) -> No
     assert np.abs(normalized(vectors[:1]) - normalized(alone)).max() <= TOLERANCE
 
 
-def test_a_long_text_runs_beside_a_short_one(tmp_path: Path) -> None:
+def test_a_long_text_runs_alongside_a_short_one(tmp_path: Path) -> None:
     """The longest that Qwen3-Embedding-0.6B takes."""
     encoder = load_encoder(make_tiny_qwen3(tmp_path), device="cpu")
     assert encoder.max_tokens == 32768
@@ -120,7 +121,7 @@ def test_a_closed_encoder_frees_its_weights(tmp_path: Path) -> None:
     assert weights() == 2
     encoder.close()
     assert weights() == 0
-    with pytest.raises(AssertionError, match="This is a bug"):
+    with pytest.raises(RuntimeError, match="This is a bug"):
         encoder.encode([ids])
 
 
@@ -134,3 +135,10 @@ def test_a_token_beyond_the_embeddings_is_an_error_before_it_reaches_the_device(
     with pytest.raises(IndexError, match="beyond the model's"):
         encoder.encode([np.array([1, 10_000_000], dtype=np.int32)])
     assert np.isfinite(encoder.encode([np.array([1, 2], dtype=np.int32)])).all()
+
+
+def test_an_encoder_says_how_long_each_step_of_its_load_took(tmp_path: Path) -> None:
+    encoder = load_encoder(make_tiny_bert(tmp_path), device="cpu")
+    assert set(encoder.phases) >= {"directory", "weights", "device", "digest", "proof"}
+    assert all(seconds >= 0 for seconds in encoder.phases.values())
+    assert encoder.kernels == {"attention": "torch_sdpa"}

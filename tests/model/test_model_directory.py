@@ -97,7 +97,7 @@ REFUSED: list[tuple[str, Change, str]] = [
     ("modules is an object", write("modules.json", "{}"), r"/modules\.json: expected a list"),
     ("an LSTM module", modules("Transformer", "Pooling", "LSTM"), r"modules\.json: type: .*LSTM"),
     (
-        "a Dense module in front",
+        "a Dense module first",
         modules("Transformer", "Dense", "Pooling"),
         r"modules\.json: expected a Transformer, then a Pooling",
     ),
@@ -118,7 +118,7 @@ REFUSED: list[tuple[str, Change, str]] = [
     ("prompt left out", edit("1_Pooling/config.json", include_prompt=False), "include_prompt"),
     ("another dimension", edit("1_Pooling/config.json", word_embedding_dimension=64), "hidden_size is 128"),
     (
-        "a flag that is none",
+        "a flag that is not one",
         edit("1_Pooling/config.json", pooling_mode_mean_tokens="yes"),
         "expected true or false",
     ),

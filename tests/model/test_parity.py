@@ -117,7 +117,7 @@ def test_an_empty_batch_gives_no_vectors(encoder_of: Callable[[str], Encoder]) -
     assert encoder.tokenize([]) == []
 
 
-def test_a_sequence_of_no_tokens_gives_zeros_beside_others(encoder_of: Callable[[str], Encoder]) -> None:
+def test_a_sequence_of_no_tokens_gives_zeros_among_others(encoder_of: Callable[[str], Encoder]) -> None:
     encoder = encoder_of("qwen3")
     (ids,) = tokens_of(encoder, ["the moon"])
     vectors = encoder.encode([ids, np.empty(0, np.int32)])

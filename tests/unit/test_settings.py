@@ -6,11 +6,17 @@ import asyncio
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, get_type_hints
 
+import msgspec
 import pytest
 
+from embedq_consumer.engine import LoadOptions
+from embedq_consumer.intake.admission import AdmissionPolicy
+from embedq_consumer.lifecycle import BatchOptions
 from embedq_consumer.service import serve
 from embedq_consumer.settings import Settings, SettingsError
+from embedq_shared.topics import Topics
 
 NEEDED = {"EMBEDQ_KAFKA_SERVERS": "localhost:9092", "EMBEDQ_MODEL": "/models/one"}
 
@@ -67,21 +73,30 @@ def test_a_value_out_of_range_names_its_variable_and_what_was_expected(
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 @pytest.mark.parametrize("name", ["max_wait_ms", "publish_timeout_s", "cache_ttl_s", "bulk_max_wait_s"])
-def test_a_number_that_is_none_is_refused(name: str, value: str) -> None:
+def test_a_number_that_is_not_finite_is_refused(name: str, value: str) -> None:
     with pytest.raises(SettingsError, match=f"EMBEDQ_{name.upper()}"):
         settings(**{name: value})
+
+
+def test_every_setting_says_in_a_sentence_what_it_is() -> None:
+    hints = get_type_hints(Settings, include_extras=True)
+    for name in Settings.__struct_fields__:
+        metas = [meta for meta in hints[name].__metadata__ if isinstance(meta, msgspec.Meta)]
+        [description] = [meta.description for meta in metas if meta.description]
+        assert description.endswith("."), name
+        assert description[0].isupper() or description[0] == "`", name
 
 
 def test_a_typo_is_an_error_that_suggests_the_right_name() -> None:
     with pytest.raises(
         SettingsError,
-        match=r"^EMBEDQ_MAX_BATCH_TOKNES is no setting; did you mean EMBEDQ_MAX_BATCH_TOKENS\?$",
+        match=r"^unknown setting EMBEDQ_MAX_BATCH_TOKNES; did you mean EMBEDQ_MAX_BATCH_TOKENS\?$",
     ):
         settings(max_batch_toknes="1")
 
 
 def test_a_name_like_no_other_gets_no_suggestion() -> None:
-    with pytest.raises(SettingsError, match=r"^EMBEDQ_QQQQQQ is no setting$"):
+    with pytest.raises(SettingsError, match=r"^unknown setting EMBEDQ_QQQQQQ$"):
         settings(qqqqqq="1")
 
 
@@ -89,7 +104,7 @@ def test_the_local_stacks_own_variables_are_no_mistakes() -> None:
     assert settings(cache_dir="/somewhere", kafka_version="4.1.0") == settings()
 
 
-def test_other_programs_variables_are_none_of_ours() -> None:
+def test_other_programs_variables_are_ignored() -> None:
     assert Settings.from_env(NEEDED | {"KAFKA_SERVERS": "x", "PATH": "/bin"}) == settings()
 
 
@@ -98,7 +113,7 @@ def test_a_rebalance_must_have_as_long_as_a_session() -> None:
         settings(session_timeout_ms="30000", rebalance_timeout_ms="20000")
 
 
-def test_models_are_loaded_from_beside_the_first_one_unless_a_root_is_set(tmp_path: Path) -> None:
+def test_models_are_loaded_from_next_to_the_first_one_unless_a_root_is_set(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     assert settings(model=str(tmp_path / "real" / "one")).root == tmp_path / "real"
@@ -110,12 +125,79 @@ def test_reply_topics_are_patterns_separated_by_commas() -> None:
 
 
 def test_layers_that_fp8_leaves_alone_are_numbers_separated_by_commas() -> None:
-    assert settings(quantization="fp8", fp8_keep="0,-1,12").kept_layers == (0, -1, 12)
-    assert settings().kept_layers == ()
+    assert settings(quantization="fp8", fp8_keep="0,-1,12").load.keep_bf16 == (0, -1, 12)
+    assert settings().load.keep_bf16 == ()
     with pytest.raises(SettingsError, match="EMBEDQ_FP8_KEEP: needs EMBEDQ_QUANTIZATION=fp8"):
         settings(fp8_keep="0")
     with pytest.raises(SettingsError, match="EMBEDQ_FP8_KEEP"):
         settings(quantization="fp8", fp8_keep="0,down")
+
+
+def test_the_model_of_the_settings_lies_where_its_links_lead(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "one")
+    found = settings(
+        model=str(tmp_path / "link"), replica="r", max_wait_ms="4", bulk_max_wait_s="7", drain_timeout_s="9"
+    ).served_model(batch_tokens=512)
+    assert (found.configured, found.root) == (tmp_path / "one", tmp_path)
+    assert (found.alias, found.replica, found.drain_timeout_s) == ("default", "r", 9)
+    assert found.batches == BatchOptions(max_tokens=512, max_items=1024, max_wait_s=0.004, bulk_max_wait_s=7)
+
+
+def test_models_are_loaded_as_the_settings_say() -> None:
+    assert settings().load == LoadOptions()
+    assert settings(
+        device="cuda:1", threads="3", deterministic="true", compile_cache="/c"
+    ).load == LoadOptions(device="cuda:1", threads=3, deterministic=True, known_models=Path("/c/models"))
+
+
+def test_the_intake_gets_its_limits_and_its_interval_in_seconds() -> None:
+    found = settings(
+        group="g", max_in_flight_jobs="7", max_uncommitted_jobs="9", commit_interval_ms="250"
+    ).intake
+    assert (found.group, found.max_in_flight_jobs, found.max_uncommitted) == ("g", 7, 9)
+    assert found.commit_interval_s == 0.25
+
+
+def test_the_cache_gets_its_address_and_its_times_in_seconds() -> None:
+    found = settings(redis_url="redis://r", cache_ttl_s="60", cache_timeout_ms="20").cache
+    assert (found.url, found.ttl_s, found.timeout_s) == ("redis://r", 60, 0.02)
+
+
+def test_admission_follows_the_settings() -> None:
+    found = settings(alias="big", max_inputs="3", max_text_bytes="99", reply_topics="a,b", topic_prefix="t")
+    assert found.admission == AdmissionPolicy(
+        topics=Topics("t"),
+        alias="big",
+        max_inputs=3,
+        max_text_bytes=99,
+        max_result_bytes=900_000,
+        reply_patterns=("a", "b"),
+    )
+
+
+def test_kafkas_clients_get_a_password_only_where_sasl_asks_for_one() -> None:
+    secrets = {
+        "kafka_sasl_username": "u",
+        "kafka_sasl_password": "p",
+        "kafka_sasl_mechanism": "SCRAM-SHA-512",
+    }
+    assert settings(**secrets).kafka() == {
+        "bootstrap_servers": "localhost:9092",
+        "security_protocol": "PLAINTEXT",
+    }
+    assert settings(kafka_security_protocol="SASL_PLAINTEXT", **secrets).kafka() == {
+        "bootstrap_servers": "localhost:9092",
+        "security_protocol": "SASL_PLAINTEXT",
+        "sasl_mechanism": "SCRAM-SHA-512",
+        "sasl_plain_username": "u",
+        "sasl_plain_password": "p",
+    }
+
+
+def test_tls_brings_a_context_that_checks_the_brokers_name() -> None:
+    context = settings(kafka_security_protocol="SSL").kafka()["ssl_context"]
+    assert context.check_hostname
 
 
 def test_a_replica_without_a_name_gets_one_of_its_own() -> None:
@@ -140,21 +222,21 @@ def test_the_process_ends_with_code_2_and_one_line_for_a_wrong_setting() -> None
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "reason"),
     [
-        ({"model": "/nowhere"}, "EMBEDQ_MODEL: expected a directory"),
-        ({"model_root": "/nowhere"}, "EMBEDQ_MODEL_ROOT: expected a directory"),
+        ({"model": "/nowhere"}, "EMBEDQ_MODEL: expected a directory, /nowhere is not one"),
+        ({"model_root": "/nowhere"}, "EMBEDQ_MODEL_ROOT: expected a directory, /nowhere is not one"),
         ({"redis_url": "nonsense"}, "EMBEDQ_REDIS_URL: expected an address"),
     ],
 )
 async def test_settings_that_cannot_be_used_are_named_before_anything_is_connected(
-    wrong: dict[str, str], told: str, tmp_path: Path
+    wrong: dict[str, str], reason: str, tmp_path: Path
 ) -> None:
-    usable = {
+    usable: dict[str, Any] = {
         "kafka_servers": "127.0.0.1:1",
         "model": str(tmp_path),
         "http_port": 0,
         "http_host": "127.0.0.1",
     }
-    with pytest.raises(SettingsError, match=told):
+    with pytest.raises(SettingsError, match=reason):
         await serve(Settings(**(usable | wrong)), asyncio.Event())

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import signal
-import subprocess
+from asyncio.subprocess import Process
+from collections.abc import Awaitable, Callable
 
 import pytest
 from structlog.testing import capture_logs
@@ -11,6 +14,7 @@ from structlog.testing import capture_logs
 from embedq_consumer import supervisor
 from embedq_consumer.settings import Settings, SettingsError
 from embedq_consumer.supervisor import Child, ExitPolicy, children, supervise
+from tests.helpers.support import wait_until
 
 NEEDED = {"EMBEDQ_KAFKA_SERVERS": "localhost:9092", "EMBEDQ_MODEL": "/models/one", "EMBEDQ_REPLICA": "host"}
 
@@ -57,13 +61,13 @@ def test_replicas_on_gpus_leave_the_threads_of_the_cpu_to_pytorch() -> None:
     assert all("EMBEDQ_THREADS" not in replica for replica in given("cuda:0,cuda:1"))
 
 
-def test_a_health_port_beyond_the_last_is_told_before_anything_starts() -> None:
+def test_a_health_port_beyond_the_last_is_refused_before_anything_starts() -> None:
     with pytest.raises(SettingsError, match="EMBEDQ_HTTP_PORT: expected `int` <= 65535"):
         given("cpu,cpu", EMBEDQ_HTTP_PORT="65535")
 
 
 @pytest.mark.parametrize("devices", ["gpu", "cpu,", "cuda:x", "all,cpu", "cpu cpu", "auto"])
-def test_devices_that_are_none_are_refused(devices: str) -> None:
+def test_what_does_not_name_devices_is_refused(devices: str) -> None:
     with pytest.raises(SettingsError, match="EMBEDQ_DEVICES"):
         Settings.from_env(NEEDED | {"EMBEDQ_DEVICES": devices})
 
@@ -74,78 +78,169 @@ def test_devices_are_all_or_a_list(devices: str) -> None:
 
 
 def test_one_device_and_several_are_not_set_together() -> None:
-    with pytest.raises(SettingsError, match="EMBEDQ_DEVICE: cannot be set beside EMBEDQ_DEVICES"):
+    with pytest.raises(SettingsError, match="EMBEDQ_DEVICE: cannot be set together with EMBEDQ_DEVICES"):
         Settings.from_env(NEEDED | {"EMBEDQ_DEVICE": "cuda:1", "EMBEDQ_DEVICES": "all"})
 
 
-def test_replicas_that_end_well_after_they_were_told_to_are_a_success() -> None:
-    verdict = ExitPolicy()
-    assert not verdict.told()
-    verdict.ended(0)
-    verdict.ended(0)
-    assert verdict.code == 0
+def test_replicas_that_end_well_after_they_were_asked_to_are_a_success() -> None:
+    policy = ExitPolicy()
+    assert not policy.request_stop()
+    policy.child_exited(0)
+    policy.child_exited(0)
+    assert policy.code == 0
 
 
 @pytest.mark.parametrize(("code", "expected"), [(0, 1), (1, 1), (2, 2), (-9, 1)])
 def test_a_replica_that_ends_unasked_is_a_failure_and_stops_the_others(code: int, expected: int) -> None:
-    verdict = ExitPolicy()
-    verdict.ended(code)
-    assert verdict.stopping
-    verdict.ended(0)
-    assert verdict.code == expected
+    policy = ExitPolicy()
+    policy.child_exited(code)
+    assert policy.stopping
+    policy.child_exited(0)
+    assert policy.code == expected
 
 
 def test_a_replica_that_fails_while_it_stops_is_a_failure() -> None:
-    verdict = ExitPolicy()
-    verdict.told()
-    verdict.ended(0)
-    verdict.ended(-9)
-    verdict.ended(0)
-    assert verdict.code == 1
+    policy = ExitPolicy()
+    policy.request_stop()
+    policy.child_exited(0)
+    policy.child_exited(-9)
+    policy.child_exited(0)
+    assert policy.code == 1
 
 
-def test_a_replica_that_was_told_to_stop_before_it_could_listen_is_no_failure() -> None:
-    verdict = ExitPolicy()
-    verdict.told()
-    verdict.ended(-signal.SIGTERM)
-    assert verdict.code == 0
+def test_a_replica_that_was_asked_to_stop_before_it_could_listen_is_no_failure() -> None:
+    policy = ExitPolicy()
+    policy.request_stop()
+    policy.child_exited(-signal.SIGTERM)
+    assert policy.code == 0
 
 
 def test_a_replica_that_somebody_else_terminates_is_a_failure() -> None:
-    verdict = ExitPolicy()
-    verdict.ended(-signal.SIGTERM)
-    assert verdict.code == 1
+    policy = ExitPolicy()
+    policy.child_exited(-signal.SIGTERM)
+    assert policy.code == 1
 
 
-def test_only_who_tells_it_twice_does_not_want_to_wait() -> None:
-    verdict = ExitPolicy()
-    verdict.ended(1)  # stopping already, but nobody has told it
-    assert not verdict.told()
-    assert verdict.told()
+def test_only_a_second_request_does_not_wait_for_the_drain() -> None:
+    policy = ExitPolicy()
+    policy.child_exited(1)  # stopping already, but without a request
+    assert not policy.request_stop()
+    assert policy.request_stop()
 
 
-class Stuck(subprocess.Popen[bytes]):
-    """A process that hears no SIGTERM, and of whose end nobody knows before it was waited for."""
+async def stuck() -> Process:
+    """A process that hears no SIGTERM, once it says so."""
+    program = "trap '' TERM; echo deaf; exec sleep 60"
+    process = await asyncio.create_subprocess_exec("sh", "-c", program, stdout=asyncio.subprocess.PIPE)
+    assert process.stdout is not None
+    assert await process.stdout.readline() == b"deaf\n"
+    return process
 
-    def __init__(self) -> None:
-        super().__init__(["sleep", "60"], preexec_fn=lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN))
 
-    def poll(self) -> int | None:
-        return self.returncode
+Start = Callable[[Child], Awaitable[Process]]
+
+
+def supervised(monkeypatch: pytest.MonkeyPatch, start: Start, *, drain_s: float = 0.2) -> int:
+    """The exit code of a command with two replicas, `host-0` and `host-1`, which `start` starts."""
+    monkeypatch.setattr(supervisor, "_start", start)
+    monkeypatch.setattr(supervisor, "_GRACE_S", 0.0)
+    environ = NEEDED | {"EMBEDQ_DEVICES": "cpu,cpu", "EMBEDQ_DRAIN_TIMEOUT_S": str(drain_s)}
+    return supervise(Settings.from_env(environ), environ)
 
 
 def test_a_replica_that_does_not_stop_is_killed_once_and_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[subprocess.Popen[bytes]] = []
+    started: list[Process] = []
 
-    def start(child: Child) -> subprocess.Popen[bytes]:
-        # Not before: an end that nobody listens to yet would be missed.
-        started.append(Stuck() if started else subprocess.Popen(["true"]))
+    async def start(child: Child) -> Process:
+        if child.name == "host-0":
+            return await asyncio.create_subprocess_exec("true")
+        started.append(await stuck())
         return started[-1]
 
-    monkeypatch.setattr(supervisor, "_start", start)
-    monkeypatch.setattr(supervisor, "_GRACE_S", 0.0)
-    environ = NEEDED | {"EMBEDQ_DEVICES": "cpu,cpu", "EMBEDQ_DRAIN_TIMEOUT_S": "0.2"}
     with capture_logs() as logs:
-        assert supervise(Settings.from_env(environ), environ) == 1
-    assert started[1].returncode == -signal.SIGKILL
+        assert supervised(monkeypatch, start) == 1
+    assert [process.returncode for process in started] == [-signal.SIGKILL]
     assert [event["event"] for event in logs].count("replicas_killed") == 1
+    ends = {event["child"]: event["exit_code"] for event in logs if event["event"] == "replica_ended"}
+    assert ends == {"host-0": 0, "host-1": -signal.SIGKILL}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_one_signal_stops_every_replica_even_one_that_is_just_being_started(
+    monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    before = signal.getsignal(number)
+    started: list[Process] = []
+
+    async def start(child: Child) -> Process:
+        if child.name == "host-1":
+            await wait_until(lambda: bool(started), what="the other replica")
+            os.kill(os.getpid(), number)
+            await wait_until(lambda: started[0].returncode is not None, what="its end")
+        started.append(await asyncio.create_subprocess_exec("sleep", "60"))
+        return started[-1]
+
+    with capture_logs() as logs:
+        assert supervised(monkeypatch, start) == 0
+    ends = {event["child"]: event["exit_code"] for event in logs if event["event"] == "replica_ended"}
+    assert ends == {"host-0": -signal.SIGTERM, "host-1": -signal.SIGTERM}
+    assert signal.getsignal(number) == before
+
+
+def test_a_replica_that_drains_is_not_signaled_again_for_one_that_starts_late(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A second SIGTERM would end it at once."""
+    program = (
+        "trap 'trap - TERM; echo draining; read line; exit 0' TERM; echo up; while :; do sleep 0.01; done"
+    )
+    draining: list[Process] = []
+    tasks: list[asyncio.Task[None]] = []
+
+    async def release(late: Process) -> None:
+        await late.wait()
+        assert draining[0].stdin is not None
+        draining[0].stdin.write(b"drained\n")
+
+    async def start(child: Child) -> Process:
+        if child.name == "host-0":
+            pipe = asyncio.subprocess.PIPE
+            process = await asyncio.create_subprocess_exec("sh", "-c", program, stdin=pipe, stdout=pipe)
+            assert process.stdout is not None
+            assert await process.stdout.readline() == b"up\n"
+            draining.append(process)
+            return process
+        await wait_until(lambda: bool(draining), what="the other replica")
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert draining[0].stdout is not None
+        assert await draining[0].stdout.readline() == b"draining\n"
+        late = await asyncio.create_subprocess_exec("sleep", "60")
+        tasks.append(asyncio.create_task(release(late)))
+        return late
+
+    assert supervised(monkeypatch, start, drain_s=60) == 0
+    assert draining[0].returncode == 0
+
+
+def test_a_replica_that_cannot_be_started_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Process] = []
+
+    async def start(child: Child) -> Process:
+        if child.name == "host-1":
+            await wait_until(lambda: bool(started), what="the other replica")
+            raise FileNotFoundError("no interpreter")
+        started.append(await asyncio.create_subprocess_exec("sleep", "60"))
+        return started[-1]
+
+    with pytest.RaisesGroup(FileNotFoundError):
+        supervised(monkeypatch, start)
+    assert [process.returncode for process in started] == [-signal.SIGKILL]
+
+
+def test_all_devices_of_a_machine_without_any_are_refused_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(supervisor, "count_gpus", lambda: 0)
+    environ = NEEDED | {"EMBEDQ_DEVICES": "all"}
+    with pytest.raises(SettingsError, match="EMBEDQ_DEVICES: all: this machine has no CUDA device"):
+        supervise(Settings.from_env(environ), environ)

@@ -1,4 +1,4 @@
-"""Equal texts under way are computed once. Pure, one owner (the pipeline)."""
+"""Equal texts under way are computed once. Pure; the text queue lets inputs join, the batch runner resolves them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,22 @@ import msgspec
 
 from embedq_consumer.batching.windows import Vectors, WindowAssembler
 from embedq_consumer.engine import Chunked, Encoder, Text, Tokens
-from embedq_consumer.intake.jobs import JobState
+from embedq_consumer.intake.jobs import JobState, Outcome
 from embedq_shared.topics import Lane
 
-Waiter = tuple[JobState, int]
-"""One input of a job."""
+__all__ = ["Identity", "JobInput", "QueuedText", "Settled", "SingleFlight", "Window"]
+
+JobInput = tuple[JobState, int]
+"""One input of a job: the job, and the input's index."""
+Settled = tuple[JobState, int, Outcome]
+"""One input of a job, and what became of it."""
 
 
 class Identity(msgspec.Struct, frozen=True, gc=False):
-    """Deduplication key: what the model sees of an input, and which model. The lane belongs to it, so that no interactive
-    text waits for a bulk one; the encoder, since windows of a job that expired may still wait for a micro-batch when
-    another model serves. Dimensions and dtype do not: each waiter cuts its own vector.
+    """Deduplication key: everything that the model's vector of an input depends on, and the lane.
+
+    The lane belongs to it so that no interactive text waits for a bulk one; the encoder, since windows of an expired
+    job may still be queued when another model serves. Dimensions and dtype do not: each waiter cuts its own vector.
     """
 
     lane: Lane
@@ -38,18 +43,18 @@ class Window(msgspec.Struct, frozen=True, gc=False):
     number: int
 
 
-class Item(msgspec.Struct, frozen=True, gc=False):
+class QueuedText(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """One text, or one window of it, that waits for a micro-batch. `arrived` is monotonic seconds."""
 
     identity: Identity
-    text: Tokens
+    tokens: Tokens
     arrived: float
     window: Window | None = None
 
     @property
     def cost(self) -> int:
         """Its share of the token budget."""
-        return self.text.cost
+        return self.tokens.cost
 
     @property
     def lane(self) -> Lane:
@@ -58,55 +63,59 @@ class Item(msgspec.Struct, frozen=True, gc=False):
 
 
 class SingleFlight:
-    """Who waits for which text's vector.
+    """Which inputs wait for which text's vector.
 
-    Invariants: of equal inputs the first to join starts the work and no other does; whoever joined is handed out
-    exactly once, by `leave` or by `land`; windows are kept only while somebody waits for their text.
+    Invariants:
+        - Of equal inputs the first to join starts the work, and no other does.
+        - Each input that joined is handed out exactly once, by `abandon` or by `resolve`.
+        - Windows are kept only while an input waits for their text.
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[Identity, list[Waiter]] = {}
-        self._gathered: dict[Identity, WindowAssembler] = {}
+        self._waiters: dict[Identity, list[JobInput]] = {}
+        self._assemblers: dict[Identity, WindowAssembler] = {}
 
-    def join(self, identity: Identity, waiter: Waiter) -> bool:
-        """Wait for this text's vector. True for the first, who must see to it."""
-        waiting = self._waiting.get(identity)
-        if waiting is None:
-            self._waiting[identity] = [waiter]
+    def join(self, identity: Identity, waiter: JobInput) -> bool:
+        """Wait for this text's vector. True for the first, who must start the work."""
+        waiters = self._waiters.get(identity)
+        if waiters is None:
+            self._waiters[identity] = [waiter]
             return True
-        waiting.append(waiter)
+        waiters.append(waiter)
         return False
 
-    def waiting(self, identity: Identity) -> list[Waiter]:
-        """Who waits."""
-        return list(self._waiting.get(identity, ()))
+    def waiters(self, identity: Identity) -> list[JobInput]:
+        """The inputs that wait for this text's vector."""
+        return list(self._waiters.get(identity, ()))
 
-    def leave(self, identity: Identity, gone: Callable[[Waiter], bool]) -> list[Waiter]:
-        """Those who wait no longer. When the last one leaves, the next to join is a first again."""
-        waiting = self._waiting.get(identity, [])
-        left = [waiter for waiter in waiting if gone(waiter)]
-        if left:
-            stay = [waiter for waiter in waiting if not gone(waiter)]
-            if stay:
-                self._waiting[identity] = stay
+    def abandon(self, identity: Identity, gone: Callable[[JobInput], bool]) -> list[JobInput]:
+        """Remove and return the waiters that are `gone`. After the last one, the next to join is a first again."""
+        waiters = self._waiters.get(identity, [])
+        leaving = [waiter for waiter in waiters if gone(waiter)]
+        if leaving:
+            staying = [waiter for waiter in waiters if not gone(waiter)]
+            if staying:
+                self._waiters[identity] = staying
             else:
-                self.land(identity)
-        return left
+                self.resolve(identity)
+        return leaving
 
-    def land(self, identity: Identity) -> list[Waiter]:
-        """The work is done: everybody who waited for it."""
-        self._gathered.pop(identity, None)
-        return self._waiting.pop(identity, [])
+    def resolve(self, identity: Identity) -> list[JobInput]:
+        """The work is done: remove and return all who waited for it."""
+        self._assemblers.pop(identity, None)
+        return self._waiters.pop(identity, [])
 
-    def gather(self, item: Item, rows: Vectors) -> Vectors | None:
-        """Keep the vectors of one window. All of its text's once the last one is there; None before, and where nobody
-        waits any more."""
-        identity, window = item.identity, item.window
-        if identity not in self._waiting or identity.text.chunk is None or window is None:
+    def assemble(self, text: QueuedText, rows: Vectors) -> Vectors | None:
+        """Keep the vectors of one window, float32 (rows, hidden_size).
+
+        Once the last window is there: all vectors of its text. None before that, and where no input waits any more.
+        """
+        identity, window = text.identity, text.window
+        if identity not in self._waiters or identity.text.chunk is None or window is None:
             return None
-        if identity not in self._gathered:
-            self._gathered[identity] = WindowAssembler(
+        if identity not in self._assemblers:
+            self._assemblers[identity] = WindowAssembler(
                 window.of, identity.text.chunk.mode, identity.encoder.hidden_size
             )
-        gathered = self._gathered[identity]
-        return gathered.rows if gathered.add(window.number, rows) else None
+        assembler = self._assemblers[identity]
+        return assembler.rows if assembler.add(window.number, rows) else None

@@ -1,4 +1,4 @@
-"""How many tokens a micro-batch may hold, and a single text: tried out before a model serves, lowered if memory runs out."""
+"""How many tokens a micro-batch and a single text may have: found by trial before a model serves, lowered if memory runs out."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from embedq_consumer.telemetry.metrics import Metrics
 log = structlog.get_logger()
 
 LEAST: Final = 256
-"""A device that cannot run so many tokens at once cannot serve the model."""
+"""Tokens. A device that cannot run this many at once cannot serve the model."""
 _SHORT: Final = 16
+"""Tokens of the short texts that are tried: many sequences cost memory of their own."""
 _LOWEST_SHARE: Final = 8
-"""A budget is lowered to one part in so many of what was found, and no further: somebody else may have taken the memory."""
+"""A budget is lowered to an eighth of what was found and no further: another process may have taken the memory."""
 
 
 class Budget(msgspec.Struct, frozen=True):
-    """What fits into a device's memory beside a model: `tokens` a micro-batch, and the `longest` text alone."""
+    """What fits into a device's memory in addition to a model: micro-batches of `tokens`, and a text of `longest` alone."""
 
     tokens: int
     longest: int
@@ -38,11 +39,11 @@ async def find_budget(
     tokens: int,
     max_items: int,
 ) -> Budget:
-    """The largest budget up to `tokens` with which the device does not run out of memory, by running it.
+    """The largest budget up to `tokens` with which the device does not run out of memory, found by trial.
 
     `run` computes one micro-batch of `encoder`; `ids` is a text as long as the model takes. Where memory runs out, the
-    longest text loses a quarter, and the micro-batch half of its tokens. A CPU has no memory of its own that a try could
-    find the end of: there one full micro-batch runs, to warm up.
+    longest text loses a quarter, and the micro-batch half of its tokens. A CPU has no memory of its own whose limit a
+    trial could find: there one full micro-batch runs, to warm up.
 
     Raises:
         OutOfMemory: not even `LEAST` tokens fit.
@@ -72,7 +73,7 @@ async def _all_fit(
     tokens: int,
     max_items: int,
 ) -> bool:
-    """Whether full micro-batches fit: of the longest texts that it can hold, and of short ones."""
+    """Whether full micro-batches fit: one of the longest texts that it can hold, and one of short texts."""
     for length in (len(ids), min(len(ids), _SHORT)):
         count = max(1, min(tokens // max(1, length), max_items))
         if not await _fits(run, [Tokens(ids[:length])] * count, tokens):
@@ -95,7 +96,7 @@ async def _fits(
 class TokenBudget:
     """The budget in force: that of the model that serves, lowered while it serves whenever memory runs out.
 
-    `tell` gets what an operator should know of it.
+    `tell` is called with the facts that the health page shows.
     """
 
     def __init__(
@@ -108,7 +109,7 @@ class TokenBudget:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest text that fits, special tokens and instruction included."""
+        """Tokens of the longest text that fits, special tokens and prompt included."""
         return self._found.longest
 
     def serve(self, budget: Budget) -> None:
@@ -117,7 +118,7 @@ class TokenBudget:
         self._resize(budget.tokens)
 
     def ran_out(self, tokens: int) -> None:
-        """A micro-batch of so many tokens did not fit after all."""
+        """A micro-batch of this many tokens did not fit after all."""
         now = self._batcher.max_tokens
         lower = min(now, max(self._found.tokens // _LOWEST_SHARE, tokens // 2))
         if lower < now:

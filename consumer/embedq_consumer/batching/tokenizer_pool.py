@@ -1,4 +1,4 @@
-"""Threads that tokenize: few calls at a time, and an interactive one never behind many bulk ones."""
+"""Threads that tokenize: few calls at a time, so that an interactive one never waits for many bulk ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["TokenizerPool"]
 _THREADS: Final = 2
 """The tokenizer uses all cores for one call; a second one runs while the first one's results become arrays."""
 _BULK_CALLS: Final = _THREADS + 1
-"""What runs, and the next: more would only stand in front of interactive texts."""
+"""Bulk calls given to the threads: those that run and the next. More would only delay interactive texts."""
 
 
 class TokenizerPool:

@@ -1,4 +1,4 @@
-"""A chunked text's vectors, from the windows that the model ran to what its waiters get."""
+"""The vectors of a chunked text, put together from those of the windows that the model ran. Pure."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Vectors = npt.NDArray[np.float32]
 
 
 class WindowAssembler:
-    """What is there of one text's vectors. Windows may come in any order, and twice.
+    """One text's vectors, as far as they have come. Windows may come in any order, and twice.
 
-    In mode mean only a running sum is kept: of the windows' unit vectors, each times the tokens of the text in it.
+    In mode mean only a running sum is kept: the windows' unit vectors, each weighted by its tokens of the text.
     """
 
     def __init__(self, chunked: Chunked, mode: ChunkMode, hidden_size: int) -> None:
@@ -29,13 +29,13 @@ class WindowAssembler:
         )
 
     def add(self, window: int, rows: Vectors) -> bool:
-        """Take one window's vectors, float32 (rows, hidden_size). True when that was the last one missing."""
+        """Keep one window's vectors, float32 (rows, hidden_size). True when it was the last one missing."""
         if window not in self._missing:
             return False
         self._missing.remove(window)
         if self._mean:
             row = rows[0].astype(np.float64)
-            with np.errstate(invalid="ignore"):  # what is infinite makes NaN here, and is found like it
+            with np.errstate(invalid="ignore"):  # infinity becomes NaN here, and postprocessing finds both
                 unit = row / (np.linalg.norm(row) or 1.0)
                 self._rows[0] += unit * max(1, self._pieces[window].tokens)
         else:

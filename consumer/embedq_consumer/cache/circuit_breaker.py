@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Literal, NewType
 
 Permit = NewType("Permit", int)
-"""Proof that the breaker let a call through; its outcome counts only while that decision still stands."""
+"""Proof that the breaker let a call through; the call's outcome counts only while that decision still stands."""
 
 State = Literal["closed", "open", "probing"]
 
@@ -15,12 +15,15 @@ State = Literal["closed", "open", "probing"]
 class CircuitBreaker:
     """Opens after `failures` failures in a row, then lets one probe at a time through.
 
-    closed → open: `failures` admitted calls in a row failed.
-    open → probing: the pause is over and somebody asks; only that caller is admitted.
-    probing → closed: the probe succeeded. probing → open: it failed, and the pause doubles, up to `longest_pause_s`.
+    Invariants:
 
-    Every pause is jittered by ±`jitter`, so that replicas do not return together. An outcome that belongs to an
-    earlier state is ignored: a call that began before the breaker opened neither closes it nor fails the probe.
+    - closed → open: `failures` permitted calls in a row failed.
+    - open → probing: the pause is over and a caller asks; only that caller gets a permit.
+    - probing → closed: the probe succeeded.
+    - probing → open: the probe failed, and the pause doubles, up to `longest_pause_s`.
+    - An outcome that belongs to an earlier state is ignored: a call that began before the breaker opened neither closes
+      it nor fails the probe.
+    - Every pause is jittered by ±`jitter`, so that replicas do not return together.
     """
 
     def __init__(
@@ -45,10 +48,11 @@ class CircuitBreaker:
 
     @property
     def state(self) -> State:
+        """`closed` while calls are let through, `open` while none is, `probing` while one probe is under way."""
         return self._state
 
     def admit(self, now: float) -> Permit | None:
-        """Ask before a call. Who is admitted reports back once, by `succeeded`, `failed` or `abandoned`."""
+        """Ask before a call. The caller that gets a permit reports once, by `succeeded`, `failed` or `abandoned`."""
         if self._state == "closed":
             return Permit(self._era)
         if self._state == "open" and now >= self._probe_at:
@@ -56,16 +60,18 @@ class CircuitBreaker:
             return Permit(self._era)
         return None
 
-    def succeeded(self, admission: Permit) -> None:
-        if admission != self._era:
+    def succeeded(self, permit: Permit) -> None:
+        """The dependency answered: closes the breaker if this was the probe."""
+        if permit != self._era:
             return
         self._failed_in_a_row = 0
         if self._state == "probing":
             self._pause = self._shortest
             self._enter("closed")
 
-    def failed(self, admission: Permit, now: float) -> None:
-        if admission != self._era:
+    def failed(self, permit: Permit, now: float) -> None:
+        """The dependency did not answer: opens the breaker if this was the probe, or one failure too many."""
+        if permit != self._era:
             return
         self._failed_in_a_row += 1
         if self._state == "probing":
@@ -75,9 +81,9 @@ class CircuitBreaker:
         self._probe_at = now + self._pause * self._uniform(1 - self._jitter, 1 + self._jitter)
         self._enter("open")
 
-    def abandoned(self, admission: Permit) -> None:
+    def abandoned(self, permit: Permit) -> None:
         """The call was cancelled, which says nothing about the dependency: the next caller may probe."""
-        if admission == self._era and self._state == "probing":
+        if permit == self._era and self._state == "probing":
             self._enter("open")
 
     def _enter(self, state: State) -> None:

@@ -1,4 +1,4 @@
-"""Answers as records: results whole or in parts, failures, dead letters. Pure, and run in a thread for large jobs."""
+"""Results as records: whole or in parts, failures, dead letters. Pure; results of jobs are encoded in a thread."""
 
 from __future__ import annotations
 
@@ -19,15 +19,31 @@ from embedq_consumer.intake.result_sizes import fixed_bytes
 from embedq_shared import codec
 from embedq_shared.codec import Envelope, Format
 from embedq_shared.headers import Header, JobHeaders
-from embedq_shared.messages import Datum, ErrorBody, Failure, Result, ResultStatus, Timings, Usage
+from embedq_shared.messages import Datum, Dtype, ErrorBody, Failure, ResultStatus, Timings, Usage
 from embedq_shared.topics import CONTENT_TYPE, MODEL_VERSION, STATUS, Topics
 from embedq_shared.vectors import NUMPY
 
 _DATUM_SEPARATOR: Final = 1
 
 
-class Reply(msgspec.Struct, frozen=True):
-    """The whole answer to one record: its records, in order, what to count, and what any answer to it repeats."""
+class EncodedResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="object", tag="list"):
+    """A `messages.Result` whose data are encoded already, one by one; the same fields in the same order."""
+
+    id: str
+    model: str
+    model_version: str
+    dimensions: int
+    dtype: Dtype
+    data: list[msgspec.Raw]
+    usage: Usage
+    timings: Timings
+    metadata: msgspec.Raw
+    part: int
+    parts: int
+
+
+class Reply(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole answer to one record: what to publish, in order, what to count, and what any answer to it repeats."""
 
     record: Record
     headers: JobHeaders
@@ -40,12 +56,21 @@ class Reply(msgspec.Struct, frozen=True):
 
 
 class ResultEncoder:
-    """Turns what became of jobs into records."""
+    """Turns what became of jobs into records.
+
+    `group` is the service's consumer group, for dead letters. Each result record is kept within `max_result_bytes`:
+    results are split between vectors, and admission has made sure that one vector fits.
+    """
 
     def __init__(self, topics: Topics, group: str, max_result_bytes: int) -> None:
         self._topics = topics
         self._group = group
         self._limit = max_result_bytes
+
+    @property
+    def dead_letters(self) -> str:
+        """The topic of the dead letters."""
+        return self._topics.dead_letters
 
     def of_job(self, job: JobState) -> Reply:
         """The result of a job whose every input has its outcome."""
@@ -54,7 +79,9 @@ class ResultEncoder:
         envelope = Envelope(request.id, request.model, request.metadata)
         version = job.encoder.model_version
         if error is not None:
-            return self._failure(job.record, job.headers, request.format, envelope, error, version)
+            return self._failure(
+                job.record, job.headers, request.format, envelope, error, model_version=version
+            )
         data = [
             datum for index, outcome in enumerate(job.outcomes) for datum in _data(request, index, outcome)
         ]
@@ -66,13 +93,13 @@ class ResultEncoder:
         parts = list(_split(data, self._limit - fixed_bytes(job.record, job.headers, request)))
         outgoing = []
         for number, part in enumerate(parts):
-            result = Result(
+            result = EncodedResult(
                 id=request.id,
                 model=request.model,
                 model_version=version,
                 dimensions=request.dimensions,
                 dtype=request.dtype,
-                data=part,  # type: ignore[arg-type]  # already encoded, one by one
+                data=part,
                 usage=Usage(tokens, tokens),
                 timings=Timings(job.queue_s, job.tokenize_s, job.compute_s),
                 metadata=request.metadata,
@@ -82,39 +109,65 @@ class ResultEncoder:
             value = codec.encode(result, request.format)
             headers = self._headers(job.headers, request.format, status, version)
             outgoing.append(self._addressed(job.record, job.headers, request.id, value, headers))
-        return Reply(job.record, job.headers, request.format, envelope, outgoing, status, errors)
+        return Reply(
+            record=job.record,
+            headers=job.headers,
+            format=request.format,
+            envelope=envelope,
+            outgoing=outgoing,
+            status=status,
+            errors=errors,
+        )
 
-    def of_refusal(self, record: Record, refusal: Rejection) -> Reply:
-        """The error result of a record that is no job of ours."""
-        headers = refusal.headers if refusal.reply else _unaddressed(refusal.headers)
+    def of_rejection(self, record: Record, rejection: Rejection) -> Reply:
+        """The error result of a record that is not a job that can run here."""
         return self._failure(
             record,
-            headers,
-            refusal.format,
-            refusal.envelope,
-            refusal.error,
-            None,
-            refusal.error if refusal.dead_letter else None,
+            rejection.headers if rejection.reply else _unaddressed(rejection.headers),
+            rejection.format,
+            rejection.envelope,
+            rejection.error,
+            dead_letter=rejection.dead_letter,
         )
 
-    def of_undeliverable(self, job_reply: Reply, error: ErrorBody) -> Reply:
-        """What is left to say when the broker refuses a result at its reply address: the error, on the results topic."""
-        headers = _unaddressed(job_reply.headers)
-        return self._failure(
-            job_reply.record, headers, job_reply.format, job_reply.envelope, error, None, dead_letter=error
-        )
+    def of_undeliverable(self, reply: Reply, error: ErrorBody) -> Reply:
+        """What is left to say when the brokers refuse a result at its reply address: the error, on the results topic."""
+        headers = _unaddressed(reply.headers)
+        return self._failure(reply.record, headers, reply.format, reply.envelope, error, dead_letter=True)
 
-    def dead_letter(
-        self, record: Record, error: ErrorBody, *, partition: int | None, result_sent: bool
-    ) -> Outgoing:
-        """The record as it came, with Spring's, Kafka Connect's and our headers about it. Ours come last.
+    def dead_letter(self, reply: Reply, partition: int | None) -> Outgoing:
+        """The record as it came, and headers of Spring, Kafka Connect and ours that say why; ours come last.
 
         One with neither key nor value gets its position for a key, since aiokafka sends no record without both.
         """
-        origin = record.ticket.partition
+        record = reply.record
         key = record.name.encode() if record.key is None and record.value is None else record.key
+        return Outgoing(
+            topic=self._topics.dead_letters,
+            partition=partition,
+            key=key,
+            value=record.value,
+            headers=[*record.headers, *self._about(reply)],
+            timestamp_ms=record.timestamp_ms if record.timestamp_ms >= 0 else None,
+        )
+
+    def bare_dead_letter(self, reply: Reply, partition: int | None) -> Outgoing:
+        """The same without the record's own content, for one that the brokers do not take: its position for a key."""
+        return msgspec.structs.replace(
+            self.dead_letter(reply, partition),
+            key=reply.record.name.encode(),
+            value=None,
+            headers=self._about(reply),
+        )
+
+    def _about(self, reply: Reply) -> list[Header]:
+        """The headers of a dead letter that say where the record came from and what was wrong with it."""
+        record, error = reply.record, reply.dead_letter
+        if error is None:
+            raise RuntimeError("a reply without an error went to the dead letters. This is a bug.")
+        origin = record.ticket.partition
         text = error.message.encode()
-        about: list[Header] = [
+        return [
             ("kafka_dlt-original-topic", origin.topic.encode()),
             ("kafka_dlt-original-partition", struct.pack(">i", origin.partition)),
             ("kafka_dlt-original-offset", struct.pack(">q", record.ticket.offset)),
@@ -136,16 +189,8 @@ class ResultEncoder:
             ("embedq-error-code", error.code.encode()),
             ("embedq-error-message", text),
             ("embedq-attempts", b"1"),
-            ("embedq-result-sent", b"true" if result_sent else b"false"),
+            ("embedq-result-sent", b"true" if reply.outgoing else b"false"),
         ]
-        return Outgoing(
-            self._topics.dead_letters,
-            partition,
-            key,
-            record.value,
-            [*record.headers, *about],
-            record.timestamp_ms if record.timestamp_ms >= 0 else None,
-        )
 
     def _failure(
         self,
@@ -154,24 +199,36 @@ class ResultEncoder:
         format: Format,
         envelope: Envelope,
         error: ErrorBody,
-        version: str | None,
-        dead_letter: ErrorBody | None = None,
+        *,
+        model_version: str | None = None,
+        dead_letter: bool = False,
     ) -> Reply:
-        """An error result. A caller's own key, headers and metadata may leave no room even for that: then they stay out."""
+        """An error result. The caller's own key, headers and metadata are left out where they make even that too large."""
         id = envelope.id if envelope.id is not None else record.name
         metadata = envelope.metadata if bytes(envelope.metadata) else codec.null(format)
-        failure = Failure(id=id, model=envelope.model, model_version=version, error=error, metadata=metadata)
+        failure = Failure(
+            id=id, model=envelope.model, model_version=model_version, error=error, metadata=metadata
+        )
         value = codec.encode(failure, format)
         outgoing = self._addressed(
-            record, headers, id, value, self._headers(headers, format, "error", version)
+            record, headers, id, value, self._headers(headers, format, "error", model_version)
         )
         if _size(outgoing) > self._limit:
             bare = msgspec.structs.replace(failure, metadata=codec.null(format))
             outgoing = msgspec.structs.replace(outgoing, key=id.encode(), value=codec.encode(bare, format))
         if _size(outgoing) > self._limit:
-            silent = self._headers(JobHeaders(), format, "error", version)
+            silent = self._headers(JobHeaders(), format, "error", model_version)
             outgoing = msgspec.structs.replace(outgoing, headers=silent)
-        return Reply(record, headers, format, envelope, [outgoing], "error", (error,), dead_letter)
+        return Reply(
+            record=record,
+            headers=headers,
+            format=format,
+            envelope=envelope,
+            outgoing=[outgoing],
+            status="error",
+            errors=(error,),
+            dead_letter=error if dead_letter else None,
+        )
 
     def _headers(
         self, headers: JobHeaders, format: Format, status: ResultStatus, version: str | None
@@ -189,7 +246,13 @@ class ResultEncoder:
         self, record: Record, headers: JobHeaders, id: str, value: bytes, own: list[Header]
     ) -> Outgoing:
         key = record.key if record.key is not None else id.encode()
-        return Outgoing(headers.reply_topic or self._topics.results, headers.reply_partition, key, value, own)
+        return Outgoing(
+            topic=headers.reply_topic or self._topics.results,
+            partition=headers.reply_partition,
+            key=key,
+            value=value,
+            headers=own,
+        )
 
 
 def _unaddressed(headers: JobHeaders) -> JobHeaders:
@@ -250,15 +313,15 @@ def _embedding(request: Request, vector: bytes) -> bytes | str | msgspec.Raw:
     return msgspec.Raw(orjson.dumps(numbers, option=orjson.OPT_SERIALIZE_NUMPY))
 
 
-def _split(data: list[msgspec.Raw], room: int) -> list[list[msgspec.Raw]]:
-    """Parts in order, each within `room` bytes; an item over it stands alone (admission has made sure that one fits)."""
+def _split(data: list[msgspec.Raw], limit: int) -> list[list[msgspec.Raw]]:
+    """Parts in order, each within `limit` bytes; a larger item is a part of its own (admission has made sure that one fits)."""
     parts: list[list[msgspec.Raw]] = [[]]
-    left = room
+    left = limit
     for datum in data:
         size = len(bytes(datum)) + _DATUM_SEPARATOR
         if size > left and parts[-1]:
             parts.append([])
-            left = room
+            left = limit
         parts[-1].append(datum)
         left -= size
     return parts

@@ -1,49 +1,57 @@
-"""What a failure on the device means, in two names that the service knows: out of memory, and a device that is lost."""
+"""The device a thread launches on, its memory, and what its failures mean: out of memory, or a device that is lost."""
 
 from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from embedq_consumer.engine import DeviceLost, Memory, OutOfMemory, Pending
-from embedq_consumer.engine.devices import current
+from embedq_consumer.engine.api import DeviceLost, Memory, OutOfMemory, Pending
 
-__all__ = ["guarded", "memory", "named"]
+__all__ = ["current", "memory", "translate_errors", "translated"]
 
 _OUT_OF_MEMORY = ("out of memory", "alloc_failed", "can't allocate memory", "not enough memory")
-"""How CUDA, its libraries and PyTorch's CPU allocator say it where they do not raise an exception of its own."""
+"""How CUDA, its libraries and PyTorch's CPU allocator word it where they raise no specific exception."""
 
 
-class _Guarded(msgspec.Struct, frozen=True):
-    """Vectors on their way, of which a failure gets its name."""
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Make `device` the thread's current one within the context.
+
+    Triton and CuTe launch their kernels on the thread's current device, whatever device their tensors are on, and a new
+    thread starts on the first one.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+class _Translated(msgspec.Struct, frozen=True):
+    """Vectors that are being computed, with `translate_errors` around their result."""
 
     device: torch.device
     pending: Pending
 
     def result(self) -> npt.NDArray[np.float32]:
-        with named(self.device):
+        with translate_errors(self.device):
             return self.pending.result()
 
 
-def guarded(device: torch.device, start: Callable[[], Pending]) -> Pending:
-    """What `start` gives, with `named` around it now and around its result later."""
-    with named(device):
-        return _Guarded(device, start())
+def translated(device: torch.device, start: Callable[[], Pending]) -> Pending:
+    """What `start` returns, with `translate_errors` around the call now and around its result later."""
+    with translate_errors(device):
+        return _Translated(device, start())
 
 
 @contextmanager
-def named(device: torch.device) -> Iterator[None]:
-    """Work on `device`, and give its failures their names; others stay as they are.
+def translate_errors(device: torch.device) -> Iterator[None]:
+    """Work on `device`, and raise its failures as what they mean; other exceptions pass unchanged.
 
     Raises:
-        OutOfMemory: the device had too little memory left. What it held for later is given back, so that less fits.
-        DeviceLost: the device's context is broken, and every later call would fail too.
+        OutOfMemory: the device had too little memory left. What PyTorch cached is released, so that a smaller batch may fit.
+        DeviceLost: the device's context is broken, so every later call would fail too.
     """
     try:
         with current(device):
@@ -63,7 +71,7 @@ def named(device: torch.device) -> Iterator[None]:
 
 
 def memory(device: torch.device) -> Memory | None:
-    """The device's memory, None for a CPU. What PyTorch holds without using it counts as free."""
+    """The device's memory; None for a CPU. What PyTorch holds without using it counts as free."""
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)

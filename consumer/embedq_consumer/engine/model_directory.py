@@ -1,8 +1,8 @@
 """What a model directory says, read and checked before any weight is loaded.
 
 The layout is sentence-transformers' own (`modules.json` and the folders it names); a directory without `modules.json`
-is a bare Hugging Face checkpoint. Whatever changes vectors is either understood here or refused by name: a setting
-that we silently skipped would give wrong vectors that look right.
+is a bare Hugging Face checkpoint. Every setting that changes vectors is either understood here or refused by name: one
+that was silently skipped would give wrong vectors that look right.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import msgspec
 
-from embedq_consumer.engine import ModelError
+from embedq_consumer.engine.api import ModelError
+from embedq_consumer.engine.pooling import POOLINGS
 
-__all__ = ["Activation", "Dense", "ModelDirectory", "Pooling", "TensorSlice", "read_directory", "read_header"]
+__all__ = ["Activation", "Dense", "ModelDirectory", "TensorSlice", "read_directory", "read_header"]
 
-Pooling = Literal["cls", "mean", "lasttoken"]
 Activation = Literal["identity", "tanh"]
 
 _TRANSFORMER_CONFIGS = (
@@ -42,7 +42,7 @@ _ACTIVATIONS: dict[str, Activation] = {
     "torch.nn.modules.linear.Identity": "identity",
     "torch.nn.modules.activation.Tanh": "tanh",
 }
-# What these settings choose is ours to choose: the dtype, the attention, where padding would go, what is cached.
+# What these settings choose, embedq chooses itself: the dtype, the attention, the side of padding, what is cached.
 _HARMLESS_KWARGS = frozenset(
     {
         "attn_implementation",
@@ -55,10 +55,10 @@ _HARMLESS_KWARGS = frozenset(
     }
 )
 _HEADER_LIMIT = 100_000_000
-"""Bytes; the bound that the safetensors format itself puts on a header."""
+"""Bytes: the safetensors format's own bound for a header."""
 
 
-class TensorSlice(msgspec.Struct, frozen=True):
+class TensorSlice(msgspec.Struct, frozen=True, kw_only=True):
     """Where one tensor's bytes lie: `[begin, end)` of `file`."""
 
     name: str
@@ -70,7 +70,7 @@ class TensorSlice(msgspec.Struct, frozen=True):
 
 
 class Dense(msgspec.Struct, frozen=True):
-    """A linear layer behind the pooling, with a bias or without one: `activation(weight · vector + bias)`."""
+    """A linear layer after the pooling, with or without a bias: `activation(weight · vector + bias)`."""
 
     weight: TensorSlice
     bias: TensorSlice | None
@@ -86,7 +86,7 @@ class Dense(msgspec.Struct, frozen=True):
 
 
 class ModelDirectory(msgspec.Struct, frozen=True, kw_only=True):
-    """One checked directory. Holds nothing that depends on where the directory lies, but for the paths."""
+    """One checked directory. Only the paths depend on where it lies."""
 
     root: Path
     checkpoint: Path
@@ -94,11 +94,12 @@ class ModelDirectory(msgspec.Struct, frozen=True, kw_only=True):
     config: dict[str, Any]
     """`config.json` as it is."""
     tokenizer_config: dict[str, Any]
-    pooling: Pooling
+    pooling: str
+    """A name in `POOLINGS`."""
     pooling_dimension: int | None
-    """The vector's length that the pooling's configuration expects; None if it says nothing."""
+    """The vector's length according to the pooling's configuration; None if it does not say."""
     dense: tuple[Dense, ...]
-    """What the pooled vector goes through, in order; each takes what the one in front of it gives."""
+    """The layers that the pooled vector goes through, in order; each takes the output of the one before."""
     prompts: dict[str, str]
     default_prompt: str
     lower_case: bool
@@ -115,7 +116,7 @@ class ModelDirectory(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_directory(path: Path) -> ModelDirectory:
-    """Read and check `path`; reads the weights' headers but none of their bytes.
+    """Read and check `path`; of the weights, only the headers are read.
 
     Raises:
         ModelError: a file is missing or malformed, or asks for something that embedq does not run.
@@ -173,7 +174,7 @@ def _modules(path: Path) -> tuple[dict[str, str], list[str]]:
         if kind not in ("Transformer", "Pooling", "Dense", "Normalize") or kind in found:
             raise ModelError(
                 f"{file}: type: embedq runs one Transformer, one Pooling, Dense modules and one Normalize, "
-                f"and was given {entry.get('type')!r}"
+                f"got {entry.get('type')!r}"
             )
         if not isinstance(folder, str) or Path(folder).is_absolute() or ".." in Path(folder).parts:
             raise ModelError(f"{file}: path: expected a folder below the model's own, got {folder!r}")
@@ -194,7 +195,7 @@ def _dense(folders: tuple[Path, ...]) -> tuple[Dense, ...]:
         layer = _dense_layer(folder)
         if layers and layers[-1].width_out != layer.width_in:
             raise ModelError(
-                f"{folder / 'config.json'}: in_features is {layer.width_in}, but the Dense module in front of it "
+                f"{folder / 'config.json'}: in_features is {layer.width_in}, but the Dense module before it "
                 f"gives {layers[-1].width_out}"
             )
         layers.append(layer)
@@ -285,7 +286,7 @@ def _transformer_settings(checkpoint: Path) -> tuple[bool, int | None]:
     return _flag(file, settings, "do_lower_case", False), next((n for n in limits if n is not None), None)
 
 
-def _pooling(file: Path) -> tuple[Pooling, int | None]:
+def _pooling(file: Path) -> tuple[str, int | None]:
     settings = _read_object(file)
     if not _flag(file, settings, "include_prompt", True):
         raise ModelError(f"{file}: include_prompt: false is not supported")
@@ -297,14 +298,14 @@ def _pooling(file: Path) -> tuple[Pooling, int | None]:
         field = ", ".join(flags)
         modes = [_LEGACY_POOLING[name] for name in flags] or ["mean"]
     modes = [modes] if isinstance(modes, str) else modes
-    if not isinstance(modes, list) or len(modes) != 1 or modes[0] not in ("cls", "mean", "lasttoken"):
-        raise ModelError(f"{file}: {field}: expected one of cls, mean, lasttoken, got {modes!r}")
+    if not isinstance(modes, list) or len(modes) != 1 or modes[0] not in POOLINGS:
+        raise ModelError(f"{file}: {field}: expected one of {', '.join(POOLINGS)}, got {modes!r}")
     names = ("embedding_dimension", "word_embedding_dimension")
     dimension = next((_positive(file, settings, name) for name in names if name in settings), None)
-    return cast("Pooling", modes[0]), dimension
+    return str(modes[0]), dimension
 
 
-def _bare_pooling(config: Mapping[str, Any]) -> Pooling:
+def _bare_pooling(config: Mapping[str, Any]) -> str:
     """Without `modules.json`: the last token for a causal language model, else the mean, as sentence-transformers does."""
     architectures = config.get("architectures") or [""]
     causal = str(architectures[0]).endswith("ForCausalLM") and config.get("is_causal", True)
@@ -356,7 +357,7 @@ def _tensors(checkpoint: Path) -> tuple[TensorSlice, ...]:
 
 
 def read_header(file: Path) -> list[TensorSlice]:
-    """The tensors of one safetensors file, whose size must be what the header promises."""
+    """The tensors of one safetensors file, whose size must be what its header says."""
     if not file.is_file():
         raise ModelError(f"{file}: missing")
     size = file.stat().st_size
@@ -373,12 +374,21 @@ def read_header(file: Path) -> list[TensorSlice]:
             begin, end = entry["data_offsets"]
             shape = tuple(int(n) for n in entry["shape"])
             tensors.append(
-                TensorSlice(name, str(entry["dtype"]), shape, file, 8 + length + begin, 8 + length + end)
+                TensorSlice(
+                    name=name,
+                    dtype=str(entry["dtype"]),
+                    shape=shape,
+                    file=file,
+                    begin=8 + length + begin,
+                    end=8 + length + end,
+                )
             )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{file}: not a safetensors header") from error
     if max((tensor.end for tensor in tensors), default=8 + length) != size:
-        raise ModelError(f"{file}: cut short: {size} bytes are not what its header promises")
+        raise ModelError(
+            f"{file}: cut short: it has {size} bytes, which is not the size that its header says"
+        )
     return tensors
 
 

@@ -1,4 +1,4 @@
-"""Whether a record is a job that this replica can run. Pure: the model, the clock and the broker's topics are arguments."""
+"""Whether a record is a job that this replica can run. Pure: model, time and the broker's topics are arguments."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from embedq_shared.topics import CONTENT_TYPE, MSGPACK_TYPES, Topics
 PartitionCount = Callable[[str], int | None]
 
 
-class Rejection(msgspec.Struct, frozen=True):
-    """Why a record gets an error for an answer.
+class Rejection(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a record is answered with an error.
 
-    `dead_letter`: no result can answer the record fully, so it is copied to the dead-letter topic too.
-    `reply`: whether the answer goes to the reply address, or else to the results topic.
+    `dead_letter`: a result alone is not enough to answer the record, so it is copied to the dead-letter topic too.
+    `reply`: whether the error goes to the reply address, or to the results topic instead.
     """
 
     error: ErrorBody
@@ -38,9 +38,9 @@ class Rejection(msgspec.Struct, frozen=True):
 
 
 class UnknownAddress(msgspec.Struct, frozen=True):
-    """The reply topic, or its partition, is not among those last seen: ask the broker before refusing the job.
+    """The reply topic, or its partition, is not among those last seen: ask the broker before rejecting the job.
 
-    `error` is what the job gets if the broker does not know it either.
+    `error` is the job's result if the broker does not know it either.
     """
 
     headers: JobHeaders
@@ -60,39 +60,41 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
     def admit(
         self, record: Record, encoder: Encoder, now_ms: float, partitions: PartitionCount
     ) -> JobState | Rejection | UnknownAddress:
-        """The job of one record, or why there is none."""
+        """The job of one record, or why it is rejected. Raises nothing, whatever the record holds."""
         headers = parse(record.headers)
         format = codec.format_of(headers.content_type)
         address = self._check_address(headers, partitions)
         if isinstance(address, UnknownAddress):
             return address
         if address is not None:
-            return self._refuse(record, headers, format or "json", address, dead_letter=True, reply=False)
+            return self._reject_address(record, headers, format, address)
         if format is None:
             known = ", ".join(["application/json", *sorted(MSGPACK_TYPES)])
             error = ErrorBody.of(
                 "unsupported_content_type", f"header `{CONTENT_TYPE}`: expected one of {known}", CONTENT_TYPE
             )
-            return Rejection(error, "json", headers, Envelope(), dead_letter=True)
+            return Rejection(
+                error=error, format="json", headers=headers, envelope=Envelope(), dead_letter=True
+            )
         try:
             job = codec.decode_job(record.value, format, max_inputs=self.max_inputs)
         except BadJob as bad:
-            # A value that does not decode is kept for whoever debugs its producer.
+            # A value that does not decode is kept, so that its producer can be debugged.
             return Rejection(
-                bad.error, format, headers, bad.envelope, dead_letter=bad.error.code == "malformed"
+                error=bad.error,
+                format=format,
+                headers=headers,
+                envelope=bad.envelope,
+                dead_letter=bad.error.code == "malformed",
             )
         envelope = codec.envelope_of(job)
-        if headers.bad_deadline is not None:
-            return Rejection(headers.bad_deadline, format, headers, envelope)
-        if headers.deadline_ms is not None and headers.deadline_ms <= now_ms:
-            return Rejection(EXPIRED, format, headers, envelope)
-        request = self._request(record, headers, job, format, encoder)
+        request = _check_deadline(headers, now_ms) or self._request(record, headers, job, format, encoder)
         if isinstance(request, ErrorBody):
-            return Rejection(request, format, headers, envelope)
+            return Rejection(error=request, format=format, headers=headers, envelope=envelope)
         return JobState(record, headers, request, encoder)
 
     def check_text(self, request: Request, index: int) -> ErrorBody | None:
-        """Why one text is refused before it is tokenized: tokenizing costs time and memory in its bytes."""
+        """Why one text is rejected before it is tokenized: tokenizing takes time and memory in proportion to its bytes."""
         text = request.texts[index]
         # A character is 1 to 4 bytes of UTF-8: count only where the limit is near.
         if len(text) * 4 <= self.max_text_bytes or len(text.encode()) <= self.max_text_bytes:
@@ -105,7 +107,7 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
     def _check_address(
         self, headers: JobHeaders, partitions: PartitionCount
     ) -> ErrorBody | UnknownAddress | None:
-        """Whether a result can be sent there; an unusable address means that the job is not computed."""
+        """Why no result can be sent to the reply address, so that the job need not be computed; None if one can."""
         if headers.bad_address is not None:
             return headers.bad_address
         topic = headers.reply_topic
@@ -116,8 +118,8 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
         elif not self._is_allowed(topic):
             return ErrorBody.of(
                 "invalid_header",
-                "header `reply-topic`: expected a topic that this service may answer to; embedq's own job, control, "
-                "status, retry and dead-letter topics, and names that begin with `__`, never are",
+                "header `reply-topic`: expected a topic that this service may send replies to, which embedq's own job, "
+                "control, status, retry and dead-letter topics and names that begin with `__` never are",
                 "reply-topic",
             )
         count = partitions(topic)
@@ -125,7 +127,7 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
             error = "header `reply-topic`: expected a topic that exists"
             return UnknownAddress(headers, ErrorBody.of("invalid_header", error, "reply-topic"))
         if headers.reply_partition is not None and headers.reply_partition >= count:
-            error = f"header `reply-partition`: expected a partition below {count}, which is how many its topic has"
+            error = f"header `reply-partition`: expected a number less than {count}, the number of partitions of its topic"
             return UnknownAddress(headers, ErrorBody.of("invalid_header", error, "reply-partition"))
         return None
 
@@ -136,27 +138,23 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
         return ours or any(fnmatch.fnmatchcase(topic, pattern) for pattern in self.reply_patterns)
 
     def unknown_address(self, record: Record, address: UnknownAddress) -> Rejection:
-        """The refusal of a job whose reply address the broker does not have."""
-        format = codec.format_of(address.headers.content_type) or "json"
-        return self._refuse(record, address.headers, format, address.error, dead_letter=True, reply=False)
+        """The rejection of a job whose reply address does not exist on the broker either."""
+        format = codec.format_of(address.headers.content_type)
+        return self._reject_address(record, address.headers, format, address.error)
 
-    def _refuse(
-        self,
-        record: Record,
-        headers: JobHeaders,
-        format: Format,
-        error: ErrorBody,
-        *,
-        dead_letter: bool,
-        reply: bool,
+    def _reject_address(
+        self, record: Record, headers: JobHeaders, format: Format | None, error: ErrorBody
     ) -> Rejection:
-        """A refusal that repeats what can be read of the job."""
+        """The error goes to the results topic, with what can be read of the job's id and metadata."""
+        format = format or "json"
         try:
             job = codec.decode_job(record.value, format, max_inputs=self.max_inputs)
             envelope = codec.envelope_of(job)
         except BadJob as bad:
             envelope = bad.envelope
-        return Rejection(error, format, headers, envelope, dead_letter, reply)
+        return Rejection(
+            error=error, format=format, headers=headers, envelope=envelope, dead_letter=True, reply=False
+        )
 
     def _request(
         self, record: Record, headers: JobHeaders, job: Job, format: Format, encoder: Encoder
@@ -165,7 +163,9 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
         alias = DEFAULT_ALIAS if job.model is None else job.model
         if alias != self.alias:
             return ErrorBody.of(
-                "unknown_model", f"`model`: expected {self.alias!r}, the one alias served here", "model"
+                "unknown_model",
+                f"`model`: expected {self.alias!r}, the only model alias served here",
+                "model",
             )
         dimensions = encoder.hidden_size if job.dimensions is None else job.dimensions
         if dimensions > encoder.hidden_size:
@@ -178,13 +178,13 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
         if dtype == "binary" and dimensions % 8:
             return ErrorBody.of(
                 "invalid_value",
-                f"`dimensions`: expected a multiple of 8 where `dtype` is binary; the model has {dimensions}",
+                f"`dimensions`: expected a multiple of 8 where `dtype` is binary; the default, the model's hidden size, is {dimensions}",
                 "dimensions",
             )
         if job.chunk is not None and job.chunk.mode == "late" and not encoder.late_chunks:
             return ErrorBody.of(
                 "invalid_value",
-                "`chunk.mode`: expected mean; this model's vector is that of its first token, so a span has none",
+                "`chunk.mode`: expected mean; this model takes its vector from the first token, so spans have no vectors",
                 "chunk.mode",
             )
         listed = not isinstance(job.input, str)
@@ -215,12 +215,20 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
 
 
 EXPIRED: Final = ErrorBody.of(
-    "expired", "header `deadline`: expected a time after the job is taken up", "deadline"
+    "expired", "header `deadline`: expected a time in the future when the job is read", "deadline"
 )
 
 
+def _check_deadline(headers: JobHeaders, now_ms: float) -> ErrorBody | None:
+    if headers.bad_deadline is not None:
+        return headers.bad_deadline
+    if headers.deadline_ms is not None and headers.deadline_ms <= now_ms:
+        return EXPIRED
+    return None
+
+
 def _chunking(job: Job, encoder: Encoder) -> Chunking | None:
-    """What the job asks for, so that equal wishes are equal values."""
+    """The job's chunking with its defaults filled in, so that jobs which mean the same have equal values."""
     if job.chunk is None:
         return None
     default = DEFAULT_CHUNK_TOKENS if job.chunk.mode == "late" else encoder.max_tokens

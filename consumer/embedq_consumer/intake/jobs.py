@@ -1,4 +1,4 @@
-"""A job in flight, from the record it came in to the answer that it gets."""
+"""A job in flight, from its record to its result."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ class InputVector(msgspec.Struct, frozen=True, gc=False):
 
     vector: bytes
     tokens: int
-    truncated: Literal["start", "end"] | None  # the policy by which it was cut, None if it was not
+    truncated: Literal["start", "end"] | None
+    """The policy by which it was cut; None if it was not."""
     scale: float | None
+    """What int8 components are multiplied by; None for other dtypes."""
     cached: bool
 
 
@@ -34,7 +36,7 @@ class Span(msgspec.Struct, frozen=True, gc=False):
 
 
 class Spans(msgspec.Struct, frozen=True):
-    """The vectors of all spans of one input, in order; `tokens` is what was run for it."""
+    """The vectors of all spans of one input, in order; `tokens` is how many were run for it."""
 
     spans: tuple[Span, ...]
     tokens: int
@@ -49,14 +51,17 @@ class Request(msgspec.Struct, frozen=True):
     id: str
     model: str
     texts: list[str]
-    listed: bool  # the input was a list, so that inputs fail one by one
+    listed: bool
+    """The input was a list, so that inputs fail one by one."""
     prompt: str
     dimensions: int
     dtype: Dtype
     encoding: EncodingFormat
     truncate: Truncate
-    chunk: Chunking | None  # its `tokens` are there, and at most the model's limit
-    max_spans: int  # of all its inputs together
+    chunk: Chunking | None
+    """Its `tokens` are filled in, and at most the model's limit."""
+    max_spans: int
+    """Of all its inputs together."""
     metadata: msgspec.Raw
     format: Format
 
@@ -71,7 +76,7 @@ class Request(msgspec.Struct, frozen=True):
 
 
 class JobState:
-    """One job between the poll and its answer. Touched on the event loop alone.
+    """One job between the poll and its result. Touched on the event loop alone.
 
     It keeps the encoder that it was accepted for, so that no job is ever split over two model versions.
     """
@@ -102,7 +107,11 @@ class JobState:
         self.compute_s: float | None = None
 
     def settle(self, index: int, outcome: Outcome) -> bool:
-        """Give one input its outcome. True when that was the last one."""
+        """Give one input its outcome. True if that was the last one.
+
+        Raises:
+            RuntimeError: it has one already.
+        """
         if self.outcomes[index] is not None:
             raise RuntimeError(f"input {index} settled twice. This is a bug.")
         if isinstance(outcome, Spans):
@@ -118,10 +127,10 @@ class JobState:
         return self.headers.deadline_ms is not None and self.headers.deadline_ms <= now_ms
 
     def failure(self) -> ErrorBody | None:
-        """Why the job as a whole has no vectors; None if any input has one or a list names its errors one by one."""
+        """Why the job as a whole failed; None if any input has a vector, or if a list names its errors one by one."""
         errors = [outcome for outcome in self.outcomes if isinstance(outcome, ErrorBody)]
         if over := next((error for error in errors if error.code == "too_many_inputs"), None):
-            return over  # which inputs found no room is chance: the job fails the same way each time
+            return over  # which inputs came first is chance: the whole job fails, the same way each time
         if len(errors) < len(self.outcomes):
             return None
         if not self.request.listed or all(error.code == "expired" for error in errors):
@@ -130,7 +139,7 @@ class JobState:
 
 
 def too_many_spans(request: Request) -> ErrorBody:
-    """A job whose late chunks are more vectors than a job may have."""
+    """The error of a job whose spans are more than a job may have."""
     return ErrorBody.of(
         "too_many_inputs",
         f"`chunk`: expected at most {request.max_spans} spans in a job; `tokens` may be larger",

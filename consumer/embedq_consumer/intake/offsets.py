@@ -6,7 +6,8 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 
 import msgspec
-from aiokafka import TopicPartition
+
+from embedq_shared.kafka import TopicPartition
 
 
 class Ticket(msgspec.Struct, frozen=True, gc=False):
@@ -36,7 +37,7 @@ class OffsetLedger:
     Invariants:
         - `committable()` never passes a record that is begun and not finished.
         - It counts the records that were delivered, never offset arithmetic: compaction and transaction markers leave gaps.
-        - A ticket of an earlier epoch changes nothing: its partition may be somebody else's by now.
+        - A ticket of an earlier epoch changes nothing: its partition may belong to another replica by now.
         - Within an epoch, what is committable never goes back.
     """
 
@@ -65,7 +66,7 @@ class OffsetLedger:
         return Ticket(partition, state.epoch, offset)
 
     def advance(self, partition: TopicPartition, position: int) -> None:
-        """Everything below `position` was delivered: it steps over markers and gaps behind the last record."""
+        """Everything below `position` was delivered: it steps over markers and gaps after the last record."""
         state = self._partitions.get(partition)
         if state is not None and (state.next is None or position > state.next):
             state.next = position
@@ -104,7 +105,7 @@ class OffsetLedger:
         return None if state is None else state.next
 
     def committed(self, partition: TopicPartition) -> int | None:
-        """The last offset that `note_committed` was told of in this epoch."""
+        """The last offset that was given to `note_committed` in this epoch."""
         state = self._partitions.get(partition)
         return None if state is None else state.committed
 

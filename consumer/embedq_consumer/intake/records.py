@@ -8,7 +8,7 @@ from embedq_consumer.intake.offsets import Ticket
 from embedq_shared.topics import Lane
 
 
-class Record(msgspec.Struct, frozen=True, gc=False):
+class Record(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """One record of a job topic, as it was polled. `polled_at` is monotonic seconds, `timestamp_ms` Kafka's."""
 
     ticket: Ticket
@@ -19,6 +19,20 @@ class Record(msgspec.Struct, frozen=True, gc=False):
     timestamp_ms: int
     timestamp_type: int
     polled_at: float
+
+    @classmethod
+    def unread(cls, ticket: Ticket, lane: Lane, polled_at: float) -> Record:
+        """A record that the client cannot hand out: nothing is known of it but its place."""
+        return cls(
+            ticket=ticket,
+            lane=lane,
+            key=None,
+            value=None,
+            headers=(),
+            timestamp_ms=-1,
+            timestamp_type=0,
+            polled_at=polled_at,
+        )
 
     @property
     def name(self) -> str:

@@ -9,19 +9,16 @@ from embedq_consumer.intake.records import Record
 from embedq_shared.headers import JobHeaders
 from embedq_shared.vectors import vector_bytes
 
-# Bytes around the vectors: field names, numbers, and for each input index, tokens, flags and brackets.
 _RESULT_OVERHEAD: Final = 1024
-
-
+"""Bytes of a result around its vectors: field names, numbers and brackets, with plenty to spare."""
 _DATUM_OVERHEAD: Final = 192
-
-
-# The longest decimals: "-1.2345679e-10," for float32, and as long for float16; "-128," for int8; "255," for binary.
+"""Bytes of one input in a result around its vector: index, tokens, flags and brackets."""
 _DECIMAL_BYTES: Final = {"float32": 16, "float16": 16, "int8": 5, "binary": 4}
+"""The longest decimals: `-1.2345679e-10,` for float32, and as long for float16; `-128,` for int8; `255,` for binary."""
 
 
 def fixed_bytes(record: Record, headers: JobHeaders, request: Request) -> int:
-    """Upper bound of what each part of a result holds beside its vectors."""
+    """Upper bound of what each part of a result holds in addition to its vectors."""
     echoed = sum(len(name) + len(value) + 8 for name, value in headers.echo)
     key = len(record.key) if record.key is not None else 4 * len(request.id)
     # JSON writes a control character as six bytes.
@@ -50,14 +47,14 @@ def held_bytes(request: Request, hidden_size: int) -> int:
     """What a job's vectors may take in memory, a generous estimate before anything is tokenized."""
     if request.chunk is None:
         return len(request.texts) * datum_bytes(request)
-    # Windows run in micro-batches of their own, and what is there of a text waits, as the model gave it, for the rest.
+    # Windows run in different micro-batches, and the first ones' raw vectors wait in memory for the last one's.
     each = max(datum_bytes(request), 8 * hidden_size)
     return each * (min(request.max_spans, _most_spans(request)) if request.late else len(request.texts))
 
 
 def _most_spans(request: Request) -> int:
-    """A token is a byte at least, and a span three quarters full."""
-    assert request.chunk is not None
-    assert request.chunk.tokens is not None
+    """Upper bound of a job's spans: a token is at least one byte, and a span at least three quarters full."""
+    if request.chunk is None or request.chunk.tokens is None:
+        raise RuntimeError("a request without chunks has no spans. This is a bug.")
     least = request.chunk.tokens - request.chunk.tokens // 4
     return sum(1 + len(text) * (1 if text.isascii() else 4) // least for text in request.texts)

@@ -13,20 +13,19 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from embedq_consumer.batching.token_budget import Budget
 from embedq_consumer.engine import Encoder, Pending, Tokens
 
 Params = ParamSpec("Params")
 Returned = TypeVar("Returned")
 Loader = Callable[[Path], Encoder]
+"""Makes an encoder of a model directory. Blocks; runs on a thread of its own."""
 
 
 class Loaded(msgspec.Struct, frozen=True):
-    """An encoder, the directory that it came from, and the token budget that was found for it, once it was."""
+    """An encoder and the directory that it came from."""
 
     encoder: Encoder
     path: Path
-    budget: Budget | None = None
 
 
 class NoModel(Exception):
@@ -37,36 +36,36 @@ class ModelSlot:
     """Holds the serving encoder. Work reaches the compute thread in call order, so there is no lock.
 
     Invariants: what is submitted, and everything that changes memory on the device, runs on the compute thread; results
-    are waited for on another, so that the next micro-batch reaches the device while this one runs; a load beside the
-    serving model runs on a thread of its own; `loaded` and `busy_since` change on the event loop alone.
+    are waited for on another, so that the next micro-batch reaches the device while this one runs; a load while another
+    model serves runs on a thread of its own; `serving` and `busy_since` change on the event loop alone.
     """
 
     def __init__(self, load: Loader) -> None:
         self._load = load
         self._compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
         self._results = ThreadPoolExecutor(max_workers=1, thread_name_prefix="results")
-        self._beside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
-        self._loaded: Loaded | None = None
+        self._loading = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
         self._running = 0
         self._last_result = 0.0  # monotonic seconds; touched on the results thread alone
+        self.serving: Loaded | None = None
+        """The serving model, if there is one. Changed by `install` and `unload` alone."""
         self.busy_since: float | None = None
         """Monotonic seconds since when the oldest micro-batch under way runs, None while none does."""
 
     @property
     def loaded(self) -> Loaded:
-        """The serving model.
+        """The serving model, where there must be one.
 
         Raises:
             NoModel: none serves right now.
         """
-        if self._loaded is None:
+        if self.serving is None:
             raise NoModel("no model is loaded")
-        return self._loaded
+        return self.serving
 
     async def load(self, path: Path) -> Loaded:
-        """Load a directory beside the serving model, without touching it."""
-        encoder = await _run(self._beside, self._load, path)
-        return Loaded(encoder, path)
+        """Load a directory without touching the serving model."""
+        return Loaded(await _run(self._loading, self._load, path), path)
 
     async def encode(
         self, encoder: Encoder, batch: Sequence[Tokens]
@@ -84,14 +83,18 @@ class ModelSlot:
             self.busy_since = time.monotonic() if self._running else None
 
     def install(self, new: Loaded) -> Loaded | None:
-        """Serve this model from now on; the one before, to be discarded. Nothing may be in flight for that one."""
-        old, self._loaded = self._loaded, new
+        """Serve this model from now on; returns the one before, to be discarded, for which nothing may be in flight."""
+        old, self.serving = self.serving, new
         return old
 
     async def unload(self) -> Path:
-        """Free the serving model; the path it came from. Nothing may be in flight for it."""
+        """Free the serving model, for which nothing may be in flight; returns the directory that it came from.
+
+        Raises:
+            NoModel: none serves right now.
+        """
         old = self.loaded
-        self._loaded = None
+        self.serving = None
         await self.discard(old)
         return old.path
 
@@ -101,7 +104,7 @@ class ModelSlot:
 
     def close(self) -> None:
         """End the threads. Waits for micro-batches that run."""
-        for pool in (self._compute, self._results, self._beside):
+        for pool in (self._compute, self._results, self._loading):
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _submit(
@@ -109,7 +112,7 @@ class ModelSlot:
     ) -> Future[tuple[npt.NDArray[np.float32], float]]:
         submitted = time.monotonic()
         pending = encoder.submit(batch)
-        # From here and not from the event loop, which may be away: the vectors wait for nobody.
+        # From this thread, because the event loop may be busy: the vectors must not wait for it.
         return self._results.submit(self._result, pending, submitted)
 
     def _result(self, pending: Pending, submitted: float) -> tuple[npt.NDArray[np.float32], float]:

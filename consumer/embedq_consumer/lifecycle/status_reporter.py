@@ -1,4 +1,4 @@
-"""What this replica says about itself on the status topic: at each change, and again while it lives."""
+"""What this replica says of itself on the status topic: at each change, and again as long as it lives."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 import msgspec
 
-from embedq_consumer.delivery.publisher import Outgoing
+from embedq_consumer.delivery.outgoing import Outgoing
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.codec import encode_record
 from embedq_shared.messages import STATUS_INTERVAL_S, Control, State, Status, Step
@@ -36,7 +36,7 @@ class StatusReporter:
             at=0,
         )
 
-    async def say(
+    async def update(
         self,
         step: Step,
         state: State,
@@ -61,7 +61,7 @@ class StatusReporter:
         )
         await self._send(self.status)
 
-    async def refuse(self, command: Control, error: str) -> None:
+    async def reject(self, command: Control, error: str) -> None:
         """Say once that a command was not applied, without changing the status."""
         await self._send(
             msgspec.structs.replace(
@@ -74,16 +74,23 @@ class StatusReporter:
             )
         )
 
-    async def repeat(self) -> None:
-        """Say again that this replica lives."""
-        while True:
-            await asyncio.sleep(STATUS_INTERVAL_S)
-            await self.say_again()
-
-    async def say_again(self) -> None:
+    async def resend(self) -> None:
         """Publish the status as it is."""
         await self._send(self.status)
 
+    async def resend_forever(self) -> None:
+        """Publish the status again and again, which says that this replica lives."""
+        while True:
+            await asyncio.sleep(STATUS_INTERVAL_S)
+            await self.resend()
+
     async def _send(self, status: Status) -> None:
-        at = msgspec.structs.replace(status, at=int(time.time() * 1000))
-        await self._publish([Outgoing(self._topic, None, at.replica.encode(), encode_record(at), [])])
+        sent = msgspec.structs.replace(status, at=int(time.time() * 1000))
+        record = Outgoing(
+            topic=self._topic,
+            partition=None,
+            key=sent.replica.encode(),
+            value=encode_record(sent),
+            headers=[],
+        )
+        await self._publish([record])

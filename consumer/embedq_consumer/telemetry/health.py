@@ -1,4 +1,4 @@
-"""Health and metrics over HTTP, in a thread of their own: they answer even while the event loop is stuck."""
+"""Health and metrics over HTTP, in a thread of their own: the pages are served even while the event loop is stuck."""
 
 from __future__ import annotations
 
@@ -21,23 +21,26 @@ from prometheus_client.exposition import choose_encoder
 _SCRAPE_TIMEOUT_S: Final = 10.0
 """How long a silent peer may hold a thread."""
 _POLL_S: Final = 0.1
-"""How often the listening thread looks whether it should end."""
+"""How often the listening thread checks whether it should end."""
 
-log = structlog.get_logger(__name__)
+log = structlog.get_logger()
 
 
 class Report(NamedTuple):
-    """An answer to "is it well?", and the facts behind it, which are sent as JSON."""
+    """Result of a health check: whether all is well, and the facts that say why, which are sent as JSON."""
 
     well: bool
     facts: dict[str, Any]
 
 
 class Health:
-    """What the service knows of itself. Any thread may call any method; times are `time.monotonic()`.
+    """What the service knows of its own health. Any thread may call any method; times are `time.monotonic()` seconds.
 
-    Alive: each registered loop has beaten within its own limit. Ready: alive, and nobody gave a reason why not.
-    A service starts not ready.
+    Invariants:
+
+    - Alive: each registered loop has beaten within its own limit.
+    - Ready: alive, and no reason is set why not. A service starts with the reason "starting".
+    - A loop's last beat never goes back in time.
     """
 
     def __init__(self, reason: str = "starting") -> None:
@@ -53,25 +56,19 @@ class Health:
             self._limits[loop] = limit_s
             self._beats[loop] = now
 
-    def unregister(self, loop: str) -> None:
-        """The loop ended as it should, for instance while draining."""
-        with self._lock:
-            self._limits.pop(loop, None)
-            self._beats.pop(loop, None)
-
     def beat(self, loop: str, now: float) -> None:
-        """This loop is alive. A beat of a loop that is not registered is ignored: it may have just ended."""
+        """This loop is alive. A beat of a loop that is not registered is ignored: it has no limit."""
         with self._lock:
             if loop in self._beats:
                 self._beats[loop] = max(now, self._beats[loop])
 
     def set_ready(self, reason: str | None) -> None:
-        """None: jobs are welcome. Otherwise why not, such as "loading the model" or "draining"."""
+        """None if the service takes jobs, otherwise why not, such as "loading the model" or "draining"."""
         with self._lock:
             self._reason = reason
 
     def tell(self, facts: Mapping[str, object]) -> None:
-        """Show these facts to whoever asks whether the service is ready."""
+        """Show these facts on the readiness page, in addition to those that it shows already."""
         with self._lock:
             self._facts.update(facts)
 
@@ -98,16 +95,16 @@ class Health:
         alive, facts = self.live(now)
         with self._lock:
             reason = self._reason
-            told = dict(self._facts)
+            shown = dict(self._facts)
         if reason is None and alive:
-            return Report(True, {"status": "ok", **told})
+            return Report(True, {"status": "ok", **shown})
         return Report(False, {"status": "not ready", "reason": reason or facts["reason"]})
 
 
 class HealthServer:
     """Serves `/metrics`, `/livez` and `/readyz` from the moment it is made until `close`.
 
-    Port 0 takes a free one; `port` says which. The health answers are 200 or 503, with JSON that says why.
+    Port 0 takes a free one; `port` says which. The health pages answer 200 or 503, with JSON that says why.
 
     Raises:
         OSError: the port is taken, or the address is not this machine's.
@@ -123,7 +120,7 @@ class HealthServer:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         server = _DualStackServer if ":" in host else _Server
-        self._server = server((host, port), partial(_Answer, registry, health, clock))
+        self._server = server((host, port), partial(_RequestHandler, registry, health, clock))
         self.port: int = self._server.server_address[1]
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(_POLL_S,), name="http", daemon=True
@@ -142,7 +139,8 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False  # a scraper that hangs must not keep the process from stopping
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), OSError):  # a peer that went away is its own affair
+        """Log what a request handler raised; the standard library would print it to stderr."""
+        if not isinstance(sys.exception(), OSError):  # a peer that went away is not our failure
             log.exception("http_answer_failed")
 
 
@@ -150,7 +148,7 @@ class _DualStackServer(_Server):
     address_family = socket.AF_INET6
 
 
-class _Answer(BaseHTTPRequestHandler):
+class _RequestHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version = "embedq"
     sys_version = ""
@@ -165,6 +163,7 @@ class _Answer(BaseHTTPRequestHandler):
         super().__init__(*args)
 
     def do_GET(self) -> None:
+        """Serve one page."""
         match urlsplit(self.path).path:
             case "/metrics":
                 self._metrics()
@@ -195,4 +194,4 @@ class _Answer(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Probes and scrapes every few seconds are no news."""
+        """Nothing: probes and scrapes come every few seconds."""

@@ -21,16 +21,15 @@ _CHATTY: Final = (
     "transformers",
     "urllib3",
 )
-"""Libraries of which only warnings are news, whatever our own level is."""
+"""Libraries that are logged from warnings on, whatever our own level is."""
 
 
 def configure(level: str = "info", *, replica: str | None = None, stream: TextIO | None = None) -> None:
-    """Send every event of this process to `stream` (stdout, if none is given) as JSON, from `level` upwards.
+    """Send every event of this process to `stream` (default: stdout) as JSON, from `level` upwards.
 
     An event has `timestamp` (ISO 8601, UTC), `level`, `event`, `logger`, the fields that it was given, and those bound
-    with `structlog.contextvars`. stdlib loggers go the same way, with their message as the event. With `replica` each
-    event says whose it is: several replicas of one command share its stdout. Calling it again replaces what was
-    configured.
+    with `structlog.contextvars`. stdlib loggers go the same way, with their message as the event. With `replica`, each
+    event names it: several replicas of one command share its stdout. A second call replaces the first.
     """
     threshold = logging.getLevelNamesMapping()[level.upper()]
 
@@ -79,11 +78,11 @@ def configure(level: str = "info", *, replica: str | None = None, stream: TextIO
 
 
 def _event_first(logger: Any, method: str, event: EventDict) -> EventDict:
-    """People read these lines too: when, how bad, what; then the rest."""
+    """People read these lines too: first when, how bad and what, then the rest."""
     first = {name: event.pop(name) for name in ("timestamp", "level", "event") if name in event}
     return {**first, **event}
 
 
 def _plain(value: object) -> str:
-    """What JSON has no form for. Only the type of most: an array or a blob that slips into a log must not be quoted."""
+    """What JSON has no form for. Only the type of most: an array or bytes that slip into a log must not be quoted."""
     return str(value) if isinstance(value, BaseException | PurePath | UUID) else f"<{type(value).__name__}>"

@@ -1,4 +1,4 @@
-"""Every metric of the service, in one list. Counted where the fact happens; no label has values that users choose."""
+"""Every metric of the service, in one list. Each is counted where it happens; no label has values that users choose."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ITEMS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 class Metrics:
-    """One registry for each process, so that a test or a second service in one process starts from zero."""
+    """The metrics in a registry of their own, so that a test or a second service in one process starts from zero."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
@@ -47,31 +47,33 @@ class Metrics:
         self.inputs = counter("inputs_total", "Texts answered with a vector.", "lane")
         self.errors = counter("errors_total", "Jobs and single inputs that failed, by error code.", "code")
         self.deduplicated = counter(
-            "deduplicated_total", "Texts that shared the computation of an equal one under way."
+            "deduplicated_total", "Texts that shared the computation of an equal text under way."
         )
         self.truncated = counter("truncated_total", "Texts that were cut, as their job allowed.")
         self.dead_letters = counter(
             "dead_letters_total", "Records copied to the dead-letter topic, by error code.", "code"
         )
         self.in_flight_jobs = gauge("in_flight_jobs", "Jobs accepted and not yet finished.", "lane")
-        self.in_flight_bytes = gauge("in_flight_bytes", "Bytes of the jobs in flight.", "lane")
-        self.paused = gauge("paused", "1 while the lane takes no records, since it is full.", "lane")
+        self.in_flight_bytes = gauge(
+            "in_flight_bytes", "Bytes of the jobs that are accepted and not yet finished.", "lane"
+        )
+        self.paused = gauge("paused", "1 while the lane is full and takes no records.", "lane")
         self.lag = gauge(
             "lag_records",
             "Records between the committed offset and the end of the partition.",
             "topic",
             "partition",
         )
-        self.commits = counter("commits_total", "Offset commits, by outcome.", "outcome")
+        self.commits = counter("commits_total", "Offset commits: ok, error, fenced.", "outcome")
         self.rebalances = counter("rebalances_total", "Partition assignments received.")
         self.assigned = gauge("assigned_partitions", "Partitions that this replica reads.")
 
         # Stages of a job
-        self.queue = seconds("queue", "From the poll to the start of the micro-batch.", "lane")
-        self.tokenize = seconds("tokenize", "Tokenizing one poll's texts.")
+        self.queue = seconds("queue", "From the poll of a job to the start of its micro-batch.", "lane")
+        self.tokenize = seconds("tokenize", "Tokenizing the texts of one poll.")
         self.compute = seconds("compute", "Running one micro-batch.")
         self.publish = seconds("publish", "From encoding results to the broker's acknowledgement.")
-        self.job = seconds("job", "From the poll to the acknowledged result.", "lane")
+        self.job = seconds("job", "From the poll of a job to its acknowledged result.", "lane")
 
         # Micro-batches
         self.batch_tokens = Histogram(
@@ -87,7 +89,7 @@ class Metrics:
             buckets=(0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 1.0),
         )
         self.batch_budget = gauge(
-            "batch_budget_tokens", "Tokens that a micro-batch may hold; lowered when memory runs out."
+            "batch_budget_tokens", "Tokens that a micro-batch may hold; lowered when device memory runs out."
         )
         self.batch_splits = counter("batch_splits_total", "Micro-batches halved after they failed.")
         self.tokens = counter("tokens_total", "Tokens run through the model.")
@@ -98,22 +100,31 @@ class Metrics:
             "cache_lookups_total", "Cache look-ups: hit, miss, corrupt, error, bypass.", "outcome"
         )
         self.cache_writes = counter("cache_writes_total", "Cache writes: ok, error, bypass.", "outcome")
-        self.cache_seconds = seconds("cache", "One round trip to Redis.", "operation")
-        self.cache_open = gauge("cache_breaker_open", "1 while Redis is left alone after failures.")
+        self.cache_seconds = seconds(
+            "cache", "One round trip to Redis, by operation: ping, get, put.", "operation"
+        )
+        self.cache_open = gauge(
+            "cache_breaker_open",
+            "1 while the circuit breaker keeps the cache from asking Redis.",
+        )
 
         # Results
         self.results = counter("results_total", "Result records acknowledged by the broker.")
         self.result_bytes = counter("result_bytes_total", "Bytes of acknowledged result values.")
-        self.producer_restarts = counter("producer_restarts_total", "Producers replaced after an error.")
+        self.producer_restarts = counter(
+            "producer_restarts_total", "Kafka producers replaced after an error."
+        )
 
         # Model
-        self.model = Info("embedq_model", "The model that serves.", registry=registry)
+        self.model = Info("embedq_model", "The model that the replica serves.", registry=registry)
         self.reloads = counter("reloads_total", "Control records applied: ready, failed, ignored.", "outcome")
-        self.reload_seconds = seconds("reload_step", "Each step of a reload.", "step")
+        self.reload_seconds = seconds("reload_step", "Time spent in each step of a reload.", "step")
         self.ready = gauge("ready", "1 while the replica takes jobs.")
-        self.heartbeat_age = gauge("loop_heartbeat_age_seconds", "Age of the slowest loop's last heartbeat.")
+        self.heartbeat_age = gauge(
+            "loop_heartbeat_age_seconds", "Age of the last heartbeat of the slowest loop."
+        )
 
-        # From the start at 0: Prometheus sees no increase in a series that begins at 1.
+        # Every series exists from the start, at 0: Prometheus sees no increase in a series that begins at 1.
         for lane in LANES:
             self.records.labels(lane)
             for status in get_args(ResultStatus):

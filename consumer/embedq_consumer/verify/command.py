@@ -1,6 +1,6 @@
-"""`embedq verify MODEL --against MODEL`: what changes when one model, dtype or device takes another's place.
+"""`embedq verify MODEL --against MODEL`: what changes when one model, dtype or device replaces another.
 
-A plug-in of the command line (entry point `embedq.commands`). Both models run one after the other, as the service runs
+A plug-in of the command line (entry point `embedq.commands`). The models run one after the other, as the service runs
 them, so that one GPU is enough. Nothing is written anywhere.
 """
 
@@ -33,8 +33,9 @@ from embedq_consumer.engine import (
     load_encoder,
 )
 from embedq_consumer.engine.text.prompts import prompt_for
-from embedq_consumer.verify import similarity as likeness
+from embedq_consumer.verify import similarity
 from embedq_consumer.verify.sample_texts import sample_texts
+from embedq_shared.grouping import batched_by
 from embedq_shared.messages import Job
 
 __all__ = ["verify"]
@@ -52,13 +53,13 @@ class Unusable(Exception):
 
 
 class Line(msgspec.Struct, frozen=True):
-    """One text, and where it stands in its file, from 1 on."""
+    """One text, and its line number in the file, from 1 on."""
 
     number: int
     text: str
 
 
-class Setup(msgspec.Struct, frozen=True):
+class Setup(msgspec.Struct, frozen=True, kw_only=True):
     """How one model is loaded."""
 
     path: Path
@@ -81,13 +82,13 @@ class Side(msgspec.Struct, frozen=True, kw_only=True):
     """In the encoder, one micro-batch after the other."""
     tokens_per_second: float
     cut: int
-    """Texts longer than the model takes, of which the end was left out."""
+    """Texts longer than the model takes, whose end was cut off."""
     without_vector: tuple[int, ...]
     """Lines whose vector is zero or not finite."""
 
 
-class Pair(msgspec.Struct, frozen=True):
-    """A text that changed much; `cosine` is None where the vectors have two lengths."""
+class Pair(msgspec.Struct, frozen=True, kw_only=True):
+    """One of the texts that changed most; `cosine` is None where the vectors differ in length."""
 
     line: int
     cosine: float | None
@@ -97,19 +98,19 @@ class Pair(msgspec.Struct, frozen=True):
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     texts: int
-    """Compared: neither empty, nor equal to an earlier one, and with a vector of both models."""
+    """Texts compared: not empty, not equal to an earlier one, and with a vector from both models."""
     dimensions: tuple[int, int]
     model: Side
     against: Side
-    cosine: likeness.Cosines | None
-    neighbours: likeness.Neighbours
+    cosine: similarity.Cosines | None
+    neighbors: similarity.Neighbors
     worst: tuple[Pair, ...]
     missed: tuple[str, ...]
-    """What was asked for and is not so."""
+    """The thresholds that are not met, and texts without a vector."""
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
-    """What holds for both models, and what the outcome must be."""
+    """Options for both models, and the thresholds."""
 
     dimensions: int | None
     top_k: int
@@ -129,26 +130,50 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     "--texts",
     "source",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="One text a line, or .jsonl with `text` in each object; absent: a few hundred that are built in.",
+    help="One text per line, or .jsonl with `text` in each object (default: a few hundred built-in texts).",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--against-device", help="Absent: the same.")
+@click.option("--against-device", help="Default: same as --device.")
 @click.option("--quantization", type=click.Choice(get_args(Quantization)), default="none", show_default=True)
 @click.option(
     "--against-quantization", type=click.Choice(get_args(Quantization)), default="none", show_default=True
 )
-@click.option("--keep-bf16", default="", help="Layers that FP8 leaves as they are: 0,1,-1.")
-@click.option("--against-keep-bf16", default="")
-@click.option("--dimensions", type=click.IntRange(1), help="Cut the vectors to so many components.")
-@click.option("--top-k", type=click.IntRange(1), default=10, show_default=True, help="Neighbours of a text.")
-@click.option("--input-type", type=click.Choice(["query", "document"]), help="Put this prompt in front.")
-@click.option("--instruction", help="Put this instruction in front.")
-@click.option("--threads", type=click.IntRange(1), help="Of PyTorch on a CPU; absent: all cores.")
-@click.option("--threshold", type=click.FloatRange(-1, 1), default=0.99, show_default=True)
-@click.option("--min-cosine", type=click.FloatRange(-1, 1), help="Exit with 1 if any text is less alike.")
-@click.option("--min-agreement", type=click.FloatRange(0, 1), help="Exit with 1 if the mean is less.")
-@click.option("--worst", type=click.IntRange(0), default=5, show_default=True, help="Texts to show.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.option("--keep-bf16", default="", help="Layers that FP8 leaves in bf16, such as 0,1,-1.")
+@click.option("--against-keep-bf16", default="", help="The same for --against.")
+@click.option("--dimensions", type=click.IntRange(1), help="Cut the vectors to this many components.")
+@click.option(
+    "--top-k",
+    type=click.IntRange(1),
+    default=10,
+    show_default=True,
+    help="Nearest neighbors of each text to compare.",
+)
+@click.option(
+    "--input-type", type=click.Choice(["query", "document"]), help="Prepend the model's prompt for this type."
+)
+@click.option("--instruction", help="Prepend this instruction.")
+@click.option("--threads", type=click.IntRange(1), help="PyTorch CPU threads (default: all cores).")
+@click.option(
+    "--threshold",
+    type=click.FloatRange(-1, 1),
+    default=0.99,
+    show_default=True,
+    help="Report the share of texts whose cosine is below this.",
+)
+@click.option("--min-cosine", type=click.FloatRange(-1, 1), help="Exit with 1 if any text's cosine is lower.")
+@click.option(
+    "--min-agreement",
+    type=click.FloatRange(0, 1),
+    help="Exit with 1 if the mean neighbor agreement is lower.",
+)
+@click.option(
+    "--worst",
+    type=click.IntRange(0),
+    default=5,
+    show_default=True,
+    help="Number of least similar texts to show.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def verify(
     model: Path,
     against: Path,
@@ -164,14 +189,19 @@ def verify(
 ) -> None:
     """Compare MODEL's vectors with another model's, or with its own in another dtype or on another device.
 
-    Exit code 1 if --min-cosine or --min-agreement is missed or a text has no vector, 2 if a model cannot be
-    loaded or run.
+    Exits with 1 if --min-cosine or --min-agreement is not met or a text has no vector, and with 2 if a model
+    cannot be loaded or run.
     """
     asked = Asked(**options)
     try:
         sides = (
-            Setup(model, device, quantization, _layers(keep_bf16)),
-            Setup(against, against_device or device, against_quantization, _layers(against_keep_bf16)),
+            Setup(path=model, device=device, quantization=quantization, keep_bf16=_layers(keep_bf16)),
+            Setup(
+                path=against,
+                device=against_device or device,
+                quantization=against_quantization,
+                keep_bf16=_layers(against_keep_bf16),
+            ),
         )
         lines = list(_lines(source))
         report = _report(lines, sides, asked)
@@ -192,7 +222,7 @@ def verify(
 
 
 def _lines(source: Path | None) -> Iterator[Line]:
-    """The texts to compare: none is empty, and of equal ones, which have no order as neighbours, the first."""
+    """The texts to compare: without empty ones, and the first of equal ones, which would be neighbors in no fixed order."""
     seen: set[str] = set()
     for number, text in enumerate(_texts(source), 1):
         if text.strip() and text not in seen:
@@ -224,31 +254,31 @@ def _layers(listed: str) -> tuple[int, ...]:
     try:
         return tuple(int(number) for number in listed.split(",") if number.strip())
     except ValueError:
-        raise Unusable(f"--keep-bf16: expected layers' numbers with commas, got {listed!r}") from None
+        raise Unusable(f"--keep-bf16: expected layer numbers separated by commas, got {listed!r}") from None
 
 
 def _report(lines: Sequence[Line], setups: Sequence[Setup], asked: Asked) -> Report:
     if len(lines) < 2:
-        raise Unusable(f"expected at least two texts that differ, got {len(lines)}")
+        raise Unusable(f"expected at least two different texts, got {len(lines)}")
     (one, first), (other, second) = (_run(lines, setup, asked) for setup in setups)
     failed = {*one.without_vector, *other.without_vector}
     kept = [n for n, line in enumerate(lines) if line.number not in failed]
     if len(kept) < 2:
-        raise Unusable(f"only {len(kept)} of {len(lines)} texts have a vector of both models")
-    a, b = (likeness.unit(vectors[kept], asked.dimensions) for vectors in (first, second))
+        raise Unusable(f"only {len(kept)} of {len(lines)} texts have a vector from both models")
+    a, b = (similarity.unit(vectors[kept], asked.dimensions) for vectors in (first, second))
     k = min(asked.top_k, len(kept) - 1)
-    neighbours, shares = likeness.agreements(likeness.nearest(a, k), likeness.nearest(b, k))
+    neighbors, shares = similarity.agreements(similarity.nearest(a, k), similarity.nearest(b, k))
     comparable = a.shape[1] == b.shape[1]
-    angles = likeness.cosines(a, b).tolist() if comparable else [None] * len(kept)
-    order = np.argsort(likeness.cosines(a, b) if comparable else shares, kind="stable")[: asked.worst]
-    cosine = likeness.summary(a, b, asked.threshold) if comparable else None
+    angles = similarity.cosines(a, b).tolist() if comparable else [None] * len(kept)
+    order = np.argsort(similarity.cosines(a, b) if comparable else shares, kind="stable")[: asked.worst]
+    cosine = similarity.summary(a, b, asked.threshold) if comparable else None
     return Report(
         texts=len(kept),
         dimensions=(a.shape[1], b.shape[1]),
         model=one,
         against=other,
         cosine=cosine,
-        neighbours=neighbours,
+        neighbors=neighbors,
         worst=tuple(
             Pair(
                 line=lines[kept[n]].number,
@@ -258,31 +288,33 @@ def _report(lines: Sequence[Line], setups: Sequence[Setup], asked: Asked) -> Rep
             )
             for n in order.tolist()
         ),
-        missed=tuple(_missed(one, other, cosine, neighbours, asked)),
+        missed=tuple(_missed(one, other, cosine, neighbors, asked)),
     )
 
 
 def _missed(
     one: Side,
     other: Side,
-    cosine: likeness.Cosines | None,
-    neighbours: likeness.Neighbours,
+    cosine: similarity.Cosines | None,
+    neighbors: similarity.Neighbors,
     asked: Asked,
 ) -> Iterator[str]:
     for side in (one, other):
         if side.without_vector:
-            yield f"{len(side.without_vector)} texts have no vector of {side.path}, the first in line {side.without_vector[0]}"
+            count = len(side.without_vector)
+            texts = "1 text has" if count == 1 else f"{count} texts have"
+            yield f"{texts} no vector from {side.path}, the first of them in line {side.without_vector[0]}"
     if asked.min_cosine is not None:
         if cosine is None:
-            yield "--min-cosine: vectors of two lengths have no cosine"
+            yield "--min-cosine: the vectors differ in length, so they have no cosine"
         elif cosine.min < asked.min_cosine:
-            yield f"the least cosine is {cosine.min:.6f}, less than {asked.min_cosine:g}"
-    if asked.min_agreement is not None and neighbours.mean < asked.min_agreement:
-        yield f"the mean neighbour agreement is {neighbours.mean:.4f}, less than {asked.min_agreement:g}"
+            yield f"the lowest cosine is {cosine.min:.6f}, below {asked.min_cosine:g}"
+    if asked.min_agreement is not None and neighbors.mean < asked.min_agreement:
+        yield f"the mean neighbor agreement is {neighbors.mean:.4f}, below {asked.min_agreement:g}"
 
 
 def _run(lines: Sequence[Line], setup: Setup, asked: Asked) -> tuple[Side, npt.NDArray[np.float32]]:
-    """Load, encode, unload: how it went, and float32 (lines, hidden_size), with whatever numbers the model gave."""
+    """Load, encode, unload: the measurements, and float32 (lines, hidden_size), which may hold NaN."""
     encoder = load_encoder(
         setup.path,
         device=setup.device,
@@ -292,7 +324,7 @@ def _run(lines: Sequence[Line], setup: Setup, asked: Asked) -> tuple[Side, npt.N
     )
     try:
         if asked.dimensions is not None and asked.dimensions > encoder.hidden_size:
-            raise Unusable(f"--dimensions: {setup.path} gives {encoder.hidden_size} components at most")
+            raise Unusable(f"--dimensions: {setup.path} gives at most {encoder.hidden_size} components")
         job = Job(input="", input_type=asked.input_type, instruction=asked.instruction)
         prompt = prompt_for(job, encoder)
         tokens = [
@@ -300,11 +332,12 @@ def _run(lines: Sequence[Line], setup: Setup, asked: Asked) -> tuple[Side, npt.N
             for found in encoder.tokenize([Text(line.text, prompt, "end") for line in lines])
             if isinstance(found, Tokens)
         ]
-        assert len(tokens) == len(lines), "a text that may be cut is never too long. This is a bug."
+        if len(tokens) != len(lines):
+            raise RuntimeError("a text that may be cut is never too long. This is a bug.")
         vectors, seconds = _encode(encoder, tokens, default_batch_tokens(setup.device))
     finally:
         encoder.close()
-        gc.collect()  # what holds the device's memory in cycles must not be there when the next model loads
+        gc.collect()  # cycles that hold device memory must be gone before the next model loads
     usable = np.isfinite(vectors).all(axis=1) & vectors[:, : asked.dimensions].any(axis=1)
     count = sum(len(found.ids) for found in tokens)
     side = Side(
@@ -324,24 +357,16 @@ def _run(lines: Sequence[Line], setup: Setup, asked: Asked) -> tuple[Side, npt.N
 
 
 def _encode(encoder: Encoder, tokens: Sequence[Tokens], budget: int) -> tuple[npt.NDArray[np.float32], float]:
-    """Vectors, and seconds without the first micro-batch's first run, which makes what later ones find ready."""
+    """Vectors, and seconds without a first run of the first micro-batch, which warms up."""
     batches = list(_micro_batches(tokens, budget))
     encoder.submit(batches[0]).result()
-    begun = time.perf_counter()
+    begin = time.perf_counter()
     vectors = np.concatenate([encoder.submit(batch).result() for batch in batches])
-    return vectors, time.perf_counter() - begun
+    return vectors, time.perf_counter() - begin
 
 
 def _micro_batches(tokens: Sequence[Tokens], budget: int) -> Iterator[list[Tokens]]:
-    batch: list[Tokens] = []
-    room = budget
-    for found in tokens:
-        if batch and found.cost > room:
-            yield batch
-            batch, room = [], budget
-        batch.append(found)
-        room -= found.cost
-    yield batch
+    return batched_by(tokens, lambda found: found.cost, budget)
 
 
 def _tables(report: Report) -> Iterator[Table]:
@@ -362,9 +387,9 @@ def _tables(report: Report) -> Iterator[Table]:
     ):
         models.add_row(name, *values)
     yield models
-    yield _likeness_table(report)
+    yield _similarity_table(report)
     if report.worst:
-        worst = Table("line", "cosine", "agreement", "text", title="the least alike")
+        worst = Table("line", "cosine", "agreement", "text", title="least similar")
         for pair in report.worst:
             cosine = "" if pair.cosine is None else f"{pair.cosine:.6f}"
             worst.add_row(str(pair.line), cosine, f"{pair.agreement:.2f}", escape(repr(pair.text)[1:-1]))
@@ -373,14 +398,14 @@ def _tables(report: Report) -> Iterator[Table]:
 
 def _quantization(side: Side) -> str:
     kept = ", ".join(map(str, side.keep_bf16))
-    return f"{side.quantization}, but for layers {kept}" if kept else side.quantization
+    return f"{side.quantization}, except layers {kept}" if kept else side.quantization
 
 
-def _likeness_table(report: Report) -> Table:
-    table = Table("likeness", "value")
+def _similarity_table(report: Report) -> Table:
+    table = Table("similarity", "value")
     cosine = report.cosine
     if cosine is None:
-        table.add_row("cosine", "none: the vectors have two lengths")
+        table.add_row("cosine", "none: the vectors differ in length")
     else:
         for name, value in (
             ("cosine, min", f"{cosine.min:.6f}"),
@@ -392,7 +417,7 @@ def _likeness_table(report: Report) -> Table:
             ("largest difference", f"{cosine.largest_difference:.2e}"),
         ):
             table.add_row(name, value)
-    found = report.neighbours
+    found = report.neighbors
     table.add_row(f"top-{found.k} agreement, mean", f"{found.mean:.4f}")
     table.add_row(f"top-{found.k} agreement, min", f"{found.min:.2f}")
     table.add_row(f"top-{found.k} unchanged", f"{found.unchanged:.2%} of the texts")

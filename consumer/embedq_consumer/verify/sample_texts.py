@@ -1,4 +1,4 @@
-"""A few hundred texts of many kinds, always the same: what `embedq verify` compares where it is given none."""
+"""A few hundred texts of many kinds, always the same: what `embedq verify` compares by default."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def sample_texts() -> list[str]:
         for subject in _SUBJECTS
         for turn, length in ((0, 2), (1, 3), (3, 4), (2, 5))
     ]
-    # Every document begins in another place, and is a sentence or two longer than the one in front of it.
+    # Each document begins at another sentence, and is three sentences longer than the one before.
     documents = [
         " ".join(sentences[(7 * n + i) % len(sentences)] for i in range(8 + 3 * n)) for n in range(24)
     ]

@@ -1,4 +1,4 @@
-"""How alike two models' vectors of the same texts are: cosines where they have one length, neighbours always. Pure."""
+"""How similar two models' vectors of the same texts are: cosines where their lengths are equal, neighbors always. Pure."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Cosines", "Neighbours", "agreements", "cosines", "nearest", "percentile", "summary", "unit"]
+__all__ = ["Cosines", "Neighbors", "agreements", "cosines", "nearest", "percentile", "summary", "unit"]
 
 Vectors = npt.NDArray[np.float32]
 """(texts, components), each of length 1."""
 
 _ROWS = 512
-"""Texts whose likeness to all others is held at once."""
+"""Texts whose similarities to all others are in memory at once."""
 
 
 class Cosines(msgspec.Struct, frozen=True):
-    """Each text's vector of one model beside the other's. `p5` is a cosine that 5 % of the texts reach at most."""
+    """Each text's vector from one model against the other's. `p5`: 5 % of the texts have at most this cosine."""
 
     min: float
     mean: float
@@ -33,14 +33,14 @@ class Cosines(msgspec.Struct, frozen=True):
     """Between two components of a text's unit vectors."""
 
 
-class Neighbours(msgspec.Struct, frozen=True):
+class Neighbors(msgspec.Struct, frozen=True):
     """How many of each text's `k` nearest texts are the same for both models, as a share of `k`."""
 
     k: int
     mean: float
     min: float
     unchanged: float
-    """Share of the texts with just the same neighbours, whatever their order."""
+    """Share of the texts with exactly the same neighbors, in any order."""
 
 
 def unit(vectors: npt.NDArray[np.float32], dimensions: int | None = None) -> Vectors:
@@ -52,13 +52,13 @@ def unit(vectors: npt.NDArray[np.float32], dimensions: int | None = None) -> Vec
 
 
 def cosines(one: Vectors, other: Vectors) -> npt.NDArray[np.float64]:
-    """Of each text, (texts,)."""
+    """The cosine of each text, (texts,)."""
     found: npt.NDArray[np.float64] = np.einsum("ij,ij->i", one, other, dtype=np.float64)
     return np.clip(found, -1.0, 1.0)
 
 
 def summary(one: Vectors, other: Vectors, threshold: float) -> Cosines:
-    """At least one text, and vectors of one length."""
+    """Takes at least one text, and vectors of equal length."""
     found = cosines(one, other)
     ordered = np.sort(found).tolist()
     return Cosines(
@@ -79,7 +79,7 @@ def percentile(ordered: Sequence[float], percent: float) -> float:
 
 
 def nearest(vectors: Vectors, k: int) -> npt.NDArray[np.intp]:
-    """Of each text, the `k` others nearest to it, (texts, k); of equally near ones, the first. `k` < texts."""
+    """The `k` nearest others of each text, (texts, k); of equally near ones, the first. `k` < texts."""
     texts = len(vectors)
     found = np.empty((texts, k), dtype=np.intp)
     for begin in range(0, texts, _ROWS):
@@ -92,14 +92,14 @@ def nearest(vectors: Vectors, k: int) -> npt.NDArray[np.intp]:
 
 def agreements(
     one: npt.NDArray[np.intp], other: npt.NDArray[np.intp]
-) -> tuple[Neighbours, npt.NDArray[np.float64]]:
-    """Of two models' `nearest`: all texts together, and the share of each text, (texts,)."""
+) -> tuple[Neighbors, npt.NDArray[np.float64]]:
+    """Of two models' `nearest`: the summary, and each text's share of equal neighbors, (texts,)."""
     k = one.shape[1]
     shares = np.array(
         [len(set(a) & set(b)) / k for a, b in zip(one.tolist(), other.tolist(), strict=True)],
         dtype=np.float64,
     )
-    together = Neighbours(
+    together = Neighbors(
         k=k, mean=float(shares.mean()), min=float(shares.min()), unchanged=float((shares == 1).mean())
     )
     return together, shares

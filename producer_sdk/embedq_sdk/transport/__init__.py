@@ -1,1 +1,1 @@
-"""Jobs out, replies in: everything that a client does with Kafka."""
+"""Sending jobs and reading replies: everything that a client does with Kafka."""

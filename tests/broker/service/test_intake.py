@@ -11,7 +11,7 @@ import pytest
 from aiokafka import TopicPartition
 from aiokafka.consumer.fetcher import PartitionRecords
 
-from embedq_consumer.intake.flow_control import InFlightLimits
+from embedq_consumer.intake.jobs_consumer import IntakeOptions, make_jobs_consumer
 from embedq_consumer.intake.poll_loop import Intake
 from embedq_consumer.intake.records import Record
 from embedq_consumer.telemetry.metrics import Metrics
@@ -25,28 +25,31 @@ pytestmark = [pytest.mark.kafka, pytest.mark.timeout(120)]
 
 
 class Taken:
-    """What an intake with little room took, in order. Each poll's records are answered a little later."""
+    """What an intake with low limits took, in order. Each poll's records are answered a little later."""
 
     def __init__(self, stack: DevStack, topics: Topics) -> None:
         self.records: list[Record] = []
         self.times_full = 0
-        self._flow = InFlightLimits(max_jobs=20, max_bytes=1_000_000)
-        self._intake = Intake(
-            {"bootstrap_servers": stack.kafka_servers},
-            topics=topics,
+        options = IntakeOptions(
             group=topics.prefix,
-            flow=self._flow,
-            metrics=Metrics(),
-            beat=lambda: None,
+            max_in_flight_jobs=20,
+            max_in_flight_bytes=1_000_000,
             max_poll_records=10,
+            max_uncommitted=2048,
+            commit_interval_s=0.5,
             session_timeout_ms=6000,
             rebalance_timeout_ms=20_000,
-            commit_interval_s=0.5,
-            max_uncommitted=2048,
+        )
+        self._intake = Intake(
+            make_jobs_consumer({"bootstrap_servers": stack.kafka_servers}, options),
+            options,
+            topics=topics,
+            metrics=Metrics(),
+            beat=lambda: None,
         )
 
     async def until(self, count: int) -> None:
-        """Run the intake until it took so many."""
+        """Run the intake until it took `count` records."""
         await self._intake.open()
         polling = asyncio.create_task(self._intake.run(self._take, lambda record, error: None))
         try:
@@ -61,7 +64,7 @@ class Taken:
 
     def _take(self, records: Sequence[Record]) -> None:
         self.records += records
-        self.times_full += self._flow.is_full("interactive")
+        self.times_full += self._intake.is_full("interactive")
         asyncio.get_running_loop().call_later(0.002, self._answer, records)
 
     def _answer(self, records: Sequence[Record]) -> None:
@@ -89,7 +92,9 @@ async def test_a_lane_that_is_full_again_and_again_fetches_its_records_once(
     assert max(fetched.values()) <= 2  # the second for what the first response had no room for
 
 
-async def test_no_record_waits_behind_all_that_was_fetched_of_another_partition(stack: DevStack) -> None:
+async def test_no_record_waits_until_all_that_was_fetched_of_another_partition_is_read(
+    stack: DevStack,
+) -> None:
     topics = await make_topics(stack, fresh_prefix(), partitions=2)
     await preload(stack, topics.jobs, 1000)
     taken = Taken(stack, topics)

@@ -39,7 +39,7 @@ _DIMENSIONS = 64
 
 
 class Own:
-    """A model's own output, computed here: what its service must give."""
+    """A model's own output, computed here: what its service must return."""
 
     def __init__(self, path: Path) -> None:
         encoder = load_encoder(path, device="cpu", threads=1)
@@ -55,13 +55,13 @@ own = cache(Own)
 
 
 def list_job(number: int) -> dict[str, Any]:
-    """Three of the texts: few enough texts that the cache holds each, for each model."""
+    """Three of a few texts, so that the cache soon holds each of them for each model."""
     texts = [_TEXTS[(number + step) % len(_TEXTS)] for step in (0, 1, 5)]
     return {"id": f"job-{number}", "input": texts, "dimensions": _DIMENSIONS}
 
 
 def assert_each_vector_is_its_models_own(results: Iterable[dict[str, Any]], *models: Own) -> set[str]:
-    """Compares every vector with the output of the model that its result names; the versions seen."""
+    """Compare every vector with the output of the model that its result names; returns the versions seen."""
     by_version = {model.version: model for model in models}
     for result in results:
         assert result["object"] == "list", result
@@ -83,7 +83,7 @@ async def command(
 
 
 async def outcomes(status: Reader, sent: dict[str, Any], count: int) -> list[dict[str, Any]]:
-    """The last word of so many replicas about a command: READY or FAILED."""
+    """The last word of `count` replicas about a command: READY or FAILED."""
     found: dict[str, dict[str, Any]] = {}
 
     async def enough() -> bool:
@@ -124,8 +124,8 @@ async def test_two_replicas_change_models_to_and_fro_under_load_and_every_vector
     ):
         async with load(stack, topics.jobs, results, window=48, make=list_job) as jobs:
             await jobs.progress(100)
-            beside = await command(client, topics, 1, "qwen-b")
-            for outcome in await outcomes(status, beside, 2):
+            load_first = await command(client, topics, 1, "qwen-b")
+            for outcome in await outcomes(status, load_first, 2):
                 assert (outcome["state"], outcome["model_version"]) == ("READY", b.version)
             changed = len(jobs.ids)
             await jobs.progress(150)
@@ -144,8 +144,8 @@ async def test_two_replicas_change_models_to_and_fro_under_load_and_every_vector
                 assert {said["model_version"] for said in serving} == {b.version}
                 assert await late.stop() == 0
 
-            unload = await command(client, topics, 2, "qwen-a", policy="resource_preserving")
-            for outcome in await outcomes(status, unload, 2):
+            unload_first = await command(client, topics, 2, "qwen-a", policy="resource_preserving")
+            for outcome in await outcomes(status, unload_first, 2):
                 assert (outcome["state"], outcome["model_version"]) == ("READY", a.version)
             await jobs.progress(100)
         await until_committed(stack, topics)
@@ -156,14 +156,14 @@ async def test_two_replicas_change_models_to_and_fro_under_load_and_every_vector
         assert answered.duplicates() == 0
         versions = assert_each_vector_is_its_models_own(answered.results, a, b)
         assert versions == {a.version, b.version}
-        # The same texts were asked for before and behind each change: the cache took part, for the right model.
+        # The same texts were asked for before and after each change: the cache took part, for the right model.
         cached = [result for result in answered.results if result["data"][0]["cached"]]
         assert {result["model_version"] for result in cached} == {a.version, b.version}
         for name in ("one", "two"):
-            assert await steps(status, beside, name) == [
+            assert await steps(status, load_first, name) == [
                 *("validate", "load", "warm_up", "check", "drain", "swap", "serving")
             ]
-            assert await steps(status, unload, name) == [
+            assert await steps(status, unload_first, name) == [
                 *("drain", "validate", "load", "warm_up", "check", "swap", "serving")
             ]
         assert await asyncio.gather(*(replica.stop() for replica in pair)) == [0, 0]
@@ -185,8 +185,8 @@ async def test_a_command_that_cannot_be_followed_keeps_the_old_model_and_says_wh
     topics = await make_topics(stack, fresh_prefix())
     wanted: list[tuple[str, dict[str, Any], str]] = [
         ("nan", {}, "finite"),
-        ("missing", {}, "is no directory"),
-        ("file", {}, "is no directory"),
+        ("missing", {}, "is not one"),
+        ("file", {}, "is not one"),
         ("../outside", {}, "below"),
         ("torn", {}, "model.safetensors"),
         ("qwen-b", {"digest": "sha256:" + "0" * 64}, "digest"),
@@ -266,8 +266,8 @@ async def test_control_records_that_no_client_can_read_are_stepped_over(
         await client.send_and_wait(topics.control, None, key=b"default", partition=0)
         [outcome] = await outcomes(status, before, 1)
         assert outcome["state"] == "READY"
-        behind = await command(client, topics, 2, "qwen-a")
-        await outcomes(status, behind, 1)
+        after = await command(client, topics, 2, "qwen-a")
+        await outcomes(status, after, 1)
         again = await command(client, topics, 3, "qwen-b")
         await outcomes(status, again, 1)
         async with replicas(later):

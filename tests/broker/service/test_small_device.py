@@ -16,7 +16,7 @@ from tests.helpers.tiny_models import make_tiny_qwen3
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(300)]
 
 
-def small(path: Path) -> dict[str, Any]:
+def oom_device(path: Path) -> dict[str, Any]:
     return {"python": ["-m", "tests.helpers.oom_device", str(path)], "redis": False}
 
 
@@ -24,10 +24,10 @@ async def test_what_does_not_fit_is_found_before_jobs_are_taken_and_again_while_
     stack: DevStack, tmp_path: Path
 ) -> None:
     topics = await make_topics(stack, fresh_prefix())
-    room = tmp_path / "room"
-    room.write_text("1200")
+    most = tmp_path / "most"
+    most.write_text("1200")
     model = make_tiny_qwen3(tmp_path / "model", max_tokens=2048)
-    replica = Replica(stack, topics, model, tmp_path / "log", **small(room))
+    replica = Replica(stack, topics, model, tmp_path / "log", **oom_device(most))
     async with replicas(replica), producer(stack) as client, reader(stack, topics.results) as results:
         [found] = [event for event in replica.events() if event["event"] == "batch_budget"]
         assert (found["tokens"], found["longest_text"]) == (1024, 1152)
@@ -41,7 +41,7 @@ async def test_what_does_not_fit_is_found_before_jobs_are_taken_and_again_while_
         assert error["code"] == "text_too_long"
         assert "1152 tokens" in error["message"]
 
-        room.write_text("40")  # somebody else takes the rest of the memory
+        most.write_text("40")  # another process takes the rest of the memory
         texts = [f"{number} and a few more words" for number in range(60)]
         texts.append("7 " * 100)
         await client.send_and_wait(topics.jobs, json.dumps({"input": texts, "id": "many"}).encode())
@@ -59,12 +59,12 @@ async def test_a_lost_device_ends_the_process_and_the_next_one_answers_its_jobs(
     stack: DevStack, models: Path, tmp_path: Path
 ) -> None:
     topics = await make_topics(stack, fresh_prefix())
-    room = tmp_path / "room"
-    room.write_text("100000")
-    broken = Replica(stack, topics, models / "bert", tmp_path / "broken", **small(room))
+    most = tmp_path / "most"
+    most.write_text("100000")
+    broken = Replica(stack, topics, models / "bert", tmp_path / "broken", **oom_device(most))
     healthy = Replica(stack, topics, models / "bert", tmp_path / "healthy", redis=False)
     async with replicas(broken), producer(stack) as client, reader(stack, topics.results) as results:
-        room.write_text("0")
+        most.write_text("0")
         await client.send_and_wait(topics.jobs, b'{"input": ["one", "two"], "id": "j"}')
         assert await broken.ended() == 1
         assert [event["reason"] for event in broken.events() if event["event"] == "failed"] == ["DeviceLost"]

@@ -5,16 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from aiokafka import AIOKafkaProducer, ConsumerRecord, TopicPartition
+from aiokafka import AIOKafkaProducer, ConsumerRecord
 from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, NewTopic
-from aiokafka.protocol.produce import ProduceRequest
-from aiokafka.record.util import calc_crc32c
 
 from embedq_sdk.dev import DevStack
 from embedq_shared.headers import reply_partition_bytes, value_of
@@ -29,9 +26,7 @@ from tests.helpers.service_process import (
     replicas,
 )
 from tests.helpers.support import wait_until
-
-_CHECKSUM_AT = 17
-"""In a record batch of format 2; it covers all that follows."""
+from tests.helpers.unreadable_records import send_unreadable
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(240)]
 
@@ -44,32 +39,14 @@ def ids(records: list[ConsumerRecord]) -> Counter[str]:
     return Counter(json.loads(record.value)["id"] for record in records)
 
 
-async def send_unreadable(client: AIOKafkaProducer, topic: str, partition: int) -> str:
-    """Write a job with a header name that is not UTF-8, which no method of the client does; its place.
-
-    The batch is made as the client makes it, with a name of as many bytes; then the name is changed, and the checksum.
-    """
-    name = "header-name"
-    batch = client.create_batch()
-    batch.append(key=None, value=job("unreadable"), timestamp=int(time.time() * 1000), headers=[(name, b"x")])
-    batch.close()
-    data = bytearray(batch._build())
-    at = data.index(name.encode())
-    data[at : at + 2] = b"\xff\xfe"
-    struct.pack_into(">I", data, _CHECKSUM_AT, calc_crc32c(bytes(data[_CHECKSUM_AT + 4 :])))
-    await client.partitions_for(topic)
-    leader = client.client.cluster.leader_for_partition(TopicPartition(topic, partition))
-    request = ProduceRequest(
-        transactional_id=None, required_acks=-1, timeout=5000, topics=[(topic, [(partition, bytes(data))])]
-    )
-    response = await client.client.send(leader, request)
-    [(_, [(_, error, offset, *_)])] = response.topics
-    assert error == 0
+async def send_bad_job(client: AIOKafkaProducer, topic: str, partition: int) -> str:
+    """Write a job that the client cannot read; its place."""
+    offset = await send_unreadable(client, topic, partition, value=job("unreadable"))
     return f"{topic}-{partition}-{offset}"
 
 
 async def test_a_job_in_each_codec_is_answered(stack: DevStack, models: Path, tmp_path: Path) -> None:
-    """Each on the same partition as a plain job behind it."""
+    """Each on the same partition as a plain job after it."""
     topics = await make_topics(stack, fresh_prefix())
     replica = Replica(stack, topics, models / "qwen-a", tmp_path / "log", redis=False)
     codecs = ("gzip", "snappy", "lz4", "zstd")
@@ -78,10 +55,10 @@ async def test_a_job_in_each_codec_is_answered(stack: DevStack, models: Path, tm
             async with producer(stack, compression_type=codec) as client:
                 # Long enough that the producer does not leave it as it is.
                 await client.send_and_wait(topics.jobs, job(codec, input=["a b c " * 100] * 3), partition=0)
-            await plain.send_and_wait(topics.jobs, job(f"behind {codec}"), partition=0)
+            await plain.send_and_wait(topics.jobs, job(f"after {codec}"), partition=0)
         async with replicas(replica):
             found = await results.until(8)
-            assert ids(found) == Counter([*codecs, *(f"behind {codec}" for codec in codecs)])
+            assert ids(found) == Counter([*codecs, *(f"after {codec}" for codec in codecs)])
             assert {value_of(record.headers, "embedq-status") for record in found} == {b"ok"}
             assert await replica.stop() == 0
 
@@ -110,7 +87,7 @@ async def test_a_record_that_cannot_be_read_costs_no_other_one(
             await asyncio.gather(*sending)
 
         async def send_bad(topic: str, partition: int) -> None:
-            poison.add(await send_unreadable(client, topic, partition))
+            poison.add(await send_bad_job(client, topic, partition))
 
         await send_bad(topics.jobs, 3)  # the first record of its partition
         await send_good(30)
@@ -121,7 +98,7 @@ async def test_a_record_that_cannot_be_read_costs_no_other_one(
         await send_bad(topics.jobs, 0)
         async with replicas(replica):
             await results.until(len(good) + len(poison))
-            await send_good(3)  # behind the last one, while the service idles
+            await send_good(3)  # after the last one, while the service idles
             await send_bad(topics.bulk, 2)
             await send_good(3)
             found = await results.until(len(good) + len(poison))
@@ -135,7 +112,7 @@ async def test_a_record_that_cannot_be_read_costs_no_other_one(
                 assert record.topic == topics.results
             else:
                 assert answer["object"] == "list"
-        places = Counter()
+        places: Counter[str] = Counter()
         for letter in await letters.all():
             headers = dict(letter.headers)
             assert headers["embedq-error-code"] == b"malformed"
@@ -157,14 +134,14 @@ async def test_the_next_replica_meets_no_unreadable_record_again(
     )
     async with producer(stack) as client, reader(stack, topics.results) as results:
         async with replicas(first):
-            await send_unreadable(client, topics.jobs, 0)
+            await send_bad_job(client, topics.jobs, 0)
             await results.until(1)
             assert await first.stop() == 0
         async with replicas(second):
-            await client.send_and_wait(topics.jobs, job("behind"), partition=0)
+            await client.send_and_wait(topics.jobs, job("after"), partition=0)
             await results.until(2)
             assert await second.stop() == 0
-        assert [*ids(await results.all())] == [f"{topics.jobs}-0-0", "behind"]
+        assert [*ids(await results.all())] == [f"{topics.jobs}-0-0", "after"]
         assert "poll_failed" not in {event["event"] for event in second.events()}
 
 
@@ -201,8 +178,8 @@ async def test_a_reply_topic_that_grew_is_used_to_its_last_partition(
                     "before": 0,
                     "after": 2,
                 }
-            [refused] = await results.until(1)
-            assert json.loads(refused.value)["error"]["param"] == "reply-partition"
+            [rejected] = await results.until(1)
+            assert json.loads(rejected.value)["error"]["param"] == "reply-partition"
             assert await replica.stop() == 0
     finally:
         await admin.close()
@@ -237,7 +214,7 @@ async def test_a_reply_topic_that_vanished_costs_its_own_jobs_their_replies_and_
         await admin.close()
 
 
-async def test_a_result_too_large_for_its_reply_topic_is_an_error_and_spares_the_results_beside_it(
+async def test_a_result_too_large_for_its_reply_topic_is_an_error_and_spares_the_other_results(
     stack: DevStack, models: Path, tmp_path: Path
 ) -> None:
     topics = await make_topics(stack, fresh_prefix())
@@ -263,11 +240,11 @@ async def test_a_result_too_large_for_its_reply_topic_is_an_error_and_spares_the
                 await replies.until(len(small))
                 assert await replica.stop() == 0
             assert ids(await replies.all()) == Counter(small)
-            [refused] = await results.all()
-            answer = json.loads(refused.value)
+            [rejected] = await results.all()
+            answer = json.loads(rejected.value)
             assert (answer["id"], answer["error"]["code"]) == ("large", "result_too_large")
             assert answer["metadata"] == {"a": "b"}
-            assert value_of(refused.headers, "correlation-id") == b"large"
+            assert value_of(rejected.headers, "correlation-id") == b"large"
     finally:
         await admin.close()
 
@@ -306,17 +283,17 @@ async def test_a_model_from_outside_the_root_or_with_pickled_weights_is_never_lo
              "": "", "\0": "directory", "pickled": "never loaded", "n" * 5000: ""}  # fmt: skip
     async with replicas(replica), producer(stack) as client, reader(stack, topics.status) as status:
         await client.send_and_wait(topics.jobs, job("before"))
-        for version, (path, why) in enumerate(paths.items(), 1):
-            command = {"alias": "default", "version": version, "path": path, "command_id": f"c{version}"}
+        for version, (name, why) in enumerate(paths.items(), 1):
+            command = {"alias": "default", "version": version, "path": name, "command_id": f"c{version}"}
             value = json.dumps(command).encode()
             await client.send_and_wait(topics.control, value, key=b"default", partition=0)
-            if path:  # an empty one is no control record
+            if name:  # an empty one is no control record
                 error = await _failure(status, f"c{version}")
-                assert why in error, path
+                assert why in error, name
         async with reader(stack, topics.results) as results:
-            await client.send_and_wait(topics.jobs, job("behind"))
-            before, behind = (json.loads(record.value) for record in await results.until(2))
-            assert before["model_version"] == behind["model_version"]
+            await client.send_and_wait(topics.jobs, job("after"))
+            before, after = (json.loads(record.value) for record in await results.until(2))
+            assert before["model_version"] == after["model_version"]
         assert await replica.get("/readyz") == 200
         assert await replica.stop() == 0
 

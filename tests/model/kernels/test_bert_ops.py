@@ -67,18 +67,18 @@ def test_layer_norm_of_a_row_far_from_zero_loses_nothing() -> None:
 @pytest.mark.parametrize("width", [96, 1536, 4096])
 def test_activation(width: int, tanh: bool) -> None:
     x, bias = 2 * random(3, width), random(width)
-    wanted = kernels.activate_reference(x, bias, tanh=tanh)
-    assert error(values(kernels.activate(x, bias, tanh=tanh)), wanted) < BF16
-    assert error(values(kernels.activate(x, bias, tanh=tanh, quantized=True)), wanted) < FP8
+    wanted = kernels.bias_gelu_reference(x, bias, tanh=tanh)
+    assert error(values(kernels.bias_gelu(x, bias, tanh=tanh)), wanted) < BF16
+    assert error(values(kernels.bias_gelu(x, bias, tanh=tanh, quantized=True)), wanted) < FP8
 
 
 @pytest.mark.parametrize("tanh", [False, True])
 def test_activation_of_large_numbers_is_finite(tanh: bool) -> None:
     x = torch.tensor([[-300.0, 300.0, 0.0, -9.0] * 8], dtype=torch.bfloat16, device=DEVICE)
     bias = torch.zeros(32, dtype=torch.bfloat16, device=DEVICE)
-    wanted = kernels.activate_reference(x, bias, tanh=tanh)
+    wanted = kernels.bias_gelu_reference(x, bias, tanh=tanh)
     for quantized in (False, True):
-        found = values(kernels.activate(x, bias, tanh=tanh, quantized=quantized))
+        found = values(kernels.bias_gelu(x, bias, tanh=tanh, quantized=quantized))
         assert torch.allclose(found.float(), wanted, atol=1e-3)
 
 
@@ -90,16 +90,16 @@ def test_a_row_of_garbage_stays_by_itself() -> None:
     good = [row for row in range(6) if row != 2]
     assert found[good].isfinite().all()
     assert values(scaled)[good].isfinite().all()
-    assert values(kernels.activate(x, x[0], tanh=False, quantized=True))[good].isfinite().all()
+    assert values(kernels.bias_gelu(x, x[0], tanh=False, quantized=True))[good].isfinite().all()
 
 
 @pytest.mark.parametrize("width", [96, 384])
 def test_mean_over_each_text(width: int) -> None:
     x = random(120, width, dtype=torch.float32)
-    cu = torch.tensor([0, 1, 8, 72, 120, 120, 120], dtype=torch.int32, device=DEVICE)
+    cu_seqlens = torch.tensor([0, 1, 8, 72, 120, 120, 120], dtype=torch.int32, device=DEVICE)
     out = torch.full((6, width), float("nan"), device=DEVICE)
-    kernels.mean_of_places(x, cu, out)
-    assert torch.allclose(out, kernels.mean_of_places_reference(x, cu), atol=1e-6)
+    kernels.mean_of_slots(x, cu_seqlens, out)
+    assert torch.allclose(out, kernels.mean_of_slots_reference(x, cu_seqlens), atol=1e-6)
     assert not out[4:].any()
 
 
@@ -108,9 +108,9 @@ def test_the_mean_of_a_text_is_bit_equal_wherever_it_lies() -> None:
     means = []
     for before in (0, 3, 50):
         row = torch.cat([random(before, 96, dtype=torch.float32), text, text])
-        cu = torch.tensor([0, before, before + 70, len(row)], dtype=torch.int32, device=DEVICE)
+        cu_seqlens = torch.tensor([0, before, before + 70, len(row)], dtype=torch.int32, device=DEVICE)
         out = torch.empty(3, 96, device=DEVICE)
-        kernels.mean_of_places(row, cu, out)
+        kernels.mean_of_slots(row, cu_seqlens, out)
         means.append(out[1])
     assert torch.equal(means[0], means[1])
     assert torch.equal(means[0], means[2])

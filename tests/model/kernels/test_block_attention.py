@@ -12,10 +12,10 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from embedq_consumer.engine.kernels.block_attention import (
+    block_attention,
+    block_attention_reference,
     bounds_of,
     bounds_reference,
-    row_attention,
-    row_attention_reference,
 )
 from tests.model.kernels.test_fused_ops import DEVICE, error, random
 
@@ -27,10 +27,10 @@ DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float16
 """The interpreter multiplies no bf16 matrices."""
 
 
-def cu_of(lengths: list[int], places: int) -> torch.Tensor:
-    """Where places end; those behind the last text are empty."""
+def cu_of(lengths: list[int], slots: int) -> torch.Tensor:
+    """Where slots end; those after the last text are empty."""
     ends = torch.tensor([0, *lengths]).cumsum(0)
-    ends = torch.cat([ends, ends[-1:].repeat(places - len(lengths))])
+    ends = torch.cat([ends, ends[-1:].repeat(slots - len(lengths))])
     return ends.to(torch.int32).to(DEVICE)
 
 
@@ -39,11 +39,13 @@ def qkv_of(tokens: int, dim: int) -> tuple[torch.Tensor, ...]:
     return random(tokens, 3 * HEADS * dim, dtype=DTYPE).view(tokens, 3, HEADS, dim).unbind(1)
 
 
-@pytest.mark.parametrize("places", [len(LENGTHS), 16, 33])
-def test_bounds_are_those_of_each_tokens_text(places: int) -> None:
-    cu = cu_of(LENGTHS, places)
+@pytest.mark.parametrize("slots", [len(LENGTHS), 16, 33])
+def test_bounds_are_those_of_each_tokens_text(slots: int) -> None:
+    cu_seqlens = cu_of(LENGTHS, slots)
     for count in (sum(LENGTHS), sum(LENGTHS) + 100):
-        for found, wanted in zip(bounds_of(cu, count), bounds_reference(cu, count), strict=True):
+        for found, wanted in zip(
+            bounds_of(cu_seqlens, count), bounds_reference(cu_seqlens, count), strict=True
+        ):
             assert torch.equal(found, wanted)
 
 
@@ -58,29 +60,29 @@ def test_a_row_without_texts_has_bounds_all_the_same() -> None:
 def test_each_text_sees_itself_alone(dim: int) -> None:
     q, k, v = qkv_of(sum(LENGTHS), dim)
     bounds = bounds_of(cu_of(LENGTHS, 16), len(q))
-    found = row_attention(q, k, v, bounds, dim**-0.5)
-    assert error(found, row_attention_reference(q, k, v, bounds, dim**-0.5)) < 0.01
+    found = block_attention(q, k, v, bounds, dim**-0.5)
+    assert error(found, block_attention_reference(q, k, v, bounds, dim**-0.5)) < 0.01
 
 
 def test_one_query_of_each_text_sees_all_of_its_keys() -> None:
     _, k, v = qkv_of(sum(LENGTHS), 32)
-    cu = cu_of(LENGTHS, 20)
+    cu_seqlens = cu_of(LENGTHS, 20)
     q = random(20, HEADS * 32, dtype=DTYPE).view(20, HEADS, 32)
-    found = row_attention(q, k, v, (cu[:-1], cu[1:]), 0.2, sparse=True)
-    assert error(found, row_attention_reference(q, k, v, (cu[:-1], cu[1:]), 0.2)) < 0.01
+    found = block_attention(q, k, v, (cu_seqlens[:-1], cu_seqlens[1:]), 0.2, sparse=True)
+    assert error(found, block_attention_reference(q, k, v, (cu_seqlens[:-1], cu_seqlens[1:]), 0.2)) < 0.01
     assert not found[len(LENGTHS) :].any()
 
 
 def test_few_tokens_take_a_small_tile() -> None:
     q, k, v = qkv_of(9, 32)
     bounds = bounds_of(cu_of([4, 5], 16), 9)
-    found = row_attention(q, k, v, bounds, 0.2)
-    assert error(found, row_attention_reference(q, k, v, bounds, 0.2)) < 0.01
+    found = block_attention(q, k, v, bounds, 0.2)
+    assert error(found, block_attention_reference(q, k, v, bounds, 0.2)) < 0.01
 
 
 def test_large_scores_stay_finite() -> None:
     q, k, v = qkv_of(40, 32)
     bounds = bounds_of(cu_of([40], 16), 40)
-    found = row_attention(900 * q, k, v, bounds, 1.0)
+    found = block_attention(900 * q, k, v, bounds, 1.0)
     assert found.isfinite().all()
-    assert error(found, row_attention_reference(900 * q, k, v, bounds, 1.0)) < 0.01
+    assert error(found, block_attention_reference(900 * q, k, v, bounds, 1.0)) < 0.01

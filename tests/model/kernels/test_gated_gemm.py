@@ -1,4 +1,4 @@
-"""Gate and up as one product that gates, against its definition: the product itself needs Hopper and quack-kernels."""
+"""Gate and up as one product that gates: what does not need Hopper and quack-kernels, as tests/gpu does."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read as kernels are defined
 pytest.importorskip("triton")
 
-from embedq_consumer.engine.kernels.fused_ops import gate_reference
-from embedq_consumer.engine.kernels.gated_gemm import fuses, gated_linear, interleaved, obstacle
+from embedq_consumer.engine.kernels.gated_gemm import fuses, interleaved, obstacle
 
 WIDTH, INNER = 1536, 512
 
@@ -23,7 +22,7 @@ def weights(device: str) -> tuple[torch.Tensor, torch.Tensor]:
     return (gate * INNER**-0.5).to(torch.bfloat16), (up * INNER**-0.5).to(torch.bfloat16)
 
 
-def test_interleaved_weights_take_turns() -> None:
+def test_interleaved_weights_alternate() -> None:
     gate, up = weights("cpu")
     mixed = interleaved(gate, up)
     assert mixed.is_contiguous()
@@ -36,52 +35,4 @@ def test_only_many_rows_in_few_counts_are_fused() -> None:
 
 
 def test_why_a_cpu_has_no_product_that_gates() -> None:
-    assert obstacle(WIDTH, INNER, torch.device("cpu")) == "no Hopper GPU"
-
-
-@pytest.fixture
-def device() -> str:
-    if not torch.cuda.is_available():
-        pytest.skip("needs CUDA")
-    why = obstacle(WIDTH, INNER, torch.device("cuda", 0))
-    if why in ("no Hopper GPU", "quack-kernels is not installed"):
-        pytest.skip(why)
-    assert why is None  # it is there, so it must work
-    return "cuda:0"
-
-
-def rows_of(count: int, device: str) -> torch.Tensor:
-    generator = torch.Generator(device).manual_seed(count)
-    return torch.randn(count, INNER, device=device, generator=generator).to(torch.bfloat16)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("count", [512, 640, 4096])
-def test_a_product_that_gates_is_that_product_gated(device: str, count: int) -> None:
-    gate, up = weights(device)
-    rows = rows_of(count, device)
-    wanted = gate_reference(rows.float() @ torch.cat([gate, up]).float().t())
-    found = gated_linear(rows, interleaved(gate, up)).float()
-    assert float((found - wanted).norm() / wanted.norm()) < 0.004
-
-
-@pytest.mark.gpu
-def test_a_row_is_gated_to_the_same_bits_among_other_rows(device: str) -> None:
-    mixed = interleaved(*weights(device))
-    rows = rows_of(4096, device)
-    among = gated_linear(rows, mixed)
-    assert torch.equal(among[1536:2048], gated_linear(rows[1536:2048].contiguous(), mixed))
-
-
-@pytest.mark.gpu
-def test_a_product_that_gates_can_be_captured(device: str) -> None:
-    mixed = interleaved(*weights(device))
-    rows = rows_of(1024, device)
-    wanted = gated_linear(rows, mixed)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = gated_linear(rows, mixed)
-    found.zero_()
-    graph.replay()
-    torch.cuda.synchronize(device)
-    assert torch.equal(found, wanted)
+    assert obstacle(WIDTH, INNER, torch.device("cpu")) == "no_hopper_gpu"

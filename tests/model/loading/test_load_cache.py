@@ -59,11 +59,11 @@ def test_a_load_without_transformers_is_proved_against_its_hidden_states(tmp_pat
     path, known = make_tiny_bert(tmp_path / "model"), tmp_path / "known"
     load_encoder(path, device="cpu", known_models=known).close()
     [file] = files_of(known)
-    kept = LoadCache(known).find(file.stem)
+    kept = LoadCache(known).get(file.stem)
     assert kept is not None
     other = np.random.default_rng(0).standard_normal(len(kept.expected) // 4).astype(np.float32)
-    LoadCache(known).keep(file.stem, msgspec.structs.replace(kept, expected=other.tobytes()))
-    with pytest.raises(ModelError, match="packed sequences do not give what each gives alone"):
+    LoadCache(known).put(file.stem, msgspec.structs.replace(kept, expected=other.tobytes()))
+    with pytest.raises(ModelError, match="packed sequences do not give the same"):
         load_encoder(path, device="cpu", known_models=known)
 
 
@@ -115,13 +115,13 @@ def test_a_folder_that_cannot_be_made_costs_nothing_but_time(tmp_path: Path) -> 
     assert np.isfinite(encoder.submit([tokens]).result()).all()
 
 
-def test_a_model_that_runs_transformers_own_code_is_not_kept(tmp_path: Path) -> None:
+def test_a_model_that_runs_transformers_own_code_is_not_cached(tmp_path: Path) -> None:
     known = tmp_path / "known"
     load_encoder(make_tiny_qwen3(tmp_path / "model"), device="cpu", known_models=known).close()
     assert files_of(known) == []
 
 
-def test_those_not_used_for_longest_go(tmp_path: Path) -> None:
+def test_the_least_recently_used_ones_are_evicted(tmp_path: Path) -> None:
     known = LoadCache(tmp_path)
     model = ModelSnapshot(
         architecture="BertModel",
@@ -136,10 +136,10 @@ def test_those_not_used_for_longest_go(tmp_path: Path) -> None:
         expected=b"\0\0\0\0",
     )
     for number in range(16):
-        known.keep(str(number), model)
+        known.put(str(number), model)
         os.utime(tmp_path / f"{number}.model", (number, number))
-    assert known.find("0") == model  # used just now
-    known.keep("new", model)
-    assert known.find("1") is None
-    assert known.find("0") is not None
-    assert known.find("new") is not None
+    assert known.get("0") == model  # used just now
+    known.put("new", model)
+    assert known.get("1") is None
+    assert known.get("0") is not None
+    assert known.get("new") is not None

@@ -1,4 +1,4 @@
-"""Checkpoints that somebody quantized before: run as transformers runs them, or refused with what it asks for."""
+"""Checkpoints that are already quantized: run as transformers runs them, or refused with what it asks for."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Packer = Callable[[torch.Tensor, torch.Tensor], Parts]
 
 
 def gptq(levels: torch.Tensor, scales: torch.Tensor) -> Parts:
-    """Eight levels of one output in an int32, from 0 on, beside zero points of which one less is written."""
+    """Eight levels of one output in an int32, from 0 on, with zero points that are stored minus one."""
     outputs, inputs = levels.shape
     return {
         "qweight": eight_in_one((levels + 8).t().reshape(inputs // 8, 8, outputs).transpose(1, 2)),
@@ -38,7 +38,7 @@ def gptq(levels: torch.Tensor, scales: torch.Tensor) -> Parts:
 
 
 def awq(levels: torch.Tensor, scales: torch.Tensor) -> Parts:
-    """Eight outputs of one input in an int32, first those at even places."""
+    """Eight outputs of one input in an int32, those at even positions first."""
     outputs, inputs = levels.shape
     order = [0, 2, 4, 6, 1, 3, 5, 7]
     return {
@@ -111,7 +111,7 @@ def quantize(path: Path, method: str) -> tuple[Path, Path]:
         if not name.endswith("_proj.weight"):
             few[name] = meant[name] = weight
             continue
-        groups = weight.unflatten(1, (-1, GROUP))
+        groups = weight.view(len(weight), -1, GROUP)
         scales = (groups.abs().amax(-1) / 7).half()
         levels = (groups / scales.float().unsqueeze(-1)).round().clamp(-8, 7)
         meant[name] = (levels * scales.float().unsqueeze(-1)).flatten(1)
@@ -157,17 +157,6 @@ def test_a_quantized_checkpoint_gives_the_vectors_of_the_values_that_it_stands_f
     quantized.close()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.filterwarnings("ignore")
-def test_on_cuda_it_is_close_to_the_values_that_it_stands_for(tmp_path: Path, method: str) -> None:
-    path, plain = quantize(tmp_path, method)
-    quantized, expected = load_encoder(path, device="cuda"), load_encoder(plain, device="cpu")
-    ids = tokens_of(expected, [Text(text, truncate="end") for text in TEXTS])
-    cosines = (normalized(quantized.encode(ids)) * normalized(expected.encode(ids))).sum(axis=1)
-    assert cosines.min() >= 0.999
-
-
 @pytest.mark.filterwarnings("ignore")
 def test_quantized_tensors_count_for_the_model_version(tmp_path: Path, method: str) -> None:
     first, plain = quantize(tmp_path, method)
@@ -182,7 +171,7 @@ def test_quantized_tensors_count_for_the_model_version(tmp_path: Path, method: s
 @pytest.mark.filterwarnings("ignore")
 def test_fp8_on_top_of_a_quantized_checkpoint_is_refused(tmp_path: Path, method: str) -> None:
     path, _ = quantize(tmp_path, method)
-    with pytest.raises(ModelError, match=f"quantization fp8: the checkpoint is quantized already .{method}"):
+    with pytest.raises(ModelError, match=f"quantization fp8: the checkpoint is already quantized .{method}"):
         load_encoder(path, device="cpu", quantization="fp8")
 
 

@@ -16,16 +16,10 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from embedq_consumer.engine.loading.load_cache import ModelSnapshot
-from embedq_consumer.engine.loading.weights import (
-    CheckpointWeights,
-    architecture_of,
-    known_model_of,
-    last_norm_eps_of,
-)
+from embedq_consumer.engine.loading.weights import CheckpointWeights, snapshot_of
 from embedq_consumer.engine.model_directory import ModelDirectory, read_directory
-from embedq_consumer.engine.models.bert_cpu import PackedBert
-from embedq_consumer.engine.models.bert_cuda import PackedBertCuda
-from embedq_consumer.engine.models.qwen3_cuda import PackedQwen3
+from embedq_consumer.engine.models.registry import is_written_out
+from embedq_consumer.engine.models.traits import Limits, architecture_of, last_norm_eps_of
 from tests.helpers.tiny_models import make_tiny_bert, make_tiny_qwen3, make_tiny_xlm_roberta
 
 MAKERS: dict[str, Callable[[Path], Path]] = {
@@ -48,11 +42,10 @@ def model(directory: ModelDirectory) -> Any:
 
 
 def described(model: Any, directory: ModelDirectory) -> ModelSnapshot | None:
-    return known_model_of(
+    return snapshot_of(
         model,
         directory,
-        max_tokens=8,
-        position_offset=0,
+        Limits(max_tokens=8, position_offset=0),
         tokenizer="",
         sequences=[],
         expected=torch.empty(0),
@@ -60,34 +53,32 @@ def described(model: Any, directory: ModelDirectory) -> ModelSnapshot | None:
 
 
 @pytest.fixture
-def stand_in(directory: ModelDirectory, model: Any) -> CheckpointWeights:
-    known = described(model, directory)
-    assert known is not None
-    return CheckpointWeights(known, directory, torch.device("cpu"))
+def weights(directory: ModelDirectory, model: Any) -> CheckpointWeights:
+    snapshot = described(model, directory)
+    assert snapshot is not None
+    return CheckpointWeights(snapshot, directory, torch.device("cpu"))
 
 
-def test_parameters_have_the_same_names_and_bits(model: Any, stand_in: CheckpointWeights) -> None:
+def test_parameters_have_the_same_names_and_bits(model: Any, weights: CheckpointWeights) -> None:
     wanted = {name: value for name, value in model.named_parameters() if not name.startswith("pooler.")}
-    found = dict(stand_in.named_parameters())
+    found = dict(weights.named_parameters())
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
-def test_a_forward_takes_the_one_where_it_takes_the_other(model: Any, stand_in: CheckpointWeights) -> None:
-    assert architecture_of(stand_in) == architecture_of(model)
-    assert PackedBert.fits(stand_in) == PackedBert.fits(model)
-    on_cuda = [_OnCuda(one) for one in (model, stand_in)]
-    for forward in (PackedBertCuda, PackedQwen3):
-        assert forward.fits(on_cuda[1]) == forward.fits(on_cuda[0])
-    assert any(forward.fits(on_cuda[1]) for forward in (PackedBertCuda, PackedQwen3))
+def test_a_forward_takes_the_one_where_it_takes_the_other(model: Any, weights: CheckpointWeights) -> None:
+    assert architecture_of(weights) == architecture_of(model)
+    assert is_written_out(weights) == is_written_out(model) == (architecture_of(model) == "BertModel")
+    assert is_written_out(_OnCuda(weights))
+    assert is_written_out(_OnCuda(model))
 
 
-def test_rotary_positions_and_the_last_norm_are_the_same(model: Any, stand_in: CheckpointWeights) -> None:
-    assert last_norm_eps_of(stand_in) == last_norm_eps_of(model)
+def test_rotary_positions_and_the_last_norm_are_the_same(model: Any, weights: CheckpointWeights) -> None:
+    assert last_norm_eps_of(weights) == last_norm_eps_of(model)
     rotary = getattr(model, "rotary_emb", None)
     if rotary is not None:
-        assert torch.equal(stand_in.rotary_emb.inv_freq, rotary.inv_freq)
-        assert stand_in.rotary_emb.attention_scaling == rotary.attention_scaling
+        assert torch.equal(weights.rotary_emb.inv_freq, rotary.inv_freq)
+        assert weights.rotary_emb.attention_scaling == rotary.attention_scaling
 
 
 class _OnCuda:

@@ -6,7 +6,7 @@ Attention is the one part that has no kernel there: PyTorch's own takes its plac
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,16 +20,17 @@ pytest.importorskip("triton")
 
 from benchmarks.texts import varied
 from embedq_consumer.engine import load_encoder
-from embedq_consumer.engine.cuda_graphs import Row, fill, input_length
 from embedq_consumer.engine.kernels.attention import Packing
 from embedq_consumer.engine.kernels.fp8 import in_fp8
-from embedq_consumer.engine.model_directory import Pooling
 from embedq_consumer.engine.models.bert_cuda import PackedBertCuda
+from embedq_consumer.engine.models.traits import ForwardOptions, Limits
+from embedq_consumer.engine.pooling import POOLINGS
+from embedq_consumer.engine.row import Row, input_length, pack_row, split_row
 from tests.helpers.tiny_models import minilm_path
 from tests.model.conftest import normalized, tokens_of
 
 pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="tests/engine/test_bert_gpu.py runs it for real"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu/test_bert.py runs it for real"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's overflow, in the interpreter
 ]
 
@@ -65,20 +66,20 @@ def attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    cu: torch.Tensor,
+    cu_seqlens: torch.Tensor,
     longest: int,
     scale: float,
-    cu_q: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Place by place, as flash attention's kernels define it."""
+    """Slot by slot, as flash attention's kernels define it."""
     assert longest <= LONGEST
     out = torch.zeros(q.shape, dtype=q.dtype)
-    ends, q_ends = cu.tolist(), (cu if cu_q is None else cu_q).tolist()
-    for place in range(len(ends) - 1):
-        keys, queries = slice(ends[place], ends[place + 1]), slice(q_ends[place], q_ends[place + 1])
+    ends, q_ends = cu_seqlens.tolist(), (cu_seqlens if cu_seqlens_q is None else cu_seqlens_q).tolist()
+    for slot in range(len(ends) - 1):
+        keys, queries = slice(ends[slot], ends[slot + 1]), slice(q_ends[slot], q_ends[slot + 1])
         if keys.start < keys.stop:
-            parts = (t.float().transpose(0, 1) for t in (q[queries], k[keys], v[keys]))
-            out[queries] = F.scaled_dot_product_attention(*parts, scale=scale).transpose(0, 1).to(q.dtype)
+            q1, k1, v1 = (t.float().transpose(0, 1) for t in (q[queries], k[keys], v[keys]))
+            out[queries] = F.scaled_dot_product_attention(q1, k1, v1, scale=scale).transpose(0, 1).to(q.dtype)
     return out
 
 
@@ -87,34 +88,43 @@ def texts() -> list[torch.Tensor]:
     return [torch.randint(2, 60, (n,), generator=generator, dtype=torch.int32) for n in LENGTHS]
 
 
-def row_of(sequences: Sequence[torch.Tensor], size: int, places: int) -> Row:
-    inputs = np.zeros(input_length(size, places), dtype=np.int32)
+def row_of(sequences: Sequence[torch.Tensor], size: int, slots: int) -> Row:
+    inputs = np.zeros(input_length(size, slots), dtype=np.int32)
     lengths = np.array([len(ids) for ids in sequences], dtype=np.int32)
-    fill(inputs, [ids.numpy() for ids in sequences], lengths, size, places)
-    ids, positions, last, cu = torch.from_numpy(inputs).split([size, size, places, places + 1])
-    return Row(ids, positions, cu, last)
+    pack_row(inputs, [ids.numpy() for ids in sequences], lengths, size, slots)
+    return split_row(torch.from_numpy(inputs), size, slots, None, 0, 0)
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
+def options(
+    pooling: str = "mean", max_tokens: int = LONGEST, offset: int = 0, **fields: Any
+) -> ForwardOptions:
+    limits = Limits(max_tokens=max_tokens, position_offset=offset)
+    return ForwardOptions(pooling=POOLINGS[pooling], limits=limits, **fields)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize(
     ("kind", "activation", "offset"),
     [("Bert", "gelu", 0), ("XLMRoberta", "gelu", 2), ("Roberta", "gelu_new", 2)],
 )
 def test_pooled_and_hidden_states_are_those_of_transformers(
-    kind: str, activation: str, offset: int, pooling: Pooling
+    kind: str, activation: str, offset: int, pooling: str
 ) -> None:
     model = model_of(kind, activation)
     wanted = [model(input_ids=ids.long()[None]).last_hidden_state[0] for ids in texts()]
-    forward = PackedBertCuda(
-        model.bfloat16(), pooling=pooling, max_tokens=LONGEST, position_offset=offset, attention=attend
-    )
+    forward = PackedBertCuda(model.bfloat16(), options(pooling, offset=offset), attention=attend)
     positions = torch.cat([torch.arange(n) for n in LENGTHS]) + offset
     hidden = forward(torch.cat(texts()), positions, Packing.of(LENGTHS, torch.device("cpu")))
     assert hidden.dtype == torch.float32
     assert F.cosine_similarity(hidden, torch.cat(wanted), dim=1).min() > 0.999
     out = torch.full((16, HIDDEN), float("nan"))
-    forward.pooled(row_of(texts(), 80, 16), 80, out)
-    chosen = {"mean": lambda x: x.mean(0), "cls": lambda x: x[0], "lasttoken": lambda x: x[-1]}[pooling]
+    forward.pooled().run(row_of(texts(), 80, 16), 80, out)
+    ways: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "mean": lambda x: x.mean(0),
+        "cls": lambda x: x[0],
+        "lasttoken": lambda x: x[-1],
+    }
+    chosen = ways[pooling]
     expected = torch.stack([chosen(x) for x in wanted])
     assert F.cosine_similarity(out[: len(LENGTHS)], expected, dim=1).min() > 0.9995
     assert out.isfinite().all()
@@ -129,9 +139,9 @@ def test_a_trained_model_keeps_its_vectors(quantized: bool, least: float) -> Non
     ids = tokens_of(encoder, sorted(varied(40), key=len)[6:14])
     assert sum(map(len, ids)) <= 128
     model = AutoModel.from_pretrained(minilm_path(), dtype=torch.bfloat16)
-    forward = PackedBertCuda(model, pooling="mean", max_tokens=256, quantized=quantized, attention=attend)
+    forward = PackedBertCuda(model, options(max_tokens=256, quantized=quantized), attention=attend)
     out = torch.empty(16, 384)
-    forward.pooled(row_of([torch.from_numpy(each) for each in ids], 128, 16), LONGEST, out)
+    forward.pooled().run(row_of([torch.from_numpy(each) for each in ids], 128, 16), LONGEST, out)
     cosines = (normalized(out[: len(ids)].numpy()) * normalized(encoder.encode(ids))).sum(axis=1)
     assert cosines.min() >= least
 
@@ -139,13 +149,10 @@ def test_a_trained_model_keeps_its_vectors(quantized: bool, least: float) -> Non
 def test_kept_layers_have_no_product_in_fp8() -> None:
     forward = PackedBertCuda(
         model_of("Bert", "gelu").bfloat16(),
-        pooling="mean",
-        max_tokens=LONGEST,
-        quantized=True,
-        keep={0, 2},
+        options(quantized=True, keep_bf16=frozenset({0, 2})),
         attention=attend,
     )
     assert [in_fp8(layer.down) for layer in forward._layers] == [False, True, False]
     out = torch.empty(16, HIDDEN)
-    forward.pooled(row_of(texts(), 80, 16), 80, out)
+    forward.pooled().run(row_of(texts(), 80, 16), 80, out)
     assert out.isfinite().all()

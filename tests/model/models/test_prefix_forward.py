@@ -6,6 +6,7 @@ Everything is what runs on the GPU but attention, which is its definition here: 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,18 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if torch.cuda.is_available():
-    pytest.skip("test_prefix_gpu.py shows it on the device", allow_module_level=True)
+    pytest.skip("tests/gpu/test_prefix.py shows it on the device", allow_module_level=True)
 os.environ["TRITON_INTERPRET"] = "1"  # read as kernels are defined, Triton's own among them
 pytest.importorskip("triton")
 
-from embedq_consumer.engine.cuda_graphs import Row, Shared, fill, fill_shared, input_length, shared_length
 from embedq_consumer.engine.models import qwen3_cuda as qwen3
+from embedq_consumer.engine.models.traits import ForwardOptions, Limits
+from embedq_consumer.engine.pooling import POOLINGS
 from embedq_consumer.engine.prefix_cache import MARGIN
+from embedq_consumer.engine.row import input_length, pack_prefixes, pack_row, shared_length, split_row
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's overflow, in the interpreter
 
 Ids = npt.NDArray[np.int32]
-SIZE, ROOMS = 32, 16
+SIZE, SLOTS = 32, 16
 NONE: Ids = np.empty(0, dtype=np.int32)
 
 
@@ -34,20 +37,21 @@ def attention_by_definition(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu: Tensor,
+    cu_seqlens: Tensor,
     longest: int,
     scale: float,
-    cu_q: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
     longest_q: int = 1,
 ) -> Tensor:
     """Causal, aligned at the end: a text's last query sees all of its keys."""
     out = torch.zeros_like(q)
-    queries = cu if cu_q is None else cu_q
+    ends = cu_seqlens.tolist()
+    query_ends = ends if cu_seqlens_q is None else cu_seqlens_q.tolist()
     group = q.shape[1] // k.shape[1]
-    for place in range(len(cu) - 1):
-        rows, keys = slice(queries[place], queries[place + 1]), slice(cu[place], cu[place + 1])
+    for slot in range(len(ends) - 1):
+        rows, keys = slice(query_ends[slot], query_ends[slot + 1]), slice(ends[slot], ends[slot + 1])
         count, length = rows.stop - rows.start, keys.stop - keys.start
-        assert count <= (longest if cu_q is None else longest_q)
+        assert count <= (longest if cu_seqlens_q is None else longest_q)
         assert length <= longest
         if not count:
             continue
@@ -77,37 +81,36 @@ class Forward:
             head_dim=32,
             max_position_embeddings=256,
         )
-        model = Qwen3Model(config).to(torch.bfloat16).eval().requires_grad_(False)
-        self.norm = model.norm.weight.detach()
-        self.qwen = qwen3.PackedQwen3(model)
-        self.pool = self.qwen.prefix_pool(64)
+        model: Any = Qwen3Model(config)
+        model = model.bfloat16().eval().requires_grad_(False)
+        options = ForwardOptions(
+            pooling=POOLINGS["lasttoken"],
+            limits=Limits(max_tokens=256, position_offset=0),
+            last_norm=model.norm.weight.detach(),
+        )
+        pooled = qwen3.PackedQwen3(model, options).pooled()
+        assert pooled is not None
+        assert pooled.prefix_pool is not None
+        self.run = pooled.run
+        self.pool = pooled.prefix_pool(64)
 
     @torch.inference_mode()
     def __call__(
-        self, texts: list[Ids], prefixes: list[Ids] | None = None, kept: Ids | None = None
+        self, texts: list[Ids], prefixes: list[Ids] | None = None, saved_rows: Ids | None = None
     ) -> Tensor:
         """Unit vectors of `texts`, of which the first tokens are read from these rows of the pool."""
         prefixes = prefixes or [NONE] * len(texts)
         own = [text[len(rows) :] for text, rows in zip(texts, prefixes, strict=True)]
         lengths = np.array([len(ids) for ids in own], dtype=np.int32)
         room = 4 * SIZE + MARGIN
-        inputs = np.zeros(shared_length(SIZE, ROOMS, room), dtype=np.int32)
-        plain = input_length(SIZE, ROOMS)
-        fill(inputs[:plain], own, lengths, SIZE, ROOMS)
-        shared = None
-        if kept is not None or any(map(len, prefixes)):
-            fill_shared(inputs, prefixes, lengths, kept, SIZE, ROOMS)
-            begin = -(-plain // 16) * 16
-            parts = torch.from_numpy(inputs)
-            moves = parts[begin + 48 :].view(-1, 2)
-            shared = Shared(
-                self.pool, parts[begin : begin + 17], parts[begin + 32 : begin + 33], moves, 4 * SIZE
-            )
-        ids, positions, last, cu = torch.split(
-            torch.from_numpy(inputs[:plain]), [SIZE, SIZE, ROOMS, ROOMS + 1]
-        )
-        out = torch.empty(ROOMS, 64)
-        self.qwen.pooled(Row(ids, positions, cu, last, shared), SIZE, self.norm, out)
+        inputs = np.zeros(shared_length(SIZE, SLOTS, room), dtype=np.int32)
+        pack_row(inputs[: input_length(SIZE, SLOTS)], own, lengths, SIZE, SLOTS)
+        shared = saved_rows is not None or any(map(len, prefixes))
+        if shared:
+            pack_prefixes(inputs, prefixes, lengths, saved_rows, SIZE, SLOTS)
+        row = split_row(torch.from_numpy(inputs), SIZE, SLOTS, self.pool, 3 * SIZE, room if shared else 0)
+        out = torch.empty(SLOTS, 64)
+        self.run(row, SIZE, out)
         return F.normalize(out[: len(texts)])
 
 
@@ -120,13 +123,13 @@ def forward() -> Forward:
     return made
 
 
-def test_texts_behind_shared_prefixes_have_the_vectors_of_whole_texts(forward: Forward) -> None:
+def test_texts_after_shared_prefixes_have_the_vectors_of_whole_texts(forward: Forward) -> None:
     random = np.random.default_rng(0)
     first, second = (random.integers(0, 300, 8).astype(np.int32) for _ in range(2))
     rows = np.array([5, 3, 60, 9, 10, 40, 2, 7], dtype=np.int32)
     other = np.array([20, 21, 22, 23, 24, 25, 26, 27], dtype=np.int32)
-    forward([first], kept=rows)
-    forward([second], kept=other)
+    forward([first], saved_rows=rows)
+    forward([second], saved_rows=other)
     own = [random.integers(0, 300, n).astype(np.int32) for n in (2, 1, 3, 2)]
     texts = [np.concatenate([first, ids]) for ids in own[:2]]
     texts += [np.concatenate([second, own[2]]), own[3]]

@@ -147,20 +147,20 @@ def test_a_late_text_beyond_the_limit_goes_on_in_the_next_window(
     found = chunked(encoder, text, late(16), PROMPT)
     plain = encoder.tokenize([Text("", PROMPT), Text("")])
     prompt, empty = (tokens.ids.tolist() for tokens in plain if isinstance(tokens, Tokens))
-    behind = len(empty) - (name != "qwen3")  # [CLS] stands in front
+    after = len(empty) - (name != "qwen3")  # [CLS] comes before
     assert len(found.windows) > 2
     expected = []
     for window in found.windows:
         ids = window.ids.tolist()
-        assert ids[: len(prompt) - behind] == prompt[:-behind]
-        assert ids[-behind:] == empty[-behind:]
+        assert ids[: len(prompt) - after] == prompt[:-after]
+        assert ids[-after:] == empty[-after:]
         states = hidden_states(name, window.ids)
         expected += [
             states[end - 1] if name == "qwen3" else states[begin:end].mean(axis=0)
             for begin, end in window.spans
         ]
-        assert window.spans[0][0] == len(prompt) - behind
-        assert window.spans[-1][1] == len(ids) - (0 if name == "qwen3" else behind)
+        assert window.spans[0][0] == len(prompt) - after
+        assert window.spans[-1][1] == len(ids) - (0 if name == "qwen3" else after)
     assert len(expected) == len(found.pieces)
     vectors = vectors_of(encoder, found.windows)
     assert np.abs(normalized(vectors) - normalized(np.stack(expected))).max() <= TOLERANCE

@@ -30,7 +30,7 @@ def run(*arguments: object) -> Result:
     return result
 
 
-def told(*arguments: object) -> dict[str, Any]:
+def report_of(*arguments: object) -> dict[str, Any]:
     """The JSON report of a run that went well."""
     result = run(*arguments, "--json")
     assert result.exit_code == 0, result.output
@@ -71,28 +71,30 @@ def perturbed(model: Path, path: Path, noise: float) -> Path:
 
 def test_a_model_is_just_like_itself(texts: Path) -> None:
     model = minilm_path()
-    report = told(
+    report = report_of(
         model, "--against", model, "--texts", texts, "--min-cosine", "0.99999", "--min-agreement", "1"
     )
     assert report["texts"] == len(TEXTS)
     assert report["cosine"]["min"] == pytest.approx(1, abs=1e-6)
     assert report["cosine"]["below_threshold"] == 0
     assert report["cosine"]["largest_difference"] <= 1e-6
-    assert report["neighbours"] == {"k": 10, "mean": 1, "min": 1, "unchanged": 1}
+    assert report["neighbors"] == {"k": 10, "mean": 1, "min": 1, "unchanged": 1}
     one, other = report["model"], report["against"]
     assert one["model_version"] == other["model_version"]
     assert one["tokens"] == other["tokens"] > len(TEXTS)
     assert one["tokens_per_second"] == pytest.approx(one["tokens"] / one["seconds"])
 
 
-def test_a_changed_copy_is_told_by_how_much(texts: Path, tmp_path: Path) -> None:
+def test_a_changed_copy_is_reported_with_its_size(texts: Path, tmp_path: Path) -> None:
     model = minilm_path()
     copies = [perturbed(model, tmp_path / str(noise), noise) for noise in (0.02, 0.3)]
-    near, far = (told(model, "--against", copy, "--texts", texts, "--threshold", "0.999") for copy in copies)
+    near, far = (
+        report_of(model, "--against", copy, "--texts", texts, "--threshold", "0.999") for copy in copies
+    )
     assert near["model"]["model_version"] != near["against"]["model_version"]
     assert 1 > near["cosine"]["min"] > far["cosine"]["min"]
     assert near["cosine"]["p1"] <= near["cosine"]["p5"] <= near["cosine"]["p50"] < 1
-    assert near["neighbours"]["mean"] > far["neighbours"]["mean"]
+    assert near["neighbors"]["mean"] > far["neighbors"]["mean"]
     assert far["cosine"]["below_threshold"] == 1
     worst = far["worst"]
     assert worst[0]["cosine"] == pytest.approx(far["cosine"]["min"])
@@ -103,37 +105,37 @@ def test_a_changed_copy_is_told_by_how_much(texts: Path, tmp_path: Path) -> None
 def test_a_missed_threshold_is_exit_code_1(texts: Path, tmp_path: Path) -> None:
     model = minilm_path()
     copy = perturbed(model, tmp_path / "copy", 0.3)
-    for option, message in (("--min-cosine", "least cosine"), ("--min-agreement", "neighbour agreement")):
+    for option, message in (("--min-cosine", "lowest cosine"), ("--min-agreement", "neighbor agreement")):
         result = run(model, "--against", copy, "--texts", texts, option, "0.999")
         assert result.exit_code == 1
         assert message in result.stderr
         assert "top-10 agreement, mean" in result.stdout
 
 
-def test_models_of_two_widths_have_neighbours_but_no_cosine(texts: Path, bert: Path, qwen3: Path) -> None:
-    report = told(qwen3, "--against", bert, "--texts", texts, "--top-k", "5")
+def test_models_of_two_widths_have_neighbors_but_no_cosine(texts: Path, bert: Path, qwen3: Path) -> None:
+    report = report_of(qwen3, "--against", bert, "--texts", texts, "--top-k", "5")
     assert report["dimensions"] == [256, 128]
     assert report["cosine"] is None
-    assert 0 <= report["neighbours"]["mean"] < 1
-    assert report["neighbours"]["k"] == 5
-    assert "the vectors have two lengths" in run(qwen3, "--against", bert, "--texts", texts).stdout
+    assert 0 <= report["neighbors"]["mean"] < 1
+    assert report["neighbors"]["k"] == 5
+    assert "the vectors differ in length" in run(qwen3, "--against", bert, "--texts", texts).stdout
     missed = run(qwen3, "--against", bert, "--texts", texts, "--min-cosine", "0.5")
     assert missed.exit_code == 1
     assert "no cosine" in missed.stderr
 
 
 def test_a_cut_to_one_length_makes_two_widths_comparable(texts: Path, bert: Path, qwen3: Path) -> None:
-    report = told(qwen3, "--against", bert, "--texts", texts, "--dimensions", "64")
+    report = report_of(qwen3, "--against", bert, "--texts", texts, "--dimensions", "64")
     assert report["dimensions"] == [64, 64]
     assert report["cosine"]["min"] < 0.9
     beyond = run(qwen3, "--against", bert, "--texts", texts, "--dimensions", "200")
     assert beyond.exit_code == 2
-    assert "128 components at most" in beyond.stderr
+    assert "at most 128 components" in beyond.stderr
 
 
-def test_an_instruction_and_a_prompt_stand_in_front_of_every_text(texts: Path, qwen3: Path) -> None:
+def test_an_instruction_and_a_prompt_are_prepended_to_every_text(texts: Path, qwen3: Path) -> None:
     plain, query, instructed = (
-        told(qwen3, "--against", qwen3, "--texts", texts, *options)["model"]["tokens"]
+        report_of(qwen3, "--against", qwen3, "--texts", texts, *options)["model"]["tokens"]
         for options in ((), ("--input-type", "query"), ("--instruction", "Find the passage."))
     )
     assert query > plain
@@ -146,9 +148,9 @@ def test_lines_keep_their_numbers_where_empty_and_equal_ones_are_left_out(
 ) -> None:
     path = tmp_path / "texts.txt"
     path.write_text("the moon\n\nthe stone wall\nthe moon\n   \nthe river\n")
-    report = told(qwen3, "--against", bert, "--texts", path)
+    report = report_of(qwen3, "--against", bert, "--texts", path)
     assert report["texts"] == 3
-    assert report["neighbours"]["k"] == 2
+    assert report["neighbors"]["k"] == 2
     assert sorted((pair["line"], pair["text"]) for pair in report["worst"]) == [
         (1, "the moon"),
         (3, "the stone wall"),
@@ -167,7 +169,7 @@ def test_texts_without_a_vector_are_left_out_and_named(tmp_path: Path, qwen3: Pa
     assert report["model"]["without_vector"] == [2]
     assert report["against"]["without_vector"] == []
     assert report["cosine"]["min"] == pytest.approx(1, abs=1e-6)
-    assert "1 texts have no vector" in result.stderr
+    assert "1 text has no vector" in result.stderr
 
 
 def test_what_cannot_be_compared_is_one_line_and_exit_code_2(tmp_path: Path, bert: Path) -> None:
@@ -177,7 +179,7 @@ def test_what_cannot_be_compared_is_one_line_and_exit_code_2(tmp_path: Path, ber
     broken = Path(shutil.copytree(bert, tmp_path / "broken"))
     (broken / "tokenizer.json").unlink()
     for arguments, message in (
-        ((bert, "--against", bert, "--texts", few), "at least two texts"),
+        ((bert, "--against", bert, "--texts", few), "at least two different texts"),
         ((bert, "--against", bert, "--texts", odd), "line 2"),
         ((bert, "--against", broken), "tokenizer.json: missing"),
         ((bert, "--against", bert, "--quantization", "fp8"), "fp8"),

@@ -1,4 +1,4 @@
-"""The worker: how many micro-batches are under way at once, with plain numbers as time and around a real batcher."""
+"""How many micro-batches are under way at once: the limit with plain numbers as time, and the loop around a batcher."""
 
 from __future__ import annotations
 
@@ -24,56 +24,56 @@ class Item:
     arrived: float = 0.0
 
 
-def test_one_runs_and_one_waits_behind_it() -> None:
-    ahead = PrefetchLimit()
-    ahead.begin(long=False)
-    assert ahead.has_room()
-    ahead.begin(long=False)
-    assert not ahead.has_room()
-    ahead.end(0.0, 0.2, long=False)
-    assert ahead.has_room()
+def test_one_runs_and_one_is_prefetched() -> None:
+    prefetch = PrefetchLimit()
+    prefetch.begin(long=False)
+    assert prefetch.allows_another()
+    prefetch.begin(long=False)
+    assert not prefetch.allows_another()
+    prefetch.end(0.0, 0.2, long=False)
+    assert prefetch.allows_another()
 
 
-def test_quick_ones_may_have_two_behind_them_and_slow_ones_again_one() -> None:
-    ahead = PrefetchLimit()
+def test_quick_ones_allow_two_to_be_prefetched_and_slow_ones_again_one() -> None:
+    prefetch = PrefetchLimit()
     for _ in range(2):
-        ahead.begin(long=False)
-    ahead.end(0.0, 0.003, long=False)
-    ahead.begin(long=False)
-    assert ahead.has_room()
-    ahead.begin(long=False)
-    assert not ahead.has_room()
-    ahead.end(0.001, 0.1, long=False)  # it had the device from 0.003 on
-    assert not ahead.has_room()
-    ahead.end(0.002, 0.2, long=False)
-    assert ahead.has_room()
+        prefetch.begin(long=False)
+    prefetch.end(0.0, 0.003, long=False)
+    prefetch.begin(long=False)
+    assert prefetch.allows_another()
+    prefetch.begin(long=False)
+    assert not prefetch.allows_another()
+    prefetch.end(0.001, 0.1, long=False)  # it had the device from 0.003 on
+    assert not prefetch.allows_another()
+    prefetch.end(0.002, 0.2, long=False)
+    assert prefetch.allows_another()
 
 
-def test_waiting_behind_another_one_does_not_count_as_slow() -> None:
-    ahead = PrefetchLimit()
+def test_waiting_for_another_one_does_not_count_as_slow() -> None:
+    prefetch = PrefetchLimit()
     for _ in range(2):
-        ahead.begin(long=False)
-    ahead.end(0.0, 1.0, long=False)
-    ahead.end(0.0, 1.003, long=False)
+        prefetch.begin(long=False)
+    prefetch.end(0.0, 1.0, long=False)
+    prefetch.end(0.0, 1.003, long=False)
     for _ in range(2):
-        ahead.begin(long=False)
-    assert ahead.has_room()
+        prefetch.begin(long=False)
+    assert prefetch.allows_another()
 
 
-def test_nothing_is_taken_behind_a_text_over_the_budget() -> None:
-    ahead = PrefetchLimit()
-    ahead.begin(long=False)
-    assert ahead.has_room()  # it may itself wait behind another one
-    ahead.begin(long=True)
-    ahead.end(0.0, 0.2, long=False)
-    assert not ahead.has_room()
-    ahead.end(0.1, 1.0, long=True)
-    assert ahead.has_room()
+def test_nothing_is_prefetched_after_a_text_over_the_budget() -> None:
+    prefetch = PrefetchLimit()
+    prefetch.begin(long=False)
+    assert prefetch.allows_another()  # it may itself be prefetched
+    prefetch.begin(long=True)
+    prefetch.end(0.0, 0.2, long=False)
+    assert not prefetch.allows_another()
+    prefetch.end(0.1, 1.0, long=True)
+    assert prefetch.allows_another()
 
 
 @dataclass
 class Device:
-    """Runs what it is given until it is told that one is done."""
+    """Runs what it is given until the test ends it."""
 
     started: list[list[int]] = field(default_factory=list)
     ends: list[asyncio.Future[None]] = field(default_factory=list)
@@ -85,14 +85,16 @@ class Device:
 
 
 @asynccontextmanager
-async def working(device: Device, *costs: int) -> AsyncIterator[Batcher[Item]]:
-    """A worker around a budget of 100 tokens, with these texts waiting."""
+async def working(
+    device: Device, *costs: int, metrics: Metrics | None = None
+) -> AsyncIterator[Batcher[Item]]:
+    """A loop around a budget of 100 tokens, with these texts waiting."""
     batcher = Batcher[Item](BatchPolicy(max_tokens=100, max_items=10, max_wait=0.0, bulk_max_wait=5.0))
     batcher.put(Item(number, cost) for number, cost in enumerate(costs))
     async with asyncio.TaskGroup() as tasks:
-        worker = tasks.create_task(BatchLoop(batcher, device.run, Metrics(), tasks).run())
+        loop = tasks.create_task(BatchLoop(batcher, device.run, metrics or Metrics(), tasks).run())
         yield batcher
-        worker.cancel()
+        loop.cancel()
         for end in device.ends:
             end.cancel()
 
@@ -126,7 +128,7 @@ async def test_a_short_text_goes_before_the_next_of_many_long_ones() -> None:
         await wait_until(lambda: device.started == [[0], [3], [1]], within=10)
 
 
-async def test_a_micro_batch_that_fails_ends_the_worker() -> None:
+async def test_a_micro_batch_that_fails_ends_the_loop() -> None:
     class Broken(Exception): ...
 
     async def run(batch: Sequence[Item]) -> None:
@@ -138,3 +140,27 @@ async def test_a_micro_batch_that_fails_ends_the_worker() -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(BatchLoop(batcher, run, Metrics(), tasks).run())
     assert raised.value.subgroup(Broken) is not None
+
+
+async def test_the_size_of_each_micro_batch_and_what_still_waits_is_measured() -> None:
+    device, metrics = Device(), Metrics()
+
+    def sample(name: str, **labels: str) -> float | None:
+        return metrics.registry.get_sample_value(f"embedq_{name}", labels)
+
+    async with working(device, 500, 40, 40, 70, metrics=metrics) as batcher:
+        now = asyncio.get_running_loop().time()  # so that no bulk text is overdue
+        batcher.put([Item(4, 30, "bulk", now)])
+        await wait_until(lambda: device.started == [[0]], within=10)
+        device.ends[0].set_result(None)
+        await wait_until(lambda: device.started == [[0], [1, 2], [3, 4]], within=10)
+        await settled()
+        assert (sample("batch_tokens_sum"), sample("batch_tokens_count")) == (500 + 80 + 100, 3)
+        assert (sample("batch_items_sum"), sample("batch_items_count")) == (1 + 2 + 2, 3)
+        assert sample("batch_fill_ratio_sum") == pytest.approx(1.0 + 0.8 + 1.0)
+        batcher.put([Item(5, 200), Item(6, 50), Item(7, 60, "bulk", now)])
+        device.ends[1].set_result(None)
+        await wait_until(lambda: len(device.started) == 4, within=10)
+        assert device.started[3] == [5]
+        assert sample("waiting_tokens", lane="interactive") == 50
+        assert sample("waiting_tokens", lane="bulk") == 60

@@ -80,7 +80,7 @@ def test_as_many_texts_as_allowed_run_at_once() -> None:
     assert waiting.take(0.0) == []
 
 
-def test_the_last_room_goes_to_the_longest_text_that_fits() -> None:
+def test_what_is_left_of_the_budget_goes_to_the_longest_text_that_fits() -> None:
     waiting = policy(max_tokens=100)
     waiting.put(items(60, 60, 10, 30, 20, 10))
     assert numbers(waiting.take(2.0)) == [0, 3, 2]
@@ -94,7 +94,7 @@ def test_texts_run_in_their_order_where_they_leave_no_room() -> None:
     assert numbers(waiting.take(2.0)) == [3, 4]
 
 
-def test_a_text_is_overtaken_by_none_that_came_a_window_later() -> None:
+def test_a_text_is_overtaken_by_none_that_arrived_a_window_later() -> None:
     waiting = policy(max_tokens=100, max_items=1000)
     waiting.put(items(60, 60, *[100] * (WINDOW - 1), 40))
     assert numbers(waiting.take(2.0)) == [0]
@@ -179,7 +179,7 @@ def test_neither_lane_starves_the_other(bulk_tokens: int, interactive_tokens: in
     assert shares["interactive"] >= 1 / 2
 
 
-def test_many_short_bulk_texts_do_not_use_up_the_places_of_interactive_ones() -> None:
+def test_many_short_bulk_texts_leave_a_micro_batch_to_interactive_ones() -> None:
     waiting = policy(max_tokens=10_000, max_items=8, bulk_max_wait=5.0)
     waiting.put(items(*[1] * 20, lane="bulk"))
     waiting.put(items(*[1] * 20))
@@ -301,10 +301,10 @@ def test_a_backlog_of_log_normal_documents_fills_its_micro_batches(max_tokens: i
     assert sum(fills) / len(fills) >= 0.99
 
 
-def test_a_short_text_waits_for_at_most_one_long_one_beside_what_is_ahead_of_it() -> None:
+def test_a_short_text_waits_for_what_arrived_before_it_and_at_most_one_long_one() -> None:
     """Simulated: a micro-batch takes its tokens' time, long texts keep coming, and now and then a short one does.
 
-    The worker queues one micro-batch behind the one that runs, but none behind a text over the budget.
+    The batch loop prefetches one micro-batch, but none after a text over the budget.
     """
     waiting = policy(max_tokens=100, max_wait=0.0)
     random = Random(1)
@@ -340,7 +340,7 @@ async def test_the_queue_hands_out_a_batch_when_its_wait_is_over() -> None:
     assert asyncio.get_running_loop().time() >= now + 0.01
 
 
-async def test_an_arrival_wakes_whoever_waits_for_a_batch() -> None:
+async def test_an_arrival_wakes_the_loop_that_waits_for_a_batch() -> None:
     batcher = Batcher[Item](policy(max_tokens=100, max_wait=3600.0))
     waiting = asyncio.create_task(batcher.next())
     now = asyncio.get_running_loop().time()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from embedq_consumer.batching.batcher import Batcher, BatchPolicy
-from embedq_consumer.batching.single_flight import Item
+from embedq_consumer.batching.single_flight import QueuedText
 from embedq_consumer.batching.token_budget import LEAST, Budget, TokenBudget, find_budget
 from embedq_consumer.engine import Memory, OutOfMemory, Tokens
 from embedq_consumer.telemetry.metrics import Metrics
@@ -16,15 +16,15 @@ from tests.helpers.in_flight import Model
 
 
 class Device(Model):
-    """Runs micro-batches of up to `room` tokens; `tokens_of_a_row` is what each text takes of it beside its own."""
+    """Runs micro-batches of up to `limit` tokens; each text takes `each_text` of it in addition to its own."""
 
     def __init__(
-        self, room: int, *, max_tokens: int = 32_768, each_text: int = 0, memory: bool = True
+        self, limit: int, *, max_tokens: int = 32_768, each_text: int = 0, memory: bool = True
     ) -> None:
         super().__init__()
         self.max_tokens = max_tokens
         self.ran: list[list[int]] = []
-        self._room = room
+        self._limit = limit
         self._each_text = each_text
         self._memory = memory
 
@@ -33,7 +33,7 @@ class Device(Model):
 
     async def run(self, batch: Sequence[Tokens]) -> None:
         lengths = [len(tokens.ids) for tokens in batch]
-        if sum(lengths) + self._each_text * len(batch) > self._room:
+        if sum(lengths) + self._each_text * len(batch) > self._limit:
             raise OutOfMemory("out of memory")
         self.ran.append(lengths)
 
@@ -43,76 +43,78 @@ async def found(device: Device, *, tokens: int = 16_384, max_items: int = 1024) 
     return await find_budget(device, device.run, ids, tokens=tokens, max_items=max_items)
 
 
-async def test_a_device_with_room_keeps_the_whole_budget_and_takes_the_longest_text() -> None:
-    device = Device(room=100_000)
+async def test_a_device_with_enough_memory_keeps_the_whole_budget_and_takes_the_longest_text() -> None:
+    device = Device(limit=100_000)
     assert await found(device) == Budget(16_384, 32_768)
     assert device.ran == [[32_768], [16_384], [16] * 1024]
 
 
 async def test_a_longest_text_that_does_not_fit_is_shortened_until_it_does() -> None:
-    device = Device(room=20_000)
+    device = Device(limit=20_000)
     assert await found(device) == Budget(16_384, 18_432)
     assert device.ran[0] == [18_432]
 
 
 async def test_a_budget_that_does_not_fit_is_halved_until_it_does() -> None:
-    device = Device(room=5_000, max_tokens=512)
+    device = Device(limit=5_000, max_tokens=512)
     assert await found(device) == Budget(4_096, 512)
     assert device.ran[1:] == [[512] * 8, [16] * 256]
 
 
 async def test_many_short_texts_are_tried_as_well_as_few_long_ones() -> None:
-    device = Device(room=20_000, max_tokens=512, each_text=16)
+    device = Device(limit=20_000, max_tokens=512, each_text=16)
     assert await found(device) == Budget(8_192, 512)
 
 
 async def test_a_text_is_never_longer_than_what_fits_even_within_a_micro_batch() -> None:
-    device = Device(room=1_000)
+    device = Device(limit=1_000)
     assert await found(device) == Budget(512, 777)
 
 
 async def test_a_device_that_runs_next_to_nothing_is_refused() -> None:
     with pytest.raises(OutOfMemory):
-        await found(Device(room=LEAST - 1))
+        await found(Device(limit=LEAST - 1))
     with pytest.raises(OutOfMemory):
-        await found(Device(room=LEAST - 1, memory=False))
+        await found(Device(limit=LEAST - 1, memory=False))
 
 
 async def test_a_processor_warms_up_with_one_full_micro_batch_and_is_not_tried_with_the_longest_text() -> (
     None
 ):
-    device = Device(room=100_000, memory=False)
+    device = Device(limit=100_000, memory=False)
     assert await found(device, tokens=2_048) == Budget(2_048, 32_768)
     assert device.ran == [[2_048], [16] * 128]
 
 
-def budget(found: Budget) -> tuple[TokenBudget, Batcher[Item], Metrics, dict[str, object]]:
-    batcher = Batcher[Item](BatchPolicy(max_tokens=16_384, max_items=10, max_wait=0.0, bulk_max_wait=5.0))
+def budget(found: Budget) -> tuple[TokenBudget, Batcher[QueuedText], Metrics, dict[str, object]]:
+    batcher = Batcher[QueuedText](
+        BatchPolicy(max_tokens=16_384, max_items=10, max_wait=0.0, bulk_max_wait=5.0)
+    )
     metrics = Metrics()
-    told: dict[str, object] = {}
+    facts: dict[str, object] = {}
 
-    def tell(facts: Mapping[str, object]) -> None:
-        told.update(facts)
+    def tell(found: Mapping[str, object]) -> None:
+        facts.update(found)
 
     made = TokenBudget(batcher, metrics, tell)
     made.serve(found)
-    return made, batcher, metrics, told
+    return made, batcher, metrics, facts
 
 
 def test_a_model_that_serves_brings_its_budget() -> None:
-    made, batcher, metrics, told = budget(Budget(8_192, 20_000))
+    made, batcher, metrics, facts = budget(Budget(8_192, 20_000))
     assert batcher.max_tokens == 8_192
     assert made.longest == 20_000
     assert metrics.registry.get_sample_value("embedq_batch_budget_tokens") == 8_192
-    assert told == {"max_batch_tokens": 8_192, "max_text_tokens": 20_000}
+    assert facts == {"max_batch_tokens": 8_192, "max_text_tokens": 20_000}
 
 
 def test_a_micro_batch_that_ran_out_of_memory_halves_the_budget() -> None:
-    made, batcher, metrics, told = budget(Budget(8_192, 20_000))
+    made, batcher, metrics, facts = budget(Budget(8_192, 20_000))
     made.ran_out(8_000)
     assert batcher.max_tokens == 4_000
     assert metrics.registry.get_sample_value("embedq_batch_budget_tokens") == 4_000
-    assert told == {"max_batch_tokens": 4_000, "max_text_tokens": 20_000}
+    assert facts == {"max_batch_tokens": 4_000, "max_text_tokens": 20_000}
 
 
 def test_a_second_one_of_the_old_size_that_was_under_way_lowers_it_no_further() -> None:

@@ -5,24 +5,26 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 
 from embedq_consumer.batching.tokenizer_pool import TokenizerPool
-from embedq_consumer.engine import Encoder, Text, Tokens
+from embedq_consumer.engine import Text, TextTooLong, Tokens
+from tests.helpers.in_flight import Model
 from tests.helpers.support import wait_until
 
 
-class Gated:
+class Gated(Model):
     """A tokenizer that notes which texts it begins with, and waits at a gate for those that say so."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.begun: list[str] = []
         self.gate = threading.Event()
 
-    def tokenize(self, texts: Sequence[Text]) -> list[Tokens]:
+    def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong]:
         self.begun.append(texts[0].text)
         if texts[0].text.startswith("bulk"):
             assert self.gate.wait(30)
@@ -36,14 +38,13 @@ def gated() -> Gated:
 
 async def test_an_interactive_call_overtakes_bulk_calls_that_wait(gated: Gated) -> None:
     tokenizing = TokenizerPool()
-    encoder = cast("Encoder", gated)
     try:
         calls: list[asyncio.Task[Any]] = [
-            asyncio.create_task(tokenizing.run("bulk", encoder, [Text(f"bulk {number}")]))
+            asyncio.create_task(tokenizing.run("bulk", gated, [Text(f"bulk {number}")]))
             for number in range(8)
         ]
         await wait_until(lambda: len(gated.begun) == 2, what="both threads at the gate")
-        calls.append(asyncio.create_task(tokenizing.run("interactive", encoder, [Text("urgent")])))
+        calls.append(asyncio.create_task(tokenizing.run("interactive", gated, [Text("urgent")])))
         await asyncio.sleep(0)  # it is in the threads' queue
         gated.gate.set()
         await asyncio.gather(*calls)
@@ -55,14 +56,14 @@ async def test_an_interactive_call_overtakes_bulk_calls_that_wait(gated: Gated) 
 
 
 async def test_a_call_that_fails_lets_the_next_one_run() -> None:
-    class Failing:
-        def tokenize(self, texts: Sequence[Text]) -> list[Tokens]:
+    class Failing(Model):
+        def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong]:
             raise RuntimeError("no")
 
     tokenizing = TokenizerPool()
     try:
         for _ in range(5):
             with pytest.raises(RuntimeError, match="no"):
-                await tokenizing.run("bulk", cast("Encoder", Failing()), [Text("a")])
+                await tokenizing.run("bulk", Failing(), [Text("a")])
     finally:
         await asyncio.to_thread(tokenizing.close)

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedq_consumer.cache.vector_cache import CachedVector, cache_key, pack, unpack
+from embedq_consumer.cache.entries import CachedVector, cache_key, pack, unpack
 from embedq_consumer.engine import Text
-from embedq_shared.messages import Chunking
+from embedq_shared.messages import Chunking, Dtype
 from embedq_shared.vectors import vector_bytes
 
 VERSION = "sha256:" + "a" * 64
@@ -36,6 +36,11 @@ def key(
     version: str = VERSION, text: str = "text", prompt: str = "", dimensions: int = 32, dtype: str = "float32"
 ) -> bytes:
     return cache_key(version, Text(text, prompt), dimensions, dtype)
+
+
+def whole(vector: bytes) -> CachedVector:
+    """The entry of a text that was not cut."""
+    return CachedVector(tokens=3, truncated="", scale=None, vector=vector)
 
 
 @given(fields, fields)
@@ -69,14 +74,14 @@ def test_whatever_else_the_model_sees_of_an_input_changes_its_key() -> None:
 
 
 def test_a_mean_over_windows_has_a_key_of_its_own() -> None:
-    windows = [None, 8, 80, 512]
+    chunks = [None, *(Chunking("mean", tokens) for tokens in (8, 80, 512))]
     keys = [
-        cache_key(VERSION, Text("text", chunk=window and Chunking("mean", window)), dimensions, "float32")
+        cache_key(VERSION, Text("text", chunk=chunk), dimensions, "float32")
         for dimensions in (8, 80)
-        for window in windows
+        for chunk in chunks
     ]
     assert len(set(keys)) == len(keys)
-    entry = CachedVector(3, "", None, bytes(4 * 80))
+    entry = whole(bytes(4 * 80))
     of_window = cache_key(VERSION, Text("text", chunk=Chunking("mean", 8)), 80, "float32")
     assert unpack(of_window, pack(of_window, entry)) == entry
     assert unpack(key(dimensions=80), pack(of_window, entry)) is None
@@ -94,17 +99,17 @@ def test_moving_characters_between_prompt_and_text_changes_the_key() -> None:
 
 
 @pytest.mark.parametrize("version", ["", "a" * 64, "sha256:" + "a" * 63, "sha256:" + "A" * 64, "MiniLM"])
-def test_a_model_version_that_is_no_digest_makes_no_key(version: str) -> None:
+def test_a_model_version_that_is_not_a_digest_makes_no_key(version: str) -> None:
     with pytest.raises(ValueError, match="64 hex digits"):
         key(version=version)
 
 
 entries = st.builds(
-    lambda tokens, truncated, scale, raw: CachedVector(tokens, truncated, scale, raw),
-    st.integers(0, 2**32 - 1),
-    st.sampled_from(["", "start", "end"]),
-    st.none() | st.floats(allow_nan=False),
-    st.binary(min_size=128, max_size=128),
+    CachedVector,
+    tokens=st.integers(0, 2**32 - 1),
+    truncated=st.sampled_from(["", "start", "end"]),
+    scale=st.none() | st.floats(allow_nan=False),
+    vector=st.binary(min_size=128, max_size=128),
 )
 
 
@@ -114,12 +119,12 @@ def test_what_is_packed_is_unpacked_equal(entry: CachedVector) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_an_entry_is_of_the_length_that_its_key_says(dtype: str) -> None:
-    size = vector_bytes(64, dtype)  # type: ignore[arg-type]
+def test_an_entry_is_of_the_length_that_its_key_says(dtype: Dtype) -> None:
+    size = vector_bytes(64, dtype)
     name = key(dimensions=64, dtype=dtype)
-    assert unpack(name, pack(name, CachedVector(3, "", None, b"x" * size))) is not None
+    assert unpack(name, pack(name, whole(b"x" * size))) is not None
     for wrong in (0, size - 1, size + 1, 2 * size):
-        assert unpack(name, pack(name, CachedVector(3, "", None, b"x" * wrong))) is None
+        assert unpack(name, pack(name, whole(b"x" * wrong))) is None
 
 
 @given(entries, st.data())

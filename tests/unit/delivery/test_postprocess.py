@@ -9,21 +9,21 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from embedq_consumer.batching.single_flight import Identity, Item, Waiter, Window
+from embedq_consumer.batching.single_flight import Identity, JobInput, QueuedText, Window
 from embedq_consumer.batching.windows import WindowAssembler
 from embedq_consumer.delivery import postprocess as outcomes
-from embedq_consumer.engine import Chunked, Piece, TextTooLong, Tokens
+from embedq_consumer.engine import Chunked
 from embedq_consumer.intake.jobs import InputVector, JobState, Outcome, Spans
 from embedq_shared.messages import ErrorBody
 from embedq_shared.vectors import dequantize
-from tests.helpers.in_flight import admitted, item
+from tests.helpers.in_flight import admitted, chunked, computed
 
 
 def outcomes_of(
-    landed: Sequence[tuple[Item, list[Waiter]]], vectors: npt.NDArray[np.float32]
+    texts: Sequence[tuple[QueuedText, list[JobInput]]], vectors: npt.NDArray[np.float32]
 ) -> list[Outcome]:
     """The outcomes alone, in order."""
-    return [outcome for _, _, outcome in outcomes.outcomes_of(landed, vectors)]
+    return [outcome for _, _, outcome in outcomes.outcomes_of(texts, vectors)]
 
 
 def raw(rows: int, hidden: int = 256) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
@@ -33,7 +33,7 @@ def raw(rows: int, hidden: int = 256) -> np.ndarray[tuple[int, int], np.dtype[np
 @pytest.mark.parametrize("dimensions", [32, 33, 256])
 def test_a_vector_is_cut_and_then_has_length_1(dimensions: int) -> None:
     vectors = raw(1)
-    [found] = outcomes_of([item(admitted(input="a", dimensions=dimensions))], vectors)
+    [found] = outcomes_of([computed(admitted(input="a", dimensions=dimensions))], vectors)
     assert isinstance(found, InputVector)
     expected = vectors[0, :dimensions] / np.linalg.norm(vectors[0, :dimensions])
     np.testing.assert_allclose(dequantize(found.vector, "float32"), expected, atol=1e-6)
@@ -46,7 +46,7 @@ def test_one_number_that_is_not_finite_costs_that_text_alone(bad: float, place: 
     vectors = raw(3)
     vectors[1, place] = bad
     job = admitted(input=["a", "b", "c"], dimensions=32)
-    first, second, third = outcomes_of([item(job, index) for index in range(3)], vectors)
+    first, second, third = outcomes_of([computed(job, index) for index in range(3)], vectors)
     assert isinstance(first, InputVector)
     assert isinstance(third, InputVector)
     assert isinstance(second, ErrorBody)
@@ -59,7 +59,7 @@ def test_texts_of_several_jobs_get_what_their_own_job_asks_for() -> None:
         admitted(input="a", dtype=dtype, dimensions=dimensions)
         for dtype, dimensions in (("float32", 64), ("float16", 32), ("int8", 128), ("binary", 256))
     ]
-    found = outcomes_of([item(job) for job in jobs], vectors)
+    found = outcomes_of([computed(job) for job in jobs], vectors)
     assert [len(answer.vector) for answer in found if isinstance(answer, InputVector)] == [256, 64, 128, 32]
     for job, vector, answer in zip(jobs, vectors, found, strict=True):
         assert isinstance(answer, InputVector)
@@ -73,32 +73,16 @@ def test_texts_of_several_jobs_get_what_their_own_job_asks_for() -> None:
 @pytest.mark.parametrize("truncate", ["start", "end"])
 def test_a_cut_text_says_at_which_end(truncate: str) -> None:
     job = admitted(input=["a", "b"], truncate=truncate)
-    cut, whole = outcomes_of([item(job, 0, truncated=True), item(job, 1)], raw(2))
+    cut, whole = outcomes_of([computed(job, 0, truncated=True), computed(job, 1)], raw(2))
     assert isinstance(cut, InputVector)
     assert isinstance(whole, InputVector)
     assert (cut.truncated, whole.truncated) == (truncate, None)
 
 
 def test_zeros_stay_zeros() -> None:
-    [found] = outcomes_of([item(admitted(input="a", dimensions=32))], np.zeros((1, 256), np.float32))
+    [found] = outcomes_of([computed(admitted(input="a", dimensions=32))], np.zeros((1, 256), np.float32))
     assert isinstance(found, InputVector)
     assert not dequantize(found.vector, "float32").any()
-
-
-def test_a_text_over_the_limit_is_told_the_limit_and_its_length() -> None:
-    error = outcomes.too_long(admitted(input=["a", "b"]).request, 1, TextTooLong(tokens=700, limit=512))
-    assert (error.code, error.param, error.retryable) == ("text_too_long", "input[1]", False)
-    assert "512" in error.message
-    assert "700" in error.message
-
-
-def test_a_text_that_the_model_cannot_run_may_be_tried_again() -> None:
-    error = outcomes.failed(admitted(input="a"), 0)
-    assert (error.code, error.param, error.retryable) == ("internal", "input", True)
-
-
-def test_a_deadline_that_passes_while_a_text_waits_is_not_worth_a_retry() -> None:
-    assert (outcomes.EXPIRED_WAITING.code, outcomes.EXPIRED_WAITING.retryable) == ("expired", False)
 
 
 def test_inputs_that_share_a_text_each_get_what_their_own_job_asks_for() -> None:
@@ -106,7 +90,7 @@ def test_inputs_that_share_a_text_each_get_what_their_own_job_asks_for() -> None
         admitted(input="a", dimensions=32),
         admitted(input=["b", "a"], dimensions=64, dtype="float16"),
     )
-    shared, _ = item(small)
+    shared, _ = computed(small)
     vectors = raw(1)
     found = outcomes.outcomes_of([(shared, [(small, 0), (large, 1)])], vectors)
     assert [(job, index) for job, index, _ in found] == [(small, 0), (large, 1)]
@@ -122,30 +106,23 @@ def test_inputs_that_share_a_text_each_get_what_their_own_job_asks_for() -> None
 # -- chunks -----------------------------------------------------------------------------------------------------------
 
 
-def chunked(*tokens: int) -> Chunked:
-    """A text in windows of a vector each, with so many tokens of the text, and two special ones around them."""
-    ends = np.cumsum(tokens).tolist()
-    return Chunked(
-        tuple(Tokens(np.zeros(count + 2, dtype=np.int32)) for count in tokens),
-        tuple(Piece(end - count, end, count) for count, end in zip(tokens, ends, strict=True)),
+def last_window(job: JobState, of: Chunked, index: int = 0) -> QueuedText:
+    return QueuedText(
+        identity=Identity.of(job, index), tokens=of.windows[0], arrived=0.0, window=Window(of, 0)
     )
-
-
-def landed(job: JobState, of: Chunked, index: int = 0) -> Item:
-    return Item(Identity.of(job, index), of.windows[0], 0.0, Window(of, 0))
 
 
 def test_a_mean_is_that_of_the_windows_unit_vectors_by_their_tokens() -> None:
     of, vectors = chunked(100, 20, 1), raw(3)
     vectors[1] *= 50  # its length is no weight
-    gathered = WindowAssembler(of, "mean", 256)
-    assert [gathered.add(number, vectors[number : number + 1]) for number in (2, 0, 1)] == [
+    assembler = WindowAssembler(of, "mean", 256)
+    assert [assembler.add(number, vectors[number : number + 1]) for number in (2, 0, 1)] == [
         False,
         False,
         True,
     ]
     job = admitted(input="a", dimensions=64, chunk={"mode": "mean"})
-    [(_, _, found)] = outcomes.chunked_outcomes_of([(landed(job, of), gathered.rows, [(job, 0)])])
+    [(_, _, found)] = outcomes.assembled_outcomes_of([(last_window(job, of), assembler.rows, [(job, 0)])])
     units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     expected = (units * np.array([[100], [20], [1]])).sum(axis=0)[:64]
     assert isinstance(found, InputVector)
@@ -157,11 +134,11 @@ def test_a_mean_is_that_of_the_windows_unit_vectors_by_their_tokens() -> None:
 
 def test_a_mean_over_one_window_is_the_texts_own_vector() -> None:
     of, vectors = chunked(5), raw(1)
-    gathered = WindowAssembler(of, "mean", 256)
-    assert gathered.add(0, vectors)
+    assembler = WindowAssembler(of, "mean", 256)
+    assert assembler.add(0, vectors)
     job = admitted(input="a", chunk={"mode": "mean"})
-    [(_, _, mean)] = outcomes.chunked_outcomes_of([(landed(job, of), gathered.rows, [(job, 0)])])
-    [plain] = outcomes_of([item(admitted(input="a"))], vectors)
+    [(_, _, mean)] = outcomes.assembled_outcomes_of([(last_window(job, of), assembler.rows, [(job, 0)])])
+    [plain] = outcomes_of([computed(admitted(input="a"))], vectors)
     assert isinstance(mean, InputVector)
     assert isinstance(plain, InputVector)
     np.testing.assert_allclose(
@@ -173,7 +150,7 @@ def test_each_span_is_cut_normalized_and_quantized_by_itself() -> None:
     of, vectors = chunked(4, 6), raw(2)
     small = admitted(input="a", dimensions=32, dtype="int8", chunk={"mode": "late"})
     large = admitted(input=["b", "a"], chunk={"mode": "late"})
-    found = outcomes.chunked_outcomes_of([(landed(small, of), vectors, [(small, 0), (large, 1)])])
+    found = outcomes.assembled_outcomes_of([(last_window(small, of), vectors, [(small, 0), (large, 1)])])
     for job, _, spans in found:
         assert isinstance(spans, Spans)
         assert [(span.start, span.end, span.tokens) for span in spans.spans] == [(0, 4, 4), (4, 10, 6)]
@@ -192,40 +169,28 @@ def test_one_chunk_that_is_not_finite_costs_its_text_alone(bad: float, mode: Lit
     rows = []
     for spoilt in (True, False):
         vectors[1, 7] = bad if spoilt else 1.0
-        gathered = WindowAssembler(of, mode, 256)
-        gathered.add(0, vectors[:1])
-        gathered.add(1, vectors[1:])
-        rows.append(gathered.rows)
-    first, second = outcomes.chunked_outcomes_of(
-        [(landed(job, of), rows[0], [(job, 0)]), (landed(job, of, 1), rows[1], [(job, 1)])]
+        assembler = WindowAssembler(of, mode, 256)
+        assembler.add(0, vectors[:1])
+        assembler.add(1, vectors[1:])
+        rows.append(assembler.rows)
+    first, second = outcomes.assembled_outcomes_of(
+        [(last_window(job, of), rows[0], [(job, 0)]), (last_window(job, of, 1), rows[1], [(job, 1)])]
     )
     assert isinstance(first[2], ErrorBody)
     assert (first[2].code, first[2].param) == ("non_finite", "input[0]")
     assert not isinstance(second[2], ErrorBody)
 
 
+def test_a_text_that_ran_whole_is_not_assembled() -> None:
+    text, waiters = computed(admitted(input="a"))
+    with pytest.raises(RuntimeError, match="This is a bug"):
+        outcomes.assembled_outcomes_of([(text, raw(1), waiters)])
+
+
 def test_a_zero_window_adds_nothing_to_a_mean() -> None:
-    gathered = WindowAssembler(chunked(4, 6), "mean", 256)
+    assembler = WindowAssembler(chunked(4, 6), "mean", 256)
     vectors = raw(1)
-    gathered.add(0, np.zeros((1, 256), np.float32))
-    gathered.add(1, vectors)
+    assembler.add(0, np.zeros((1, 256), np.float32))
+    assembler.add(1, vectors)
     unit = vectors / np.linalg.norm(vectors)
-    np.testing.assert_allclose(gathered.rows, unit * 0.6, atol=1e-6)
-
-
-def test_what_is_too_much_for_one_text_is_said_before_it_runs() -> None:
-    late = admitted(input=["a", "b"], chunk={"mode": "late"}).request
-    mean = admitted(input=["a", "b"], chunk={"mode": "mean"}).request
-    many = chunked(*[8] * 2049)
-    refusal = outcomes.refusal_of(many, late, 512)
-    assert refusal is not None
-    assert (refusal(late, 1).code, refusal(late, 1).param) == ("too_many_inputs", "chunk")
-    assert outcomes.refusal_of(many, mean, 512) is None
-    assert outcomes.refusal_of(chunked(510), late, 512) is None
-    refusal = outcomes.refusal_of(chunked(10, 511), late, 512)
-    assert refusal is not None
-    assert (refusal(late, 1).code, refusal(late, 1).param) == ("text_too_long", "input[1]")
-    refusal = outcomes.refusal_of(TextTooLong(tokens=300, limit=256), mean, 512)
-    assert refusal is not None
-    assert "prompt" in refusal(mean, 0).message
-    assert "256" in refusal(mean, 0).message
+    np.testing.assert_allclose(assembler.rows, unit * 0.6, atol=1e-6)

@@ -13,14 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedq_consumer.delivery.publisher import Outgoing
-from embedq_consumer.delivery.result_records import Reply, ResultEncoder, _data
+from embedq_consumer.delivery.result_records import EncodedResult, Reply, ResultEncoder, _data
 from embedq_consumer.intake.admission import Rejection
 from embedq_consumer.intake.jobs import InputVector, JobState, Outcome, Span, Spans
+from embedq_consumer.intake.records import Record
 from embedq_consumer.intake.result_sizes import datum_bytes, fixed_bytes
 from embedq_shared import codec
-from embedq_shared.codec import Envelope
-from embedq_shared.headers import parse, value_of
-from embedq_shared.messages import ErrorBody
+from embedq_shared.codec import Envelope, Format
+from embedq_shared.headers import JobHeaders, parse, value_of
+from embedq_shared.messages import ErrorBody, Result
 from embedq_shared.vectors import quantize
 from tests.helpers.in_flight import TOPICS, VERSION, admitted, record
 
@@ -278,7 +279,12 @@ def test_no_part_is_over_the_limit_whatever_failed_in_it(
     inputs: int, spare: int, data: st.DataObject
 ) -> None:
     """The caller's metadata leaves little more room than one vector needs."""
-    fields = {"input": ["a"] * inputs, "dimensions": 32, "dtype": "int8", "metadata": {"p": "x" * 5000}}
+    fields: dict[str, Any] = {
+        "input": ["a"] * inputs,
+        "dimensions": 32,
+        "dtype": "int8",
+        "metadata": {"p": "x" * 5000},
+    }
     job = admitted(**fields)
     limit = fixed_bytes(job.record, job.headers, job.request) + datum_bytes(job.request) + spare
     job = admitted(max_result_bytes=limit, **fields)
@@ -298,8 +304,9 @@ def refused(
     *headers: tuple[str, bytes], limit: int = 900_000, key: bytes | None = None, **about: Any
 ) -> Reply:
     envelope = about.pop("envelope", Envelope("x", "m", msgspec.Raw(b'{"k":1}')))
-    refusal = Rejection(ERROR, about.pop("format", "json"), parse(headers), envelope, **about)
-    return answers(limit).of_refusal(record(b"{}", *headers, key=key), refusal)
+    format: Format = about.pop("format", "json")
+    rejection = Rejection(error=ERROR, format=format, headers=parse(headers), envelope=envelope, **about)
+    return answers(limit).of_rejection(record(b"{}", *headers, key=key), rejection)
 
 
 def test_an_error_repeats_what_could_be_read_and_echoes_the_headers() -> None:
@@ -382,10 +389,18 @@ def test_a_result_that_its_topic_does_not_take_becomes_an_error_on_the_results_t
 # -- dead letters -----------------------------------------------------------------------------------------------------
 
 
-def test_a_dead_letter_is_the_record_with_headers_behind_its_own() -> None:
-    own = (("x", None), ("embedq-error-code", b"old"), ("x", b"2"))
+def buried(found: Record, *, result_sent: bool = True) -> Reply:
+    rejection = Rejection(
+        error=ERROR, format="json", headers=JobHeaders(), envelope=Envelope(), dead_letter=True
+    )
+    reply = answers().of_rejection(found, rejection)
+    return reply if result_sent else msgspec.structs.replace(reply, outgoing=[])
+
+
+def test_a_dead_letter_is_the_record_with_headers_after_its_own() -> None:
+    own: Any = (("x", None), ("embedq-error-code", b"old"), ("x", b"2"))
     found = record(b"value", *own, key=b"key", timestamp_ms=5)
-    letter = answers().dead_letter(found, ERROR, partition=3, result_sent=False)
+    letter = answers().dead_letter(buried(found, result_sent=False), 3)
     assert (letter.topic, letter.partition, letter.key, letter.value) == (
         TOPICS.dead_letters,
         3,
@@ -398,13 +413,44 @@ def test_a_dead_letter_is_the_record_with_headers_behind_its_own() -> None:
     assert value_of(letter.headers, "kafka_dlt-original-offset") == (7).to_bytes(8, "big")
 
 
+def test_a_dead_letter_that_is_refused_goes_by_its_position_with_our_headers_alone() -> None:
+    reply = buried(record(b"value", ("x", b"1"), key=b"key"))
+    letter = answers().bare_dead_letter(reply, 3)
+    assert (letter.topic, letter.partition, letter.key, letter.value) == (
+        TOPICS.dead_letters,
+        3,
+        b"t.jobs-3-7",
+        None,
+    )
+    assert letter.headers == answers().dead_letter(reply, 3).headers[1:]
+
+
+def test_a_reply_without_an_error_is_no_dead_letter() -> None:
+    job = admitted(input="a")
+    with pytest.raises(RuntimeError, match="This is a bug"):
+        answers().dead_letter(answers().of_job(settled(job, answer(job))), None)
+
+
+def test_a_job_without_all_of_its_outcomes_has_no_result() -> None:
+    job = admitted(input=["a", "b"])
+    job.settle(0, answer(job))
+    with pytest.raises(RuntimeError, match=r"input 1 has no outcome\. This is a bug\."):
+        answers().of_job(job)
+
+
+def test_the_encoded_result_has_the_fields_of_the_contract_in_their_order() -> None:
+    assert EncodedResult.__struct_fields__ == Result.__struct_fields__
+    assert EncodedResult.__struct_config__.tag == Result.__struct_config__.tag
+    assert EncodedResult.__struct_config__.tag_field == Result.__struct_config__.tag_field
+
+
 @pytest.mark.parametrize(("key", "value"), [(None, None), (b"k", None), (None, b""), (b"", None)])
 def test_a_dead_letter_has_a_key_or_a_value(key: bytes | None, value: bytes | None) -> None:
-    letter = answers().dead_letter(record(value, key=key), ERROR, partition=None, result_sent=True)
+    letter = answers().dead_letter(buried(record(value, key=key)), None)
     expected = b"t.jobs-3-7" if key is None and value is None else key
     assert (letter.key, letter.value) == (expected, value)
 
 
 def test_a_record_without_a_timestamp_is_kept_without_one() -> None:
-    letter = answers().dead_letter(record(b"v", timestamp_ms=-1), ERROR, partition=None, result_sent=True)
+    letter = answers().dead_letter(buried(record(b"v", timestamp_ms=-1)), None)
     assert letter.timestamp_ms is None

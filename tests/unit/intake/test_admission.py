@@ -1,4 +1,4 @@
-"""Which records are jobs, and what those that are none are told."""
+"""Which records are jobs, and how the others are answered."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import struct
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from embedq_consumer.intake.jobs import JobState, input_param
 from embedq_consumer.intake.records import Record
 from embedq_consumer.intake.result_sizes import datum_bytes, fixed_bytes, held_bytes
 from embedq_shared import codec
-from embedq_shared.messages import Chunking
+from embedq_shared.messages import Chunking, Job
 from tests.helpers.in_flight import NOW_MS, PARTITIONS, TOPICS, Model, admitted, record, rules
 
 REPLIES = ("reply-topic", TOPICS.replies.encode())
@@ -28,7 +29,7 @@ def admit(
     return rules(**settings).admit(found, model or Model(), NOW_MS, PARTITIONS.get)
 
 
-def refusal(found: Record, model: Model | None = None, **settings: Any) -> Rejection:
+def rejected(found: Record, model: Model | None = None, **settings: Any) -> Rejection:
     answer = admit(found, model, **settings)
     assert isinstance(answer, Rejection)
     return answer
@@ -72,13 +73,13 @@ def test_a_job_keeps_the_encoder_that_it_was_accepted_for() -> None:
         ({"instruction": ""}, "Instruct: \nQuery:"),
     ],
 )
-def test_what_goes_in_front_of_a_text(fields: dict[str, Any], prompt: str) -> None:
+def test_the_prompt_of_a_text_follows_from_the_job_and_the_model(fields: dict[str, Any], prompt: str) -> None:
     model = Model(default_prompt="always: ")
     job = codec.decode_job(json.dumps({"input": "a"} | fields).encode(), "json")
     assert prompt_for(job, model) == prompt
 
 
-def test_an_input_type_without_a_prompt_puts_nothing_in_front() -> None:
+def test_an_input_type_without_a_prompt_adds_nothing() -> None:
     model = Model(default_prompt="always: ")
     model.prompts = {}
     assert admitted(model=model, input="a", input_type="query").request.prompt == ""
@@ -101,7 +102,7 @@ def test_an_input_is_named_by_its_place_in_a_list() -> None:
     ],
 )
 def test_a_job_that_this_model_cannot_run(fields: dict[str, Any], code: str, param: str) -> None:
-    found = refusal(record(input="a", id="x", metadata={"a": 1}, **fields))
+    found = rejected(record(input="a", id="x", metadata={"a": 1}, **fields))
     assert (found.error.code, found.error.param, found.error.retryable) == (code, param, False)
     assert (found.envelope.id, bytes(found.envelope.metadata)) == ("x", b'{"a": 1}')
     assert (found.dead_letter, found.reply) == (False, True)
@@ -123,14 +124,14 @@ def test_chunks_have_a_length_that_the_model_takes(asked: Any, found: Chunking |
     assert admitted(input="a", chunk=asked).request.chunk == found
 
 
-def test_only_a_model_that_pools_its_first_token_refuses_late_chunks() -> None:
+def test_only_a_model_that_pools_its_first_token_rejects_late_chunks() -> None:
     cls = Model(late_chunks=False)
-    found = refusal(record(input="a", chunk={"mode": "late"}), cls)
+    found = rejected(record(input="a", chunk={"mode": "late"}), cls)
     assert (found.error.code, found.error.param) == ("invalid_value", "chunk.mode")
     assert isinstance(admit(record(input="a", chunk={"mode": "mean"}), cls), JobState)
 
 
-def test_a_jobs_room_counts_its_spans_up_to_what_a_job_may_have() -> None:
+def test_a_jobs_memory_counts_its_spans_up_to_what_a_job_may_have() -> None:
     def held(text: str | list[str], **fields: Any) -> int:
         job = admitted(input=text, dimensions=32, **fields)
         return held_bytes(job.request, 256) // max(datum_bytes(job.request), 8 * 256)
@@ -146,13 +147,13 @@ def test_a_jobs_room_counts_its_spans_up_to_what_a_job_may_have() -> None:
 
 
 def test_binary_needs_a_multiple_of_8_even_where_the_model_decides() -> None:
-    assert refusal(record(input="a", dtype="binary"), Model(hidden_size=100)).error.param == "dimensions"
+    assert rejected(record(input="a", dtype="binary"), Model(hidden_size=100)).error.param == "dimensions"
     assert isinstance(admit(record(input="a", dtype="binary"), Model(hidden_size=104)), JobState)
 
 
 def test_another_alias_is_another_name_for_the_one_model() -> None:
     assert isinstance(admit(record(input="a", model="large"), alias="large"), JobState)
-    assert refusal(record(input="a"), alias="large").error.code == "unknown_model"
+    assert rejected(record(input="a"), alias="large").error.code == "unknown_model"
 
 
 @pytest.mark.parametrize("text", ["x" * 101, "ü" * 51, "月" * 34, "🛂" * 26])
@@ -164,7 +165,7 @@ def test_a_text_is_measured_in_bytes(text: str) -> None:
     assert limited.check_text(admitted(input=text[:-1]).request, 0) is None
 
 
-def test_a_deadline_is_over_when_it_is_now() -> None:
+def test_a_deadline_has_passed_when_it_is_now() -> None:
     for deadline, accepted in ((NOW_MS - 1, False), (NOW_MS, False), (NOW_MS + 1, True)):
         found = admit(record(None, ("deadline", b"%d" % deadline), input="a"))
         assert isinstance(found, JobState) is accepted
@@ -173,7 +174,7 @@ def test_a_deadline_is_over_when_it_is_now() -> None:
 
 
 def test_an_unreadable_deadline_is_answered_at_the_reply_address() -> None:
-    found = refusal(record(None, ("deadline", b"soon"), REPLIES, input="a", id="x"))
+    found = rejected(record(None, ("deadline", b"soon"), REPLIES, input="a", id="x"))
     assert (found.error.code, found.error.param) == ("invalid_header", "deadline")
     assert (found.reply, found.dead_letter, found.headers.reply_topic) == (True, False, TOPICS.replies)
 
@@ -181,22 +182,22 @@ def test_an_unreadable_deadline_is_answered_at_the_reply_address() -> None:
 # -- results that never fit -------------------------------------------------------------------------------------------
 
 
-def test_a_key_that_leaves_no_room_for_one_vector_is_refused_before_compute() -> None:
+def test_a_key_that_leaves_no_room_for_one_vector_is_rejected_before_compute() -> None:
     request = admitted(input="a").request
     plain = record(input="a")
     need = fixed_bytes(plain, admitted(input="a").headers, request) + datum_bytes(request)
     spare = 900_000 - need
     # Without a key, room is kept for the id in its place.
     assert isinstance(admit(record(input="a", key=b"k" * (spare + 4 * len(request.id)))), JobState)
-    found = refusal(record(input="a", key=b"k" * (spare + 4 * len(request.id) + 1)))
+    found = rejected(record(input="a", key=b"k" * (spare + 4 * len(request.id) + 1)))
     assert (found.error.code, found.error.param) == ("result_too_large", None)
 
 
 @pytest.mark.parametrize(
     "name", ["correlation-id", "kafka_correlationId", "REPLY_CORRELATION_ID", "traceparent"]
 )
-def test_an_echoed_header_that_leaves_no_room_is_refused_too(name: str) -> None:
-    assert refusal(record(None, (name, b"x" * 900_000), input="a")).error.code == "result_too_large"
+def test_an_echoed_header_that_leaves_no_room_is_rejected_too(name: str) -> None:
+    assert rejected(record(None, (name, b"x" * 900_000), input="a")).error.code == "result_too_large"
     assert isinstance(admit(record(None, ("whatever", b"x" * 900_000), input="a")), JobState)
 
 
@@ -224,7 +225,7 @@ def test_a_known_topic_is_a_reply_address(topic: str) -> None:
     ],
 )
 def test_a_reply_that_would_loop_is_forbidden(topic: str) -> None:
-    found = refusal(record(None, ("reply-topic", topic.encode()), input="a", id="x"))
+    found = rejected(record(None, ("reply-topic", topic.encode()), input="a", id="x"))
     assert (found.error.code, found.error.param) == ("invalid_header", "reply-topic")
     assert (found.dead_letter, found.reply, found.envelope.id) == (True, False, "x")
     assert topic not in found.error.message
@@ -252,19 +253,19 @@ def test_a_topic_or_partition_not_seen_before_is_asked_for_first() -> None:
         asked = record(None, *headers, input="a", id="x")
         found = admit(asked)
         assert isinstance(found, UnknownAddress)
-        refused = rules().unknown_address(asked, found)
-        assert (refused.error.code, refused.error.param) == ("invalid_header", param)
-        assert (refused.dead_letter, refused.reply, refused.envelope.id) == (True, False, "x")
+        rejection = rules().unknown_address(asked, found)
+        assert (rejection.error.code, rejection.error.param) == ("invalid_header", param)
+        assert (rejection.dead_letter, rejection.reply, rejection.envelope.id) == (True, False, "x")
 
 
 def test_a_bad_address_comes_before_anything_else_that_is_wrong() -> None:
-    found = refusal(record(b"{", ("reply-topic", b""), ("content-type", b"text/plain"), ("deadline", b"1")))
+    found = rejected(record(b"{", ("reply-topic", b""), ("content-type", b"text/plain"), ("deadline", b"1")))
     assert (found.error.code, found.error.param) == ("invalid_header", "reply-topic")
     assert (found.format, found.envelope.id) == ("json", None)
 
 
 def test_an_unknown_content_type_is_answered_in_json_and_kept() -> None:
-    found = refusal(record(None, ("content-type", b"text/plain"), input="a", id="x"))
+    found = rejected(record(None, ("content-type", b"text/plain"), input="a", id="x"))
     assert (found.error.code, found.format, found.dead_letter, found.reply) == (
         "unsupported_content_type", "json", True, True,
     )  # fmt: skip
@@ -273,7 +274,48 @@ def test_an_unknown_content_type_is_answered_in_json_and_kept() -> None:
 
 @pytest.mark.parametrize(("value", "kept"), [(b"{", True), (None, True), (b'{"input": 1}', False)])
 def test_only_a_value_that_does_not_decode_is_kept(value: bytes | None, kept: bool) -> None:
-    assert refusal(record(value)).dead_letter is kept
+    assert rejected(record(value)).dead_letter is kept
+
+
+def test_a_late_chunk_on_a_request_without_chunks_has_no_size() -> None:
+    request = msgspec.structs.replace(admitted(input="a").request, chunk=Chunking("late", None))
+    with pytest.raises(RuntimeError, match="This is a bug"):
+        held_bytes(request, 256)
+
+
+@pytest.mark.parametrize(
+    ("fields", "bytes_each"),
+    [
+        ({"dtype": "float32"}, 32 * 16),
+        ({"dtype": "int8"}, 32 * 5),
+        ({"dtype": "binary"}, 4 * 4),
+        ({"dtype": "float32", "encoding_format": "base64"}, 172),
+    ],
+)
+def test_a_vectors_bytes_are_those_of_its_longest_decimals_or_of_its_base64(
+    fields: dict[str, Any], bytes_each: int
+) -> None:
+    assert datum_bytes(admitted(input="a", dimensions=32, **fields).request) == 192 + bytes_each
+
+
+def test_in_msgpack_a_vector_takes_its_raw_bytes() -> None:
+    value = codec.encode(Job(input="a", dimensions=32), "msgpack")
+    found = admitted(("content-type", b"application/msgpack"), value=value)
+    assert datum_bytes(found.request) == 192 + 32 * 4
+
+
+def test_what_was_expected_is_said_in_the_error() -> None:
+    for fields, message in (
+        ({"dimensions": 300}, "`dimensions`: expected an integer from 32 to 256, the model's hidden size"),
+        ({"model": "other"}, "`model`: expected 'default', the only model alias served here"),
+    ):
+        assert rejected(record(input="a", **fields)).error.message == message
+    address = record(None, REPLIES, ("reply-partition", struct.pack(">i", 4)), input="a")
+    unknown = admit(address)
+    assert isinstance(unknown, UnknownAddress)
+    assert unknown.error.message == (
+        "header `reply-partition`: expected a number less than 4, the number of partitions of its topic"
+    )
 
 
 @given(

@@ -49,7 +49,7 @@ class LedgerMachine(RuleBasedStateMachine):
         count=st.integers(1, 4),
     )
     def poll(self, partition: TopicPartition, gap: int, count: int) -> object:
-        """Some records behind the position; in front of them a hole, as compaction and markers leave them."""
+        """Some records after the position; before them a hole, as compaction and markers leave them."""
         if partition not in self.taken:
             with pytest.raises(KeyError):
                 self.ledger.begin(partition, 0)
@@ -147,7 +147,7 @@ def test_commit_stops_at_the_oldest_unfinished_record() -> None:
     assert ledger.committable() == {A: 13}
 
 
-def test_a_gap_behind_the_last_record_is_stepped_over() -> None:
+def test_a_gap_after_the_last_record_is_stepped_over() -> None:
     ledger = OffsetLedger()
     ledger.assign([A])
     ledger.finish(ledger.begin(A, 5))
@@ -168,7 +168,7 @@ def test_a_ticket_of_an_earlier_assignment_finishes_nothing() -> None:
     assert ledger.committable() == {A: 1}
 
 
-def test_an_answer_of_the_broker_to_an_earlier_epoch_is_not_taken_for_progress() -> None:
+def test_a_commit_of_an_earlier_epoch_is_not_taken_for_progress() -> None:
     ledger = OffsetLedger()
     ledger.assign([A])
     ledger.assign([B])

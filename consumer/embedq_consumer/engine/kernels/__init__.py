@@ -1,1 +1,1 @@
-"""Triton kernels, attention, FP8 and fused products, each beside its definition in plain PyTorch."""
+"""Triton kernels, attention, FP8 and fused products, each with its definition in plain PyTorch."""

@@ -18,20 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["PACKED", "Packing", "Run", "attend_runs", "cuda_kernel", "packed_attention", "register"]
+__all__ = ["PACKED", "LengthRun", "Packing", "attend_runs", "cuda_kernel", "packed_attention", "register"]
 
 PACKED = "embedq_packed"
 """The name under which transformers knows `packed_attention`."""
 
 _Varlen = Callable[..., Tensor]
-# What an architecture may pass that changes its attention and that the packed kernels do not compute.
+# Arguments by which an architecture changes its attention in ways that the packed kernels do not compute.
 _FOREIGN = ("position_bias", "s_aux", "softcap")
 _WINDOW_QUERIES = 256
-"""Queries in one call where attention has a window; fewer make more calls, more look at keys that most do not see."""
+"""Queries in one call where attention has a window: fewer mean more calls, more mean keys that most queries do not see."""
 
 
-class Run(msgspec.Struct, frozen=True):
-    """`count` neighbours of one `length`, from token `begin` on: one attention call serves them all."""
+class LengthRun(msgspec.Struct, frozen=True):
+    """`count` consecutive sequences of equal `length`, from token `begin` on: one attention call serves them all."""
 
     begin: int
     count: int
@@ -45,21 +45,21 @@ class Run(msgspec.Struct, frozen=True):
 class Packing(msgspec.Struct, frozen=True):
     """Where each sequence lies in the row."""
 
-    runs: tuple[Run, ...]
+    runs: tuple[LengthRun, ...]
     cu_seqlens: Tensor
     """int32 (sequences + 1,) on the model's device: 0, then the end of each sequence."""
     longest: int
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> Packing:
-        runs: list[Run] = []
+        runs: list[LengthRun] = []
         ends = [0]
         for length in lengths:
             last = runs[-1] if runs else None
             if last is not None and last.length == length:
-                runs[-1] = Run(last.begin, last.count + 1, length)
+                runs[-1] = LengthRun(last.begin, last.count + 1, length)
             else:
-                runs.append(Run(ends[-1], 1, length))
+                runs.append(LengthRun(ends[-1], 1, length))
             ends.append(ends[-1] + length)
         return cls(
             tuple(runs),
@@ -69,7 +69,7 @@ class Packing(msgspec.Struct, frozen=True):
 
 
 def register() -> None:
-    """Make `PACKED` known to transformers; calling it again changes nothing."""
+    """Register `PACKED` with transformers. Idempotent."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(PACKED, packed_attention)
@@ -94,7 +94,7 @@ def packed_attention(
     """
     if packing is None:
         raise NotImplementedError(
-            f"{type(module).__name__} does not hand its keyword arguments to its attention"
+            f"{type(module).__name__} does not pass its keyword arguments on to its attention"
         )
     # No pair of tokens is further apart than the longest text.
     window = sliding_window if sliding_window is not None and packing.longest > sliding_window else None
@@ -117,7 +117,7 @@ def attend_runs(
     key: Tensor,
     value: Tensor,
     out: Tensor,
-    runs: Sequence[Run],
+    runs: Sequence[LengthRun],
     *,
     causal: bool,
     scale: float,
@@ -126,7 +126,7 @@ def attend_runs(
     """Fill `out` (tokens, heads, head_dim), one call of PyTorch's attention for each run of equal lengths.
 
     In a `window`, a token sees those that are fewer than `window` tokens away, which is what transformers means by
-    `sliding_window`: the ones in front of it and itself if `causal`, else as many on both sides.
+    `sliding_window`: itself and those before it if `causal`, else as many on both sides.
     """
     for run in runs:
         q, k, v = (_rectangle(t, run).transpose(1, 2) for t in (query, key, value))
@@ -142,7 +142,7 @@ def attend_runs(
 def _in_a_window(
     query: Tensor, key: Tensor, value: Tensor, window: int, *, causal: bool, scale: float
 ) -> Tensor:
-    """Attention of (texts, heads, tokens, head_dim), some queries at a time beside the keys that any of them sees.
+    """Attention of (texts, heads, tokens, head_dim), some queries at a time with the keys that any of them sees.
 
     So a long text costs what its windows cost, in time and in memory.
     """
@@ -164,7 +164,7 @@ def _in_a_window(
     return out
 
 
-def _rectangle(row: Tensor, run: Run) -> Tensor:
+def _rectangle(row: Tensor, run: LengthRun) -> Tensor:
     return row[run.begin : run.end].view(run.count, run.length, *row.shape[1:])
 
 
@@ -178,12 +178,12 @@ def cuda_kernel(
     device: torch.device,
     window: int | None = None,
 ) -> _Varlen:
-    """The fastest kernel that computes this shape right: flash-attn-4 where installed, else PyTorch's own.
+    """The fastest kernel that computes this shape correctly: flash-attn-4 where installed, else PyTorch's own.
 
     Each is tried on a few random sequences first, since which shapes a kernel takes depends on the device and on the
-    wheel; one that refuses or is wrong is passed over. It takes q, k, v (tokens, heads, head_dim), cumulated lengths, the
+    wheel; one that refuses or is wrong is skipped. It takes q, k, v (tokens, heads, head_dim), cumulated lengths, the
     longest length and the scale; and, where a sequence has fewer queries than keys, those of its last tokens, the queries'
-    cumulated lengths and the longest of these, one query each unless told.
+    cumulated lengths and the longest of these, 1 by default.
     `window` is that of `attend_runs`.
     """
     lengths = [1, 7, 64, 130]
@@ -202,7 +202,7 @@ def cuda_kernel(
     )
     # The same with fewer queries than keys, of the last tokens: what a shared prefix leaves of a text.
     fewer = Packing.of([-(-n // 3) for n in lengths], device)
-    behind = torch.cat(
+    tail = torch.cat(
         [
             torch.arange(end - -(-n // 3), end)
             for n, end in zip(lengths, np.cumsum(lengths).tolist(), strict=True)
@@ -216,7 +216,7 @@ def cuda_kernel(
             torch.testing.assert_close(got.float(), expected, atol=0.03, rtol=0.03)
             if causal and window is None:
                 got = kernel(
-                    q[behind],
+                    q[tail],
                     k,
                     v,
                     packing.cu_seqlens,
@@ -225,7 +225,7 @@ def cuda_kernel(
                     fewer.cu_seqlens,
                     fewer.longest,
                 )
-                torch.testing.assert_close(got.float(), expected[behind], atol=0.03, rtol=0.03)
+                torch.testing.assert_close(got.float(), expected[tail], atol=0.03, rtol=0.03)
         except Exception as error:  # noqa: BLE001  every kernel has its own way to refuse a shape
             refused.append(f"{name}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
         else:
@@ -245,19 +245,19 @@ def _flash_attn_4(group: int, causal: bool, window: int | None) -> _Varlen:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        cu: Tensor,
+        cu_seqlens: Tensor,
         longest: int,
         scale: float,
-        cu_q: Tensor | None = None,
+        cu_seqlens_q: Tensor | None = None,
         longest_q: int = 1,
     ) -> Tensor:
         out: Any = flash_attn_varlen_func(
             q,
             k,
             v,
-            cu_seqlens_q=cu if cu_q is None else cu_q,
-            cu_seqlens_k=cu,
-            max_seqlen_q=longest if cu_q is None else longest_q,
+            cu_seqlens_q=cu_seqlens if cu_seqlens_q is None else cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens,
+            max_seqlen_q=longest if cu_seqlens_q is None else longest_q,
             max_seqlen_k=longest,
             softmax_scale=scale,
             **options,
@@ -290,16 +290,16 @@ def _torch_varlen(group: int, causal: bool, window: int | None) -> _Varlen:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        cu: Tensor,
+        cu_seqlens: Tensor,
         longest: int,
         scale: float,
-        cu_q: Tensor | None = None,
+        cu_seqlens_q: Tensor | None = None,
         longest_q: int = 1,
     ) -> Tensor:
         if group > 1 and not grouped:
             k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
-        queries, most = (cu, longest) if cu_q is None else (cu_q, longest_q)
-        attended = varlen_attn(q, k, v, queries, cu, most, longest, scale=scale, **options)
+        queries, most = (cu_seqlens, longest) if cu_seqlens_q is None else (cu_seqlens_q, longest_q)
+        attended = varlen_attn(q, k, v, queries, cu_seqlens, most, longest, scale=scale, **options)
         assert isinstance(attended, Tensor)  # a tuple comes only when more is asked for
         return attended
 

@@ -1,8 +1,8 @@
 """Triton kernels for what lies between the matrix products of a BERT, each with its definition in plain PyTorch.
 
-All take rows of tokens, compute in float32 and never mix two rows, but for the mean over a text's own. The biases of
-products are added here, where the numbers are read anyway. Rows are short (384 to 1,024 numbers, four times that between
-up and down), so a program takes a whole row, or some.
+All take rows of tokens, compute in float32 and never mix two rows, except for the mean over a text's own rows. The biases
+of products are added here, where the numbers are read anyway. Rows are short (384 to 1,024 numbers, four times that
+between up and down), so a program takes one whole row, or several.
 """
 
 # Triton's language is not Python's: what its kernels name, they neither annotate nor keep to one type.
@@ -22,14 +22,14 @@ from torch import Tensor
 from embedq_consumer.engine.kernels.fused_ops import FP8, FP8_MAX, QuantizedRows
 
 __all__ = [
-    "activate",
-    "activate_reference",
     "add_layer_norm",
     "add_layer_norm_reference",
+    "bias_gelu",
+    "bias_gelu_reference",
     "embed",
     "embed_reference",
-    "mean_of_places",
-    "mean_of_places_reference",
+    "mean_of_slots",
+    "mean_of_slots_reference",
 ]
 
 Norm = tuple[Tensor, Tensor]
@@ -40,11 +40,11 @@ _fp8_max: Any = tl.constexpr(FP8_MAX)
 
 
 @triton.jit
-def _store_scaled(value, rows, known, places, inside, out, scales):
+def _store_scaled(value, rows, known, offsets, inside, out, scales):
     largest = tl.max(tl.where(inside, tl.abs(value), 0.0), 1)
     scale = tl.maximum(largest / _fp8_max, _tiny)
     tl.store(scales + rows, scale, mask=known)
-    tl.store(out + places, (value * (1.0 / scale)[:, None]).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + offsets, (value * (1.0 / scale)[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -71,12 +71,12 @@ def _embed_kernel(
     count,
     eps,
     WIDTH: tl.constexpr,
-    PART: tl.constexpr,
+    BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
-    QUANTISE: tl.constexpr,
+    QUANTIZE: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, PART)
+    columns = tl.arange(0, BLOCK)
     known = rows < count
     inside = known[:, None] & (columns < WIDTH)[None, :]
     word = tl.load(ids + rows, mask=known, other=0).to(tl.int64)
@@ -84,10 +84,10 @@ def _embed_kernel(
     x = tl.load(words + word[:, None] * WIDTH + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     x += tl.load(table + position[:, None] * WIDTH + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     value = _layer_norm(x, columns, inside, weight, bias, eps, WIDTH)
-    places = rows[:, None] * WIDTH + columns[None, :]
-    tl.store(out + places, value.to(out.dtype.element_ty), mask=inside)
-    if QUANTISE:
-        _store_scaled(value, rows, known, places, inside, scaled, scales)
+    offsets = rows[:, None] * WIDTH + columns[None, :]
+    tl.store(out + offsets, value.to(out.dtype.element_ty), mask=inside)
+    if QUANTIZE:
+        _store_scaled(value, rows, known, offsets, inside, scaled, scales)
 
 
 @triton.jit
@@ -103,77 +103,77 @@ def _add_layer_norm_kernel(
     count,
     eps,
     WIDTH: tl.constexpr,
-    PART: tl.constexpr,
+    BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
-    QUANTISE: tl.constexpr,
+    QUANTIZE: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, PART)
+    columns = tl.arange(0, BLOCK)
     known = rows < count
     inside = known[:, None] & (columns < WIDTH)[None, :]
-    places = rows[:, None] * WIDTH + columns[None, :]
-    x = tl.load(x_rows + places, mask=inside, other=0.0).to(tl.float32)
-    x += tl.load(y_rows + places, mask=inside, other=0.0).to(tl.float32)
+    offsets = rows[:, None] * WIDTH + columns[None, :]
+    x = tl.load(x_rows + offsets, mask=inside, other=0.0).to(tl.float32)
+    x += tl.load(y_rows + offsets, mask=inside, other=0.0).to(tl.float32)
     x += tl.load(y_bias + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
     value = _layer_norm(x, columns, inside, weight, bias, eps, WIDTH)
-    tl.store(out + places, value.to(out.dtype.element_ty), mask=inside)
-    if QUANTISE:
-        _store_scaled(value, rows, known, places, inside, scaled, scales)
+    tl.store(out + offsets, value.to(out.dtype.element_ty), mask=inside)
+    if QUANTIZE:
+        _store_scaled(value, rows, known, offsets, inside, scaled, scales)
 
 
 @triton.jit
-def _activate_kernel(
+def _bias_gelu_kernel(
     x_rows,
     bias,
     out,
     scales,
     count,
     WIDTH: tl.constexpr,
-    PART: tl.constexpr,
+    BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     TANH: tl.constexpr,
-    QUANTISE: tl.constexpr,
+    QUANTIZE: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, PART)
+    columns = tl.arange(0, BLOCK)
     known = rows < count
     inside = known[:, None] & (columns < WIDTH)[None, :]
-    places = rows[:, None] * WIDTH + columns[None, :]
-    x = tl.load(x_rows + places, mask=inside, other=0.0).to(tl.float32)
+    offsets = rows[:, None] * WIDTH + columns[None, :]
+    x = tl.load(x_rows + offsets, mask=inside, other=0.0).to(tl.float32)
     x += tl.load(bias + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)[None, :]
     if TANH:
         # (1 + tanh(u)) / 2 is 1 / (1 + exp(-2u)).
         value = x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
     else:
         value = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    if QUANTISE:
-        _store_scaled(value, rows, known, places, inside, out, scales)
+    if QUANTIZE:
+        _store_scaled(value, rows, known, offsets, inside, out, scales)
     else:
-        tl.store(out + places, value.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + offsets, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _mean_kernel(x_rows, cu, out, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
-    place = tl.program_id(0)
+def _mean_kernel(x_rows, cu_seqlens, out, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    slot = tl.program_id(0)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    begin = tl.load(cu + place)
-    end = tl.load(cu + place + 1)
+    begin = tl.load(cu_seqlens + slot)
+    end = tl.load(cu_seqlens + slot + 1)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in range(begin, end, ROWS):
         rows = first + tl.arange(0, ROWS)
         inside = (rows < end)[:, None] & (columns < WIDTH)[None, :]
-        places = rows.to(tl.int64)[:, None] * WIDTH + columns[None, :]
-        total += tl.load(x_rows + places, mask=inside, other=0.0).to(tl.float32)
+        offsets = rows.to(tl.int64)[:, None] * WIDTH + columns[None, :]
+        total += tl.load(x_rows + offsets, mask=inside, other=0.0).to(tl.float32)
     mean = tl.sum(total, 0) / tl.maximum(end - begin, 1).to(tl.float32)
-    tl.store(out + place.to(tl.int64) * WIDTH + columns, mean, mask=columns < WIDTH)
+    tl.store(out + slot.to(tl.int64) * WIDTH + columns, mean, mask=columns < WIDTH)
 
 
 def _shape(count: int, width: int) -> tuple[tuple[int], dict[str, int]]:
-    """The grid and the shape of a program: some 2,048 numbers each, so that short rows share one."""
+    """The grid and the shape of a program: about 2,048 numbers each, so that short rows share one."""
     part = triton.next_power_of_2(width)
     rows = max(1, 2048 // part)
     warps = max(1, min(8, rows * part // 512))
-    return (-(-count // rows),), {"WIDTH": width, "PART": part, "ROWS": rows, "num_warps": warps}
+    return (-(-count // rows),), {"WIDTH": width, "BLOCK": part, "ROWS": rows, "num_warps": warps}
 
 
 def _scaled(count: int, width: int, device: torch.device) -> QuantizedRows:
@@ -195,7 +195,7 @@ def embed(
 ) -> tuple[Tensor, QuantizedRows | None]:
     """The LayerNorm of word and position embeddings, (tokens, width) in words' dtype; `quantized`: in FP8 too.
 
-    `table` holds for each position what is added to a word there, token type included: (positions, width).
+    `table` holds for each position what is added to a word there, including the token type: (positions, width).
     """
     count, width = len(ids), words.shape[1]
     out = torch.empty(count, width, dtype=words.dtype, device=ids.device)
@@ -211,7 +211,7 @@ def embed(
         *(scaled or (out, out)),
         count,
         eps,
-        QUANTISE=quantized,
+        QUANTIZE=quantized,
         **shape,
     )
     return out, scaled
@@ -245,7 +245,7 @@ def add_layer_norm(
     scaled = _scaled(count, width, x.device) if quantized else None
     grid, shape = _shape(count, width)
     _add_layer_norm_kernel[grid](
-        x, y, y_bias, *norm, out, *(scaled or (out, out)), count, eps, QUANTISE=quantized, **shape
+        x, y, y_bias, *norm, out, *(scaled or (out, out)), count, eps, QUANTIZE=quantized, **shape
     )
     return out, scaled
 
@@ -256,32 +256,32 @@ def add_layer_norm_reference(x: Tensor, y: Tensor, y_bias: Tensor, norm: Norm, e
     return F.layer_norm(total, total.shape[1:], norm[0].float(), norm[1].float(), eps)
 
 
-def activate(x: Tensor, bias: Tensor, *, tanh: bool, quantized: bool = False) -> Tensor | QuantizedRows:
+def bias_gelu(x: Tensor, bias: Tensor, *, tanh: bool, quantized: bool = False) -> Tensor | QuantizedRows:
     """GELU of x + bias, x contiguous (rows, width): exact, or by its approximation with tanh."""
     count, width = x.shape
     scaled = _scaled(count, width, x.device) if quantized else None
     out, scales = scaled or (torch.empty_like(x), x)
     grid, shape = _shape(count, width)
-    _activate_kernel[grid](x, bias, out, scales, count, TANH=tanh, QUANTISE=quantized, **shape)
+    _bias_gelu_kernel[grid](x, bias, out, scales, count, TANH=tanh, QUANTIZE=quantized, **shape)
     return scaled or out
 
 
-def activate_reference(x: Tensor, bias: Tensor, *, tanh: bool) -> Tensor:
+def bias_gelu_reference(x: Tensor, bias: Tensor, *, tanh: bool) -> Tensor:
     """The same in float32."""
     return F.gelu(x.float() + bias.float(), approximate="tanh" if tanh else "none")
 
 
-def mean_of_places(x: Tensor, cu: Tensor, out: Tensor) -> None:
-    """Write each text's mean over its tokens to `out`, float32 (places, width); zeros for a place without a text.
+def mean_of_slots(x: Tensor, cu_seqlens: Tensor, out: Tensor) -> None:
+    """Write each text's mean over its tokens to `out`, float32 (slots, width); zeros for a slot without a text.
 
-    A text's sum is taken in an order of its own, wherever it lies in the row.
+    The order of a text's sum does not depend on where it lies in the row.
     """
-    places, width = out.shape
-    _mean_kernel[(places, -(-width // 64))](x, cu, out, WIDTH=width, COLUMNS=64, ROWS=32, num_warps=4)
+    slots, width = out.shape
+    _mean_kernel[(slots, -(-width // 64))](x, cu_seqlens, out, WIDTH=width, COLUMNS=64, ROWS=32, num_warps=4)
 
 
-def mean_of_places_reference(x: Tensor, cu: Tensor) -> Tensor:
-    """The same, place by place."""
-    ends = cu.tolist()
+def mean_of_slots_reference(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The same, slot by slot."""
+    ends = cu_seqlens.tolist()
     parts = [x[begin:end].float() for begin, end in pairwise(ends)]
     return torch.stack([part.mean(0) if len(part) else part.sum(0) for part in parts])

@@ -1,10 +1,10 @@
-"""Attention of short texts over a packed row, in tiles of the row: several texts share a tile, and none has one to itself.
+"""Block-diagonal attention of short texts over a packed row, in tiles of the row: several texts share a tile.
 
 Flash attention's kernels start work for each text and for the longest text possible, most of which has nothing to do
-where texts are short. Here a program takes some neighbouring queries with all keys that any of them sees, and a mask
+where texts are short. Here a program takes some neighboring queries with all keys that any of them sees, and a mask
 keeps the texts apart. What it costs does not depend on the longest text, so a CUDA graph loses nothing.
 
-A text's place in its tile decides in which order its sums are taken: equal to rounding, not bit-equal.
+A text's position in its tile decides the order of its sums: equal up to rounding, not bit-equal.
 """
 
 # Triton's language is not Python's: what its kernels name, they neither annotate nor keep to one type.
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["bounds_of", "bounds_reference", "row_attention", "row_attention_reference", "takes_head"]
+__all__ = ["block_attention", "block_attention_reference", "bounds_of", "bounds_reference", "takes_head"]
 
 Bounds = tuple[Tensor, Tensor]
 """For each query its first key and one past its last, int32 (queries,)."""
@@ -31,21 +31,21 @@ def takes_head(dim: int) -> bool:
 
 
 @triton.jit
-def _bounds_kernel(cu, begins, ends, count, places, STEPS: tl.constexpr, ROWS: tl.constexpr):
+def _bounds_kernel(cu_seqlens, begins, ends, count, slots, STEPS: tl.constexpr, ROWS: tl.constexpr):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     low = tl.zeros((ROWS,), tl.int32)
-    high = tl.zeros((ROWS,), tl.int32) + places
-    for _ in tl.static_range(STEPS):  # the first place that ends behind the row
+    high = tl.zeros((ROWS,), tl.int32) + slots
+    for _ in tl.static_range(STEPS):  # the first slot that ends after the row
         middle = (low + high) // 2
-        behind = tl.load(cu + tl.minimum(middle + 1, places)) > rows
+        after = tl.load(cu_seqlens + tl.minimum(middle + 1, slots)) > rows
         open_ = low < high
-        high = tl.where(open_ & behind, middle, high)
-        low = tl.where(open_ & ~behind, middle + 1, low)
-    found = low < places
-    place = tl.minimum(low, places - 1)
-    # A row of no place sees itself: its numbers stay finite, and nobody reads them.
-    begin = tl.where(found, tl.load(cu + place), rows)
-    end = tl.where(found, tl.load(cu + place + 1), rows + 1)
+        high = tl.where(open_ & after, middle, high)
+        low = tl.where(open_ & ~after, middle + 1, low)
+    found = low < slots
+    slot = tl.minimum(low, slots - 1)
+    # A row of no slot sees itself: its numbers stay finite, and are not read.
+    begin = tl.where(found, tl.load(cu_seqlens + slot), rows)
+    end = tl.where(found, tl.load(cu_seqlens + slot + 1), rows + 1)
     tl.store(begins + rows, begin, mask=rows < count)
     tl.store(ends + rows, end, mask=rows < count)
 
@@ -97,41 +97,45 @@ def _attention_kernel(
         total = tl.dot(shares.to(values.dtype), values, total * shrink[:, None])
         largest = most
     value = total / tl.maximum(weights, 1e-30)[:, None]
-    places = rows.to(tl.int64)[:, None] * (HEADS * DIM) + head * DIM + dims[None, :]
-    tl.store(out + places, value.to(out.dtype.element_ty), mask=known[:, None])
+    offsets = rows.to(tl.int64)[:, None] * (HEADS * DIM) + head * DIM + dims[None, :]
+    tl.store(out + offsets, value.to(out.dtype.element_ty), mask=known[:, None])
 
 
-def bounds_of(cu: Tensor, count: int) -> Bounds:
-    """The bounds of every token of a row of `count`: those of its text. `cu` is int32 (places + 1,)."""
-    places = len(cu) - 1
-    begins, ends = torch.empty(2, count, dtype=torch.int32, device=cu.device).unbind()
-    steps = places.bit_length()
-    _bounds_kernel[(-(-count // 128),)](cu, begins, ends, count, places, STEPS=steps, ROWS=128, num_warps=4)
+def bounds_of(cu_seqlens: Tensor, count: int) -> Bounds:
+    """The bounds of every token of a row of `count`: those of its text. `cu_seqlens` is int32 (slots + 1,)."""
+    slots = len(cu_seqlens) - 1
+    begins, ends = torch.empty(2, count, dtype=torch.int32, device=cu_seqlens.device).unbind()
+    steps = slots.bit_length()
+    _bounds_kernel[(-(-count // 128),)](
+        cu_seqlens, begins, ends, count, slots, STEPS=steps, ROWS=128, num_warps=4
+    )
     return begins, ends
 
 
-def bounds_reference(cu: Tensor, count: int) -> Bounds:
+def bounds_reference(cu_seqlens: Tensor, count: int) -> Bounds:
     """The same, token by token."""
     found = [(row, row + 1) for row in range(count)]
-    edges = cu.tolist()
-    for place in range(len(edges) - 1):
-        for row in range(edges[place], edges[place + 1]):
-            found[row] = (edges[place], edges[place + 1])
-    begins, ends = torch.tensor(found, dtype=torch.int32, device=cu.device).unbind(1)
+    edges = cu_seqlens.tolist()
+    for slot in range(len(edges) - 1):
+        for row in range(edges[slot], edges[slot + 1]):
+            found[row] = (edges[slot], edges[slot + 1])
+    begins, ends = torch.tensor(found, dtype=torch.int32, device=cu_seqlens.device).unbind(1)
     return begins, ends
 
 
-def row_attention(
+def block_attention(
     q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, scale: float, *, sparse: bool = False
 ) -> Tensor:
     """Attention of q (queries, heads, dim) over the keys in `bounds`, of k and v (tokens, heads, dim); contiguous.
 
-    `sparse`: neighbouring queries are of different texts, so they share no keys. A query without keys gives zeros.
+    `sparse`: neighboring queries are of different texts, so they share no keys. A query without keys gives zeros.
     Each token's heads must lie side by side; q, k and v may be parts of wider rows, k and v of the same.
     """
     count, heads, dim = q.shape
-    assert q.stride(1) == k.stride(1) == v.stride(1) == dim, "heads that lie apart. This is a bug."
-    assert k.stride(0) == v.stride(0), "keys and values of different rows. This is a bug."
+    if not q.stride(1) == k.stride(1) == v.stride(1) == dim:
+        raise RuntimeError("heads that are not contiguous. This is a bug.")
+    if k.stride(0) != v.stride(0):
+        raise RuntimeError("keys and values of different rows. This is a bug.")
     out = torch.empty(count, heads, dim, dtype=q.dtype, device=q.device)
     rows = 16 if sparse or count <= 16 else 64
     _attention_kernel[(-(-count // rows), heads)](
@@ -154,7 +158,7 @@ def row_attention(
     return out
 
 
-def row_attention_reference(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, scale: float) -> Tensor:
+def block_attention_reference(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, scale: float) -> Tensor:
     """The same in float32."""
     keys = torch.arange(len(k), device=k.device)
     begins, ends = (bound[:, None] for bound in bounds)

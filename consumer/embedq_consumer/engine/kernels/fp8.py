@@ -1,7 +1,7 @@
 """Weights in bf16 or FP8, and the product of rows of tokens with either.
 
 FP8 is e4m3 with a float32 scale for each row of a weight (an output channel) and for each row of activations (a token),
-the latter found anew each time: no calibration, and no token changes another's numbers.
+the latter computed anew each time: no calibration, and no token changes another's numbers.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from embedq_consumer.engine.kernels.fused_ops import QuantizedRows, quantize_reference
+from embedq_consumer.engine.kernels.fused_ops import QuantizedRows, per_token_quant_fp8_reference
 
 __all__ = [
     "Weight",
@@ -31,23 +31,24 @@ def fp8_available(device: torch.device) -> bool:
 
 
 def weight_of(parts: list[Tensor], *, quantized: bool) -> Weight:
-    """One weight out of `parts`, one behind the other; a copy, also of a single part that is quantized."""
+    """One weight of `parts`, concatenated; a copy, except of a single part that is not quantized."""
     whole = torch.cat(parts) if len(parts) > 1 else parts[0]
     if not quantized:
         return whole
-    values, scales = quantize_reference(whole)
+    values, scales = per_token_quant_fp8_reference(whole)
     return values, scales.view(1, -1)
 
 
 def in_fp8(weight: Weight) -> bool:
-    """Whether its rows have to be FP8 too."""
+    """Whether the weight is FP8, so that its rows have to be FP8, too."""
     return isinstance(weight, tuple)
 
 
 def linear(rows: Tensor | QuantizedRows, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """bf16 (tokens, out). Rows and weight are both bf16 or both FP8; `bias` (out,) is bf16."""
     if isinstance(weight, tuple):
-        assert isinstance(rows, tuple), "bf16 rows for an FP8 weight. This is a bug."
+        if not isinstance(rows, tuple):
+            raise TypeError("bf16 rows for an FP8 weight. This is a bug.")
         return torch._scaled_mm(
             rows[0],
             weight[0].t(),
@@ -57,12 +58,13 @@ def linear(rows: Tensor | QuantizedRows, weight: Weight, bias: Tensor | None = N
             out_dtype=torch.bfloat16,
             use_fast_accum=True,
         )
-    assert isinstance(rows, Tensor), "FP8 rows for a bf16 weight. This is a bug."
+    if isinstance(rows, tuple):
+        raise TypeError("FP8 rows for a bf16 weight. This is a bug.")
     return rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
 
 
 def split_channels(weight: Weight, first: int) -> tuple[Weight, Weight]:
-    """The first so many output channels of a weight, and the others."""
+    """The first `first` output channels of a weight, and the others."""
     if isinstance(weight, tuple):
         values, scales = weight
         return (values[:first], scales[:, :first]), (values[first:], scales[:, first:])

@@ -1,8 +1,8 @@
 """Triton kernels for what lies between a transformer's matrix products, each with its definition in plain PyTorch.
 
-All take rows of tokens and never mix two rows, so a row of garbage (a micro-batch's unused tail) stays by itself.
+All take rows of tokens and never mix two rows, so garbage in one row (the unused tail of a micro-batch) spreads to none.
 Sums, norms and activations are float32; what is stored is bf16, or FP8 (e4m3) with one float32 scale for each row.
-A kernel reads each value once and holds its row in registers: these are bound by memory alone.
+A kernel reads each value once and holds its row in registers: all are bound by memory bandwidth.
 """
 
 # Triton's language is not Python's: what its kernels name, they neither annotate nor keep to one type.
@@ -22,23 +22,23 @@ __all__ = [
     "FP8",
     "FP8_MAX",
     "QuantizedRows",
-    "add_norm",
-    "add_norm_reference",
-    "gate",
-    "gate_reference",
-    "move_rows",
-    "move_rows_reference",
-    "norm_rotate",
-    "norm_rotate_reference",
-    "quantize",
-    "quantize_reference",
-    "turned",
+    "copy_rows",
+    "copy_rows_reference",
+    "fused_add_rms_norm",
+    "fused_add_rms_norm_reference",
+    "norm_rope_halves",
+    "per_token_quant_fp8",
+    "per_token_quant_fp8_reference",
+    "qk_norm_rope",
+    "qk_norm_rope_reference",
+    "silu_and_mul",
+    "silu_and_mul_reference",
 ]
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 _TINY = 1e-12
-"""The smallest scale: a row of zeros has to divide by something."""
+"""The smallest scale, so that a row of zeros does not divide by zero."""
 
 QuantizedRows = tuple[Tensor, Tensor]
 """(FP8 rows (n, k), float32 scales (n, 1)): a row is its FP8 values times its scale."""
@@ -48,14 +48,14 @@ _fp8_max: Any = tl.constexpr(FP8_MAX)
 
 
 @triton.jit
-def _load_part(pointer, columns, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
+def _load_block(pointer, columns, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
     if WHOLE:
         return tl.load(pointer + columns).to(tl.float32)
     return tl.load(pointer + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _store_part(pointer, columns, value, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
+def _store_block(pointer, columns, value, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
     if WHOLE:
         tl.store(pointer + columns, value.to(pointer.dtype.element_ty))
     else:
@@ -63,7 +63,7 @@ def _store_part(pointer, columns, value, WIDTH: tl.constexpr, WHOLE: tl.constexp
 
 
 @triton.jit
-def _add_norm_kernel(
+def _fused_add_rms_norm_kernel(
     x_rows,
     y_rows,
     weight,
@@ -71,128 +71,128 @@ def _add_norm_kernel(
     scales,
     eps,
     WIDTH: tl.constexpr,
-    PART: tl.constexpr,
+    BLOCK: tl.constexpr,
     ADD: tl.constexpr,
     STORE: tl.constexpr,
-    QUANTISE: tl.constexpr,
+    QUANTIZE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     x_row = x_rows + row * WIDTH
     out_row = out_rows + row * WIDTH
-    squares = tl.zeros((PART,), tl.float32)
-    parts = ()
-    for i in tl.static_range(0, WIDTH, PART):
-        columns = i + tl.arange(0, PART)
-        x = _load_part(x_row, columns, WIDTH, i + PART <= WIDTH)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    blocks = ()
+    for i in tl.static_range(0, WIDTH, BLOCK):
+        columns = i + tl.arange(0, BLOCK)
+        x = _load_block(x_row, columns, WIDTH, i + BLOCK <= WIDTH)
         if ADD:
             # The sum is rounded as it is stored, so that the next layer's residual and this norm see the same numbers.
-            x = (x + _load_part(y_rows + row * WIDTH, columns, WIDTH, i + PART <= WIDTH)).to(
+            x = (x + _load_block(y_rows + row * WIDTH, columns, WIDTH, i + BLOCK <= WIDTH)).to(
                 x_rows.dtype.element_ty
             )
             if STORE:
-                _store_part(x_row, columns, x, WIDTH, i + PART <= WIDTH)
+                _store_block(x_row, columns, x, WIDTH, i + BLOCK <= WIDTH)
             x = x.to(tl.float32)
         squares += x * x
-        parts = parts + (x,)  # noqa: RUF005  Triton has no unpacking
+        blocks = blocks + (x,)  # noqa: RUF005  Triton has no unpacking
     inverse = tl.rsqrt(tl.sum(squares, 0) / WIDTH + eps)
-    if QUANTISE:
-        largest = tl.zeros((PART,), tl.float32)
+    if QUANTIZE:
+        largest = tl.zeros((BLOCK,), tl.float32)
         normed = ()
-        for i in tl.static_range(0, WIDTH, PART):
-            columns = i + tl.arange(0, PART)
-            value = parts[i // PART] * inverse * _load_part(weight, columns, WIDTH, i + PART <= WIDTH)
+        for i in tl.static_range(0, WIDTH, BLOCK):
+            columns = i + tl.arange(0, BLOCK)
+            value = blocks[i // BLOCK] * inverse * _load_block(weight, columns, WIDTH, i + BLOCK <= WIDTH)
             largest = tl.maximum(largest, tl.abs(value))
             normed = normed + (value,)  # noqa: RUF005
         scale = tl.maximum(tl.max(largest, 0) / _fp8_max, _tiny)
         tl.store(scales + row, scale)
         inverse_scale = 1.0 / scale
-        for i in tl.static_range(0, WIDTH, PART):
-            columns = i + tl.arange(0, PART)
-            _store_part(out_row, columns, normed[i // PART] * inverse_scale, WIDTH, i + PART <= WIDTH)
+        for i in tl.static_range(0, WIDTH, BLOCK):
+            columns = i + tl.arange(0, BLOCK)
+            _store_block(out_row, columns, normed[i // BLOCK] * inverse_scale, WIDTH, i + BLOCK <= WIDTH)
     else:
-        for i in tl.static_range(0, WIDTH, PART):
-            columns = i + tl.arange(0, PART)
-            value = parts[i // PART] * inverse * _load_part(weight, columns, WIDTH, i + PART <= WIDTH)
-            _store_part(out_row, columns, value, WIDTH, i + PART <= WIDTH)
+        for i in tl.static_range(0, WIDTH, BLOCK):
+            columns = i + tl.arange(0, BLOCK)
+            value = blocks[i // BLOCK] * inverse * _load_block(weight, columns, WIDTH, i + BLOCK <= WIDTH)
+            _store_block(out_row, columns, value, WIDTH, i + BLOCK <= WIDTH)
 
 
 @triton.jit
-def _gate_kernel(
+def _silu_and_mul_kernel(
     rows,
     out_rows,
     scales,
     WIDTH: tl.constexpr,
-    PART: tl.constexpr,
+    BLOCK: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    QUANTISE: tl.constexpr,
+    QUANTIZE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     gate_row = rows + row * (2 * WIDTH)
     up_row = gate_row + WIDTH
     out_row = out_rows + row * WIDTH
-    largest = tl.zeros((PART,), tl.float32)
-    parts = ()
-    for i in tl.static_range(0, WIDTH, PART):
-        columns = i + tl.arange(0, PART)
+    largest = tl.zeros((BLOCK,), tl.float32)
+    blocks = ()
+    for i in tl.static_range(0, WIDTH, BLOCK):
+        columns = i + tl.arange(0, BLOCK)
         if INTERLEAVED:
-            pairs = 2 * i + tl.arange(0, 2 * PART)
-            both = _load_part(gate_row, pairs, 2 * WIDTH, i + PART <= WIDTH)
-            g, u = tl.split(tl.reshape(both, (PART, 2)))
+            pairs = 2 * i + tl.arange(0, 2 * BLOCK)
+            both = _load_block(gate_row, pairs, 2 * WIDTH, i + BLOCK <= WIDTH)
+            g, u = tl.split(tl.reshape(both, (BLOCK, 2)))
         else:
-            g = _load_part(gate_row, columns, WIDTH, i + PART <= WIDTH)
-            u = _load_part(up_row, columns, WIDTH, i + PART <= WIDTH)
+            g = _load_block(gate_row, columns, WIDTH, i + BLOCK <= WIDTH)
+            u = _load_block(up_row, columns, WIDTH, i + BLOCK <= WIDTH)
         # 1/(1+e^-g) as a squared reciprocal root: one instruction where a division takes ten.
         root = tl.rsqrt(1.0 + tl.exp2(g * -1.4426950408889634))
         value = g * u * (root * root)
-        if QUANTISE:
+        if QUANTIZE:
             largest = tl.maximum(largest, tl.abs(value))
-            parts = parts + (value,)  # noqa: RUF005
+            blocks = blocks + (value,)  # noqa: RUF005
         else:
-            _store_part(out_row, columns, value, WIDTH, i + PART <= WIDTH)
-    if QUANTISE:
+            _store_block(out_row, columns, value, WIDTH, i + BLOCK <= WIDTH)
+    if QUANTIZE:
         scale = tl.maximum(tl.max(largest, 0) / _fp8_max, _tiny)
         tl.store(scales + row, scale)
         inverse_scale = 1.0 / scale
-        for i in tl.static_range(0, WIDTH, PART):
-            columns = i + tl.arange(0, PART)
-            _store_part(out_row, columns, parts[i // PART] * inverse_scale, WIDTH, i + PART <= WIDTH)
+        for i in tl.static_range(0, WIDTH, BLOCK):
+            columns = i + tl.arange(0, BLOCK)
+            _store_block(out_row, columns, blocks[i // BLOCK] * inverse_scale, WIDTH, i + BLOCK <= WIDTH)
 
 
 @triton.jit
-def _quantize_kernel(rows, out_rows, scales, WIDTH: tl.constexpr, PART: tl.constexpr):
+def _per_token_quant_fp8_kernel(rows, out_rows, scales, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    largest = tl.zeros((PART,), tl.float32)
-    parts = ()
-    for i in tl.static_range(0, WIDTH, PART):
-        columns = i + tl.arange(0, PART)
-        value = _load_part(rows + row * WIDTH, columns, WIDTH, i + PART <= WIDTH)
+    largest = tl.zeros((BLOCK,), tl.float32)
+    blocks = ()
+    for i in tl.static_range(0, WIDTH, BLOCK):
+        columns = i + tl.arange(0, BLOCK)
+        value = _load_block(rows + row * WIDTH, columns, WIDTH, i + BLOCK <= WIDTH)
         largest = tl.maximum(largest, tl.abs(value))
-        parts = parts + (value,)  # noqa: RUF005
+        blocks = blocks + (value,)  # noqa: RUF005
     scale = tl.maximum(tl.max(largest, 0) / _fp8_max, _tiny)
     tl.store(scales + row, scale)
     inverse_scale = 1.0 / scale
-    for i in tl.static_range(0, WIDTH, PART):
-        columns = i + tl.arange(0, PART)
-        _store_part(
-            out_rows + row * WIDTH, columns, parts[i // PART] * inverse_scale, WIDTH, i + PART <= WIDTH
+    for i in tl.static_range(0, WIDTH, BLOCK):
+        columns = i + tl.arange(0, BLOCK)
+        _store_block(
+            out_rows + row * WIDTH, columns, blocks[i // BLOCK] * inverse_scale, WIDTH, i + BLOCK <= WIDTH
         )
 
 
 @triton.jit
-def turned(place, weight, cosine, sine, eps, HALF: tl.constexpr):
+def norm_rope_halves(head, weight, cosine, sine, eps, HALF: tl.constexpr):
     """Rows of one head, RMS-normalized and rotated, in two halves of their channels, rounded as they would be stored."""
     half = tl.arange(0, HALF)
-    x1 = tl.load(place).to(tl.float32)
-    x2 = tl.load(place + HALF).to(tl.float32)
+    x1 = tl.load(head).to(tl.float32)
+    x2 = tl.load(head + HALF).to(tl.float32)
     inverse = tl.rsqrt(tl.sum(x1 * x1 + x2 * x2, 1) / (2 * HALF) + eps)[:, None]
     x1 = x1 * inverse * tl.load(weight + half).to(tl.float32)[None, :]
     x2 = x2 * inverse * tl.load(weight + HALF + half).to(tl.float32)[None, :]
-    kind = place.dtype.element_ty
+    kind = head.dtype.element_ty
     return (x1 * cosine - x2 * sine).to(kind), (x2 * cosine + x1 * sine).to(kind)
 
 
 @triton.jit
-def _norm_rotate_kernel(
+def _qk_norm_rope_kernel(
     rows,
     stride,
     positions,
@@ -218,57 +218,57 @@ def _norm_rotate_kernel(
         weight = q_weight
         if first >= Q_HEADS:
             weight = k_weight
-        place = rows + row * stride + first * (2 * HALF) + offsets
-        x1, x2 = turned(place, weight, c, s, eps, HALF)
-        tl.store(place, x1)
-        tl.store(place + HALF, x2)
+        head = rows + row * stride + first * (2 * HALF) + offsets
+        x1, x2 = norm_rope_halves(head, weight, c, s, eps, HALF)
+        tl.store(head, x1)
+        tl.store(head + HALF, x2)
 
 
 @triton.jit
-def _move_rows_kernel(own, stride, pool, keys, moves, count, WIDTH: tl.constexpr, PART: tl.constexpr):
+def _copy_rows_kernel(own, stride, pool, keys, copies, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     total = tl.load(count)
-    for move in range(tl.program_id(0), total, tl.num_programs(0)):
-        source = tl.load(moves + 2 * move).to(tl.int64)
-        target = tl.load(moves + 2 * move + 1).to(tl.int64)
+    for copy in range(tl.program_id(0), total, tl.num_programs(0)):
+        source = tl.load(copies + 2 * copy).to(tl.int64)
+        target = tl.load(copies + 2 * copy + 1).to(tl.int64)
         begin = own + source * stride
         if source < 0:
             begin = pool + (-1 - source) * WIDTH
         end = keys + target * WIDTH
         if target < 0:
             end = pool + (-1 - target) * WIDTH
-        for i in tl.static_range(0, WIDTH, PART):
-            columns = i + tl.arange(0, PART)
-            if i + PART <= WIDTH:
+        for i in tl.static_range(0, WIDTH, BLOCK):
+            columns = i + tl.arange(0, BLOCK)
+            if i + BLOCK <= WIDTH:
                 tl.store(end + columns, tl.load(begin + columns))
             else:
                 tl.store(end + columns, tl.load(begin + columns, mask=columns < WIDTH), mask=columns < WIDTH)
 
 
 def _shape(width: int) -> dict[str, int]:
-    """Parts and warps for a row of `width`: 16-byte loads, and few lanes idle in the last part."""
-    part = 2048 if width > 4096 else 1024 if width >= 1024 else max(32, triton.next_power_of_2(width))
-    return {"WIDTH": width, "PART": part, "num_warps": max(1, min(8, part // 256))}
+    """Block and warps for a row of `width`: 16-byte loads, and few idle lanes in the last block."""
+    block = 2048 if width > 4096 else 1024 if width >= 1024 else max(32, triton.next_power_of_2(width))
+    return {"WIDTH": width, "BLOCK": block, "num_warps": max(1, min(8, block // 256))}
 
 
-def add_norm(
+def fused_add_rms_norm(
     x: Tensor,
     y: Tensor | None,
     weight: Tensor,
     eps: float,
     *,
     quantized: bool = False,
-    keep: bool = True,
+    store_sum: bool = True,
     out: Tensor | None = None,
 ) -> Tensor | QuantizedRows:
-    """Add `y` to `x` in place, and return the RMS norm of the sum, `x` (rows, width) being contiguous.
+    """Add `y` to `x` in place, and return the RMS norm of the sum; `x` is contiguous (rows, width).
 
-    With `keep` false `x` stays as it was. `out`, in any dtype, takes the result; `quantized` makes it FP8.
+    With `store_sum` false `x` stays unchanged. `out`, in any dtype, takes the result; `quantized` makes it FP8.
     """
     rows, width = x.shape
     if out is None:
         out = torch.empty(rows, width, dtype=FP8 if quantized else x.dtype, device=x.device)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device) if quantized else weight
-    _add_norm_kernel[(rows,)](
+    _fused_add_rms_norm_kernel[(rows,)](
         x,
         x if y is None else y,
         weight,
@@ -276,58 +276,62 @@ def add_norm(
         scales,
         eps,
         ADD=y is not None,
-        STORE=keep,
-        QUANTISE=quantized,
+        STORE=store_sum,
+        QUANTIZE=quantized,
         **_shape(width),
     )
     return (out, scales) if quantized else out
 
 
-def add_norm_reference(x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def fused_add_rms_norm_reference(
+    x: Tensor, y: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     """(the sum in x's dtype, its RMS norm in float32)."""
     total = x if y is None else (x.float() + y.float()).to(x.dtype)
     return total, F.rms_norm(total.float(), weight.shape, weight.float(), eps)
 
 
-def gate(rows: Tensor, *, quantized: bool = False, interleaved: bool = False) -> Tensor | QuantizedRows:
-    """silu(a)·b of rows that hold a and b side by side, or `interleaved`: (rows, 2 width) → (rows, width)."""
+def silu_and_mul(
+    rows: Tensor, *, quantized: bool = False, interleaved: bool = False
+) -> Tensor | QuantizedRows:
+    """silu(a)·b of rows that hold a, then b, or both `interleaved`: (rows, 2 width) → (rows, width)."""
     count, width = rows.shape[0], rows.shape[1] // 2
     out = torch.empty(count, width, dtype=FP8 if quantized else rows.dtype, device=rows.device)
     scales = torch.empty(count, 1, dtype=torch.float32, device=rows.device) if quantized else rows
-    _gate_kernel[(count,)](
+    _silu_and_mul_kernel[(count,)](
         rows,
         out,
         scales,
         INTERLEAVED=interleaved,
-        QUANTISE=quantized,
+        QUANTIZE=quantized,
         **_shape(width),
     )
     return (out, scales) if quantized else out
 
 
-def gate_reference(rows: Tensor) -> Tensor:
+def silu_and_mul_reference(rows: Tensor) -> Tensor:
     """The same in float32."""
     a, b = rows.float().chunk(2, dim=1)
     return F.silu(a) * b
 
 
-def quantize(rows: Tensor) -> QuantizedRows:
-    """FP8 rows with a scale each, so that a row's largest value is FP8's largest."""
+def per_token_quant_fp8(rows: Tensor) -> QuantizedRows:
+    """FP8 rows, each with a scale that maps its largest value to FP8's largest."""
     count, width = rows.shape
     out = torch.empty(count, width, dtype=FP8, device=rows.device)
     scales = torch.empty(count, 1, dtype=torch.float32, device=rows.device)
-    _quantize_kernel[(count,)](rows, out, scales, **_shape(width))
+    _per_token_quant_fp8_kernel[(count,)](rows, out, scales, **_shape(width))
     return out, scales
 
 
-def quantize_reference(rows: Tensor) -> QuantizedRows:
-    """The same, for weights too: those are quantized once and need no kernel."""
+def per_token_quant_fp8_reference(rows: Tensor) -> QuantizedRows:
+    """The same. Weights use it too: they are quantized once and need no kernel."""
     values = rows.float()
     scales = (values.abs().amax(dim=1, keepdim=True) / FP8_MAX).clamp(min=_TINY)
     return (values / scales).to(FP8), scales
 
 
-def norm_rotate(
+def qk_norm_rope(
     qkv: Tensor,
     positions: Tensor,
     rotation: tuple[Tensor, Tensor],
@@ -344,9 +348,9 @@ def norm_rotate(
     group = 1
     while group < 8 and q_heads % (2 * group) == 0 and k_heads % (2 * group) == 0:
         group *= 2
-    # One program for each token, but for few tokens one for each group of its heads: the device is idle otherwise.
+    # One program for each token; with few tokens one for each group of heads, or the device would be idle.
     programs = (q_heads + k_heads) // group if len(qkv) <= 512 else 1
-    _norm_rotate_kernel[(len(qkv), programs)](
+    _qk_norm_rope_kernel[(len(qkv), programs)](
         qkv,
         qkv.stride(0),
         positions,
@@ -361,7 +365,7 @@ def norm_rotate(
     )
 
 
-def norm_rotate_reference(
+def qk_norm_rope_reference(
     qkv: Tensor,
     positions: Tensor,
     rotation: tuple[Tensor, Tensor],
@@ -376,31 +380,31 @@ def norm_rotate_reference(
     q, k, v = torch.split(qkv.float(), split, dim=1)
     cosine, sine = (table[positions.long()][:, None].repeat(1, 1, 2) for table in rotation)
 
-    def turned(x: Tensor, weight: Tensor) -> Tensor:
+    def rotated(x: Tensor, weight: Tensor) -> Tensor:
         x = F.rms_norm(x.unflatten(1, (-1, dim)), (dim,), weight.float(), eps)
         a, b = x.chunk(2, dim=-1)
         return (x * cosine + torch.cat([-b, a], dim=-1) * sine).flatten(1)
 
-    return torch.cat([turned(q, weights[0]), turned(k, weights[1]), v], dim=1)
+    return torch.cat([rotated(q, weights[0]), rotated(k, weights[1]), v], dim=1)
 
 
-def move_rows(own: Tensor, pool: Tensor, keys: Tensor, moves: Tensor, count: Tensor) -> None:
-    """Copy rows of `own` (tokens, width) and `pool` to rows of `keys` and `pool`, as the first `count` of `moves` say.
+def copy_rows(own: Tensor, pool: Tensor, keys: Tensor, copies: Tensor, count: Tensor) -> None:
+    """Copy rows of `own` (tokens, width) and `pool` to rows of `keys` and `pool`, as the first `count` of `copies` say.
 
-    `moves`: int32 (moves, 2), see prefixes.moves_of; `count`: int32 (1,), on the device too, since a CUDA graph copies as
-    much as its inputs say. `own` may be columns of wider rows; `pool` and `keys` (rows, width) lie without gaps.
+    `copies`: int32 (copies, 2), see `prefix_cache.copy_plan`; `count`: int32 (1,), on the device too, since a CUDA graph
+    copies as many rows as its inputs say. `own` may be columns of wider rows; `pool` and `keys` (rows, width) are contiguous.
     """
     width = own.shape[1]
     programs = max(256, min(2048, len(own)))
-    part = min(2048, triton.next_power_of_2(width))
-    _move_rows_kernel[(programs,)](
-        own, own.stride(0), pool, keys, moves, count, WIDTH=width, PART=part, num_warps=4
+    block = min(2048, triton.next_power_of_2(width))
+    _copy_rows_kernel[(programs,)](
+        own, own.stride(0), pool, keys, copies, count, WIDTH=width, BLOCK=block, num_warps=4
     )
 
 
-def move_rows_reference(own: Tensor, pool: Tensor, keys: Tensor, moves: Tensor, count: Tensor) -> None:
+def copy_rows_reference(own: Tensor, pool: Tensor, keys: Tensor, copies: Tensor, count: Tensor) -> None:
     """The same, a row at a time."""
-    for source, target in moves[: int(count)].tolist():
+    for source, target in copies[: int(count)].tolist():
         row = own[source] if source >= 0 else pool[-1 - source]
         if target >= 0:
             keys[target] = row

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def _nothing_to_compile() -> Iterator[None]:
-    """The package hands functions to torch.compile that nobody here calls, which imports a compiler for two seconds."""
+    """The package hands functions to torch.compile that are never called here; that would import a compiler for two seconds."""
     name = "TORCHDYNAMO_DISABLE"
     before = os.environ.get(name)
     os.environ[name] = "1"
@@ -37,6 +37,6 @@ __all__ = ["gate"]
 
 @gemm_epilogue(outputs=("out",), mode="acc_pair")
 def gate(acc):
-    """silu(a)·b of neighbouring columns a and b: half as many come out."""
+    """silu(a)·b of neighboring columns a and b: half as many come out."""
     a, b = unpack(acc)
     return {"out": swiglu(a, b)}

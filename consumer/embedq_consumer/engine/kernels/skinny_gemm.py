@@ -1,6 +1,6 @@
-"""Products and attention of so few tokens that reading the weights, and starting kernels, is all that takes time.
+"""Skinny GEMMs and attention: for so few tokens that only reading the weights and launching kernels takes time.
 
-Each has its definition in plain PyTorch beside it, as in kernels.py.
+Each has its definition in plain PyTorch, as in fused_ops.py.
 """
 
 # Triton's language is not Python's: what its kernels name, they neither annotate nor keep to one type.
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from embedq_consumer.engine.kernels.fused_ops import (
     QuantizedRows,
-    gate_reference,
-    norm_rotate_reference,
-    turned,
+    norm_rope_halves,
+    qk_norm_rope_reference,
+    silu_and_mul_reference,
 )
 
 __all__ = [
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 ATTENTION_ROWS = (16, 64)
-"""Rows' sizes that `skinny_attention` takes: all of a row's keys fit one program."""
+"""Row sizes that `skinny_attention` takes: all of a row's keys fit one program."""
 
 _TILES = {
     (16, False): {
@@ -53,10 +53,10 @@ _TILES = {
         "deep": (32, 512, 4, 4),
     },
 }
-"""(columns, step, stages, warps) by rows, FP8 or not, and the product's form: the fastest of five to seven each on an H200,
+"""(columns, step, stages, warps) by rows, FP8 or not, and the product's form: the fastest of five to seven candidates each on an H200,
 with the shapes of Qwen3-Embedding-4B. bf16 gains at 16 rows only, FP8 up to 64, for which the library has no small tiles."""
 _LEAST_WIDTH = 2048
-"""A narrower product has too few columns to keep the device busy so."""
+"""A narrower product has too few columns to keep the device busy this way."""
 
 
 @triton.jit
@@ -86,8 +86,8 @@ def _skinny_attention_kernel(
     cosine = tl.load(cosines + angle)
     sine = tl.load(sines + angle)
     row = qkv + rows[:, None] * ((Q_HEADS + 2 * KV_HEADS) * DIM)
-    q1, q2 = turned(row + head * DIM + halves, q_weight, cosine, sine, eps, HALF)
-    k1, k2 = turned(row + (Q_HEADS + kv_head) * DIM + halves, k_weight, cosine, sine, eps, HALF)
+    q1, q2 = norm_rope_halves(row + head * DIM + halves, q_weight, cosine, sine, eps, HALF)
+    k1, k2 = norm_rope_halves(row + (Q_HEADS + kv_head) * DIM + halves, k_weight, cosine, sine, eps, HALF)
     scores = tl.dot(q1, tl.trans(k1))
     scores = tl.dot(q2, tl.trans(k2), scores) * (scale * 1.4426950408889634)
     # A text begins where its positions do, and positions count up: so this is one number for each text.
@@ -125,26 +125,26 @@ def _skinny_kernel(
     rows = tl.arange(0, ROWS)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     steps = tl.arange(0, STEP)
-    x_places = x + rows[:, None] * INNER + steps[None, :]
+    x_pointers = x + rows[:, None] * INNER + steps[None, :]
     if INTERLEAVED:
-        # Gate and up of a column are neighbours: one product over both reads the weight as it lies.
+        # Gate and up of a column are neighbors: one product over both reads the weight as it lies.
         channels = tl.program_id(0).to(tl.int64) * (2 * COLUMNS) + tl.arange(0, 2 * COLUMNS)
-        w_places = weight + channels[None, :] * INNER + steps[:, None]
+        w_pointers = weight + channels[None, :] * INNER + steps[:, None]
         both = tl.zeros((ROWS, 2 * COLUMNS), tl.float32)
         for begin in range(0, INNER, STEP):
-            both = tl.dot(tl.load(x_places + begin), tl.load(w_places + begin), both)
+            both = tl.dot(tl.load(x_pointers + begin), tl.load(w_pointers + begin), both)
         if SCALED:
             both = both * tl.load(x_scales + rows)[:, None] * tl.load(weight_scales + channels)[None, :]
         total, gated = tl.split(tl.reshape(both, (ROWS, COLUMNS, 2)))
     else:
-        w_places = weight + columns.to(tl.int64)[None, :] * INNER + steps[:, None]
+        w_pointers = weight + columns.to(tl.int64)[None, :] * INNER + steps[:, None]
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
         gated = tl.zeros((ROWS, COLUMNS), tl.float32)
         for begin in range(0, INNER, STEP):
-            part = tl.load(x_places + begin)
-            total = tl.dot(part, tl.load(w_places + begin), total)
+            part = tl.load(x_pointers + begin)
+            total = tl.dot(part, tl.load(w_pointers + begin), total)
             if GATE:
-                gated = tl.dot(part, tl.load(w_places + WIDTH * INNER + begin), gated)
+                gated = tl.dot(part, tl.load(w_pointers + WIDTH * INNER + begin), gated)
         if SCALED:
             row_scale = tl.load(x_scales + rows)[:, None]
             total = total * row_scale * tl.load(weight_scales + columns)[None, :]
@@ -153,10 +153,10 @@ def _skinny_kernel(
     if GATE:
         root = tl.rsqrt(1.0 + tl.exp2(total * -1.4426950408889634))
         total = total * gated * (root * root)
-    places = rows[:, None] * WIDTH + columns[None, :]
+    offsets = rows[:, None] * WIDTH + columns[None, :]
     if ADD:
-        total += tl.load(residual + places).to(tl.float32)
-    tl.store(out + places, total.to(out.dtype.element_ty))
+        total += tl.load(residual + offsets).to(tl.float32)
+    tl.store(out + offsets, total.to(out.dtype.element_ty))
 
 
 def skinny_plan(rows: int, width: int, inner: int, *, gated: bool, scaled: bool) -> dict[str, int] | None:
@@ -180,10 +180,10 @@ def skinny_linear(
     interleaved: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """One product of few rows at the speed of reading its weights, with the gate or the residual behind it.
+    """One product of few rows at the speed of reading its weights, followed by the gate or the residual.
 
-    x (rows, inner) and weight (out, inner), both bf16 or both FP8; the result is bf16. `gated`: the weight holds gate
-    and up one behind the other, or row by row (`interleaved`), and half as many columns come out.
+    x (rows, inner) and weight (out, inner), both bf16 or both FP8; the result is bf16. `gated`: the weight holds gate,
+    then up, or both row by row (`interleaved`), and half as many columns come out.
     """
     values, scales = x if isinstance(x, tuple) else (x, x)
     matrix, matrix_scales = weight if isinstance(weight, tuple) else (weight, weight)
@@ -221,7 +221,7 @@ def skinny_linear_reference(
     matrix = weight[0].float() * weight[1].view(-1, 1) if isinstance(weight, tuple) else weight.float()
     value = value @ matrix.t()
     if gated:
-        value = gate_reference(value)
+        value = silu_and_mul_reference(value)
     return value if residual is None else value + residual.float()
 
 
@@ -235,9 +235,9 @@ def skinny_attention(
     *,
     causal: bool,
 ) -> Tensor:
-    """`norm_rotate`, and attention behind it: (tokens, q_heads · head_dim) of one of ATTENTION_ROWS tokens.
+    """`qk_norm_rope`, then attention: (tokens, q_heads · head_dim) of one of ATTENTION_ROWS tokens.
 
-    A text is where `positions` count up from 0, so every token of it has to be here; `qkv` stays as it was.
+    A text is where `positions` count up from 0, so the row must hold all of its tokens; `qkv` stays unchanged.
     """
     q_heads, kv_heads = heads
     half = rotation[0].shape[1]
@@ -273,13 +273,13 @@ def skinny_attention_reference(
     """The same in float32, text by text."""
     q_heads, kv_heads = heads
     dim = 2 * rotation[0].shape[1]
-    turned = norm_rotate_reference(qkv, positions, rotation, weights, heads, eps)
+    rotated = qk_norm_rope_reference(qkv, positions, rotation, weights, heads, eps)
     begins = [row for row, position in enumerate(positions.tolist()) if position == 0]
     found = []
     for begin, end in zip(begins, [*begins[1:], len(qkv)], strict=True):
         q, k, v = (
             part.unflatten(1, (-1, dim)).transpose(0, 1)
-            for part in turned[begin:end].split([q_heads * dim, kv_heads * dim, kv_heads * dim], dim=1)
+            for part in rotated[begin:end].split([q_heads * dim, kv_heads * dim, kv_heads * dim], dim=1)
         )
         k, v = (part.repeat_interleave(q_heads // kv_heads, dim=0) for part in (k, v))
         found.append(F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(0, 1).flatten(1))

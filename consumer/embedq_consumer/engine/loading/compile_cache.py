@@ -1,4 +1,4 @@
-"""Where compiled GPU code is kept, so that the next start finds it. Imports nothing heavy, and must run before what does."""
+"""Where compiled GPU code is cached for the next start. Imports nothing heavy, and must run before anything that does."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Final
 
-__all__ = ["default_directory", "keep_compiled"]
+__all__ = ["default_directory", "enable"]
 
-_PLACES: Final = {
+_FOLDERS: Final = {
     "TRITON_CACHE_DIR": "triton",
     "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": "flash-attn",
     "CUTE_DSL_CACHE_DIR": "cute",
     "QUACK_CACHE_DIR": "quack",
     "CUDA_CACHE_PATH": "cuda",
 }
-"""Each library's own variable, and the folder that it gets."""
+"""Each library's environment variable, and its folder."""
 _ON: Final = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"
-"""flash-attn-4 keeps nothing unless told to."""
+"""flash-attn-4 caches nothing without this."""
 
 
 def default_directory(environ: MutableMapping[str, str]) -> Path:
@@ -26,16 +26,16 @@ def default_directory(environ: MutableMapping[str, str]) -> Path:
     return (Path(base) if base else Path("~/.cache").expanduser()) / "embedq" / "compiled"
 
 
-def keep_compiled(directory: Path, environ: MutableMapping[str, str]) -> None:
-    """Point every library's cache below `directory`; what is set already stays as it is.
+def enable(directory: Path, environ: MutableMapping[str, str]) -> None:
+    """Point every library's cache below `directory`; variables that are set already stay as they are.
 
-    A directory that is made here is this user's alone, since what lies there is loaded as code; one that is there
-    already keeps its permissions.
+    A directory made here is readable by this user alone, since its contents are loaded as code; one that exists keeps its
+    permissions.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the directory cannot be made.
     """
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for name, folder in _PLACES.items():
+    for name, folder in _FOLDERS.items():
         environ.setdefault(name, str(directory / folder))
     environ.setdefault(_ON, "1")

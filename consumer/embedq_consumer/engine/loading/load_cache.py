@@ -1,9 +1,9 @@
-"""What transformers says of a model directory, and where that is kept for the next start.
+"""What transformers says of a model directory, cached for the next start.
 
 A load needs transformers for the tokenizer, for the model's numbers, and for the hidden states of a few random tokens that
 our forward is proved against. All of it follows from the directory's bytes, the versions of a few libraries and the kind of
-device, so it is kept under a hash of those. A later load is proved against the same hidden states, and need not import
-transformers, which takes longer than most weights do.
+device, so it is cached under a hash of those. A later load is proved against the same hidden states without importing
+transformers, which takes longer than reading most weights.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from typing import Any, Final
 
 import msgspec
 
+from embedq_consumer.engine.api import LoadOptions
 from embedq_consumer.engine.loading.model_version import model_version
 from embedq_consumer.engine.model_directory import ModelDirectory
 
 __all__ = ["LoadCache", "ModelSnapshot", "Rotary", "key_of"]
 
 _FORMAT: Final = "1"
-"""To be raised when a field below comes to mean something else."""
+"""To be raised when the meaning of a field below changes."""
 _DIGEST_SIZE: Final = 32
 _LIBRARIES: Final = ("torch", "transformers", "tokenizers")
-_KEPT: Final = 16
-"""Models, those used last: each is as large as its `tokenizer.json`, up to 20 MB."""
+_CAPACITY: Final = 16
+"""Models, the most recently used: each is as large as its `tokenizer.json`, up to 20 MB."""
 
 
 class Rotary(msgspec.Struct, frozen=True):
-    """Rotary positions: a frequency for each pair of channels, as float32, and what the angles' cosines are scaled by."""
+    """Rotary positions: a float32 frequency for each pair of channels, and the scale of the angles' cosines and sines."""
 
     rope_type: str
     frequencies: tuple[float, ...]
@@ -46,12 +47,12 @@ class ModelSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     architecture: str
     """transformers' class, such as `Qwen3Model`."""
     config: dict[str, Any]
-    """All fields, those that `config.json` leaves to their defaults too."""
+    """All fields, including those that `config.json` leaves to their defaults."""
     tensors: dict[str, str]
     """The checkpoint's name of each parameter that the forward needs."""
     rotary: Rotary | None
     last_norm_eps: float | None
-    """Of an RMS norm behind the last layer; None without one."""
+    """Of an RMS norm after the last layer; None without one."""
     max_tokens: int
     position_offset: int
     tokenizer: str
@@ -59,20 +60,20 @@ class ModelSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     sequences: tuple[tuple[int, ...], ...]
     """Random tokens that a load is proved on."""
     expected: bytes
-    """Their hidden states behind the last layer by transformers' own forward, each alone: float32 (tokens, hidden)."""
+    """Their hidden states after the last layer by transformers' own forward, each alone: float32 (tokens, hidden)."""
 
 
 class LoadCache:
-    """A folder of them. What cannot be read or written there counts as not kept: the next load takes longer.
+    """A folder of `ModelSnapshot`s. A file that cannot be read or written counts as a miss: that load takes longer.
 
-    A file is the SHA-256 of what follows, and that as MessagePack.
+    A file is the SHA-256 of the rest, then the snapshot as MessagePack.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def find(self, key: str) -> ModelSnapshot | None:
-        """What was kept under `key`."""
+    def get(self, key: str) -> ModelSnapshot | None:
+        """The snapshot under `key`; None if there is none, or it is damaged."""
         file = self._file(key)
         try:
             content = file.read_bytes()
@@ -81,26 +82,26 @@ class LoadCache:
         digest, packed = content[:_DIGEST_SIZE], content[_DIGEST_SIZE:]
         if hashlib.sha256(packed).digest() != digest:
             return None
-        found = msgspec.msgpack.decode(packed, type=ModelSnapshot)
+        snapshot = msgspec.msgpack.decode(packed, type=ModelSnapshot)
         with suppress(OSError):
-            os.utime(file)  # as used now
-        return found
+            os.utime(file)  # the most recently used now
+        return snapshot
 
-    def keep(self, key: str, known: ModelSnapshot) -> None:
-        """Keep `known` under `key`, in place of the one that was not used for longest if there are many."""
+    def put(self, key: str, snapshot: ModelSnapshot) -> None:
+        """Store `snapshot` under `key`, and evict the least recently used ones beyond the capacity."""
         with suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
                 try:
-                    packed = msgspec.msgpack.encode(known)
+                    packed = msgspec.msgpack.encode(snapshot)
                     file.write(hashlib.sha256(packed).digest() + packed)
                     file.flush()
-                    os.replace(file.name, self._file(key))  # whole or not at all, whoever else loads it now
+                    os.replace(file.name, self._file(key))  # atomically: another process may load it now
                 except BaseException:
                     os.unlink(file.name)
                     raise
             files = sorted(self._folder.glob("*.model"), key=lambda file: file.stat().st_mtime)
-            for old in files[:-_KEPT]:
+            for old in files[:-_CAPACITY]:
                 old.unlink(missing_ok=True)
 
     def _file(self, key: str) -> Path:
@@ -108,12 +109,14 @@ class LoadCache:
 
 
 def key_of(directory: ModelDirectory, device: str, digests: Sequence[bytes]) -> str:
-    """Hex digits for everything that a `ModelSnapshot` follows from.
+    """Hex digits of a hash over everything that a `ModelSnapshot` follows from.
 
-    `device` is the kind of device that transformers' forward runs on, by name; `digests` are those of
+    `device` names the kind of device that transformers' forward runs on; `digests` are those of
     `directory.tensors`.
     """
-    # The directory's own limit, which the model's may lower: here it only has to count.
-    content = model_version(directory, max_tokens=directory.max_seq_length or 0, digests=digests)
+    # The directory's own limit, which the model's may lower: here it only has to be part of the hash.
+    content = model_version(
+        directory, LoadOptions(), max_tokens=directory.max_seq_length or 0, digests=digests
+    )
     versions = [f"{name} {metadata.version(name)}" for name in _LIBRARIES]
     return hashlib.sha256("\n".join([_FORMAT, content, device, *versions]).encode()).hexdigest()

@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["Phases"]
+__all__ = ["LoadTimer"]
 
 
-class Phases:
-    """Seconds of each step, in order; a step that comes twice is added up.
+class LoadTimer:
+    """Seconds of each step, in order; a step that occurs twice is added up.
 
-    `wait` is called at the end of each step, to let a device finish what the step started on it.
+    `wait` is called at the end of each step, to let the device finish what the step started.
     """
 
     def __init__(
@@ -24,7 +24,7 @@ class Phases:
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Time the block; one that raises counts nothing."""
+        """Time the block; one that raises is not counted."""
         begin = self._clock()
         yield
         self._wait()

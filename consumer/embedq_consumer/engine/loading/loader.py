@@ -6,7 +6,7 @@ import importlib.util
 import os
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from embedq_consumer.engine import ModelError, Quantization
-from embedq_consumer.engine.devices import current
+from embedq_consumer.engine.api import LoadOptions, ModelError, Quantization
+from embedq_consumer.engine.device import current
 from embedq_consumer.engine.encoder import PackedEncoder, release
 from embedq_consumer.engine.loading.load_cache import LoadCache, ModelSnapshot, key_of
-from embedq_consumer.engine.loading.load_timer import Phases
-from embedq_consumer.engine.loading.memory_check import DeviceMemory, need_of, refuse_if_too_large
+from embedq_consumer.engine.loading.load_timer import LoadTimer
+from embedq_consumer.engine.loading.memory_check import DeviceMemory, estimate_of, refuse_if_too_large
 from embedq_consumer.engine.loading.model_version import model_version, tensor_digests
-from embedq_consumer.engine.loading.weights import CheckpointWeights, known_model_of
+from embedq_consumer.engine.loading.weights import CheckpointWeights, snapshot_of
 from embedq_consumer.engine.model_directory import ModelDirectory, read_directory
+from embedq_consumer.engine.models import registry
+from embedq_consumer.engine.models.traits import Limits
 from embedq_consumer.engine.text.tokenizer import TextTokenizer
 
 __all__ = ["kept_layers", "load"]
@@ -35,161 +37,134 @@ _PROBE_LENGTHS = (3, 1, 9, 3)
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
 
-def load(
-    path: Path,
-    *,
-    device: str = "auto",
-    threads: int | None = None,
-    quantization: Quantization = "none",
-    keep_bf16: Collection[int] = (),
-    deterministic: bool = False,
-    known_models: LoadCache | None = None,
-) -> PackedEncoder:
+def load(path: Path, options: LoadOptions) -> PackedEncoder:
     """Load `path`, and prove on a few random tokens that packed it computes what transformers' own code does.
-
-    `threads` is how many threads PyTorch may use on the CPU; it holds for the whole process, as PyTorch has it.
 
     Raises:
         ModelError: the directory or the device cannot be used.
     """
-    target = _device(device)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    target = _device(options.device)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     with current(target):
-        return _load(path, target, threads, quantization, keep_bf16, deterministic, known_models)
+        return _load(path, target, options)
 
 
-def _load(
-    path: Path,
-    target: torch.device,
-    threads: int | None,
-    quantization: Quantization,
-    keep_bf16: Collection[int],
-    deterministic: bool,
-    known_models: LoadCache | None,
-) -> PackedEncoder:
-    phases = Phases(wait=lambda: _wait_for(target))
-    with phases.step("directory"):
+def _load(path: Path, target: torch.device, options: LoadOptions) -> PackedEncoder:
+    timer = LoadTimer(wait=lambda: _wait_for(target))
+    cache = None if options.known_models is None else LoadCache(options.known_models)
+    with timer.step("directory"):
         directory = read_directory(path)
-    kept = kept_layers(keep_bf16, directory, quantization)
-    with phases.step("memory"):
-        _refuse_if_too_large(directory, target, quantization)
-    with ThreadPoolExecutor(2, thread_name_prefix="beside") as beside:
+    layers = kept_layers(options.keep_bf16, directory, options.quantization)
+    options = msgspec.structs.replace(options, keep_bf16=layers)
+    with timer.step("memory"):
+        _refuse_if_too_large(directory, target, options.quantization)
+    with ThreadPoolExecutor(2, thread_name_prefix="load") as pool:
         # The digest reads every byte once more: it does so while transformers is imported, if it has to be.
-        digests = beside.submit(tensor_digests, directory.tensors, threads)
-        key, parts = "", None
-        if known_models is not None:
-            with phases.step("digest"):
+        digests = pool.submit(tensor_digests, directory.tensors, options.threads)
+        key, source = "", None
+        if cache is not None:
+            with timer.step("digest"):
                 key = key_of(directory, _kind(target), digests.result())
-            known = known_models.find(key)
-            if known is not None:
-                kernels = beside.submit(_import_kernels, known.architecture, target)
-                parts = _parts_of(known, directory, target, phases)
-                with phases.step("imports"):
+            snapshot = cache.get(key)
+            if snapshot is not None:
+                kernels = pool.submit(registry.import_ahead, snapshot.architecture, target)
+                source = _from_snapshot(snapshot, directory, target, timer)
+                with timer.step("imports"):
                     kernels.result()
-        if parts is None:
-            parts = _by_transformers(directory, target, phases)
-        with phases.step("digest"):
+        if source is None:
+            source = _from_transformers(directory, target, timer)
+        with timer.step("digest"):
             version = model_version(
-                directory,
-                max_tokens=parts.max_tokens,
-                threads=threads,
-                quantization=quantization,
-                keep_bf16=kept,
-                deterministic=deterministic,
-                digests=digests.result(),
+                directory, options, max_tokens=source.limits.max_tokens, digests=digests.result()
             )
     try:
-        with phases.step("forward"):
+        with timer.step("forward"):
             encoder = PackedEncoder(
                 directory,
-                parts.model,
-                parts.tokenizer,
+                source.model,
+                source.tokenizer,
                 version=version,
-                max_tokens=parts.max_tokens,
-                position_offset=parts.position_offset,
-                quantization=quantization,
-                keep_bf16=kept,
-                deterministic=deterministic,
+                limits=source.limits,
+                options=options,
             )
-        with phases.step("proof"):
-            encoder.prove(parts.sequences, parts.expected)
-        with phases.step("graphs"):
+        with timer.step("proof"):
+            encoder.prove(source.sequences, source.expected)
+        with timer.step("graphs"):
             encoder.capture()
     except NotImplementedError as error:
         model_type = directory.config["model_type"]
         raise ModelError(
             f"{directory.checkpoint / 'config.json'}: model_type {model_type}: {error}"
         ) from error
-    if known_models is not None and parts.new is not None:
-        known_models.keep(key, parts.new)
-    encoder.phases = phases.seconds
+    if cache is not None and source.new is not None:
+        cache.put(key, source.new)
+    encoder.phases = timer.seconds
     return encoder
 
 
-class _Parts(msgspec.Struct, frozen=True):
+class _Source(msgspec.Struct, frozen=True, kw_only=True):
     """What an encoder is made of and proved on."""
 
     model: Any
     tokenizer: TextTokenizer
-    max_tokens: int
-    position_offset: int
+    limits: Limits
     sequences: list[Ids]
     expected: Tensor
     """Hidden states of `sequences` by transformers' own code: float32 (tokens, hidden), on the model's device."""
     new: ModelSnapshot | None = None
-    """What the next load may know without transformers."""
+    """What lets the next load do without transformers."""
 
 
-def _by_transformers(directory: ModelDirectory, target: torch.device, phases: Phases) -> _Parts:
+def _from_transformers(directory: ModelDirectory, target: torch.device, timer: LoadTimer) -> _Source:
     """Ask transformers. Where a forward is written out for the model, transformers' own copy is gone when this returns."""
-    with phases.step("transformers"):
+    with timer.step("transformers"):
         import transformers.modeling_utils  # noqa: F401  # which takes as long as PyTorch itself
-    with phases.step("weights"), _quiet_transformers():
+    with timer.step("weights"), _quiet_transformers():
         model = _load_model(directory, target)
-    max_tokens, position_offset = _limits(directory, model)
-    with phases.step("tokenizer"), _quiet_transformers():
-        tokenizer = TextTokenizer.load(directory, max_tokens)
-    with phases.step("device"):
+    limits = _limits(directory, model)
+    with timer.step("tokenizer"), _quiet_transformers():
+        tokenizer = TextTokenizer.load(directory, limits.max_tokens)
+    with timer.step("device"):
         if model.device != target:
             model.to(target)
-    with phases.step("reference"):
-        sequences = _probe(model, max_tokens)
+    with timer.step("reference"):
+        sequences = _probe(model, limits.max_tokens)
         expected = _reference(model, sequences)
-    known = None
-    if directory.quantization_method is None and PackedEncoder.is_written_out(model):
-        known = known_model_of(
+    snapshot = None
+    if directory.quantization_method is None and registry.is_written_out(model):
+        snapshot = snapshot_of(
             model,
             directory,
-            max_tokens=max_tokens,
-            position_offset=position_offset,
+            limits,
             tokenizer=tokenizer.to_json(),
             sequences=sequences,
             expected=expected,
         )
-    if known is None:
-        return _Parts(model, tokenizer, max_tokens, position_offset, sequences, expected)
+    if snapshot is None:
+        return _Source(
+            model=model, tokenizer=tokenizer, limits=limits, sequences=sequences, expected=expected
+        )
     release(model)
-    # What serves is what the next start will serve, and this start proves it.
-    return msgspec.structs.replace(_parts_of(known, directory, target, phases), new=known)
+    # What serves now is what the next start will serve, and so this start proves it.
+    return msgspec.structs.replace(_from_snapshot(snapshot, directory, target, timer), new=snapshot)
 
 
-def _parts_of(
-    known: ModelSnapshot, directory: ModelDirectory, target: torch.device, phases: Phases
-) -> _Parts:
+def _from_snapshot(
+    snapshot: ModelSnapshot, directory: ModelDirectory, target: torch.device, timer: LoadTimer
+) -> _Source:
     """The same without transformers."""
-    with phases.step("weights"):
-        model = CheckpointWeights(known, directory, target)
-    with phases.step("tokenizer"):
-        tokenizer = TextTokenizer.from_json(known.tokenizer, known.max_tokens)
-    expected = np.frombuffer(known.expected, np.float32).reshape(sum(map(len, known.sequences)), -1)
-    return _Parts(
-        model,
-        tokenizer,
-        known.max_tokens,
-        known.position_offset,
-        [np.array(ids, dtype=np.int32) for ids in known.sequences],
-        torch.from_numpy(expected.copy()).to(target),
+    with timer.step("weights"):
+        model = CheckpointWeights(snapshot, directory, target)
+    with timer.step("tokenizer"):
+        tokenizer = TextTokenizer.from_json(snapshot.tokenizer, snapshot.max_tokens)
+    expected = np.frombuffer(snapshot.expected, np.float32).reshape(sum(map(len, snapshot.sequences)), -1)
+    return _Source(
+        model=model,
+        tokenizer=tokenizer,
+        limits=Limits(max_tokens=snapshot.max_tokens, position_offset=snapshot.position_offset),
+        sequences=[np.array(ids, dtype=np.int32) for ids in snapshot.sequences],
+        expected=torch.from_numpy(expected.copy()).to(target),
     )
 
 
@@ -197,37 +172,23 @@ def _kind(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def _import_kernels(architecture: str, device: torch.device) -> None:
-    """Import what the forward will import, while weights are on their way. Never beside an import of transformers: each
-    would find the other's modules half done."""
-    if device.type != "cuda" or architecture != "Qwen3Model":
-        return
-    for name in (
-        "embedq_consumer.engine.models.qwen3_cuda",
-        "flash_attn.cute",
-        "embedq_consumer.engine.kernels.gated_epilogue",
-    ):
-        with suppress(Exception):  # whoever needs it tries again, and says what follows
-            importlib.import_module(name)
-
-
 def kept_layers(
     numbers: Collection[int], directory: ModelDirectory, quantization: Quantization
-) -> frozenset[int]:
-    """Which layers stay in bf16, from 0 on: of `numbers`, negative ones count from the end.
+) -> tuple[int, ...]:
+    """The layers that stay in bf16, ascending and counted from 0 on; negative `numbers` count from the end.
 
     Raises:
-        ModelError: the model has no such layer, or none is in anything but bf16.
+        ModelError: the model has no such layer, or is not quantized at all.
     """
     if not numbers:
-        return frozenset()
+        return ()
     if quantization == "none":
-        raise ModelError("keep_bf16: without quantization every layer is kept")
+        raise ModelError("keep_bf16: needs quantization; without it every layer is bf16")
     layers = int(directory.config.get("num_hidden_layers", 0))
     unknown = [number for number in numbers if not -layers <= number < layers]
     if unknown:
-        raise ModelError(f"keep_bf16: there is no layer {unknown[0]}: the model has {layers}")
-    return frozenset(number % layers for number in numbers)
+        raise ModelError(f"keep_bf16: expected layers of the model, which has {layers}, got {unknown[0]}")
+    return tuple(sorted({number % layers for number in numbers}))
 
 
 def _wait_for(device: torch.device) -> None:
@@ -236,9 +197,9 @@ def _wait_for(device: torch.device) -> None:
 
 
 def _refuse_if_too_large(directory: ModelDirectory, target: torch.device, quantization: Quantization) -> None:
-    """Before a weight is read. On the CPU weights alone count, against all memory: it swaps before it fails."""
+    """Before a weight is read. On the CPU only weights count, and against all memory, since it swaps before it fails."""
     on_cuda = target.type == "cuda"
-    need = need_of(
+    estimate = estimate_of(
         directory.tensors,
         directory.config,
         dtype="bf16" if on_cuda else "float32",
@@ -246,13 +207,14 @@ def _refuse_if_too_large(directory: ModelDirectory, target: torch.device, quanti
     )
     if on_cuda:
         free, total = torch.cuda.mem_get_info(target)
-        # What PyTorch holds of it and does not use is free to us too.
+        # What PyTorch holds without using it is free, too.
         free += torch.cuda.memory_reserved(target) - torch.cuda.memory_allocated(target)
-        room = DeviceMemory(str(target), free, total)
+        available = DeviceMemory(device=str(target), free=free, total=total)
     else:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        need, room = msgspec.structs.replace(need, activations=0), DeviceMemory("the machine", total, total)
-    refuse_if_too_large(str(directory.checkpoint), need, room)
+        estimate = msgspec.structs.replace(estimate, activations=0)
+        available = DeviceMemory(device="the machine", free=total, total=total)
+    refuse_if_too_large(str(directory.checkpoint), estimate, available)
 
 
 def _device(name: str) -> torch.device:
@@ -271,7 +233,7 @@ def _device(name: str) -> torch.device:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No progress bars and load reports on stderr: what matters in them is checked and raised."""
+    """Suppress progress bars and load reports on stderr: what matters in them is checked and raised."""
     from transformers.utils import logging as module
 
     logging: Any = module
@@ -289,8 +251,8 @@ def _quiet_transformers() -> Iterator[None]:
 def _load_model(directory: ModelDirectory, target: torch.device) -> Any:
     """The base model without a head, in evaluation mode, with transformers' own attention.
 
-    It lies on the CPU; a quantized one where it will run, if accelerate is there: GPTQ's and AWQ's layers, which need
-    that package, are chosen for the device.
+    It lies on the CPU, but a quantized one where it will run, if accelerate is installed: GPTQ's and AWQ's layers, which
+    need that package, are chosen for the device.
     """
     from transformers import AutoModel
 
@@ -342,11 +304,8 @@ def _load_model(directory: ModelDirectory, target: torch.device) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _limits(directory: ModelDirectory, model: Any) -> tuple[int, int]:
-    """The longest input in tokens, and the position of a text's first token.
-
-    RoBERTa and its kin count positions from one behind the padding's, which costs them as many tokens.
-    """
+def _limits(directory: ModelDirectory, model: Any) -> Limits:
+    """RoBERTa and its relatives count positions from one after the padding's, so that fewer are left for tokens."""
     offset = 0
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
@@ -358,13 +317,13 @@ def _limits(directory: ModelDirectory, model: Any) -> tuple[int, int]:
     known = [limit for limit in limits if limit is not None]
     if not known:
         raise ModelError(f"{directory.checkpoint / 'config.json'}: max_position_embeddings: missing")
-    return min(known), offset
+    return Limits(max_tokens=min(known), position_offset=offset)
 
 
 def _probe(model: Any, max_tokens: int) -> list[Ids]:
     """A few sequences of random tokens, none of them padding, which some models skip when they count positions.
 
-    Where attention has a window, one is longer than that, unless no text can be.
+    Where attention has a window, one sequence is longer than the window, unless no text can be.
     """
     window = getattr(model.config, "sliding_window", None)
     lengths = list(_PROBE_LENGTHS)

@@ -1,4 +1,4 @@
-"""Whether a model fits into a device's memory, from its files' headers alone, and the arithmetic if it does not."""
+"""Whether a model fits into a device's memory, from its files' headers alone; if not, the arithmetic."""
 
 from __future__ import annotations
 
@@ -9,33 +9,31 @@ from typing import Any, Final
 
 import msgspec
 
-from embedq_consumer.engine import ModelError
+from embedq_consumer.engine.api import ModelError
 from embedq_consumer.engine.model_directory import TensorSlice
+from embedq_consumer.engine.row import PART_TOKENS
 
-__all__ = ["PART_TOKENS", "DeviceMemory", "MemoryEstimate", "need_of", "refuse_if_too_large"]
+__all__ = ["PART_TOKENS", "DeviceMemory", "MemoryEstimate", "estimate_of", "refuse_if_too_large"]
 
-PART_TOKENS: Final = 16_384
-"""What runs at once of a larger batch on CUDA: 8,192 tokens were 1 % slower in FP8 on an H200, 4,096 were 3 %.
-Whether a longer text fits too is tried out (budget.py), and refuses no model."""
 
 _WIDTH: Final = {"bf16": 2, "float32": 4}
 _FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16"})
 _IDLE: Final = ("lm_head.", "cls.", "score.")
-"""Heads that the base model has no place for."""
+"""Heads that the base model does not have."""
 _PRODUCT: Final = re.compile(r"(^|\.)(layers?|h)\.\d+\..*weight$")
 
 
-class MemoryEstimate(msgspec.Struct, frozen=True):
-    """Bytes that a model takes on its device. Lower bounds: what is refused for them cannot run."""
+class MemoryEstimate(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes that a model takes on its device. Lower bounds: a model that is refused for them cannot run."""
 
     parameters: int
     dtype: str
     weights: int
-    """Held while it serves."""
+    """While it serves."""
     loading: int
-    """Held at once while it loads, before any text runs."""
+    """At most while it loads, before any text runs."""
     activations: int
-    """Held beside the weights while `tokens` tokens run."""
+    """In addition to the weights while `tokens` tokens run."""
     tokens: int
 
     @property
@@ -43,7 +41,7 @@ class MemoryEstimate(msgspec.Struct, frozen=True):
         return max(self.loading, self.weights + self.activations)
 
 
-class DeviceMemory(msgspec.Struct, frozen=True):
+class DeviceMemory(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes of a device's memory."""
 
     device: str
@@ -51,19 +49,18 @@ class DeviceMemory(msgspec.Struct, frozen=True):
     total: int
 
 
-def need_of(
+def estimate_of(
     tensors: Sequence[TensorSlice],
     config: Mapping[str, Any],
     *,
     dtype: str,
     quantized: bool,
 ) -> MemoryEstimate:
-    """What the weights in `tensors` take in `dtype` ("bf16" or "float32"), and running `PART_TOKENS` beside them.
+    """What the weights in `tensors` take in `dtype` ("bf16" or "float32"), and running `PART_TOKENS` with them.
 
     Weights: numbers times their width; integers as they lie in the file. With `quantized`, the products' weights inside
-    the layers take one byte a number, but only once they have been on the device as bf16, layer by layer.
-    Activations, for each token: the residual stream, what is added to it and its norm (3 · hidden), and beside them the
-    larger of query, key, value and attention's output, and gate, up and their product (3 · inner); in `dtype`.
+    the layers take one byte a number, but only after they have been on the device as bf16, layer by layer.
+    Activations, for each token: the residual stream, what is added to it and its norm (3 · hidden), plus the larger of query, key, value and attention's output, and gate, up and their product (3 · inner); in `dtype`.
     """
     width = _WIDTH[dtype]
     parameters = weights = loading = 0
@@ -89,23 +86,24 @@ def need_of(
     )
 
 
-def refuse_if_too_large(file: str, need: MemoryEstimate, room: DeviceMemory) -> None:
-    """Compare.
-
-    Raises:
-        ModelError: with the arithmetic.
+def refuse_if_too_large(file: str, estimate: MemoryEstimate, available: DeviceMemory) -> None:
     """
-    if need.total <= room.free:
+    Raises:
+        ModelError: the estimate exceeds what is free; the message gives the arithmetic.
+    """
+    if estimate.total <= available.free:
         return
-    if need.loading > need.weights + need.activations:
-        parts = f"{_gb(need.loading)} for {need.parameters:,} parameters in {need.dtype}, before they are quantized"
+    if estimate.loading > estimate.weights + estimate.activations:
+        parts = f"{_gb(estimate.loading)} for {estimate.parameters:,} parameters in {estimate.dtype}, before they are quantized"
     else:
-        held = f"{need.dtype}, quantized" if need.loading > need.weights else need.dtype
-        parts = f"{_gb(need.weights)} for weights ({need.parameters:,} parameters in {held})"
-        if need.activations:
-            parts += f" and at least {_gb(need.activations)} for activations of {need.tokens:,} tokens"
+        held = f"{estimate.dtype}, quantized" if estimate.loading > estimate.weights else estimate.dtype
+        parts = f"{_gb(estimate.weights)} for weights ({estimate.parameters:,} parameters in {held})"
+        if estimate.activations:
+            parts += (
+                f" and at least {_gb(estimate.activations)} for activations of {estimate.tokens:,} tokens"
+            )
     raise ModelError(
-        f"{file}: needs {parts}; {room.device} has {_gb(room.free)} free of {room.total / 1e9:.1f}"
+        f"{file}: needs {parts}; {available.device} has {_gb(available.free)} free of {available.total / 1e9:.1f}"
     )
 
 

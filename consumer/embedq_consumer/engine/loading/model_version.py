@@ -6,16 +6,17 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from embedq_consumer.engine.api import LoadOptions
 from embedq_consumer.engine.model_directory import ModelDirectory, TensorSlice
 
 __all__ = ["model_version", "tensor_digests"]
 
-# Fields that no vector depends on; everything else in these files counts, known to us or not.
+# Fields that no vector depends on; everything else in these files counts, whether we know it or not.
 _IDLE_CONFIG = frozenset(
     {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 )
@@ -37,21 +38,18 @@ _IDLE_TOKENIZER_CONFIG = frozenset(
 
 def model_version(
     directory: ModelDirectory,
+    options: LoadOptions,
     *,
     max_tokens: int,
-    threads: int | None = None,
-    quantization: str = "none",
-    keep_bf16: Collection[int] = (),
-    deterministic: bool = False,
     digests: Sequence[bytes] | None = None,
 ) -> str:
     """`sha256:` and 64 hex digits; the same for every copy of a directory, wherever and however it is stored.
 
     Weights count tensor by tensor, so that resharding keeps the version. `max_tokens` counts, since it decides where a
-    long text is cut, and so do `quantization` and `keep_bf16`, which make other vectors of the same weights. So does
-    `deterministic`: what it promises is bits, and a cache must not answer with some that another mode rounded otherwise.
-    Files are read in `threads` threads (hashlib drops the GIL); 8 GB take seconds. `digests` are those of
-    `directory.tensors`, if they are known already.
+    long text is cut. Of the options, `quantization` and `keep_bf16` count, which give other vectors from the same weights,
+    and `deterministic`: it promises bits, so a cache must not answer with bits that another mode rounded.
+    `options.keep_bf16` must count from 0 on. Files are read in `options.threads` threads (hashlib releases the GIL); 8 GB
+    take seconds. `digests` are those of `directory.tensors`, if they are known already.
     """
     total = hashlib.sha256(b"embedq model version 1")
 
@@ -72,20 +70,20 @@ def model_version(
     add("default_prompt", directory.default_prompt.encode())
     add("lower_case", str(directory.lower_case).encode())
     add("max_tokens", str(max_tokens).encode())
-    if quantization != "none":
-        add("quantization", quantization.encode())
-    if keep_bf16:
-        add("keep_bf16", ",".join(map(str, sorted(keep_bf16))).encode())
-    if deterministic:
+    if options.quantization != "none":
+        add("quantization", options.quantization.encode())
+    if options.keep_bf16:
+        add("keep_bf16", ",".join(map(str, sorted(options.keep_bf16))).encode())
+    if options.deterministic:
         add("deterministic", b"1")
     if digests is None:
-        digests = tensor_digests(directory.tensors, threads)
+        digests = tensor_digests(directory.tensors, options.threads)
     for tensor, digest in zip(directory.tensors, digests, strict=True):
         add(f"tensor {tensor.name} {tensor.dtype} {list(tensor.shape)}", digest)
     for number, layer in enumerate(directory.dense):
         add(f"dense {number}", layer.activation.encode())
         parts = (layer.weight,) if layer.bias is None else (layer.weight, layer.bias)
-        for tensor, digest in zip(parts, tensor_digests(parts, threads), strict=True):
+        for tensor, digest in zip(parts, tensor_digests(parts, options.threads), strict=True):
             add(f"dense {number} {tensor.name} {tensor.dtype} {list(tensor.shape)}", digest)
     return f"sha256:{total.hexdigest()}"
 

@@ -1,4 +1,4 @@
-"""A model's weights under transformers' names, without transformers: what the written-out forwards take apart."""
+"""A model's weights under transformers' names, without transformers: the input of the written-out forwards."""
 
 from __future__ import annotations
 
@@ -15,41 +15,42 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from embedq_consumer.engine.devices import current
+from embedq_consumer.engine.device import current
 from embedq_consumer.engine.loading.load_cache import ModelSnapshot, Rotary
 from embedq_consumer.engine.model_directory import ModelDirectory
+from embedq_consumer.engine.models.traits import Limits, architecture_of, last_norm_eps_of
 
-__all__ = ["CheckpointWeights", "architecture_of", "known_model_of", "last_norm_eps_of"]
+__all__ = ["CheckpointWeights", "snapshot_of"]
 
 _READERS = 8
-"""Threads that bring weights to a GPU: one alone waits for the kernel's pages and for the copy in turn."""
+"""Threads that copy weights to a GPU: a single one would wait for page faults and for copies in turn."""
 _UNUSED = "pooler."
-"""Parameters that no embedding needs, and many checkpoints lack."""
+"""Parameters that no embedding needs, and that many checkpoints lack."""
 
 
 class CheckpointWeights(torch.nn.Module):
-    """Parameters of `known` from the files of `directory`, on `device`: float32 on a CPU, bf16 on CUDA.
+    """The parameters of `snapshot` from the files of `directory`, on `device`: float32 on a CPU, bf16 on CUDA.
 
-    It has transformers' tree of modules, its `config` and its rotary frequencies, and no forward.
+    Has transformers' tree of modules, its `config` and its rotary frequencies, but no forward.
     """
 
-    def __init__(self, known: ModelSnapshot, directory: ModelDirectory, device: torch.device) -> None:
+    def __init__(self, snapshot: ModelSnapshot, directory: ModelDirectory, device: torch.device) -> None:
         super().__init__()
-        self.architecture = known.architecture
-        self.config = SimpleNamespace(**known.config)
+        self.architecture = snapshot.architecture
+        self.config = SimpleNamespace(**snapshot.config)
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        tensors = _read(known.tensors, directory, device, self.dtype)
+        tensors = _read(snapshot.tensors, directory, device, self.dtype)
         self.device = next(iter(tensors.values())).device
         for name, module in _tree(tensors).named_children():
             self.add_module(name, module)
-        if known.last_norm_eps is not None:
-            self.norm = _RMSNorm(tensors["norm.weight"], known.last_norm_eps)
-        if known.rotary is not None:
-            self.rotary_emb = _RotaryEmbedding(known.rotary, self.device)
+        if snapshot.last_norm_eps is not None:
+            self.norm = _RMSNorm(tensors["norm.weight"], snapshot.last_norm_eps)
+        if snapshot.rotary is not None:
+            self.rotary_emb = _RotaryEmbedding(snapshot.rotary, self.device)
 
 
 class _RMSNorm(torch.nn.Module):
-    """transformers' fields of one."""
+    """With the attributes of transformers' own class."""
 
     def __init__(self, weight: Tensor, eps: float) -> None:
         super().__init__()
@@ -58,7 +59,7 @@ class _RMSNorm(torch.nn.Module):
 
 
 class _RotaryEmbedding(torch.nn.Module):
-    """transformers' fields of one."""
+    """With the attributes of transformers' own class."""
 
     def __init__(self, rotary: Rotary, device: torch.device) -> None:
         super().__init__()
@@ -68,23 +69,19 @@ class _RotaryEmbedding(torch.nn.Module):
         self.register_buffer("inv_freq", torch.tensor(rotary.frequencies, dtype=torch.float32, device=device))
 
 
-def architecture_of(model: Any) -> str:
-    """The name of transformers' class, for one of its own models or a stand-in."""
-    return str(getattr(model, "architecture", None) or type(model).__name__)
-
-
-def known_model_of(
+def snapshot_of(
     model: Any,
     directory: ModelDirectory,
+    limits: Limits,
     *,
-    max_tokens: int,
-    position_offset: int,
     tokenizer: str,
     sequences: Sequence[npt.NDArray[np.int32]],
     expected: Tensor,
 ) -> ModelSnapshot | None:
-    """What a stand-in for transformers' `model` needs to know, and a load; None if a checkpoint's tensors are not simply the
-    model's. The rest is as in `ModelSnapshot`."""
+    """The snapshot of transformers' `model`; None if the checkpoint's tensors are not exactly the model's parameters.
+
+    `tokenizer`, `sequences` and `expected` are as in `ModelSnapshot`.
+    """
     tensors = _tensor_names(model, directory)
     if tensors is None:
         return None
@@ -94,24 +91,16 @@ def known_model_of(
         tensors=tensors,
         rotary=_rotary_of(model),
         last_norm_eps=last_norm_eps_of(model),
-        max_tokens=max_tokens,
-        position_offset=position_offset,
+        max_tokens=limits.max_tokens,
+        position_offset=limits.position_offset,
         tokenizer=tokenizer,
         sequences=tuple(tuple(ids.tolist()) for ids in sequences),
         expected=expected.cpu().numpy().tobytes(),
     )
 
 
-def last_norm_eps_of(model: Any) -> float | None:
-    """The epsilon of an RMS norm behind the model's last layer; None if there is none."""
-    norm: Any = getattr(model, "norm", None)
-    if not type(norm).__name__.endswith("RMSNorm") or not hasattr(norm, "variance_epsilon"):
-        return None
-    return float(norm.variance_epsilon)
-
-
 def _tensor_names(model: Any, directory: ModelDirectory) -> dict[str, str] | None:
-    """The checkpoint's name of each parameter of transformers' `model`; None if they are not simply the same tensors."""
+    """The checkpoint's name of each parameter of transformers' `model`; None if they are not the same tensors."""
     shapes = {tensor.name: tensor.shape for tensor in directory.tensors}
     found: dict[str, str] = {}
     for name, parameter in model.named_parameters():
@@ -127,7 +116,7 @@ def _tensor_names(model: Any, directory: ModelDirectory) -> dict[str, str] | Non
 
 
 def _rotary_of(model: Any) -> Rotary | None:
-    """What transformers' `model` rotates queries and keys by, if it does so in one way everywhere."""
+    """How transformers' `model` rotates queries and keys, if every layer does it the same way."""
     module = getattr(model, "rotary_emb", None)
     frequencies = getattr(module, "inv_freq", None)
     if module is None or frequencies is None:
@@ -138,13 +127,13 @@ def _rotary_of(model: Any) -> Rotary | None:
 def _read(
     names: Mapping[str, str], directory: ModelDirectory, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    places = {tensor.name: tensor.file for tensor in directory.tensors}
-    files = {file: _open(file) for file in set(places.values())}
+    locations = {tensor.name: tensor.file for tensor in directory.tensors}
+    files = {file: _open(file) for file in set(locations.values())}
 
     def read(name: str) -> Tensor:
         with current(device):
-            # A copy always: the file's own pages may change or go.
-            tensor: Tensor = files[places[name]].get_tensor(name).to(device, copy=True)
+            # Always a copy: the file's own pages may change or go.
+            tensor: Tensor = files[locations[name]].get_tensor(name).to(device, copy=True)
             return tensor.to(dtype)
 
     with ThreadPoolExecutor(_READERS if device.type == "cuda" else 1, "weights") as pool:

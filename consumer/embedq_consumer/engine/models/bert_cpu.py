@@ -6,6 +6,8 @@ position and token-type tables added up once. PackedEncoder proves it against Be
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -14,24 +16,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embedq_consumer.engine.kernels.attention import Packing, attend_runs
-from embedq_consumer.engine.loading.weights import architecture_of
+from embedq_consumer.engine.models.traits import ForwardOptions
+from embedq_consumer.engine.row import PooledForward
 
 __all__ = ["PackedBert"]
 
 
-class _Layer(msgspec.Struct, frozen=True):
+class _Layer(msgspec.Struct, frozen=True, kw_only=True):
     qkv: tuple[Tensor, Tensor]
-    attended: tuple[Tensor, Tensor]
+    o_proj: tuple[Tensor, Tensor]
     attention_norm: tuple[Tensor, Tensor]
     up: tuple[Tensor, Tensor]
     down: tuple[Tensor, Tensor]
     norm: tuple[Tensor, Tensor]
 
 
-class _Workspace(msgspec.Struct, frozen=True):
+class _Workspace(msgspec.Struct, frozen=True, kw_only=True):
     """Scratch tensors that every layer of every batch reuses.
 
-    Fresh ones of several megabytes come from the kernel page by page, which costs more than what is computed in them.
+    Fresh tensors of several megabytes are paged in by the kernel, which costs more than what is computed in them.
     """
 
     qkv: Tensor
@@ -41,9 +44,11 @@ class _Workspace(msgspec.Struct, frozen=True):
 
 
 class PackedBert:
-    """The layers of one BertModel; shares its parameters but for the fused ones."""
+    """The layers of one BertModel, whose parameters it shares, except for the fused ones."""
 
-    def __init__(self, model: Any) -> None:
+    kernels: Mapping[str, str] = MappingProxyType({"attention": "torch_sdpa"})
+
+    def __init__(self, model: Any, options: ForwardOptions) -> None:
         config = model.config
         self._heads = int(config.num_attention_heads)
         self._head_dim = int(config.hidden_size) // self._heads
@@ -59,11 +64,9 @@ class PackedBert:
 
     @staticmethod
     def fits(model: Any) -> bool:
-        """Whether `model` is a plain encoder BERT in float32 on the CPU with the usual activation."""
-        return (
-            architecture_of(model) == "BertModel"
-            and model.device.type == "cpu"
-            and model.dtype == torch.float32
+        """Whether `model`, a BERT on the CPU, is a plain encoder in float32 with the usual activation."""
+        return bool(
+            model.dtype == torch.float32
             and model.config.hidden_act == "gelu"
             and not model.config.is_decoder
             and getattr(model.config, "position_embedding_type", "absolute") == "absolute"
@@ -73,30 +76,41 @@ class PackedBert:
         """Last hidden states (tokens, hidden) of int64 `ids` and `positions` (tokens,)."""
         x = F.embedding(ids, self._words).add_(F.embedding(positions, self._positions))
         x = self._normalized(x, self._embedding_norm)
-        room = self._room(len(ids))
+        scratch = self._workspace(len(ids))
         scale = self._head_dim**-0.5
         for layer in self._layers:
-            q, k, v = _linear(x, layer.qkv, room.qkv).view(-1, 3, self._heads, self._head_dim).unbind(1)
-            attend_runs(q, k, v, room.attended, packing.runs, causal=False, scale=scale)
-            attended = room.attended.flatten(1)
-            x = self._normalized(_linear(attended, layer.attended, room.narrow).add_(x), layer.attention_norm)
-            wide = torch.ops.aten.gelu_(_linear(x, layer.up, room.wide))
-            x = self._normalized(_linear(wide, layer.down, room.narrow).add_(x), layer.norm)
+            q, k, v = _linear(x, layer.qkv, scratch.qkv).view(-1, 3, self._heads, self._head_dim).unbind(1)
+            attend_runs(q, k, v, scratch.attended, packing.runs, causal=False, scale=scale)
+            attended = scratch.attended.flatten(1)
+            x = self._normalized(
+                _linear(attended, layer.o_proj, scratch.narrow).add_(x), layer.attention_norm
+            )
+            wide = torch.ops.aten.gelu_(_linear(x, layer.up, scratch.wide))
+            x = self._normalized(_linear(wide, layer.down, scratch.narrow).add_(x), layer.norm)
         return x
 
-    def _room(self, tokens: int) -> _Workspace:
+    def pooled(self) -> PooledForward | None:
+        """None: there are no CUDA graphs on a CPU."""
+        return None
+
+    def _workspace(self, tokens: int) -> _Workspace:
         """The first `tokens` rows of the scratch tensors, which grow when they must."""
         if self._scratch is None or self._scratch.narrow.shape[0] < tokens:
             hidden, heads, dim = self._heads * self._head_dim, self._heads, self._head_dim
             wide = self._layers[0].up[1].shape[0]
             self._scratch = _Workspace(
-                torch.empty(tokens, 3 * hidden),
-                torch.empty(tokens, heads, dim),
-                torch.empty(tokens, hidden),
-                torch.empty(tokens, wide),
+                qkv=torch.empty(tokens, 3 * hidden),
+                attended=torch.empty(tokens, heads, dim),
+                narrow=torch.empty(tokens, hidden),
+                wide=torch.empty(tokens, wide),
             )
-        room = self._scratch
-        return _Workspace(room.qkv[:tokens], room.attended[:tokens], room.narrow[:tokens], room.wide[:tokens])
+        scratch = self._scratch
+        return _Workspace(
+            qkv=scratch.qkv[:tokens],
+            attended=scratch.attended[:tokens],
+            narrow=scratch.narrow[:tokens],
+            wide=scratch.wide[:tokens],
+        )
 
     def _normalized(self, x: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], *norm, self._eps)
@@ -112,7 +126,7 @@ def _layer(layer: Any) -> _Layer:
     parts = [_pair(part) for part in (attention.self.query, attention.self.key, attention.self.value)]
     return _Layer(
         qkv=(torch.cat([weight for weight, _ in parts]), torch.cat([bias for _, bias in parts])),
-        attended=_pair(attention.output.dense),
+        o_proj=_pair(attention.output.dense),
         attention_norm=_pair(attention.output.LayerNorm),
         up=_pair(layer.intermediate.dense),
         down=_pair(layer.output.dense),

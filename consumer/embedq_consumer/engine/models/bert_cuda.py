@@ -1,13 +1,13 @@
-"""The forward of BERT and its kin (RoBERTa, XLM-R, CamemBERT) over a packed row on CUDA, written out: bf16 or FP8.
+"""The forward of BERT and its relatives (RoBERTa, XLM-R, CamemBERT) over a packed row on CUDA, written out: bf16 or FP8.
 
-One product makes queries, keys and values; what lies between the products is one kernel each (bert_kernels.py), and
+One product makes queries, keys and values; what lies between the products is one kernel each (kernels/bert_ops.py), and
 the last norm and the pooling are float32. PackedEncoder proves it against transformers' own code at every load.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import msgspec
 import torch
@@ -15,35 +15,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embedq_consumer.engine.kernels.attention import Packing, cuda_kernel
-from embedq_consumer.engine.kernels.bert_ops import Norm, activate, add_layer_norm, embed, mean_of_places
-from embedq_consumer.engine.kernels.block_attention import Bounds, bounds_of, row_attention, takes_head
+from embedq_consumer.engine.kernels.bert_ops import Norm, add_layer_norm, bias_gelu, embed
+from embedq_consumer.engine.kernels.block_attention import Bounds, block_attention, bounds_of, takes_head
 from embedq_consumer.engine.kernels.fp8 import Weight, in_fp8, linear, select_rows, split_channels, weight_of
-from embedq_consumer.engine.kernels.fused_ops import QuantizedRows, quantize
-from embedq_consumer.engine.loading.weights import architecture_of
-from embedq_consumer.engine.model_directory import Pooling
-
-if TYPE_CHECKING:
-    from embedq_consumer.engine.cuda_graphs import Row
+from embedq_consumer.engine.kernels.fused_ops import QuantizedRows, per_token_quant_fp8
+from embedq_consumer.engine.models.traits import ForwardOptions
+from embedq_consumer.engine.row import PooledForward, Row
 
 __all__ = ["PackedBertCuda"]
 
-_MODELS = frozenset({"BertModel", "RobertaModel", "XLMRobertaModel", "CamembertModel"})
 _TANH = {"gelu": False, "gelu_new": True, "gelu_pytorch_tanh": True}
 """Activations, and whether they are the approximation with tanh."""
 
-_ROW_TOKENS = 512
-"""Where no text is longer, attention runs in tiles of the row."""
+_BLOCK_TOKENS = 512
+"""Where no text is longer, attention runs in tiles of the row (kernels/block_attention.py)."""
 _FP8_PRODUCTS = frozenset({"down"})
-"""The products that FP8 is right for. all-MiniLM-L6-v2's worst text of 1,000 keeps a cosine of 0.996 with these, 0.988 with
-all, and 0.995 with the best two; rounding spreads evenly over its layers, so keeping some helps little."""
+"""The products that run in FP8. all-MiniLM-L6-v2's worst text of 1,000 keeps a cosine of 0.996 with these, 0.988 with all,
+and 0.995 with the best two; rounding spreads evenly over its layers, so leaving some in bf16 helps little."""
 
 
-class _Layer(msgspec.Struct, frozen=True):
+class _Layer(msgspec.Struct, frozen=True, kw_only=True):
     qkv: Weight
     qkv_bias: Tensor
-    attended: Weight
-    attended_bias: Tensor
-    attended_norm: Norm
+    o_proj: Weight
+    o_proj_bias: Tensor
+    attention_norm: Norm
     up: Weight
     up_bias: Tensor
     down: Weight
@@ -54,23 +50,15 @@ class _Layer(msgspec.Struct, frozen=True):
 class PackedBertCuda:
     """The layers of one model, which it takes apart as it fuses them: no weight is held twice.
 
-    `quantized`: weights and activations of the products in `_FP8_PRODUCTS` in FP8, but for the layers whose numbers are in
-    `keep`.
-    `max_tokens` is the longest sequence that it will see; positions of a `Row` start at `position_offset` of the
-    model's. `deterministic`: where a text lies in its row changes no bit of its vector. `attention`, if given, takes the
-    place of what is fastest here. Filler places of a row get finite vectors that mean nothing.
+    With `options.quantized`, only the products in `_FP8_PRODUCTS` run in FP8. `attention`, if given, takes the place of the
+    kernel that is fastest here. Slots of a row without a text get finite vectors that mean nothing.
     """
 
     def __init__(
         self,
         model: Any,
+        options: ForwardOptions,
         *,
-        pooling: Pooling,
-        max_tokens: int,
-        position_offset: int = 0,
-        quantized: bool = False,
-        keep: Container[int] = (),
-        deterministic: bool = False,
         attention: Callable[..., Tensor] | None = None,
     ) -> None:
         config = model.config
@@ -78,29 +66,30 @@ class PackedBertCuda:
         self._head_dim = int(config.hidden_size) // self._heads
         self._eps = float(config.layer_norm_eps)
         self._tanh = _TANH[config.hidden_act]
-        self._pooling = pooling
-        self._max_tokens = max_tokens
+        self._pooling = options.pooling
+        self._max_tokens = options.limits.max_tokens
         embeddings = model.embeddings
         self._words: Tensor = embeddings.word_embeddings.weight.detach()
         # Every text is one segment, so the first token type is added everywhere.
         types = embeddings.token_type_embeddings.weight[0].float()
         self._positions: Tensor = (embeddings.position_embeddings.weight.float() + types).detach()
-        self._row_positions = self._positions[position_offset:]
+        self._row_positions = self._positions[options.limits.position_offset :]
         self._embedding_norm = _pair(embeddings.LayerNorm)
         self.device = self._words.device
         self.hidden_size = int(config.hidden_size)
         self._layers = [
-            _layer(layer, quantized and index not in keep) for index, layer in enumerate(model.encoder.layer)
+            _layer(layer, options.quantized and index not in options.keep_bf16)
+            for index, layer in enumerate(model.encoder.layer)
         ]
-        self._in_rows = (
+        self._in_blocks = (
             attention is None
-            and max_tokens <= _ROW_TOKENS
-            and not deterministic
+            and options.limits.max_tokens <= _BLOCK_TOKENS
+            and not options.deterministic
             and takes_head(self._head_dim)
         )
         self.attention: Callable[..., Tensor]
-        if self._in_rows:
-            self.attention = row_attention
+        if self._in_blocks:
+            self.attention = block_attention
         else:
             self.attention = attention or cuda_kernel(
                 self._heads, self._heads, self._head_dim, False, self._words.dtype, self.device
@@ -109,12 +98,10 @@ class PackedBertCuda:
 
     @staticmethod
     def fits(model: Any) -> bool:
-        """Whether `model` is a plain encoder of this family in bf16 on CUDA with an activation known here."""
+        """Whether `model`, of this family on CUDA, is a plain encoder in bf16 with an activation known here."""
         config = model.config
-        return (
-            architecture_of(model) in _MODELS
-            and model.device.type == "cuda"
-            and model.dtype == torch.bfloat16
+        return bool(
+            model.dtype == torch.bfloat16
             and config.hidden_act in _TANH
             and not config.is_decoder
             and getattr(config, "position_embedding_type", "absolute") == "absolute"
@@ -127,20 +114,26 @@ class PackedBertCuda:
         x = self._embedded(ids, positions, self._positions)
         return self._run(*x, packing.cu_seqlens, packing.longest, None)
 
-    def pooled(self, row: Row, longest: int, out: Tensor) -> None:
-        """Write each place's pooled vector to `out`, float32 (places, hidden).
+    def pooled(self) -> PooledForward:
+        """Up to the pooled vector, with positions that start at `limits.position_offset` of the model's."""
+        return PooledForward(
+            run=self._pool,
+            hidden_size=self.hidden_size,
+            device=self.device,
+            attention=self.attention,
+            longest=self._max_tokens,
+        )
 
-        Of the last layer, pooled tokens alone get more than keys and values. Nothing here waits for the device
-        or depends on what the tensors hold, so it can be captured as a CUDA graph.
-        """
+    def _pool(self, row: Row, longest: int, out: Tensor) -> None:
+        """Of the last layer, pooled tokens alone get more than keys and values. Nothing here waits for the device
+        or depends on what the tensors hold, so it can be captured as a CUDA graph."""
         x = self._embedded(row.ids, row.positions, self._row_positions)
         longest = min(longest, self._max_tokens)
-        if self._pooling == "mean":
-            mean_of_places(self._run(*x, row.cu, longest, None), row.cu, out)
+        picked = self._pooling.picked(row)
+        if picked is None:
+            self._pooling.pool_row(self._run(*x, row.cu_seqlens, longest, None), row, out)
         else:
-            # A place without a text begins behind the row's end.
-            first = row.cu[:-1].clamp(max=len(row.ids) - 1)
-            self._run(*x, row.cu, longest, first if self._pooling == "cls" else row.last, out)
+            self._run(*x, row.cu_seqlens, longest, picked, out)
 
     def _embedded(self, ids: Tensor, positions: Tensor, table: Tensor) -> tuple[Tensor, QuantizedRows | None]:
         quantized = in_fp8(self._layers[0].qkv)
@@ -150,30 +143,30 @@ class PackedBertCuda:
         self,
         x: Tensor,
         scaled: QuantizedRows | None,
-        cu: Tensor,
+        cu_seqlens: Tensor,
         longest: int,
         picked: Tensor | None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """What the last layer makes of all tokens, or of the one `picked` for each place: float32, in `out` if given."""
-        bounds = bounds_of(cu, len(x)) if self._in_rows else None
+        """Last hidden states of all tokens, or of the one `picked` for each slot: float32, in `out` if given."""
+        bounds = bounds_of(cu_seqlens, len(x)) if self._in_blocks else None
         for index, layer in enumerate(self._layers):
             last = index == len(self._layers) - 1
             rows = x if scaled is None else scaled
             if last and picked is not None:
                 x = x.index_select(0, picked)
-                attended = self._attended_by(picked, rows, layer, cu, longest)
+                attended = self._attended_by(picked, rows, layer, cu_seqlens, longest)
             else:
                 qkv = linear(rows, layer.qkv, layer.qkv_bias)
                 q, k, v = qkv.view(-1, 3, self._heads, self._head_dim).unbind(1)
-                attended = self._attended(q, k, v, cu, longest, bounds)
+                attended = self._attended(q, k, v, cu_seqlens, longest, bounds)
             attended = attended.reshape(len(x), self.hidden_size)
-            y = linear(quantize(attended) if in_fp8(layer.attended) else attended, layer.attended)
+            y = linear(per_token_quant_fp8(attended) if in_fp8(layer.o_proj) else attended, layer.o_proj)
             x, scaled = add_layer_norm(
-                x, y, layer.attended_bias, layer.attended_norm, self._eps, quantized=in_fp8(layer.up)
+                x, y, layer.o_proj_bias, layer.attention_norm, self._eps, quantized=in_fp8(layer.up)
             )
             wide = linear(x if scaled is None else scaled, layer.up)
-            active = activate(wide, layer.up_bias, tanh=self._tanh, quantized=in_fp8(layer.down))
+            active = bias_gelu(wide, layer.up_bias, tanh=self._tanh, quantized=in_fp8(layer.down))
             y = linear(active, layer.down)
             if not last:
                 x, scaled = add_layer_norm(
@@ -190,26 +183,28 @@ class PackedBertCuda:
         return out
 
     def _attended(
-        self, q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, bounds: Bounds | None
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, bounds: Bounds | None
     ) -> Tensor:
         scale = self._head_dim**-0.5
         if bounds is None:
-            return self.attention(q, k, v, cu, longest, scale)
-        return row_attention(q, k, v, bounds, scale)
+            return self.attention(q, k, v, cu_seqlens, longest, scale)
+        return block_attention(q, k, v, bounds, scale)
 
     def _attended_by(
-        self, picked: Tensor, rows: Tensor | QuantizedRows, layer: _Layer, cu: Tensor, longest: int
+        self, picked: Tensor, rows: Tensor | QuantizedRows, layer: _Layer, cu_seqlens: Tensor, longest: int
     ) -> Tensor:
-        """Attention of one token of each place: keys and values of all, queries of those."""
+        """Attention of one token of each slot: keys and values of all tokens, queries of those."""
         of_queries, of_keys = split_channels(layer.qkv, self.hidden_size)
         q_bias, kv_bias = layer.qkv_bias[: self.hidden_size], layer.qkv_bias[self.hidden_size :]
         q = linear(select_rows(rows, picked), of_queries, q_bias).view(-1, self._heads, self._head_dim)
         k, v = linear(rows, of_keys, kv_bias).view(-1, 2, self._heads, self._head_dim).unbind(1)
-        if self._in_rows:
-            return row_attention(q, k, v, (cu[:-1], cu[1:]), self._head_dim**-0.5, sparse=True)
-        # Places without a text have no query either: attention over no keys at all is nobody's business.
-        cu_q = F.pad((cu[1:] > cu[:-1]).cumsum(0, dtype=torch.int32), (1, 0))
-        return self.attention(q, k, v, cu, longest, self._head_dim**-0.5, cu_q)
+        if self._in_blocks:
+            return block_attention(
+                q, k, v, (cu_seqlens[:-1], cu_seqlens[1:]), self._head_dim**-0.5, sparse=True
+            )
+        # Slots without a text have no query either: attention over no keys at all is undefined.
+        cu_seqlens_q = F.pad((cu_seqlens[1:] > cu_seqlens[:-1]).cumsum(0, dtype=torch.int32), (1, 0))
+        return self.attention(q, k, v, cu_seqlens, longest, self._head_dim**-0.5, cu_seqlens_q)
 
 
 def _layer(layer: Any, quantized: bool) -> _Layer:
@@ -226,9 +221,9 @@ def _layer(layer: Any, quantized: bool) -> _Layer:
     return _Layer(
         qkv=fused("qkv", *parts),
         qkv_bias=torch.cat([part.bias.detach() for part in parts]),
-        attended=fused("attended", attention.output.dense),
-        attended_bias=attention.output.dense.bias.detach(),
-        attended_norm=_pair(attention.output.LayerNorm),
+        o_proj=fused("o_proj", attention.output.dense),
+        o_proj_bias=attention.output.dense.bias.detach(),
+        attention_norm=_pair(attention.output.LayerNorm),
         up=fused("up", up),
         up_bias=up.bias.detach(),
         down=fused("down", down),

@@ -1,4 +1,4 @@
-"""Where a text may be cut into pieces of so many tokens. Pure."""
+"""Where a text is cut into ranges of at most `size` tokens. Pure."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Places", "Range", "cut", "spans_of", "windows_of"]
+from embedq_shared.grouping import batched_by
+
+__all__ = ["Offsets", "Range", "cut", "spans_of", "windows_of"]
 
 Range = tuple[int, int]
 """[begin, end)."""
-Places = npt.NDArray[np.int64]
+Offsets = npt.NDArray[np.int64]
 """For each token, a character of the text."""
 
 _ENDS: Final = frozenset(".!?…。！？")
@@ -21,11 +23,11 @@ _CLOSING: Final = frozenset("\"'”’»)]}」』")
 _NEEDS_NO_BLANK: Final = frozenset("。！？")
 
 
-def cut(text: str, begins: Places, ends: Places, size: int) -> list[Range]:
+def cut(text: str, begins: Offsets, ends: Offsets, size: int) -> list[Range]:
     """Consecutive ranges of at most `size` tokens that hold all of them; token i covers text[begins[i]:ends[i]].
 
-    A range ends behind the last sentence that ends in its last quarter, else behind the last word there, else where it is
-    full. It never ends between tokens that share a character: such a group stays whole, even one larger than `size`.
+    A range ends after the last sentence that ends in its last quarter, else after the last word there, else where it is
+    full. It never ends between tokens that share a character: such a group stays whole, even if it is larger than `size`.
     """
     free = _free(begins, ends)
     found: list[Range] = []
@@ -33,11 +35,11 @@ def cut(text: str, begins: Places, ends: Places, size: int) -> list[Range]:
     while count - begin > size:
         end = begin + size
         least = end - size // 4
-        places = [at for at in range(end, least - 1, -1) if free[at]]
+        ends_at = [at for at in range(end, least - 1, -1) if free[at]]
         at = (
-            next((at for at in places if _is_sentence_end(text, begins[at])), None)
-            or next((at for at in places if _is_word_end(text, begins[at])), None)
-            or next(iter(places), None)
+            next((at for at in ends_at if _is_sentence_end(text, begins[at])), None)
+            or next((at for at in ends_at if _is_word_end(text, begins[at])), None)
+            or next(iter(ends_at), None)
             or next((at for at in range(least - 1, begin, -1) if free[at]), None)
             or next((at for at in range(end + 1, count) if free[at]), count)
         )
@@ -48,26 +50,19 @@ def cut(text: str, begins: Places, ends: Places, size: int) -> list[Range]:
     return found
 
 
-def spans_of(ranges: Sequence[Range], begins: Places, length: int) -> list[Range]:
-    """The characters of each range: they tile a text of `length` characters, blanks between two belong to the first."""
+def spans_of(ranges: Sequence[Range], begins: Offsets, length: int) -> list[Range]:
+    """The characters of each range: they cover a text of `length` characters; spaces between two belong to the first."""
     borders = [0, *(int(begins[begin]) for begin, _ in ranges[1:]), length]
     return list(pairwise(borders))
 
 
 def windows_of(ranges: Sequence[Range], size: int) -> Iterator[list[Range]]:
-    """Consecutive ranges in groups of at most `size` tokens; a larger one is a group of its own."""
-    group: list[Range] = []
-    for found in ranges:
-        if group and found[1] - group[0][0] > size:
-            yield group
-            group = []
-        group.append(found)
-    if group:
-        yield group
+    """Consecutive ranges in groups of at most `size` tokens; a larger range is a group of its own."""
+    return batched_by(ranges, lambda found: found[1] - found[0], size)
 
 
-def _free(begins: Places, ends: Places) -> npt.NDArray[np.bool_]:
-    """Before which tokens a range may end: those that begin with a character that no token before them touches."""
+def _free(begins: Offsets, ends: Offsets) -> npt.NDArray[np.bool_]:
+    """Before which tokens a range may end: those that begin with a character that no earlier token touches."""
     reached = np.maximum.accumulate(np.concatenate([[0], ends[:-1]]))
     return (begins >= reached) & (ends > begins) & (begins > 0)
 
@@ -77,7 +72,7 @@ def _is_word_end(text: str, at: int) -> bool:
 
 
 def _is_sentence_end(text: str, at: int) -> bool:
-    """Whether a sentence, or a line, ends in front of the character `at`."""
+    """Whether a sentence, or a line, ends before the character `at`."""
     before = at - 1
     while before >= 0 and text[before].isspace():
         if text[before] == "\n":

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer, normalizers
 
-from embedq_consumer.engine import Chunked, ModelError, Piece, Text, TextTooLong, Tokens
+from embedq_consumer.engine.api import Chunked, ModelError, Piece, Text, TextTooLong, Tokens
 from embedq_consumer.engine.model_directory import ModelDirectory
 from embedq_consumer.engine.prefix_cache import LONGEST_PREFIX
 from embedq_consumer.engine.text.chunking import cut, spans_of, windows_of
@@ -19,16 +19,16 @@ from embedq_consumer.engine.text.chunking import cut, spans_of, windows_of
 __all__ = ["TextTokenizer"]
 
 _LEAST_SHARED = 8
-"""Tokens that a shared prefix has at least: to lay its keys beside each text's own costs a little too."""
+"""The fewest tokens of a shared prefix: copying its keys to each text's own costs a little, too."""
 _PROMPTS = 64
-"""Prompts whose ids are remembered."""
+"""Prompts whose ids are cached."""
 
 
 class TextTokenizer:
-    """A fast tokenizer with no state that a call changes: truncation and padding are off for good, the cut is ours.
+    """A fast tokenizer without mutable state: truncation and padding are off, and texts are cut here.
 
-    A text that spells a special token (`<|im_end|>`) is read as that token, and blanks at either end stay: both are
-    what sentence-transformers does. A cut never removes the special tokens that the post-processor adds
+    A text that spells a special token (`<|im_end|>`) is read as that token, and whitespace at either end stays: both as
+    sentence-transformers does. A cut never removes the special tokens that the post-processor adds
     (`<|endoftext|>`, `[CLS]`, `[SEP]`).
     """
 
@@ -37,8 +37,8 @@ class TextTokenizer:
         self._max_tokens = max_tokens
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        self._front, self._behind = _added_tokens(tokenizer)
-        if self._front + self._behind >= max_tokens:
+        self._before, self._after = _added_tokens(tokenizer)
+        if self._before + self._after >= max_tokens:
             raise ModelError(f"the limit of {max_tokens} tokens leaves no room between the special tokens")
         self._prefix = lru_cache(maxsize=_PROMPTS)(self._prefix_of)
 
@@ -95,39 +95,40 @@ class TextTokenizer:
         return msgspec.structs.replace(tokens, shared=len(prefix)) if begins else tokens
 
     def _prefix_of(self, prompt: str) -> npt.NDArray[np.int32]:
-        """Ids that texts behind this prompt begin with; none if they are too few to be worth sharing.
+        """Ids that texts with this prompt begin with; none if they are too few to be worth sharing.
 
-        The prompt's last token is not among them: it may become another one with the text behind it.
+        The prompt's last token is not among them: it may merge with the text into another one.
         """
         ids: npt.NDArray[np.int32] = np.array(self._tokenizer.encode(prompt).ids, dtype=np.int32)
-        prefix = ids[: len(ids) - self._behind - 1][:LONGEST_PREFIX]
+        prefix = ids[: len(ids) - self._after - 1][:LONGEST_PREFIX]
         return prefix if len(prefix) >= _LEAST_SHARED else prefix[:0]
 
     def chunk(self, texts: Sequence[Text], *, end_token: bool) -> list[Chunked | TextTooLong]:
-        """Each text in windows; see `Encoder.chunk`. With `end_token`, the last span of a window holds what stands behind
-        the text too. Safe to call from many threads at once."""
+        """Windows of each text; see `Encoder.chunk`. With `end_token`, the last span of a window includes the special tokens
+        after the text. Safe to call from many threads at once."""
         encodings = self._tokenizer.encode_batch([text.prompt + text.text for text in texts])
         return [
             self._chunk(text, encoding, end_token) for text, encoding in zip(texts, encodings, strict=True)
         ]
 
     def _chunk(self, text: Text, encoding: Encoding, end_token: bool) -> Chunked | TextTooLong:
-        assert text.chunk is not None, "a text without chunks. This is a bug."
+        if text.chunk is None:
+            raise RuntimeError("a text without `chunk`. This is a bug.")
         ids: npt.NDArray[np.int32] = np.array(encoding.ids, dtype=np.int32)
-        end = len(ids) - self._behind
-        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)[self._front : end]
+        end = len(ids) - self._after
+        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)[self._before : end]
         offsets -= len(text.prompt)
-        # A token that prompt and text share (a blank in front of a word) is the text's, or it would belong to no piece.
+        # A token that prompt and text share (a space before a word) is the text's, or it would belong to no piece.
         prompt = int(np.count_nonzero(np.maximum.accumulate(offsets[:, 1]) <= 0))
         begins, ends = np.maximum(offsets[prompt:].T, 0)
-        head = self._front + prompt
-        around = head + self._behind
+        head = self._before + prompt
+        around = head + self._after
         if 2 * around > self._max_tokens:
             return TextTooLong(tokens=around, limit=self._max_tokens // 2)
         room = self._max_tokens - around
         late = text.chunk.mode == "late"
         size = min(text.chunk.tokens or room, room)
-        # Windows shorter than the prompt would run mostly prompt: a small job could ask for a day of work.
+        # Windows shorter than the prompt would be mostly prompt: a small job could ask for a day of work.
         ranges = cut(text.text, begins, ends, size if late else max(size, prompt))
         if not ranges:
             return Chunked((Tokens(ids),), (Piece(0, len(text.text), 0),))
@@ -141,8 +142,8 @@ class TextTokenizer:
             if spans and end_token:
                 spans[-1] = (spans[-1][0], len(row))
             windows.append(Tokens(row, spans=tuple(spans)))
-        places = spans_of(ranges, begins, len(text.text))
-        pieces = [Piece(*place, stop - begin) for place, (begin, stop) in zip(places, ranges, strict=True)]
+        characters = spans_of(ranges, begins, len(text.text))
+        pieces = [Piece(*span, stop - begin) for span, (begin, stop) in zip(characters, ranges, strict=True)]
         return Chunked(tuple(windows), tuple(pieces))
 
     def _fit(self, text: Text, encoding: Encoding) -> Tokens | TextTooLong:
@@ -151,19 +152,19 @@ class TextTokenizer:
             return Tokens(ids)
         if text.truncate == "error":
             return TextTooLong(tokens=len(ids), limit=self._max_tokens)
-        end = len(ids) - self._behind
-        room = self._max_tokens - self._front - self._behind
+        end = len(ids) - self._after
+        room = self._max_tokens - self._before - self._after
         if text.truncate == "end":
-            kept = [ids[: self._front + room], ids[end:]]
+            kept = [ids[: self._before + room], ids[end:]]
         else:
             prompt = self._prompt_tokens(text)
-            # A prompt that fills the limit by itself leaves nothing to keep of the text: then it is cut like the text.
+            # A prompt that fills the limit by itself would leave nothing of the text: then it is cut like the text.
             prompt = prompt if prompt < room else 0
-            kept = [ids[: self._front + prompt], ids[end - (room - prompt) :]]
+            kept = [ids[: self._before + prompt], ids[end - (room - prompt) :]]
         return Tokens(np.concatenate(kept), truncated=True)
 
     def _prompt_tokens(self, text: Text) -> int:
-        """How many of the first tokens belong to the prompt; one that straddles the border does."""
+        """How many of the first tokens belong to the prompt, including one that straddles the border."""
         if not text.prompt:
             return 0
         offsets = self._tokenizer.encode(text.prompt + text.text, add_special_tokens=False).offsets
@@ -171,7 +172,7 @@ class TextTokenizer:
 
 
 def _added_tokens(tokenizer: Tokenizer) -> tuple[int, int]:
-    """How many tokens the post-processor puts in front of and behind a text."""
+    """How many tokens the post-processor adds before and after a text."""
     bare, full = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
     added = len(full) - len(bare)
     for front in range(added + 1):

@@ -1,0 +1,169 @@
+"""One micro-batch through the model: what expired is left out, what fails is halved, windows become whole texts again."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import structlog
+
+from embedq_consumer.batching import input_errors
+from embedq_consumer.batching.single_flight import JobInput, QueuedText, Settled, SingleFlight
+from embedq_consumer.batching.token_budget import TokenBudget
+from embedq_consumer.batching.windows import Vectors
+from embedq_consumer.engine import DeviceLost, Encoder, OutOfMemory, Tokens
+from embedq_consumer.telemetry.metrics import Metrics
+from embedq_shared.topics import LANES
+
+log = structlog.get_logger()
+
+ComputedText = tuple[QueuedText, list[JobInput]]
+"""A text that ran, and all inputs that waited for its vector."""
+AssembledText = tuple[QueuedText, Vectors, list[JobInput]]
+"""The last window of a text that ran in windows, all of the text's vectors, and the inputs that waited for them."""
+
+
+class Device(Protocol):
+    """What computes."""
+
+    async def encode(self, encoder: Encoder, batch: Sequence[Tokens]) -> tuple[Vectors, float]:
+        """Vectors of one micro-batch, float32 (rows, hidden_size), and the seconds that they took.
+
+        Raises:
+            OutOfMemory: a smaller micro-batch may fit.
+            DeviceLost: nothing runs on this device any more.
+        """
+
+
+class Results(Protocol):
+    """Where the runner hands on its results, each input exactly once. The methods return at once."""
+
+    def settle(self, outcomes: Iterable[Settled]) -> None:
+        """Inputs that get no vector."""
+
+    def computed(self, texts: Sequence[ComputedText], vectors: Vectors) -> None:
+        """Texts that ran whole; `vectors` is float32 (texts, hidden_size), not yet normalized."""
+
+    def assembled(self, texts: Sequence[AssembledText]) -> None:
+        """Texts whose last window ran."""
+
+
+class BatchRunner:
+    """Runs micro-batches. Several may be under way at once.
+
+    Invariants:
+        - No input runs whose job expired before its micro-batch began.
+        - A text fails only after it failed alone: a micro-batch that fails is repeated in halves.
+        - `DeviceLost` is no text's fault and ends the process: the next one repeats what is unfinished.
+    """
+
+    def __init__(
+        self,
+        flights: SingleFlight,
+        device: Device,
+        budget: TokenBudget,
+        results: Results,
+        metrics: Metrics,
+        tasks: asyncio.TaskGroup,
+    ) -> None:
+        self._flights = flights
+        self._device = device
+        self._budget = budget
+        self._results = results
+        self._metrics = metrics
+        self._tasks = tasks
+        self._queue_seconds = {lane: metrics.queue.labels(lane) for lane in LANES}
+
+    async def run(self, batch: Sequence[QueuedText]) -> None:
+        """Compute one micro-batch and hand on its results; done when the device is done with it."""
+        now_ms, now = time.time() * 1000, time.monotonic()
+        live: list[QueuedText] = []
+        waiters: list[JobInput] = []
+        for text in batch:
+            if waiting := self._waiters(text, now_ms):
+                live.append(text)
+                waiters += waiting
+        if live:
+            computing = self._tasks.create_task(self._compute(live), name="compute")
+            await asyncio.sleep(0)  # the micro-batch is on its way to the device before anything is counted
+            self._note_queue(waiters, now)
+            await computing
+
+    def _waiters(self, text: QueuedText, now_ms: float) -> list[JobInput]:
+        """Who still waits for this text, after those whose deadline has passed are settled."""
+        waiters = self._flights.waiters(text.identity)
+        if any(job.expired(now_ms) for job, _ in waiters):
+            expired = self._flights.abandon(text.identity, lambda waiter: waiter[0].expired(now_ms))
+            self._results.settle((job, index, input_errors.EXPIRED_IN_QUEUE) for job, index in expired)
+            waiters = self._flights.waiters(text.identity)
+        return waiters
+
+    def _note_queue(self, waiters: Iterable[JobInput], now: float) -> None:
+        """How long jobs waited for their first micro-batch, which began `now`."""
+        for job, _ in waiters:
+            if job.queue_s is None:
+                job.queue_s = now - job.record.polled_at
+                self._queue_seconds[job.record.lane].observe(job.queue_s)
+
+    async def _compute(self, batch: Sequence[QueuedText]) -> None:
+        """Run it; if it fails, in halves, until the text that fails is alone."""
+        try:
+            vectors, seconds = await self._device.encode(
+                batch[0].identity.encoder, [text.tokens for text in batch]
+            )
+        except DeviceLost:
+            raise
+        except Exception as error:  # noqa: BLE001
+            # Anything else that the model raises is the input's fault until it has failed alone.
+            log.warning("batch_failed", texts=len(batch), reason=type(error).__name__)
+            await self._halve(batch, out_of_memory=isinstance(error, OutOfMemory))
+            return
+        self._metrics.compute.observe(seconds)
+        self._metrics.tokens.inc(sum(text.cost for text in batch))
+        self._note_compute(batch, seconds)
+        self._hand_on(batch, vectors)
+
+    async def _halve(self, batch: Sequence[QueuedText], *, out_of_memory: bool) -> None:
+        if len(batch) == 1:
+            waiters = self._flights.resolve(batch[0].identity)
+            self._results.settle((job, index, input_errors.failed(job, index)) for job, index in waiters)
+            return
+        if out_of_memory:
+            self._budget.ran_out(sum(text.cost for text in batch))
+        self._metrics.batch_splits.inc()
+        middle = len(batch) // 2
+        await self._compute(batch[:middle])
+        await self._compute(batch[middle:])
+
+    def _note_compute(self, batch: Sequence[QueuedText], seconds: float) -> None:
+        """A job's compute time is that of all micro-batches in which it had a text, each counted once."""
+        waiting = [job for text in batch for job, _ in self._flights.waiters(text.identity)]
+        for job in {id(job): job for job in waiting}.values():
+            job.compute_s = (job.compute_s or 0.0) + seconds
+
+    def _hand_on(self, batch: Sequence[QueuedText], vectors: Vectors) -> None:
+        """Resolve the texts that are whole; `vectors` is float32 (rows of all texts, hidden_size)."""
+        if any(text.window is not None for text in batch):
+            batch, vectors = self._assemble(batch, vectors)
+        if batch:
+            self._results.computed([(text, self._flights.resolve(text.identity)) for text in batch], vectors)
+
+    def _assemble(self, batch: Sequence[QueuedText], vectors: Vectors) -> tuple[list[QueuedText], Vectors]:
+        """Keep the windows and hand on the texts that are whole with them; the texts without windows, and their vectors."""
+        assembled: list[AssembledText] = []
+        plain: list[QueuedText] = []
+        rows: list[int] = []
+        begin = 0
+        for text in batch:
+            end = begin + text.tokens.rows
+            if text.window is None:
+                plain.append(text)
+                rows.append(begin)
+            elif (whole := self._flights.assemble(text, vectors[begin:end])) is not None:
+                assembled.append((text, whole, self._flights.resolve(text.identity)))
+            begin = end
+        if assembled:
+            self._results.assembled(assembled)
+        return plain, vectors[rows]

@@ -1,0 +1,220 @@
+"""What the rest of the service knows of the engine: the values that go in and out, their errors, and the `Encoder` Protocol.
+
+Imports none of the heavy libraries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, Protocol, TypedDict
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from embedq_shared.messages import Chunking
+
+__all__ = [
+    "Chunked",
+    "DeviceLost",
+    "Encoder",
+    "LoadArguments",
+    "LoadOptions",
+    "Memory",
+    "ModelError",
+    "OutOfMemory",
+    "Pending",
+    "Piece",
+    "Quantization",
+    "Text",
+    "TextTooLong",
+    "Tokens",
+    "Truncate",
+]
+
+Truncate = Literal["error", "start", "end"]
+Quantization = Literal["none", "fp8"]
+
+
+class ModelError(Exception):
+    """A model directory cannot be served; the message names the file and what was expected."""
+
+
+class OutOfMemory(Exception):
+    """The device has too little memory left for a micro-batch; a smaller one may fit."""
+
+
+class DeviceLost(Exception):
+    """The device's context is broken: every later call from this process fails too."""
+
+
+class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How a model is loaded. Everything but `device`, `threads` and `known_models` is part of the model version."""
+
+    device: str = "auto"
+    """"auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N". Models run in bf16 on CUDA and in float32 on the CPU."""
+    threads: int | None = None
+    """Threads that PyTorch may use on the CPU, for the whole process; all cores unless given."""
+    quantization: Quantization = "none"
+    """"fp8" quantizes the weights while loading and the activations as they come; CUDA from compute capability 9.0 on."""
+    keep_bf16: tuple[int, ...] = ()
+    """Numbers of the layers that `quantization` leaves in bf16; negative ones count from the end."""
+    deterministic: bool = False
+    """A text's vector is bit-equal whatever else is in its micro-batch, on the same device and software. Costs throughput,
+    and shares no prefixes."""
+    known_models: Path | None = None
+    """A folder for what transformers says of a model: the next load of the same model finds it there and does without
+    transformers."""
+
+
+class LoadArguments(TypedDict, total=False):
+    """The fields of `LoadOptions` as keyword arguments."""
+
+    device: str
+    threads: int | None
+    quantization: Quantization
+    keep_bf16: tuple[int, ...]
+    deterministic: bool
+    known_models: Path | None
+
+
+class Memory(msgspec.Struct, frozen=True):
+    """A device's memory in bytes. `peak` is the most that this process used at once since the last call."""
+
+    free: int
+    total: int
+    peak: int
+
+
+class Text(msgspec.Struct, frozen=True):
+    """One text to tokenize: `prompt + text`, cut as `truncate` says if it is longer than `max_tokens`.
+
+    Only `Encoder.chunk` reads `chunk`; it never truncates.
+    """
+
+    text: str
+    prompt: str = ""
+    truncate: Truncate = "error"
+    chunk: Chunking | None = None
+
+
+class Tokens(msgspec.Struct, frozen=True):
+    """What the model runs for one text: `ids` is int32 (n,), special tokens included.
+
+    The first `shared` ids are those of an instruction that other texts begin with too: their keys and values are computed
+    once. 0 where the model cannot share them, or there is nothing to share.
+    """
+
+    ids: npt.NDArray[np.int32]
+    truncated: bool = False
+    shared: int = 0
+    spans: tuple[tuple[int, int], ...] = ()
+    """Ranges of `ids` that get a vector each; if empty, the whole text gets one."""
+
+    @property
+    def cost(self) -> int:
+        """Tokens computed for this text: what it takes of a micro-batch's budget."""
+        return len(self.ids) - self.shared
+
+    @property
+    def rows(self) -> int:
+        """Number of its vectors."""
+        return len(self.spans) or 1
+
+
+class Chunked(msgspec.Struct, frozen=True):
+    """One text cut into windows that fit the model, each with the prompt and the special tokens around it.
+
+    In mode late, each of a window's `spans` gets a vector; in mode mean, and for a text without tokens, each window gets
+    one. `pieces` has an entry for each of these vectors, in order; together the pieces cover the text without gaps.
+    """
+
+    windows: tuple[Tokens, ...]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens computed for the text, all windows together."""
+        return sum(len(window.ids) for window in self.windows)
+
+
+class Piece(msgspec.Struct, frozen=True, gc=False):
+    """What one vector of a chunked text stands for: characters `[start, end)`, which are `tokens` tokens."""
+
+    start: int
+    end: int
+    tokens: int
+
+
+class TextTooLong(msgspec.Struct, frozen=True):
+    """The text has `tokens` tokens, special tokens included, and `truncate` is "error"."""
+
+    tokens: int
+    limit: int
+
+
+class Pending(Protocol):
+    """Vectors that the device is computing, or has computed."""
+
+    def result(self) -> npt.NDArray[np.float32]:
+        """Wait for them: float32 (rows, hidden_size) on the host, pooled, not yet normalized. Call it once."""
+
+
+class Encoder(Protocol):
+    """One loaded model. `tokenize` may be called from any thread, `submit` and `encode` from one thread at a time."""
+
+    model_version: str
+    """`sha256:` and 64 hex digits over weights, tokenizer, pooling, prompts and options: equal exactly when vectors are
+    comparable."""
+    hidden_size: int
+    """Components of a vector: the model's width, or that of its last Dense module."""
+    max_tokens: int
+    """Longest input, special tokens included."""
+    prompts: Mapping[str, str]
+    """Prompts by name (`query`, `document`, …), from `config_sentence_transformers.json`."""
+    late_chunks: bool
+    """Whether spans of a text can have vectors; not where a text's vector is that of its first token."""
+    default_prompt: str
+    """Prepended to a text without `input_type` or instruction; `""` for most models."""
+    phases: Mapping[str, float]
+    """Seconds of each step of the load, in order."""
+
+    @property
+    def kernels(self) -> Mapping[str, str]:
+        """Which kernels run, and why not faster ones.
+
+        `attention`: on a GPU `flash_attn_4`, `torch_varlen` or `block_attention`, or `packed` where transformers' own layers
+        call one of the first two; `torch_sdpa` on a CPU. `gate`, for Qwen3 on a GPU: `fused_epilogue`, or `separate: ` and
+        the reason.
+        """
+
+    def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong]:
+        """Tokens of each text, in order."""
+
+    def chunk(self, texts: Sequence[Text]) -> list[Chunked | TextTooLong]:
+        """Windows of each text, in order; from any thread.
+
+        A text whose prompt takes more than half of `max_tokens` is refused, with that half as the `limit`: its windows would
+        be mostly prompt.
+        """
+
+    def submit(self, batch: Sequence[Tokens]) -> Pending:
+        """Start one micro-batch, which gives `rows` vectors for each text, in order.
+
+        On a GPU this returns while the device computes, so that the next micro-batch can be submitted; `result` may then be
+        called from another thread.
+
+        Raises, and so does `result`:
+            OutOfMemory: nothing else is affected, and a smaller micro-batch may fit.
+            DeviceLost: nothing more runs on this device in this process.
+        """
+
+    def encode(self, batch: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.float32]:
+        """`submit` and wait, for plain ids: float32 (len(batch), hidden_size)."""
+
+    def memory(self) -> Memory | None:
+        """The device's memory; None on a CPU, which shares its memory with everything else."""
+
+    def close(self) -> None:
+        """Release the weights' memory. The encoder must not be used afterwards."""

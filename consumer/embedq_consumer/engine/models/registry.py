@@ -1,0 +1,160 @@
+"""Which architecture runs on which forward. A new family is one more `Family` here, and the file of its forward."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from contextlib import suppress
+from typing import Any, Final, Protocol
+
+import msgspec
+import torch
+from torch import Tensor
+
+from embedq_consumer.engine.api import ModelError
+from embedq_consumer.engine.kernels.attention import Packing
+from embedq_consumer.engine.models.any_transformers import packed_forward
+from embedq_consumer.engine.models.traits import ForwardOptions, architecture_of
+from embedq_consumer.engine.row import HiddenForward, PooledForward
+
+__all__ = ["FAMILIES", "Built", "Family", "build", "import_ahead", "is_written_out"]
+
+
+class WrittenOut(Protocol):
+    """A forward that is written out here. Its constructor takes `model` apart: no weight is held twice."""
+
+    def __init__(self, model: Any, options: ForwardOptions) -> None: ...
+
+    @staticmethod
+    def fits(model: Any) -> bool:
+        """Whether it computes what `model` does: the configuration has to be one that it knows."""
+
+    def __call__(self, ids: Tensor, positions: Tensor, packing: Packing) -> Tensor:
+        """Last hidden states (tokens, hidden) of `ids` at the model's own `positions`."""
+
+    def pooled(self) -> PooledForward | None:
+        """The same up to the pooled vector, for CUDA graphs; None where there is none."""
+
+
+class Family(msgspec.Struct, frozen=True, kw_only=True):
+    """Architectures that one forward runs."""
+
+    architectures: frozenset[str]
+    """transformers' classes."""
+    device: str
+    """"cpu" or "cuda"."""
+    module: str
+    forward: str
+    """The class in `module`, which is imported only where it is needed: on CUDA it needs Triton."""
+    fp8: bool = False
+    imports: tuple[str, ...] = ()
+    """What its kernels import, which takes long and can be done while weights are read."""
+
+
+_MODELS: Final = "embedq_consumer.engine.models"
+_KERNELS: Final = "embedq_consumer.engine.kernels"
+
+FAMILIES: Final = (
+    Family(
+        architectures=frozenset({"BertModel"}),
+        device="cpu",
+        module=f"{_MODELS}.bert_cpu",
+        forward="PackedBert",
+    ),
+    Family(
+        architectures=frozenset({"BertModel", "RobertaModel", "XLMRobertaModel", "CamembertModel"}),
+        device="cuda",
+        module=f"{_MODELS}.bert_cuda",
+        forward="PackedBertCuda",
+        fp8=True,
+    ),
+    Family(
+        architectures=frozenset({"Qwen3Model"}),
+        device="cuda",
+        module=f"{_MODELS}.qwen3_cuda",
+        forward="PackedQwen3",
+        fp8=True,
+        imports=("flash_attn.cute", f"{_KERNELS}.gated_epilogue"),
+    ),
+)
+
+
+class Built(msgspec.Struct, frozen=True, kw_only=True):
+    """A model's forward, and its form for CUDA graphs where there is one."""
+
+    hidden: HiddenForward
+    pooled: PooledForward | None = None
+    kernels: dict[str, str]
+    """As in `Encoder.kernels`."""
+
+
+def is_written_out(model: Any) -> bool:
+    """Whether `model` runs on a forward of ours, which needs its weights and none of transformers' code."""
+    return _forward_for(model) is not None
+
+
+def build(model: Any, options: ForwardOptions, *, written_out: bool = True) -> Built:
+    """The fastest forward for `model`, which is taken apart for it.
+
+    `written_out` false leaves transformers' own layers in place: a checkpoint that is quantized already has its weights in a
+    form that only they know.
+
+    Raises:
+        ModelError: `options.quantized`, and model or device cannot run in FP8.
+        NotImplementedError: the architecture's attention cannot be packed.
+    """
+    device: torch.device = model.device
+    if options.quantized:
+        _refuse_without_fp8(device)
+    forward = _forward_for(model) if written_out else None
+    if forward is not None:
+        made = forward(model, options)
+        kernels = getattr(made, "kernels", None) or {"attention": "torch_sdpa"}
+        return Built(hidden=made, pooled=made.pooled(), kernels=kernels)
+    if options.quantized:
+        raise ModelError(f"quantization fp8: {architecture_of(model)} has no FP8 forward")
+    attention = "torch_sdpa" if device.type == "cpu" else "packed"
+    return Built(hidden=packed_forward(model), kernels={"attention": attention})
+
+
+def import_ahead(architecture: str, device: torch.device) -> None:
+    """Import what the forward of `architecture` imports, while weights are being read.
+
+    Must not run during an import of transformers: each would find the other's modules half initialized.
+    """
+    family = _family_of(architecture, device)
+    if family is None or not family.imports:
+        return
+    for name in (family.module, *family.imports):
+        with suppress(Exception):  # the forward imports it again, and reports what is wrong
+            importlib.import_module(name)
+
+
+def _forward_for(model: Any) -> type[WrittenOut] | None:
+    family = _family_of(architecture_of(model), model.device)
+    if family is None:
+        return None
+    forward: type[WrittenOut] = getattr(importlib.import_module(family.module), family.forward)
+    return forward if forward.fits(model) else None
+
+
+def _family_of(architecture: str, device: torch.device) -> Family | None:
+    if device.type == "cuda" and not _has_triton():
+        return None
+    for family in FAMILIES:
+        if family.device == device.type and architecture in family.architectures:
+            return family
+    return None
+
+
+def _refuse_without_fp8(device: torch.device) -> None:
+    if device.type != "cuda" or not _has_triton():
+        raise ModelError("quantization fp8: needs CUDA and Triton")
+    from embedq_consumer.engine.kernels.fp8 import fp8_available
+
+    if not fp8_available(device):
+        raise ModelError("quantization fp8: needs a GPU of compute capability 9.0 or later")
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

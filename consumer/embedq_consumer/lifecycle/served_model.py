@@ -1,0 +1,128 @@
+"""Everything of one alias: its model, the texts that wait for it, and what changes the model and reports on it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import msgspec
+
+from embedq_consumer.batching.batch_loop import BatchLoop
+from embedq_consumer.batching.batch_runner import BatchRunner, Results
+from embedq_consumer.batching.batcher import Batcher, BatchPolicy
+from embedq_consumer.batching.single_flight import QueuedText, SingleFlight
+from embedq_consumer.batching.text_queue import TextQueue
+from embedq_consumer.batching.token_budget import TokenBudget
+from embedq_consumer.engine import Encoder
+from embedq_consumer.lifecycle.model_root import ModelRoot
+from embedq_consumer.lifecycle.model_slot import Loader, ModelSlot
+from embedq_consumer.lifecycle.reloader import Commands, Hold, Reloader
+from embedq_consumer.lifecycle.status_reporter import Publish, StatusReporter
+from embedq_consumer.lifecycle.trial import Trial
+from embedq_consumer.telemetry.metrics import Metrics
+from embedq_shared.messages import Control
+from embedq_shared.topics import Topics
+
+
+class BatchOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How large a micro-batch may be, and how long texts wait for one."""
+
+    max_tokens: int
+    max_items: int
+    max_wait_s: float
+    bulk_max_wait_s: float
+
+
+class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """One alias of one replica: which model serves it, and within which limits."""
+
+    alias: str
+    replica: str
+    topics: Topics
+    configured: Path
+    """The model to begin with as long as no command names another one; links resolved."""
+    root: Path
+    """Models of commands lie below it; links resolved."""
+    batches: BatchOptions
+    drain_timeout_s: float
+    """A reload that waits longer than this for the jobs in flight fails, and the old model goes on."""
+
+
+class ServedModel:
+    """One object per alias. A second alias is a second object; nothing here is shared between two.
+
+    Its parts: `slot` holds the model, `queue` the texts that wait for it, `reporter` owns the status. Only `start` and
+    `follow` change the slot, and only `run_batches` takes from the queue.
+    """
+
+    def __init__(
+        self,
+        options: ModelOptions,
+        load: Loader,
+        publish: Publish,
+        metrics: Metrics,
+        show_facts: Callable[[Mapping[str, object]], None],
+    ) -> None:
+        """`show_facts` takes what operators should know of the budget, such as `Health.tell`."""
+        batches = options.batches
+        self._metrics = metrics
+        self._configured = options.configured
+        self.slot = ModelSlot(load)
+        self._flights = SingleFlight()
+        self._batcher = Batcher[QueuedText](
+            BatchPolicy(
+                max_tokens=batches.max_tokens,
+                max_items=batches.max_items,
+                max_wait=batches.max_wait_s,
+                bulk_max_wait=batches.bulk_max_wait_s,
+            )
+        )
+        self._budget = TokenBudget(self._batcher, metrics, show_facts)
+        self.queue = TextQueue(self._flights, self._batcher, self._budget, metrics)
+        self.reporter = StatusReporter(options.topics, options.replica, options.alias, publish, metrics)
+        trial = Trial(
+            self.slot,
+            ModelRoot(options.root),
+            self.reporter,
+            batch_tokens=batches.max_tokens,
+            batch_items=batches.max_items,
+        )
+        self._reloader = Reloader(
+            self.slot,
+            trial,
+            self._budget,
+            self.reporter,
+            metrics,
+            drain_timeout_s=options.drain_timeout_s,
+        )
+
+    async def start(self, desired: Control | None) -> None:
+        """Load the model to begin with: the one that the newest command names, or else the configured one.
+
+        Raises:
+            ModelError, ModelRejected: none may serve.
+        """
+        await self._reloader.start(desired, self._configured)
+
+    def encoder(self) -> Encoder:
+        """The model that accepts new jobs.
+
+        Raises:
+            NoModel: none serves right now; nothing may be polled then.
+        """
+        return self.slot.loaded.encoder
+
+    async def run_batches(self, results: Results, tasks: asyncio.TaskGroup) -> None:
+        """Take micro-batches from the queue in order, compute them and hand on their results, until cancelled."""
+        runner = BatchRunner(self._flights, self.slot, self._budget, results, self._metrics, tasks)
+        await BatchLoop(self._batcher, runner.run, self._metrics, tasks).run()
+
+    async def follow(self, commands: Commands, hold: Hold) -> None:
+        """Reload as commands say, until cancelled. The swap runs inside `hold`, where nothing is in flight."""
+        await self._reloader.follow(commands, hold)
+
+    def close(self) -> None:
+        """End the threads. Waits for micro-batches that run."""
+        self.queue.close()
+        self.slot.close()

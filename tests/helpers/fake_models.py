@@ -1,0 +1,204 @@
+"""A reloader with everything that it needs, over models that are a vector each: no torch, no broker."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from embedq_consumer.delivery.outgoing import Outgoing
+from embedq_consumer.engine import Chunked, Encoder, Memory, Pending, Text, TextTooLong, Tokens
+from embedq_consumer.lifecycle import BatchOptions, ModelOptions, ServedModel
+from embedq_consumer.telemetry.metrics import Metrics
+from embedq_shared.codec import decode_status
+from embedq_shared.messages import Control, Status
+from embedq_shared.topics import Topics
+
+Vectors = npt.NDArray[np.float32]
+
+
+class FakeVectors(Pending):
+    """Vectors that are there already."""
+
+    def __init__(self, vectors: Vectors) -> None:
+        self._vectors = vectors
+
+    def result(self) -> Vectors:
+        return self._vectors
+
+
+class FakeModel(Encoder):
+    """Gives each text the same vector, on a device without a memory of its own. A token a character, and one more.
+
+    `failures` are raised by the first submits, one each, `fails_always` by every one. `cuts`: whether the tokenizer cuts.
+    """
+
+    def __init__(
+        self,
+        version: str = "sha256:old",
+        vector: Sequence[float] = (3.0, 4.0),
+        *,
+        failures: Sequence[Exception] = (),
+        fails_always: BaseException | None = None,
+        cuts: bool = True,
+    ) -> None:
+        self.model_version = version
+        self.hidden_size = len(vector)
+        self.max_tokens = 64
+        self.prompts: Mapping[str, str] = {}
+        self.late_chunks = False
+        self.default_prompt = ""
+        self.phases: Mapping[str, float] = {"read": 0.5}
+        self.closed = False
+        self.batches: list[list[int]] = []
+        self._vector = np.array(vector, dtype=np.float32)
+        self._failures = list(failures)
+        self._fails_always = fails_always
+        self._cuts = cuts
+
+    @property
+    def kernels(self) -> Mapping[str, str]:
+        return {}
+
+    def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong]:
+        lengths = [len(text.text) for text in texts]
+        if not self._cuts:
+            return [TextTooLong(length, self.max_tokens) for length in lengths]
+        return [Tokens(np.zeros(1 + min(length, self.max_tokens - 1), dtype=np.int32)) for length in lengths]
+
+    def chunk(self, texts: Sequence[Text]) -> list[Chunked | TextTooLong]:
+        raise NotImplementedError
+
+    def submit(self, batch: Sequence[Tokens]) -> Pending:
+        if self._fails_always is not None:
+            raise self._fails_always
+        if self._failures:
+            raise self._failures.pop(0)
+        self.batches.append([len(tokens.ids) for tokens in batch])
+        return FakeVectors(np.stack([self._vector] * len(batch)))
+
+    def encode(self, batch: Sequence[npt.NDArray[np.int32]]) -> Vectors:
+        raise NotImplementedError
+
+    def memory(self) -> Memory | None:
+        return None
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class ScriptEnded(Exception):
+    """There are no more commands: ends `follow`."""
+
+
+class Script:
+    """Hands out these commands, then ends the loop that reads it."""
+
+    def __init__(self, *polls: Sequence[Control]) -> None:
+        self._polls = list(polls)
+
+    async def next(self) -> Sequence[Control]:
+        if not self._polls:
+            raise ScriptEnded
+        return self._polls.pop(0)
+
+
+class Bench:
+    """One served model of the alias "a", whose model directories and their encoders a test names.
+
+    `models` maps a directory's name to its encoders, one for each load of it, the last for all further loads; an
+    exception among them is raised by that load.
+    """
+
+    def __init__(self, root: Path, **models: list[FakeModel | Exception]) -> None:
+        self.root = root.resolve()
+        self.metrics = Metrics()
+        self.topics = Topics("t")
+        self.facts: dict[str, object] = {}
+        self.sent: list[Status] = []
+        self.records: list[Outgoing] = []
+        self.holds: list[str] = []
+        self.drains = True
+        self._models = models
+        for name in models:
+            (root / name).mkdir(exist_ok=True)
+        self.model = ServedModel(
+            ModelOptions(
+                alias="a",
+                replica="r",
+                topics=self.topics,
+                configured=self.root / "old",
+                root=self.root,
+                batches=BatchOptions(max_tokens=512, max_items=4, max_wait_s=0.0, bulk_max_wait_s=5.0),
+                drain_timeout_s=7.0,
+            ),
+            self._load,
+            self._publish,
+            self.metrics,
+            self.facts.update,
+        )
+
+    def _load(self, path: Path) -> Encoder:
+        models = self._models[path.name]
+        found = models.pop(0) if len(models) > 1 else models[0]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    async def _publish(self, records: list[Outgoing]) -> None:
+        self.records += records
+        for record in records:
+            assert record.topic == self.topics.status
+            assert record.key == b"r"
+            assert record.value is not None
+            self.sent.append(decode_status(record.value))
+
+    def hold(self, within: float) -> AbstractAsyncContextManager[None]:
+        """As `Intake.held`: raises if `drains` is False, and notes which model serves before and after."""
+
+        @asynccontextmanager
+        async def held() -> AsyncIterator[None]:
+            assert within == 7.0
+            if not self.drains:
+                raise TimeoutError
+            self.holds.append(self.serving)
+            try:
+                yield
+            finally:
+                self.holds.append(self.serving)
+
+        return held()
+
+    @property
+    def serving(self) -> str:
+        """The directory of the model that serves, or ""."""
+        loaded = self.model.slot.serving
+        return loaded.path.name if loaded else ""
+
+    async def follow(self, *polls: Sequence[Control]) -> None:
+        """Apply commands, given by what each poll returns."""
+        try:
+            await self.model.follow(Script(*polls), self.hold)
+        except ScriptEnded:
+            return
+
+    def steps(self) -> list[str]:
+        """The steps that were reported, each once in a row."""
+        steps = [status.step for status in self.sent]
+        return [step for before, step in zip([None, *steps], steps, strict=False) if step != before]
+
+    def sample(self, name: str, **labels: str) -> float | None:
+        """A metric's value."""
+        return self.metrics.registry.get_sample_value(f"embedq_{name}", labels)
+
+
+MakeBench = Callable[..., Bench]
+
+
+def command(version: int, path: str, **more: Any) -> Control:
+    """A control record of the alias "a"."""
+    return Control(**{"alias": "a", "version": version, "path": path, "command_id": f"c{version}", **more})

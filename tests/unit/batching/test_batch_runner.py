@@ -1,0 +1,203 @@
+"""One micro-batch through a scripted device: what expires, what fails, what comes back whole."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import pytest
+
+from embedq_consumer.batching.batch_runner import AssembledText, BatchRunner, ComputedText
+from embedq_consumer.batching.batcher import Batcher, BatchPolicy
+from embedq_consumer.batching.input_errors import EXPIRED_IN_QUEUE
+from embedq_consumer.batching.single_flight import Identity, QueuedText, Settled, SingleFlight, Window
+from embedq_consumer.batching.token_budget import TokenBudget
+from embedq_consumer.engine import Chunked, DeviceLost, OutOfMemory, Tokens
+from embedq_consumer.intake.jobs import JobState
+from embedq_consumer.telemetry.metrics import Metrics
+from embedq_shared.messages import ErrorBody
+from tests.helpers.fake_parts import Letters, ScriptedDevice, Vectors
+from tests.helpers.in_flight import admitted
+
+LATE = {"mode": "late"}
+PASSED = ("deadline", b"1000001")  # a millisecond after the helpers' jobs are admitted, and long ago
+
+
+class Noted:
+    """What the runner handed on."""
+
+    def __init__(self) -> None:
+        self.settled: list[Settled] = []
+        self.plain: list[tuple[str, list[tuple[JobState, int]], float]] = []
+        self.whole: list[AssembledText] = []
+
+    def settle(self, outcomes: Iterable[Settled]) -> None:
+        self.settled += outcomes
+
+    def computed(self, texts: Sequence[ComputedText], vectors: Vectors) -> None:
+        for (text, waiters), vector in zip(texts, vectors, strict=True):
+            self.plain.append((text.identity.text.text, waiters, float(vector[0])))
+
+    def assembled(self, texts: Sequence[AssembledText]) -> None:
+        self.whole += texts
+
+
+class Parts:
+    def __init__(self, failure: Callable[[list[str]], Exception | None] = lambda texts: None) -> None:
+        self.metrics = Metrics()
+        self.flights = SingleFlight()
+        self.device = ScriptedDevice(failure)
+        self.results = Noted()
+        self.batcher = Batcher[QueuedText](
+            BatchPolicy(max_tokens=1_000, max_items=100, max_wait=0.0, bulk_max_wait=5.0)
+        )
+        self.budget = TokenBudget(self.batcher, self.metrics, lambda facts: None)
+
+    async def run(self, *texts: QueuedText) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            runner = BatchRunner(self.flights, self.device, self.budget, self.results, self.metrics, tasks)
+            await runner.run(texts)
+
+    def sample(self, name: str, **labels: str) -> float | None:
+        return self.metrics.registry.get_sample_value(f"embedq_{name}", labels)
+
+    def queued(self, job: JobState, index: int = 0) -> QueuedText:
+        """The text of an input, which waits for it."""
+        identity = Identity.of(job, index)
+        self.flights.join(identity, (job, index))
+        [tokens] = Letters().tokenize([identity.text])
+        assert isinstance(tokens, Tokens)
+        return QueuedText(identity=identity, tokens=tokens, arrived=0.0)
+
+    def windows(self, job: JobState) -> list[QueuedText]:
+        """The windows of a job's only input, which waits for them."""
+        identity = Identity.of(job, 0)
+        self.flights.join(identity, (job, 0))
+        [chunked] = Letters().chunk([identity.text])
+        assert isinstance(chunked, Chunked)
+        return [
+            QueuedText(identity=identity, tokens=tokens, arrived=0.0, window=Window(chunked, number))
+            for number, tokens in enumerate(chunked.windows)
+        ]
+
+
+async def test_each_text_is_handed_on_with_its_vector_and_all_who_waited() -> None:
+    parts = Parts()
+    job, equal = admitted(input=["a", "b"]), admitted(input="b")
+    texts = [parts.queued(job, 0), parts.queued(job, 1)]
+    parts.queued(equal)
+    await parts.run(*texts)
+    assert parts.device.ran == [["a", "b"]]
+    assert parts.results.plain == [("a", [(job, 0)], ord("a")), ("b", [(job, 1), (equal, 0)], ord("b"))]
+    assert parts.results.settled == []
+    assert parts.flights.waiters(texts[1].identity) == []
+    assert (parts.sample("compute_seconds_count"), parts.sample("compute_seconds_sum")) == (1, 0.5)
+    assert parts.sample("tokens_total") == 2
+
+
+async def test_a_jobs_wait_and_compute_time_are_noted_once_for_each_micro_batch() -> None:
+    parts = Parts()
+    job = admitted(input=["a", "b", "c"])
+    first, second, third = (parts.queued(job, index) for index in range(3))
+    await parts.run(first, second)
+    waited = job.queue_s
+    assert waited is not None
+    await parts.run(third)
+    assert (job.queue_s, job.compute_s) == (waited, 1.0)
+    assert parts.sample("queue_seconds_count", lane="interactive") == 1
+    assert parts.sample("queue_seconds_sum", lane="interactive") == waited
+
+
+async def test_an_expired_input_is_settled_and_its_text_does_not_run() -> None:
+    parts = Parts()
+    expired, live = admitted(PASSED, input="a"), admitted(input="b")
+    await parts.run(parts.queued(expired), parts.queued(live))
+    assert parts.results.settled == [(expired, 0, EXPIRED_IN_QUEUE)]
+    assert parts.device.ran == [["b"]]
+    assert expired.queue_s is None
+
+
+async def test_a_text_that_another_job_still_waits_for_runs() -> None:
+    parts = Parts()
+    expired, live = admitted(PASSED, input="a"), admitted(input="a")
+    text = parts.queued(expired)
+    parts.queued(live)
+    await parts.run(text)
+    assert parts.results.settled == [(expired, 0, EXPIRED_IN_QUEUE)]
+    assert parts.results.plain == [("a", [(live, 0)], ord("a"))]
+
+
+async def test_nothing_runs_where_nothing_waits_any_more() -> None:
+    parts = Parts()
+    text = parts.queued(admitted(PASSED, input="a"))
+    await parts.run(text)
+    await parts.run(text)
+    assert parts.device.ran == []
+    assert len(parts.results.settled) == 1
+
+
+async def test_a_text_that_fails_is_found_by_halving_and_fails_alone() -> None:
+    parts = Parts(lambda texts: ValueError("no") if "c" in texts else None)
+    job = admitted(input=["a", "b", "c", "d"])
+    await parts.run(*(parts.queued(job, index) for index in range(4)))
+    assert parts.device.ran == [["a", "b", "c", "d"], ["a", "b"], ["c", "d"], ["c"], ["d"]]
+    assert [text for text, _, _ in parts.results.plain] == ["a", "b", "d"]
+    [(failed, index, error)] = parts.results.settled
+    assert (failed, index) == (job, 2)
+    assert isinstance(error, ErrorBody)
+    assert (error.code, error.param, error.retryable) == ("internal", "input[2]", True)
+    assert parts.sample("batch_splits_total") == 2
+    assert parts.sample("tokens_total") == 3
+    assert parts.batcher.max_tokens == 1_000
+
+
+async def test_a_micro_batch_that_runs_out_of_memory_lowers_the_budget_and_is_halved() -> None:
+    parts = Parts(lambda texts: OutOfMemory("no") if len(texts) > 1 else None)
+    job = admitted(input=["a" * 200, "b" * 200])
+    await parts.run(parts.queued(job, 0), parts.queued(job, 1))
+    assert len(parts.results.plain) == 2
+    assert parts.batcher.max_tokens == 200
+    assert parts.sample("batch_budget_tokens") == 200
+
+
+async def test_a_single_text_that_runs_out_of_memory_says_nothing_of_the_budget() -> None:
+    parts = Parts(lambda texts: OutOfMemory("no"))
+    await parts.run(parts.queued(admitted(input="a" * 100)))
+    assert parts.batcher.max_tokens == 1_000
+    assert parts.sample("batch_splits_total") == 0
+    assert len(parts.results.settled) == 1
+
+
+async def test_a_lost_device_is_no_texts_fault() -> None:
+    parts = Parts(lambda texts: DeviceLost("gone"))
+    job = admitted(input=["a", "b"])
+    texts = [parts.queued(job, index) for index in range(2)]
+    with pytest.raises(ExceptionGroup) as raised:
+        await parts.run(*texts)
+    assert raised.value.subgroup(DeviceLost) is not None
+    assert parts.device.ran == [["a", "b"]]
+    assert parts.results.settled == []
+    assert parts.flights.waiters(texts[0].identity) == [(job, 0)]
+
+
+async def test_windows_are_handed_on_with_the_last_one_and_other_texts_at_once() -> None:
+    parts = Parts()
+    late, plain = admitted(input="abcdefg", chunk=LATE), admitted(input="x")
+    first, second = parts.windows(late)
+    await parts.run(first, parts.queued(plain))
+    assert parts.results.whole == []
+    assert parts.results.plain == [("x", [(plain, 0)], ord("x"))]
+    await parts.run(second)
+    [(text, rows, waiters)] = parts.results.whole
+    assert (text, waiters) == (second, [(late, 0)])
+    assert np.array_equal(rows[:, 0], [ord("a"), ord("e")])
+    assert len(parts.results.plain) == 1
+    assert late.compute_s == 1.0
+
+
+async def test_a_micro_batch_of_windows_alone_computes_no_other_text() -> None:
+    parts = Parts()
+    await parts.run(*parts.windows(admitted(input="abcdefg", chunk=LATE)))
+    assert len(parts.results.whole) == 1
+    assert parts.results.plain == []

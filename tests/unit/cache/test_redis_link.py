@@ -1,0 +1,162 @@
+"""The connections to Redis, against a peer that answers what the test scripts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import pytest
+from redis.exceptions import ResponseError
+
+from embedq_consumer.cache.link import LinkFailed
+from embedq_consumer.cache.redis_link import RedisLink
+
+PING = [(b"PING",)]
+
+
+class Peer:
+    """Answers each write with `answer`, or with nothing if that is None."""
+
+    def __init__(self) -> None:
+        self.answer: bytes | None = b"+PONG\r\n"
+        self.connections = 0
+        self.received = b""
+        self._writers: list[asyncio.StreamWriter] = []
+        self.url = ""
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        self._writers.append(writer)
+        with contextlib.suppress(OSError):
+            while received := await reader.read(1 << 16):
+                self.received += received
+                if self.answer is not None:
+                    writer.write(self.answer)
+                    await writer.drain()
+        writer.close()
+
+    def hang_up(self) -> None:
+        """Close every connection, as a Redis that thinks them idle."""
+        for writer in self._writers:
+            writer.close()
+        self._writers.clear()
+
+
+@pytest.fixture
+async def peer() -> AsyncIterator[Peer]:
+    one = Peer()
+    server = await asyncio.start_server(one.serve, "127.0.0.1", 0)
+    one.url = f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server:
+        yield one
+        one.hang_up()
+
+
+@pytest.fixture
+async def link(peer: Peer) -> AsyncIterator[RedisLink]:
+    one = RedisLink(peer.url, connect_timeout_s=10, connections=1)
+    yield one
+    await one.close(5)
+
+
+async def test_each_command_has_its_reply_and_the_connection_is_kept(peer: Peer, link: RedisLink) -> None:
+    assert await link.exchange(PING, 10) == [b"PONG"]
+    peer.answer = b"*2\r\n$1\r\nx\r\n$-1\r\n"
+    assert await link.exchange([(b"MGET", b"a", b"b")], 10) == [[b"x", None]]
+    peer.answer = b"+OK\r\n+OK\r\n"
+    assert await link.exchange([(b"SET", b"a", b"1"), (b"SET", b"b", b"2")], 10) == [b"OK", b"OK"]
+    assert peer.connections == 1
+
+
+async def test_a_refused_set_is_a_reply(peer: Peer, link: RedisLink) -> None:
+    peer.answer = b"-OOM command not allowed\r\n+OK\r\n"
+    refusal, taken = await link.exchange([(b"SET", b"a", b"1"), (b"SET", b"b", b"2")], 10)
+    assert isinstance(refusal, ResponseError)
+    assert taken == b"OK"
+
+
+@pytest.mark.parametrize(
+    ("answer", "failure"),
+    [
+        (b"-LOADING Redis is loading the dataset in memory\r\n", "BusyLoadingError"),
+        (b"-ERR unknown command\r\n", "ResponseError"),
+        (b"*1\r\n$-1\r\n", "InvalidResponse"),  # one value for two keys
+        (b":7\r\n", "InvalidResponse"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "InvalidResponse"),
+    ],
+)
+async def test_any_other_refusal_or_form_fails_and_the_connection_is_not_used_again(
+    peer: Peer, link: RedisLink, answer: bytes, failure: str
+) -> None:
+    peer.answer = answer
+    with pytest.raises(LinkFailed, match=failure):
+        await link.exchange([(b"MGET", b"a", b"b")], 10)
+    before = peer.connections
+    peer.answer = b"+PONG\r\n"
+    assert await link.exchange(PING, 10) == [b"PONG"]
+    assert peer.connections == before + 1
+
+
+async def test_what_was_sent_is_not_in_the_failure(peer: Peer, link: RedisLink) -> None:
+    peer.answer = b"-ERR unknown secret\r\n"
+    with pytest.raises(LinkFailed) as caught:
+        await link.exchange([(b"GET", b"secret")], 10)
+    assert str(caught.value) == "ResponseError"
+    assert caught.value.__suppress_context__
+
+
+async def test_a_peer_that_says_nothing_fails_in_time_and_its_late_reply_answers_nobody(
+    peer: Peer, link: RedisLink
+) -> None:
+    await link.exchange(PING, 10)
+    peer.answer = None
+    with pytest.raises(LinkFailed, match="TimeoutError"):
+        await link.exchange(PING, 0.01)
+    peer.answer = b"+PONG\r\n"
+    assert await link.exchange(PING, 10) == [b"PONG"]
+    assert peer.connections == 2
+
+
+async def test_a_connection_that_was_closed_meanwhile_is_opened_once_more(
+    peer: Peer, link: RedisLink
+) -> None:
+    await link.exchange(PING, 10)
+    peer.hang_up()
+    assert await link.exchange(PING, 10) == [b"PONG"]
+    assert peer.connections == 2
+
+
+async def test_nothing_that_listens_is_a_failure() -> None:
+    server = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    server.close()
+    await server.wait_closed()
+    link = RedisLink(f"redis://127.0.0.1:{port}", connect_timeout_s=10, connections=1)
+    for _ in range(3):
+        with pytest.raises(LinkFailed, match="ConnectionError"):
+            await link.exchange(PING, 10)
+    await link.close(1)
+
+
+async def test_a_cancelled_round_trip_gives_its_connection_back(peer: Peer, link: RedisLink) -> None:
+    await link.exchange(PING, 10)
+    peer.answer = None
+    asked = asyncio.ensure_future(link.exchange(PING, 10))
+    await asyncio.sleep(0)
+    asked.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asked
+    peer.answer = b"+PONG\r\n"
+    assert await link.exchange(PING, 10) == [b"PONG"]
+
+
+async def test_callers_wait_for_a_connection_within_their_time(peer: Peer, link: RedisLink) -> None:
+    peer.answer = None
+    first = asyncio.ensure_future(link.exchange(PING, 10))
+    await asyncio.sleep(0)
+    with pytest.raises(LinkFailed, match="TimeoutError"):
+        await link.exchange(PING, 0.01)
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first

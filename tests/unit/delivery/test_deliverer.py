@@ -1,0 +1,308 @@
+"""Results leave: published, then finished; what the brokers refuse, and what is counted."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import pytest
+import structlog
+from aiokafka.errors import (
+    MessageSizeTooLargeError,
+    RecordListTooLargeError,
+    TopicAuthorizationFailedError,
+)
+
+from embedq_consumer.delivery.deliverer import Deliverer
+from embedq_consumer.delivery.publisher import BrokerUnavailable, Outgoing
+from embedq_consumer.delivery.result_records import ResultEncoder
+from embedq_consumer.intake.admission import Rejection
+from embedq_consumer.intake.jobs import InputVector, JobState, Outcome, Spans
+from embedq_consumer.intake.records import Record
+from embedq_consumer.intake.result_sizes import held_bytes
+from embedq_consumer.telemetry.metrics import Metrics
+from embedq_shared.codec import Envelope
+from embedq_shared.headers import JobHeaders, value_of
+from embedq_shared.messages import ErrorBody
+from embedq_shared.weighted_semaphore import WeightedSemaphore
+from tests.helpers.fake_parts import ScriptedSink
+from tests.helpers.in_flight import TOPICS, admitted, record
+from tests.helpers.support import wait_until
+
+ELSEWHERE = ("reply-topic", b"elsewhere")
+ERROR = ErrorBody.of("text_too_long", "`input`: expected less", "input")
+MALFORMED = ErrorBody.of("malformed", "expected a job")
+Refusal = Callable[[Outgoing], Exception | None]
+
+
+def nothing(record: Outgoing) -> None:
+    """The brokers take everything."""
+
+
+def refusing(error: Exception, *topics: str, keep: Refusal = nothing) -> Refusal:
+    """The brokers take no record of these topics."""
+    return lambda record: error if record.topic in topics else keep(record)
+
+
+class Parts:
+    def __init__(self, refusal: Refusal = nothing, *, memory: int = 1 << 30, limit: int = 900_000) -> None:
+        self.metrics = Metrics()
+        self.sink = ScriptedSink(refusal)
+        self.memory = WeightedSemaphore(memory)
+        encoder = ResultEncoder(TOPICS, "group", limit)
+        self.deliverer = Deliverer(encoder, self.sink, self.sink.finish, self.memory, self.metrics)
+
+    async def deliver(self, *jobs: JobState) -> None:
+        """From the reservation on."""
+        async for group in self.deliverer.reserve(jobs):
+            await self.deliverer.deliver(group)
+
+    async def reject(self, found: Record, error: ErrorBody, *, dead_letter: bool) -> None:
+        rejection = Rejection(
+            error=error, format="json", headers=JobHeaders(), envelope=Envelope(), dead_letter=dead_letter
+        )
+        await self.deliverer.reject([(found, rejection)])
+
+    def sample(self, name: str, **labels: str) -> float | None:
+        return self.metrics.registry.get_sample_value(f"embedq_{name}", labels)
+
+
+@asynccontextmanager
+async def delivering(refusal: Refusal = nothing, **options: int) -> AsyncIterator[Parts]:
+    parts = Parts(refusal, **options)
+    try:
+        yield parts
+    finally:
+        await asyncio.to_thread(parts.deliverer.close)
+
+
+def answered(*headers: tuple[str, bytes], offset: int = 7, **fields: Any) -> JobState:
+    """A job whose every input has a vector."""
+    job = admitted(*headers, **{"input": "a", "dimensions": 32, **fields})
+    ticket = msgspec.structs.replace(job.record.ticket, offset=offset)
+    job.record = msgspec.structs.replace(job.record, ticket=ticket)
+    for index in range(len(job.request.texts)):
+        job.settle(index, vector())
+    return job
+
+
+def vector(truncated: Any = None) -> InputVector:
+    return InputVector(b"\0" * 128, 3, truncated, None, cached=False)
+
+
+def body(outgoing: Outgoing) -> dict[str, Any]:
+    found: dict[str, Any] = msgspec.json.decode(outgoing.value or b"")
+    return found
+
+
+# -- results ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_record_is_finished_after_the_brokers_have_its_result() -> None:
+    async with delivering() as parts:
+        parts.sink.gate.clear()
+        delivery = asyncio.create_task(parts.deliver(answered(offset=1), answered(offset=2)))
+        await wait_until(lambda: parts.memory.held[0] > 0)
+        assert parts.sink.events == []
+        parts.sink.gate.set()
+        await delivery
+        assert parts.sink.events == [TOPICS.results, TOPICS.results, 1, 2]
+        assert parts.memory.held == (0,)
+
+
+async def test_every_part_of_a_result_is_there_before_its_record_is_finished() -> None:
+    async with delivering(limit=2_000) as parts:
+        await parts.deliver(answered(input=["a"] * 20, encoding_format="base64"))
+        *parts_sent, finished = parts.sink.events
+        assert len(parts_sent) > 1
+        assert (set(parts_sent), finished) == ({TOPICS.results}, 7)
+
+
+async def test_without_an_acknowledgement_nothing_is_finished_and_the_process_may_end() -> None:
+    def broken(record: Outgoing) -> None:
+        raise BrokerUnavailable("no result was acknowledged for 60 s")
+
+    async with delivering(broken) as parts:
+        with pytest.raises(BrokerUnavailable):
+            await parts.deliver(answered())
+        assert parts.sink.events == []
+        assert parts.memory.held[0] > 0
+        assert parts.sample("jobs_total", lane="interactive", status="ok") == 0
+
+
+async def test_what_was_answered_is_counted() -> None:
+    async with delivering() as parts:
+        job = admitted(input=["a", "b", "c", "d"], dimensions=32, truncate="end")
+        outcomes: list[Outcome] = [vector(), vector("end"), ERROR, Spans((), 2)]
+        for index, outcome in enumerate(outcomes):
+            job.settle(index, outcome)
+        await parts.deliver(job, answered())
+        assert parts.sample("jobs_total", lane="interactive", status="partial") == 1
+        assert parts.sample("jobs_total", lane="interactive", status="ok") == 1
+        assert parts.sample("jobs_total", lane="bulk", status="ok") == 0
+        assert parts.sample("errors_total", code="text_too_long") == 1
+        assert parts.sample("inputs_total", lane="interactive") == 4
+        assert parts.sample("truncated_total") == 1
+        assert parts.sample("job_seconds_count", lane="interactive") == 2
+        assert parts.sample("publish_seconds_count") == 1
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+async def test_jobs_are_started_on_while_there_is_memory_for_their_results() -> None:
+    jobs = [answered(input=["a"] * 100, dimensions=256, offset=offset) for offset in range(40)]
+    each = held_bytes(jobs[0].request, 256)
+    groups: list[list[int]] = []
+
+    async def reserve(parts: Parts) -> None:
+        async for group in parts.deliverer.reserve(jobs):
+            offsets = [job.record.ticket.offset for job in group]
+            groups.append(offsets)
+
+    async with delivering(memory=16 * 1024 * 1024) as parts:
+        reserving = asyncio.create_task(reserve(parts))
+        await wait_until(lambda: len(groups) == 1)
+        many = 16 * 1024 * 1024 // each
+        assert groups == [list(range(many))]
+        assert parts.memory.held == (many * each,)
+        await parts.deliverer.deliver(jobs[:many])
+        await reserving
+        assert groups == [list(range(many)), list(range(many, 40))]
+        assert parts.memory.held == ((40 - many) * each,)
+
+
+async def test_the_memory_that_is_reserved_depends_on_what_the_job_asks_for() -> None:
+    async with delivering() as parts:
+        small, large = answered(dimensions=32, dtype="binary"), answered(dimensions=256)
+        async for _ in parts.deliverer.reserve([small, large]):
+            pass
+        assert parts.memory.held == (held_bytes(small.request, 256) + held_bytes(large.request, 256),)
+        await parts.deliverer.deliver([small])
+        assert parts.memory.held == (held_bytes(large.request, 256),)
+
+
+# -- refused results --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reason", "code"),
+    [
+        (MessageSizeTooLargeError(), "result_too_large"),
+        (RecordListTooLargeError(), "result_too_large"),
+        (TopicAuthorizationFailedError(), "invalid_header"),
+    ],
+)
+async def test_a_result_that_is_refused_becomes_an_error_on_the_results_topic(
+    reason: Exception, code: str
+) -> None:
+    async with delivering(refusing(reason, "elsewhere")) as parts:
+        with structlog.testing.capture_logs() as logs:
+            await parts.deliver(answered(offset=1), answered(ELSEWHERE, offset=2))
+        [fine, error] = parts.sink.to(TOPICS.results)
+        assert (body(fine)["object"], body(error)["error"]["code"]) == ("list", code)
+        [letter] = parts.sink.to(TOPICS.dead_letters)
+        assert value_of(letter.headers, "embedq-result-sent") == b"true"
+        assert parts.sink.events == [TOPICS.results, TOPICS.results, TOPICS.dead_letters, 1, 2]
+        assert parts.sample("jobs_total", lane="interactive", status="error") == 1
+        assert parts.sample("jobs_total", lane="interactive", status="ok") == 1
+        assert parts.sample("errors_total", code=code) == 1
+        assert parts.sample("dead_letters_total", code=code) == 1
+        assert [entry["event"] for entry in logs] == ["results_undeliverable"]
+
+
+async def test_one_refused_part_makes_the_whole_result_an_error() -> None:
+    def last_part(record: Outgoing) -> Exception | None:
+        parts = body(record) if record.topic == "elsewhere" else {}
+        return MessageSizeTooLargeError() if parts.get("part") == 1 else None
+
+    async with delivering(last_part, limit=2_000) as parts:
+        await parts.deliver(answered(ELSEWHERE, input=["a"] * 20, encoding_format="base64"))
+        [error] = parts.sink.to(TOPICS.results)
+        assert body(error)["error"]["code"] == "result_too_large"
+        assert parts.sink.finished == [7]
+
+
+async def test_a_job_whose_error_is_refused_too_has_its_dead_letter_alone() -> None:
+    async with delivering(refusing(MessageSizeTooLargeError(), "elsewhere", TOPICS.results)) as parts:
+        await parts.deliver(answered(ELSEWHERE))
+        assert parts.sink.events == [TOPICS.dead_letters, 7]
+        [letter] = parts.sink.sent
+        assert value_of(letter.headers, "embedq-result-sent") == b"false"
+
+
+# -- rejected records and dead letters ---------------------------------------------------------------------------------
+
+
+async def test_a_rejected_record_gets_an_error_and_is_finished() -> None:
+    async with delivering() as parts:
+        await parts.reject(record(b"{}"), ERROR, dead_letter=False)
+        [error] = parts.sink.sent
+        assert body(error)["error"]["code"] == "text_too_long"
+        assert parts.sink.events == [TOPICS.results, 7]
+        assert parts.sample("jobs_total", lane="interactive", status="error") == 1
+        assert parts.sample("errors_total", code="text_too_long") == 1
+        assert parts.sample("dead_letters_total", code="text_too_long") == 0
+        assert parts.sample("inputs_total", lane="interactive") is None
+
+
+async def test_a_rejected_record_that_is_to_be_kept_goes_to_the_dead_letters_before_it_is_finished() -> None:
+    async with delivering() as parts:
+        await parts.reject(record(b"junk", key=b"k"), MALFORMED, dead_letter=True)
+        assert parts.sink.events == [TOPICS.results, TOPICS.dead_letters, 7]
+        [letter] = parts.sink.to(TOPICS.dead_letters)
+        assert (letter.key, letter.value, letter.partition) == (b"k", b"junk", 3)
+        assert parts.sample("dead_letters_total", code="malformed") == 1
+
+
+@pytest.mark.parametrize(("partitions", "expected"), [(4, 3), (3, None), (None, None)])
+async def test_a_dead_letter_keeps_its_partition_where_the_topic_has_it(
+    partitions: int | None, expected: int | None
+) -> None:
+    async with delivering() as parts:
+        del parts.sink.known[TOPICS.dead_letters]
+        if partitions is not None:
+            parts.sink.known[TOPICS.dead_letters] = partitions
+        await parts.reject(record(b"junk"), MALFORMED, dead_letter=True)
+        assert parts.sink.to(TOPICS.dead_letters)[0].partition == expected
+
+
+async def test_a_dead_letter_that_is_refused_goes_by_its_position() -> None:
+    def with_content(record: Outgoing) -> Exception | None:
+        return MessageSizeTooLargeError() if record.value == b"junk" else None
+
+    async with delivering(with_content) as parts:
+        await parts.reject(record(b"junk", key=b"k"), MALFORMED, dead_letter=True)
+        [letter] = parts.sink.to(TOPICS.dead_letters)
+        assert (letter.key, letter.value, letter.partition) == (b"t.jobs-3-7", None, 3)
+        assert value_of(letter.headers, "embedq-error-code") == b"malformed"
+        assert parts.sink.finished == [7]
+
+
+async def test_a_record_whose_dead_letter_is_refused_altogether_is_finished_and_logged() -> None:
+    async with delivering(refusing(TopicAuthorizationFailedError(), TOPICS.dead_letters)) as parts:
+        with structlog.testing.capture_logs() as logs:
+            await parts.reject(record(b"junk"), MALFORMED, dead_letter=True)
+        assert parts.sink.events == [TOPICS.results, 7]
+        assert logs == [{"event": "dead_letters_refused", "records": 1, "log_level": "error"}]
+
+
+# -- the rest -----------------------------------------------------------------------------------------------------------
+
+
+async def test_closing_ends_the_threads() -> None:
+    async with delivering() as parts:
+        thread = await parts.deliverer.in_thread(threading.current_thread)
+    assert not thread.is_alive()
+
+
+async def test_topics_are_those_of_the_sink() -> None:
+    async with delivering() as parts:
+        parts.sink.new_topics["new"] = 2
+        assert parts.deliverer.partitions("new") is None
+        await parts.deliverer.refresh_topics()
+        assert parts.deliverer.partitions("new") == 2

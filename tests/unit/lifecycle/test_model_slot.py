@@ -1,0 +1,127 @@
+"""One slot, one compute thread: work in call order, results off it, and the heartbeat of what runs."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedq_consumer.engine import Pending, Tokens
+from embedq_consumer.lifecycle import ModelSlot, NoModel
+from embedq_consumer.lifecycle.model_slot import Loaded
+from tests.helpers.fake_models import FakeModel, Vectors
+from tests.helpers.support import wait_until
+
+ONE_TEXT = [Tokens(np.zeros(3, dtype=np.int32))]
+
+
+class Gate(Pending):
+    """Vectors that come when they are let through."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+
+    def result(self) -> Vectors:
+        assert self.open.wait(30)
+        return np.ones((1, 2), dtype=np.float32)
+
+
+class Gated(FakeModel):
+    """A model whose micro-batches end one by one, as the test says; it notes its threads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gates: list[Gate] = []
+        self.threads: set[str] = set()
+
+    def submit(self, batch: Sequence[Tokens]) -> Pending:
+        self.threads.add(threading.current_thread().name)
+        self.gates.append(Gate())
+        return self.gates[-1]
+
+    def close(self) -> None:
+        self.threads.add(threading.current_thread().name)
+        super().close()
+
+
+@pytest.fixture
+def model() -> Gated:
+    return Gated()
+
+
+@pytest.fixture
+def slot(model: Gated) -> Iterator[ModelSlot]:
+    slot = ModelSlot(lambda path: model)
+    yield slot
+    for gate in model.gates:
+        gate.open.set()
+    slot.close()
+
+
+async def test_an_empty_slot_has_no_model_and_cannot_be_unloaded(slot: ModelSlot) -> None:
+    assert slot.serving is None
+    with pytest.raises(NoModel, match="no model is loaded"):
+        _ = slot.loaded
+    with pytest.raises(NoModel):
+        await slot.unload()
+
+
+async def test_a_loaded_model_serves_only_once_it_is_installed(slot: ModelSlot, model: Gated) -> None:
+    loaded = await slot.load(Path("one"))
+    assert slot.serving is None
+    assert slot.install(loaded) is None
+    assert slot.loaded == Loaded(model, Path("one"))
+    assert slot.install(Loaded(FakeModel(), Path("two"))) == loaded
+
+
+async def test_unloading_frees_the_model_on_the_compute_thread_and_says_where_it_came_from(
+    slot: ModelSlot, model: Gated
+) -> None:
+    slot.install(Loaded(model, Path("one")))
+    assert await slot.unload() == Path("one")
+    assert (model.closed, slot.serving) == (True, None)
+    assert {name.rsplit("_", 1)[0] for name in model.threads} == {"compute"}
+
+
+async def test_the_next_micro_batch_reaches_the_device_while_the_first_one_runs(
+    slot: ModelSlot, model: Gated
+) -> None:
+    first = asyncio.create_task(slot.encode(model, ONE_TEXT))
+    await wait_until(lambda: len(model.gates) == 1)
+    second = asyncio.create_task(slot.encode(model, ONE_TEXT))
+    await wait_until(lambda: len(model.gates) == 2)
+    assert len(model.threads) == 1
+    model.gates[1].open.set()
+    model.gates[0].open.set()
+    (vectors, one), (_, two) = await first, await second
+    assert vectors.shape == (1, 2)
+    assert one >= 0
+    assert 0 <= two <= one  # what ran while it waited is not its own time
+
+
+async def test_it_is_busy_from_the_first_submit_to_the_last_result(slot: ModelSlot, model: Gated) -> None:
+    assert slot.busy_since is None
+    first = asyncio.create_task(slot.encode(model, ONE_TEXT))
+    second = asyncio.create_task(slot.encode(model, ONE_TEXT))
+    await wait_until(lambda: len(model.gates) == 2)
+    since = slot.busy_since
+    assert since is not None
+    model.gates[0].open.set()
+    await first
+    assert slot.busy_since is not None
+    assert slot.busy_since >= since  # another one runs, since now at the latest
+    model.gates[1].open.set()
+    await second
+    assert slot.busy_since is None
+
+
+async def test_a_failure_reaches_its_caller_and_leaves_the_slot_idle(slot: ModelSlot) -> None:
+    with pytest.raises(KeyError):
+        await slot.encode(FakeModel(failures=[KeyError("layer")]), ONE_TEXT)
+    assert slot.busy_since is None
+    vectors, _ = await slot.encode(FakeModel(), ONE_TEXT)
+    assert vectors.tolist() == [[3.0, 4.0]]

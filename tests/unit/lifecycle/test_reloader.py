@@ -1,0 +1,297 @@
+"""Every way in which a reload can end, without a broker: READY, or FAILED with the old model serving."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from embedq_consumer.engine import DeviceLost, ModelError, OutOfMemory, Pending, Tokens
+from embedq_consumer.lifecycle import ModelRejected, NoModel
+from embedq_shared.messages import Policy
+from tests.helpers.fake_models import Bench, FakeModel, MakeBench, command
+
+OLD, NEW = "sha256:old", "sha256:new"
+POLICIES: list[Policy] = ["availability_preserving", "resource_preserving"]
+
+
+def new(**more: Any) -> FakeModel:
+    return FakeModel(NEW, **more)
+
+
+async def started(bench: Bench) -> Bench:
+    """A bench whose configured model serves, and which forgot what it said meanwhile."""
+    await bench.model.start(None)
+    bench.sent.clear()
+    return bench
+
+
+# -- the start --------------------------------------------------------------------------------------------------------
+
+
+async def test_without_a_command_the_configured_model_serves(bench: MakeBench) -> None:
+    b = bench()
+    await b.model.start(None)
+    assert b.serving == "old"
+    assert b.steps() == ["load", "serving"]
+    last = b.sent[-1]
+    assert (last.state, last.model_version, last.version, last.error) == ("READY", OLD, None, None)
+    assert b.sample("model_info", model_version=OLD, hidden_size="2") == 1
+
+
+async def test_the_desired_model_serves_from_the_start(bench: MakeBench) -> None:
+    b = bench(new=[new()])
+    await b.model.start(command(4, "new"))
+    assert b.serving == "new"
+    assert b.steps() == ["validate", "load", "warm_up", "check", "serving"]
+    last = b.sent[-1]
+    assert (last.state, last.model_version, last.version, last.command_id) == ("READY", NEW, 4, "c4")
+
+
+async def test_a_model_that_serves_from_the_start_is_compared_with_nothing(bench: MakeBench) -> None:
+    b = bench(new=[new(vector=(-3.0, -4.0))])
+    await b.model.start(command(1, "new", min_cosine=0.9))
+    assert b.serving == "new"
+
+
+async def test_the_fallback_serves_where_the_desired_model_cannot_and_the_status_says_why(
+    bench: MakeBench,
+) -> None:
+    b = bench(new=[ModelError("config.json: expected an object")], before=[FakeModel("sha256:before")])
+    await b.model.start(command(4, "new", fallback="before", digest=NEW))
+    assert b.serving == "before"  # the digest is asked of the desired model alone
+    last = b.sent[-1]
+    assert (last.state, last.model_version, last.version) == ("FAILED", "sha256:before", 4)
+    assert last.error == "config.json: expected an object"
+
+
+async def test_the_configured_model_serves_where_neither_can_and_the_first_reason_is_kept(
+    bench: MakeBench,
+) -> None:
+    b = bench()
+    await b.model.start(command(4, "gone", fallback="gone-too"))
+    assert b.serving == "old"
+    assert b.sent[-1].state == "FAILED"
+    assert b.sent[-1].error == f"path: expected a directory, {b.root}/gone is not one"
+
+
+async def test_a_desired_model_that_is_its_own_fallback_is_tried_once(bench: MakeBench) -> None:
+    b = bench()
+    await b.model.start(command(4, "gone", fallback="gone"))
+    assert b.steps() == ["validate", "load", "serving"]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [ModelError("no weights"), FakeModel(vector=(math.nan, 1.0)), FakeModel(fails_always=OutOfMemory())],
+)
+async def test_a_configured_model_that_may_not_serve_ends_the_process(
+    bench: MakeBench, broken: FakeModel | Exception
+) -> None:
+    b = bench(old=[broken])
+    with pytest.raises((ModelError, ModelRejected)):
+        await b.model.start(None)
+    assert b.serving == ""
+
+
+# -- a reload that succeeds -------------------------------------------------------------------------------------------
+
+
+async def test_an_availability_preserving_reload_swaps_while_nothing_is_in_flight(bench: MakeBench) -> None:
+    old, loaded = FakeModel(), new()
+    b = await started(bench(old=[old], new=[loaded]))
+    await b.follow([command(1, "new")])
+    assert b.holds == ["old", "new"]
+    assert b.steps() == ["validate", "load", "warm_up", "check", "drain", "swap", "serving"]
+    assert (old.closed, loaded.closed) == (True, False)
+    last = b.sent[-1]
+    assert (last.state, last.model_version, last.version, last.error) == ("READY", NEW, 1, None)
+
+
+async def test_a_resource_preserving_reload_frees_the_old_model_before_it_loads(bench: MakeBench) -> None:
+    old, loaded = FakeModel(), new()
+    b = await started(bench(old=[old], new=[loaded]))
+    await b.follow([command(1, "new", policy="resource_preserving")])
+    assert b.holds == ["old", "new"]
+    assert b.steps() == ["drain", "validate", "load", "warm_up", "check", "swap", "serving"]
+    assert (old.closed, loaded.closed) == (True, False)
+    assert b.sent[-1].state == "READY"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+async def test_a_reload_is_counted_timed_and_named_in_the_metrics(bench: MakeBench, policy: Policy) -> None:
+    b = await started(bench(new=[new(vector=(1.0, 0.0, 0.0))]))
+    await b.follow([command(1, "new", policy=policy)])
+    assert b.sample("reloads_total", outcome="ready") == 1
+    assert b.sample("model_info", model_version=NEW, hidden_size="3") == 1
+    assert b.sample("model_info", model_version=OLD, hidden_size="2") is None
+    for step in ("validate", "load", "warm_up", "check", "drain", "swap"):
+        assert (b.sample("reload_step_seconds_count", step=step) or 0) >= 1, step
+    assert b.sample("batch_budget_tokens") == 512
+    assert b.facts == {"max_batch_tokens": 512, "max_text_tokens": 64}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+async def test_a_model_that_is_as_similar_as_the_command_asks_serves(
+    bench: MakeBench, policy: Policy
+) -> None:
+    b = await started(bench(new=[new(vector=(4.0, 3.0))]))  # cosine 0.96
+    await b.follow([command(1, "new", min_cosine=0.95, digest=NEW, policy=policy)])
+    assert b.serving == "new"
+
+
+# -- a reload that fails ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    ("broken", "more", "reason"),
+    [
+        (ModelError("config.json: expected an object"), {}, "config.json: expected an object"),
+        (ValueError("secret path"), {}, "/new cannot be loaded: ValueError"),
+        (FakeModel(NEW, cuts=False), {}, "the tokenizer did not cut a text"),
+        (FakeModel(NEW, fails_always=OutOfMemory()), {}, "too little memory left"),
+        (FakeModel(NEW, fails_always=KeyError("layer")), {}, "the model cannot run: KeyError"),
+        (FakeModel(NEW, vector=(math.nan, 1.0)), {}, "check: expected finite vectors"),
+        (FakeModel(NEW, vector=(0.0, 0.0)), {}, "check: expected finite vectors"),
+        (FakeModel(NEW), {"digest": "sha256:other"}, "digest: expected sha256:other"),
+        (FakeModel(NEW, vector=(4.0, 3.0)), {"min_cosine": 0.97}, "min_cosine: expected at least 0.97"),
+        (FakeModel(NEW, vector=(1.0, 0.0, 0.0)), {"min_cosine": 0.5}, "of 2 dimensions"),
+    ],
+)
+async def test_a_model_that_fails_a_gate_is_freed_and_the_old_one_serves(
+    bench: MakeBench,
+    broken: FakeModel | Exception,
+    more: dict[str, Any],
+    reason: str,
+    policy: Policy,
+) -> None:
+    b = await started(bench(old=[FakeModel(), FakeModel()], new=[broken]))
+    await b.follow([command(1, "new", policy=policy, **more)])
+    assert b.serving == "old"
+    last = b.sent[-1]
+    assert (last.state, last.model_version, last.version) == ("FAILED", OLD, 1)
+    assert reason in (last.error or "")
+    assert "secret" not in (last.error or "")
+    assert b.sample("reloads_total", outcome="failed") == 1
+    assert b.sample("model_info", model_version=OLD, hidden_size="2") == 1
+    if isinstance(broken, FakeModel):
+        assert broken.closed
+    # The next command applies as if nothing had happened.
+    await b.follow([command(2, "old", policy=policy)])
+    assert b.sent[-1].state == "READY"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+async def test_a_path_that_is_not_a_model_directory_costs_no_job_a_wait(
+    bench: MakeBench, policy: Policy
+) -> None:
+    b = await started(bench())
+    await b.follow([command(1, "../elsewhere", policy=policy)])
+    assert b.holds == []
+    assert b.sent[-1].state == "FAILED"
+    assert "below" in (b.sent[-1].error or "")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+async def test_a_drain_that_takes_too_long_fails_the_command_and_changes_nothing(
+    bench: MakeBench, policy: Policy
+) -> None:
+    old, loaded = FakeModel(), new()
+    b = await started(bench(old=[old], new=[loaded]))
+    b.drains = False
+    await b.follow([command(1, "new", policy=policy)])
+    assert (b.serving, old.closed) == ("old", False)
+    last = b.sent[-1]
+    assert (last.step, last.state) == ("drain", "FAILED")
+    assert last.error == "drain: the jobs in flight were not finished within 7 s"
+    assert loaded.closed == (policy == "availability_preserving")  # else it was never loaded
+
+
+async def test_memory_that_runs_out_in_the_check_alone_fails_the_command(bench: MakeBench) -> None:
+    class RunsOut(FakeModel):
+        """Takes the two micro-batches of the warm-up, then nothing more."""
+
+        def submit(self, batch: Sequence[Tokens]) -> Pending:
+            if len(self.batches) == 2:
+                raise OutOfMemory
+            return super().submit(batch)
+
+    b = await started(bench(new=[RunsOut(NEW)]))
+    await b.follow([command(1, "new")])
+    assert b.sent[-1].error == "the model cannot run: its device has too little memory left"
+
+
+async def test_a_smaller_budget_is_found_where_the_full_one_does_not_fit(bench: MakeBench) -> None:
+    b = await started(bench(new=[new(failures=[OutOfMemory()])]))
+    await b.follow([command(1, "new")])
+    assert b.sent[-1].state == "READY"
+    assert b.sample("batch_budget_tokens") == 256
+
+
+# -- what ends the process --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+async def test_a_lost_device_ends_the_process_and_frees_nothing(bench: MakeBench, policy: Policy) -> None:
+    lost = new(fails_always=DeviceLost("device 0"))
+    b = await started(bench(new=[lost], old=[FakeModel(), ModelError("the device is lost")]))
+    expected = DeviceLost if policy == "availability_preserving" else NoModel
+    with pytest.raises(expected):
+        await b.follow([command(1, "new", policy=policy)])
+    assert not lost.closed
+
+
+async def test_both_models_lost_end_the_process_and_name_the_old_ones_directory(bench: MakeBench) -> None:
+    b = await started(bench(old=[FakeModel(), ModelError("gone")], new=[ModelError("torn")]))
+    with pytest.raises(NoModel, match=r"neither the new model nor the old one at .*/old can be loaded"):
+        await b.follow([command(1, "new", policy="resource_preserving")])
+    assert b.serving == ""
+
+
+async def test_a_cancelled_reload_loads_no_model_again(bench: MakeBench) -> None:
+    """The process ends; a second load would only delay that."""
+    b = await started(bench(new=[new(fails_always=asyncio.CancelledError())]))
+    with pytest.raises(asyncio.CancelledError):
+        await b.follow([command(1, "new", policy="resource_preserving")])
+    assert b.serving == ""
+
+
+# -- commands that do not apply ---------------------------------------------------------------------------------------
+
+
+async def test_of_several_commands_the_newest_is_applied_and_the_others_are_rejected(
+    bench: MakeBench,
+) -> None:
+    b = await started(bench(new=[new()]))
+    await b.follow([command(1, "old"), command(3, "new"), command(2, "old")])
+    assert b.serving == "new"
+    rejected = [status for status in b.sent if status.state == "FAILED"]
+    assert [(status.version, status.error) for status in rejected] == [
+        (1, "superseded by version 3"),
+        (2, "superseded by version 3"),
+    ]
+    assert b.sample("reloads_total", outcome="ignored") == 2
+    assert b.sample("reloads_total", outcome="ready") == 1
+
+
+async def test_a_command_that_is_not_newer_is_rejected_once_and_the_status_stays(bench: MakeBench) -> None:
+    b = bench(new=[new()])
+    await b.model.start(command(5, "new"))
+    b.sent.clear()
+    await b.follow([command(4, "old")])
+    [rejected] = b.sent
+    assert (rejected.version, rejected.state, rejected.error) == (4, "FAILED", "expected a version above 5")
+    assert (b.serving, b.model.reporter.status.version) == ("new", 5)
+
+
+async def test_a_repeated_command_is_answered_with_its_outcome(bench: MakeBench) -> None:
+    b = await started(bench(new=[new()]))
+    await b.follow([command(1, "new")], [command(1, "new")])
+    before, again = b.sent[-2:]
+    assert (again.state, again.command_id, again.version) == ("READY", "c1", 1)
+    assert (before.step, before.state) == (again.step, again.state)
+    assert b.sample("reloads_total", outcome="ignored") == 1

@@ -1,0 +1,362 @@
+"""A job's whole path with dumb parts around it: from polled records to finished ones, without broker, Redis or model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import pytest
+from aiokafka.errors import MessageSizeTooLargeError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embedq_consumer.batching.batch_loop import BatchLoop
+from embedq_consumer.batching.batch_runner import BatchRunner
+from embedq_consumer.batching.batcher import Batcher, BatchPolicy
+from embedq_consumer.batching.single_flight import QueuedText, SingleFlight
+from embedq_consumer.batching.text_queue import TextQueue
+from embedq_consumer.batching.token_budget import TokenBudget
+from embedq_consumer.cache import CachedVector, cache_key
+from embedq_consumer.delivery.deliverer import Deliverer
+from embedq_consumer.delivery.publisher import Outgoing
+from embedq_consumer.delivery.result_records import ResultEncoder
+from embedq_consumer.engine import DeviceLost, Text
+from embedq_consumer.intake.records import Record
+from embedq_consumer.pipeline import Pipeline
+from embedq_consumer.telemetry.metrics import Metrics
+from embedq_shared.headers import value_of
+from embedq_shared.weighted_semaphore import WeightedSemaphore
+from tests.helpers.fake_parts import DictCache, Letters, ScriptedDevice, ScriptedSink
+from tests.helpers.in_flight import TOPICS, VERSION, record, rules
+from tests.helpers.support import wait_until
+
+Refusal = Callable[[Outgoing], Exception | None]
+
+
+class Parts:
+    """Everything between the poll loop and Kafka, with fakes at the edges."""
+
+    def __init__(
+        self, tasks: asyncio.TaskGroup, device: ScriptedDevice, refusal: Refusal, **settings: Any
+    ) -> None:
+        self.metrics = Metrics()
+        self.model = Letters(max_tokens=20)
+        self.device = device
+        self.sink = ScriptedSink(refusal)
+        self.cache = DictCache()
+        batcher = Batcher[QueuedText](
+            BatchPolicy(max_tokens=100, max_items=100, max_wait=0.0, bulk_max_wait=5.0)
+        )
+        budget = TokenBudget(batcher, self.metrics, lambda facts: None)
+        flights = SingleFlight()
+        encoder = ResultEncoder(TOPICS, "group", 900_000)
+        self.memory = WeightedSemaphore(1 << 30)
+        self.queue = TextQueue(flights, batcher, budget, self.metrics)
+        self.deliverer = Deliverer(encoder, self.sink, self.sink.finish, self.memory, self.metrics)
+        self.pipeline = Pipeline(
+            rules(**settings), lambda: self.model, self.cache, self.queue, self.deliverer, tasks
+        )
+        runner = BatchRunner(flights, device, budget, self.pipeline, self.metrics, tasks)
+        self.loop = tasks.create_task(BatchLoop(batcher, runner.run, self.metrics, tasks).run())
+
+    async def finished(self, *offsets: int) -> None:
+        """Wait until these records are finished, and no others."""
+        await wait_until(lambda: sorted(self.sink.finished) == sorted(offsets), what=f"{offsets} finished")
+
+    def sample(self, name: str, **labels: str) -> float | None:
+        return self.metrics.registry.get_sample_value(f"embedq_{name}", labels)
+
+
+@asynccontextmanager
+async def running(
+    device: ScriptedDevice | None = None, refusal: Refusal = lambda record: None, **settings: Any
+) -> AsyncIterator[Parts]:
+    async with asyncio.TaskGroup() as tasks:
+        parts = Parts(tasks, device or ScriptedDevice(), refusal, **settings)
+        try:
+            yield parts
+        finally:
+            parts.loop.cancel()
+            await asyncio.to_thread(parts.queue.close)
+            await asyncio.to_thread(parts.deliverer.close)
+
+
+def job(offset: int, *headers: tuple[str, bytes], **fields: Any) -> Record:
+    return record(json.dumps({"dimensions": 32} | fields).encode(), *headers, offset=offset)
+
+
+def body(outgoing: Outgoing) -> dict[str, Any]:
+    found: dict[str, Any] = msgspec.json.decode(outgoing.value or b"")
+    return found
+
+
+def entry(truncated: Any = "") -> CachedVector:
+    return CachedVector(tokens=2, truncated=truncated, scale=None, vector=b"\0" * 128)
+
+
+def key(text: str, **fields: Any) -> bytes:
+    return cache_key(VERSION, Text(text, **fields), 32, "float32")
+
+
+async def test_polled_jobs_are_computed_published_and_finished() -> None:
+    async with running() as parts:
+        parts.pipeline.take([job(1, input=["ab", "c"], id="one"), job(2, input="d", id="two")])
+        await parts.finished(1, 2)
+        results = {body(sent)["id"]: body(sent) for sent in parts.sink.to(TOPICS.results)}
+        assert [datum["tokens"] for datum in results["one"]["data"]] == [2, 1]
+        assert [datum["cached"] for datum in results["one"]["data"]] == [False, False]
+        assert len(results["two"]["data"]) == 1
+        assert parts.device.ran == [["ab", "c", "d"]]
+        assert parts.sample("jobs_total", lane="interactive", status="ok") == 2
+
+
+async def test_equal_texts_of_one_poll_are_computed_once() -> None:
+    async with running() as parts:
+        parts.pipeline.take([job(1, input=["a", "a"]), job(2, input="a")])
+        await parts.finished(1, 2)
+        assert parts.device.ran == [["a"]]
+        assert parts.sample("deduplicated_total") == 2
+        assert parts.sample("inputs_total", lane="interactive") == 3
+
+
+async def test_a_text_in_windows_is_answered_when_the_last_one_ran() -> None:
+    async with running() as parts:
+        parts.pipeline.take([job(1, input="abcdefg", chunk={"mode": "late"})])
+        await parts.finished(1)
+        [result] = parts.sink.to(TOPICS.results)
+        assert [datum["span"] for datum in body(result)["data"]] == [[0, 4], [4, 7]]
+        assert parts.cache.asked == []
+        assert parts.cache.entries == {}
+
+
+# -- the cache --------------------------------------------------------------------------------------------------------
+
+
+async def test_what_the_cache_holds_is_answered_without_the_model_and_not_written_again() -> None:
+    async with running() as parts:
+        known = parts.cache.entries[key("a")] = entry()
+        parts.pipeline.take([job(1, input=["a", "b"])])
+        await parts.finished(1)
+        [result] = parts.sink.to(TOPICS.results)
+        assert [datum["cached"] for datum in body(result)["data"]] == [True, False]
+        assert parts.device.ran == [["b"]]
+        await wait_until(lambda: set(parts.cache.entries) == {key("a"), key("b")})
+        assert parts.cache.entries[key("a")] is known
+
+
+async def test_a_job_whose_every_text_is_cached_is_answered_at_once() -> None:
+    async with running() as parts:
+        parts.cache.entries[key("a")] = entry()
+        parts.pipeline.take([job(1, input="a")])
+        await parts.finished(1)
+        assert parts.device.ran == []
+        assert parts.model.calls == []
+
+
+@pytest.mark.parametrize(
+    ("held", "asked", "hit"),
+    [
+        ("", "error", True),
+        ("", "end", True),
+        ("end", "end", True),
+        ("end", "start", False),
+        ("end", "error", False),
+    ],
+)
+async def test_a_cached_vector_of_a_cut_text_is_for_those_who_asked_for_that_cut(
+    held: str, asked: str, hit: bool
+) -> None:
+    async with running() as parts:
+        parts.cache.entries[key("a")] = entry(held)
+        parts.pipeline.take([job(1, input="a", truncate=asked)])
+        await parts.finished(1)
+        assert parts.device.ran == ([] if hit else [["a"]])
+        [result] = parts.sink.to(TOPICS.results)
+        assert body(result)["data"][0]["truncated"] is (hit and held != "")
+
+
+async def test_a_cut_text_is_cached_with_its_cut() -> None:
+    async with running() as parts:
+        parts.pipeline.take([job(1, input="x" * 30, truncate="end")])
+        await parts.finished(1)
+        await wait_until(lambda: bool(parts.cache.entries))
+        assert parts.cache.entries[key("x" * 30)].truncated == "end"
+        assert parts.sample("truncated_total") == 1
+
+
+async def test_a_mean_over_windows_has_an_entry_of_its_own() -> None:
+    async with running() as parts:
+        parts.pipeline.take([job(1, input="abcdefg", chunk={"mode": "mean"})])
+        await parts.finished(1)
+        await wait_until(lambda: bool(parts.cache.entries))
+        assert parts.cache.asked == list(parts.cache.entries)
+        assert key("abcdefg") not in parts.cache.entries
+
+
+async def test_a_slow_cache_write_does_not_delay_the_result() -> None:
+    async with running() as parts:
+        parts.cache.gate.clear()
+        parts.pipeline.take([job(1, input="a")])
+        await parts.finished(1)
+        assert parts.cache.entries == {}
+        parts.cache.gate.set()
+
+
+# -- what is not computed ---------------------------------------------------------------------------------------------
+
+
+async def test_a_text_over_the_size_limit_fails_alone_and_is_not_tokenized() -> None:
+    async with running(max_text_bytes=8) as parts:
+        parts.pipeline.take([job(1, input=["much too long", "fine"])])
+        await parts.finished(1)
+        [result] = parts.sink.to(TOPICS.results)
+        first, second = body(result)["data"]
+        assert first["error"]["code"] == "text_too_long"
+        assert second["error"] is None
+        assert parts.model.calls == [["fine"]]
+
+
+async def test_a_text_of_too_many_tokens_fails_alone() -> None:
+    async with running() as parts:
+        parts.pipeline.take([job(1, input=["x" * 30, "fine"])])
+        await parts.finished(1)
+        [result] = parts.sink.to(TOPICS.results)
+        assert [datum["error"] is None for datum in body(result)["data"]] == [False, True]
+        await wait_until(lambda: list(parts.cache.entries) == [key("fine")])
+
+
+async def test_a_record_that_is_not_a_job_is_answered_like_the_jobs_of_its_poll() -> None:
+    async with running() as parts:
+        parts.pipeline.take([record(b"junk", offset=1), job(2, input="a")])
+        await parts.finished(1, 2)
+        [letter] = parts.sink.to(TOPICS.dead_letters)
+        assert letter.value == b"junk"
+        assert parts.sample("errors_total", code="malformed") == 1
+        assert parts.device.ran == [["a"]]
+
+
+async def test_a_record_that_the_client_could_not_decode_is_answered_by_its_position() -> None:
+    async with running() as parts:
+        parts.pipeline.take_unreadable(record(offset=5), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no"))
+        await parts.finished(5)
+        [result] = parts.sink.to(TOPICS.results)
+        assert body(result)["id"] == "t.jobs-3-5"
+        assert "UnicodeDecodeError" in body(result)["error"]["message"]
+        [letter] = parts.sink.to(TOPICS.dead_letters)
+        assert value_of(letter.headers, "embedq-error-code") == b"malformed"
+
+
+@pytest.mark.parametrize(
+    "headers", [(("reply-topic", b"new"),), (("reply-topic", b"new"), ("reply-partition", b"\0\0\0\1"))]
+)
+async def test_a_reply_topic_that_is_new_is_asked_for(headers: tuple[tuple[str, bytes], ...]) -> None:
+    async with running() as parts:
+        parts.sink.new_topics["new"] = 2
+        parts.pipeline.take([job(1, *headers, input="a")])
+        await parts.finished(1)
+        assert len(parts.sink.to("new")) == 1
+
+
+async def test_a_reply_topic_that_no_broker_has_gets_an_error_on_the_results_topic() -> None:
+    async with running() as parts:
+        parts.pipeline.take([job(1, ("reply-topic", b"new"), input="a"), job(2, input="b")])
+        await parts.finished(1, 2)
+        errors = [body(sent) for sent in parts.sink.to(TOPICS.results) if body(sent)["object"] == "error"]
+        assert [error["error"]["code"] for error in errors] == ["invalid_header"]
+        assert len(parts.sink.to(TOPICS.dead_letters)) == 1
+        assert parts.device.ran == [["b"]]
+
+
+# -- whatever it is -----------------------------------------------------------------------------------------------------
+
+
+JOBS = st.one_of(
+    st.just(b"junk"),
+    st.just(None),
+    st.fixed_dictionaries(
+        {
+            "input": st.lists(
+                st.sampled_from(["a", "b", "fail", "much too long", "x" * 30]), min_size=1, max_size=4
+            )
+        },
+        optional={
+            "chunk": st.sampled_from([{"mode": "late"}, {"mode": "mean"}]),
+            "truncate": st.sampled_from(["start", "end"]),
+            "dimensions": st.sampled_from([32, 256, 5000]),
+            "model": st.just("unknown"),
+        },
+    ).map(lambda fields: json.dumps(fields).encode()),
+)
+ADDRESSES = st.sampled_from(
+    [
+        (),
+        (("reply-topic", b"elsewhere"),),
+        (("reply-topic", b"new"),),
+        (("reply-topic", b"nowhere"),),
+        (("reply-topic", b"full"),),
+        (("deadline", b"1000001"),),
+    ]
+)
+
+
+@given(st.lists(st.lists(st.tuples(JOBS, ADDRESSES), min_size=1, max_size=5), min_size=1, max_size=3))
+@settings(max_examples=40, deadline=None)
+def test_whatever_comes_each_record_is_answered_and_then_finished_once(
+    polls: list[list[tuple[bytes | None, tuple[tuple[str, bytes], ...]]]],
+) -> None:
+    def fails(texts: list[str]) -> Exception | None:
+        return ValueError("no") if "fail" in texts else None
+
+    def full(outgoing: Outgoing) -> Exception | None:
+        return MessageSizeTooLargeError() if outgoing.topic == "full" else None
+
+    async def run() -> None:
+        async with running(ScriptedDevice(fails), full, max_text_bytes=25) as parts:
+            parts.sink.known["full"] = 1
+            parts.sink.new_topics["new"] = 1
+            offset = 0
+            for poll in polls:
+                records = [
+                    record(value, *headers, offset=offset + at) for at, (value, headers) in enumerate(poll)
+                ]
+                offset += len(poll)
+                parts.pipeline.take(records)
+            await parts.finished(*range(offset))
+            assert len([sent for sent in parts.sink.sent if sent.topic != TOPICS.dead_letters]) == offset
+            await wait_until(lambda: parts.memory.held == (0,), what="all memory released")
+
+    asyncio.run(run())
+
+
+# -- failures ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_text_that_the_model_cannot_run_gets_an_error_and_the_others_their_vectors() -> None:
+    def fails(texts: list[str]) -> Exception | None:
+        return ValueError("no") if "b" in texts else None
+
+    async with running(ScriptedDevice(fails)) as parts:
+        parts.pipeline.take([job(1, input=["a", "b", "c"])])
+        await parts.finished(1)
+        [result] = parts.sink.to(TOPICS.results)
+        codes = [datum["error"] and datum["error"]["code"] for datum in body(result)["data"]]
+        assert codes == [None, "internal", None]
+
+
+async def test_a_lost_device_ends_the_process_and_finishes_nothing() -> None:
+    sinks: list[ScriptedSink] = []
+
+    async def until_it_ends() -> None:
+        async with running(ScriptedDevice(lambda texts: DeviceLost("gone"))) as parts:
+            sinks.append(parts.sink)
+            parts.pipeline.take([job(1, input="a")])
+            await asyncio.Event().wait()
+
+    with pytest.raises(ExceptionGroup) as raised:
+        await until_it_ends()
+    assert raised.value.subgroup(DeviceLost) is not None
+    assert sinks[0].events == []

@@ -1,0 +1,263 @@
+"""The service's life with everything outside of it replaced: starts in order, drains, and says how it is meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from embedq_consumer import service
+from embedq_consumer.delivery.outgoing import Outgoing
+from embedq_consumer.engine import Encoder
+from embedq_consumer.service import MissingTopics, serve
+from embedq_consumer.settings import Settings
+from embedq_consumer.telemetry.health import Health
+from embedq_consumer.telemetry.metrics import Metrics
+from embedq_shared.codec import decode_status
+from embedq_shared.messages import Control
+from tests.helpers.fake_models import FakeModel, command
+from tests.helpers.support import wait_until
+
+
+class World:
+    """What the service meets: which topics and commands there are, what fails; and what it did, in order."""
+
+    def __init__(self) -> None:
+        self.did: list[str] = []
+        self.statuses: list[tuple[str, str]] = []
+        self.partitions: dict[str, int] = {}
+        self.desired: Control | None = None
+        self.drains = True
+        self.failure: Exception | None = None
+        self.joined = asyncio.Event()
+        self.fail = asyncio.Event()
+        self.load: Callable[[Path], Encoder] = lambda path: FakeModel()
+        self.metrics: Metrics | None = None
+        self.health: Health | None = None
+
+    def value(self, name: str) -> float | None:
+        """A metric of the service."""
+        assert self.metrics is not None
+        registry: CollectorRegistry = self.metrics.registry
+        return registry.get_sample_value(f"embedq_{name}")
+
+    def readiness(self) -> object:
+        """What `/readyz` says."""
+        assert self.health is not None
+        return self.health.ready(0.0).facts
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    """Fakes in place of Kafka's clients and the engine; cache, pipeline and health pages are the real ones."""
+    world = World()
+
+    class FakeTopics:
+        def partitions(self, topic: str) -> int | None:
+            return world.partitions.get(topic, 1) or None
+
+    class FakePublisher:
+        topics = FakeTopics()
+
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        async def open(self) -> None:
+            world.did.append("publisher open")
+
+        async def publish(self, records: Sequence[Outgoing]) -> list[None]:
+            for record in records:
+                status = decode_status(record.value or b"")
+                world.statuses.append((status.step, status.state))
+            return [None] * len(records)
+
+        async def close(self) -> None:
+            world.did.append("publisher closed")
+
+    class FakeControl:
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        async def open(self) -> Control | None:
+            world.did.append("commands read")
+            return world.desired
+
+        async def next(self) -> list[Control]:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def close(self) -> None:
+            world.did.append("control closed")
+
+    class FakeIntake:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            self.joined = world.joined
+
+        async def open(self) -> None:
+            world.did.append("group joined")
+
+        async def run(self, *_: Any) -> None:
+            await world.fail.wait()
+            assert world.failure is not None
+            raise world.failure
+
+        async def commit_forever(self) -> None:
+            await asyncio.Event().wait()
+
+        async def stop(self, within: float) -> bool:
+            world.did.append(f"drained within {within:g} s" if world.drains else "not drained")
+            return world.drains
+
+        @asynccontextmanager
+        async def held(self, within: float) -> AsyncIterator[None]:
+            yield
+
+        def finish(self, record: object) -> None: ...
+
+        async def close(self) -> None:
+            world.did.append("group left")
+
+    def load(path: Path, *_: Any, **__: Any) -> Encoder:
+        world.did.append(f"loaded {path.name}")
+        return world.load(path)
+
+    def metrics() -> Metrics:
+        world.metrics = Metrics()
+        return world.metrics
+
+    def health() -> Health:
+        world.health = Health()
+        return world.health
+
+    replaced = {
+        "Publisher": FakePublisher,
+        "ControlTopic": FakeControl,
+        "Intake": FakeIntake,
+        "make_jobs_consumer": lambda *_: None,
+        "load_encoder": load,
+        "Metrics": metrics,
+        "Health": health,
+        "_HEARTBEAT_S": 0.0,
+    }
+    for name, fake in replaced.items():
+        monkeypatch.setattr(service, name, fake)
+    return world
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+    return Settings(
+        kafka_servers="-",
+        model=str(tmp_path / "old"),
+        device="cpu",
+        http_host="127.0.0.1",
+        http_port=0,
+        drain_timeout_s=9,
+    )
+
+
+async def serve_and_stop(world: World, settings: Settings) -> None:
+    """Start, join the group, and be stopped."""
+    stop = asyncio.Event()
+    running = asyncio.create_task(serve(settings, stop))
+    await wait_until(lambda: "group joined" in world.did, what="the group")
+    stop.set()
+    await running
+
+
+async def test_it_loads_before_it_joins_and_leaves_in_reverse(world: World, settings: Settings) -> None:
+    await serve_and_stop(world, settings)
+    assert world.did == [
+        "publisher open",
+        "commands read",
+        "loaded old",
+        "group joined",
+        "drained within 9 s",
+        "group left",
+        "control closed",
+        "publisher closed",
+    ]
+    assert world.statuses[0] == ("load", "LOADING")
+    assert world.statuses[-2:] == [("serving", "READY"), ("stopped", "STOPPED")]
+
+
+async def test_the_desired_model_is_there_before_the_first_job(world: World, settings: Settings) -> None:
+    world.desired = command(1, "new")
+    await serve_and_stop(world, settings)
+    assert "loaded new" in world.did
+    assert "loaded old" not in world.did
+
+
+async def test_it_is_ready_once_the_group_has_given_it_partitions(world: World, settings: Settings) -> None:
+    stop = asyncio.Event()
+    running = asyncio.create_task(serve(settings, stop))
+    await wait_until(lambda: "group joined" in world.did)
+    assert world.readiness() == {"status": "not ready", "reason": "loading the model"}
+    world.joined.set()
+    await wait_until(lambda: world.value("ready") == 1.0, what="readiness")
+    assert world.readiness() == {"status": "ok", "max_batch_tokens": 2048, "max_text_tokens": 64}
+    assert (world.value("loop_heartbeat_age_seconds") or 0.0) < 60
+    stop.set()
+    await running
+    assert world.readiness() == {"status": "not ready", "reason": "draining"}
+
+
+async def test_a_drain_that_takes_too_long_ends_it_without_a_failure(
+    world: World, settings: Settings
+) -> None:
+    world.drains = False
+    await serve_and_stop(world, settings)
+    assert world.did[-4:] == ["not drained", "group left", "control closed", "publisher closed"]
+    assert world.statuses[-1] == ("stopped", "STOPPED")
+
+
+async def test_a_stop_while_the_model_loads_joins_no_group(world: World, settings: Settings) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def load(path: Path) -> Encoder:
+        loop.call_soon_threadsafe(stop.set)
+        return FakeModel()
+
+    world.load = load
+    await serve(settings, stop)
+    assert "group joined" not in world.did
+    assert world.did[-2:] == ["control closed", "publisher closed"]
+
+
+async def test_a_loop_that_fails_ends_the_others_and_the_service(world: World, settings: Settings) -> None:
+    world.failure = OSError("the disk is gone")
+    world.fail.set()
+    with pytest.raises(ExceptionGroup) as caught:
+        await serve(settings, asyncio.Event())
+    assert caught.group_contains(OSError, match="the disk is gone")
+    assert world.did[-3:] == ["group left", "control closed", "publisher closed"]
+
+
+async def test_topics_that_are_missing_are_named(world: World, settings: Settings) -> None:
+    world.partitions = {"embed.status": 0, "embed.jobs": 0}
+    with pytest.raises(
+        MissingTopics, match=r"^no topic .*embed\.status.* on the broker; `embedq topics create` makes them$"
+    ):
+        await serve(settings, asyncio.Event())
+    assert world.did == ["publisher open", "publisher closed"]
+
+
+async def test_what_lives_long_is_kept_from_the_collector_and_given_back(
+    world: World, settings: Settings
+) -> None:
+    before = gc.get_threshold()
+    stop = asyncio.Event()
+    running = asyncio.create_task(serve(settings, stop))
+    await wait_until(lambda: "group joined" in world.did)
+    assert gc.get_freeze_count() > 0
+    assert gc.get_threshold()[0] == 20_000
+    stop.set()
+    await running
+    assert (gc.get_freeze_count(), gc.get_threshold()) == (0, before)
