@@ -196,7 +196,7 @@ def reason(error: BaseException) -> str:
 async def stop_client(
     client: AIOKafkaConsumer | AIOKafkaProducer | AIOKafkaAdminClient, within: float
 ) -> str | None:
-    """Stop a client, or abandon it: None if it stopped, else what kept it from it, in a word.
+    """Stop a client, or abandon it: None if it stopped, else why it did not, in one word.
 
     aiokafka's own `stop` waits for ever while the brokers are gone. After `within` seconds it is cancelled, and what it
     leaves running is ended here: a producer's sender, which would connect again and send what was given up long ago, a
@@ -222,7 +222,7 @@ async def stop_client(
 
 
 async def _finished(work: Awaitable[None], within: float) -> str | None:
-    """Wait for `work` for `within` seconds at most: None if it went well, else what happened, in a word.
+    """Wait for `work` for `within` seconds at most: None if it succeeded, else why not, in one word.
 
     It runs as a task: a fetch that a consumer's `stop` cancels lets `stop` itself end with CancelledError, which must
     not pass for a cancellation of ours.
@@ -280,30 +280,34 @@ async def poll_partition(
 
 
 async def poll(consumer: AIOKafkaConsumer, *, timeout_ms: int) -> list[Polled]:
-    """The next records of all assigned partitions, each partition's in order; waits `timeout_ms` for the first.
+    """The next records of one of the assigned partitions, in order; waits `timeout_ms` for the first.
 
     One that cannot be read comes as an `UnreadableRecord`. A poll of several partitions that fails loses what it had
     drained of the others, whose positions have moved. So only polls that cannot lose anything are made: of one record,
     and of one partition.
     """
-    failed = False
-    found: list[Polled] = []
     try:
         first = await consumer.getmany(timeout_ms=timeout_ms, max_records=1)
     except UNREADABLE:
-        failed = True
-    else:
-        if not first:
-            return found
-        for records in first.values():
-            found += records
+        return await _find_unreadable(consumer)
+    found: list[Polled] = []
+    for partition, records in first.items():
+        found += records
+        found += await poll_partition(consumer, partition, timeout_ms=0)
+    return found
+
+
+async def _find_unreadable(consumer: AIOKafkaConsumer) -> list[Polled]:
+    """The next records of all partitions, up to the one that made a poll fail: aiokafka does not say which partition it
+    is in, and must fetch it again first.
+    """
     loop = asyncio.get_running_loop()
     end = loop.time() + _SEARCH_S
+    found: list[Polled] = []
     while True:
         for partition in sorted(consumer.assignment()):
             found += await poll_partition(consumer, partition, timeout_ms=0)
-        # aiokafka does not say which partition failed, and first fetches it again.
-        if not failed or any(isinstance(record, UnreadableRecord) for record in found) or loop.time() > end:
+        if any(isinstance(record, UnreadableRecord) for record in found) or loop.time() > end:
             return found
         await asyncio.sleep(_SEARCH_PAUSE_S)
 
