@@ -57,17 +57,19 @@ def test_plain_options_name_the_servers_and_the_protocol() -> None:
     }
 
 
-def test_names_and_passwords_go_to_the_client_as_they_are() -> None:
-    options = KafkaOptions(
+def test_names_and_passwords_go_to_the_client_as_they_are_and_are_not_shown() -> None:
+    given = KafkaOptions(
         servers="a:1",
         security_protocol="SASL_PLAINTEXT",
         sasl_mechanism="SCRAM-SHA-512",
         sasl_plain_username="u",
-        sasl_plain_password="p",
-    ).client_options()
+        sasl_plain_password="secret",
+    )
+    options = given.client_options()
 
     assert options["sasl_mechanism"] == "SCRAM-SHA-512"
-    assert (options["sasl_plain_username"], options["sasl_plain_password"]) == ("u", "p")
+    assert (options["sasl_plain_username"], options["sasl_plain_password"]) == ("u", "secret")
+    assert "secret" not in repr(given)
     assert "ssl_context" not in options
 
 
@@ -192,9 +194,9 @@ async def test_what_stopping_raises_is_named_and_not_raised() -> None:
     assert await stop_client(Consumer(cancelled), 1.0) == "CancelledError"
 
 
-async def test_a_cancelled_stop_leaves_no_task_behind() -> None:
+async def test_a_cancelled_stop_leaves_no_task_behind_not_even_the_sender() -> None:
     before = asyncio.all_tasks()
-    stopping = asyncio.ensure_future(stop_client(Consumer(forever), 10.0))
+    stopping = asyncio.ensure_future(stop_client(Producer(forever), 10.0))
     await asyncio.sleep(0)
     stopping.cancel()
     with pytest.raises(asyncio.CancelledError):
