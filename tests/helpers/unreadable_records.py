@@ -63,7 +63,7 @@ async def send_unreadable(client: AIOKafkaProducer, topic: str, partition: int =
         [(_, [(_, code, offset, *_)])] = response.topics
         if code and not for_code(code).retriable:
             raise for_code(code)(topic)
-        return code == 0
+        return bool(code == 0)
 
     await wait_until(written, what="the unreadable record")
     return offset
