@@ -25,12 +25,10 @@ The first line of each docstring is the message; its fields are attributes of th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from embedq_sdk.embeddings import ReadError
 
 
 class EmbedError(Exception):
@@ -159,26 +157,3 @@ class ServiceOverloaded(JobFailed):
 
 class InternalError(JobFailed):
     """{code}: {message}"""
-
-
-_BY_CODE: Final[dict[str, type[JobFailed]]] = {
-    "malformed": InvalidJob,
-    "unknown_field": InvalidJob,
-    "invalid_value": InvalidJob,
-    "invalid_header": InvalidJob,
-    "unsupported_content_type": InvalidJob,
-    "too_many_inputs": InvalidJob,
-    "result_too_large": InvalidJob,
-    "text_too_long": TextTooLong,
-    "unknown_model": UnknownModel,
-    "expired": Expired,
-    "non_finite": NonFinite,
-    "overloaded": ServiceOverloaded,
-    "internal": InternalError,
-}
-
-
-def job_failed(error: ReadError) -> JobFailed:
-    """The exception for an error of the wire; a code that this version does not know becomes a plain JobFailed."""
-    kind = _BY_CODE.get(error.code, JobFailed)
-    return kind(code=error.code, message=error.message, param=error.param, retryable=error.retryable)

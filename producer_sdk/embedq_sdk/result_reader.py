@@ -13,8 +13,17 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.abc import ConsumerRebalanceListener
 from aiokafka.errors import KafkaError
 
-from embedq_sdk.embeddings import Embeddings, PartJoiner, ReadFailure, ReadResult, assemble, read_reply
-from embedq_sdk.errors import EmbedError, UnreadableReply, job_failed
+from embedq_sdk.embeddings import (
+    Embeddings,
+    FinishedJob,
+    PartJoiner,
+    ReadFailure,
+    ReadResult,
+    assemble,
+    job_failed,
+    read_reply,
+)
+from embedq_sdk.errors import EmbedError, UnreadableReply
 from embedq_sdk.transport.kafka import KafkaConnection, close, require_topics
 from embedq_shared import topics as names
 
@@ -76,7 +85,7 @@ class ResultCollector:
             if parts is None:
                 return None
             count = 1 + max(datum.index for part in parts for datum in part.data)
-            result = JobResult(id, assemble([(count, parts)]), None, reply.metadata)
+            result = JobResult(id, assemble([FinishedJob(count=count, outcome=parts)]), None, reply.metadata)
         if id is not None:
             self._open.pop(id, None)
             self._done[id] = None

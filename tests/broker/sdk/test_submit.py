@@ -12,7 +12,8 @@ import pytest
 
 from embedq_sdk import EmbedClient, InvalidArgument, UnknownModel
 from embedq_shared.messages import ErrorBody
-from tests.helpers.responder import Answer, Received, Responder, expected
+from tests.helpers.fake_service import Answer, Received, expected
+from tests.helpers.responder import Responder
 
 pytestmark = pytest.mark.kafka
 

@@ -13,6 +13,7 @@ from embedq_sdk.embeddings import (
     ReadFailure,
     ReadResult,
     assemble,
+    job_failed,
     read_reply,
 )
 from embedq_sdk.errors import (
@@ -25,29 +26,11 @@ from embedq_sdk.errors import (
     MixedModelVersions,
     PartialFailure,
     TextTooLong,
-    job_failed,
 )
 from embedq_shared.codec import encode
 from embedq_shared.messages import Datum, ErrorBody, Failure, Result, Timings, Usage
 from embedq_shared.vectors import quantize
-
-UNIT = np.full(64, 0.125, dtype=np.float32)
-V1, V2 = "sha256:" + "1" * 64, "sha256:" + "2" * 64
-
-
-def datum(index: int = 0, vector: np.ndarray = UNIT, dtype: Any = "float32", **more: Any) -> ReadDatum:
-    raw, scale = quantize(vector, dtype)
-    return ReadDatum(index=index, embedding=raw, scale=scale, tokens=index + 1, **more)
-
-
-def failed(index: int = 0, code: str = "text_too_long") -> ReadDatum:
-    return ReadDatum(index=index, error=ReadError(code=code, message="too long", param=f"input[{index}]"))
-
-
-def result(*data: ReadDatum, version: str = V1, dtype: Any = "float32", **more: Any) -> ReadResult:
-    return ReadResult(
-        id="j", model="default", model_version=version, dimensions=64, dtype=dtype, data=list(data), **more
-    )
+from tests.helpers.replies import UNIT, V1, V2, datum, failed, job, result
 
 
 def test_parts_are_joined_in_any_order_and_repeats_change_nothing() -> None:
@@ -75,7 +58,9 @@ def test_parts_of_two_models_are_never_joined() -> None:
 def test_every_dtype_comes_back_as_float32(dtype: Any) -> None:
     vector = np.linspace(-0.2, 0.2, 64, dtype=np.float32)
 
-    found = assemble([(2, [result(datum(0, vector, dtype), datum(1, vector, dtype), dtype=dtype)])]).vectors
+    found = assemble(
+        [job(2, [result(datum(0, vector, dtype), datum(1, vector, dtype), dtype=dtype)])]
+    ).vectors
 
     assert found.dtype == np.float32
     assert found.shape == (2, 64)
@@ -85,7 +70,7 @@ def test_every_dtype_comes_back_as_float32(dtype: Any) -> None:
 def test_binary_comes_back_packed() -> None:
     vector = np.array([1, -1] * 32, dtype=np.float32)
 
-    found = assemble([(1, [result(datum(0, vector, "binary"), dtype="binary")])]).vectors
+    found = assemble([job(1, [result(datum(0, vector, "binary"), dtype="binary")])]).vectors
 
     assert found.dtype == np.uint8
     assert np.array_equal(np.unpackbits(found, axis=1)[0], vector > 0)
@@ -98,12 +83,13 @@ def test_json_numbers_and_msgpack_bytes_give_the_same_vector(dtype: Any) -> None
     as_json = result(ReadDatum(index=0, embedding=numbers, scale=scale), dtype=dtype)
 
     assert np.array_equal(
-        assemble([(1, [as_json])]).vectors, assemble([(1, [result(datum(dtype=dtype), dtype=dtype)])]).vectors
+        assemble([job(1, [as_json])]).vectors,
+        assemble([job(1, [result(datum(dtype=dtype), dtype=dtype)])]).vectors,
     )
 
 
 def test_jobs_are_put_together_in_order() -> None:
-    jobs = [(2, [result(datum(0, UNIT), datum(1, -UNIT))]), (1, [result(datum(0, UNIT * 2))])]
+    jobs = [job(2, [result(datum(0, UNIT), datum(1, -UNIT))]), job(1, [result(datum(0, UNIT * 2))])]
 
     found = assemble(jobs)
 
@@ -114,7 +100,7 @@ def test_jobs_are_put_together_in_order() -> None:
 
 
 def test_some_failed_inputs_are_masked_and_named() -> None:
-    found = assemble([(3, [result(datum(0), failed(1), datum(2))])])
+    found = assemble([job(3, [result(datum(0), failed(1), datum(2))])])
 
     with pytest.raises(
         PartialFailure, match=r"^1 of 3 inputs failed; the first, input 1: text_too_long"
@@ -129,20 +115,20 @@ def test_some_failed_inputs_are_masked_and_named() -> None:
 
 def test_when_every_input_failed_the_first_error_is_raised() -> None:
     with pytest.raises(TextTooLong):
-        assemble([(2, [result(failed(0), failed(1))])]).checked()
+        assemble([job(2, [result(failed(0), failed(1))])]).checked()
 
 
 def test_a_job_that_failed_whole_is_the_error_of_each_of_its_inputs() -> None:
     whole = InternalError(code="internal", message="m", param=None, retryable=True)
 
-    found = assemble([(2, [result(datum(0), datum(1))]), (3, whole)])
+    found = assemble([job(2, [result(datum(0), datum(1))]), job(3, whole)])
 
     assert list(found.errors) == [2, 3, 4]
     assert found.model_versions == [V1, V1, None, None, None]
 
 
 def test_two_model_versions_have_no_common_one() -> None:
-    found = assemble([(1, [result(datum(0))]), (1, [result(datum(0), version=V2)])])
+    found = assemble([job(1, [result(datum(0))]), job(1, [result(datum(0), version=V2)])])
 
     with pytest.raises(MixedModelVersions) as raised:
         _ = found.model_version
@@ -200,3 +186,53 @@ def test_errors_survive_pickling() -> None:
 
     assert isinstance(error, EmbedError)
     assert error.timeout == 2.0
+
+
+# -- late chunks ------------------------------------------------------------------------------------------------------
+
+
+def spanned(index: int, start: int, end: int, value: float = 0.125) -> ReadDatum:
+    vector = np.full(64, value, dtype=np.float32)
+    return ReadDatum(index=index, embedding=vector.tobytes(), tokens=end - start, span=(start, end))
+
+
+def test_spans_are_rows_that_say_their_input_and_their_place() -> None:
+    whole = result(spanned(0, 0, 5), spanned(0, 5, 9, 0.25), spanned(1, 0, 3), usage=Usage(20, 20))
+    found = assemble([job(2, [whole])])
+    assert found.inputs.tolist() == [0, 0, 1]
+    assert found.spans is not None
+    assert found.spans.tolist() == [[0, 5], [5, 9], [0, 3]]
+    assert (len(found), found.count, found.total_tokens) == (3, 2, 20)
+    first, second = found.chunks()
+    assert [(chunk.start, chunk.end, chunk.tokens) for chunk in first] == [(0, 5, 5), (5, 9, 4)]
+    assert first[1].vector[0] == np.float32(0.25)
+    assert [chunk.of("abc") for chunk in second] == ["abc"]
+
+
+def test_spans_of_parts_and_of_several_jobs_follow_each_other() -> None:
+    one = [
+        result(spanned(0, 0, 5, 0.1), part=0, parts=2),
+        result(spanned(0, 5, 9, 0.2), spanned(1, 0, 3, 0.3), part=1, parts=2),
+    ]
+    other = [result(spanned(0, 0, 8, 0.4))]
+    found = assemble([job(2, one), job(1, job_failed(ReadError(code="internal"))), job(1, other)])
+    assert found.inputs.tolist() == [0, 0, 1, 2, 3]
+    assert list(found.errors) == [3]
+    assert np.allclose(found.vectors[:, 0], [0.1, 0.2, 0.3, 0.0, 0.4])
+    assert [len(chunks) for chunks in found.chunks()] == [2, 1, 0, 1]
+
+
+def test_an_input_that_failed_among_spans_is_named_by_its_place_in_the_call() -> None:
+    found = assemble([job(3, [result(spanned(0, 0, 5), spanned(0, 5, 9), failed(1), spanned(2, 0, 1))])])
+    assert list(found.errors) == [2]
+    with pytest.raises(PartialFailure) as caught:
+        found.checked()
+    assert (caught.value.index, caught.value.failed, caught.value.total) == (1, 1, 3)
+    assert caught.value.vectors.mask.any(axis=1).tolist() == [False, False, True, False]
+
+
+def test_vectors_without_spans_have_none() -> None:
+    found = assemble([job(2, [result(datum(0), datum(1))])])
+    assert found.spans is None
+    assert found.inputs.tolist() == [0, 1]
+    assert found.chunks() == [[], []]
