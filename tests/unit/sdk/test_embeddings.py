@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import base64
 import pickle
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -14,7 +16,9 @@ from embedq_sdk.embeddings import (
     ReadResult,
     assemble,
     job_failed,
+    outdated,
     read_reply,
+    require_one_version,
 )
 from embedq_sdk.errors import (
     DeadlineExceeded,
@@ -236,3 +240,56 @@ def test_vectors_without_spans_have_none() -> None:
     assert found.spans is None
     assert found.inputs.tolist() == [0, 1]
     assert found.chunks() == [[], []]
+
+
+# -- model versions ---------------------------------------------------------------------------------------------------
+
+
+def test_the_last_jobs_model_is_the_newest_and_jobs_of_others_are_outdated() -> None:
+    old, new = job(1, [result(datum(0))]), job(1, [result(datum(0), version=V2)])
+    gone = job(1, job_failed(ReadError(code="internal")))
+
+    assert outdated([old, new, old, new, gone]) == [0, 2]
+    assert outdated([new, old, gone]) == [0]
+    assert outdated([old, gone, old]) == []
+    assert outdated([gone]) == []
+
+
+def test_several_model_versions_are_an_error_that_has_one_for_each_input() -> None:
+    old, new = job(2, [result(datum(0), datum(1))]), job(1, [result(datum(0), version=V2)])
+    gone = job(1, job_failed(ReadError(code="internal")))
+
+    require_one_version([old, gone, old])
+    with pytest.raises(MixedModelVersions) as raised:
+        require_one_version([old, gone, new])
+    assert raised.value.versions == [V1, V1, None, V2]
+
+
+def test_a_reload_that_changes_the_number_of_dimensions_cannot_be_one_array() -> None:
+    wide = msgspec.structs.replace(result(datum(0), version=V2), dimensions=128)
+
+    with pytest.raises(MixedModelVersions):
+        assemble([job(1, [result(datum(0))]), job(1, [wide])])
+
+
+def test_jobs_without_any_result_raise_the_first_error() -> None:
+    first, second = (job(1, job_failed(ReadError(code=code))) for code in ("text_too_long", "internal"))
+
+    with pytest.raises(TextTooLong):
+        assemble([first, second])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "binary"])
+def test_base64_text_and_raw_bytes_give_the_same_vector(dtype: Any) -> None:
+    raw = datum(dtype=dtype)
+    text = msgspec.structs.replace(raw, embedding=base64.b64encode(raw.embedding).decode())
+    found, wanted = (assemble([job(1, [result(each, dtype=dtype)])]).vectors for each in (text, raw))
+
+    assert np.array_equal(found, wanted)
+
+
+def test_usage_counts_the_tokens_of_a_job_and_without_it_its_data_do() -> None:
+    data = [datum(0), datum(1)]  # of 1 and 2 tokens
+    with_usage = job(2, [result(*data, usage=Usage(7, 9))])
+
+    assert assemble([job(2, [result(*data)]), with_usage]).total_tokens == 3 + 9
