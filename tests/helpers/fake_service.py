@@ -143,9 +143,13 @@ class FakeService:
             )
         raw, scale = quantize(expected(text, dimensions, self.version), dtype)
         embedding: Any = raw if received.format == "msgpack" else np.frombuffer(raw, "<f4").tolist()
-        more = {} if scale is None else {"scale": scale}
         return Datum(
-            index=index, embedding=embedding, tokens=len(text.split()), truncated=False, cached=False, **more
+            index=index,
+            embedding=embedding,
+            tokens=len(text.split()),
+            truncated=False,
+            cached=False,
+            scale=msgspec.UNSET if scale is None else scale,
         )
 
     def parts(self, received: Received, each: int) -> list[Result]:

@@ -11,9 +11,7 @@ from typing import Any, Self
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from embedq_shared.topics import Topics
-from tests.helpers.fake_service import NEW, OLD, Answer, FakeService, Received, expected, reply_record
-
-__all__ = ["NEW", "OLD", "Answer", "Received", "Responder", "expected"]
+from tests.helpers.fake_service import Answer, FakeService, Received, reply_record
 
 
 @dataclass

@@ -79,6 +79,7 @@ async def test_a_stream_gives_an_item_for_each_span(client: Clients, responder: 
     ]
     for item in items:
         assert item.span is not None
+        assert item.vector is not None
         assert np.array_equal(item.vector, expected(item.text[slice(*item.span)]))
 
 

@@ -401,7 +401,7 @@ async def test_wrong_arguments_send_nothing(client: Clients, responder: Responde
     async with responder() as other, client() as embedq:
         for wrong in ([], None, ["a", 3], b"x"):
             with pytest.raises(InvalidArgument):
-                await embedq.embed(wrong)  # type: ignore[call-overload]
+                await embedq.embed(wrong)  # type: ignore[arg-type]
         with pytest.raises(InvalidArgument, match="`timeout`"):
             await embedq.embed("x", timeout=0)
         with pytest.raises(InvalidArgument, match="`texts`: expected at most 900,000 bytes"):

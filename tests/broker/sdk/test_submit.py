@@ -26,6 +26,7 @@ async def collect(embedq: EmbedClient, ids: set[str], **settings: Any) -> dict[s
     found: dict[str, Any] = {}
     async with aclosing(embedq.results(timeout=20, **settings)) as results:
         async for result in results:
+            assert result.id is not None
             assert result.id not in found, "a repeat"
             found[result.id] = result
             if ids <= found.keys():

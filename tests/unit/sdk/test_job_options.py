@@ -212,7 +212,15 @@ def test_a_number_of_tokens_that_no_job_takes_is_refused(make: Any, tokens: Any)
 
 
 @pytest.mark.parametrize(
-    "wrong", ["late", {"mode": "late"}, 64, Chunking("early"), Chunking("late", 7)], ids=repr
+    "wrong",
+    [
+        "late",
+        {"mode": "late"},
+        64,
+        Chunking("early"),  # type: ignore[arg-type]
+        Chunking("late", 7),
+    ],
+    ids=repr,
 )
 def test_what_is_no_chunking_is_refused(wrong: Any) -> None:
     with pytest.raises(InvalidArgument):

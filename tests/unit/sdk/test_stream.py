@@ -46,7 +46,7 @@ class Streams:
 
     def stream(self, *, max_job_bytes: int = 1000, **options: Any) -> JobStream:
         job_options = JobOptions(chunk=options.pop("chunk", None))
-        window = {
+        window: dict[str, Any] = {
             "limits": JobLimits(max_job_bytes=max_job_bytes),
             "timeout": FOREVER,
             "batch_size": 2,
