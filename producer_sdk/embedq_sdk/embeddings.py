@@ -30,7 +30,7 @@ Vectors = npt.NDArray[Any]
 
 
 class ReadError(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """An error on the wire. `code` may be one that this version of the SDK does not know."""
+    """An error on the wire, read leniently: only `code` must be there, and this version may not know it."""
 
     code: str
     message: str = ""
