@@ -23,9 +23,7 @@ from embedq_sdk.job_options import (
 )
 from embedq_sdk.result_reader import JobResult, read_results
 from embedq_sdk.stream import Embedded, JobStream, StreamOptions
-from embedq_sdk.transport.job_runner import Deadline, JobRunner
-from embedq_sdk.transport.kafka import KafkaConnection
-from embedq_sdk.transport.kafka_transport import KafkaTransport
+from embedq_sdk.transport import Deadline, JobRunner, KafkaConnection, KafkaTransport
 from embedq_shared.codec import Format
 from embedq_shared.messages import DEFAULT_MAX_INPUTS
 from embedq_shared.topics import Topics, is_topic_name

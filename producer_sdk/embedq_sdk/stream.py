@@ -13,8 +13,7 @@ import msgspec
 from embedq_sdk.embeddings import FinishedJob, JobOutcome, Vectors, job_failed, vector
 from embedq_sdk.errors import ClientClosed, EmbedError, InvalidArgument, KafkaUnavailable
 from embedq_sdk.job_options import JobInputs, JobLimits, JobOptions, checked_count, checked_timeout, text_size
-from embedq_sdk.transport.job_runner import Deadline
-from embedq_sdk.transport.pending_jobs import PendingJob
+from embedq_sdk.transport import Deadline, PendingJob
 from embedq_shared.weighted_semaphore import WeightedSemaphore
 
 _TEXTS_PER_TURN: Final = 64
@@ -52,15 +51,15 @@ class StreamedJob(msgspec.Struct, frozen=True, eq=False):
             for n, text in enumerate(self.inputs.texts):
                 yield Embedded(index=self.first + n, text=text, error=self.outcome)
             return
-        texts = self.inputs.texts
+        first, texts = self.first, self.inputs.texts
         for part in self.outcome:
+            version, dtype = part.model_version, part.dtype
             for datum in part.data:
-                failed = datum.error is not None
                 yield Embedded(
-                    index=self.first + datum.index,
+                    index=first + datum.index,
                     text=texts[datum.index],
-                    vector=None if failed else vector(datum, part.dtype),
-                    model_version=part.model_version,
+                    vector=vector(datum, dtype) if datum.error is None else None,
+                    model_version=version,
                     tokens=datum.tokens,
                     truncated=datum.truncated,
                     cached=datum.cached,
@@ -134,6 +133,9 @@ class JobStream:
         self._options = options
         self._batch_size = min(options.batch_size, options.in_flight, options.limits.max_inputs)
         self._max_job_bytes = options.limits.max_job_bytes
+        self._max_texts = options.in_flight
+        self._max_bytes = options.in_flight_bytes
+        self._in_flight = runner.in_flight
         self._pulled = 0
         self._texts = 0
         self._bytes = 0
@@ -175,7 +177,7 @@ class JobStream:
             if not feeder.cancelled():
                 feeder.exception()
             self._cancel_flush()
-            self._runner.in_flight.release(len(self._batch), self._batch_bytes)
+            self._in_flight.release(len(self._batch), self._batch_bytes)
             self._batch, self._batch_bytes = [], 0
             for job in self._entries:
                 job.drop()  # `_job_ended` then gives its weight back
@@ -230,13 +232,12 @@ class JobStream:
 
     async def _add(self, text: str) -> None:
         """Put a text into the batch, once the client has room for it, then wait until the window has space for another."""
-        options, in_flight = self._options, self._runner.in_flight
         size = text_size(text, f"texts[{self._pulled}]", self._max_job_bytes)
         if self._batch and self._batch_bytes + size > self._max_job_bytes:
             self._flush()
-        if not in_flight.try_acquire(1, size):
+        if not self._in_flight.try_acquire(1, size):
             self._flush()
-            await in_flight.acquire(1, size)
+            await self._in_flight.acquire(1, size)
         self._batch.append(text)
         self._batch_bytes += size
         self._pulled += 1
@@ -246,8 +247,8 @@ class JobStream:
             self._flush()
         elif self._flush_timer is None:
             loop = asyncio.get_running_loop()
-            self._flush_timer = loop.call_later(options.flush_after, self._flush_in_time)
-        while self._texts >= options.in_flight or self._bytes >= options.in_flight_bytes:
+            self._flush_timer = loop.call_later(self._options.flush_after, self._flush_in_time)
+        while self._texts >= self._max_texts or self._bytes >= self._max_bytes:
             self._flush()
             self._space.clear()
             await self._space.wait()
