@@ -1,25 +1,36 @@
-"""What a client reads of results, and how parts become one answer. Nothing here does I/O."""
+"""What a client reads of results, and how the parts of several jobs become one array. Nothing here does I/O."""
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from embedq_sdk.errors import EmbedError, MixedModelVersions, PartialFailure, job_failed
+from embedq_sdk.errors import (
+    EmbedError,
+    Expired,
+    InternalError,
+    InvalidJob,
+    JobFailed,
+    MixedModelVersions,
+    NonFinite,
+    PartialFailure,
+    ServiceOverloaded,
+    TextTooLong,
+    UnknownModel,
+)
 from embedq_shared.messages import Dtype, Timings, Usage
 from embedq_shared.vectors import NUMPY, dequantize
 
 Vectors = npt.NDArray[Any]
 
 
-class ReadError(msgspec.Struct, frozen=True, gc=False):
-    """An error on the wire. `code` may be one that this version does not know."""
+class ReadError(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """An error on the wire, read leniently: only `code` must be there, and this version may not know it."""
 
     code: str
     message: str = ""
@@ -27,7 +38,30 @@ class ReadError(msgspec.Struct, frozen=True, gc=False):
     retryable: bool = False
 
 
-class ReadDatum(msgspec.Struct, frozen=True, gc=False):
+_BY_CODE: Final[dict[str, type[JobFailed]]] = {
+    "malformed": InvalidJob,
+    "unknown_field": InvalidJob,
+    "invalid_value": InvalidJob,
+    "invalid_header": InvalidJob,
+    "unsupported_content_type": InvalidJob,
+    "too_many_inputs": InvalidJob,
+    "result_too_large": InvalidJob,
+    "text_too_long": TextTooLong,
+    "unknown_model": UnknownModel,
+    "expired": Expired,
+    "non_finite": NonFinite,
+    "overloaded": ServiceOverloaded,
+    "internal": InternalError,
+}
+
+
+def job_failed(error: ReadError) -> JobFailed:
+    """The exception for an error on the wire; a code that this version does not know becomes a plain JobFailed."""
+    kind = _BY_CODE.get(error.code, JobFailed)
+    return kind(code=error.code, message=error.message, param=error.param, retryable=error.retryable)
+
+
+class ReadDatum(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The outcome of one input, or of one span of it: a vector as it was written, or an error."""
 
     index: int
@@ -40,10 +74,11 @@ class ReadDatum(msgspec.Struct, frozen=True, gc=False):
     error: ReadError | None = None
 
 
-class Chunk(msgspec.Struct, frozen=True, eq=False):
+class Chunk(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """One span of a text and its vector: `[start, end)` in characters, as Python counts and slices them.
 
-    `vector` is float32 (dimensions,), or uint8 (dimensions / 8,) with dtype "binary". `tokens` are the span's own.
+    `vector` is float32 (dimensions,), or uint8 (dimensions / 8,) with dtype "binary"; `tokens` is the length of the
+    span alone.
     """
 
     start: int
@@ -52,12 +87,12 @@ class Chunk(msgspec.Struct, frozen=True, eq=False):
     vector: Vectors
 
     def of(self, text: str) -> str:
-        """Its part of the text that was sent."""
+        """The span's part of `text`, the text that was sent."""
         return text[self.start : self.end]
 
 
-class ReadResult(msgspec.Struct, frozen=True, tag_field="object", tag="list"):
-    """One result record, perhaps one part of several. More lenient than the contract, so that a newer service fits."""
+class ReadResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="object", tag="list"):
+    """One result record, perhaps one part of several. More lenient than the contract, to read newer services too."""
 
     id: str
     model: str
@@ -72,8 +107,8 @@ class ReadResult(msgspec.Struct, frozen=True, tag_field="object", tag="list"):
     parts: int = 1
 
 
-class ReadFailure(msgspec.Struct, frozen=True, tag_field="object", tag="error"):
-    """The answer to a job that failed whole."""
+class ReadFailure(msgspec.Struct, frozen=True, kw_only=True, tag_field="object", tag="error"):
+    """The reply to a job of which every input failed."""
 
     error: ReadError
     id: str | None = None
@@ -91,28 +126,28 @@ def read_reply(value: bytes, *, msgpack: bool) -> ReadResult | ReadFailure:
     """A result record's value.
 
     Raises:
-        msgspec.DecodeError, UnicodeDecodeError, RecursionError: it is none.
+        msgspec.DecodeError, UnicodeDecodeError, RecursionError: it is not one.
     """
     return _msgpack.decode(value) if msgpack else _json.decode(value)
 
 
-@dataclass(slots=True)
 class PartJoiner:
-    """Collects the parts of one job's answer, in any order, each perhaps several times.
+    """Collects the parts of one job's result. They may arrive in any order, and more than once.
 
-    A job may be answered twice and by different models if a reload lies between, so parts are only joined with
-    parts of the same model version.
+    Invariant: only parts of the same model version are joined, since a job that is processed twice with a reload in
+    between is answered by two models.
     """
 
-    _seen: dict[tuple[str, int], dict[int, ReadResult]] | None = None
+    __slots__ = ("_parts",)
+
+    def __init__(self) -> None:
+        self._parts: dict[tuple[str, int], dict[int, ReadResult]] = {}
 
     def add(self, result: ReadResult) -> list[ReadResult] | None:
-        """All parts in order once the last one is there, else None."""
+        """All parts in order once the last one has arrived, else None."""
         if result.parts == 1:
             return [result]
-        if self._seen is None:
-            self._seen = {}
-        parts = self._seen.setdefault((result.model_version, result.parts), {})
+        parts = self._parts.setdefault((result.model_version, result.parts), {})
         parts[result.part] = result
         return [parts[n] for n in sorted(parts)] if len(parts) == result.parts else None
 
@@ -131,10 +166,11 @@ def vector(datum: ReadDatum, dtype: Dtype) -> Vectors:
     return dequantize(raw, dtype, datum.scale)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Embeddings:
-    """The vectors of one call, and where they came from. Arrays have one row for each input, in the inputs' order; with
-    late chunks one for each span, in the order of inputs and text, and `inputs` and `spans` say which.
+class Embeddings(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+    """The vectors of one call, and where they came from.
+
+    Arrays have one row for each input, in the order of the inputs; with late chunking one row for each span, in the
+    order of inputs and text, and `inputs` and `spans` say which.
 
     `vectors` is float32 (rows, dimensions); with dtype "binary" it is uint8 (rows, dimensions / 8), which
     `numpy.unpackbits(..., axis=1)` expands. An input that failed has one row of zeros, and its error is in `errors`.
@@ -152,14 +188,14 @@ class Embeddings:
     errors: dict[int, EmbedError]
     """By row."""
     timings: tuple[Timings, ...]
-    """The service's seconds for each job that the call took."""
+    """Seconds that the service took, for each job of the call."""
     metadata: Any
     inputs: npt.NDArray[np.int64]
-    """Each row's input: 0, 1, 2, … but for late chunks."""
+    """Each row's input: 0, 1, 2, … except with late chunking."""
     spans: npt.NDArray[np.int64] | None
-    """(rows, 2): each row's `[start, end)` in its input, with late chunks alone; 0, 0 for an input that failed."""
+    """(rows, 2): each row's `[start, end)` in its input; 0, 0 for an input that failed. None without late chunking."""
     total_tokens: int
-    """Tokens that were run, after any cut."""
+    """Tokens that were run, after truncation."""
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -171,23 +207,23 @@ class Embeddings:
         Raises:
             MixedModelVersions: there are several, which only a call with `allow_mixed=True` returns.
         """
-        found = {version for version in self.model_versions if version is not None}
-        if len(found) != 1:
+        versions = {version for version in self.model_versions if version is not None}
+        if len(versions) != 1:
             raise mixed(self.model_versions)
-        return found.pop()
+        return versions.pop()
 
     def chunks(self) -> list[list[Chunk]]:
-        """The spans of each input, in order; none for one that failed. An input without late chunks has none either."""
-        found: list[list[Chunk]] = [[] for _ in range(self.count)]
+        """The spans of each input, in order; none for an input that failed or was not chunked."""
+        chunks: list[list[Chunk]] = [[] for _ in range(self.count)]
         for row, (start, end) in enumerate([] if self.spans is None else self.spans.tolist()):
             if row not in self.errors:
-                chunk = Chunk(start, end, int(self.tokens[row]), self.vectors[row])
-                found[self.inputs[row]].append(chunk)
-        return found
+                chunk = Chunk(start=start, end=end, tokens=int(self.tokens[row]), vector=self.vectors[row])
+                chunks[self.inputs[row]].append(chunk)
+        return chunks
 
     @property
     def count(self) -> int:
-        """How many inputs there are."""
+        """Number of inputs."""
         return int(self.inputs[-1]) + 1
 
     def masked(self) -> np.ma.MaskedArray[Any, Any]:
@@ -197,11 +233,11 @@ class Embeddings:
         return np.ma.MaskedArray(self.vectors, mask=mask)
 
     def checked(self) -> Embeddings:
-        """Itself.
+        """Returns itself if no input failed.
 
         Raises:
-            EmbedError: every input failed; it is the first one's error.
-            PartialFailure: some did.
+            EmbedError: every input failed; this is the first one's error.
+            PartialFailure: some inputs failed.
         """
         if not self.errors:
             return self
@@ -224,107 +260,165 @@ def mixed(versions: Sequence[str | None]) -> MixedModelVersions:
     return MixedModelVersions(versions=list(versions), shown=shown or "none")
 
 
-Outcome = list[ReadResult] | EmbedError
-"""One job's end: its parts, or why it failed whole."""
+JobOutcome = list[ReadResult] | EmbedError
+"""How one job ended: the parts of its result, or why all of it failed."""
 
 
-def assemble(jobs: Iterable[tuple[int, Outcome]]) -> Embeddings:
-    """One array of several jobs' outcomes, each given with its number of inputs, in order.
+class FinishedJob(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+    """A job that has ended: how many inputs it had, and its outcome."""
+
+    count: int
+    outcome: JobOutcome
+
+    @property
+    def model_version(self) -> str | None:
+        """The model that made its vectors; None if all of it failed."""
+        return self.outcome[0].model_version if isinstance(self.outcome, list) else None
+
+
+def outdated(jobs: Sequence[FinishedJob]) -> list[int]:
+    """Indices of the jobs whose vectors come from another model than the last job's.
+
+    The last job was sent last, so its model is taken as the newest.
+    """
+    versions = [job.model_version for job in jobs]
+    newest = next((version for version in reversed(versions) if version is not None), None)
+    return [n for n, version in enumerate(versions) if version is not None and version != newest]
+
+
+def require_one_version(jobs: Iterable[FinishedJob]) -> None:
+    """Check that one model made all vectors.
 
     Raises:
-        EmbedError: not one job has a result; it is the first one's error.
+        MixedModelVersions: several did; its `versions` has one entry for each input.
     """
-    jobs = list(jobs)
-    head = next((outcome[0] for _, outcome in jobs if isinstance(outcome, list)), None)
+    versions = [job.model_version for job in jobs for _ in range(job.count)]
+    if len(set(versions) - {None}) > 1:
+        raise mixed(versions)
+
+
+def assemble(jobs: Sequence[FinishedJob]) -> Embeddings:
+    """The outcomes of several jobs as one array, in order.
+
+    Raises:
+        EmbedError: no job has a result; this is the first one's error.
+        MixedModelVersions: a reload changed the number of dimensions.
+    """
+    head = next((job.outcome[0] for job in jobs if isinstance(job.outcome, list)), None)
     if head is None:
-        raise next(outcome for _, outcome in jobs if isinstance(outcome, EmbedError))
-    chunked = any(_chunked(outcome) for _, outcome in jobs)
-    total = sum(_rows(count, outcome) for count, outcome in jobs)
-    width = head.dimensions // 8 if head.dtype == "binary" else head.dimensions
-    out = np.zeros((total, width), dtype=np.uint8 if head.dtype == "binary" else np.float32)
-    versions: list[str | None] = [None] * total
-    tokens = np.zeros(total, dtype=np.int64)
-    truncated = np.zeros(total, dtype=np.bool_)
-    cached = np.zeros(total, dtype=np.bool_)
-    inputs = np.arange(total, dtype=np.int64)
-    spans = np.zeros((total, 2), dtype=np.int64) if chunked else None
-    errors: dict[int, EmbedError] = {}
-    timings: list[Timings] = []
-    ran = start = first_input = 0
-    for count, outcome in jobs:
-        if isinstance(outcome, EmbedError):
-            errors.update(dict.fromkeys(range(start, start + count), outcome))
-            inputs[start : start + count] = np.arange(first_input, first_input + count)
-            start += count
-            first_input += count
-            continue
-        timings.append(outcome[0].timings)
-        ran += _tokens(outcome)
-        in_order = _chunked(outcome)
-        row = start
-        for part in outcome:
-            if part.dimensions != head.dimensions:
-                # A reload changed the hidden size; the rows can't stand in one array.
-                raise mixed([head.model_version, part.model_version])
-            rows = [row + n if in_order else start + datum.index for n, datum in enumerate(part.data)]
-            _fill(out, part, rows)
-            for row, datum in zip(rows, part.data, strict=True):
-                versions[row] = part.model_version
-                tokens[row] = datum.tokens or 0
-                truncated[row] = bool(datum.truncated)
-                cached[row] = bool(datum.cached)
-                inputs[row] = first_input + datum.index
-                if spans is not None and datum.span is not None:
-                    spans[row] = datum.span
-                if datum.error is not None:
-                    errors[row] = job_failed(datum.error)
-            row = rows[-1] + 1 if rows else row
-        start += _rows(count, outcome)
-        first_input += count
-    return Embeddings(
-        out,
-        head.model,
-        versions,
-        head.dimensions,
-        head.dtype,
-        tokens,
-        truncated,
-        cached,
-        errors,
-        tuple(timings),
-        head.metadata,
-        inputs,
-        spans,
-        ran,
-    )
+        raise next(job.outcome for job in jobs if isinstance(job.outcome, EmbedError))
+    chunked = [_is_chunked(job.outcome) for job in jobs]
+    counts = [_row_count(job, spans) for job, spans in zip(jobs, chunked, strict=True)]
+    rows = _Rows(head, sum(counts), chunked=any(chunked))
+    for job, spans, count in zip(jobs, chunked, counts, strict=True):
+        rows.add(job, count, chunked=spans)
+    return rows.embeddings()
 
 
-def _chunked(outcome: Outcome) -> bool:
+class _Rows:
+    """The arrays of an `Embeddings` while the jobs' rows are written into them, one job after the other."""
+
+    def __init__(self, head: ReadResult, total: int, *, chunked: bool) -> None:
+        self._head = head
+        width = head.dimensions // 8 if head.dtype == "binary" else head.dimensions
+        self._vectors = np.zeros((total, width), dtype=np.uint8 if head.dtype == "binary" else np.float32)
+        self._versions: list[str | None] = [None] * total
+        self._tokens = np.zeros(total, dtype=np.int64)
+        self._truncated = np.zeros(total, dtype=np.bool_)
+        self._cached = np.zeros(total, dtype=np.bool_)
+        self._inputs = np.arange(total, dtype=np.int64)
+        self._spans = np.zeros((total, 2), dtype=np.int64) if chunked else None
+        self._errors: dict[int, EmbedError] = {}
+        self._timings: list[Timings] = []
+        self._total_tokens = 0
+        self._row = 0
+        """The next job's first row."""
+        self._input = 0
+        """The next job's first input."""
+
+    def add(self, job: FinishedJob, count: int, *, chunked: bool) -> None:
+        """Write the next job's `count` rows."""
+        if isinstance(job.outcome, EmbedError):
+            self._errors.update(dict.fromkeys(range(self._row, self._row + count), job.outcome))
+            self._inputs[self._row : self._row + count] = np.arange(self._input, self._input + count)
+        else:
+            self._timings.append(job.outcome[0].timings)
+            self._total_tokens += _token_count(job.outcome)
+            next_row = self._row
+            for part in job.outcome:
+                if chunked:  # rows follow each other; otherwise an input's index is its row
+                    rows = list(range(next_row, next_row + len(part.data)))
+                    next_row += len(part.data)
+                else:
+                    rows = [self._row + datum.index for datum in part.data]
+                self._add_part(part, rows)
+        self._row += count
+        self._input += job.count
+
+    def _add_part(self, part: ReadResult, rows: list[int]) -> None:
+        if part.dimensions != self._head.dimensions:
+            # A reload changed the hidden size: the rows cannot be in one array.
+            raise mixed([self._head.model_version, part.model_version])
+        _fill(self._vectors, part, rows)
+        version, versions, tokens = part.model_version, self._versions, self._tokens
+        truncated, cached, inputs, spans = self._truncated, self._cached, self._inputs, self._spans
+        for row, datum in zip(rows, part.data, strict=True):
+            versions[row] = version
+            tokens[row] = datum.tokens or 0
+            truncated[row] = bool(datum.truncated)
+            cached[row] = bool(datum.cached)
+            inputs[row] = self._input + datum.index
+            if spans is not None and datum.span is not None:
+                spans[row] = datum.span
+            if datum.error is not None:
+                self._errors[row] = job_failed(datum.error)
+
+    def embeddings(self) -> Embeddings:
+        """The arrays, complete."""
+        return Embeddings(
+            vectors=self._vectors,
+            model=self._head.model,
+            model_versions=self._versions,
+            dimensions=self._head.dimensions,
+            dtype=self._head.dtype,
+            tokens=self._tokens,
+            truncated=self._truncated,
+            cached=self._cached,
+            errors=self._errors,
+            timings=tuple(self._timings),
+            metadata=self._head.metadata,
+            inputs=self._inputs,
+            spans=self._spans,
+            total_tokens=self._total_tokens,
+        )
+
+
+def _is_chunked(outcome: JobOutcome) -> bool:
     """Whether an input may have several rows here."""
     return isinstance(outcome, list) and any(d.span is not None for part in outcome for d in part.data)
 
 
-def _rows(count: int, outcome: Outcome) -> int:
-    """How many rows a job of `count` inputs gets."""
-    if isinstance(outcome, list) and _chunked(outcome):
-        return sum(len(part.data) for part in outcome)
-    return count
+def _row_count(job: FinishedJob, chunked: bool) -> int:
+    """Number of rows: one for each span, or one for each input."""
+    if chunked and isinstance(job.outcome, list):
+        return sum(len(part.data) for part in job.outcome)
+    return job.count
 
 
-def _tokens(outcome: list[ReadResult]) -> int:
-    """What was run for a job; each part says it of the whole. A service that does not say so ran what its data tell."""
-    usage = outcome[0].usage
-    return sum(d.tokens or 0 for part in outcome for d in part.data) if usage is None else usage.total_tokens
+def _token_count(parts: list[ReadResult]) -> int:
+    """Tokens that were run for a job. Each part reports the whole job's usage; without usage, the data are summed."""
+    usage = parts[0].usage
+    return sum(d.tokens or 0 for part in parts for d in part.data) if usage is None else usage.total_tokens
 
 
-def _fill(out: Vectors, part: ReadResult, rows: list[int]) -> None:
-    """Write a part's vectors into their rows."""
+def _fill(vectors: Vectors, part: ReadResult, rows: list[int]) -> None:
+    """Write a part's vectors into their rows, in one copy where the rows are consecutive and the bytes are plain."""
     data = part.data
     plain = part.dtype != "int8" and all(isinstance(datum.embedding, bytes) for datum in data)
     if plain and rows and rows[-1] - rows[0] == len(rows) - 1:
         joined = np.frombuffer(b"".join([datum.embedding for datum in data]), dtype=NUMPY[part.dtype])
-        out[rows[0] : rows[0] + len(rows)] = joined.reshape(len(rows), -1)
+        vectors[rows[0] : rows[0] + len(rows)] = joined.reshape(len(rows), -1)
         return
     for row, datum in zip(rows, data, strict=True):
         if datum.error is None:
-            out[row] = vector(datum, part.dtype)
+            vectors[row] = vector(datum, part.dtype)

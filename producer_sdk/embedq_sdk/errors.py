@@ -1,20 +1,20 @@
-"""Everything that the SDK raises of its own.
+"""The exceptions of the SDK.
 
     EmbedError
     ├── InvalidArgument (ValueError)     refused before anything was sent
-    ├── ClientClosed                     the client was closed, or never entered
+    ├── ClientClosed                     the client is closed, or was never entered
     ├── Overloaded                       too much in flight here, for longer than the deadline
     ├── KafkaUnavailable                 no broker answers
-    ├── TopicMissing                     Kafka answers, but a topic of embedq is not there
-    ├── DeadlineExceeded (TimeoutError)  Kafka answers, but no result came in time
-    ├── UnreadableReply                  the service's reply is not as the contract has it
-    ├── MixedModelVersions               the model changed between two parts of one call
+    ├── TopicMissing                     Kafka answers, but a topic of embedq does not exist
+    ├── DeadlineExceeded (TimeoutError)  Kafka answers, but no result arrived in time
+    ├── UnreadableReply                  a reply does not follow the wire contract
+    ├── MixedModelVersions               the model was reloaded between two parts of one call
     ├── PartialFailure                   some inputs of a list failed
     └── JobFailed                        the service answered with an error
         ├── InvalidJob                   the job breaks a rule; the same job will fail again
         ├── TextTooLong                  a text is over the model's limit
-        ├── UnknownModel                 no such alias
-        ├── Expired                      the service saw the job after its deadline
+        ├── UnknownModel                 the service has no model of this alias
+        ├── Expired                      the job reached the service after its deadline
         ├── NonFinite                    the model gave NaN or infinity for a text
         ├── ServiceOverloaded            retried until the deadline, still too busy
         └── InternalError                retried until the deadline, still failing
@@ -25,12 +25,10 @@ The first line of each docstring is the message; its fields are attributes of th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from embedq_sdk.embeddings import ReadError
 
 
 class EmbedError(Exception):
@@ -58,11 +56,11 @@ class InvalidArgument(EmbedError, ValueError):
 
 
 class ClientClosed(EmbedError):
-    """This EmbedClient is closed: use it inside `async with EmbedClient(...) as client`"""
+    """This EmbedClient is not open: use it inside `async with EmbedClient(...) as client`"""
 
 
 class Overloaded(EmbedError):
-    """{texts} texts and {size} bytes are in flight in this client already, and none finished within {timeout:g} s"""
+    """{texts} texts and {size} bytes are in flight in this client, and too few finished within {timeout:g} s"""
 
     texts: int
     size: int
@@ -84,20 +82,20 @@ class TopicMissing(EmbedError):
 
 
 class DeadlineExceeded(EmbedError, TimeoutError):
-    """No result within {timeout:g} s ({progress}): is a consumer running? `embedq status` shows them"""
+    """No result within {timeout:g} s ({progress}): is a consumer running? See `embedq status`"""
 
     timeout: float
     progress: str
 
 
 class UnreadableReply(EmbedError):
-    """A reply came that can't be read: {detail}. This is a bug of embedq or of the service behind it."""
+    """A reply cannot be read: {detail}. This is a bug in embedq, or something else writes to its topics"""
 
     detail: str
 
 
 class MixedModelVersions(EmbedError):
-    """The vectors come from different models ({shown}) and can't be compared: the model was reloaded meanwhile
+    """The vectors come from different models ({shown}) and cannot be compared: the model was reloaded during the call
 
     `versions` holds each input's model version, in the order of the inputs.
     """
@@ -159,26 +157,3 @@ class ServiceOverloaded(JobFailed):
 
 class InternalError(JobFailed):
     """{code}: {message}"""
-
-
-_BY_CODE: Final[dict[str, type[JobFailed]]] = {
-    "malformed": InvalidJob,
-    "unknown_field": InvalidJob,
-    "invalid_value": InvalidJob,
-    "invalid_header": InvalidJob,
-    "unsupported_content_type": InvalidJob,
-    "too_many_inputs": InvalidJob,
-    "result_too_large": InvalidJob,
-    "text_too_long": TextTooLong,
-    "unknown_model": UnknownModel,
-    "expired": Expired,
-    "non_finite": NonFinite,
-    "overloaded": ServiceOverloaded,
-    "internal": InternalError,
-}
-
-
-def job_failed(error: ReadError) -> JobFailed:
-    """The exception for an error of the wire; a code that this version does not know becomes a plain JobFailed."""
-    kind = _BY_CODE.get(error.code, JobFailed)
-    return kind(code=error.code, message=error.message, param=error.param, retryable=error.retryable)

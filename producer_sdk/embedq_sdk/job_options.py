@@ -1,18 +1,19 @@
-"""What a caller may ask for, checked at the door: nothing wrong is ever sent."""
+"""What a caller may ask for, checked before anything is sent."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypedDict, get_args
 
 import msgspec
 
 from embedq_sdk.errors import InvalidArgument
-from embedq_shared.codec import Format, encode
+from embedq_shared.codec import CONTENT_TYPES, Format, encode
+from embedq_shared.grouping import batched_by
 from embedq_shared.messages import (
     DEFAULT_CHUNK_TOKENS,
+    DEFAULT_MAX_INPUTS,
     MAX_ID_LENGTH,
     MAX_INSTRUCTION_BYTES,
     MAX_METADATA_BYTES,
@@ -27,7 +28,10 @@ from embedq_shared.messages import (
 )
 from embedq_shared.topics import Lane
 
+MAX_JOB_BYTES: Final = 900_000
+"""Kafka's default limit of a record is 1 MB; the rest is for the job's other fields and headers."""
 _TRACE_LIMIT: Final = 512
+"""Characters: a W3C traceparent has 55; anything far longer is a mistake."""
 
 
 def late(tokens: int = DEFAULT_CHUNK_TOKENS) -> Chunking:
@@ -36,33 +40,19 @@ def late(tokens: int = DEFAULT_CHUNK_TOKENS) -> Chunking:
 
 
 def mean(tokens: int | None = None) -> Chunking:
-    """One vector of a text of any length: the mean over windows of at most `tokens` tokens, None for as many as the model
-    takes."""
+    """One vector for a text of any length: the mean over windows of at most `tokens` tokens, by default the model's limit."""
     return Chunking("mean", None if tokens is None else checked_count("tokens", tokens, MIN_CHUNK_TOKENS))
 
 
-class JobArguments(TypedDict, total=False):
-    """What every call of the client takes for its jobs; what is absent is the service's default.
+class JobOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What a caller asks of a job, the same for all its texts. None means the service's default.
 
-    `chunk` is `late(…)` or `mean(…)`. `lane` is "interactive" unless given, and "bulk" for submitted jobs; `trace` is a
+    `chunk` is `late(…)` or `mean(…)`. `lane` is "interactive" unless given, and "bulk" for submitted jobs. `trace` is a
     W3C traceparent.
+
+    Raises:
+        InvalidArgument: an option is wrong by itself or does not go with another one.
     """
-
-    model: str | None
-    dimensions: int | None
-    dtype: Dtype | None
-    input_type: InputType | None
-    instruction: str | None
-    truncate: Truncate | None
-    chunk: Chunking | None
-    metadata: Mapping[str, Any] | None
-    lane: Lane
-    trace: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class JobOptions:
-    """The part of a job that all texts of a call share."""
 
     model: str | None = None
     dimensions: int | None = None
@@ -70,10 +60,10 @@ class JobOptions:
     input_type: InputType | None = None
     instruction: str | None = None
     truncate: Truncate | None = None
+    chunk: Chunking | None = None
     metadata: Mapping[str, Any] | None = None
     lane: Lane = "interactive"
     trace: str | None = None
-    chunk: Chunking | None = None
 
     def __post_init__(self) -> None:
         _text("model", self.model, 1)
@@ -83,7 +73,7 @@ class JobOptions:
         _chunking(self.chunk)
         if self.chunk is not None and self.truncate not in (None, "error"):
             raise InvalidArgument(
-                argument="truncate", expected="none, or error, where chunk is given", got=repr(self.truncate)
+                argument="truncate", expected="error, or no value, with chunk", got=repr(self.truncate)
             )
         _choice("lane", self.lane, get_args(Lane), optional=False)
         _text("instruction", self.instruction)
@@ -93,11 +83,11 @@ class JobOptions:
             if type(self.dimensions) is not int or self.dimensions < MIN_DIMENSIONS or self.dimensions % step:
                 expected = f"an integer of at least {MIN_DIMENSIONS}"
                 if step == 8:
-                    expected += ", a multiple of 8 since dtype is 'binary'"
+                    expected += " and a multiple of 8 for dtype 'binary'"
                 raise _wrong("dimensions", expected, self.dimensions)
         if self.instruction is not None and self.input_type == "document":
             raise InvalidArgument(
-                argument="instruction", expected="none where input_type is 'document'", got="one"
+                argument="instruction", expected="no value with input_type 'document'", got="one"
             )
         if self.instruction is not None and len(self.instruction.encode()) > MAX_INSTRUCTION_BYTES:
             raise InvalidArgument(
@@ -147,11 +137,29 @@ class JobOptions:
         return msgspec.Raw(raw)
 
 
+class JobArguments(TypedDict, total=False):
+    """The fields of `JobOptions` as keyword arguments, for `Unpack` in the signatures of the client's methods.
+
+    A test holds that both have the same names and types.
+    """
+
+    model: str | None
+    dimensions: int | None
+    dtype: Dtype | None
+    input_type: InputType | None
+    instruction: str | None
+    truncate: Truncate | None
+    chunk: Chunking | None
+    metadata: Mapping[str, Any] | None
+    lane: Lane
+    trace: str | None
+
+
 _NONE: Final = msgspec.Raw()
 
 
 def _wrong(argument: str, expected: str, value: object) -> InvalidArgument:
-    """An error that names a value's type, and the value only where it is a number or a flag."""
+    """An error that names a value's type, and shows the value only if it is a number, a bool or None."""
     shown = repr(value) if isinstance(value, (bool, int, float, type(None))) else type(value).__name__
     return InvalidArgument(argument=argument, expected=expected, got=shown)
 
@@ -178,7 +186,8 @@ def _text(name: str, value: object, shortest: int = 0) -> None:
     if not isinstance(value, str):
         raise _wrong(name, "a string", value)
     if len(value) < shortest or (name == "trace" and len(value) > _TRACE_LIMIT):
-        raise InvalidArgument(argument=name, expected="a non-empty string", got=f"{len(value)} characters")
+        expected = f"a string of 1 to {_TRACE_LIMIT} characters" if name == "trace" else "a non-empty string"
+        raise InvalidArgument(argument=name, expected=expected, got=f"{len(value)} characters")
     if not value.isascii():
         _utf8_size(value, name)
 
@@ -200,7 +209,7 @@ def checked_count(name: str, value: object, least: int = 1) -> int:
 
 
 def checked_id(value: object) -> str:
-    """A job id as the contract wants it."""
+    """A job id that the wire contract allows."""
     if not isinstance(value, str):
         raise _wrong("id", f"a string of 1 to {MAX_ID_LENGTH} characters", value)
     if not 1 <= len(value) <= MAX_ID_LENGTH:
@@ -213,8 +222,17 @@ def checked_id(value: object) -> str:
     return value
 
 
+def checked_format(value: object) -> Format:
+    """A format of jobs and results."""
+    if not isinstance(value, str) or value not in CONTENT_TYPES:
+        raise InvalidArgument(
+            argument="format", expected=f"one of {', '.join(CONTENT_TYPES)}", got=repr(value)
+        )
+    return value
+
+
 def _utf8_size(text: str, name: str) -> int:
-    """Bytes of a text on the wire."""
+    """Bytes of a text as UTF-8."""
     if text.isascii():
         return len(text)
     try:
@@ -226,10 +244,10 @@ def _utf8_size(text: str, name: str) -> int:
 
 
 def text_size(text: object, name: str, limit: int) -> int:
-    """A text's bytes on the wire.
+    """A text's bytes as UTF-8.
 
     Raises:
-        InvalidArgument: it is no string, no valid Unicode, or more than one job carries.
+        InvalidArgument: it is not a string, not valid Unicode, or larger than `limit`, the most that one job carries.
     """
     if not isinstance(text, str):
         raise _wrong(name, "a string", text)
@@ -237,14 +255,14 @@ def text_size(text: object, name: str, limit: int) -> int:
     if size > limit:
         raise InvalidArgument(
             argument=name,
-            expected=f"at most {limit:,} bytes of UTF-8, which one job carries",
+            expected=f"at most {limit:,} bytes of UTF-8, the most that one job carries",
             got=f"{size:,}",
         )
     return size
 
 
 def checked_texts(texts: object, limit: int, name: str = "texts") -> tuple[list[str], list[int]]:
-    """The texts as a list, and each one's bytes on the wire."""
+    """The texts as a list, and the bytes of each as UTF-8."""
     if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Sequence):
         raise _wrong(name, "a string or a sequence of strings", texts)
     if not texts:
@@ -252,12 +270,64 @@ def checked_texts(texts: object, limit: int, name: str = "texts") -> tuple[list[
     return list(texts), [text_size(text, f"{name}[{n}]", limit) for n, text in enumerate(texts)]
 
 
-def split(sizes: Sequence[int], *, max_inputs: int, max_bytes: int) -> Iterator[tuple[int, int]]:
-    """Where to cut a list into jobs: (start, end) pairs that cover it, each within both limits."""
-    start = held = 0
-    for n, size in enumerate(sizes):
-        if n > start and (n - start == max_inputs or held + size > max_bytes):
-            yield start, n
-            start, held = n, 0
-        held += size
-    yield start, len(sizes)
+class JobInputs(msgspec.Struct, frozen=True):
+    """The texts of one job, and their bytes as UTF-8 altogether."""
+
+    texts: list[str]
+    size: int
+
+
+class JobLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """The most that one job holds.
+
+    Raises:
+        InvalidArgument: a limit is not positive, or `max_job_bytes` is above MAX_JOB_BYTES.
+    """
+
+    max_inputs: int = DEFAULT_MAX_INPUTS
+    max_job_bytes: int = MAX_JOB_BYTES
+
+    def __post_init__(self) -> None:
+        checked_count("max_inputs", self.max_inputs)
+        if checked_count("max_job_bytes", self.max_job_bytes) > MAX_JOB_BYTES:
+            raise InvalidArgument(
+                argument="max_job_bytes",
+                expected=f"at most {MAX_JOB_BYTES:,}",
+                got=f"{self.max_job_bytes:,}",
+            )
+
+    def size(self, text: object, name: str) -> int:
+        """The bytes of a text that one job can carry; see `text_size`."""
+        return text_size(text, name, self.max_job_bytes)
+
+    def split(self, texts: Sequence[str]) -> list[JobInputs]:
+        """The texts of a call as jobs, in order.
+
+        Raises:
+            InvalidArgument: there is no text, or one is wrong.
+        """
+        listed, sizes = checked_texts(texts, self.max_job_bytes)
+        total = sum(sizes)
+        if len(listed) <= self.max_inputs and total <= self.max_job_bytes:
+            return [JobInputs(listed, total)]
+        groups = batched_by(range(len(listed)), sizes.__getitem__, self.max_job_bytes, most=self.max_inputs)
+        spans = [slice(group[0], group[-1] + 1) for group in groups]
+        return [JobInputs(listed[span], sum(sizes[span])) for span in spans]
+
+    def one_job(self, texts: str | Sequence[str]) -> tuple[str | list[str], int]:
+        """The texts of one job as they are sent, and their bytes.
+
+        Raises:
+            InvalidArgument: there is no text, one is wrong, or one job cannot carry them all.
+        """
+        if isinstance(texts, str):
+            return texts, self.size(texts, "texts")
+        listed, sizes = checked_texts(texts, self.max_job_bytes)
+        total = sum(sizes)
+        if len(listed) > self.max_inputs or total > self.max_job_bytes:
+            raise InvalidArgument(
+                argument="texts",
+                expected=f"at most {self.max_inputs:,} texts and {self.max_job_bytes:,} bytes, as in one job",
+                got=f"{len(listed):,} texts and {total:,} bytes",
+            )
+        return listed, total

@@ -9,8 +9,17 @@ from typing import Any, Final
 
 import msgspec
 
-from embedq_sdk.embeddings import Embeddings, PartJoiner, ReadFailure, ReadResult, assemble, read_reply
-from embedq_sdk.errors import EmbedError, UnreadableReply, job_failed
+from embedq_sdk.embeddings import (
+    Embeddings,
+    FinishedJob,
+    PartJoiner,
+    ReadFailure,
+    ReadResult,
+    assemble,
+    job_failed,
+    read_reply,
+)
+from embedq_sdk.errors import EmbedError, UnreadableReply
 from embedq_sdk.transport.kafka import KafkaConnection, close, require_topics
 from embedq_shared import topics as names
 from embedq_shared.kafka import (
@@ -88,9 +97,8 @@ class ResultCollector:
             if parts is None:
                 return None
             count = 1 + max(datum.index for part in parts for datum in part.data)
-            result = JobResult(
-                id=id, embeddings=assemble([(count, parts)]), error=None, metadata=reply.metadata
-            )
+            embeddings = assemble([FinishedJob(count=count, outcome=parts)])
+            result = JobResult(id=id, embeddings=embeddings, error=None, metadata=reply.metadata)
         if id is not None:
             self._open.pop(id, None)
             self._done[id] = None

@@ -1,7 +1,7 @@
 """Bytes to messages and back, for both content types.
 
-Decoding a job raises one exception, `BadJob`, whatever is wrong with the bytes. Its message is ours, never the
-decoder's, since a decoder may quote the value.
+Decoding a job raises one exception, `BadJob`, whatever is wrong with the bytes. Its message is written here and never
+taken from the decoder, which may quote the value.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ EXPECTED: Final[dict[str, str]] = {
     "input_type": "one of query, document",
     "instruction": f"a string of at most {MAX_INSTRUCTION_BYTES} bytes of UTF-8",
     "truncate": "one of error, start, end",
-    "chunk": "an object of `mode` and maybe `tokens`",
+    "chunk": "an object with `mode` and optionally `tokens`",
     "metadata": f"an object of at most {MAX_METADATA_BYTES} bytes, with finite numbers and string keys",
     "user": "any JSON value",
 }
@@ -58,7 +58,7 @@ _EXPECTED_IN_CHUNK: Final[dict[str, str]] = {
 
 
 class BadJob(Exception):
-    """A record that is not a job. `id`, `model` and `metadata` hold what could still be read."""
+    """A record that is not a valid job. `envelope` holds what could still be read."""
 
     def __init__(
         self, code: ErrorCode, message: str, param: str | None = None, *, envelope: Envelope | None = None
@@ -69,7 +69,7 @@ class BadJob(Exception):
 
 
 class Envelope(msgspec.Struct, frozen=True):
-    """What an answer repeats of its job. Read leniently, so that a job with one bad field is still answered by id."""
+    """What a result repeats of its job. Read leniently, so that a job with one bad field still gets a result with its id."""
 
     id: str | None = None
     model: str | None = None
@@ -83,7 +83,7 @@ class _LooseEnvelope(msgspec.Struct):
 
 
 def format_of(content_type: bytes | None) -> Format | None:
-    """The codec for a `content-type` header, None for one that is not supported."""
+    """The format that a `content-type` header names; JSON without one, None for one that is not supported."""
     if content_type is None:
         return "json"
     media_type = content_type.split(b";", 1)[0].strip().lower()
@@ -110,7 +110,7 @@ _UNDECODABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _UNKNOWN: Final = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
 _MISSING: Final = re.compile(r"Object missing required field `(\w+)`")
 _IN_CHUNK: Final = " - at `$.chunk`"
-# At the end, since what stands before may quote the value.
+# At the end, since the text before may quote the value.
 _AT: Final = re.compile(r" - at `\$\.(\w+)((?:\[\d+\]|\.\w+)?)[^`]*`\Z")
 _WHERE: Final = re.compile(r"\((?:byte|char) (\d+)\)")
 
@@ -142,15 +142,15 @@ def decode_job(value: bytes | None, format: Format, *, max_inputs: int = DEFAULT
 
 
 def envelope_of(job: Job) -> Envelope:
-    """What an answer repeats of a job that was decoded and then refused. No alias is longer than an id may be."""
+    """What a result repeats of a job that was decoded and then refused. No alias is longer than an id may be."""
     known = job.model is not None and len(job.model) <= MAX_ID_LENGTH
     return Envelope(job.id, job.model if known else None, job.metadata)
 
 
 def _last_wins(value: bytes, format: Format) -> Job | None:
-    """The job in a value whose only fault is a wrong field that the same key repeats rightly further on.
+    """The job in a value whose only fault is a wrong field that a later occurrence of the same key corrects.
 
-    The typed decoder checks every occurrence of a key; only the last one counts.
+    The typed decoder checks every occurrence of a key, but only the last one counts.
     """
     try:
         return _decoders[format].decode(_encoders[format].encode(_anything[format].decode(value)))
@@ -159,7 +159,7 @@ def _last_wins(value: bytes, format: Format) -> Job | None:
 
 
 def _check_job(job: Job, format: Format, max_inputs: int) -> None:
-    """The rules that no type can express."""
+    """Check the rules that no type can express."""
     if isinstance(job.input, list):
         if not job.input:
             raise _invalid("input")
@@ -171,32 +171,32 @@ def _check_job(job: Job, format: Format, max_inputs: int) -> None:
             )
     if job.dtype == "binary" and job.dimensions is not None and job.dimensions % 8:
         raise BadJob(
-            "invalid_value", "`dimensions`: expected a multiple of 8 where `dtype` is binary", "dimensions"
+            "invalid_value", "`dimensions`: expected a multiple of 8 for `dtype` binary", "dimensions"
         )
     if job.instruction is not None and len(job.instruction.encode()) > MAX_INSTRUCTION_BYTES:
         raise _invalid("instruction")
     if job.instruction is not None and job.input_type == "document":
         raise BadJob(
             "invalid_value",
-            "`instruction`: expected to be absent where `input_type` is document, since documents take none",
+            "`instruction`: expected no value with `input_type` document, since documents take no instruction",
             "instruction",
         )
     if job.chunk is not None and job.truncate not in (None, "error"):
         raise BadJob(
             "invalid_value",
-            "`truncate`: expected to be absent, or error, where `chunk` is there, since that cuts nothing off",
+            "`truncate`: expected error or no value with `chunk`, which cuts nothing off",
             "truncate",
         )
     if format == "msgpack" and job.encoding_format is not None:
         raise BadJob(
             "invalid_value",
-            "`encoding_format`: expected to be absent in MessagePack, where vectors are raw bytes",
+            "`encoding_format`: expected no value in MessagePack, where vectors are raw bytes",
             "encoding_format",
         )
 
 
 def _check_extras(job: Job, format: Format) -> None:
-    """`metadata` and `user` came as raw bytes: hold them to the same rules as the rest."""
+    """Check `metadata` and `user`, which were decoded as raw bytes, by the same rules as the rest."""
     for name, raw in (("metadata", job.metadata), ("user", job.user)):
         data = bytes(raw)
         if not data or data in (b"null", b"\xc0"):
@@ -213,7 +213,7 @@ def _check_extras(job: Job, format: Format) -> None:
 
 
 def _check_value(found: Any, name: str, depth: int) -> None:
-    """Only what JSON can say, nested at most `MAX_NESTING` deep, the job itself being level 1."""
+    """Allow only what JSON can express, nested at most `MAX_NESTING` levels deep; the job itself is level 1."""
     if isinstance(found, (dict, list)):
         if depth > MAX_NESTING:
             raise BadJob("malformed", f"expected nesting of at most {MAX_NESTING} levels", name)
@@ -248,7 +248,7 @@ def _malformed(error: Exception, format: Format) -> BadJob:
 
 
 def _explain(error: msgspec.ValidationError, value: bytes, format: Format) -> BadJob:
-    """Which field of a decodable value is wrong, in our words."""
+    """The error for a value that can be decoded but is not a job: which field is wrong."""
     message = str(error)
     envelope = _envelope(value, format)
     if envelope is None:
@@ -258,13 +258,13 @@ def _explain(error: msgspec.ValidationError, value: bytes, format: Format) -> Ba
     unknown = _UNKNOWN.match(message)
     if unknown and message.endswith(_IN_CHUNK) and not _has_field(value, format, unknown[1]):
         # The name of such a field is part of a value, and values are never repeated.
-        expected = f"no field but {', '.join(_EXPECTED_IN_CHUNK)}"
-        return BadJob("unknown_field", f"`chunk`: expected {expected}", "chunk", envelope=envelope)
+        message = f"unknown field in `chunk`; it has: {', '.join(_EXPECTED_IN_CHUNK)}"
+        return BadJob("unknown_field", message, "chunk", envelope=envelope)
     if unknown:
         name = unknown[1] if len(unknown[1]) <= 64 else unknown[1][:64] + "…"
         return BadJob(
             "unknown_field",
-            f"`{name}` is no field of a job; {', '.join(EXPECTED)} are",
+            f"unknown field `{name}`; a job has: {', '.join(EXPECTED)}",
             name,
             envelope=envelope,
         )
@@ -276,7 +276,7 @@ def _explain(error: msgspec.ValidationError, value: bytes, format: Format) -> Ba
 
 
 def _has_field(value: bytes, format: Format, name: str) -> bool:
-    """Whether the job itself has a field of this name, which may spell a path."""
+    """Whether the job itself has a field of this name. A name may look like a path."""
     try:
         return name in _anything[format].decode(value)
     except _UNDECODABLE:
@@ -284,7 +284,7 @@ def _has_field(value: bytes, format: Format, name: str) -> bool:
 
 
 def _envelope(value: bytes, format: Format) -> Envelope | None:
-    """What can be read of a job that was refused; None if not even its syntax holds."""
+    """What can be read of a job that was refused; None if even its syntax is broken."""
     try:
         found = _loose[format].decode(value)
     except msgspec.ValidationError as error:
@@ -297,7 +297,7 @@ def _envelope(value: bytes, format: Format) -> Envelope | None:
         _check_extras(Job(input="", metadata=found.metadata), format)
         metadata = found.metadata
     except BadJob:
-        pass  # the metadata itself is what was refused: an answer cannot repeat it
+        pass  # the metadata itself is what was refused: a result cannot repeat it
     usable = isinstance(found.id, str) and 1 <= len(found.id) <= MAX_ID_LENGTH
     return Envelope(
         id=found.id if usable else None,
@@ -312,10 +312,10 @@ _encoders: Final[dict[Format, msgspec.json.Encoder | msgspec.msgpack.Encoder]] =
     "json": msgspec.json.Encoder(),
     "msgpack": msgspec.msgpack.Encoder(),
 }
-_Answer = Result | Failure
-_answers: Final[dict[Format, msgspec.json.Decoder[_Answer] | msgspec.msgpack.Decoder[_Answer]]] = {
-    "json": msgspec.json.Decoder(_Answer),
-    "msgpack": msgspec.msgpack.Decoder(_Answer),
+_Reply = Result | Failure
+_replies: Final[dict[Format, msgspec.json.Decoder[_Reply] | msgspec.msgpack.Decoder[_Reply]]] = {
+    "json": msgspec.json.Decoder(_Reply),
+    "msgpack": msgspec.msgpack.Decoder(_Reply),
 }
 _control: Final = msgspec.json.Decoder(Control)
 _status: Final = msgspec.json.Decoder(Status)
@@ -331,17 +331,20 @@ def encode(message: msgspec.Struct, format: Format = "json") -> bytes:
 
 
 def null(format: Format) -> msgspec.Raw:
-    """Absent metadata."""
+    """What absent metadata is in a result."""
     return NULL if format == "json" else _NIL
 
 
 def decode_result(value: bytes, format: Format = "json") -> Result | Failure:
-    """A result or a failure.
+    """A result or a failure, read as strictly as the contract is written: the other half of `encode`.
+
+    For tests and benchmarks, and for a reader that wants exactly this version of the contract. The SDK has structs of
+    its own, which are more lenient, so that it can also read a newer service.
 
     Raises:
         msgspec.DecodeError: it is neither.
     """
-    return _answers[format].decode(value)
+    return _replies[format].decode(value)
 
 
 def encode_record(record: Control | Status) -> bytes:
@@ -353,7 +356,7 @@ def decode_control(value: bytes) -> Control:
     """A control record.
 
     Raises:
-        msgspec.DecodeError, UnicodeDecodeError, RecursionError: it is none.
+        msgspec.DecodeError, UnicodeDecodeError, RecursionError: it is not one.
     """
     return _control.decode(value)
 
@@ -362,6 +365,6 @@ def decode_status(value: bytes) -> Status:
     """A status record.
 
     Raises:
-        msgspec.DecodeError, UnicodeDecodeError, RecursionError: it is none.
+        msgspec.DecodeError, UnicodeDecodeError, RecursionError: it is not one.
     """
     return _status.decode(value)

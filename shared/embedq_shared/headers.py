@@ -17,7 +17,7 @@ _PARTITION: Final = struct.Struct(">i")
 _MAX_DEADLINE: Final = 2**63 - 1
 
 
-class JobHeaders(msgspec.Struct, frozen=True):
+class JobHeaders(msgspec.Struct, frozen=True, kw_only=True):
     """What embedq reads of a record's headers. Values in `echo` are opaque and go back byte for byte."""
 
     content_type: bytes | None = None
@@ -26,12 +26,13 @@ class JobHeaders(msgspec.Struct, frozen=True):
     reply_partition: int | None = None
     deadline_ms: int | None = None
     bad_address: ErrorBody | None = None
-    """Why the reply address can't be used: the job is then not computed, and the error goes to the results topic."""
+    """Why the reply address can't be used. The job is then not computed, and this error goes to the results topic."""
     bad_deadline: ErrorBody | None = None
+    """Why the deadline can't be read."""
 
 
 def parse(headers: Iterable[tuple[str, bytes | None]]) -> JobHeaders:
-    """The headers of one record. Never raises: what is wrong is in `bad_address` and `bad_deadline`."""
+    """Read the headers of one record. Never raises: errors are in `bad_address` and `bad_deadline`."""
     last: dict[str, bytes] = {}
     content_type: bytes | None = None
     for name, value in headers:
@@ -52,7 +53,15 @@ def parse(headers: Iterable[tuple[str, bytes | None]]) -> JobHeaders:
         deadline = _deadline(last.get(topics.DEADLINE))
     except ValueError as error:
         bad_deadline = _bad(error)
-    return JobHeaders(content_type, echo, address[0], address[1], deadline, bad_address, bad_deadline)
+    return JobHeaders(
+        content_type=content_type,
+        echo=echo,
+        reply_topic=address[0],
+        reply_partition=address[1],
+        deadline_ms=deadline,
+        bad_address=bad_address,
+        bad_deadline=bad_deadline,
+    )
 
 
 def reply_partition_bytes(partition: int) -> bytes:
@@ -61,7 +70,7 @@ def reply_partition_bytes(partition: int) -> bytes:
 
 
 def value_of(headers: Sequence[Header], name: str) -> bytes | None:
-    """The last value of a header."""
+    """The last value of a header, None without one. For readers of results; jobs are read by `parse` in one pass."""
     return next((value for found, value in reversed(headers) if found == name), None)
 
 

@@ -35,13 +35,13 @@ MIN_DIMENSIONS: Final = 32
 MAX_ID_LENGTH: Final = 256
 MAX_METADATA_BYTES: Final = 16 * 1024
 MAX_INSTRUCTION_BYTES: Final = 16 * 1024
-"""It goes in front of every input of its job: without a limit, 1 MB of job could ask for 2 GB of text."""
+"""It is put before every input of its job: without a limit, a job of 1 MB could ask for 2 GB of text."""
 MAX_NESTING: Final = 64
 DEFAULT_MAX_INPUTS: Final = 2048
 MIN_CHUNK_TOKENS: Final = 8
-"""Of a span or window: it bounds how many vectors a text may ask for."""
+"""The smallest span or window that a job may ask for: it bounds the number of vectors for one text."""
 DEFAULT_CHUNK_TOKENS: Final = 256
-"""Of a span of late chunking where the job says nothing."""
+"""The largest span of late chunking, unless the job says otherwise."""
 
 NULL: Final = msgspec.Raw(b"null")
 """What absent metadata is in a JSON result."""

@@ -22,7 +22,7 @@ DEADLINE: Final = "deadline"
 CONTENT_TYPE: Final = "content-type"
 TRACE: Final = ("traceparent", "tracestate")
 
-# A result's own headers, beside the echoed ones.
+# A result's own headers, in addition to the echoed ones.
 STATUS: Final = "embedq-status"
 MODEL_VERSION: Final = "embedq-model-version"
 
@@ -51,12 +51,12 @@ class Topics(msgspec.Struct, frozen=True):
 
     @property
     def bulk(self) -> str:
-        """Bulk jobs: they wait while interactive ones are there."""
+        """Bulk jobs: they wait while there are interactive ones."""
         return f"{self.prefix}.jobs.bulk"
 
     @property
     def results(self) -> str:
-        """Results of jobs that name no reply address."""
+        """Results of jobs without a reply address."""
         return f"{self.prefix}.results"
 
     @property
@@ -66,17 +66,17 @@ class Topics(msgspec.Struct, frozen=True):
 
     @property
     def control(self) -> str:
-        """Desired state of each model alias; one partition, compacted."""
+        """The desired model of each alias; one partition, compacted."""
         return f"{self.prefix}.control"
 
     @property
     def status(self) -> str:
-        """What each replica does; compacted, keyed by replica."""
+        """The status of each replica; compacted, keyed by replica."""
         return f"{self.prefix}.status"
 
     @property
     def dead_letters(self) -> str:
-        """Records that no result could answer fully."""
+        """Records that no result could answer completely."""
         return f"{self.prefix}.dlq"
 
     @property
@@ -85,7 +85,7 @@ class Topics(msgspec.Struct, frozen=True):
         return (self.jobs, self.bulk)
 
     def is_internal(self, topic: str) -> bool:
-        """Whether a result there could loop or corrupt: Kafka's own topics, and ours that are not for results."""
+        """Whether a result there could loop or do damage: Kafka's own topics, and embedq's that are not for results."""
         retry = f"{self.prefix}.retry"
         ours = {self.jobs, self.bulk, self.control, self.status, self.dead_letters, retry}
         return topic in ours or topic.startswith(("__", f"{retry}."))

@@ -17,6 +17,7 @@ NUMPY: Final[dict[str, np.dtype[Any]]] = {
 }
 
 _SQUARES_WELL: Final = np.float32(1e-15)
+"""Norms between this and its inverse can be computed from squares in float32 without loss."""
 
 
 def vector_bytes(dimensions: int, dtype: Dtype) -> int:
@@ -32,7 +33,7 @@ def cut_and_normalize(vector: npt.NDArray[np.float32], dimensions: int) -> npt.N
     cut = np.asarray(vector[:dimensions], dtype=np.float32)
     norm = np.sqrt(np.dot(cut, cut))
     if not _SQUARES_WELL < norm < 1 / _SQUARES_WELL:
-        # The squares left float32's range, or nearly: bring the components near 1 first.
+        # The squares are outside of float32's range, or nearly: scale the components to 1 first.
         peak = np.max(np.abs(cut), initial=0.0)
         if peak == 0:
             return cut
@@ -43,7 +44,7 @@ def cut_and_normalize(vector: npt.NDArray[np.float32], dimensions: int) -> npt.N
 
 
 def quantize(vector: npt.NDArray[np.float32], dtype: Dtype) -> tuple[bytes, float | None]:
-    """The wire bytes of a unit vector, and int8's scale (x ≈ q · scale, symmetric, one for each vector)."""
+    """The wire bytes of a unit vector, and for int8 its scale (x ≈ q · scale, symmetric, one scale a vector)."""
     match dtype:
         case "float32":
             return vector.astype("<f4", copy=False).tobytes(), None

@@ -1,4 +1,4 @@
-"""A semaphore whose holders weigh: so many texts and so many bytes at once, first come, first served."""
+"""A semaphore whose holders have weights: at most n texts and m bytes at once, first come, first served."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class WeightedSemaphore:
 
     Invariants:
         - What is acquired is released once, in one piece or in several.
-        - Nobody overtakes, so heavy work is never starved; and what is heavier than a limit runs alone instead of never.
+        - Waiters never overtake, so heavy work is never starved; and what is heavier than a limit runs alone, not never.
         - A waiter that is cancelled holds nothing, even if it was admitted in the same moment.
     """
 
@@ -29,14 +29,14 @@ class WeightedSemaphore:
         return tuple(self._held)
 
     def try_acquire(self, *weights: int) -> bool:
-        """Acquire now, or say that it cannot be."""
+        """Acquire now; False if that is not possible without waiting."""
         if self._waiting or not self._fits(weights):
             return False
         self._add(weights)
         return True
 
     async def acquire(self, *weights: int) -> None:
-        """Wait until everyone who asked before has been admitted and the weights fit."""
+        """Wait until all earlier waiters have been admitted and the weights fit."""
         if self.try_acquire(*weights):
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -19,7 +19,7 @@ Steps = Callable[[Control], list[dict[str, Any]]]
 
 
 def ready(command: Control) -> list[dict[str, Any]]:
-    """A replica that does what it is told."""
+    """A replica that follows every command."""
     return [
         {"step": "load", "state": "LOADING", "version": command.version, "command_id": command.command_id},
         {
@@ -52,7 +52,7 @@ def silent(command: Control) -> list[dict[str, Any]]:
 
 @dataclass
 class Replica:
-    """Says that it is there, and what its program says to each command."""
+    """Reports that it is there, and answers each command as its program says."""
 
     servers: str
     prefix: str

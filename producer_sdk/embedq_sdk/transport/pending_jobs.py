@@ -1,4 +1,4 @@
-"""Jobs on their way: what was sent, what is awaited, and who is told."""
+"""Jobs on their way: what was sent, which replies are expected, and what a reply means. Nothing here does I/O."""
 
 from __future__ import annotations
 
@@ -7,42 +7,52 @@ import random
 from collections.abc import Callable
 from typing import Final
 
-from embedq_sdk.embeddings import Outcome, PartJoiner, ReadFailure, ReadResult
-from embedq_sdk.errors import JobFailed, job_failed
+from embedq_sdk.embeddings import JobOutcome, PartJoiner, ReadFailure, ReadResult, job_failed
+from embedq_sdk.errors import JobFailed
 from embedq_shared.headers import Header
 
 FIRST_BACKOFF_S: Final = 0.1
+"""An overloaded replica has finished a micro-batch or two by then."""
 LONGEST_BACKOFF_S: Final = 5.0
+"""A retry should still fit several times into the default deadline of 30 s."""
 
 
 def backoff(attempt: int, draw: Callable[[], float] = random.random) -> float:
-    """Seconds before attempt number `attempt` + 1: doubles each time, half of it random so that clients spread out."""
+    """Seconds to wait after attempt number `attempt`, counted from 0.
+
+    Doubles each time up to a limit; half of it is random, so that clients spread out.
+    """
     longest = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** min(attempt, 16))
     return longest * (0.5 + 0.5 * draw())
 
 
 class PendingJob:
-    """One job on its way.
+    """One job from the moment it is queued until its caller has its outcome.
 
-    `future` ends with the parts of the result, or with an exception; for a job whose result goes elsewhere it ends with
-    [] once Kafka has the job. Between the two, the sender and the inbox refer to the call, never own it.
+    `future` ends with the parts of the result or with an exception; for a job whose result goes to the results topic
+    it ends with [] once Kafka has acknowledged the job.
+
+    Invariants:
+        - `future` ends once; whatever comes later changes nothing.
+        - After `drop` no timer of the job is running.
     """
 
+    # More than six arguments: all are facts of one record and its caller, and all are read by name in other files.
     __slots__ = (
         "acknowledged",
         "attempt",
         "awaits_reply",
         "correlation",
         "count",
+        "deadline_timer",
         "future",
         "headers",
         "joiner",
+        "retry_timer",
         "size",
         "timeout",
-        "timer",
         "topic",
         "value",
-        "waiting",
     )
 
     def __init__(
@@ -64,79 +74,98 @@ class PendingJob:
         self.headers = headers
         self.correlation = correlation
         self.count = count
+        """Number of inputs."""
         self.size = size
+        """Bytes of the inputs as UTF-8."""
         self.timeout = timeout
+        """Seconds that the caller allowed, for error messages; the deadline itself is `deadline_timer`."""
         self.awaits_reply = awaits_reply
         self.joiner: PartJoiner | None = None
         self.acknowledged = False
         self.attempt = 0
-        self.timer: asyncio.TimerHandle | None = None
-        self.waiting: asyncio.TimerHandle | None = None
+        self.deadline_timer: asyncio.TimerHandle | None = None
+        self.retry_timer: asyncio.TimerHandle | None = None
+
+    def complete(self, parts: list[ReadResult]) -> None:
+        """End the job with a result, if it has not ended."""
+        if not self.future.done():
+            self.future.set_result(parts)
 
     def fail(self, error: Exception) -> None:
-        """End the call, if it has not ended."""
+        """End the job with an error, if it has not ended."""
         if not self.future.done():
             self.future.set_exception(error)
 
     def drop(self) -> None:
-        """Nobody waits any more."""
-        if self.timer is not None:
-            self.timer.cancel()
-        if self.waiting is not None:
-            self.waiting.cancel()
+        """Stop the timers; the caller no longer waits for this job."""
+        if self.deadline_timer is not None:
+            self.deadline_timer.cancel()
+        if self.retry_timer is not None:
+            self.retry_timer.cancel()
         if not self.future.done():
             self.future.cancel()
         elif not self.future.cancelled():
-            self.future.exception()  # looked at, so asyncio does not complain that nobody did
+            self.future.exception()  # retrieved, so that asyncio does not log it as never retrieved
+
+    def restart(self) -> None:
+        """Begin the next attempt: what the last one brought no longer counts."""
+        self.attempt += 1
+        self.joiner = None
+        self.acknowledged = False
+        if self.retry_timer is not None:
+            self.retry_timer.cancel()
+            self.retry_timer = None
 
 
 class PendingReplies:
-    """Every call that awaits a reply, by correlation id. Pure: it neither reads nor sends.
+    """The jobs that expect a reply, by correlation id.
 
-    A reply for an id that is not here is late, a repeat, or another client's (several share a partition): counted,
-    and not even decoded.
+    Invariants:
+        - A reply belongs to at most one job, and to none that has ended.
+        - A reply that belongs to no job is late, a repeat, or another client's, since several clients share a partition:
+          it is counted in `unclaimed` and not even decoded.
     """
 
     def __init__(self) -> None:
-        self._open: dict[bytes, PendingJob] = {}
-        self.unknown = 0
+        self._jobs: dict[bytes, PendingJob] = {}
+        self.unclaimed = 0
 
     def __len__(self) -> int:
-        return len(self._open)
+        return len(self._jobs)
 
-    def open(self, call: PendingJob) -> None:
-        """Expect replies for a call."""
-        self._open[call.correlation] = call
+    def add(self, job: PendingJob) -> None:
+        """Expect replies to a job."""
+        self._jobs[job.correlation] = job
 
-    def close(self, call: PendingJob) -> None:
-        """Expect none any more."""
-        self._open.pop(call.correlation, None)
+    def remove(self, job: PendingJob) -> None:
+        """Expect no more replies to a job. It need not be here."""
+        self._jobs.pop(job.correlation, None)
 
-    def find(self, correlation: bytes | None) -> PendingJob | None:
-        """The call of a reply; None, and counted, if nobody here waits for it."""
-        call = None if correlation is None else self._open.get(correlation)
-        if call is None or call.future.done():
-            self.unknown += 1
+    def claim(self, correlation: bytes | None) -> PendingJob | None:
+        """The job that a reply belongs to; None if there is none, which is counted."""
+        job = None if correlation is None else self._jobs.get(correlation)
+        if job is None or job.future.done():
+            self.unclaimed += 1
             return None
-        return call
+        return job
 
-    def calls(self) -> list[PendingJob]:
-        """All of them."""
-        return list(self._open.values())
+    def jobs(self) -> list[PendingJob]:
+        """All jobs that expect a reply."""
+        return list(self._jobs.values())
 
 
-def settle(call: PendingJob, reply: ReadResult | ReadFailure) -> Outcome | None:
-    """What a reply makes of its call: its outcome, or None while parts are missing."""
+def settle(job: PendingJob, reply: ReadResult | ReadFailure) -> JobOutcome | None:
+    """The outcome that a reply gives its job; None while parts are missing."""
     if isinstance(reply, ReadFailure):
         return job_failed(reply.error)
     if reply.parts == 1:
         return [reply]
-    if call.joiner is None:
-        call.joiner = PartJoiner()
-    return call.joiner.add(reply)
+    if job.joiner is None:
+        job.joiner = PartJoiner()
+    return job.joiner.add(reply)
 
 
-def worth_retrying(outcome: Outcome) -> bool:
+def worth_retrying(outcome: JobOutcome) -> bool:
     """Whether the same job may succeed later. A retry sends the whole job, so that one model makes all its vectors."""
     if isinstance(outcome, list):
         return any(d.error is not None and d.error.retryable for part in outcome for d in part.data)

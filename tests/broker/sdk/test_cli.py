@@ -13,10 +13,10 @@ import pytest
 
 from embedq_sdk.admin.topics import create_topics
 from embedq_shared.messages import Datum, ErrorBody
-from tests.broker.sdk.test_client import changed
 from tests.helpers.command_line import Run
 from tests.helpers.fake_replica import Replica, failing, silent
-from tests.helpers.responder import OLD, Answer, Received, Responder, expected
+from tests.helpers.fake_service import OLD, Answer, Received, changed, expected
+from tests.helpers.responder import Responder
 
 pytestmark = pytest.mark.kafka
 

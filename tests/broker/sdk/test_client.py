@@ -29,22 +29,15 @@ from embedq_sdk import (
     UnknownModel,
     UnreadableReply,
 )
-from embedq_shared.messages import Datum, ErrorBody, Result
-from tests.helpers.responder import NEW, OLD, Answer, Received, Responder, expected
+from embedq_shared.messages import Datum, ErrorBody
+from tests.helpers.fake_service import NEW, OLD, Answer, Received, changed, expected, rows
+from tests.helpers.responder import Responder
 from tests.helpers.support import wait_until
 
 pytestmark = pytest.mark.kafka
 
 Clients = Callable[..., EmbedClient]
 Responders = Callable[..., Responder]
-
-
-def rows(texts: list[str], salt: str = OLD) -> np.ndarray:
-    return np.stack([expected(text, salt=salt) for text in texts])
-
-
-def changed(result: Result, **changes: Any) -> Result:
-    return Result(**{name: getattr(result, name) for name in result.__struct_fields__} | changes)
 
 
 async def test_a_text_comes_back_as_its_vector(client: Clients, responder: Responders) -> None:
@@ -275,7 +268,7 @@ async def test_no_answer_is_a_deadline_exceeded_and_a_late_one_is_only_counted(
         assert embedq.in_flight == 0
 
 
-async def test_cancelling_a_call_leaves_nothing_behind(client: Clients, responder: Responders) -> None:
+async def test_cancelling_a_call_leaves_nothing_over(client: Clients, responder: Responders) -> None:
     async with responder() as other, client() as embedq:
         other.behave = lambda job: None
         calls = [asyncio.create_task(embedq.embed([f"{n}", "b"])) for n in range(50)]
@@ -287,7 +280,7 @@ async def test_cancelling_a_call_leaves_nothing_behind(client: Clients, responde
 
         assert all(isinstance(end, asyncio.CancelledError) for end in ended)
         assert embedq.in_flight == 0
-        assert embedq._room.held == (0, 0)
+        assert embedq._runner.in_flight.held == (0, 0)
         other.behave = None
         assert np.array_equal(await embedq.embed("x"), expected("x"))
 
@@ -390,7 +383,7 @@ async def test_a_foreign_record_that_aiokafka_cannot_read_is_stepped_over(
 
 
 def _fix_crc(batch: bytearray) -> None:
-    """The checksum of a record batch covers everything behind it."""
+    """The checksum of a record batch covers everything after it."""
     from aiokafka.record.util import calc_crc32c_py
 
     struct.pack_into(">I", batch, 17, calc_crc32c_py(bytes(batch[21:])))
@@ -408,7 +401,7 @@ async def test_wrong_arguments_send_nothing(client: Clients, responder: Responde
     async with responder() as other, client() as embedq:
         for wrong in ([], None, ["a", 3], b"x"):
             with pytest.raises(InvalidArgument):
-                await embedq.embed(wrong)  # type: ignore[call-overload]
+                await embedq.embed(wrong)  # type: ignore[arg-type]
         with pytest.raises(InvalidArgument, match="`timeout`"):
             await embedq.embed("x", timeout=0)
         with pytest.raises(InvalidArgument, match="`texts`: expected at most 900,000 bytes"):

@@ -14,8 +14,9 @@ from embedq_sdk.admin.control import reload_model, service_status
 from embedq_sdk.admin.topics import create_topics
 from embedq_sdk.dev import DevStack
 from embedq_sdk.dev.ports import free_ports
+from tests.helpers.fake_service import expected
 from tests.helpers.programs import own_environ
-from tests.helpers.responder import Responder, expected
+from tests.helpers.responder import Responder
 from tests.helpers.support import wait_until
 
 pytestmark = pytest.mark.kafka

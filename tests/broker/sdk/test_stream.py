@@ -19,8 +19,8 @@ from embedq_sdk import (
     TextTooLong,
 )
 from embedq_shared.messages import Datum, ErrorBody
-from tests.broker.sdk.test_client import changed, rows
-from tests.helpers.responder import NEW, OLD, Answer, Received, Responder, expected
+from tests.helpers.fake_service import NEW, OLD, Answer, Received, changed, expected, rows
+from tests.helpers.responder import Responder
 from tests.helpers.support import wait_until
 
 pytestmark = pytest.mark.kafka
@@ -126,7 +126,7 @@ async def test_a_stream_pulls_no_more_than_its_window(client: Clients, responder
             await wait_until(lambda: embedq.in_flight == 0, what="the window's answers")
             assert pulled <= 204 + 20
         assert sum(len(job.texts) for job in other.received) <= 204 + 20
-        assert embedq._room.held == (0, 0)
+        assert embedq._runner.in_flight.held == (0, 0)
 
 
 async def test_a_stream_bounds_bytes_too(client: Clients, responder: Responders) -> None:
@@ -192,7 +192,7 @@ async def test_a_source_that_raises_does_so_after_what_it_gave(
         with pytest.raises(LookupError, match="the file ended"):
             await anext(stream)
         assert embedq.in_flight == 0
-        assert embedq._room.held[0] == 0
+        assert embedq._runner.in_flight.held[0] == 0
 
 
 @pytest.mark.parametrize("errors", ["raise", "return"])
@@ -218,7 +218,7 @@ async def test_a_bad_text_in_a_stream_is_raised_or_returned(
             assert [item.error is None for item in found] == [True, True, False, True, True]
             assert isinstance(found[2].error, JobFailed)
             assert found[2].vector is None
-        await wait_until(lambda: embedq.in_flight == 0, what="an empty book")
+        await wait_until(lambda: embedq.in_flight == 0, what="no job under way")
 
 
 async def test_a_stream_without_answers_ends_at_each_jobs_deadline(

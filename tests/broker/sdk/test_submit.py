@@ -12,7 +12,8 @@ import pytest
 
 from embedq_sdk import EmbedClient, InvalidArgument, UnknownModel
 from embedq_shared.messages import ErrorBody
-from tests.helpers.responder import Answer, Received, Responder, expected
+from tests.helpers.fake_service import Answer, Received, expected
+from tests.helpers.responder import Responder
 
 pytestmark = pytest.mark.kafka
 
@@ -25,6 +26,7 @@ async def collect(embedq: EmbedClient, ids: set[str], **settings: Any) -> dict[s
     found: dict[str, Any] = {}
     async with aclosing(embedq.results(timeout=20, **settings)) as results:
         async for result in results:
+            assert result.id is not None
             assert result.id not in found, "a repeat"
             found[result.id] = result
             if ids <= found.keys():

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import base64
 import pickle
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -13,11 +15,13 @@ from embedq_sdk.embeddings import (
     ReadFailure,
     ReadResult,
     assemble,
+    job_failed,
+    outdated,
     read_reply,
+    require_one_version,
 )
 from embedq_sdk.errors import (
     DeadlineExceeded,
-    EmbedError,
     InternalError,
     InvalidArgument,
     JobFailed,
@@ -25,29 +29,11 @@ from embedq_sdk.errors import (
     MixedModelVersions,
     PartialFailure,
     TextTooLong,
-    job_failed,
 )
 from embedq_shared.codec import encode
 from embedq_shared.messages import Datum, ErrorBody, Failure, Result, Timings, Usage
 from embedq_shared.vectors import quantize
-
-UNIT = np.full(64, 0.125, dtype=np.float32)
-V1, V2 = "sha256:" + "1" * 64, "sha256:" + "2" * 64
-
-
-def datum(index: int = 0, vector: np.ndarray = UNIT, dtype: Any = "float32", **more: Any) -> ReadDatum:
-    raw, scale = quantize(vector, dtype)
-    return ReadDatum(index=index, embedding=raw, scale=scale, tokens=index + 1, **more)
-
-
-def failed(index: int = 0, code: str = "text_too_long") -> ReadDatum:
-    return ReadDatum(index=index, error=ReadError(code=code, message="too long", param=f"input[{index}]"))
-
-
-def result(*data: ReadDatum, version: str = V1, dtype: Any = "float32", **more: Any) -> ReadResult:
-    return ReadResult(
-        id="j", model="default", model_version=version, dimensions=64, dtype=dtype, data=list(data), **more
-    )
+from tests.helpers.replies import UNIT, V1, V2, datum, failed, job, result
 
 
 def test_parts_are_joined_in_any_order_and_repeats_change_nothing() -> None:
@@ -75,7 +61,9 @@ def test_parts_of_two_models_are_never_joined() -> None:
 def test_every_dtype_comes_back_as_float32(dtype: Any) -> None:
     vector = np.linspace(-0.2, 0.2, 64, dtype=np.float32)
 
-    found = assemble([(2, [result(datum(0, vector, dtype), datum(1, vector, dtype), dtype=dtype)])]).vectors
+    found = assemble(
+        [job(2, [result(datum(0, vector, dtype), datum(1, vector, dtype), dtype=dtype)])]
+    ).vectors
 
     assert found.dtype == np.float32
     assert found.shape == (2, 64)
@@ -85,7 +73,7 @@ def test_every_dtype_comes_back_as_float32(dtype: Any) -> None:
 def test_binary_comes_back_packed() -> None:
     vector = np.array([1, -1] * 32, dtype=np.float32)
 
-    found = assemble([(1, [result(datum(0, vector, "binary"), dtype="binary")])]).vectors
+    found = assemble([job(1, [result(datum(0, vector, "binary"), dtype="binary")])]).vectors
 
     assert found.dtype == np.uint8
     assert np.array_equal(np.unpackbits(found, axis=1)[0], vector > 0)
@@ -98,12 +86,13 @@ def test_json_numbers_and_msgpack_bytes_give_the_same_vector(dtype: Any) -> None
     as_json = result(ReadDatum(index=0, embedding=numbers, scale=scale), dtype=dtype)
 
     assert np.array_equal(
-        assemble([(1, [as_json])]).vectors, assemble([(1, [result(datum(dtype=dtype), dtype=dtype)])]).vectors
+        assemble([job(1, [as_json])]).vectors,
+        assemble([job(1, [result(datum(dtype=dtype), dtype=dtype)])]).vectors,
     )
 
 
 def test_jobs_are_put_together_in_order() -> None:
-    jobs = [(2, [result(datum(0, UNIT), datum(1, -UNIT))]), (1, [result(datum(0, UNIT * 2))])]
+    jobs = [job(2, [result(datum(0, UNIT), datum(1, -UNIT))]), job(1, [result(datum(0, UNIT * 2))])]
 
     found = assemble(jobs)
 
@@ -114,7 +103,7 @@ def test_jobs_are_put_together_in_order() -> None:
 
 
 def test_some_failed_inputs_are_masked_and_named() -> None:
-    found = assemble([(3, [result(datum(0), failed(1), datum(2))])])
+    found = assemble([job(3, [result(datum(0), failed(1), datum(2))])])
 
     with pytest.raises(
         PartialFailure, match=r"^1 of 3 inputs failed; the first, input 1: text_too_long"
@@ -123,26 +112,26 @@ def test_some_failed_inputs_are_masked_and_named() -> None:
 
     assert list(raised.value.errors) == [1]
     assert isinstance(raised.value.errors[1], TextTooLong)
-    assert raised.value.vectors.mask[:, 0].tolist() == [False, True, False]
+    assert np.ma.getmaskarray(raised.value.vectors)[:, 0].tolist() == [False, True, False]
     assert np.array_equal(raised.value.vectors[2], UNIT)
 
 
 def test_when_every_input_failed_the_first_error_is_raised() -> None:
     with pytest.raises(TextTooLong):
-        assemble([(2, [result(failed(0), failed(1))])]).checked()
+        assemble([job(2, [result(failed(0), failed(1))])]).checked()
 
 
 def test_a_job_that_failed_whole_is_the_error_of_each_of_its_inputs() -> None:
     whole = InternalError(code="internal", message="m", param=None, retryable=True)
 
-    found = assemble([(2, [result(datum(0), datum(1))]), (3, whole)])
+    found = assemble([job(2, [result(datum(0), datum(1))]), job(3, whole)])
 
     assert list(found.errors) == [2, 3, 4]
     assert found.model_versions == [V1, V1, None, None, None]
 
 
 def test_two_model_versions_have_no_common_one() -> None:
-    found = assemble([(1, [result(datum(0))]), (1, [result(datum(0), version=V2)])])
+    found = assemble([job(1, [result(datum(0))]), job(1, [result(datum(0), version=V2)])])
 
     with pytest.raises(MixedModelVersions) as raised:
         _ = found.model_version
@@ -198,5 +187,108 @@ def test_messages_come_from_docstrings_and_facts_are_attributes() -> None:
 def test_errors_survive_pickling() -> None:
     error = pickle.loads(pickle.dumps(DeadlineExceeded(timeout=2.0, progress="p")))
 
-    assert isinstance(error, EmbedError)
+    assert isinstance(error, DeadlineExceeded)
     assert error.timeout == 2.0
+
+
+# -- late chunks ------------------------------------------------------------------------------------------------------
+
+
+def spanned(index: int, start: int, end: int, value: float = 0.125) -> ReadDatum:
+    vector = np.full(64, value, dtype=np.float32)
+    return ReadDatum(index=index, embedding=vector.tobytes(), tokens=end - start, span=(start, end))
+
+
+def test_spans_are_rows_that_say_their_input_and_their_place() -> None:
+    whole = result(spanned(0, 0, 5), spanned(0, 5, 9, 0.25), spanned(1, 0, 3), usage=Usage(20, 20))
+    found = assemble([job(2, [whole])])
+    assert found.inputs.tolist() == [0, 0, 1]
+    assert found.spans is not None
+    assert found.spans.tolist() == [[0, 5], [5, 9], [0, 3]]
+    assert (len(found), found.count, found.total_tokens) == (3, 2, 20)
+    first, second = found.chunks()
+    assert [(chunk.start, chunk.end, chunk.tokens) for chunk in first] == [(0, 5, 5), (5, 9, 4)]
+    assert first[1].vector[0] == np.float32(0.25)
+    assert [chunk.of("abc") for chunk in second] == ["abc"]
+
+
+def test_spans_of_parts_and_of_several_jobs_follow_each_other() -> None:
+    one = [
+        result(spanned(0, 0, 5, 0.1), part=0, parts=2),
+        result(spanned(0, 5, 9, 0.2), spanned(1, 0, 3, 0.3), part=1, parts=2),
+    ]
+    other = [result(spanned(0, 0, 8, 0.4))]
+    found = assemble([job(2, one), job(1, job_failed(ReadError(code="internal"))), job(1, other)])
+    assert found.inputs.tolist() == [0, 0, 1, 2, 3]
+    assert list(found.errors) == [3]
+    assert np.allclose(found.vectors[:, 0], [0.1, 0.2, 0.3, 0.0, 0.4])
+    assert [len(chunks) for chunks in found.chunks()] == [2, 1, 0, 1]
+
+
+def test_an_input_that_failed_among_spans_is_named_by_its_place_in_the_call() -> None:
+    found = assemble([job(3, [result(spanned(0, 0, 5), spanned(0, 5, 9), failed(1), spanned(2, 0, 1))])])
+    assert list(found.errors) == [2]
+    with pytest.raises(PartialFailure) as caught:
+        found.checked()
+    assert (caught.value.index, caught.value.failed, caught.value.total) == (1, 1, 3)
+    assert np.ma.getmaskarray(caught.value.vectors).any(axis=1).tolist() == [False, False, True, False]
+
+
+def test_vectors_without_spans_have_none() -> None:
+    found = assemble([job(2, [result(datum(0), datum(1))])])
+    assert found.spans is None
+    assert found.inputs.tolist() == [0, 1]
+    assert found.chunks() == [[], []]
+
+
+# -- model versions ---------------------------------------------------------------------------------------------------
+
+
+def test_the_last_jobs_model_is_the_newest_and_jobs_of_others_are_outdated() -> None:
+    old, new = job(1, [result(datum(0))]), job(1, [result(datum(0), version=V2)])
+    gone = job(1, job_failed(ReadError(code="internal")))
+
+    assert outdated([old, new, old, new, gone]) == [0, 2]
+    assert outdated([new, old, gone]) == [0]
+    assert outdated([old, gone, old]) == []
+    assert outdated([gone]) == []
+
+
+def test_several_model_versions_are_an_error_that_has_one_for_each_input() -> None:
+    old, new = job(2, [result(datum(0), datum(1))]), job(1, [result(datum(0), version=V2)])
+    gone = job(1, job_failed(ReadError(code="internal")))
+
+    require_one_version([old, gone, old])
+    with pytest.raises(MixedModelVersions) as raised:
+        require_one_version([old, gone, new])
+    assert raised.value.versions == [V1, V1, None, V2]
+
+
+def test_a_reload_that_changes_the_number_of_dimensions_cannot_be_one_array() -> None:
+    wide = msgspec.structs.replace(result(datum(0), version=V2), dimensions=128)
+
+    with pytest.raises(MixedModelVersions):
+        assemble([job(1, [result(datum(0))]), job(1, [wide])])
+
+
+def test_jobs_without_any_result_raise_the_first_error() -> None:
+    first, second = (job(1, job_failed(ReadError(code=code))) for code in ("text_too_long", "internal"))
+
+    with pytest.raises(TextTooLong):
+        assemble([first, second])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "binary"])
+def test_base64_text_and_raw_bytes_give_the_same_vector(dtype: Any) -> None:
+    raw = datum(dtype=dtype)
+    text = msgspec.structs.replace(raw, embedding=base64.b64encode(raw.embedding).decode())
+    found, wanted = (assemble([job(1, [result(each, dtype=dtype)])]).vectors for each in (text, raw))
+
+    assert np.array_equal(found, wanted)
+
+
+def test_usage_counts_the_tokens_of_a_job_and_without_it_its_data_do() -> None:
+    data = [datum(0), datum(1)]  # of 1 and 2 tokens
+    with_usage = job(2, [result(*data, usage=Usage(7, 9))])
+
+    assert assemble([job(2, [result(*data)]), with_usage]).total_tokens == 3 + 9

@@ -1,21 +1,24 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_type_hints
 
 import msgspec
 import pytest
 
-from embedq_sdk import EmbedClient, InvalidArgument
+from embedq_sdk import EmbedClient, InvalidArgument, late, mean
 from embedq_sdk.job_options import (
+    JobArguments,
+    JobLimits,
     JobOptions,
     checked_count,
+    checked_format,
     checked_id,
     checked_texts,
     checked_timeout,
-    split,
     text_size,
 )
 from embedq_shared.codec import decode_job
+from embedq_shared.messages import Chunking
 
 
 @pytest.mark.parametrize(
@@ -101,7 +104,14 @@ def test_no_message_repeats_a_text() -> None:
 @pytest.mark.parametrize("format", ["json", "msgpack"])
 def test_a_job_on_the_wire_is_what_was_asked_for(format: Any) -> None:
     options = JobOptions(
-        "m", 64, "int8", "query", "find it", "end", {"a": [1, None, "ü"], "b": 1.5}, trace="00-1-2-01"
+        model="m",
+        dimensions=64,
+        dtype="int8",
+        input_type="query",
+        instruction="find it",
+        truncate="end",
+        metadata={"a": [1, None, "ü"], "b": 1.5},
+        trace="00-1-2-01",
     )
 
     job = decode_job(options.encode(["x", ""], "id", format), format)
@@ -113,11 +123,54 @@ def test_a_job_on_the_wire_is_what_was_asked_for(format: Any) -> None:
     assert decode(job.metadata) == {"a": [1, None, "ü"], "b": 1.5}
 
 
-def test_lists_are_cut_by_count_and_by_bytes_and_nothing_is_lost() -> None:
-    assert list(split([1, 1, 1, 1, 1], max_inputs=2, max_bytes=100)) == [(0, 2), (2, 4), (4, 5)]
-    assert list(split([60, 60, 30, 10], max_inputs=10, max_bytes=100)) == [(0, 1), (1, 4)]
-    assert list(split([500], max_inputs=10, max_bytes=100)) == [(0, 1)]
-    assert list(split([0, 500, 0], max_inputs=10, max_bytes=100)) == [(0, 1), (1, 2), (2, 3)]
+@pytest.mark.parametrize(
+    ("sizes", "max_inputs", "max_job_bytes", "jobs"),
+    [
+        ([1, 1, 1, 1, 1], 2, 100, [2, 2, 1]),
+        ([60, 60, 30, 10], 10, 100, [1, 3]),
+        ([500], 10, 500, [1]),
+        ([0, 500, 0], 10, 500, [3]),
+        ([0, 500, 1], 10, 500, [2, 1]),
+        ([1] * 10, 10, 10, [10]),
+    ],
+)
+def test_lists_are_cut_by_count_and_by_bytes_and_nothing_is_lost(
+    sizes: list[int], max_inputs: int, max_job_bytes: int, jobs: list[int]
+) -> None:
+    texts = ["x" * size for size in sizes]
+
+    found = JobLimits(max_inputs=max_inputs, max_job_bytes=max_job_bytes).split(texts)
+
+    assert [len(each.texts) for each in found] == jobs
+    assert [text for each in found for text in each.texts] == texts
+    assert [each.size for each in found] == [sum(map(len, each.texts)) for each in found]
+
+
+def test_one_job_carries_its_texts_as_they_are_and_no_more_than_its_limits() -> None:
+    limits = JobLimits(max_inputs=2, max_job_bytes=10)
+
+    assert limits.one_job("é") == ("é", 2)
+    assert limits.one_job(("a", "b")) == (["a", "b"], 2)
+    with pytest.raises(
+        InvalidArgument, match="at most 2 texts and 10 bytes, as in one job, got 3 texts and 3"
+    ):
+        limits.one_job(["a", "b", "c"])
+    with pytest.raises(InvalidArgument, match="got 2 texts and 12 bytes"):
+        limits.one_job(["a" * 6, "b" * 6])
+
+
+@pytest.mark.parametrize("value", ["xml", None, ["json"], ""])
+def test_a_format_is_one_of_the_two(value: Any) -> None:
+    with pytest.raises(InvalidArgument, match=r"^`format`: expected one of json, msgpack, got "):
+        checked_format(value)
+
+
+def test_the_keyword_arguments_of_a_call_are_the_fields_of_its_options() -> None:
+    fields = get_type_hints(JobOptions)
+
+    assert get_type_hints(JobArguments) == fields
+    assert list(JobArguments.__annotations__) == list(JobOptions.__struct_fields__)
+    assert JobArguments.__optional_keys__ == fields.keys()
 
 
 @pytest.mark.parametrize(
@@ -138,3 +191,44 @@ async def test_a_wrong_setting_of_the_client_is_named(settings: dict[str, Any], 
         EmbedClient(**({"servers": "localhost:9092"} | settings))
 
     assert raised.value.argument == argument
+
+
+# -- chunking ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_two_kinds_are_what_travels() -> None:
+    assert late() == Chunking("late", 256)
+    assert late(64) == Chunking("late", 64)
+    assert mean() == Chunking("mean", None)
+    assert b'"chunk":{"mode":"late","tokens":64}' in JobOptions(chunk=late(64)).encode("a", None, "json")
+    assert b'"chunk":{"mode":"mean"}' in JobOptions(chunk=mean()).encode("a", None, "json")
+
+
+@pytest.mark.parametrize("tokens", [7, 0, -1, 8.0, True, "64"])
+@pytest.mark.parametrize("make", [late, mean])
+def test_a_number_of_tokens_that_no_job_takes_is_refused(make: Any, tokens: Any) -> None:
+    with pytest.raises(InvalidArgument, match="tokens"):
+        make(tokens)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "late",
+        {"mode": "late"},
+        64,
+        Chunking("early"),  # type: ignore[arg-type]
+        Chunking("late", 7),
+    ],
+    ids=repr,
+)
+def test_what_is_no_chunking_is_refused(wrong: Any) -> None:
+    with pytest.raises(InvalidArgument):
+        JobOptions(chunk=wrong)
+
+
+@pytest.mark.parametrize("truncate", ["start", "end"])
+def test_chunks_cut_nothing_off(truncate: Any) -> None:
+    with pytest.raises(InvalidArgument, match="truncate"):
+        JobOptions(chunk=mean(), truncate=truncate)
+    JobOptions(chunk=mean(), truncate="error")

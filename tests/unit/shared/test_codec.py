@@ -278,11 +278,18 @@ def test_an_unknown_field_is_named(format: Format, name: str) -> None:
     assert verdict(packed({"input": "a", name: 1}, format), format) == ("unknown_field", name)
 
 
+def test_an_unknown_field_is_answered_with_those_that_there_are() -> None:
+    message = refusal(packed({"input": "a", "dimension": 64}, "json")).error.message
+
+    assert message == f"unknown field `dimension`; a job has: {', '.join(codec.EXPECTED)}"
+    assert codec.EXPECTED.keys() == set(Job.__struct_fields__)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_an_unknown_field_of_a_chunk_is_not_named(format: Format) -> None:
     bad = refusal(packed({"input": "a", "chunk": {"mode": "late", CANARY: 1}}, format), format)
     assert (bad.error.code, bad.error.param) == ("unknown_field", "chunk")
-    assert "mode, tokens" in bad.error.message
+    assert bad.error.message == "unknown field in `chunk`; it has: mode, tokens"
     assert CANARY not in bad.error.message
 
 

@@ -15,11 +15,12 @@ TOO_LONG = TextTooLong(code="text_too_long", message="m", param=None, retryable=
 
 
 def an_item(index: int = 0, dtype: Any = np.float32, version: str = "v1") -> Embedded:
-    return Embedded(index, f"t{index}", np.full(40, index, dtype=dtype), version, 3)
+    vector = np.full(40, index, dtype=dtype)
+    return Embedded(index=index, text=f"t{index}", vector=vector, model_version=version, tokens=3)
 
 
 def a_gap(index: int) -> Embedded:
-    return Embedded(index, f"t{index}", None, None, error=TOO_LONG)
+    return Embedded(index=index, text=f"t{index}", error=TOO_LONG)
 
 
 @pytest.mark.parametrize("count", [1, 9, 12_345])

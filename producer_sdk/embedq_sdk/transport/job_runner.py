@@ -1,0 +1,363 @@
+"""Running jobs: admitted, sent, retried and ended, whatever happens to them on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
+
+import msgspec
+
+from embedq_sdk.embeddings import (
+    Embeddings,
+    FinishedJob,
+    assemble,
+    outdated,
+    read_reply,
+    require_one_version,
+)
+from embedq_sdk.errors import (
+    ClientClosed,
+    DeadlineExceeded,
+    EmbedError,
+    JobFailed,
+    KafkaUnavailable,
+    Overloaded,
+    UnreadableReply,
+)
+from embedq_sdk.job_options import JobInputs, JobOptions
+from embedq_sdk.transport.pending_jobs import PendingJob, PendingReplies, backoff, settle, worth_retrying
+from embedq_shared import topics as names
+from embedq_shared.codec import CONTENT_TYPES, Format
+from embedq_shared.headers import Header, reply_partition_bytes
+from embedq_shared.topics import Topics
+from embedq_shared.weighted_semaphore import WeightedSemaphore
+
+_MSGPACK_TYPE: Final = names.MSGPACK.encode()
+_CORRELATION: Final = names.CORRELATION[0]
+_UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
+
+class JobTransport(Protocol):
+    """What carries jobs away and brings replies: Kafka, or a fake in tests."""
+
+    @property
+    def reply_partition(self) -> int:
+        """The partition of the reply topic that is read here."""
+
+    @property
+    def silent(self) -> bool:
+        """Whether the broker has stopped answering."""
+
+    def send(self, job: PendingJob) -> None:
+        """Send a job soon, and set `acknowledged` when it has arrived. Never waits, never raises."""
+
+    def unavailable(self, reason: str) -> KafkaUnavailable:
+        """The error that names the servers."""
+
+
+class ReplyRecord(Protocol):
+    """A record of the reply topic, as far as it is looked at."""
+
+    @property
+    def value(self) -> bytes | None: ...
+    @property
+    def headers(self) -> Sequence[tuple[str, bytes]]: ...
+    @property
+    def offset(self) -> int: ...
+
+
+class Deadline(msgspec.Struct, frozen=True):
+    """When a call ends: `at` on the event loop's clock, `timeout` seconds after it began."""
+
+    at: float
+    timeout: float
+
+    @classmethod
+    def after(cls, timeout: float) -> Deadline:
+        """In `timeout` seconds from now."""
+        return cls(asyncio.get_running_loop().time() + timeout, timeout)
+
+
+class JobRunner:
+    """Turns inputs into outcomes: one job is one record, one or more replies, perhaps several attempts, one end.
+
+    Invariants:
+        - Every job that was begun ends: with a result, with the service's error, at its deadline, or when the client
+          closes or breaks.
+        - What a job holds of `in_flight` is given back once, when `finish` is called for it.
+        - The outcome of `run` comes from one attempt for each job; a retry forgets what an earlier attempt brought.
+        - After `close` or `break_down` nothing new is begun.
+    """
+
+    def __init__(
+        self,
+        transport: JobTransport,
+        topics: Topics,
+        in_flight: WeightedSemaphore,
+        pause: Callable[[int], float] = backoff,
+    ) -> None:
+        self._transport = transport
+        self._topics = topics
+        self.in_flight = in_flight
+        """Weighs texts and their bytes; `JobStream` acquires from it text by text."""
+        self._pause = pause
+        self._replies = PendingReplies()
+        self._submitted: set[PendingJob] = set()
+        self._open = False
+        self._fault: BaseException | None = None
+        self._reply_headers: tuple[Header, ...] = ()
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Accept jobs. The transport must be connected, since each job names the reply partition."""
+        self._reply_headers = (
+            (names.REPLY_TOPIC[0], self._topics.replies.encode()),
+            (names.REPLY_PARTITION[0], reply_partition_bytes(self._transport.reply_partition)),
+            (names.CONTENT_TYPE, _MSGPACK_TYPE),
+        )
+        self._open = True
+
+    def close(self) -> None:
+        """End all jobs with ClientClosed and accept no more."""
+        self._open = False
+        self._fail_all(ClientClosed)
+
+    def break_down(self, fault: BaseException) -> None:
+        """The transport stopped by itself, which is our bug: every call, now and later, ends with `fault` as cause."""
+        self._fault = fault
+        self._fail_all(self._closed_error)
+
+    def _fail_all(self, error: Callable[[], Exception]) -> None:
+        for job in (*self._replies.jobs(), *self._submitted):
+            job.fail(error())
+
+    def _check_open(self) -> None:
+        if not self._open or self._fault is not None:
+            raise self._closed_error()
+
+    def _closed_error(self) -> Exception:
+        if self._fault is None:
+            return ClientClosed()
+        broken = EmbedError()
+        broken.__cause__ = self._fault
+        broken.add_note(f"the client stopped working ({self._fault!r}). This is a bug.")
+        return broken
+
+    @property
+    def awaiting_reply(self) -> int:
+        """Number of jobs that expect a reply."""
+        return len(self._replies)
+
+    @property
+    def unclaimed_replies(self) -> int:
+        """Number of replies that belonged to no job here."""
+        return self._replies.unclaimed
+
+    # -- jobs of a call -----------------------------------------------------------------------------------------------
+
+    async def run(
+        self, inputs: Sequence[JobInputs], options: JobOptions, deadline: Deadline
+    ) -> list[FinishedJob]:
+        """The outcomes of one call's jobs, in order. What the service says about a job is an outcome.
+
+        Raises:
+            DeadlineExceeded, KafkaUnavailable, Overloaded, UnreadableReply, ClientClosed.
+        """
+        jobs: list[PendingJob] = []
+        try:
+            for each in inputs:
+                await self._acquire(len(each.texts), each.size, deadline)
+                try:
+                    jobs.append(self.begin(each, options, deadline))
+                except BaseException:
+                    self.in_flight.release(len(each.texts), each.size)
+                    raise
+            return [await _finished(job) for job in jobs]
+        finally:
+            for job in jobs:
+                self.finish(job)
+
+    async def merge(
+        self,
+        finished: list[FinishedJob],
+        inputs: Sequence[JobInputs],
+        options: JobOptions,
+        deadline: Deadline,
+        *,
+        allow_mixed: bool,
+    ) -> Embeddings:
+        """The outcomes of a call as one array from one model: jobs of an older model are run once more.
+
+        Only one such round, so that a call never chases a service that keeps reloading.
+
+        Raises:
+            MixedModelVersions: even then several models made the vectors.
+            EmbedError: as `run`, or the first job's error if no job has a result.
+        """
+        old = [] if allow_mixed else outdated(finished)
+        if old:
+            again = await self.run([inputs[n] for n in old], options, deadline)
+            finished = list(finished)
+            for n, job in zip(old, again, strict=True):
+                finished[n] = job
+            require_one_version(finished)
+        return assemble(finished)
+
+    def begin(self, inputs: JobInputs, options: JobOptions, deadline: Deadline) -> PendingJob:
+        """Send one job and expect its reply. The caller has acquired its weight, and calls `finish` in the end.
+
+        Raises:
+            ClientClosed.
+        """
+        self._check_open()
+        loop = asyncio.get_running_loop()
+        correlation = os.urandom(16)
+        texts = inputs.texts
+        job = PendingJob(
+            loop.create_future(),
+            topic=self._topic(options),
+            value=options.encode(texts[0] if len(texts) == 1 else texts, correlation.hex()),
+            headers=[
+                (_CORRELATION, correlation),
+                *self._reply_headers,
+                (names.DEADLINE, b"%d" % int((time.time() + deadline.at - loop.time()) * 1000)),
+                *_trace(options),
+            ],
+            correlation=correlation,
+            count=len(texts),
+            size=inputs.size,
+            timeout=deadline.timeout,
+        )
+        job.deadline_timer = loop.call_at(deadline.at, self._expire, job)
+        self._replies.add(job)
+        self._transport.send(job)
+        return job
+
+    def finish(self, job: PendingJob) -> None:
+        """The caller has the outcome, or gave up: expect no more replies and give the weight back."""
+        self._replies.remove(job)
+        job.drop()
+        self.in_flight.release(job.count, job.size)
+
+    # -- what happens to a job ----------------------------------------------------------------------------------------
+
+    def deliver(self, record: ReplyRecord) -> None:
+        """Take a record of the reply partition. Never raises."""
+        correlation = content_type = None
+        for name, value in record.headers:
+            if name == _CORRELATION:
+                correlation = value
+            elif name == names.CONTENT_TYPE:
+                content_type = value
+        job = self._replies.claim(correlation)
+        if job is None:
+            return
+        try:
+            outcome = settle(job, read_reply(record.value or b"", msgpack=content_type == _MSGPACK_TYPE))
+        except _UNREADABLE as error:
+            job.fail(UnreadableReply(detail=f"{type(error).__name__} at offset {record.offset}"))
+            return
+        if outcome is None or (worth_retrying(outcome) and self._retry(job)):
+            return
+        if isinstance(outcome, list):
+            job.complete(outcome)
+        else:
+            job.fail(outcome)
+
+    def _retry(self, job: PendingJob) -> bool:
+        """Send the same job once more after a pause, if that can end before its deadline."""
+        loop = asyncio.get_running_loop()
+        pause = self._pause(job.attempt)
+        if job.deadline_timer is None:
+            raise RuntimeError("a job was sent without a deadline. This is a bug.")
+        if loop.time() + pause >= job.deadline_timer.when():
+            return False
+        job.restart()
+        job.retry_timer = loop.call_later(pause, self._transport.send, job)
+        return True
+
+    def _expire(self, job: PendingJob) -> None:
+        """The job's deadline has passed: say what is likely wrong."""
+        if self._transport.silent:
+            progress = "took the job, then stopped answering" if job.acknowledged else "did not take the job"
+            job.fail(self._transport.unavailable(f"it {progress} within {job.timeout:g} s"))
+        else:
+            progress = "the job is in Kafka" if job.acknowledged else "the job is on its way to Kafka"
+            job.fail(DeadlineExceeded(timeout=job.timeout, progress=progress))
+
+    # -- jobs whose results go to the results topic -------------------------------------------------------------------
+
+    async def submit(
+        self,
+        texts: str | list[str],
+        size: int,
+        options: JobOptions,
+        *,
+        id: str,
+        format: Format,
+        timeout: float,
+    ) -> None:
+        """Publish one job of `size` bytes that has no deadline and no reply address; return when Kafka has it.
+
+        Raises:
+            KafkaUnavailable, Overloaded, ClientClosed, InvalidArgument: the broker takes no record of this size.
+        """
+        deadline = Deadline.after(timeout)
+        count = 1 if isinstance(texts, str) else len(texts)
+        await self._acquire(count, size, deadline)
+        try:
+            self._check_open()
+            loop = asyncio.get_running_loop()
+            job = PendingJob(
+                loop.create_future(),
+                topic=self._topic(options),
+                value=options.encode(texts, id, format),
+                headers=[(names.CONTENT_TYPE, CONTENT_TYPES[format].encode()), *_trace(options)],
+                correlation=b"",
+                count=count,
+                size=size,
+                timeout=timeout,
+                awaits_reply=False,
+            )
+            job.deadline_timer = loop.call_at(deadline.at, self._expire_submitted, job)
+            self._submitted.add(job)
+            try:
+                self._transport.send(job)
+                await job.future
+            finally:
+                self._submitted.discard(job)
+                job.drop()
+        finally:
+            self.in_flight.release(count, size)
+
+    def _expire_submitted(self, job: PendingJob) -> None:
+        job.fail(self._transport.unavailable(f"it did not acknowledge the job within {job.timeout:g} s"))
+
+    async def _acquire(self, count: int, size: int, deadline: Deadline) -> None:
+        if self.in_flight.try_acquire(count, size):
+            return
+        try:
+            async with asyncio.timeout_at(deadline.at):
+                await self.in_flight.acquire(count, size)
+        except TimeoutError:
+            texts, held = self.in_flight.held
+            raise Overloaded(texts=texts, size=held, timeout=deadline.timeout) from None
+
+    def _topic(self, options: JobOptions) -> str:
+        return self._topics.bulk if options.lane == "bulk" else self._topics.jobs
+
+
+async def _finished(job: PendingJob) -> FinishedJob:
+    """Wait for a job. An error of the service is an outcome; others are raised."""
+    try:
+        return FinishedJob(count=job.count, outcome=await job.future)
+    except JobFailed as error:
+        return FinishedJob(count=job.count, outcome=error)
+
+
+def _trace(options: JobOptions) -> tuple[Header, ...]:
+    return () if options.trace is None else ((names.TRACE[0], options.trace.encode()),)
