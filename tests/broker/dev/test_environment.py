@@ -13,7 +13,8 @@ import pytest
 
 from embedq_sdk.dev import DevStack, DevStackError, MissingPackagesError
 from embedq_sdk.dev.redis_server import find_redis
-from tests.helpers.programs import own_environ, owner, temporary_directories, wait_for
+from tests.helpers.programs import own_environ, owner, temporary_directories
+from tests.helpers.support import wait_for
 
 GIVEN = {
     "EMBEDQ_KAFKA_SERVERS": "kafka.example:9092,other.example:9092",

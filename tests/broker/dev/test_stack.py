@@ -17,7 +17,8 @@ from aiokafka.errors import KafkaError
 import redis
 from embedq_sdk.dev import DevStack, DevStackError, StartError
 from embedq_sdk.dev.kafka_probe import cluster_nodes, group_coordinator
-from tests.helpers.programs import alive, own_environ, wait_for
+from tests.helpers.programs import alive, own_environ
+from tests.helpers.support import wait_for
 
 pytestmark = pytest.mark.kafka
 
