@@ -73,7 +73,8 @@ def ours(path: Path, texts: list[str], device: str, quantization: Quantization) 
     tokens = encoder.tokenize([Text(text, prompt=default, truncate="end") for text in texts])
     vectors = encoder.encode([found.ids for found in tokens if isinstance(found, Tokens)])
     encoder.close()
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit: Vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return unit
 
 
 def compare(found: Vectors, wanted: Vectors) -> dict[str, float]:

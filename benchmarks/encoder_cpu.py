@@ -13,6 +13,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -74,7 +75,7 @@ def compare(
         "sentence-transformers": lambda: reference.encode(texts, show_progress_bar=False)
     }
     for limit in MICRO_BATCHES:
-        ways[f"embedq, batches of {limit} tokens"] = lambda limit=limit: embed(encoder, texts, limit)
+        ways[f"embedq, batches of {limit} tokens"] = partial(embed, encoder, texts, limit)
     ways["embedq, transformers' code, 1024"] = lambda: embed(general, texts, 1024)
     ways["embedq, tokenizing alone"] = lambda: _tokens(encoder, texts)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
@@ -108,7 +109,8 @@ def compare(
 def embed(encoder: Encoder, texts: list[str], limit: int) -> npt.NDArray[np.float32]:
     """Tokenize, run in micro-batches of at most `limit` tokens in order of arrival, normalize."""
     vectors = np.concatenate([encoder.encode(batch) for batch in _batches(_tokens(encoder, texts), limit)])
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit: npt.NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return unit
 
 
 def _tokens(encoder: Encoder, texts: list[str]) -> list[npt.NDArray[np.int32]]:

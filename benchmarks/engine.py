@@ -117,7 +117,7 @@ def profile(encoder: Any, tokens: int) -> list[dict[str, float | str]]:
     spent: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)
     for event in recorded.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type.name == "CUDA":
             spent[event.name[:80]] += event.device_time / 3
             calls[event.name[:80]] += 1
     rows = sorted(spent.items(), key=lambda item: -item[1])[:14]

@@ -110,19 +110,23 @@ class _Table:
         """A value that is an object in JSON. Its id, model and metadata come back, unless `answer` says otherwise."""
         sent = {"input": f"{CANARY} {name}", "id": name, "metadata": {"case": name, "of": [CANARY]}} | fields
         sent = {field: found for field, found in sent.items() if found is not _ABSENT}
-        known = {"id": sent["id"], "model": sent.get("model"), "metadata": sent["metadata"]} | answer
+        known: dict[str, Any] = {
+            "id": sent["id"], "model": sent.get("model"), "metadata": sent["metadata"], **answer,
+        }  # fmt: skip
         if known.get("ran"):
             known["model"] = "default"
         self.cases.append(Bad(name, json.dumps(sent).encode(), code, param, headers, key, **known))
 
     def raw(self, name: str, value: bytes | None, **about: Any) -> None:
         """A value that does not decode."""
-        self.cases.append(Bad(name, value, "malformed", **{"buried": True} | about))
+        about.setdefault("buried", True)
+        self.cases.append(Bad(name, value, "malformed", **about))
 
     def packed(self, name: str, value: Any, code: str, param: str | None = None, **about: Any) -> None:
         """The same in MessagePack."""
         data = value if isinstance(value, bytes) else msgspec.msgpack.encode(value)
-        about = {"headers": (MSGPACK,), "buried": code == "malformed"} | about
+        about.setdefault("headers", (MSGPACK,))
+        about.setdefault("buried", code == "malformed")
         self.cases.append(Bad(name, data, code, param, **about))
 
     def address(self, name: str, *headers: tuple[str, bytes | None], param: str = "reply-topic") -> None:
@@ -134,6 +138,11 @@ _UNREAD: Final[dict[str, Any]] = {"id": None, "metadata": None}
 _BURIED: Final[dict[str, Any]] = {"buried": True}
 _RAN: Final[dict[str, Any]] = {"ran": True}
 _ABSENT: Final = object()
+
+
+def _field(name: str) -> dict[str, Any]:
+    """A field that no keyword argument could name."""
+    return {name: CANARY}
 
 
 def _nested(levels: int) -> Any:
@@ -256,8 +265,8 @@ def bad_inputs(topics: Topics, poison: str) -> list[Bad]:
     )
     job("unknown field", "unknown_field", "inputs", inputs=CANARY)
     job("unknown field: a known one in capitals", "unknown_field", "Input", Input=CANARY)
-    job("unknown field without a name", "unknown_field", "", **{"": CANARY})
-    job("unknown field with a name of 10 KB", "unknown_field", "n" * 64 + "…", **{"n" * 10_000: CANARY})
+    job("unknown field without a name", "unknown_field", "", **_field(""))
+    job("unknown field with a name of 10 KB", "unknown_field", "n" * 64 + "…", **_field("n" * 10_000))
 
     # -- values that do not decode --
     raw("value empty", b"")

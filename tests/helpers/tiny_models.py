@@ -81,7 +81,7 @@ def make_tiny_qwen3(
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=max_tokens,
-        rope_theta=1_000_000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
         tie_word_embeddings=True,
         use_cache=False,
         bos_token_id=end,
@@ -147,6 +147,7 @@ def make_tiny_xlm_roberta(
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = _word_piece()
     pad = tokenizer.token_to_id("[PAD]")
+    assert pad is not None
     config = XLMRobertaConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=hidden,

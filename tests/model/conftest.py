@@ -74,4 +74,5 @@ def tokens_of(encoder: Encoder, texts: Sequence[str | Text]) -> list[npt.NDArray
 def normalized(vectors: Vectors, dimensions: int | None = None) -> Vectors:
     """Cut, then normalize."""
     cut = vectors[:, :dimensions]
-    return cut / np.linalg.norm(cut, axis=1, keepdims=True)
+    unit: Vectors = cut / np.linalg.norm(cut, axis=1, keepdims=True)
+    return unit

@@ -51,7 +51,8 @@ def compose_settings() -> Settings:
 
 
 def environment(service: str) -> dict[str, str]:
-    return SERVICES[service].get("environment", {})
+    found: dict[str, str] = SERVICES[service].get("environment", {})
+    return found
 
 
 def image_environment() -> dict[str, str]:
@@ -62,7 +63,9 @@ def image_environment() -> dict[str, str]:
 
 
 def deployment() -> dict[str, Any]:
-    return next(document for document in K8S if document["kind"] == "Deployment")["spec"]["template"]["spec"]
+    kinds = {document["kind"]: document for document in K8S}
+    found: dict[str, Any] = kinds["Deployment"]["spec"]["template"]["spec"]
+    return found
 
 
 def kubernetes_environment() -> dict[str, str]:

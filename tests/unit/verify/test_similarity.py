@@ -91,4 +91,4 @@ def test_a_summary_holds_each_texts_cosine(pair: tuple[Vectors, Vectors], thresh
 
 def test_a_cut_is_normalized_again() -> None:
     vectors = likeness.unit(np.array([[3e30, 4e30, 7], [0, 1e-30, 1]], np.float32), 2)
-    np.testing.assert_allclose(vectors, [[0.6, 0.8], [0, 1]], rtol=1e-6)
+    np.testing.assert_allclose(vectors, np.array([[0.6, 0.8], [0, 1]]), rtol=1e-6)
