@@ -98,8 +98,7 @@ async def test_every_figure_is_what_came_out(stack: DevStack, tmp_path: Path) ->
     assert found['records_total{lane="interactive"}'] == 4
     assert found['records_total{lane="bulk"}'] == 2
     for status, count in statuses.items():
-        shown = sum(found[f'jobs_total{{lane="{lane}",status="{status}"}}'] for lane in lanes)
-        assert shown == count, status
+        assert sum(found[f'jobs_total{{lane="{lane}",status="{status}"}}'] for lane in lanes) == count, status
     for lane, ids in lanes.items():
         vectors = sum("embedding" in datum for name in ids for datum in data(by_id[name]))
         assert found[f'inputs_total{{lane="{lane}"}}'] == vectors
@@ -115,6 +114,7 @@ async def test_every_figure_is_what_came_out(stack: DevStack, tmp_path: Path) ->
     assert found['commits_total{outcome="ok"}'] >= 1
     assert found['commits_total{outcome="error"}'] == found['commits_total{outcome="fenced"}'] == 0
     assert found["rebalances_total"] >= 1
+    assert sum(value for name, value in found.items() if name.startswith("lag_records{")) == 0
     assert found["assigned_partitions"] == 2 * PARTITIONS
 
     # -- micro-batches: one, two, three, four and the cut text are computed, each once --
@@ -157,6 +157,8 @@ async def test_every_figure_is_what_came_out(stack: DevStack, tmp_path: Path) ->
     assert found["producer_restarts_total"] == 0
 
     # -- model --
+    assert found["ready"] == 1
+    assert found['reloads_total{outcome="ready"}'] == 1
     version = json.loads(answers[-1].value)["model_version"]
     serving = [name for name, value in found.items() if name.startswith("model_info{") and value == 1]
     assert len(serving) == 1

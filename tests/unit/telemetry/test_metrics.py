@@ -39,9 +39,9 @@ def asserted(source: str) -> Iterator[str]:
         if isinstance(node, ast.Assert) or waits:
             for inner in ast.walk(node):
                 # The first part of an f-string is a constant of its own.
-                if isinstance(inner, ast.Constant) and isinstance(inner.value, str):
-                    if name := NAME.match(inner.value):
-                        yield name[1]
+                text = inner.value if isinstance(inner, ast.Constant) else None
+                if isinstance(text, str) and (name := NAME.match(text)):
+                    yield name[1]
 
 
 def test_what_a_test_asserts_is_found() -> None:
