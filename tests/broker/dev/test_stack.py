@@ -17,6 +17,7 @@ from aiokafka.errors import KafkaError
 import redis
 from embedq_sdk.dev import DevStack, DevStackError, StartError
 from embedq_sdk.dev.kafka_probe import cluster_nodes, group_coordinator
+from embedq_sdk.dev.ports import free_ports
 from tests.helpers.programs import alive, own_environ
 from tests.helpers.support import wait_for
 
@@ -243,8 +244,13 @@ def test_a_server_that_ends_by_itself_is_noticed() -> None:
     with DevStack(environ={**own_environ(), "EMBEDQ_KAFKA_SERVERS": "127.0.0.1:1"}) as stack:
         stack.check()
         psutil.Process(stack.redis_pid).kill()
+
+        def ended() -> bool:
+            stack.check()
+            return False
+
         with pytest.raises(DevStackError, match="redis ended with exit code -9"):
-            wait_for(lambda: stack.check() is not None, what="the error")
+            wait_for(ended, what="the error")
 
 
 def test_a_redis_port_taken_meanwhile_is_replaced_by_another(
@@ -253,7 +259,6 @@ def test_a_redis_port_taken_meanwhile_is_replaced_by_another(
     from embedq_sdk.dev import stack as module
 
     answers = [[int(own_stack.redis_url.split(":")[2].split("/")[0])]]
-    free_ports = module.free_ports
     monkeypatch.setattr(module, "free_ports", lambda count: answers.pop() if answers else free_ports(count))
     with DevStack(environ={**own_environ(), "EMBEDQ_KAFKA_SERVERS": "127.0.0.1:1"}) as second:
         assert second.redis_url != own_stack.redis_url
@@ -266,8 +271,7 @@ def test_a_kafka_port_taken_meanwhile_is_replaced_by_another(
 ) -> None:
     from embedq_sdk.dev import kafka_server as module
 
-    answers = [[kafka_address(own_stack)[1], module.free_ports(1)[0]]]
-    free_ports = module.free_ports
+    answers = [[kafka_address(own_stack)[1], free_ports(1)[0]]]
     monkeypatch.setattr(module, "free_ports", lambda count: answers.pop() if answers else free_ports(count))
     with DevStack(environ={**own_environ(), "EMBEDQ_REDIS_URL": own_stack.redis_url}) as second:
         assert second.kafka_servers != own_stack.kafka_servers

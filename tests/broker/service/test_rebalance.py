@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,7 +33,7 @@ async def test_replicas_that_join_and_leave_in_order_lose_and_repeat_no_job(
                 await jobs.progress(100)
                 await one.start()  # and comes back
                 await jobs.progress(100)
-                assert await asyncio.gather(two.stop(), three.stop()) == [0, 0]  # two leave at once
+                assert list(await asyncio.gather(two.stop(), three.stop())) == [0, 0]  # two leave at once
                 await jobs.progress(100)
             await until_committed(stack, topics)
             assert await one.stop() == 0
@@ -50,7 +51,7 @@ async def test_a_replica_frozen_beyond_its_session_loses_its_partitions_and_join
     stack: DevStack, models: Path, tmp_path: Path
 ) -> None:
     topics = await make_topics(stack, fresh_prefix(), partitions=4)
-    bounds = {"max_uncommitted_jobs": 32, "max_poll_records": 16}
+    bounds: dict[str, Any] = {"max_uncommitted_jobs": 32, "max_poll_records": 16}
     frozen, other = (
         Replica(stack, topics, models / "qwen-a", tmp_path / name, **bounds) for name in ("frozen", "other")
     )
@@ -69,7 +70,7 @@ async def test_a_replica_frozen_beyond_its_session_loses_its_partitions_and_join
             await until_it_logged(frozen, "partitions_assigned", times=assigned + 1)
             await jobs.progress(100)
         await until_committed(stack, topics)
-        assert await asyncio.gather(frozen.stop(), other.stop()) == [0, 0]
+        assert list(await asyncio.gather(frozen.stop(), other.stop())) == [0, 0]
         await jobs.answered.all()
     assert set(jobs.answered.counts()) == set(jobs.ids)
     # The other one answered again what the frozen one had not committed, of four partitions and a poll; and the frozen
@@ -85,10 +86,11 @@ async def test_replicas_share_each_lane_and_not_the_lanes_between_them(
     async with replicas(*pair), reader(stack, topics.results) as results:
         answered = Answered(results)
         for topic in topics.lanes:
-            jobs = await preload(
-                stack, topic, 200, lambda n, topic=topic: short_job(n) | {"id": f"{topic}-{n}"}
-            )
-            await answered.until(jobs)
+
+            def of_topic(number: int, topic: str = topic) -> dict[str, Any]:
+                return short_job(number) | {"id": f"{topic}-{number}"}
+
+            await answered.until(await preload(stack, topic, 200, of_topic))
         for replica in pair:
             metrics = await replica.metrics()
             for lane in ("interactive", "bulk"):
