@@ -15,6 +15,7 @@ import torch
 from benchmarks.qwen3_shapes import SHAPES, make
 from embedq_consumer.engine import OutOfMemory, Tokens, load_encoder
 from embedq_consumer.engine.device import guarded, named
+from tests.helpers.support import patient
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
@@ -96,6 +97,6 @@ for _ in range(2):
 @cuda
 def test_a_context_that_is_broken_is_a_lost_device_from_then_on() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", BREAK], capture_output=True, text=True, timeout=100, check=False
+        [sys.executable, "-c", BREAK], capture_output=True, text=True, timeout=patient(100), check=False
     )
     assert done.stdout.count("lost: cuda:0") == 2, done.stderr

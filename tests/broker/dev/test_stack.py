@@ -19,7 +19,7 @@ from embedq_sdk.dev import DevStack, DevStackError, StartError
 from embedq_sdk.dev.kafka_probe import cluster_nodes, group_coordinator
 from embedq_sdk.dev.ports import free_ports
 from tests.helpers.programs import alive, own_environ
-from tests.helpers.support import wait_for
+from tests.helpers.support import patient, wait_for
 
 pytestmark = pytest.mark.kafka
 
@@ -46,7 +46,7 @@ async def produce(servers: str, topic: str, *values: bytes) -> None:
 async def read(servers: str, topic: str, count: int) -> list[bytes]:
     async with AIOKafkaConsumer(bootstrap_servers=servers, auto_offset_reset="earliest") as consumer:
         consumer.assign([TopicPartition(topic, 0)])
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(patient(30)):
             return [(await consumer.getone()).value for _ in range(count)]
 
 
@@ -170,7 +170,7 @@ async def test_a_consumer_group_with_a_short_session_is_let_in(own_stack: DevSta
         auto_offset_reset="earliest",
         session_timeout_ms=6000,
     ) as consumer:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(patient(30)):
             assert (await consumer.getone()).value == b"one"
 
 
@@ -181,7 +181,7 @@ async def test_kcat_produces_and_consumes(own_stack: DevStack) -> None:
 
     def run(*options: str, given: str = "") -> str:
         return subprocess.run(
-            [*kcat, *options], input=given, capture_output=True, text=True, check=True, timeout=30
+            [*kcat, *options], input=given, capture_output=True, text=True, check=True, timeout=patient(30)
         ).stdout
 
     await asyncio.to_thread(run, "-P", "-H", "content-type=application/json", given='{"a":1}\n')

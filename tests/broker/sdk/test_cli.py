@@ -20,6 +20,7 @@ from embedq_shared.messages import Datum, ErrorBody
 from tests.broker.sdk.test_client import changed
 from tests.helpers.fake_replica import Replica, failing, silent
 from tests.helpers.responder import OLD, Answer, Received, Responder, expected
+from tests.helpers.support import patient
 
 pytestmark = pytest.mark.kafka
 
@@ -47,7 +48,7 @@ def embedq(servers: str, prefix: str) -> Run:
             stderr=subprocess.PIPE,
             env=os.environ | settings,
         )
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(patient(60)):
             out, err = await process.communicate(stdin.encode() if isinstance(stdin, str) else stdin)
         assert b"Traceback" not in err
         assert process.returncode is not None
