@@ -66,7 +66,7 @@ constraints: setup ## pin anew what CI and this file install
 	$(UV) pip compile -q --universal --python-version 3.11 --no-emit-index-url --no-annotate --no-header \
 		--all-extras --group test -o constraints.txt pyproject.toml
 
-bench: setup ## jobs per second, cold and cached, beside sentence-transformers
+bench: setup ## jobs per second, cold and cached, next to sentence-transformers
 	$(BIN)/python -m benchmarks.pipeline
 
 clean: ## remove the virtual environment and caches

@@ -1,4 +1,4 @@
-"""The encoder alone on a CPU, beside sentence-transformers' `encode` on the same texts: `python -m benchmarks.encoder_cpu`.
+"""The encoder alone on a CPU, next to sentence-transformers' `encode` on the same texts: `python -m benchmarks.encoder_cpu`.
 
 Both do all the work from text to normalized float32 vector, in one process, taking turns in every round, so that
 whatever else the machine does falls on both. sentence-transformers sees all texts at once, sorts them by length and

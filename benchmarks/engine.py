@@ -150,7 +150,7 @@ class Load:
 
 
 def measure_peer(path: Path, load: Load, engine: str, most: int) -> dict[str, float]:
-    """Tokens a second of another engine, of at most so many texts."""
+    """Tokens a second of another engine, of at most `most` texts."""
     ids = [text.ids for text in load.texts[:most]]
     if engine == "transformers":
         seconds, vectors = padded(path, ids)
@@ -242,7 +242,7 @@ def measure_ours(
         for way, row in found[load.name].items():
             print(f"{engine} {load.name}, {way}: {_line(row)}", flush=True)
         out()
-    # The card warms up: a ceiling from behind all loads says how far the first one still holds.
+    # The card warms up: a ceiling measured after all loads says how far the first one still holds.
     found["ceiling_again"] = ceiling(encoder, 3.0)
     print(f"{engine} products alone, again {found['ceiling_again']}", flush=True)
     if arguments.profile:

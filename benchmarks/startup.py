@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument(
         "--quantizations", nargs="+", choices=["none", "fp8"], help="both on a GPU unless given"
     )
-    parser.add_argument("--warm", type=int, default=2, help="warm starts behind each cold one")
+    parser.add_argument("--warm", type=int, default=2, help="warm starts after each cold one")
     parser.add_argument("--name", default="startup")
     arguments = parser.parse_args()
     model = arguments.model or Path(tempfile.gettempdir()) / f"embedq-{arguments.shape}"

@@ -1,7 +1,7 @@
 """Every kind of bad input that the wire contract names, and a few that it only implies: what is sent, what must come back.
 
 `BAD` are records that get an error, `ODD` records that look wrong and are jobs all the same. Each case is data: the test
-sends all of them to one replica, a good job behind each, and judges every answer by itself.
+sends all of them to one replica, a good job after each, and judges every answer by itself.
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def bad_inputs(topics: Topics, poison: str) -> list[Bad]:
         input=["a b " * 500] * 40, chunk=late, answer=_RAN)
     job("chunks of a text over the service's limit", "text_too_long", "input", chunk=late,
         input="x" * (MAX_TEXT_BYTES + 1), answer=_RAN)
-    job("chunks behind an instruction of 16 KB", "text_too_long", "input", chunk=late,
+    job("chunks after an instruction of 16 KB", "text_too_long", "input", chunk=late,
         instruction="a" * MAX_INSTRUCTION_BYTES, answer=_RAN)
     for mode in ("late", "mean"):
         job(f"NaN in one chunk, mode {mode}", "non_finite", "input", chunk=late | {"mode": mode},
@@ -284,7 +284,7 @@ def bad_inputs(topics: Topics, poison: str) -> list[Bad]:
     raw("-Infinity in user", b'{"input": "a", "user": -Infinity}')
     raw("a number that no double holds", b'{"input": "a", "id": "n", "metadata": {"a": 1e999}}',
         param="metadata", id="n")
-    raw("bytes behind the object", b'{"input": "a"} ' + CANARY.encode())
+    raw("bytes after the object", b'{"input": "a"} ' + CANARY.encode())
     raw("two objects", b'{"input": "a"}{"input": "a"}')
     raw("top level a list", b'[{"input": "a"}]')
     raw("top level a number", b"7")
@@ -300,7 +300,7 @@ def bad_inputs(topics: Topics, poison: str) -> list[Bad]:
     packed("msgpack cut short", msgspec.msgpack.encode({"input": CANARY})[:-2], "malformed")
     packed("msgpack: JSON in disguise", b'{"input": "a"}', "malformed")
     packed("msgpack list", ["a"], "malformed")
-    packed("msgpack with bytes behind", msgspec.msgpack.encode({"input": "a"}) + b"\xc0", "malformed")
+    packed("msgpack with bytes after it", msgspec.msgpack.encode({"input": "a"}) + b"\xc0", "malformed")
     packed("msgpack of integer keys", {1: "a"}, "malformed")
     packed("msgpack text that is not UTF-8", b"\x81\xa5input\xa2\xff\xfe", "malformed")
     packed("msgpack NaN", {"input": "a", "id": "nan", "metadata": {"a": float("nan")}}, "malformed",
@@ -350,7 +350,7 @@ def bad_inputs(topics: Topics, poison: str) -> list[Bad]:
     address("reply topic of two dots", ("reply-topic", b".."))
     address("reply topic that is not UTF-8", ("reply-topic", b"\xff\xfe"))
     address("Spring's reply topic that is not UTF-8", ("kafka_replyTopic", b"\xff"), param="kafka_replyTopic")
-    address("a good reply topic, and a bad one behind it", replies, ("reply-topic", b"\xff"))
+    address("a good reply topic, and a bad one after it", replies, ("reply-topic", b"\xff"))
     wrong: dict[str, bytes | None] = {
         "of 3 bytes": b"\0\0\0", "of 5 bytes": bytes(5), "empty": b"", "in ASCII": b"0", "null": None,
         "negative": struct.pack(">i", -1), "out of range": struct.pack(">i", PARTITIONS),

@@ -205,7 +205,7 @@ async def _leave(replica: Replica) -> None:
 
 @asynccontextmanager
 async def producer(stack: DevStack, **options: Any) -> AsyncIterator[AIOKafkaProducer]:
-    """A plain producer, as somebody without the SDK has one."""
+    """A plain producer, as a client without the SDK has one."""
     client = AIOKafkaProducer(
         bootstrap_servers=stack.kafka_servers, max_request_size=20_000_000, linger_ms=2, **options
     )

@@ -141,7 +141,7 @@ def make_tiny_xlm_roberta(
     layers: int = 2,
     max_tokens: int = 128,
 ) -> Path:
-    """Write an XLM-RoBERTa embedding model, whose positions start behind the padding's number, and return `path`."""
+    """Write an XLM-RoBERTa embedding model, whose positions start after the padding's number, and return `path`."""
     from transformers import XLMRobertaConfig, XLMRobertaModel
 
     path.mkdir(parents=True, exist_ok=True)
@@ -310,7 +310,7 @@ def _byte_level_bpe() -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(_CORPUS, trainer)
-    # Qwen3-Embedding's rule: one <|endoftext|> behind every text, and nothing in front.
+    # Qwen3-Embedding's rule: one <|endoftext|> after every text, and nothing before it.
     end = tokenizer.token_to_id("<|endoftext|>")
     tokenizer.post_processor = processors.Sequence(
         [

@@ -1,4 +1,4 @@
-"""Encoders under test beside sentence-transformers on the same directories, float32 on the CPU."""
+"""Encoders under test next to sentence-transformers on the same directories, float32 on the CPU."""
 
 from __future__ import annotations
 
