@@ -10,11 +10,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH_BACKEND ?=
 TESTS ?= tests
+# Broker tests mostly wait, so two of them run at a time, each worker with a broker and a Redis of its own. More workers
+# than cores make the limits of the tests longer, not the run shorter.
+WORKERS ?= 2
 # Importing torch and transformers compiles thousands of files; keeping the result makes the next start seconds faster.
 unexport PYTHONDONTWRITEBYTECODE
+# A file's tests stay together, for what they share; files start in the order that tests/conftest.py gives.
+PARALLEL := $(if $(filter-out 0 1,$(WORKERS)),-n $(WORKERS) --dist loadfile --no-loadscope-reorder)
 UV := UV_LINK_MODE=hardlink $(BIN)/uv
 
-.PHONY: help setup demo test check format contract docs constraints bench clean
+.PHONY: help setup demo test unit matrix check format contract docs constraints bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1 \t/' | expand -t 20
@@ -39,8 +44,17 @@ check: setup ## lint, types, generated files
 	$(BIN)/python -m tools.schemas --check
 	$(BIN)/python -m tools.settings_page --check
 
-test: check ## everything CI runs
-	$(BIN)/python -m pytest $(TESTS)
+test: check ## everything CI runs, and how much of the code it ran (TESTS=path runs a part)
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest $(PARALLEL) $(TESTS)
+	$(BIN)/python -m coverage combine -q
+	$(BIN)/python -m coverage report $(if $(filter tests,$(TESTS)),,--fail-under=0)
+
+unit: setup ## the tests that need no broker, no Redis and no model, in half a minute
+	$(BIN)/python -m pytest tests/unit
+
+matrix: ## the suite on each Python and each Kafka that are supported; `.ci/matrix` says which
+	@.ci/matrix
 
 format: setup ## format the code
 	$(BIN)/ruff check --fix .
@@ -56,8 +70,8 @@ constraints: setup ## pin anew what CI and this file install
 	$(UV) pip compile -q --universal --python-version 3.11 --no-emit-index-url --no-annotate --no-header \
 		--all-extras --group test -o constraints.txt pyproject.toml
 
-bench: setup ## jobs per second, cold and cached, beside sentence-transformers
+bench: setup ## jobs per second, cold and cached, next to sentence-transformers
 	$(BIN)/python -m benchmarks.pipeline
 
 clean: ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage.d

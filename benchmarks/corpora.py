@@ -11,7 +11,7 @@ import numpy as np
 from embedq_consumer.engine import Tokens
 
 INSTRUCTION = 25
-"""Tokens of the instruction in front of each query; its last one may merge with the text, so it is not shared."""
+"""Tokens of the instruction before each query; its last one may merge with the text, so it is not shared."""
 LONGEST = 32_768
 
 

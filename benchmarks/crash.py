@@ -35,7 +35,7 @@ def job(number: int) -> dict[str, Any]:
     return {"id": f"job-{number}", "input": f"The {' and the '.join(words)} of day {number}."}
 
 
-def bounds(in_flight: int | None) -> tuple[dict[str, int], int]:
+def bounds(in_flight: int | None) -> tuple[dict[str, Any], int]:
     """Settings, and how many records one killed replica may have taken and not committed under them."""
     defaults = Settings(kafka_servers="-", model="-")
     if in_flight is None:

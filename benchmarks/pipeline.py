@@ -1,4 +1,4 @@
-"""Jobs per second and latency through Kafka, cold and cached, beside sentence-transformers on the same texts.
+"""Jobs per second and latency through Kafka, cold and cached, next to sentence-transformers on the same texts.
 
 The whole path on one machine: this client, the broker, Redis and one replica share its cores. Cold rounds take turns
 with sentence-transformers' own `encode`, so that the ratio holds on a noisy machine.
@@ -97,7 +97,7 @@ async def stream(client: EmbedClient, texts: list[str], batch_size: int) -> tupl
 async def latencies(
     call: Callable[[str], Awaitable[Any]], texts: list[str], at_once: int
 ) -> dict[str, float]:
-    """Milliseconds of each call, with so many calls under way at once."""
+    """Milliseconds of each call, with `at_once` of them under way."""
     seconds: list[float] = []
     source = iter(texts)
 

@@ -1,4 +1,4 @@
-"""How long do jobs pause while a model is changed beside the serving one?
+"""How long do jobs pause while a new model takes the place of the serving one?
 
     python -m benchmarks.reload_pause
 

@@ -1,6 +1,6 @@
 """The service through a real Kafka against the bare engine, on the same texts and in one run.
 
-Jobs are queued first, one text each; then the real command starts, on one device or several, and nobody reads its results
+Jobs are queued first, one text each; then the real command starts, on one device or several, and nothing reads its results
 until it is done. Rates come from the results' own timestamps, without the first and the last twentieth, and not before
 every replica has its partitions. On a machine without network, `--kafka` names a directory with a Java runtime and
 Kafka's jars.
@@ -443,7 +443,7 @@ def main() -> None:
     parser.add_argument(
         "--bare-rounds", type=int, default=1, help="times that the bare engine runs all texts"
     )
-    parser.add_argument("--bare-again", action="store_true", help="the bare engine behind the service too")
+    parser.add_argument("--bare-again", action="store_true", help="the bare engine after the service, too")
     parser.add_argument("--profile", action="store_true", help="one more run, its event loop under cProfile")
     parser.add_argument("--name", default="whole-path")
     arguments = parser.parse_args()

@@ -1,6 +1,6 @@
 """The main job on real input: start what it needs, embed, search, repeat from the cache, reload under load, stop.
 
-Ends with a summary and exit code 0, or with a clear message and another code; leaves no process or file behind.
+Ends with a summary and exit code 0, or with a clear message and another code; leaves no process and no file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from embedq_sdk.dev.processes import Processes
 
 HERE: Final = Path(__file__).parent
 NEIGHBOURS: Final = 3
-# What a user can mend, or must know: told in a few lines, without a traceback.
+# What a user can mend, or must know: said in a few lines, without a traceback.
 EXPECTED: Final = (DemoFailed, ReplicaFailed, ModelMissing, DevStackError, EmbedError)
 
 console = Console(highlight=False)

@@ -1,15 +1,45 @@
-"""What every test gets: a blocked event loop is an error, and the local stack is there for who asks."""
+"""What every test gets: a blocked event loop is an error, limits follow the load, and there is a stack to ask for."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
+from hypothesis import HealthCheck, settings
 
-from tests.helpers.stack import stack, stack_header
+from tests.helpers.stack import stack, stack_header, used
+from tests.helpers.support import patient
+
+if TYPE_CHECKING:
+    from xdist.workermanage import WorkerController
 
 __all__ = ["stack"]
+
+HERE: Final = Path(__file__).parent
+
+ORDER: Final = ("broker/service", "broker", "redis", "project", "model", "gpu", "unit")
+"""Folders in the order in which their tests run. What mostly waits comes first: with two workers, short and busy tests
+then fill the gaps, and neither worker is left alone with a long file at the end."""
+
+settings.register_profile(
+    "embedq",
+    # How long an example takes says something about the machine; what is slow by itself, the benchmarks show.
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    # CI judges a change, so it tries the same examples before and after it; everywhere else new ones are tried each
+    # time, and those that fail are kept and tried again.
+    derandomize="CI" in os.environ,
+    print_blob=True,
+)
+settings.load_profile("embedq")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One worker for each core, so one thread for each: OpenMP's threads spin while they wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
@@ -19,9 +49,43 @@ def blocking_calls() -> Iterator[BlockBuster]:
         yield blockbuster
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests into ORDER, and leave the order within a folder as it is."""
+    items.sort(key=lambda item: _place(item.path.relative_to(HERE).as_posix()))
+
+
+def _place(path: str) -> int:
+    return next((n for n, folder in enumerate(ORDER) if path.startswith(f"{folder}/")), len(ORDER))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Give the test more time on a busy machine: pytest-timeout reads the mark after this."""
+    marked = item.get_closest_marker("timeout")
+    seconds = float(marked.args[0] if marked else item.config.getini("timeout"))
+    if not item.config.getoption("timeout"):  # the command line has the last word
+        item.add_marker(pytest.mark.timeout(patient(seconds)), append=False)
+    return (yield)
+
+
+# -- what the tests ran on, in the header and at the end; a worker hands it to the process that prints it ----------------
+
+
 def pytest_report_header() -> str:
     return stack_header()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(stack_header())
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["stack"] = used
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: WorkerController) -> None:
+    for line in getattr(node, "workeroutput", {}).get("stack", ()):
+        if line not in used:
+            used.append(line)

@@ -16,7 +16,7 @@ from aiokafka.record.default_records import _DefaultRecordBatchBuilderPy
 from embedq_sdk.dev import DevStack
 from embedq_shared.topics import Topics
 from tests.helpers.service_process import Reader, Replica, producer
-from tests.helpers.support import wait_until
+from tests.helpers.support import patient, wait_until
 
 MakeJob = Callable[[int], dict[str, Any]]
 
@@ -71,7 +71,7 @@ async def send_unreadable(client: AIOKafkaProducer, topic: str, partition: int, 
 
 
 class Answered:
-    """The results on a reader, by job id. Nobody else may use that reader."""
+    """The results on a reader, by job id. Nothing else may use that reader."""
 
     def __init__(self, results: Reader) -> None:
         self._results = results
@@ -80,7 +80,7 @@ class Answered:
     async def until(self, ids: Iterable[str], *, within: float = 120.0) -> None:
         """Wait until each of these jobs has a result."""
         waiting = set(ids)
-        async with asyncio.timeout(within):
+        async with asyncio.timeout(patient(within)):
             while missing := waiting - set(self.counts()):
                 try:
                     await self.more()
@@ -88,7 +88,7 @@ class Answered:
                     raise AssertionError(f"{len(missing)} of {len(waiting)} jobs have no result") from error
 
     async def some(self, count: int, *, within: float = 60.0) -> None:
-        """Wait until there are so many results."""
+        """Wait until there are `count` results."""
         await self._results.until(count, within=within)
         self._decode()
 
@@ -150,7 +150,7 @@ class Load:
             await self.answered.more()
 
     async def progress(self, count: int, *, within: float = 90.0) -> None:
-        """Wait until so many more jobs have their answer."""
+        """Wait until `count` more jobs have their answer."""
         target = len(self.answered.counts()) + count
         await wait_until(
             lambda: len(self.answered.counts()) >= target, within=within, what=f"{count} more answers"
@@ -165,14 +165,14 @@ class Load:
 async def load(
     stack: DevStack, topic: str, results: Reader, *, window: int = 64, make: MakeJob = short_job
 ) -> AsyncIterator[Load]:
-    """Run a load beside the block, and wait for its last answers at the end."""
+    """Run a load alongside the block, and wait for its last answers at the end."""
     async with producer(stack, enable_idempotence=True) as client:
         running = Load(client, topic, Answered(results), window, make)
         task = asyncio.create_task(running.run())
         try:
             yield running
             running.finish()
-            async with asyncio.timeout(120):
+            async with asyncio.timeout(patient(120)):
                 await task
         finally:
             task.cancel()
@@ -182,7 +182,7 @@ async def load(
 
 
 async def uncommitted(stack: DevStack, topics: Topics) -> int:
-    """Records of both lanes behind which the group has not committed."""
+    """Records of both lanes that the group has not committed."""
     group = f"{topics.prefix}.embedq"
     admin = AIOKafkaAdminClient(bootstrap_servers=stack.kafka_servers)
     reader = AIOKafkaConsumer(bootstrap_servers=stack.kafka_servers)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from embedq_consumer.cache.vector_cache import CachedVector
+from embedq_consumer.cache.entries import CachedVector
 from embedq_consumer.delivery.publisher import Outgoing
 from embedq_consumer.engine import Chunked, Encoder, Piece, Text, TextTooLong, Tokens
 from embedq_consumer.intake.records import Record

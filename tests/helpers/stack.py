@@ -4,21 +4,25 @@ Taken in this order: EMBEDQ_KAFKA_SERVERS and EMBEDQ_REDIS_URL; the processes of
 the packages of `embedq[dev]` are missing and a Docker engine runs.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Final
 
 import pytest
 
 from embedq_sdk.dev import DevStack, MissingPackagesError
 
-_used: list[str] = []
+used: Final[list[str]] = []
+"""What the stack of this process says of itself, and what those of its workers said."""
 
 
 def stack_header() -> str:
     """Say what the session's tests will run on, or did: for `pytest_report_header` and the summary."""
-    if _used:
-        return "; ".join(_used)
+    if used:
+        return "; ".join(used)
     named = [name for name in ("EMBEDQ_KAFKA_SERVERS", "EMBEDQ_REDIS_URL") if os.environ.get(name)]
     return (
         f"Kafka and Redis: from {' and '.join(named)}" if named else "Kafka and Redis: processes of the suite"
@@ -29,7 +33,7 @@ def stack_header() -> str:
 def stack() -> Iterator[DevStack]:
     """One Kafka broker and one Redis for the whole session."""
     with _stack() as running:
-        _used.append(f"ran on {running.kafka_description} and {running.redis_description}")
+        used.append(f"ran on {running.kafka_description} and {running.redis_description}")
         yield running
 
 
@@ -68,4 +72,4 @@ def _containers(missing: MissingPackagesError) -> Iterator[dict[str, str]]:
 
 
 def _say(line: str) -> None:
-    _used.append(line)
+    used.append(line)

@@ -81,7 +81,7 @@ def make_tiny_qwen3(
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=max_tokens,
-        rope_theta=1_000_000.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
         tie_word_embeddings=True,
         use_cache=False,
         bos_token_id=end,
@@ -141,12 +141,13 @@ def make_tiny_xlm_roberta(
     layers: int = 2,
     max_tokens: int = 128,
 ) -> Path:
-    """Write an XLM-RoBERTa embedding model, whose positions start behind the padding's number, and return `path`."""
+    """Write an XLM-RoBERTa embedding model, whose positions start after the padding's number, and return `path`."""
     from transformers import XLMRobertaConfig, XLMRobertaModel
 
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = _word_piece()
     pad = tokenizer.token_to_id("[PAD]")
+    assert pad is not None
     config = XLMRobertaConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=hidden,
@@ -309,7 +310,7 @@ def _byte_level_bpe() -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(_CORPUS, trainer)
-    # Qwen3-Embedding's rule: one <|endoftext|> behind every text, and nothing in front.
+    # Qwen3-Embedding's rule: one <|endoftext|> after every text, and nothing before it.
     end = tokenizer.token_to_id("<|endoftext|>")
     tokenizer.post_processor = processors.Sequence(
         [

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.support import patient
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = {
     "embedq_consumer": ROOT / "consumer" / "embedq_consumer",
@@ -116,7 +118,7 @@ def loaded_by(statement: str) -> set[str]:
     """Top-level modules in a fresh interpreter after one statement."""
     program = f"import sys; {statement}; print(*{{name.split('.')[0] for name in sys.modules}})"
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=patient(60), check=True
     )
     return set(done.stdout.split())
 
@@ -171,7 +173,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]
         if uv
         else [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "-w", str(out), str(ROOT)]
     )
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patient(100), check=False)
     assert done.returncode == 0, done.stderr
     (path,) = out.glob("*.whl")
     with zipfile.ZipFile(path) as opened:

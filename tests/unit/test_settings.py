@@ -17,6 +17,7 @@ from embedq_consumer.lifecycle import BatchOptions
 from embedq_consumer.service import serve
 from embedq_consumer.settings import Settings, SettingsError
 from embedq_shared.topics import Topics
+from tests.helpers.support import patient
 
 NEEDED = {"EMBEDQ_KAFKA_SERVERS": "localhost:9092", "EMBEDQ_MODEL": "/models/one"}
 
@@ -213,7 +214,7 @@ def test_the_process_ends_with_code_2_and_one_line_for_a_wrong_setting() -> None
         env=NEEDED | {"EMBEDQ_MAX_WAIT_MS": "never", "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=patient(60),
         check=False,
     )
     assert ended.returncode == 2

@@ -17,7 +17,8 @@ import psutil
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient
 
-from tests.helpers.programs import alive, own_environ, wait_for
+from tests.helpers.programs import alive, own_environ
+from tests.helpers.support import wait_for
 
 pytestmark = pytest.mark.kafka
 

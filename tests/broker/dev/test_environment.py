@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import pytest
 
 from embedq_sdk.dev import DevStack, DevStackError, MissingPackagesError
 from embedq_sdk.dev.redis_server import find_redis
-from tests.helpers.programs import own_environ, owner, temporary_directories, wait_for
+from tests.helpers.programs import own_environ, owner
+from tests.helpers.support import patient, wait_for
 
 GIVEN = {
     "EMBEDQ_KAFKA_SERVERS": "kafka.example:9092,other.example:9092",
@@ -27,12 +29,14 @@ def given() -> Iterator[DevStack]:
         yield stack
 
 
-def test_servers_named_by_the_environment_are_used_and_none_is_started() -> None:
-    before = temporary_directories()
+def test_servers_named_by_the_environment_are_used_and_none_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with DevStack(environ=GIVEN) as stack:
         assert stack.kafka_servers == GIVEN["EMBEDQ_KAFKA_SERVERS"]
         assert stack.redis_url == GIVEN["EMBEDQ_REDIS_URL"]
-        assert temporary_directories() <= before
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_descriptions_of_named_servers_hold_no_password(given: DevStack) -> None:
@@ -116,6 +120,6 @@ def test_a_filled_cache_is_used_without_the_resolver() -> None:
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=patient(60),
     )
     assert json.loads(run.stdout) == []

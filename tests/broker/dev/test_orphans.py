@@ -11,7 +11,8 @@ import psutil
 import pytest
 
 from embedq_sdk.dev.processes import PREFIX, sweep_abandoned
-from tests.helpers.programs import alive, owner, wait_for
+from tests.helpers.programs import alive, owner
+from tests.helpers.support import wait_for
 
 pytestmark = pytest.mark.kafka
 

@@ -17,7 +17,9 @@ from aiokafka.errors import KafkaError
 import redis
 from embedq_sdk.dev import DevStack, DevStackError, StartError
 from embedq_sdk.dev.kafka_probe import cluster_nodes, group_coordinator
-from tests.helpers.programs import alive, own_environ, wait_for
+from embedq_sdk.dev.ports import free_ports
+from tests.helpers.programs import alive, own_environ
+from tests.helpers.support import patient, wait_for
 
 pytestmark = pytest.mark.kafka
 
@@ -44,7 +46,7 @@ async def produce(servers: str, topic: str, *values: bytes) -> None:
 async def read(servers: str, topic: str, count: int) -> list[bytes]:
     async with AIOKafkaConsumer(bootstrap_servers=servers, auto_offset_reset="earliest") as consumer:
         consumer.assign([TopicPartition(topic, 0)])
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(patient(30)):
             return [(await consumer.getone()).value for _ in range(count)]
 
 
@@ -168,7 +170,7 @@ async def test_a_consumer_group_with_a_short_session_is_let_in(own_stack: DevSta
         auto_offset_reset="earliest",
         session_timeout_ms=6000,
     ) as consumer:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(patient(30)):
             assert (await consumer.getone()).value == b"one"
 
 
@@ -179,7 +181,7 @@ async def test_kcat_produces_and_consumes(own_stack: DevStack) -> None:
 
     def run(*options: str, given: str = "") -> str:
         return subprocess.run(
-            [*kcat, *options], input=given, capture_output=True, text=True, check=True, timeout=30
+            [*kcat, *options], input=given, capture_output=True, text=True, check=True, timeout=patient(30)
         ).stdout
 
     await asyncio.to_thread(run, "-P", "-H", "content-type=application/json", given='{"a":1}\n')
@@ -242,8 +244,13 @@ def test_a_server_that_ends_by_itself_is_noticed() -> None:
     with DevStack(environ={**own_environ(), "EMBEDQ_KAFKA_SERVERS": "127.0.0.1:1"}) as stack:
         stack.check()
         psutil.Process(stack.redis_pid).kill()
+
+        def ended() -> bool:
+            stack.check()
+            return False
+
         with pytest.raises(DevStackError, match="redis ended with exit code -9"):
-            wait_for(lambda: stack.check() is not None, what="the error")
+            wait_for(ended, what="the error")
 
 
 def test_a_redis_port_taken_meanwhile_is_replaced_by_another(
@@ -252,7 +259,6 @@ def test_a_redis_port_taken_meanwhile_is_replaced_by_another(
     from embedq_sdk.dev import stack as module
 
     answers = [[int(own_stack.redis_url.split(":")[2].split("/")[0])]]
-    free_ports = module.free_ports
     monkeypatch.setattr(module, "free_ports", lambda count: answers.pop() if answers else free_ports(count))
     with DevStack(environ={**own_environ(), "EMBEDQ_KAFKA_SERVERS": "127.0.0.1:1"}) as second:
         assert second.redis_url != own_stack.redis_url
@@ -265,8 +271,7 @@ def test_a_kafka_port_taken_meanwhile_is_replaced_by_another(
 ) -> None:
     from embedq_sdk.dev import kafka_server as module
 
-    answers = [[kafka_address(own_stack)[1], module.free_ports(1)[0]]]
-    free_ports = module.free_ports
+    answers = [[kafka_address(own_stack)[1], free_ports(1)[0]]]
     monkeypatch.setattr(module, "free_ports", lambda count: answers.pop() if answers else free_ports(count))
     with DevStack(environ={**own_environ(), "EMBEDQ_REDIS_URL": own_stack.redis_url}) as second:
         assert second.kafka_servers != own_stack.kafka_servers

@@ -282,7 +282,7 @@ async def _until_all_committed(run: Run, stack: DevStack) -> None:
             found = await admin.list_consumer_group_offsets(
                 f"{run.topics.prefix}.embedq", partitions=partitions
             )
-            return {place: found[place].offset for place in partitions} == ends
+            return bool({place: found[place].offset for place in partitions} == ends)
 
         await wait_until(all_committed, within=30, what="a commit of every record")
     finally:

@@ -50,7 +50,7 @@ async def test_late_chunks_come_back_with_their_places_over_several_windows_and_
 ) -> None:
     topics = await make_topics(stack, fresh_prefix())
     text = SENTENCE * 60
-    chunk = {"mode": "late", "tokens": 24}
+    chunk: dict[str, Any] = {"mode": "late", "tokens": 24}
     job = {"input": ["short", text, text], "chunk": chunk, "dimensions": 64, "instruction": "Find it"}
     replica = Replica(stack, topics, qwen, tmp_path / "log", max_result_bytes=40_000)
     async with (

@@ -13,6 +13,7 @@ import pytest
 from embedq_sdk.dev import DevStack
 from embedq_shared.topics import Topics
 from tests.helpers.service_process import Replica, fresh_prefix, make_topics, replicas
+from tests.helpers.support import patient
 
 pytestmark = [
     pytest.mark.kafka,
@@ -30,7 +31,7 @@ async def kcat(stack: DevStack, *arguments: str, stdin: bytes = b"") -> bytes:
         stderr=asyncio.subprocess.PIPE,
     )
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(patient(60)):
             output, errors = await process.communicate(stdin)
     finally:
         if process.returncode is None:

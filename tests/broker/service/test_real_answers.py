@@ -67,7 +67,7 @@ async def test_every_kind_of_answer_fits_its_schema_and_its_headers(stack: DevSt
     topics = await make_topics(stack, fresh_prefix())
     replica = Replica(stack, topics, model, tmp_path / "log")
     async with replicas(replica), producer(stack) as client, reader(stack, topics.results) as results:
-        sent = [(json.dumps(job).encode(), []) for job in JOBS]
+        sent: list[tuple[bytes, list[Any]]] = [(json.dumps(job).encode(), []) for job in JOBS]
         sent += [
             (msgspec.msgpack.encode({k: v for k, v in job.items() if k != "encoding_format"}), [MSGPACK])
             for job in JOBS

@@ -36,7 +36,7 @@ def bert(**fields: Any) -> Any:
         max_position_embeddings=8,
         **fields,
     )
-    return BertModel(config).eval().requires_grad_(False)  # type: ignore[no-untyped-call]
+    return BertModel(config).eval().requires_grad_(False)
 
 
 def test_no_two_families_claim_an_architecture_on_one_device() -> None:

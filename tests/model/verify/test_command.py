@@ -19,6 +19,7 @@ from embedq_consumer.verify import command as module
 from embedq_consumer.verify.command import verify
 from embedq_consumer.verify.sample_texts import sample_texts
 from embedq_sdk.cli.commands import cli
+from tests.helpers.support import patient
 from tests.helpers.tiny_models import make_tiny_bert, make_tiny_qwen3, minilm_path, nan_weights
 
 TEXTS = sample_texts()[:70]
@@ -223,7 +224,7 @@ def test_the_command_line_lists_it_without_loading_a_model_library() -> None:
         "except SystemExit:\n    print(sorted({'torch', 'transformers'} & set(sys.modules)))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=patient(60), check=True
     )
     assert "verify  " in done.stdout
     assert done.stdout.splitlines()[-1] == "[]"

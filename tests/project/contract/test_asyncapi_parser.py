@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from embedq_sdk.dev.jars import cache_directory
+from tests.helpers.support import patient
 from tools.schemas import SPEC
 
 HERE = Path(__file__).parent
@@ -48,7 +49,7 @@ def modules() -> Path:
                 cwd=folder,
                 capture_output=True,
                 text=True,
-                timeout=100,
+                timeout=patient(100),
                 check=False,
             )
             if done.returncode and any(
@@ -66,7 +67,7 @@ def parse(document: Path, modules: Path) -> subprocess.CompletedProcess[str]:
         ["node", str(HERE / "parse_asyncapi.mjs"), str(document), str(modules)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=patient(60),
         check=False,
     )
 

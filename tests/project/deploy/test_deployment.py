@@ -16,6 +16,7 @@ import yaml
 
 from embedq_consumer.settings import Settings
 from embedq_shared.topics import GROUP, Topics
+from tests.helpers.support import patient
 
 ROOT = Path(__file__).parents[3]
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
@@ -51,7 +52,8 @@ def compose_settings() -> Settings:
 
 
 def environment(service: str) -> dict[str, str]:
-    return SERVICES[service].get("environment", {})
+    found: dict[str, str] = SERVICES[service].get("environment", {})
+    return found
 
 
 def image_environment() -> dict[str, str]:
@@ -62,7 +64,9 @@ def image_environment() -> dict[str, str]:
 
 
 def deployment() -> dict[str, Any]:
-    return next(document for document in K8S if document["kind"] == "Deployment")["spec"]["template"]["spec"]
+    kinds = {document["kind"]: document for document in K8S}
+    found: dict[str, Any] = kinds["Deployment"]["spec"]["template"]["spec"]
+    return found
 
 
 def kubernetes_environment() -> dict[str, str]:
@@ -245,7 +249,7 @@ def has_compose() -> bool:
     return (
         docker is not None
         and subprocess.run(
-            [docker, "compose", "version"], capture_output=True, timeout=30, check=False
+            [docker, "compose", "version"], capture_output=True, timeout=patient(30), check=False
         ).returncode
         == 0
     )
@@ -259,7 +263,7 @@ def test_docker_compose_accepts_the_files(files: list[str]) -> None:
         ["docker", "compose", *options, "config", "--quiet"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=patient(60),
         check=False,
         env={"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")},
     )

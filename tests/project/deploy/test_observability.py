@@ -15,6 +15,7 @@ import yaml
 from prometheus_client import Counter, Gauge, Histogram, Info
 
 from embedq_consumer.telemetry.metrics import Metrics
+from tests.helpers.support import patient
 
 ROOT = Path(__file__).parents[3]
 DEPLOY = ROOT / "deploy"
@@ -159,7 +160,7 @@ def test_every_alert_says_how_bad_it_is_and_what_to_look_at() -> None:
 
 def run_promtool(*arguments: str | Path) -> None:
     done = subprocess.run(
-        ["promtool", *map(str, arguments)], capture_output=True, text=True, timeout=100, check=False
+        ["promtool", *map(str, arguments)], capture_output=True, text=True, timeout=patient(100), check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

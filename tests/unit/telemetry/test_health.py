@@ -24,6 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_pla
 from embedq_consumer.telemetry import logs
 from embedq_consumer.telemetry.health import Health, HealthServer
 from embedq_consumer.telemetry.metrics import Metrics
+from tests.helpers.support import patient
 
 
 class Clock:
@@ -44,7 +45,7 @@ class Served:
         self.server = HealthServer(0, self.metrics.registry, self.health, host="127.0.0.1", clock=self.clock)
 
     def get(self, path: str, method: str = "GET", **headers: str) -> tuple[int, str, str]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=patient(10))
         try:
             connection.request(method, path, headers=headers)
             answer = connection.getresponse()
@@ -196,7 +197,8 @@ def test_a_peer_that_says_nothing_or_nonsense_does_not_stop_the_others(
 
 async def test_it_answers_while_the_event_loop_is_stuck(served: Served) -> None:
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(served.json, "/livez").result(timeout=30)  # the loop is blocked until then
+        answer = pool.submit(served.json, "/livez").result(timeout=patient(30))
+        # the loop is blocked until then
     assert answer[0] == 200
 
 
@@ -222,7 +224,7 @@ def test_after_close_nothing_listens_and_the_port_is_free(served: Served) -> Non
     one = HealthServer(0, served.metrics.registry, served.health, host="127.0.0.1")
     one.close()
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", one.port), timeout=5)
+        socket.create_connection(("127.0.0.1", one.port), timeout=patient(5))
     HealthServer(one.port, served.metrics.registry, served.health, host="127.0.0.1").close()
 
 

@@ -23,7 +23,8 @@ def a_status(replica: str = "r1", *, at: float = START, **more: Any) -> Status:
 
 
 def ours(replica: str = "r1", **more: Any) -> Status:
-    return a_status(replica, **({"version": 2, "command_id": "c"} | more))
+    known: dict[str, Any] = {"version": 2, "command_id": "c"}
+    return a_status(replica, **(known | more))
 
 
 def watch(*statuses: Status, now: float = START + 1, timeout: float = 60.0) -> RolloutUpdate:
@@ -110,9 +111,13 @@ def test_a_tombstone_removes_a_replica() -> None:
 
 
 def a_command(version: int = 1, **more: Any) -> Control:
-    return Control(
-        **({"alias": "default", "version": version, "path": f"/m{version}", "command_id": "c"} | more)
-    )
+    known: dict[str, Any] = {
+        "alias": "default",
+        "version": version,
+        "path": f"/m{version}",
+        "command_id": "c",
+    }
+    return Control(**(known | more))
 
 
 def test_the_next_command_falls_back_to_what_a_live_replica_serves() -> None:

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from embedq_sdk.dev import DevStackError
 from embedq_sdk.dev.jars import KafkaFiles, cache_directory, fetch, find_kafka
-from tests.helpers.programs import wait_for
+from tests.helpers.support import wait_for
 
 
 @pytest.fixture
