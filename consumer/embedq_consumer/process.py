@@ -10,7 +10,6 @@ from pathlib import Path
 
 import msgspec
 import structlog
-from aiokafka.errors import KafkaError
 
 from embedq_consumer.delivery.publisher import BrokerUnavailable
 from embedq_consumer.engine import DeviceLost, ModelError
@@ -20,6 +19,7 @@ from embedq_consumer.service import MissingTopics, serve
 from embedq_consumer.settings import Settings, SettingsError
 from embedq_consumer.supervisor import supervise
 from embedq_consumer.telemetry import logs
+from embedq_shared.kafka import KafkaError
 
 _EXPECTED = (
     SettingsError,

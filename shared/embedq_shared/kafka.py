@@ -19,16 +19,19 @@ from aiokafka import (
     TopicPartition,
 )
 from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 from aiokafka.errors import (
     CommitFailedError,
     CorruptRecordException,
     GroupCoordinatorNotAvailableError,
     GroupLoadInProgressError,
     IllegalStateError,
+    InvalidTopicError,
     KafkaError,
     MessageSizeTooLargeError,
     NotCoordinatorForGroupError,
     RecordListTooLargeError,
+    TopicAuthorizationFailedError,
     UnknownTopicOrPartitionError,
     UnsupportedCodecError,
 )
@@ -47,10 +50,13 @@ __all__ = [
     "ConsumerRebalanceListener",
     "ConsumerRecord",
     "IllegalStateError",
+    "InvalidTopicError",
     "KafkaError",
     "KafkaOptions",
     "Polled",
+    "RoundRobinPartitionAssignor",
     "SecurityProtocol",
+    "TopicAuthorizationFailedError",
     "TopicPartition",
     "UnknownTopicOrPartitionError",
     "UnreadableRecord",

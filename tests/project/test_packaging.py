@@ -66,19 +66,13 @@ def test_redis_stays_in_the_cache() -> None:
     assert importers("embedq_sdk", {"redis"}) == importers("embedq_shared", {"redis"}) == set()
 
 
-def test_the_kafka_client_is_imported_by_few_files() -> None:
-    """aiokafka has traps (`embedq_shared/kafka.py` lists them), and each was once known here and forgotten there. Others
-    take its classes and errors from that room. Topics are created with its admin requests; intake and delivery own a
-    client whose settings and errors are theirs to judge.
+def test_the_kafka_client_is_imported_in_one_room() -> None:
+    """aiokafka has traps (`embedq_shared/kafka.py` lists them), and each was once known here and forgotten there: all others
+    take its classes and errors from that room. The one exception makes topics, with admin requests that only it needs.
     """
     assert importers("embedq_shared", {"aiokafka"}) == {"kafka.py"}
     assert importers("embedq_sdk", {"aiokafka"}) == {"admin/topics.py"}
-    outside = {
-        name
-        for name in importers("embedq_consumer", {"aiokafka"})
-        if not name.startswith(("intake/", "delivery/"))
-    }
-    assert outside == {"process.py"}
+    assert importers("embedq_consumer", {"aiokafka"}) == set()
 
 
 def test_records_are_polled_where_unreadable_ones_are_stepped_over() -> None:

@@ -12,7 +12,6 @@ from typing import Final, Protocol, TypeVar, TypeVarTuple
 
 import msgspec
 import structlog
-from aiokafka.errors import MessageSizeTooLargeError, RecordListTooLargeError
 
 from embedq_consumer.delivery.publisher import Outgoing
 from embedq_consumer.delivery.result_records import Reply, ResultEncoder
@@ -22,6 +21,7 @@ from embedq_consumer.intake.records import Record
 from embedq_consumer.intake.result_sizes import held_bytes
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.grouping import batched_by
+from embedq_shared.kafka import TOO_LARGE
 from embedq_shared.messages import ErrorBody
 from embedq_shared.topics import LANES, Lane
 from embedq_shared.weighted_semaphore import WeightedSemaphore
@@ -206,7 +206,7 @@ def _bytes_of(job: JobState) -> int:
 
 
 def _undeliverable(reason: Exception) -> ErrorBody:
-    if isinstance(reason, MessageSizeTooLargeError | RecordListTooLargeError):
+    if isinstance(reason, TOO_LARGE):
         return ErrorBody.of(
             "result_too_large", "expected a result that the reply topic takes; its broker refused the size"
         )

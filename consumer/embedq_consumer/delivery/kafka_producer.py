@@ -7,12 +7,10 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final, Protocol
 
 import structlog
-from aiokafka import AIOKafkaProducer
-from aiokafka.errors import UnknownTopicOrPartitionError
 
 from embedq_consumer.delivery.outgoing import Outgoing, Place
 from embedq_consumer.delivery.send_round import MAX_BATCH_BYTES
-from embedq_consumer.ending import ended
+from embedq_shared.kafka import AIOKafkaProducer, UnknownTopicOrPartitionError, stop_client
 
 log = structlog.get_logger()
 
@@ -118,13 +116,5 @@ class KafkaProducer:
 
     async def abandon(self) -> None:
         """Stop without waiting for ever: while the brokers are gone, aiokafka's `stop` would."""
-        if await ended(self._producer.stop(), _CLOSE_S) is None:
-            return
-        sender: asyncio.Task[None] | None = self._producer._sender.sender_task
-        if sender is not None:
-            # A stop that is cancelled leaves it running: it would connect again, and send what was given up long ago.
-            sender.cancel()
-        if problem := await ended(self._producer.client.close(), _CLOSE_S):
-            log.warning("producer_left_open", reason=problem)
-        if sender is not None:
-            await asyncio.wait({sender}, timeout=_CLOSE_S)
+        if problem := await stop_client(self._producer, _CLOSE_S):
+            log.warning("producer_abandoned", reason=problem)

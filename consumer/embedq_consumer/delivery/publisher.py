@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import structlog
-from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
 
 from embedq_consumer.delivery.kafka_producer import MakeProducer, Producer
 from embedq_consumer.delivery.outgoing import Outgoing, Place
 from embedq_consumer.delivery.send_round import ATTEMPT_S, REFUSALS, SendRound
 from embedq_consumer.delivery.topic_directory import TopicDirectory
 from embedq_consumer.telemetry.metrics import Metrics
+from embedq_shared.kafka import KafkaError, UnknownTopicOrPartitionError
 
 __all__ = ["BrokerUnavailable", "Outgoing", "Publisher"]
 

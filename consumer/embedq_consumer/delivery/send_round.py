@@ -6,26 +6,23 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 import msgspec
-from aiokafka.errors import (
+
+from embedq_consumer.delivery.outgoing import Outgoing
+from embedq_shared.kafka import (
+    TOO_LARGE,
     InvalidTopicError,
     KafkaError,
-    MessageSizeTooLargeError,
-    RecordListTooLargeError,
     TopicAuthorizationFailedError,
     UnknownTopicOrPartitionError,
 )
 
-from embedq_consumer.delivery.outgoing import Outgoing
-
 REFUSALS: Final = (
-    MessageSizeTooLargeError,
-    RecordListTooLargeError,
+    *TOO_LARGE,
     TopicAuthorizationFailedError,
     InvalidTopicError,
     UnknownTopicOrPartitionError,
 )
 """What the broker says about the record itself: sending it again cannot help."""
-_TOO_LARGE: Final = (MessageSizeTooLargeError, RecordListTooLargeError)
 
 MAX_BATCH_BYTES: Final = 1_000_000
 """Of the records that the producer sends to a partition at once."""
@@ -87,7 +84,7 @@ class SendRound:
             reason = error = failures[index]
             if isinstance(error, UnknownTopicOrPartitionError):
                 unknown_topics.add(self._records[index].topic)
-            if isinstance(error, _TOO_LARGE) and index not in self._alone and self._may_share(index):
+            if isinstance(error, TOO_LARGE) and index not in self._alone and self._may_share(index):
                 self._alone.add(index)
                 again.append(index)
             elif isinstance(error, REFUSALS):

@@ -6,10 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import msgspec
-from aiokafka import ConsumerRebalanceListener
-from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 
-from embedq_shared.kafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from embedq_shared.kafka import (
+    AIOKafkaConsumer,
+    ConsumerRebalanceListener,
+    ConsumerRecord,
+    RoundRobinPartitionAssignor,
+    TopicPartition,
+)
 
 
 class IntakeOptions(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 import structlog
-from aiokafka.errors import CommitFailedError, IllegalStateError
 
 from embedq_consumer.intake.jobs_consumer import JobsConsumer
 from embedq_consumer.intake.offsets import OffsetLedger
 from embedq_consumer.intake.poll_state import PollState
 from embedq_consumer.telemetry.metrics import Metrics
-from embedq_shared.kafka import KafkaError, TopicPartition
+from embedq_shared.kafka import CommitFailedError, IllegalStateError, KafkaError, TopicPartition
 
 log = structlog.get_logger()
 

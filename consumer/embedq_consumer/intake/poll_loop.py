@@ -12,7 +12,6 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 import structlog
-from aiokafka import ConsumerRebalanceListener
 
 from embedq_consumer.intake.flow_control import InFlightLimits, PollPlanner
 from embedq_consumer.intake.jobs_consumer import IntakeOptions, JobsConsumer
@@ -22,7 +21,7 @@ from embedq_consumer.intake.poll_state import PollState
 from embedq_consumer.intake.records import Record
 from embedq_consumer.intake.unreadable import POLL_MS, CarefulReader, PolledRecords
 from embedq_consumer.telemetry.metrics import Metrics
-from embedq_shared.kafka import UNREADABLE, TopicPartition, position, stop_client
+from embedq_shared.kafka import UNREADABLE, ConsumerRebalanceListener, TopicPartition, position, stop_client
 from embedq_shared.topics import LANES, Lane, Topics
 
 log = structlog.get_logger()
