@@ -134,11 +134,15 @@ class KafkaOptions(msgspec.Struct, frozen=True, kw_only=True):
     sasl_kerberos_domain_name: str | None = None
     sasl_oauth_token_provider: Any = None
 
+    def __repr__(self) -> str:
+        """Without the password."""
+        return f"KafkaOptions(servers={self.servers!r}, security_protocol={self.security_protocol!r}, …)"
+
     def client_options(self) -> dict[str, Any]:
         """Keyword arguments for any aiokafka client. Reads the certificate files, if TLS is on.
 
         Raises:
-            OSError: a file cannot be read, or is no certificate or key (`ssl.SSLError`).
+            OSError: a file cannot be read, or is not a certificate or key (`ssl.SSLError`).
         """
         options = {
             name: value
@@ -153,6 +157,7 @@ class KafkaOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _FILES: Final = frozenset({"ssl_cafile", "ssl_certfile", "ssl_keyfile"})
+"""Fields that aiokafka has no argument for."""
 
 
 async def connect(make: Callable[[], Client], within: float) -> Client:
@@ -196,33 +201,43 @@ def reason(error: BaseException) -> str:
 async def stop_client(
     client: AIOKafkaConsumer | AIOKafkaProducer | AIOKafkaAdminClient, within: float
 ) -> str | None:
-    """Stop a client, or abandon it: None if it stopped, else what kept it from it, in a word.
+    """Stop a client, or abandon it: None if it stopped, else why it did not, in one word.
 
-    aiokafka's own `stop` waits for ever while the brokers are gone. After `within` seconds it is cancelled, and what it
+    aiokafka's own `stop` never ends while the brokers are gone. After `within` seconds it is cancelled, and what it
     leaves running is ended here: a producer's sender, which would connect again and send what was given up long ago, a
     consumer's fetcher, and the connections. Each of these steps takes `within` seconds at most. Raises nothing that
-    Kafka says, since nothing could be done about it.
+    Kafka says, since nothing could be done about it. If the caller is cancelled, only the sender is ended.
     """
     stop = client.close() if isinstance(client, AIOKafkaAdminClient) else client.stop()
-    problem = await _finished(stop, within)
+    problem: str | None = "CancelledError"
+    try:
+        problem = await _finished(stop, within)
+    finally:
+        sender = _sender_of(client)
+        if problem is not None and sender is not None:
+            sender.cancel()
     if problem is None:
         return None
-    sender: asyncio.Task[None] | None = None
-    connections = client.client if isinstance(client, AIOKafkaProducer) else client._client
-    if isinstance(client, AIOKafkaProducer):
-        sender = client._sender.sender_task if client._sender is not None else None
-        if sender is not None:
-            sender.cancel()
-    elif isinstance(client, AIOKafkaConsumer) and client._fetcher is not None:
+    if isinstance(client, AIOKafkaConsumer) and client._fetcher is not None:
         await _finished(client._fetcher.close(), within)
+    connections = client.client if isinstance(client, AIOKafkaProducer) else client._client
     await _finished(connections.close(), within)
     if sender is not None:
         await asyncio.wait({sender}, timeout=within)
     return problem
 
 
+def _sender_of(
+    client: AIOKafkaConsumer | AIOKafkaProducer | AIOKafkaAdminClient,
+) -> asyncio.Task[None] | None:
+    if not isinstance(client, AIOKafkaProducer) or client._sender is None:
+        return None
+    sender: asyncio.Task[None] | None = client._sender.sender_task
+    return sender
+
+
 async def _finished(work: Awaitable[None], within: float) -> str | None:
-    """Wait for `work` for `within` seconds at most: None if it went well, else what happened, in a word.
+    """Wait for `work` for `within` seconds at most: None if it succeeded, else why not, in one word.
 
     It runs as a task: a fetch that a consumer's `stop` cancels lets `stop` itself end with CancelledError, which must
     not pass for a cancellation of ours.
@@ -280,30 +295,34 @@ async def poll_partition(
 
 
 async def poll(consumer: AIOKafkaConsumer, *, timeout_ms: int) -> list[Polled]:
-    """The next records of all assigned partitions, each partition's in order; waits `timeout_ms` for the first.
+    """The next records of one of the assigned partitions, in order; waits `timeout_ms` for the first.
 
     One that cannot be read comes as an `UnreadableRecord`. A poll of several partitions that fails loses what it had
     drained of the others, whose positions have moved. So only polls that cannot lose anything are made: of one record,
     and of one partition.
     """
-    failed = False
-    found: list[Polled] = []
     try:
         first = await consumer.getmany(timeout_ms=timeout_ms, max_records=1)
     except UNREADABLE:
-        failed = True
-    else:
-        if not first:
-            return found
-        for records in first.values():
-            found += records
+        return await _find_unreadable(consumer)
+    found: list[Polled] = []
+    for partition, records in first.items():
+        found += records
+        found += await poll_partition(consumer, partition, timeout_ms=0)
+    return found
+
+
+async def _find_unreadable(consumer: AIOKafkaConsumer) -> list[Polled]:
+    """The next records of all partitions, up to the one that made a poll fail: aiokafka does not say which partition it
+    is in, and must fetch it again first.
+    """
     loop = asyncio.get_running_loop()
     end = loop.time() + _SEARCH_S
+    found: list[Polled] = []
     while True:
         for partition in sorted(consumer.assignment()):
             found += await poll_partition(consumer, partition, timeout_ms=0)
-        # aiokafka does not say which partition failed, and first fetches it again.
-        if not failed or any(isinstance(record, UnreadableRecord) for record in found) or loop.time() > end:
+        if any(isinstance(record, UnreadableRecord) for record in found) or loop.time() > end:
             return found
         await asyncio.sleep(_SEARCH_PAUSE_S)
 

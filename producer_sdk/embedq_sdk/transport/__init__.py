@@ -1,1 +1,1 @@
-"""Sending jobs and reading replies: everything that a client does with Kafka."""
+"""Jobs out, replies in: everything that a client does with Kafka."""
