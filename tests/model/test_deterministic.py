@@ -1,4 +1,4 @@
-"""The deterministic mode on the CPU; test_prefix_gpu.py has it on CUDA."""
+"""The deterministic mode on the CPU; tests/gpu/test_prefix.py shows it on CUDA."""
 
 from __future__ import annotations
 

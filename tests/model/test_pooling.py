@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
 
+from embedq_consumer.engine import ModelError, load_encoder
 from embedq_consumer.engine.pooling import POOLINGS, Pooling
 from embedq_consumer.engine.row import Row
+from tests.helpers.tiny_models import make_tiny_bert
+from tests.model.conftest import normalized, tokens_of
+from tests.model.test_model_directory import edit
+from tests.model.test_parity import TOLERANCE
 
 LENGTHS = [3, 1, 5]
 DEFINITIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -64,3 +71,26 @@ def test_a_pooling_picks_one_token_of_each_text_or_pools_rows_on_the_device(
     torch.testing.assert_close(hidden[picked[:3].long()].float(), pooling.pool(hidden, ends[:4]))
     with pytest.raises(RuntimeError, match="picks one token"):
         pooling.pool_row(hidden, row, torch.empty(4, 8))
+
+
+class _Max(Pooling):
+    name = "max"
+
+    def pool(self, hidden: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        texts = torch.split(hidden.float(), cu_seqlens.diff().tolist())
+        return torch.stack([text.amax(0) for text in texts])
+
+
+def test_a_new_pooling_is_one_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named in `POOLINGS`, it is read from a directory, loaded, and computed as sentence-transformers computes it."""
+    from sentence_transformers import SentenceTransformer
+
+    path = make_tiny_bert(tmp_path, pooling="mean")
+    edit("1_Pooling/config.json", pooling_mode_mean_tokens=False, pooling_mode_max_tokens=True)(path)
+    with pytest.raises(ModelError, match=r"expected one of cls, mean, lasttoken, got .'max'"):
+        load_encoder(path, device="cpu")
+    monkeypatch.setitem(cast("dict[str, Pooling]", POOLINGS), "max", _Max())
+    encoder = load_encoder(path, device="cpu")
+    found = normalized(encoder.encode(tokens_of(encoder, ["the moon", "a stone wall"])))
+    reference = SentenceTransformer(str(path), device="cpu", local_files_only=True)
+    assert np.abs(found - reference.encode(["the moon", "a stone wall"])).max() <= TOLERANCE

@@ -329,7 +329,7 @@ def _run(lines: Sequence[Line], setup: Setup, asked: Asked) -> tuple[Side, npt.N
         prompt = prompt_for(job, encoder)
         tokens = [
             found
-            for found in encoder.tokenize([Text(line.text, prompt, "end") for line in lines])
+            for found in encoder.tokenize([Text(line.text, prompt=prompt, truncate="end") for line in lines])
             if isinstance(found, Tokens)
         ]
         if len(tokens) != len(lines):

@@ -6,8 +6,6 @@ position and token-type tables added up once. PackedEncoder proves it against Be
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -46,8 +44,6 @@ class _Workspace(msgspec.Struct, frozen=True, kw_only=True):
 class PackedBert:
     """The layers of one BertModel, whose parameters it shares, except for the fused ones."""
 
-    kernels: Mapping[str, str] = MappingProxyType({"attention": "torch_sdpa"})
-
     def __init__(self, model: Any, options: ForwardOptions) -> None:
         config = model.config
         self._heads = int(config.num_attention_heads)
@@ -61,6 +57,7 @@ class PackedBert:
         self._embedding_norm = _pair(embeddings.LayerNorm)
         self._scratch: _Workspace | None = None
         self._layers = [_layer(layer) for layer in model.encoder.layer]
+        self.kernels = {"attention": "torch_sdpa"}
 
     @staticmethod
     def fits(model: Any) -> bool:

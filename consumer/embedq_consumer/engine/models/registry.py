@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Final, Protocol
 
@@ -21,7 +22,10 @@ __all__ = ["FAMILIES", "Built", "Family", "build", "import_ahead", "is_written_o
 
 
 class WrittenOut(Protocol):
-    """A forward that is written out here. Its constructor takes `model` apart: no weight is held twice."""
+    """A forward that is written out here. Its constructor may take `model` apart, so that no weight is held twice."""
+
+    kernels: Mapping[str, str]
+    """As in `Encoder.kernels`."""
 
     def __init__(self, model: Any, options: ForwardOptions) -> None: ...
 
@@ -84,7 +88,7 @@ class Built(msgspec.Struct, frozen=True, kw_only=True):
 
     hidden: HiddenForward
     pooled: PooledForward | None = None
-    kernels: dict[str, str]
+    kernels: Mapping[str, str]
     """As in `Encoder.kernels`."""
 
 
@@ -109,8 +113,7 @@ def build(model: Any, options: ForwardOptions, *, written_out: bool = True) -> B
     forward = _forward_for(model) if written_out else None
     if forward is not None:
         made = forward(model, options)
-        kernels = getattr(made, "kernels", None) or {"attention": "torch_sdpa"}
-        return Built(hidden=made, pooled=made.pooled(), kernels=kernels)
+        return Built(hidden=made, pooled=made.pooled(), kernels=made.kernels)
     if options.quantized:
         raise ModelError(f"quantization fp8: {architecture_of(model)} has no FP8 forward")
     attention = "torch_sdpa" if device.type == "cpu" else "packed"

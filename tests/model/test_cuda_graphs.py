@@ -1,0 +1,189 @@
+"""Parts, rows and prefixes as they run, on the CPU: a graph is replayed by computing again, and a stream is the thread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from embedq_consumer.engine import Tokens, cuda_graphs
+from embedq_consumer.engine.cuda_graphs import Graphs
+from embedq_consumer.engine.row import PooledForward, Row
+
+Ids = npt.NDArray[np.int32]
+CPU = torch.device("cpu")
+BAD = 666
+"""A token that the model cannot compute; it spoils the text before its own, too, as tiles of attention do."""
+
+
+class Stream:
+    """Work is done when it is submitted."""
+
+    device = CPU
+
+    def synchronize(self) -> None:
+        pass
+
+    def record(self) -> None:
+        pass
+
+
+class Replay:
+    def __init__(self, graphs: Graphs, row: Row, size: int) -> None:
+        self._graphs, self._row, self._size = graphs, row, size
+
+    def replay(self) -> None:
+        self._graphs._compute(self._row, self._size, self._graphs._outputs)
+
+
+class CpuGraphs(Graphs):
+    @contextmanager
+    def _here(self) -> Iterator[None]:
+        yield
+
+    def _captured(self, size: int, slots: int, shared: bool) -> Any:
+        row = self._row(self._inputs, size, slots, self.sizes.key_room if shared else 0)
+        return Replay(self, row, size)
+
+
+class Forward:
+    """A text's vector: the sum of its ids, that of their positions, and its number of tokens, all its keys counted.
+
+    A key is (id, position), in a pool of one layer.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, int]] = []
+        """(texts, tokens that ran) of each row."""
+
+    def run(self, row: Row, longest: int, out: torch.Tensor) -> None:
+        own = torch.stack([row.ids, row.positions], dim=1).long()
+        ends, keys = row.cu_seqlens, own
+        if row.shared is not None:
+            pool = row.shared.pool[0]
+            keys = torch.zeros(len(row.shared.copies), 2, dtype=torch.long)
+            for source, target in row.shared.copies[: int(row.shared.count)].tolist():
+                value = own[source] if source >= 0 else pool[-1 - source]
+                (keys if target >= 0 else pool)[target if target >= 0 else -1 - target] = value
+            ends = row.shared.cu_seqlens
+        used = [(a, b) for a, b in zip(ends.tolist(), ends.tolist()[1:], strict=False) if keys[a:b, 0].any()]
+        self.rows.append((len(used), len(row.ids)))
+        out.zero_()
+        for slot, (begin, end) in enumerate(used):
+            text = keys[begin:end]
+            out[slot] = torch.tensor([*text.sum(0).tolist(), end - begin], dtype=torch.float32)
+            if (text[:, 0] == BAD).any():
+                out[max(0, slot - 1) : slot + 1] = torch.nan
+
+    def pooled(self, *, pool: bool = False, attention: str = "flash_attn_4") -> PooledForward:
+        def kernel(*_: Any) -> torch.Tensor:
+            raise NotImplementedError
+
+        kernel.__name__ = attention
+        return PooledForward(
+            run=self.run,
+            hidden_size=3,
+            device=CPU,
+            attention=kernel,
+            prefix_pool=(lambda rows: torch.zeros(1, rows, 2, dtype=torch.long)) if pool else None,
+        )
+
+
+@pytest.fixture(autouse=True)
+def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "_new_stream", lambda _: Stream())
+    monkeypatch.setattr(cuda_graphs, "_new_event", Stream)
+    monkeypatch.setattr(cuda_graphs, "_idle_streams", [])
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream())
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+
+
+def text_of(length: int, first: int = 1) -> Tokens:
+    return Tokens(np.arange(first, first + length, dtype=np.int32) % 600 + 1)
+
+
+def vector_of(text: Tokens) -> list[float]:
+    count = len(text.ids)
+    return [float(text.ids.sum()), count * (count - 1) / 2, float(count)]
+
+
+def wanted(batch: list[Tokens]) -> npt.NDArray[np.float32]:
+    return np.array([vector_of(text) for text in batch], dtype=np.float32).reshape(-1, 3)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30)
+@given(st.lists(st.integers(0, 400) | st.just(3000), max_size=20), st.booleans())
+def test_vectors_come_in_the_order_of_the_texts(lengths: list[int], deterministic: bool) -> None:
+    graphs = CpuGraphs(Forward().pooled(), part_tokens=2048, deterministic=deterministic)
+    batch = [text_of(length, first) for first, length in enumerate(lengths)]
+    assert np.array_equal(graphs.submit(batch).result(), wanted(batch))
+
+
+def test_more_parts_than_staging_memory_wait_for_earlier_ones() -> None:
+    graphs = CpuGraphs(Forward().pooled(), part_tokens=64)
+    first, second = [text_of(60, n) for n in range(12)], [text_of(40, n) for n in range(9)]
+    pending = [graphs.submit(batch) for batch in (first, second)]
+    assert np.array_equal(pending[1].result(), wanted(second))
+    assert np.array_equal(pending[0].result(), wanted(first))
+    assert np.array_equal(pending[0].result(), wanted(first))
+
+
+def test_a_text_that_is_too_long_for_every_graph_runs_in_its_own_size() -> None:
+    forward = Forward()
+    graphs = CpuGraphs(forward.pooled(attention="torch_varlen"), part_tokens=512)
+    assert graphs.sizes.largest[0] == 1024
+    batch = [text_of(1300), text_of(5)]
+    assert np.array_equal(graphs.submit(batch).result(), wanted(batch))
+    assert (1, 1408) in forward.rows
+
+
+def test_a_text_that_gives_nan_spoils_no_neighbor() -> None:
+    graphs = CpuGraphs(Forward().pooled(), part_tokens=512)
+    bad = Tokens(np.array([4, BAD, 5], dtype=np.int32))
+    batch = [text_of(20), text_of(9), bad, text_of(7)]
+    found = graphs.submit(batch).result()
+    assert np.isnan(found[2]).all()
+    kept = [0, 1, 3]
+    assert np.array_equal(found[kept], wanted(batch)[kept])
+
+
+def test_a_shared_prefix_runs_once_and_counts_for_every_text() -> None:
+    forward = Forward()
+    graphs = CpuGraphs(forward.pooled(pool=True), part_tokens=512)
+    assert graphs.shares_prefixes
+    prompt = np.arange(100, 140, dtype=np.int32)
+    batch = [Tokens(np.concatenate([prompt, text_of(5, n).ids]), shared=len(prompt)) for n in range(8)]
+    plain = text_of(30)
+    assert np.array_equal(graphs.submit([*batch, plain]).result(), wanted([*batch, plain]))
+    assert forward.rows == [(1, 64), (9, 128)]  # the prompt's 40 tokens, then 8 · 5 + 30
+    assert np.array_equal(graphs.submit(batch).result(), wanted(batch))
+    assert forward.rows[2:] == [(8, 64)]
+
+
+def test_a_batch_that_saves_too_little_shares_nothing() -> None:
+    forward = Forward()
+    graphs = CpuGraphs(forward.pooled(pool=True), part_tokens=512)
+    prompt = np.arange(100, 110, dtype=np.int32)
+    batch = [Tokens(np.concatenate([prompt, text_of(5, n).ids]), shared=len(prompt)) for n in range(4)]
+    assert np.array_equal(graphs.submit(batch).result(), wanted(batch))
+    assert forward.rows == [(4, 64)]
+
+
+def test_the_deterministic_mode_shares_no_prefixes() -> None:
+    assert not CpuGraphs(Forward().pooled(pool=True), deterministic=True).shares_prefixes
+
+
+def test_a_closed_engine_leaves_its_stream_to_the_next() -> None:
+    first = CpuGraphs(Forward().pooled())
+    stream = first._stream
+    first.close()
+    assert CpuGraphs(Forward().pooled())._stream is stream
