@@ -114,6 +114,12 @@ def place(partition: TopicPartition, offset: int) -> str:
     return f"{partition.topic}-{partition.partition}-{offset}"
 
 
+async def _steps() -> None:
+    """The event loop does all that it can do without time passing."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
 # -- records ------------------------------------------------------------------------------------------------------------
 
 
@@ -272,7 +278,7 @@ async def test_partitions_are_given_up_only_after_what_is_in_flight_was_finished
         running.consumer.calls.clear()
         revoking = asyncio.create_task(running.consumer.revoke())
         running.finish(running.taken[0])
-        await asyncio.wait({revoking}, timeout=0.01)
+        await _steps()
         assert not revoking.done()
         running.finish(*running.taken[1:])
         await revoking
@@ -289,8 +295,7 @@ async def test_no_poll_runs_between_a_revocation_and_the_next_assignment() -> No
         await running.consumer.revoke()
         running.consumer.calls.clear()
         running.consumer.write(A, b"1")
-        for _ in range(20):
-            await asyncio.sleep(0)
+        await _steps()
         assert running.consumer.calls == []
         await running.consumer.assign(A)
         await running.until_taken(1)
@@ -376,18 +381,16 @@ async def test_inside_a_hold_nothing_is_in_flight_and_the_group_still_hears_of_u
 
 
 async def test_a_hold_waits_for_the_records_of_a_poll_that_was_under_way() -> None:
-    """A poll that has its records already is not lost to the interruption."""
-    running = Harness(ScriptedConsumer(), answer=False)
+    """The poll has its records in the same step in which it is interrupted, and they are not lost."""
+    running = Harness(ScriptedConsumer(blocks=True), answer=False)
     async with running.running(A):
+        await wait_until(lambda: running.consumer.latest == (A,), what="a poll that blocks")
+        entering = asyncio.create_task(_enter(running.intake))
         running.consumer.write(A, b"1")
-        async with asyncio.timeout(5):
-            entering = asyncio.create_task(_enter(running.intake))
-            await wait_until(lambda: bool(running.taken) or entering.done(), what="the record or the hold")
-            if running.taken:
-                assert not entering.done()
-                running.finish(*running.taken)
-            await entering
-            await running.until_taken(1)
+        await running.until_taken(1)
+        assert not entering.done()
+        running.finish(*running.taken)
+        await entering
 
 
 async def _enter(intake: Intake) -> None:
