@@ -135,7 +135,7 @@ class Deliverer:
             )
             sent += errors
             sent += [msgspec.structs.replace(reply, outgoing=[]) for reply, _ in refused_again]
-        await self._send_dead_letters([reply for reply in sent if reply.dead_letter is not None])
+        await self._send_dead_letters(sent)
         self._metrics.publish.observe(time.monotonic() - started)
         self._conclude(sent)
 
@@ -153,21 +153,22 @@ class Deliverer:
         return sent, refused
 
     async def _send_dead_letters(self, replies: Sequence[Reply]) -> None:
-        """Copy records to the dead letters; of one that is refused there, its position and what was wrong."""
-        if not replies:
-            return
-        letters = [self._encoder.dead_letter(reply, self._dead_letter_partition(reply)) for reply in replies]
+        """Copy records that need it to the dead letters; of one that is refused there, its position and what was wrong."""
+        letters: list[tuple[Reply, Outgoing]] = []
         for reply in replies:
             if reply.dead_letter is not None:
+                letters.append((reply, self._encoder.dead_letter(reply, self._dead_letter_partition(reply))))
                 self._metrics.dead_letters.labels(reply.dead_letter.code).inc()
-        outcomes = await self._sink.publish(letters)
-        positions = [
+        if not letters:
+            return
+        outcomes = await self._sink.publish([letter for _, letter in letters])
+        bare = [
             self._encoder.bare_dead_letter(reply, letter.partition)
-            for letter, reply, reason in zip(letters, replies, outcomes, strict=True)
+            for (reply, letter), reason in zip(letters, outcomes, strict=True)
             if reason is not None
         ]
-        if positions:
-            outcomes = await self._sink.publish(positions)
+        if bare:
+            outcomes = await self._sink.publish(bare)
             if lost := sum(reason is not None for reason in outcomes):
                 log.error("dead_letters_refused", records=lost)
 
