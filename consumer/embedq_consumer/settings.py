@@ -157,25 +157,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def kafka(self) -> dict[str, Any]:
         """What each aiokafka client needs to reach the brokers."""
-        options: dict[str, Any] = {
-            "bootstrap_servers": self.kafka_servers,
-            "security_protocol": self.kafka_security_protocol,
-        }
-        if self.kafka_security_protocol.startswith("SASL"):
-            options |= {
-                "sasl_mechanism": self.kafka_sasl_mechanism,
-                "sasl_plain_username": self.kafka_sasl_username,
-                "sasl_plain_password": self.kafka_sasl_password,
-            }
-        if self.kafka_security_protocol.endswith("SSL"):
-            from aiokafka.helpers import create_ssl_context
+        from embedq_shared.kafka import KafkaOptions  # here, so that the supervisor loads no Kafka client
 
-            options["ssl_context"] = create_ssl_context(
-                cafile=self.kafka_ssl_cafile or None,
-                certfile=self.kafka_ssl_certfile or None,
-                keyfile=self.kafka_ssl_keyfile or None,
-            )
-        return options
+        sasl = self.kafka_security_protocol.startswith("SASL")
+        return KafkaOptions(
+            servers=self.kafka_servers,
+            security_protocol=self.kafka_security_protocol,
+            ssl_cafile=self.kafka_ssl_cafile or None,
+            ssl_certfile=self.kafka_ssl_certfile or None,
+            ssl_keyfile=self.kafka_ssl_keyfile or None,
+            sasl_mechanism=self.kafka_sasl_mechanism if sasl else None,
+            sasl_plain_username=self.kafka_sasl_username if sasl else None,
+            sasl_plain_password=self.kafka_sasl_password if sasl else None,
+        ).client_options()
 
 
 def _explain(message: str) -> str:

@@ -1,17 +1,13 @@
-"""Reading the results topic: parts joined, repeats dropped, nothing counted as read before it was taken."""
+"""Reading the results topic: parts joined, repeats dropped, nothing committed before its reader asked for more."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Iterable
-from dataclasses import dataclass, field
 from typing import Any, Final
 
 import msgspec
-from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.abc import ConsumerRebalanceListener
-from aiokafka.errors import KafkaError
 
 from embedq_sdk.embeddings import (
     Embeddings,
@@ -26,18 +22,31 @@ from embedq_sdk.embeddings import (
 from embedq_sdk.errors import EmbedError, UnreadableReply
 from embedq_sdk.transport.kafka import KafkaConnection, close, require_topics
 from embedq_shared import topics as names
+from embedq_shared.kafka import (
+    AIOKafkaConsumer,
+    ConsumerRebalanceListener,
+    KafkaError,
+    Polled,
+    TopicPartition,
+    UnreadableRecord,
+    poll,
+)
 
 _REMEMBERED: Final = 100_000
+"""Ids of finished jobs that repeats are known by; about 17 MB."""
 _COMMIT_EVERY_S: Final = 1.0
 _COMMIT_TIMEOUT_S: Final = 5.0
 _POLL_MS: Final = 500
+_SESSION_TIMEOUT_MS: Final = 30_000
+_REBALANCE_TIMEOUT_MS: Final = 60_000
+_UNDECODABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
-@dataclass(frozen=True, slots=True)
-class JobResult:
-    """One submitted job's end. Either `embeddings` or `error` is there.
+class JobResult(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+    """The outcome of one submitted job: either `embeddings` or `error` is set.
 
-    `embeddings.errors` has the inputs that failed alone. `id` is None where the service could not read one.
+    `embeddings.errors` has the inputs that failed on their own. `id` is None if the record names no job that could be
+    read.
     """
 
     id: str | None
@@ -46,20 +55,23 @@ class JobResult:
     metadata: Any = None
 
 
-@dataclass(slots=True)
 class _OpenJob:
-    """A job of which parts are missing, and where its first part lies."""
+    """A job some of whose parts are missing, and the offset of its first part in each partition."""
 
-    joiner: PartJoiner = field(default_factory=PartJoiner)
-    first: dict[int, int] = field(default_factory=dict)
-    """Partition to offset."""
+    __slots__ = ("first", "joiner")
+
+    def __init__(self) -> None:
+        self.joiner = PartJoiner()
+        self.first: dict[int, int] = {}
 
 
 class ResultCollector:
     """Joins parts and drops repeats. Pure: offsets in, offsets out.
 
-    A repeat is known by its id, among the last `remember` ids. `committable` never passes the first part of a job that
-    is not whole yet, nor a result that was not taken.
+    Invariants:
+        - A job's result is given out once, as long as its id is among the last `remember` ids.
+        - `committable` never passes the first part of a job some of whose parts are missing.
+        - `committable` never passes a result that its reader has not `taken`.
     """
 
     def __init__(self, remember: int = _REMEMBERED) -> None:
@@ -70,14 +82,14 @@ class ResultCollector:
         self.repeats = 0
 
     def add(self, partition: int, offset: int, reply: ReadResult | ReadFailure) -> JobResult | None:
-        """The job's result if this record makes it whole."""
+        """The job's result, if this record is the last part of it that was missing."""
         id = reply.id
         if id is not None and id in self._done:
             self._done.move_to_end(id)
             self.repeats += 1
             return None
         if isinstance(reply, ReadFailure):
-            result = JobResult(id, None, job_failed(reply.error), reply.metadata)
+            result = JobResult(id=id, embeddings=None, error=job_failed(reply.error), metadata=reply.metadata)
         else:
             job = self._open.setdefault(reply.id, _OpenJob())
             job.first.setdefault(partition, offset)
@@ -85,7 +97,12 @@ class ResultCollector:
             if parts is None:
                 return None
             count = 1 + max(datum.index for part in parts for datum in part.data)
-            result = JobResult(id, assemble([FinishedJob(count=count, outcome=parts)]), None, reply.metadata)
+            result = JobResult(
+                id=id,
+                embeddings=assemble([FinishedJob(count=count, outcome=parts)]),
+                error=None,
+                metadata=reply.metadata,
+            )
         if id is not None:
             self._open.pop(id, None)
             self._done[id] = None
@@ -94,11 +111,11 @@ class ResultCollector:
         return result
 
     def taken(self, partition: int, offset: int) -> None:
-        """The record at `offset`, and what it made whole, needs no second reading."""
+        """The reader is done with the record at `offset`, and with the result that it completed."""
         self._next[partition] = offset + 1
 
     def committable(self) -> dict[int, int]:
-        """For each partition the offset to go on from."""
+        """The offset to commit for each partition: the first record that must be read again after a restart."""
         positions = dict(self._next)
         for job in self._open.values():
             for partition, offset in job.first.items():
@@ -107,7 +124,7 @@ class ResultCollector:
         return positions
 
     def forget(self, partitions: Iterable[int]) -> None:
-        """Partitions went to another reader, which starts at our last commit."""
+        """The partitions were given to another reader, which starts at our last commit."""
         gone = set(partitions)
         for partition in gone:
             self._next.pop(partition, None)
@@ -126,7 +143,7 @@ class _OnRebalance(ConsumerRebalanceListener):  # type: ignore[misc]
 
 
 async def read_results(
-    servers: KafkaConnection,
+    connection: KafkaConnection,
     topic: str,
     *,
     group: str | None,
@@ -137,38 +154,34 @@ async def read_results(
     """Every result of `topic`; see `EmbedClient.results`."""
     settings: dict[str, Any] = {"fetch_max_wait_ms": _POLL_MS}
     if group is not None:
-        settings |= {"group_id": group, "session_timeout_ms": 30_000, "rebalance_timeout_ms": 60_000}
-    consumer = await servers.start(lambda: servers.consumer(**settings), connect_timeout)
+        settings |= {
+            "group_id": group,
+            "session_timeout_ms": _SESSION_TIMEOUT_MS,
+            "rebalance_timeout_ms": _REBALANCE_TIMEOUT_MS,
+        }
+    consumer = await connection.connect(lambda: connection.consumer(**settings), connect_timeout)
     collector = ResultCollector()
     loop = asyncio.get_running_loop()
     try:
-        await require_topics(servers, consumer, [topic], connect_timeout)
+        await require_topics(connection, consumer, [topic], connect_timeout)
         if group is None:
-            await servers.within(
+            await connection.call(
                 connect_timeout, "finding the results", _assign_all(consumer, topic, from_beginning)
             )
         else:
             consumer.subscribe([topic], listener=_OnRebalance(collector))
-        last_news = last_commit = loop.time()
+        last_record = last_commit = loop.time()
         while True:
-            fetched = await consumer.getmany(timeout_ms=_POLL_MS)
-            for tp, records in fetched.items():
-                for record in records:
-                    last_news = loop.time()
-                    try:
-                        reply = read_reply(record.value or b"", msgpack=_is_msgpack(record.headers))
-                    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-                        detail = f"{type(error).__name__} at {topic}-{tp.partition}, offset {record.offset}"
-                        yield JobResult(None, None, UnreadableReply(detail=detail))
-                    else:
-                        result = collector.add(tp.partition, record.offset, reply)
-                        if result is not None:
-                            yield result
-                    collector.taken(tp.partition, record.offset)
+            for record in await poll(consumer, timeout_ms=_POLL_MS):
+                last_record = loop.time()
+                result = _result(collector, record)
+                if result is not None:
+                    yield result
+                collector.taken(record.partition, record.offset)
             if group is not None and loop.time() - last_commit >= _COMMIT_EVERY_S:
                 await _commit(consumer, topic, collector)
                 last_commit = loop.time()
-            if idle is not None and loop.time() - last_news >= idle:
+            if idle is not None and loop.time() - last_record >= idle:
                 return
     finally:
         if group is not None:
@@ -176,10 +189,26 @@ async def read_results(
         await close(consumer)
 
 
+def _result(collector: ResultCollector, record: Polled) -> JobResult | None:
+    """The result that a record completes. One that cannot be read is an error of its own, and reading goes on."""
+    if isinstance(record, UnreadableRecord):
+        return _unreadable(record, record.reason)
+    try:
+        reply = read_reply(record.value or b"", msgpack=_is_msgpack(record.headers))
+    except _UNDECODABLE as error:
+        return _unreadable(record, type(error).__name__)
+    return collector.add(record.partition, record.offset, reply)
+
+
+def _unreadable(record: Polled, why: str) -> JobResult:
+    detail = f"{why} at {record.topic}-{record.partition}, offset {record.offset}"
+    return JobResult(id=None, embeddings=None, error=UnreadableReply(detail=detail))
+
+
 async def _assign_all(consumer: AIOKafkaConsumer, topic: str, from_beginning: bool) -> None:
     first = TopicPartition(topic, 0)
     consumer.assign([first])
-    await consumer.position(first)  # brings the topic's metadata
+    await consumer.position(first)  # makes the client ask for the topic's metadata
     everything = [TopicPartition(topic, n) for n in sorted(consumer.partitions_for_topic(topic) or {0})]
     consumer.assign(everything)
     if from_beginning:
@@ -191,7 +220,7 @@ async def _assign_all(consumer: AIOKafkaConsumer, topic: str, from_beginning: bo
 
 
 async def _commit(consumer: AIOKafkaConsumer, topic: str, collector: ResultCollector) -> None:
-    """Best effort: what is not committed is read again, and at-least-once is the promise."""
+    """Commit, or not: what is not committed is read again, and at-least-once is the promise."""
     held = {tp.partition for tp in consumer.assignment()}
     offsets = {TopicPartition(topic, n): at for n, at in collector.committable().items() if n in held}
     if offsets:

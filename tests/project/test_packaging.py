@@ -64,9 +64,41 @@ def test_redis_stays_in_the_cache() -> None:
     assert importers("embedq_sdk", {"redis"}) == importers("embedq_shared", {"redis"}) == set()
 
 
-def test_shared_needs_msgspec_and_numpy_alone() -> None:
+def test_the_kafka_client_is_imported_by_few_files() -> None:
+    """aiokafka has traps (`embedq_shared/kafka.py` lists them), and each was once known here and forgotten there. Others
+    take its classes and errors from that room. Topics are created with its admin requests; intake and delivery own a
+    client whose settings and errors are theirs to judge.
+    """
+    assert importers("embedq_shared", {"aiokafka"}) == {"kafka.py"}
+    assert importers("embedq_sdk", {"aiokafka"}) == {"admin/topics.py"}
+    outside = {
+        name
+        for name in importers("embedq_consumer", {"aiokafka"})
+        if not name.startswith(("intake/", "delivery/"))
+    }
+    assert outside == {"process.py"}
+
+
+def test_records_are_polled_where_unreadable_ones_are_stepped_over() -> None:
+    """A plain `getmany` raises at an unreadable record for ever; `poll` and `poll_partition` of the Kafka room do not.
+    Intake has its own walk, since it must not pass a record that its ledger has not begun.
+    """
+    polling = {
+        f"{package}/{file.relative_to(folder).as_posix()}"
+        for package, folder in PACKAGES.items()
+        for file in folder.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr in {"getmany", "getone"}
+    }
+    assert "embedq_shared/kafka.py" in polling
+    assert {name for name in polling if not name.startswith("embedq_consumer/intake/")} == {
+        "embedq_shared/kafka.py"
+    }
+
+
+def test_shared_needs_msgspec_and_numpy_alone_but_for_its_kafka_room() -> None:
     found = {name for file in PACKAGES["embedq_shared"].rglob("*.py") for name in imports(file)}
-    assert found - sys.stdlib_module_names - {"embedq_shared"} == {"msgspec", "numpy"}
+    assert found - sys.stdlib_module_names - {"embedq_shared"} == {"aiokafka", "msgspec", "numpy"}
 
 
 def test_the_sdk_needs_light_packages_but_for_its_command_line_and_its_local_stack() -> None:

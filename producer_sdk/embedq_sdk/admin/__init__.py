@@ -1,1 +1,1 @@
-"""What operators do from anywhere: reload models, read the status, create topics."""
+"""What operators do: reload a model, see the status, create the topics."""

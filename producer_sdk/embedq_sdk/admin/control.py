@@ -1,55 +1,61 @@
-"""The control plane from the operator's side: reload a model and watch it, see who is there and how far behind."""
+"""The operator's side of the control plane: reload a model and watch it, see the live replicas and the lag."""
 
 from __future__ import annotations
 
-import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from typing import Any, Final, get_args
 
 import msgspec
-from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.errors import (
-    GroupCoordinatorNotAvailableError,
-    GroupLoadInProgressError,
-    KafkaError,
-    NotCoordinatorForGroupError,
-)
 
 from embedq_sdk.admin.rollout import ReplicaView, RolloutUpdate, RolloutView, StatusBoard, view_of
 from embedq_sdk.errors import EmbedError, InvalidArgument
 from embedq_sdk.job_options import checked_timeout
-from embedq_sdk.transport.kafka import KafkaConnection, reason, require_topics
+from embedq_sdk.transport.kafka import KafkaConnection, require_topics
 from embedq_shared.codec import decode_control, decode_status, encode_record
+from embedq_shared.kafka import (
+    AIOKafkaConsumer,
+    KafkaError,
+    Polled,
+    TopicPartition,
+    UnreadableRecord,
+    group_lag,
+    poll,
+    reason,
+)
 from embedq_shared.messages import Control, Policy, Status
 from embedq_shared.topics import GROUP, Topics
 
 _UNDECODABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
-_PAUSE_S: Final = 0.1
+_MAX_ALIAS_CHARS: Final = 256
+_MAX_PATH_CHARS: Final = 4096
 _STEP_S: Final = 10.0
+"""One step of a command, such as finding the end of a topic."""
+_READ_S: Final = 3 * _STEP_S
+"""Both topics, whole; they are compacted and small."""
 _POLL_MS: Final = 250
 _SILENCE_S: Final = 15.0
+"""A broker answers a fetch every quarter of a second: if it has not for this long, it is gone."""
 
 
 class LostRace(EmbedError):
-    """Another command for {alias} was written at the same moment: look at `embedq status`, then reload again"""
+    """Another command for {alias} was written at the same time and takes precedence: see `embedq status`, then reload again"""
 
     alias: str
 
 
-class LaneLag(msgspec.Struct, frozen=True):
-    """How far the service is behind in one lane: jobs without a committed result."""
+class LaneLag(msgspec.Struct, frozen=True, kw_only=True):
+    """Jobs of one lane that the service has not committed: they wait, or are in flight."""
 
     topic: str
     jobs: int
 
 
-class ServiceStatus(msgspec.Struct, frozen=True):
-    """Who is there, and what waits."""
+class ServiceStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The live replicas, and the lag of each lane."""
 
     replicas: list[ReplicaView]
     lag: list[LaneLag]
@@ -68,35 +74,34 @@ async def reload_model(
     connect_timeout: float = 10.0,
     **security: Any,
 ) -> AsyncGenerator[RolloutUpdate, None]:
-    """Write a reload command, then yield how the replicas follow it, whenever something changed; the last update is done.
+    """Write a reload command, then yield how the replicas follow it, each time something changed; the last update is done.
 
     Args:
         path: a model directory below the service's configured root.
-        digest: the model version that must come out ("sha256:…"); another one is FAILED.
-        policy: load beside the old model, or after unloading it.
-        min_cosine: least cosine of the check texts' vectors to the old model's.
+        digest: the model version that must result ("sha256:…"); another one is FAILED.
+        policy: load alongside the old model, or after unloading it.
+        min_cosine: least cosine similarity of the check texts' vectors to the old model's.
         timeout: seconds until the last update says "timeout".
+        security: as for `EmbedClient`.
 
     Raises:
-        InvalidArgument, KafkaUnavailable, TopicMissing: nothing was written, or nobody knows.
+        InvalidArgument, TopicMissing: no command was written.
+        KafkaUnavailable: a command may have been written, or not.
         LostRace: another writer was faster; replicas follow that one.
     """
     command = _checked_command(path, alias, digest, policy, min_cosine)
     timeout = checked_timeout("timeout", timeout)
-    where = KafkaConnection.of(servers, security)
+    connection = KafkaConnection.of(servers, security)
     topics = Topics(topic_prefix)
-    control, status = TopicPartition(topics.control, 0), TopicPartition(topics.status, 0)
-    async with where.opened(lambda: where.consumer(fetch_max_wait_ms=_POLL_MS), connect_timeout) as consumer:
-        await require_topics(where, consumer, [topics.control, topics.status], connect_timeout)
-        consumer.assign([control, status])
-        board = StatusBoard()
-        commands = await _read_to_end(where, consumer, {control, status}, board, alias)
-        now = time.time()
-        command = _next_command(command, commands, board.live(now, alias))
-        offset = await _write(where, topics.control, command, connect_timeout)
-        await _check_race(where, consumer, board, command, offset)
+    async with connection.client(_consumer(connection), connect_timeout) as consumer:
+        await require_topics(connection, consumer, [topics.control, topics.status], connect_timeout)
+        reader = _ControlPlaneReader(connection, consumer, topics, alias)
+        commands = await reader.read_to_end([topics.control, topics.status])
+        command = _next_command(command, commands, reader.board.live(time.time(), alias))
+        offset = await _write(connection, topics.control, command, connect_timeout)
+        await _check_race(reader, command, offset)
         rollout = RolloutView(
-            board,
+            reader.board,
             alias=alias,
             version=command.version,
             command_id=command.command_id,
@@ -112,40 +117,59 @@ async def reload_model(
                 yield update
             if update.done:
                 return
-            await _poll(where, consumer, board, alias)
+            await reader.poll()
 
 
 async def service_status(
-    servers: str | list[str], *, topic_prefix: str = "embed", connect_timeout: float = 10.0, **security: Any
+    servers: str | list[str],
+    *,
+    topic_prefix: str = "embed",
+    group: str = GROUP,
+    connect_timeout: float = 10.0,
+    **security: Any,
 ) -> ServiceStatus:
-    """Live replicas and each lane's lag, now.
+    """The live replicas and each lane's lag, now.
+
+    Args:
+        group: the service's consumer group (its setting EMBEDQ_GROUP), whose lag it is.
+        security: as for `EmbedClient`.
 
     Raises:
-        KafkaUnavailable, TopicMissing.
+        InvalidArgument, KafkaUnavailable, TopicMissing.
     """
-    where = KafkaConnection.of(servers, security)
+    if not isinstance(group, str) or not group:
+        raise InvalidArgument(argument="group", expected="a non-empty string", got=repr(group))
+    connection = KafkaConnection.of(servers, security)
     topics = Topics(topic_prefix)
-    status = TopicPartition(topics.status, 0)
     async with (
-        where.opened(lambda: where.consumer(fetch_max_wait_ms=_POLL_MS), connect_timeout) as consumer,
-        where.opened(where.admin, connect_timeout) as admin,
+        connection.client(_consumer(connection), connect_timeout) as consumer,
+        connection.client(connection.admin, connect_timeout) as admin,
     ):
-        await require_topics(where, consumer, [*topics.lanes, topics.status], connect_timeout)
-        consumer.assign([status])
-        board = StatusBoard()
-        await _read_to_end(where, consumer, {status}, board, alias=None)
+        await require_topics(connection, consumer, [*topics.lanes, topics.status], connect_timeout)
+        reader = _ControlPlaneReader(connection, consumer, topics)
+        await reader.read_to_end([topics.status])
         now = time.time()
-        lag = await where.within(connect_timeout, "reading the lag", _lag(admin, consumer, topics))
-        return ServiceStatus([view_of(s, now) for s in board.live(now)], lag)
+        lag = await connection.call(
+            connect_timeout, "reading the lag", group_lag(admin, consumer, group, topics.lanes)
+        )
+        return ServiceStatus(
+            replicas=[view_of(status, now) for status in reader.board.live(now)],
+            lag=[LaneLag(topic=topic, jobs=lag[topic]) for topic in topics.lanes],
+        )
+
+
+def _consumer(connection: KafkaConnection) -> Callable[[], AIOKafkaConsumer]:
+    return lambda: connection.consumer(fetch_max_wait_ms=_POLL_MS)
 
 
 def _checked_command(
     path: str, alias: str, digest: str | None, policy: Policy, min_cosine: float | None
 ) -> Control:
-    """The command without its version, checked at the door."""
-    for name, value in (("path", path), ("alias", alias)):
-        if not isinstance(value, str) or not 1 <= len(value) <= (256 if name == "alias" else 4096):
-            raise InvalidArgument(argument=name, expected="a non-empty string", got=type(value).__name__)
+    """The command, checked, but for its version."""
+    for name, value, most in (("path", path, _MAX_PATH_CHARS), ("alias", alias, _MAX_ALIAS_CHARS)):
+        if not isinstance(value, str) or not 1 <= len(value) <= most:
+            got = f"{len(value):,}" if isinstance(value, str) else type(value).__name__
+            raise InvalidArgument(argument=name, expected=f"a string of 1 to {most:,} characters", got=got)
     if digest is not None and not (isinstance(digest, str) and _DIGEST.fullmatch(digest)):
         raise InvalidArgument(
             argument="digest", expected="sha256: and 64 lower-case hex digits", got="something else"
@@ -170,9 +194,9 @@ def _checked_command(
 
 
 def _next_command(command: Control, earlier: list[Control], live: list[Status]) -> Control:
-    """The command with its version, and with the directory to fall back to: one that is known to load.
+    """The command with the next version, and with a fallback directory that is known to load.
 
-    That is the current record's path if a live replica serves it, else what that record itself would fall back to.
+    The fallback is the current command's path if a live replica serves it, else that command's own fallback.
     """
     if not earlier:
         return command
@@ -183,63 +207,98 @@ def _next_command(command: Control, earlier: list[Control], live: list[Status]) 
     )
 
 
-async def _read_to_end(
-    where: KafkaConnection,
-    consumer: AIOKafkaConsumer,
-    partitions: set[TopicPartition],
-    board: StatusBoard,
-    alias: str | None,
-) -> list[Control]:
-    """Read partitions from their beginning to their present end; returns the commands for `alias`."""
-    await where.within(_STEP_S, "going to the beginning", consumer.seek_to_beginning(*partitions))
-    ends = await where.within(_STEP_S, "finding the end", consumer.end_offsets(list(partitions)))
-    commands: list[Control] = []
-    deadline = time.monotonic() + 3 * _STEP_S
-    # The position counts, not the last record's offset: compaction may have removed the last records.
-    while any([await consumer.position(tp) < ends[tp] for tp in partitions]):
-        if time.monotonic() > deadline:
-            raise where.unavailable("reading the control and status topics took too long")
-        commands += await _poll(where, consumer, board, alias)
-    return commands
+class _ControlPlaneReader:
+    """Reads the control and status topics: statuses go to `board`, commands for `alias` are returned.
+
+    What cannot be read or decoded is passed: it is neither a status nor a command, and other programs may write here too.
+    """
+
+    def __init__(
+        self,
+        connection: KafkaConnection,
+        consumer: AIOKafkaConsumer,
+        topics: Topics,
+        alias: str | None = None,
+    ) -> None:
+        self._connection = connection
+        self._consumer = consumer
+        self._control = TopicPartition(topics.control, 0)
+        self._alias = alias
+        self.board = StatusBoard()
+
+    async def read_to_end(self, topics: Iterable[str]) -> list[Control]:
+        """Read topics of one partition from their beginning to their present end; the commands for the alias.
+
+        Raises:
+            KafkaUnavailable: a step took too long.
+        """
+        partitions = [TopicPartition(topic, 0) for topic in topics]
+        self._consumer.assign(partitions)
+        await self._connection.call(
+            _STEP_S, "going to the beginning", self._consumer.seek_to_beginning(*partitions)
+        )
+        ends = await self._connection.call(_STEP_S, "finding the end", self._consumer.end_offsets(partitions))
+        return await self._read_to(ends, _READ_S, "reading the control and status topics")
+
+    async def read_back(self, offset: int) -> list[Control]:
+        """Read until the control topic's record at `offset` was read; the commands for the alias.
+
+        Raises:
+            KafkaUnavailable: it took too long.
+        """
+        return await self._read_to({self._control: offset + 1}, _STEP_S, "reading the command back")
+
+    async def _read_to(self, ends: Mapping[TopicPartition, int], within: float, what: str) -> list[Control]:
+        commands: list[Control] = []
+        deadline = time.monotonic() + within
+        # The position counts, not the last record's offset: compaction may have removed the last records.
+        while any([await self._consumer.position(tp) < end for tp, end in ends.items()]):
+            if time.monotonic() > deadline:
+                raise self._connection.unavailable(f"{what} took more than {within:g} s")
+            commands += await self.poll()
+        return commands
+
+    async def poll(self) -> list[Control]:
+        """Read what is there, waiting for it a quarter of a second at most; the commands for the alias.
+
+        Raises:
+            KafkaUnavailable: the broker does not answer.
+        """
+        try:
+            records = await poll(self._consumer, timeout_ms=_POLL_MS)
+        except (KafkaError, OSError) as error:
+            raise self._connection.unavailable(reason(error)) from error
+        self._check_silence(time.time())
+        return [command for record in records if (command := self._take(record)) is not None]
+
+    def _check_silence(self, now: float) -> None:
+        for tp in self._consumer.assignment():
+            last = self._consumer.last_poll_timestamp(tp)
+            if last is not None and now - last / 1000 > _SILENCE_S:
+                raise self._connection.unavailable(f"nothing came for {_SILENCE_S:g} s")
+
+    def _take(self, record: Polled) -> Control | None:
+        if isinstance(record, UnreadableRecord):
+            return None
+        is_command = record.topic == self._control.topic
+        if record.value is None:
+            if not is_command and record.key is not None:
+                self.board.forget(record.key.decode(errors="replace"))
+            return None
+        try:
+            if is_command:
+                command = decode_control(record.value)
+                return command if command.alias == self._alias else None
+            self.board.see(decode_status(record.value))
+        except _UNDECODABLE:
+            return None
+        return None
 
 
-async def _poll(
-    where: KafkaConnection, consumer: AIOKafkaConsumer, board: StatusBoard, alias: str | None
-) -> list[Control]:
-    """One poll: statuses go to the board, commands for `alias` are returned. What can't be read is not ours to judge."""
-    try:
-        fetched = await consumer.getmany(timeout_ms=_POLL_MS)
-    except (KafkaError, OSError) as error:
-        raise where.unavailable(reason(error)) from error
-    now = time.time()
-    for tp in consumer.assignment():
-        last = consumer.last_poll_timestamp(tp)
-        if last is not None and now - last / 1000 > _SILENCE_S:
-            raise where.unavailable(f"nothing came for {_SILENCE_S:g} s")
-    commands: list[Control] = []
-    for tp, records in fetched.items():
-        for record in records:
-            is_status = tp.topic.endswith(".status")
-            if record.value is None:
-                if is_status and record.key is not None:
-                    board.forget(record.key.decode(errors="replace"))
-                continue
-            try:
-                if is_status:
-                    board.see(decode_status(record.value))
-                else:
-                    command = decode_control(record.value)
-                    if command.alias == alias:
-                        commands.append(command)
-            except _UNDECODABLE:
-                continue
-    return commands
-
-
-async def _write(where: KafkaConnection, topic: str, command: Control, timeout: float) -> int:
-    """Publish the command; returns its offset."""
-    async with where.opened(where.producer, timeout) as producer:
-        sent = await where.within(
+async def _write(connection: KafkaConnection, topic: str, command: Control, timeout: float) -> int:
+    """Publish the command; its offset."""
+    async with connection.client(connection.producer, timeout) as producer:
+        sent = await connection.call(
             timeout,
             "writing the command",
             producer.send_and_wait(topic, encode_record(command), key=command.alias.encode(), partition=0),
@@ -247,49 +306,14 @@ async def _write(where: KafkaConnection, topic: str, command: Control, timeout: 
         return int(sent.offset)
 
 
-async def _check_race(
-    where: KafkaConnection, consumer: AIOKafkaConsumer, board: StatusBoard, command: Control, offset: int
-) -> None:
-    """Replicas follow the first command of a version: read up to ours and see whether it is the first."""
-    control = next(tp for tp in consumer.assignment() if tp.topic.endswith(".control"))
-    deadline = time.monotonic() + _STEP_S
-    while await consumer.position(control) <= offset:
-        if time.monotonic() > deadline:
-            raise where.unavailable("reading the command back took too long")
-        for found in await _poll(where, consumer, board, command.alias):
-            if found.command_id == command.command_id:
-                return
-            if found.version >= command.version:
-                raise LostRace(alias=command.alias)
+async def _check_race(reader: _ControlPlaneReader, command: Control, offset: int) -> None:
+    """Replicas follow the first command of a version: read up to ours and see whether it is the first.
 
-
-async def _committed(admin: AIOKafkaAdminClient) -> dict[TopicPartition, int]:
-    """The service's committed offsets. A fresh broker needs a moment to become the group's coordinator."""
-    while True:
-        try:
-            found = await admin.list_consumer_group_offsets(GROUP)
-        except (GroupCoordinatorNotAvailableError, GroupLoadInProgressError, NotCoordinatorForGroupError):
-            await asyncio.sleep(_PAUSE_S)
-        else:
-            return {tp: offset.offset for tp, offset in found.items()}
-
-
-async def _lag(admin: AIOKafkaAdminClient, consumer: AIOKafkaConsumer, topics: Topics) -> list[LaneLag]:
-    """Committed against end offsets, per lane; where nothing was committed yet, all that is there counts."""
-    committed = {tp: found.offset for tp, found in (await admin.list_consumer_group_offsets(GROUP)).items()}
-    described = await admin.describe_topics(list(topics.lanes))
-    lanes = {
-        topic["topic"]: [TopicPartition(topic["topic"], p["partition"]) for p in topic["partitions"]]
-        for topic in described
-    }
-    everything = [tp for partitions in lanes.values() for tp in partitions]
-    ends = await consumer.end_offsets(everything)
-    begins = await consumer.beginning_offsets(everything)
-    lags: list[LaneLag] = []
-    for lane in topics.lanes:
-        behind = 0
-        for tp in lanes.get(lane, []):
-            done = committed.get(tp, -1)
-            behind += max(0, ends[tp] - max(done, begins[tp]))
-        lags.append(LaneLag(lane, behind))
-    return lags
+    Raises:
+        LostRace: it is not.
+    """
+    for found in await reader.read_back(offset):
+        if found.command_id == command.command_id:
+            return
+        if found.version >= command.version:
+            raise LostRace(alias=command.alias)

@@ -1,4 +1,4 @@
-"""What the status topic says of the replicas, and whether a reload is through. Pure: time is an argument."""
+"""What the status topic says of the replicas, and how a reload stands. Pure: time is an argument."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from embedq_shared.messages import STATUS_INTERVAL_S, STATUS_STALE_AFTER_S, Stat
 Progress = Literal["running", "ready", "failed", "timeout", "no_replicas", "superseded"]
 
 NO_REPLICAS_AFTER_S: Final = 2 * STATUS_INTERVAL_S
-"""Every live replica has repeated its status by then."""
+"""By then every live replica has repeated its status."""
 
 
 class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
-    """One replica as it last described itself."""
+    """One replica, as its last status describes it."""
 
     replica: str
     alias: str
@@ -26,15 +26,15 @@ class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None
     age_s: float
     answered: bool = False
-    """Whether it said READY or FAILED for the reload that is being watched."""
+    """Whether it has said READY or FAILED for the reload that is watched."""
 
 
 class RolloutUpdate(msgspec.Struct, frozen=True, kw_only=True):
-    """A reload at one moment. The last update of a reload is the first whose `progress` is not "running".
+    """How a reload stands. Its last update is the first whose `progress` is not "running".
 
-    "ready": every live replica serves the new model. "failed": every live replica answered, and at least one keeps the
-    old model. "timeout", "no_replicas": not everyone answered in time, or nobody is there; the command stays on the
-    control topic and replicas will follow it. "superseded": a later command took its place.
+    "ready": every live replica serves the new model. "failed": every live replica has answered, and at least one keeps its
+    old model. "timeout": some have not answered in time. "no_replicas": there is no live replica. In both cases the
+    command stays on the control topic and replicas will follow it. "superseded": a later command took its place.
     """
 
     alias: str
@@ -45,7 +45,7 @@ class RolloutUpdate(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def done(self) -> bool:
-        """Whether nothing more will come."""
+        """Whether this is the last update."""
         return self.progress != "running"
 
     @property
@@ -60,21 +60,21 @@ def is_live(status: Status, now: float) -> bool:
 
 
 class StatusBoard:
-    """Every replica's last status."""
+    """The last status of every replica, alive or not."""
 
     def __init__(self) -> None:
         self._last: dict[str, Status] = {}
 
     def see(self, status: Status) -> None:
-        """A record of the status topic, in its order."""
+        """Take a status. They come in the topic's order, so the last one counts."""
         self._last[status.replica] = status
 
     def forget(self, replica: str) -> None:
-        """A tombstone."""
+        """Take a tombstone: compaction removed the replica's status."""
         self._last.pop(replica, None)
 
     def live(self, now: float, alias: str | None = None) -> list[Status]:
-        """Live replicas by name, of one alias or all."""
+        """The statuses of live replicas, sorted by name, of one alias or of all (None)."""
         return sorted(
             (s for s in self._last.values() if is_live(s, now) and alias in (None, s.alias)),
             key=lambda s: s.replica,
@@ -97,10 +97,12 @@ def view_of(status: Status, now: float, *, answered: bool = False) -> ReplicaVie
 
 
 class RolloutView:
-    """One reload command as the live replicas answer it.
+    """One reload command, and how the live replicas answer it. `started` and `now` are epoch seconds, `timeout` seconds.
 
-    A replica answered when it says READY or FAILED for this very command. Replicas that appear meanwhile count, and
-    one that falls silent counts until its last status is stale. `started` and `now` are epoch seconds.
+    Invariants:
+        - A replica has answered once it says READY or FAILED for this command, by version and id.
+        - Replicas that start meanwhile count; one that falls silent counts until its last status is stale.
+        - A status of a later command, or of another command with the same version, ends the reload as "superseded".
     """
 
     def __init__(
@@ -121,7 +123,7 @@ class RolloutView:
         self._timeout = timeout
 
     def at(self, now: float) -> RolloutUpdate:
-        """How the reload stands."""
+        """How the reload stands at `now`."""
         live = self._board.live(now, self._alias)
         replicas = tuple(view_of(status, now, answered=self._answered(status)) for status in live)
         return RolloutUpdate(

@@ -1,19 +1,20 @@
-"""Creating embedq's topics, and saying where existing ones differ from what embedq wants."""
+"""Creating embedq's topics, and saying how existing ones differ from what embedq wants."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, Final
 
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+import msgspec
+from aiokafka.admin import NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
-from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
+from aiokafka.errors import TopicAlreadyExistsError, for_code
 
-from embedq_sdk.errors import InvalidArgument, KafkaUnavailable
+from embedq_sdk.errors import InvalidArgument
 from embedq_sdk.job_options import checked_count, checked_timeout
-from embedq_sdk.transport.kafka import KafkaConnection, reason
+from embedq_sdk.transport.kafka import KafkaConnection
+from embedq_shared.kafka import AIOKafkaAdminClient, KafkaError, reason
 from embedq_shared.topics import Topics, is_topic_name
 
 _MINUTE: Final = 60_000
@@ -21,11 +22,14 @@ _DAY: Final = 24 * 60 * _MINUTE
 _PAUSE_S: Final = 0.1
 
 DEFAULT_PARTITIONS: Final = 8
+"""Replicas that can share a lane: more can be added later, but not taken away."""
 DEFAULT_REPLY_PARTITIONS: Final = 64
+"""Client instances spread over them, and each reads all of its partition."""
+_MOST_COPIES: Final = 3
+"""Copies of each topic if the cluster has as many brokers: one broker can fail while another is being restarted."""
 
 
-@dataclass(frozen=True, slots=True)
-class TopicSpec:
+class TopicSpec(msgspec.Struct, frozen=True, kw_only=True):
     """One topic as embedq wants it."""
 
     name: str
@@ -33,20 +37,19 @@ class TopicSpec:
     config: Mapping[str, str]
 
 
-@dataclass(slots=True)
-class TopicReport:
+class TopicReport(msgspec.Struct, kw_only=True):
     """One topic after `create_topics`. `differences` has a sentence for each thing that is not as embedq wants it."""
 
     name: str
     partitions: int
     created: bool
-    differences: list[str] = field(default_factory=list)
+    differences: list[str] = []
 
 
 def wanted_topics(prefix: str, *, partitions: int, reply_partitions: int) -> list[TopicSpec]:
     """Every topic of the wire contract, with its configuration."""
     topics = Topics(prefix)
-    # Many instances share the reply topic and nobody reads old replies: small segments let Kafka delete them soon.
+    # Many clients share the reply topic and old replies are never read: small segments let Kafka delete them soon.
     short = {
         "cleanup.policy": "delete",
         "retention.ms": str(15 * _MINUTE),
@@ -54,26 +57,26 @@ def wanted_topics(prefix: str, *, partitions: int, reply_partitions: int) -> lis
         "segment.bytes": str(128 << 20),
     }
     week = {"cleanup.policy": "delete", "retention.ms": str(7 * _DAY)}
-    # Compaction looks at closed segments alone, so these roll often.
+    # Only closed segments are compacted, so these are closed often.
     compacted = {
         "cleanup.policy": "compact",
         "segment.ms": str(10 * _MINUTE),
         "min.cleanable.dirty.ratio": "0.1",
         "delete.retention.ms": str(_DAY),
     }
+    # A dead letter keeps its record's timestamp: retention by time would delete old ones at once.
+    forever = {"cleanup.policy": "delete", "retention.ms": "-1"}
     return [
-        TopicSpec(topics.jobs, partitions, week),
-        TopicSpec(topics.bulk, partitions, week),
-        TopicSpec(topics.results, partitions, week),
-        TopicSpec(topics.replies, reply_partitions, short),
-        TopicSpec(topics.control, 1, compacted),
-        TopicSpec(topics.status, 1, compacted),
-        TopicSpec(
-            # A dead letter keeps its record's timestamp: retention by time would delete what was old at once.
-            topics.dead_letters,
-            partitions,
-            {"cleanup.policy": "delete", "retention.ms": "-1"},
-        ),
+        TopicSpec(name=name, partitions=count, config=config)
+        for name, count, config in (
+            (topics.jobs, partitions, week),
+            (topics.bulk, partitions, week),
+            (topics.results, partitions, week),
+            (topics.replies, reply_partitions, short),
+            (topics.control, 1, compacted),
+            (topics.status, 1, compacted),
+            (topics.dead_letters, partitions, forever),
+        )
     ]
 
 
@@ -88,18 +91,20 @@ async def create_topics(
     connect_timeout: float = 10.0,
     **security: Any,
 ) -> list[TopicReport]:
-    """Create what is missing and look at what is there; changes no topic that exists. Run it as often as you like.
+    """Create the topics that are missing, and report on all. Existing topics are never changed, so run it at any time.
 
     Args:
-        partitions: of the job, result and dead letter topics; it bounds the number of replicas that share a lane.
+        partitions: of the job, result and dead letter topics; no more replicas than this can share a lane.
         reply_partitions: of the reply topic; client instances spread over them.
-        replication: copies of each topic; absent: three, or as many as there are brokers.
+        replication: copies of each topic. Default: 3, or one on each broker if there are fewer.
+        timeout: seconds for creating and describing.
+        security: as for `EmbedClient`.
 
     Raises:
-        InvalidArgument, KafkaUnavailable: nothing was created, or not everything.
+        InvalidArgument, KafkaUnavailable: none or only some of the topics were created.
     """
     if not isinstance(prefix, str) or not is_topic_name(f"{prefix}.jobs.bulk"):
-        raise InvalidArgument(argument="prefix", expected="the beginning of a topic name", got=repr(prefix))
+        raise InvalidArgument(argument="prefix", expected="a prefix of topic names", got=repr(prefix))
     specs = wanted_topics(
         prefix,
         partitions=checked_count("partitions", partitions),
@@ -108,14 +113,16 @@ async def create_topics(
     if replication is not None:
         checked_count("replication", replication)
     timeout = checked_timeout("timeout", timeout)
-    where = KafkaConnection.of(servers, security)
+    connection = KafkaConnection.of(servers, security)
     loop = asyncio.get_running_loop()
     end = loop.time() + timeout
-    async with where.opened(where.admin, checked_timeout("connect_timeout", connect_timeout)) as admin:
+    async with connection.client(
+        connection.admin, checked_timeout("connect_timeout", connect_timeout)
+    ) as admin:
         try:
             async with asyncio.timeout_at(end):
                 existing = set(await admin.list_topics())
-                copies = replication or min(3, len((await admin.describe_cluster())["brokers"]))
+                copies = replication or min(_MOST_COPIES, len((await admin.describe_cluster())["brokers"]))
                 missing = [spec for spec in specs if spec.name not in existing]
                 while missing:
                     missing = await _create(admin, missing, copies)
@@ -123,13 +130,13 @@ async def create_topics(
                         await asyncio.sleep(_PAUSE_S)
                 return await _describe(admin, specs, existing)
         except TimeoutError:
-            raise where.unavailable(f"creating the topics took more than {timeout:g} s") from None
+            raise connection.unavailable(f"creating the topics took more than {timeout:g} s") from None
         except (KafkaError, OSError) as error:
-            raise where.unavailable(f"creating the topics: {reason(error)}") from error
+            raise connection.unavailable(f"creating the topics: {reason(error)}") from error
 
 
 async def _create(admin: AIOKafkaAdminClient, specs: list[TopicSpec], copies: int) -> list[TopicSpec]:
-    """Create topics; those that the broker was not ready for are returned."""
+    """Create topics; returns those to ask for again, since the brokers were not ready."""
     new = [NewTopic(spec.name, spec.partitions, copies, topic_configs=dict(spec.config)) for spec in specs]
     try:
         answer = await admin.create_topics(new)
@@ -155,7 +162,7 @@ async def _create(admin: AIOKafkaAdminClient, specs: list[TopicSpec], copies: in
 async def _describe(
     admin: AIOKafkaAdminClient, specs: list[TopicSpec], existing: set[str]
 ) -> list[TopicReport]:
-    """What the broker now says of each topic."""
+    """What the brokers now say of each topic."""
     names = [spec.name for spec in specs]
     counts: dict[str, int] = {}
     while len(counts) < len(names):  # a new topic takes a moment to be known everywhere
@@ -168,7 +175,7 @@ async def _describe(
     configs = await _configs(admin, names)
     reports: list[TopicReport] = []
     for spec in specs:
-        report = TopicReport(spec.name, counts[spec.name], created=spec.name not in existing)
+        report = TopicReport(name=spec.name, partitions=counts[spec.name], created=spec.name not in existing)
         if report.partitions != spec.partitions:
             report.differences.append(f"has {report.partitions} partitions, not {spec.partitions}")
         for key, value in spec.config.items():
@@ -187,6 +194,3 @@ async def _configs(admin: AIOKafkaAdminClient, names: list[str]) -> dict[str, di
         for _code, _message, _kind, name, entries in response.resources:
             found[name] = {entry[0]: entry[1] for entry in entries}
     return found
-
-
-__all__ = ["KafkaUnavailable", "TopicReport", "TopicSpec", "create_topics", "wanted_topics"]

@@ -1,4 +1,4 @@
-"""`embedq`: the command line's door. It works where click and rich are missing, to say so."""
+"""The `embedq` command. This file works without click and rich, to say that they are missing."""
 
 from __future__ import annotations
 

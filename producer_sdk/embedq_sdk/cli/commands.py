@@ -1,4 +1,4 @@
-"""The commands of `embedq`. Exit codes: 0 all went well, 1 something failed, 2 wrong usage or no answer, 3 no Kafka."""
+"""The commands of `embedq`. Exit codes: 0 success, 1 something failed, 2 wrong usage or no answer in time, 3 no Kafka."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import logging
 import sys
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final
 
 import click
 import msgspec
@@ -20,61 +20,25 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from embedq_sdk.admin.control import LostRace, ServiceStatus, reload_model, service_status
 from embedq_sdk.admin.rollout import RolloutUpdate
 from embedq_sdk.admin.topics import DEFAULT_PARTITIONS, DEFAULT_REPLY_PARTITIONS, create_topics
+from embedq_sdk.cli.kafka_options import CONNECT_TIMEOUT_S, KafkaTarget, kafka_options
 from embedq_sdk.cli.tables import replica_lines, replica_table, status_lines
 from embedq_sdk.cli.vector_files import JsonLines, NpyFile, VectorWriter
 from embedq_sdk.client import EmbedClient
 from embedq_sdk.errors import EmbedError, InvalidArgument, KafkaUnavailable
 from embedq_sdk.job_options import late, mean
 from embedq_shared.messages import Chunking
+from embedq_shared.topics import GROUP
 
-FAILED = 1
-NO_ANSWER = 2
-NO_KAFKA = 3
+FAILED: Final = 1
+NO_ANSWER: Final = 2
+NO_KAFKA: Final = 3
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-def connected(command: Command) -> Command:
-    """The options that say where Kafka is, gathered in `kafka`."""
-    options = [
-        click.option(
-            "--servers",
-            envvar="EMBEDQ_KAFKA_SERVERS",
-            required=True,
-            show_envvar=True,
-            help="Kafka's address: host:port, several with commas.",
-        ),
-        click.option("--prefix", envvar="EMBEDQ_TOPIC_PREFIX", default="embed", show_default=True),
-        click.option("--security-protocol", envvar="EMBEDQ_KAFKA_SECURITY_PROTOCOL", show_envvar=True),
-        click.option("--ssl-cafile", envvar="EMBEDQ_KAFKA_SSL_CAFILE", type=click.Path(exists=True)),
-        click.option("--sasl-mechanism", envvar="EMBEDQ_KAFKA_SASL_MECHANISM"),
-        click.option("--sasl-username", envvar="EMBEDQ_KAFKA_SASL_USERNAME"),
-        click.option("--sasl-password", envvar="EMBEDQ_KAFKA_SASL_PASSWORD", show_envvar=True),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def _security(options: dict[str, Any]) -> dict[str, Any]:
-    """What aiokafka takes, out of the options of `connected`."""
-    cafile = options.pop("ssl_cafile")
-    security = {
-        "security_protocol": options.pop("security_protocol"),
-        "sasl_mechanism": options.pop("sasl_mechanism"),
-        "sasl_plain_username": options.pop("sasl_username"),
-        "sasl_plain_password": options.pop("sasl_password"),
-    }
-    if str(security["security_protocol"]).endswith("SSL"):
-        import ssl
-
-        security["ssl_context"] = ssl.create_default_context(cafile=cafile)
-    return {name: value for name, value in security.items() if value is not None}
+_WATCH_S: Final = 1.0
 
 
 def _run(work: Coroutine[Any, Any, int]) -> None:
-    """Run a command and leave with its exit code; what users can mend is one line, never a traceback."""
-    # Every failed connection is a log line of aiokafka's; our one line says it all.
+    """Run a command and exit with its code. What a user can put right is reported in one line, never as a traceback."""
+    # aiokafka logs every connection that fails; our one line says it all.
     logging.getLogger("aiokafka").addHandler(logging.NullHandler())
     logging.getLogger("aiokafka").propagate = False
     try:
@@ -98,7 +62,7 @@ def _say(line: str) -> None:
 class Commands(click.Group):
     """embedq's own commands, and those that its heavier packages offer as entry points of `embedq.commands`.
 
-    So this package imports none of them, and a command whose packages are missing is listed and says what it needs.
+    This package imports none of those; one whose packages are missing is still listed, and says what to install.
     """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -145,40 +109,62 @@ def cli() -> None:
 @cli.command()
 @click.argument("texts", nargs=-1)
 @click.option(
-    "--file", "source", type=click.Path(dir_okay=False, allow_dash=True), help="One text a line; - is stdin."
+    "--file",
+    "source",
+    type=click.Path(dir_okay=False, allow_dash=True),
+    help="A file with one text per line; - is standard input.",
 )
 @click.option(
-    "--out", type=click.Path(dir_okay=False, path_type=Path), help="A .jsonl or .npy file; else stdout."
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The file to write, .jsonl or .npy. Default: JSON lines on standard output.",
 )
-@click.option("--model", help="The model's alias.")
-@click.option("--dimensions", type=int)
-@click.option("--dtype", type=click.Choice(["float32", "float16", "int8", "binary"]))
-@click.option("--query", "input_type", flag_value="query", help="The texts are queries.")
-@click.option("--document", "input_type", flag_value="document", help="The texts are documents.")
-@click.option("--instruction", help="What the query is for.")
-@click.option("--truncate", type=click.Choice(["error", "start", "end"]))
+@click.option("--model", help="The model's alias. Default: the service's own.")
+@click.option("--dimensions", type=int, help="Length of each vector. Default: the model's own.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "int8", "binary"]),
+    help="How vectors are sent; all but binary are written as float32. Default: float32.",
+)
+@click.option("--query", "input_type", flag_value="query", help="The texts are search queries.")
+@click.option("--document", "input_type", flag_value="document", help="The texts are documents to be found.")
+@click.option("--instruction", help="The task that a query serves, for models that take instructions.")
+@click.option(
+    "--truncate",
+    type=click.Choice(["error", "start", "end"]),
+    help="Where to cut a text that is too long for the model: its start or its end. Default: error, the text fails.",
+)
 @click.option(
     "--chunk",
     type=click.Choice(["late", "mean"]),
-    help="late: a line for each span of a text; mean: one vector, over windows of a text of any length.",
+    help="late: one line for each span of a text; mean: one vector for a text of any length, the mean over its windows.",
 )
-@click.option("--chunk-tokens", type=int, help="Tokens in a span or window.")
-@click.option("--lane", type=click.Choice(["interactive", "bulk"]), default="interactive", show_default=True)
-@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Texts in one job.")
-@click.option("--in-flight", type=click.IntRange(1), default=1024, show_default=True, help="Texts under way.")
-@click.option("--timeout", type=float, default=120.0, show_default=True, help="Seconds for each job.")
-@click.option("--with-text", is_flag=True, help="Repeat each text in the JSON lines.")
-@connected
+@click.option("--chunk-tokens", type=int, help="Tokens in each span or window.")
+@click.option(
+    "--lane",
+    type=click.Choice(["interactive", "bulk"]),
+    default="interactive",
+    show_default=True,
+    help="Bulk jobs wait while there are interactive ones.",
+)
+@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Texts per job.")
+@click.option(
+    "--in-flight", type=click.IntRange(1), default=1024, show_default=True, help="Texts in flight at once."
+)
+@click.option(
+    "--timeout", type=float, default=120.0, show_default=True, help="Seconds that each job may take."
+)
+@click.option("--with-text", is_flag=True, help="Repeat each text in its JSON line.")
+@kafka_options
 def embed(
     texts: tuple[str, ...],
     source: str | None,
     out: Path | None,
-    servers: str,
-    prefix: str,
     with_text: bool,
     chunk: str | None,
     chunk_tokens: int | None,
-    **options: Any,
+    kafka: KafkaTarget,
+    **job: Any,
 ) -> None:
     """Embed TEXTS, the lines of a file, or standard input."""
     if bool(texts) == bool(source):
@@ -190,11 +176,22 @@ def embed(
     if chunk == "late" and out is not None and out.suffix == ".npy":
         raise click.BadParameter("spans need a .jsonl file, which says where each begins", param_hint="--out")
     try:
-        options["chunk"] = _chunking(chunk, chunk_tokens)
+        job["chunk"] = _chunking(chunk, chunk_tokens)
     except InvalidArgument as error:
         raise click.BadParameter(str(error), param_hint="--chunk-tokens") from None
-    security = _security(options)
-    _run(_embed(texts, source, out, servers, prefix, with_text, security, options))
+
+    async def work() -> int:
+        with contextlib.ExitStack() as stack:
+            lines, total = _source(texts, source)
+            client = await _connected(kafka)
+            try:
+                writer = stack.enter_context(_writer(out, with_text))
+                advance = stack.enter_context(_progress(total))
+                return await _write_all(client, lines, job, writer, advance)
+            finally:
+                await client.close()
+
+    _run(work())
 
 
 def _chunking(mode: str | None, tokens: int | None) -> Chunking | None:
@@ -203,47 +200,40 @@ def _chunking(mode: str | None, tokens: int | None) -> Chunking | None:
     return mean(tokens) if mode == "mean" else None
 
 
-async def _embed(
-    texts: tuple[str, ...],
-    source: str | None,
-    out: Path | None,
-    servers: str,
-    prefix: str,
-    with_text: bool,
-    security: dict[str, Any],
-    options: dict[str, Any],
-) -> int:
-    failed, done = 0, -1
-    with contextlib.ExitStack() as stack:
-        lines, total = _source(texts, source)
-        client = await _entered(EmbedClient(servers, topic_prefix=prefix, connect_timeout=5.0, **security))
-        try:
-            writer = stack.enter_context(_writer(out, with_text))
-            advance = stack.enter_context(_progress(total))
-            async with contextlib.aclosing(client.stream(lines, errors="return", **options)) as items:
-                async for item in items:
-                    writer.write(item)
-                    if item.index == done:  # another span of the same text
-                        continue
-                    done = item.index
-                    if isinstance(item.error, KafkaUnavailable):
-                        raise item.error
-                    if item.error is not None:
-                        failed += 1
-                        _say(f"text {item.index}: {item.error}")
-                    advance()
-        finally:
-            await client.close()
-    return FAILED if failed else 0
-
-
-async def _entered(client: EmbedClient) -> EmbedClient:
-    """Entered before any file is touched, so that a run without Kafka leaves no empty output."""
+async def _connected(kafka: KafkaTarget) -> EmbedClient:
+    """Entered here, before any file is opened, so that a run without Kafka leaves no empty output."""
+    client = EmbedClient(
+        kafka.servers, topic_prefix=kafka.prefix, connect_timeout=CONNECT_TIMEOUT_S, **kafka.security
+    )
     return await client.__aenter__()
 
 
+async def _write_all(
+    client: EmbedClient,
+    lines: Iterator[str],
+    job: dict[str, Any],
+    writer: VectorWriter,
+    advance: Callable[[], None],
+) -> int:
+    """Embed and write all lines; the exit code."""
+    failed, last = 0, -1
+    async with contextlib.aclosing(client.stream(lines, errors="return", **job)) as items:
+        async for item in items:
+            writer.write(item)
+            if item.index == last:  # another span of the same text
+                continue
+            last = item.index
+            if isinstance(item.error, KafkaUnavailable):
+                raise item.error
+            if item.error is not None:
+                failed += 1
+                _say(f"text {item.index}: {item.error}")
+            advance()
+    return FAILED if failed else 0
+
+
 def _source(texts: tuple[str, ...], source: str | None) -> tuple[Iterator[str], int | None]:
-    """The texts, and how many they are if that is known."""
+    """The texts, and their number if it is known."""
     if source is None:
         return iter(texts), len(texts)
     if source == "-":
@@ -259,7 +249,7 @@ def _lines_of(path: str) -> Iterator[str]:
 
 
 def _lines(file: Iterable[bytes]) -> Iterator[str]:
-    """A file's lines. Only line feeds end one: a text may hold every other kind of line break."""
+    """A file's lines. Only a line feed ends one: a text may contain any other kind of line break."""
     for number, line in enumerate(file, start=1):
         try:
             yield line.decode().rstrip("\r\n")
@@ -277,7 +267,7 @@ def _writer(out: Path | None, with_text: bool) -> VectorWriter:
 
 @contextlib.contextmanager
 def _progress(total: int | None) -> Iterator[Callable[[], None]]:
-    """A bar on stderr where a person looks at it."""
+    """A progress bar on standard error, if that is a terminal."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda: None
@@ -290,20 +280,24 @@ def _progress(total: int | None) -> Iterator[Callable[[], None]]:
 
 @cli.command()
 @click.argument("path")
-@click.option("--alias", default="default", show_default=True)
-@click.option("--digest", help="The model version that must come out: sha256:…")
+@click.option("--alias", default="default", show_default=True, help="The alias that the model gets.")
+@click.option("--digest", help="The model version that must result, sha256:…; replicas refuse any other.")
 @click.option(
     "--policy",
     type=click.Choice(["availability", "resource"]),
     default="availability",
     show_default=True,
-    help="Load beside the old model, or after unloading it.",
+    help="Load the new model alongside the old one, or after unloading it.",
 )
-@click.option("--min-cosine", type=click.FloatRange(-1, 1), help="Least likeness to the old model's vectors.")
+@click.option(
+    "--min-cosine",
+    type=click.FloatRange(-1, 1),
+    help="Least cosine similarity of the new model's check vectors to the old model's. Default: not checked.",
+)
 @click.option(
     "--timeout", type=float, default=600.0, show_default=True, help="Seconds to wait for all replicas."
 )
-@connected
+@kafka_options
 def reload(
     path: str,
     alias: str,
@@ -311,26 +305,24 @@ def reload(
     policy: str,
     min_cosine: float | None,
     timeout: float,
-    servers: str,
-    prefix: str,
-    **options: Any,
+    kafka: KafkaTarget,
 ) -> None:
     """Make every replica load the model at PATH, a directory below the service's model root.
 
-    Returns when every live replica is READY (exit code 0) or FAILED and keeps its old model (1); 2 if nobody is there,
-    if time ran out, or if another command came in between.
+    Exit code 0: every live replica is READY. 1: at least one FAILED and keeps its old model. 2: there is no live replica,
+    time ran out, or a later command took its place.
     """
     updates = reload_model(
-        servers,
+        kafka.servers,
         path,
         alias=alias,
         digest=digest,
         policy="availability_preserving" if policy == "availability" else "resource_preserving",
         min_cosine=min_cosine,
         timeout=timeout,
-        topic_prefix=prefix,
-        connect_timeout=5.0,
-        **_security(options),
+        topic_prefix=kafka.prefix,
+        connect_timeout=CONNECT_TIMEOUT_S,
+        **kafka.security,
     )
 
     async def follow() -> int:
@@ -350,14 +342,15 @@ def reload(
             except LostRace as error:
                 _say(str(error))
                 return NO_ANSWER
-        assert last is not None
+        if last is None:
+            raise RuntimeError("a reload ended without an update. This is a bug.")
         return _conclude(last, timeout)
 
     _run(follow())
 
 
 def _conclude(last: RolloutUpdate, timeout: float) -> int:
-    """Say how a reload ended; its exit code."""
+    """Report how a reload ended; the exit code."""
     count = len(last.replicas)
     match last.progress:
         case "ready":
@@ -370,45 +363,56 @@ def _conclude(last: RolloutUpdate, timeout: float) -> int:
             return FAILED
         case "no_replicas":
             _say(
-                f"no live replica serves {last.alias}; version {last.version} is written, and replicas that start will load it"
+                f"there is no live replica of {last.alias}; version {last.version} is written, and replicas that start will load it"
             )
         case "superseded":
             _say(f"a later command for {last.alias} took the place of version {last.version}")
         case _:
             waiting = [replica.replica for replica in last.replicas if not replica.answered]
             _say(
-                f"no answer within {timeout:g} s from {', '.join(waiting)}; they go on with version {last.version}"
+                f"no answer within {timeout:g} s from {', '.join(waiting)}; they continue with version {last.version}"
             )
     return NO_ANSWER
 
 
 @cli.command()
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-@click.option("--watch", is_flag=True, help="Again every second, until Ctrl-C.")
-@connected
-def status(as_json: bool, watch: bool, servers: str, prefix: str, **options: Any) -> None:
-    """Show the live replicas and how many jobs wait in each lane."""
-    security = _security(options)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--watch", is_flag=True, help="Print again every second, until Ctrl-C.")
+@click.option(
+    "--group",
+    envvar="EMBEDQ_GROUP",
+    default=GROUP,
+    show_default=True,
+    show_envvar=True,
+    help="The service's consumer group, whose lag is shown.",
+)
+@kafka_options
+def status(as_json: bool, watch: bool, group: str, kafka: KafkaTarget) -> None:
+    """Show the live replicas, and how many jobs wait in each lane."""
 
     async def look() -> ServiceStatus:
-        return await service_status(servers, topic_prefix=prefix, connect_timeout=5.0, **security)
+        return await service_status(
+            kafka.servers,
+            topic_prefix=kafka.prefix,
+            group=group,
+            connect_timeout=CONNECT_TIMEOUT_S,
+            **kafka.security,
+        )
 
     async def show() -> int:
         console = Console()
         if as_json:
             click.echo(msgspec.json.encode(await look()))
             return 0
-        if not watch:
-            for renderable in status_lines(await look(), plain=not console.is_terminal):
-                console.print(renderable, soft_wrap=True)
-            return 0
         while True:
             found = await look()
-            if console.is_terminal:
+            if watch and console.is_terminal:
                 console.clear()
             for renderable in status_lines(found, plain=not console.is_terminal):
                 console.print(renderable, soft_wrap=True)
-            await asyncio.sleep(1.0)
+            if not watch:
+                return 0
+            await asyncio.sleep(_WATCH_S)
 
     with contextlib.suppress(KeyboardInterrupt):
         _run(show())
@@ -416,31 +420,42 @@ def status(as_json: bool, watch: bool, servers: str, prefix: str, **options: Any
 
 @cli.group()
 def topics() -> None:
-    """embedq's topics."""
+    """Manage embedq's topics."""
 
 
 @topics.command()
-@click.option("--partitions", type=click.IntRange(1), default=DEFAULT_PARTITIONS, show_default=True)
 @click.option(
-    "--reply-partitions", type=click.IntRange(1), default=DEFAULT_REPLY_PARTITIONS, show_default=True
+    "--partitions",
+    type=click.IntRange(1),
+    default=DEFAULT_PARTITIONS,
+    show_default=True,
+    help="Partitions of the job, result and dead letter topics: no more replicas than this can share a lane.",
 )
-@click.option("--replication", type=click.IntRange(1), help="Copies; absent: 3, or one for each broker.")
-@connected
-def create(
-    partitions: int, reply_partitions: int, replication: int | None, servers: str, prefix: str, **options: Any
-) -> None:
-    """Create the topics that are missing. Changes none that exists."""
-    security = _security(options)
+@click.option(
+    "--reply-partitions",
+    type=click.IntRange(1),
+    default=DEFAULT_REPLY_PARTITIONS,
+    show_default=True,
+    help="Partitions of the reply topic: client processes spread over them.",
+)
+@click.option(
+    "--replication",
+    type=click.IntRange(1),
+    help="Copies of each topic. Default: 3, or one on each broker if there are fewer.",
+)
+@kafka_options
+def create(partitions: int, reply_partitions: int, replication: int | None, kafka: KafkaTarget) -> None:
+    """Create the topics that are missing. Existing topics are not changed."""
 
     async def work() -> int:
         reports = await create_topics(
-            servers,
-            prefix=prefix,
+            kafka.servers,
+            prefix=kafka.prefix,
             partitions=partitions,
             reply_partitions=reply_partitions,
             replication=replication,
-            connect_timeout=5.0,
-            **security,
+            connect_timeout=CONNECT_TIMEOUT_S,
+            **kafka.security,
         )
         for report in reports:
             done = "created" if report.created else "exists"
@@ -454,15 +469,19 @@ def create(
 
 @cli.command()
 @click.option(
-    "--model", type=click.Path(exists=True, file_okay=False), help="Also run one consumer that serves it."
+    "--model",
+    type=click.Path(exists=True, file_okay=False),
+    help="A model directory: also run one replica of the service that serves it.",
 )
 @click.option("--topics/--no-topics", default=True, show_default=True, help="Create embedq's topics.")
-@click.option("--brokers", type=click.IntRange(1, 5), default=1, show_default=True)
+@click.option("--brokers", type=click.IntRange(1, 5), default=1, show_default=True, help="Number of brokers.")
 @click.option(
-    "--consumer-log", type=click.Path(dir_okay=False, path_type=Path), help="Where its log lines go."
+    "--consumer-log",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The file that the replica's log is appended to. Default: standard output.",
 )
 def dev(model: str | None, topics: bool, brokers: int, consumer_log: Path | None) -> None:
-    """Run a real Kafka and Redis as processes, until Ctrl-C."""
+    """Run a real Kafka and a real Redis on this machine, until Ctrl-C."""
     from embedq_sdk.dev.command import run
 
     sys.exit(run(model=model, topics=topics, brokers=brokers, consumer_log=consumer_log))

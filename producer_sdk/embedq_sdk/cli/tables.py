@@ -1,23 +1,21 @@
-"""Replicas and lags as a person reads them."""
+"""Replicas and lag as tables and lines of text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Final
 
 from rich.markup import escape
 from rich.table import Table
 
+from embedq_sdk.admin.control import ServiceStatus
 from embedq_sdk.admin.rollout import ReplicaView, RolloutUpdate
 
-if TYPE_CHECKING:
-    from embedq_sdk.admin.control import ServiceStatus
-
-_COLOURS = {"READY": "green", "FAILED": "red", "LOADING": "yellow", "STOPPED": "dim"}
+_COLORS: Final = {"READY": "green", "FAILED": "red", "LOADING": "yellow", "STOPPED": "dim"}
 
 
 def short(model_version: str | None) -> str:
-    """Enough of a digest to tell two apart."""
+    """The beginning of a model version, enough to tell two apart."""
     return "-" if model_version is None else model_version[:19]
 
 
@@ -27,11 +25,11 @@ def replica_table(replicas: Iterable[ReplicaView], title: str) -> Table:
     for column in ("replica", "alias", "state", "step", "version", "model", "age", "error"):
         table.add_column(column)
     for replica in replicas:
-        colour = _COLOURS[replica.state]
+        color = _COLORS[replica.state]
         table.add_row(
             escape(replica.replica),
             escape(replica.alias),
-            f"[{colour}]{replica.state}[/]",
+            f"[{color}]{replica.state}[/]",
             replica.step,
             "-" if replica.version is None else str(replica.version),
             short(replica.model_version),
@@ -42,7 +40,7 @@ def replica_table(replicas: Iterable[ReplicaView], title: str) -> Table:
 
 
 def replica_lines(before: RolloutUpdate | None, now: RolloutUpdate) -> Iterator[str]:
-    """A line for each replica that changed."""
+    """A line for each replica that changed between two updates."""
     known = {r.replica: (r.state, r.step, r.version) for r in before.replicas} if before else {}
     if before is None:
         yield f"{now.alias} version {now.version}: {len(now.replicas)} live replicas"
@@ -56,7 +54,7 @@ def replica_lines(before: RolloutUpdate | None, now: RolloutUpdate) -> Iterator[
 
 
 def status_lines(status: ServiceStatus, *, plain: bool) -> Sequence[Table | str]:
-    """All that `embedq status` shows."""
+    """What `embedq status` shows: tables, or plain lines where the output is not a terminal."""
     lag = [f"{lane.topic}: {lane.jobs} jobs waiting" for lane in status.lag]
     if not status.replicas:
         return ["no live replicas", *lag]

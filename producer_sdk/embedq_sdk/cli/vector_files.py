@@ -1,4 +1,4 @@
-"""Vectors into files: JSON lines, or .npy without holding the array in memory."""
+"""Writing vectors to files: JSON lines, or .npy row by row, without holding the array in memory."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ class VectorWriter(Protocol):
 
 
 class JsonLines:
-    """One JSON object a line, as vectors arrive, to a file or else to `stream`; a text that failed has `error` instead
-    of `embedding`."""
+    """One JSON object per line, written as vectors arrive, to the file at `path`, or to `stream` if there is none.
+
+    A text that failed has `error` instead of `embedding`.
+    """
 
     def __init__(self, path: Path | None, stream: IO[bytes], *, with_text: bool) -> None:
         self._path = path
@@ -49,12 +51,12 @@ class JsonLines:
             self._target.close()
 
     def write(self, item: Embedded) -> None:
-        """One line."""
+        """Write one line."""
         line: dict[str, Any] = {"index": item.index}
         if self._with_text:
             line["text"] = item.text
         if item.vector is None:
-            line["error"] = _told(item.error)
+            line["error"] = _error_fields(item.error)
         else:
             line |= {
                 "embedding": item.vector.tolist(),
@@ -66,16 +68,17 @@ class JsonLines:
         self._target.write(msgspec.json.encode(line) + b"\n")
 
 
-def _told(error: EmbedError | None) -> dict[str, Any]:
+def _error_fields(error: EmbedError | None) -> dict[str, Any]:
     code = error.code if isinstance(error, JobFailed) else type(error).__name__
     return {"code": code, "message": str(error)}
 
 
 class NpyFile:
-    """A .npy file (texts, dimensions), row by row: the header is written again at the end, when the count is known.
+    """A .npy file of shape (texts, dimensions), written row by row; the header is written again at the end, when the
+    number of rows is known.
 
-    A text that failed is a row of NaN (zeros with dtype "binary"). The file appears under its name when it is complete,
-    and not at all after an error. Vectors of two model versions never stand in one file.
+    A text that failed is a row of NaN (of zeros with dtype "binary"). The file appears under its name when it is complete,
+    and not at all after an error. Vectors of two model versions are never written to one file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -106,7 +109,7 @@ class NpyFile:
             self._part.unlink()
 
     def write(self, item: Embedded) -> None:
-        """One row."""
+        """Write one row."""
         if item.vector is None:
             self._gaps += 1
             if self._like is not None:
@@ -129,8 +132,9 @@ class NpyFile:
         self._gaps = 0
 
     def _header(self) -> None:
-        """numpy pads the header so that the first axis may grow in place."""
-        assert self._like is not None
+        """Write the header. numpy pads it so that the first axis may grow in place."""
+        if self._like is None:
+            raise RuntimeError("the header is written before any vector is known. This is a bug.")
         self._file.seek(0)
         np.lib.format.write_array_header_1_0(
             self._file,

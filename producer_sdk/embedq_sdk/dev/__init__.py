@@ -1,4 +1,4 @@
-"""`embedq dev`: a real Apache Kafka and a real Redis as processes of the caller.
+"""A real Apache Kafka and a real Redis as processes of the caller, for development and tests.
 
 with DevStack() as stack:
     ...  # stack.kafka_servers, stack.redis_url

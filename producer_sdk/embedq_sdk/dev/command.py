@@ -1,4 +1,6 @@
-"""What `embedq dev` does: the stack, its topics, perhaps a consumer, until Ctrl-C."""
+"""What `embedq dev` does: it runs the stack, creates its topics, and runs a replica if asked to, until Ctrl-C."""
+
+from __future__ import annotations
 
 import asyncio
 import contextlib
@@ -9,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import BinaryIO
+from typing import BinaryIO, Final
 
 from embedq_sdk.admin.topics import create_topics
 from embedq_sdk.dev.errors import DevStackError
@@ -17,9 +19,10 @@ from embedq_sdk.dev.processes import Processes
 from embedq_sdk.dev.stack import DevStack
 from embedq_sdk.errors import EmbedError
 
-_CONSUMER = "consumer"
-_LOOK_EVERY_S = 0.2
-_DRAIN_GRACE_S = 60.0
+_CONSUMER: Final = "consumer"
+_CHECK_EVERY_S: Final = 0.2
+_DRAIN_GRACE_S: Final = 60.0
+"""For the replica to finish what it accepted: twice its default drain timeout."""
 
 
 def run(
@@ -30,13 +33,17 @@ def run(
     consumer_log: Path | None = None,
     echo: Callable[[str], None] | None = None,
 ) -> int:
-    """Run Kafka and Redis until Ctrl-C or SIGTERM, and return the exit code.
+    """Run Kafka and Redis until Ctrl-C or SIGTERM. Must be called from the main thread, since it handles signals.
 
-    `model`: a model directory; one consumer serves it, its log lines on the screen or appended to
-    `consumer_log`. `topics`: create embedq's topics. `echo` receives each line for the user.
+    Args:
+        model: a model directory; one replica of the service serves it.
+        topics: whether to create embedq's topics.
+        brokers: nodes of the Kafka cluster.
+        consumer_log: the file that the replica's log is appended to; None: standard output.
+        echo: called with each line for the user; None: standard output.
 
-    Call it from the main thread: it listens to signals. 0 is a wanted end; 1 says that something could not
-    start or ended by itself, which was told through `echo`.
+    Returns:
+        The exit code: 0 after a signal; 1 if something could not start, or ended by itself, which `echo` explains.
     """
     say = echo or _to_screen
     if model is not None and not Path(model).is_dir():
@@ -44,23 +51,23 @@ def run(
         return 1
     try:
         with (
-            _on_signals(signal.default_int_handler),  # SIGTERM too interrupts the start
+            _on_signals(signal.default_int_handler),  # so that SIGTERM interrupts the start as Ctrl-C does
             DevStack(brokers=brokers, report=say) as stack,
-            Processes() as beside,
+            Processes() as consumers,
         ):
             _introduce(stack, say)
             if topics:
                 _create_topics(stack.kafka_servers)
-                say("embedq's topics are there.")
+                say("embedq's topics exist.")
             if model is not None:
-                _start_consumer(beside, stack, Path(model))
-                say(f"A consumer loads {model}.")
+                _start_consumer(consumers, stack, Path(model))
+                say(f"A replica is loading {model}.")
             say("Press Ctrl-C to stop.")
-            with _following(beside.log(_CONSUMER), consumer_log) as copy_log:
+            with _following(consumers.log(_CONSUMER), consumer_log) as copy_log:
                 try:
-                    _watch(stack, beside if model is not None else None, copy_log)
-                finally:  # while Kafka is still there to take the consumer's last results
-                    beside.stop(_CONSUMER, grace_s=_DRAIN_GRACE_S)
+                    _watch(stack, consumers if model is not None else None, copy_log)
+                finally:  # while Kafka still runs, to take the replica's last results
+                    consumers.stop(_CONSUMER, grace_s=_DRAIN_GRACE_S)
     except KeyboardInterrupt:
         pass
     except (DevStackError, EmbedError) as error:
@@ -82,34 +89,38 @@ def _create_topics(servers: str) -> None:
     asyncio.run(create_topics(servers))
 
 
-def _start_consumer(beside: Processes, stack: DevStack, model: Path) -> None:
-    beside.start(
+def _start_consumer(consumers: Processes, stack: DevStack, model: Path) -> None:
+    consumers.start(
         _CONSUMER,
         [sys.executable, "-m", "embedq_consumer"],
         {
             "EMBEDQ_KAFKA_SERVERS": stack.kafka_servers,
             "EMBEDQ_REDIS_URL": stack.redis_url,
             "EMBEDQ_MODEL": str(model.absolute()),
-            # Its directory is not this one; a checkout that is not installed is found all the same.
+            # It runs in another directory, and must find a checkout that is not installed there too.
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         },
     )
 
 
-def _watch(stack: DevStack, beside: Processes | None, copy_log: Callable[[], None]) -> None:
-    """Return when told to by a signal. Raises DevStackError when a process ends by itself."""
-    told = threading.Event()
-    with _on_signals(lambda *_: told.set()):
-        while not told.wait(_LOOK_EVERY_S):
+def _watch(stack: DevStack, consumers: Processes | None, copy_log: Callable[[], None]) -> None:
+    """Wait for a signal.
+
+    Raises:
+        DevStackError: a process ended by itself.
+    """
+    signaled = threading.Event()
+    with _on_signals(lambda *_: signaled.set()):
+        while not signaled.wait(_CHECK_EVERY_S):
             copy_log()
             stack.check()
-            if beside is not None and (code := beside.exit_code(_CONSUMER)) is not None:
-                raise DevStackError(f"the consumer ended with exit code {code}")
+            if consumers is not None and (code := consumers.exit_code(_CONSUMER)) is not None:
+                raise DevStackError(f"the replica ended with exit code {code}")
 
 
 @contextlib.contextmanager
 def _on_signals(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
-    """Handle Ctrl-C and SIGTERM by `handler` inside the block."""
+    """Ctrl-C and SIGTERM go to `handler` inside the block."""
     previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -120,7 +131,7 @@ def _on_signals(handler: Callable[[int, FrameType | None], object]) -> Iterator[
 
 @contextlib.contextmanager
 def _following(log: Path, target: Path | None) -> Iterator[Callable[[], None]]:
-    """Give a function that copies what was added to `log` since its last call."""
+    """A function that copies what was added to `log` since its last call to `target`, or else to standard output."""
     with contextlib.ExitStack() as files:
         output: BinaryIO = sys.stdout.buffer if target is None else files.enter_context(open(target, "ab"))
         log.touch()

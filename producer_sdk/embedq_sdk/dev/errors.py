@@ -2,21 +2,22 @@
 
 DevStackError
 ├── MissingPackagesError   the extra `embedq[dev]` is not installed
-└── StartError             a server did not come up; the message ends with the tail of its log
+└── StartError             a server did not start; the message ends with the last lines of its log
+    └── PortTakenError     another process took its port; `DevStack` tries again with other ports
 """
 
 
 class DevStackError(RuntimeError):
-    """The local Kafka or Redis cannot do what was asked of it."""
+    """The local Kafka or Redis cannot do what was asked."""
 
 
 class MissingPackagesError(DevStackError):
-    """A package that carries one of the servers is not installed."""
+    """A package that contains one of the servers is not installed."""
 
 
 class StartError(DevStackError):
-    """A server did not come up within its deadline."""
+    """A server did not start within its deadline."""
 
 
 class PortTakenError(StartError):
-    """Another process took the port between our choosing it and the server's binding it."""
+    """Another process took the port after it was chosen and before the server bound it."""

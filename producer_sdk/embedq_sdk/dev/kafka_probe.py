@@ -1,20 +1,25 @@
-"""Two questions to a broker, spoken by hand: the caller may or may not have a running event loop."""
+"""Two requests to a broker, written by hand so that they need no event loop: the caller may or may not be in one."""
+
+from __future__ import annotations
 
 import socket
 import struct
+from typing import Final
 
-_METADATA = (3, 2)  # key and version of the request
-_FIND_COORDINATOR = (10, 0)
-_CLIENT = "embedq-dev"
-_TIMEOUT_S = 2
+_METADATA: Final = (3, 2)
+"""Key and version of the request."""
+_FIND_COORDINATOR: Final = (10, 0)
+_CLIENT: Final = "embedq-dev"
+_TIMEOUT_S: Final = 2
 
 
 def cluster_nodes(host: str, port: int) -> tuple[str, set[int]]:
-    """Return the cluster's id and the ids of the brokers that this one knows.
+    """The cluster's id, and the ids of the brokers that this one knows.
 
-    Raises OSError or EOFError while the broker does not answer.
+    Raises:
+        OSError, EOFError: the broker does not answer.
     """
-    answer = _ask(host, port, _METADATA, struct.pack(">i", 0))  # about no topic
+    answer = _ask(host, port, _METADATA, struct.pack(">i", 0))  # of no topic
     nodes = set()
     for _ in range(answer.int32()):
         nodes.add(answer.int32())
@@ -25,17 +30,19 @@ def cluster_nodes(host: str, port: int) -> tuple[str, set[int]]:
 
 
 def group_coordinator(host: str, port: int) -> int:
-    """Return the id of the broker that coordinates consumer groups, -1 while there is none.
+    """The id of the broker that coordinates consumer groups; -1 while there is none.
 
-    Asking makes the broker create the topic of groups' offsets. Raises OSError or EOFError while the broker
-    does not answer.
+    Asking makes the broker create the topic for the groups' offsets.
+
+    Raises:
+        OSError, EOFError: the broker does not answer.
     """
     answer = _ask(host, port, _FIND_COORDINATOR, _string(_CLIENT))
-    answer.int16()  # the error, which goes with the id -1
+    answer.int16()  # the error, which comes with the id -1
     return answer.int32()
 
 
-def _ask(host: str, port: int, request: tuple[int, int], body: bytes) -> "_Reader":
+def _ask(host: str, port: int, request: tuple[int, int], body: bytes) -> _Reader:
     message = struct.pack(">hhi", *request, 0) + _string(_CLIENT) + body
     with (
         socket.create_connection((host, port), _TIMEOUT_S) as connection,
@@ -60,7 +67,7 @@ def _exactly(data: bytes, size: int) -> bytes:
 
 
 class _Reader:
-    """Kafka's big-endian fields, read one after the other."""
+    """Reads Kafka's big-endian fields, one after the other."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data

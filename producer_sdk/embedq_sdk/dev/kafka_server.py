@@ -1,4 +1,6 @@
-"""A real Apache Kafka: the nodes of one KRaft cluster, each a broker and a controller."""
+"""A real Apache Kafka: the nodes of one KRaft cluster, each of them a broker and a controller."""
+
+from __future__ import annotations
 
 import base64
 import shutil
@@ -16,15 +18,15 @@ from embedq_sdk.dev.starting import START_DEADLINE_S, wait_until_ready
 
 
 def random_id() -> str:
-    """Return a UUID the way Kafka writes it: URL-safe base64 without padding."""
+    """A random UUID as Kafka writes it: URL-safe base64 without padding."""
     while True:
         text = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-        if not text.startswith("-"):  # Kafka's own tools avoid it too: it looks like an option
+        if not text.startswith("-"):  # it would look like an option, so Kafka's own tools avoid it too
             return text
 
 
 class KafkaServer:
-    """All nodes of one cluster. Node numbers are 1 to `brokers`; ports and data outlive a stop and a start."""
+    """The nodes of one cluster, numbered from 1. Ports and data stay the same when a node is stopped and started."""
 
     def __init__(
         self,
@@ -47,24 +49,31 @@ class KafkaServer:
 
     @property
     def nodes(self) -> list[int]:
+        """The nodes' numbers."""
         return list(self._ports)
 
     @property
     def names(self) -> list[str]:
-        """What the nodes' processes are called."""
+        """The names of the nodes' processes."""
         return [_name(node) for node in self._ports]
 
     @property
     def servers(self) -> str:
+        """Bootstrap servers, host:port, separated by commas."""
         return ",".join(f"{HOST}:{port}" for port in self._ports.values())
 
     @property
     def description(self) -> str:
+        """What runs, for the user."""
         many = "embedded process" if len(self._ports) == 1 else f"{len(self._ports)} embedded processes"
         return f"Apache Kafka {self._files.version} ({many})"
 
     def start(self, nodes: Sequence[int]) -> None:
-        """Start `nodes` and return when each of them answers and knows of all of them."""
+        """Start `nodes`, and wait until each of them answers and knows the others.
+
+        Raises:
+            StartError: a node ended, or did not answer in time.
+        """
         for node in nodes:
             self.pids[node] = self._processes.start(
                 _name(node), self._files.command(self._java_options, self._home(node))
@@ -81,7 +90,11 @@ class KafkaServer:
             )
 
     def open_groups(self) -> None:
-        """Have the topic of consumer groups' offsets made now, so that the first group need not wait for it."""
+        """Have Kafka create the topic for consumer groups' offsets now, so that the first group need not wait for it.
+
+        Raises:
+            StartError: the node ended, or has no coordinator in time.
+        """
         node, port = next(iter(self._ports.items()))
         wait_until_ready(
             self._processes,
@@ -92,9 +105,11 @@ class KafkaServer:
         )
 
     def stop(self, nodes: Sequence[int], *, grace_s: float) -> None:
+        """SIGTERM, and SIGKILL for nodes that are still running after `grace_s` seconds; at once with 0."""
         self._processes.stop(*map(_name, nodes), grace_s=grace_s)
 
     def send(self, nodes: Sequence[int], number: signal.Signals) -> None:
+        """Send a signal to nodes."""
         self._processes.send(number, *map(_name, nodes))
 
     def _known_nodes(self, port: int) -> set[int]:
@@ -115,9 +130,9 @@ class KafkaServer:
 
     def _prepare(self, node: int, properties: Mapping[str, str]) -> None:
         home = self._home(node)
-        shutil.rmtree(home, ignore_errors=True)  # of an earlier attempt, now stopped
+        shutil.rmtree(home, ignore_errors=True)  # of an earlier attempt, whose process has stopped
         (home / "tmp").mkdir(parents=True)
-        # What `kafka-storage format` writes, without paying for another Java process at every start.
+        # What `kafka-storage format` writes, without the cost of another Java process at every start.
         shutil.copytree(self._files.formatted, home / "data")
         (home / "data" / "meta.properties").write_text(
             _lines(
@@ -157,16 +172,16 @@ class KafkaServer:
             "share.coordinator.state.topic.min.isr": "1",
             "group.initial.rebalance.delay.ms": "0",
             "group.min.session.timeout.ms": "1000",
-            # One thread and little memory for compaction; looking often makes it visible in tests.
+            # One thread and little memory for compaction; it runs often, so that tests see it.
             "log.cleaner.threads": "1",
             "log.cleaner.dedupe.buffer.size": str(4 << 20),
             "log.cleaner.backoff.ms": "1000",
             "log.segment.delete.delay.ms": "1000",
-            # The defaults suit dozens of cores.
+            # The defaults are for dozens of cores.
             "num.network.threads": "2",
             "num.io.threads": "4",
             "background.threads": "2",
-            # A killed broker may come back only when the controller has given its predecessor up.
+            # A killed broker can come back only once the controller has given up on its predecessor.
             "broker.heartbeat.interval.ms": "500",
             "broker.session.timeout.ms": "3000",
         }

@@ -1,27 +1,33 @@
 """Free TCP ports on the loopback interface."""
 
+from __future__ import annotations
+
 import random
 import socket
 from pathlib import Path
+from typing import Final
 
-HOST = "127.0.0.1"
+HOST: Final = "127.0.0.1"
 
-# A client that keeps dialling a closed port of the ephemeral range can be given that very port as its
-# own and so connect to itself, which would also stop a restarted server from binding it. Hence below.
-_LOWEST, _HIGHEST = 15_000, 32_000
-_LINUX_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_LOWEST: Final = 15_000
+_HIGHEST: Final = 32_000
+"""Below the ephemeral range: a client that keeps connecting to a closed port of that range can be given that very port
+as its own and connect to itself, and then a restarted server cannot bind it."""
+_LINUX_RANGE: Final = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_TRIES: Final = 500
 
 
 def free_ports(count: int) -> list[int]:
-    """Return `count` distinct ports that nobody listened on just now.
+    """`count` distinct ports that are free now. Another process may take one before it is used: then try others.
 
-    Another process may take one before it is used: callers try again with new ones.
+    Raises:
+        OSError: there are not as many.
     """
     highest = _HIGHEST
     if _LINUX_RANGE.exists():
         highest = min(highest, int(_LINUX_RANGE.read_text().split()[0]))
     ports: list[int] = []
-    for port in random.sample(range(_LOWEST, max(highest, _LOWEST + 5_000)), 500):
+    for port in random.sample(range(_LOWEST, max(highest, _LOWEST + 5_000)), _TRIES):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -31,4 +37,4 @@ def free_ports(count: int) -> list[int]:
         ports.append(port)
         if len(ports) == count:
             return ports
-    raise OSError(f"no {count} free ports on {HOST} among 500 tried")
+    raise OSError(f"fewer than {count} free ports on {HOST} among {_TRIES} tried")

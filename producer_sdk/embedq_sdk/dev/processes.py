@@ -1,4 +1,6 @@
-"""Server processes that end with this one, whatever ends it."""
+"""Server processes that end with this one, however it ends."""
+
+from __future__ import annotations
 
 import contextlib
 import fcntl
@@ -14,23 +16,26 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Final, Self
 
 from embedq_sdk.dev import guardian
 from embedq_sdk.dev.errors import DevStackError
 
-PREFIX = "embedq-dev-"
-_ABANDONED_AFTER_S = 60.0
-_LOG_TAIL_LINES = 25
-# A user's settings for his own Java programs must not reach our broker, nor print on its log.
-_NOT_INHERITED = ("JAVA_TOOL_OPTIONS", "_JAVA_OPTIONS", "JDK_JAVA_OPTIONS", "CLASSPATH")
+PREFIX: Final = "embedq-dev-"
+"""Of every stack's temporary directory."""
+_ABANDONED_AFTER_S: Final = 60.0
+"""A directory that is younger may not have been locked by its guardian yet."""
+_LOG_TAIL_LINES: Final = 25
+_NOT_INHERITED: Final = ("JAVA_TOOL_OPTIONS", "_JAVA_OPTIONS", "JDK_JAVA_OPTIONS", "CLASSPATH")
+"""What users set for Java programs of their own: it must not change our broker, nor be printed to its log."""
 
 
 class Processes:
-    """The guardian process, and through it the servers, each with a name and a log file.
+    """The guardian process and, through it, the servers, each with a name and a log file.
 
-    Everything lives in one temporary directory, which goes when this object is closed or its process dies.
-    Safe to call from several threads; calls are answered one at a time.
+    Invariants:
+        - Everything is in one temporary directory, which is removed when this object is closed or its process dies.
+        - One request at a time: calls from several threads wait for each other.
     """
 
     def __init__(self) -> None:
@@ -43,7 +48,7 @@ class Processes:
                 [sys.executable, "-I", guardian.__file__, str(self.directory), str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=log,  # an inherited one would keep a dead parent's pipes open
+                stderr=log,  # inherited, it would keep a dead parent's pipes open
                 cwd="/",
                 start_new_session=True,
             )
@@ -58,63 +63,69 @@ class Processes:
 
     @property
     def guardian_pid(self) -> int:
+        """The guardian's process id."""
         return self._guardian.pid
 
     def start(self, name: str, argv: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
-        """Start a server and return its process id. Its output is appended to its log file."""
+        """Start a server, whose output is appended to its log file; its process id.
+
+        Raises:
+            DevStackError: the program cannot be run.
+        """
         env = {k: v for k, v in os.environ.items() if k not in _NOT_INHERITED} | dict(environ or {})
         answer = self._ask(do="start", name=name, argv=list(argv), env=env, log=str(self.log(name)))
         return int(answer["pid"])
 
     def exit_code(self, name: str) -> int | None:
-        """Return how the server ended, or None while it runs. Negative: the signal that ended it."""
+        """How the server ended: its exit code, or minus the signal; None while it runs."""
         code: int | None = self._ask(do="poll", name=name)["code"]
         return code
 
     def stop(self, *names: str, grace_s: float) -> None:
-        """End servers: SIGTERM, and SIGKILL for those still there after `grace_s` seconds (at once with 0)."""
+        """SIGTERM, and SIGKILL for servers that are still running after `grace_s` seconds; at once with 0."""
         self._ask(do="stop", names=names, grace_s=grace_s)
 
     def send(self, number: signal.Signals, *names: str) -> None:
+        """Send a signal to servers."""
         self._ask(do="signal", names=names, signal=int(number))
 
     def log(self, name: str) -> Path:
+        """The server's log file."""
         return self.directory / f"{name}.log"
 
     def log_tail(self, name: str) -> str:
+        """The last lines of the server's log."""
         path = self.log(name)
         text = path.read_text(errors="replace") if path.exists() else ""
         return "\n".join(text.splitlines()[-_LOG_TAIL_LINES:]) or "(the log is empty)"
 
     def close(self) -> None:
-        """End every server and remove the directory. Closing twice does nothing."""
-        assert self._guardian.stdin is not None
-        assert self._guardian.stdout is not None
+        """Stop every server and remove the directory. Closing twice does nothing."""
+        requests, answers = self._pipes()
         with contextlib.suppress(BrokenPipeError):  # the guardian is gone, and its servers with it
-            self._guardian.stdin.close()
+            requests.close()
         try:
             self._guardian.wait(guardian.LAST_GRACE_S + 10)
         except subprocess.TimeoutExpired:
             self._guardian.kill()
             self._guardian.wait()
-        self._guardian.stdout.close()
-        shutil.rmtree(self.directory, ignore_errors=True)  # already done, unless the guardian was killed
+        answers.close()
+        shutil.rmtree(self.directory, ignore_errors=True)  # there only if the guardian was killed
 
     def _ask(self, **request: Any) -> dict[str, Any]:
-        assert self._guardian.stdin is not None
-        assert self._guardian.stdout is not None
+        requests, answers = self._pipes()
         with self._lock:
             self._asked += 1
             request["id"] = self._asked
             try:
-                self._guardian.stdin.write(json.dumps(request).encode() + b"\n")
-                self._guardian.stdin.flush()
+                requests.write(json.dumps(request).encode() + b"\n")
+                requests.flush()
                 while True:
-                    line = self._guardian.stdout.readline()
+                    line = answers.readline()
                     if not line:
                         raise DevStackError(f"the guardian process ended:\n{self.log_tail('guardian')}")
                     answer: dict[str, Any] = json.loads(line)
-                    if answer["id"] == self._asked:  # an older one: its call was interrupted by Ctrl-C
+                    if answer["id"] == self._asked:  # else it answers a call that Ctrl-C interrupted
                         break
             except (BrokenPipeError, ValueError) as error:
                 raise DevStackError(
@@ -124,16 +135,21 @@ class Processes:
             raise DevStackError(f"cannot {request['do']} a server: {answer['error']}")
         return answer
 
+    def _pipes(self) -> tuple[IO[bytes], IO[bytes]]:
+        if self._guardian.stdin is None or self._guardian.stdout is None:
+            raise RuntimeError("the guardian was started without pipes. This is a bug.")
+        return self._guardian.stdin, self._guardian.stdout
+
 
 def sweep_abandoned() -> None:
-    """Remove directories whose guardian was killed together with its parent."""
+    """Remove the directories of stacks whose guardian was killed together with its parent."""
     for directory in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         try:
             if time.time() - directory.stat().st_mtime < _ABANDONED_AFTER_S:
-                continue  # perhaps its guardian has not come to lock it yet
+                continue
             lock = os.open(directory / "lock", os.O_RDWR)
         except OSError:
-            continue  # somebody else's, or just removed
+            continue  # another user's, or removed just now
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

@@ -1,5 +1,7 @@
 """A real Kafka and a real Redis for as long as a `with` block lasts."""
 
+from __future__ import annotations
+
 import logging
 import os
 import signal
@@ -7,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Final, Self
 from urllib.parse import urlsplit
 
 from embedq_sdk.dev import jars, redis_server
@@ -20,38 +22,43 @@ from embedq_sdk.dev.redis_server import RedisServer
 
 log = logging.getLogger(__name__)
 
-_PORT_ATTEMPTS = 3
-_STOP_GRACE_S = 10.0
-_STOP_TOGETHER_GRACE_S = 3.0  # the last nodes of a cluster would wait long for a quorum that is gone
-_TRAINING_GRACE_S = 30.0
-_JAVA_OPTIONS = (
+_PORT_ATTEMPTS: Final = 3
+_STOP_GRACE_S: Final = 10.0
+_STOP_TOGETHER_GRACE_S: Final = 3.0
+"""The last nodes of a cluster would wait long for a quorum that is gone."""
+_TRAINING_GRACE_S: Final = 30.0
+"""The JVM writes the archive as it ends."""
+_JAVA_OPTIONS: Final = (
     "-Xmx512m",
-    # Measured on 2 cores: the serial collector and the first compiler alone start fastest.
+    # Measured on 2 cores: the serial collector and only the first compiler start fastest.
     "-XX:+UseSerialGC",
     "-XX:TieredStopAtLevel=1",
-    "-XX:-UsePerfData",  # its file in /tmp would survive a SIGKILL
+    "-XX:-UsePerfData",  # its file in /tmp would stay after a SIGKILL
     "-Dorg.slf4j.simpleLogger.defaultLogLevel=warn",
     "-Dorg.slf4j.simpleLogger.showDateTime=true",
 )
 
 
 class DevStack:
-    """Kafka and Redis on free ports of 127.0.0.1, ready when the `with` block starts, gone when it ends.
+    """Kafka and Redis on free ports of 127.0.0.1, ready when the `with` block begins, gone when it ends.
 
-    Where EMBEDQ_KAFKA_SERVERS or EMBEDQ_REDIS_URL is set, that server is used instead of starting one, and
-    asking this object to stop or start it is an error. The servers and their files vanish with this process,
-    however it ends. Every method blocks; from a coroutine, use `asyncio.to_thread`.
+    If EMBEDQ_KAFKA_SERVERS or EMBEDQ_REDIS_URL is set, that server is used and none is started; asking this object to
+    stop or start it is an error. The servers and their files are removed with this process, however it ends. Every
+    method blocks; in a coroutine, use `asyncio.to_thread`.
 
     Args:
-        brokers: nodes of the Kafka cluster, each a broker and a controller.
+        brokers: nodes of the Kafka cluster, each of them a broker and a controller.
         kafka_properties: added to every broker's configuration, e.g. {"message.max.bytes": "10485760"}.
-        environ: where the EMBEDQ_* variables are looked up; the process's environment unless given.
-        report: told what takes long (the first download).
+        environ: where the EMBEDQ_* variables are looked up; None: the environment of this process.
+        report: called with a line for the user when something takes long, such as the first download.
 
     Raises:
         MissingPackagesError: the extra `embedq[dev]` is not installed.
-        StartError: a server did not come up within 60 s.
+        StartError: a server did not start within 60 s.
+        DevStackError: any other failure; the tree is in `dev/errors.py`.
     """
+
+    # Longer than most classes here: one short method for each thing that a test may want done to a server.
 
     def __init__(
         self,
@@ -81,11 +88,11 @@ class DevStack:
         self.close()
 
     def start(self) -> None:
-        """Start what the environment does not name, and return when it answers."""
+        """Start each server that the environment does not name, and wait until it answers."""
         if self._given_kafka and self._given_redis:
             return
         try:
-            # The download comes first: it may take long, and nothing needs guarding yet.
+            # The download comes first: it may take long, and there is nothing to guard yet.
             files = None if self._given_kafka else jars.find_kafka(self._environ)
             if files is not None:
                 jars.fetch(files, self._report)
@@ -101,30 +108,33 @@ class DevStack:
             raise
 
     def close(self) -> None:
-        """End the servers and remove their files. Closing twice does nothing."""
+        """Stop the servers and remove their files. Closing twice does nothing."""
         if self._processes is not None:
             self._processes.close()
             self._processes = self._kafka = self._redis = None
 
     @property
     def kafka_servers(self) -> str:
-        """Bootstrap servers, "127.0.0.1:PORT", comma-separated."""
+        """Bootstrap servers, "127.0.0.1:PORT", separated by commas."""
         return self._given_kafka or self._own_kafka().servers
 
     @property
     def redis_url(self) -> str:
+        """Redis's address, as EMBEDQ_REDIS_URL takes it."""
         return self._given_redis or self._own_redis().url
 
     @property
     def kafka_description(self) -> str:
+        """Which Kafka this is, for the user."""
         if self._given_kafka:
             return f"Kafka at {self._given_kafka} (EMBEDQ_KAFKA_SERVERS)"
         return self._own_kafka().description
 
     @property
     def redis_description(self) -> str:
+        """Which Redis this is, for the user, without its password."""
         if self._given_redis:
-            address = urlsplit(self._given_redis)  # which may hold a password: not for the screen
+            address = urlsplit(self._given_redis)  # it may hold a password
             return f"Redis at {address.hostname}:{address.port or 6379} (EMBEDQ_REDIS_URL)"
         return self._own_redis().description
 
@@ -135,10 +145,12 @@ class DevStack:
 
     @property
     def guardian_pid(self) -> int:
+        """Process id of the guardian."""
         return self._own_processes().guardian_pid
 
     @property
     def redis_pid(self) -> int:
+        """Process id of Redis."""
         return self._own_redis().pid
 
     @property
@@ -147,22 +159,27 @@ class DevStack:
         return dict(self._own_kafka().pids)
 
     def stop_redis(self, *, kill: bool = False) -> None:
-        """Stop Redis, with SIGKILL if `kill`. It forgets everything."""
+        """Stop Redis, with SIGKILL if `kill`. It loses all its data."""
         self._own_redis().stop(grace_s=0 if kill else _STOP_GRACE_S)
 
     def start_redis(self) -> None:
-        """Start Redis again on the same port, empty, and return when it answers."""
+        """Start Redis again on the same port, empty, and wait until it answers."""
         self._own_redis().start()
 
     def pause_redis(self) -> None:
-        """Freeze Redis (SIGSTOP): connections stay open and nobody answers."""
+        """Freeze Redis (SIGSTOP): connections stay open, and there are no answers."""
         self._own_redis().send(signal.SIGSTOP)
 
     def resume_redis(self) -> None:
+        """Let Redis go on (SIGCONT)."""
         self._own_redis().send(signal.SIGCONT)
 
     def check(self) -> None:
-        """Raise DevStackError when a server of ours has ended by itself."""
+        """Look whether the servers started here still run.
+
+        Raises:
+            DevStackError: one has ended by itself.
+        """
         if self._processes is None:
             return
         names = [*(self._kafka.names if self._kafka else ()), *((redis_server.NAME,) if self._redis else ())]
@@ -178,14 +195,15 @@ class DevStack:
         self._own_kafka().stop(nodes, grace_s=0 if kill else grace_s)
 
     def start_kafka(self, node: int | None = None) -> None:
-        """Start one node, or all of them, again on the same ports and data; return when they answer."""
+        """Start one node, or all of them, again with the same ports and data, and wait until they answer."""
         self._own_kafka().start(self._nodes(node))
 
     def pause_kafka(self, node: int | None = None) -> None:
-        """Freeze one node, or all of them (SIGSTOP): connections stay open and nobody answers."""
+        """Freeze one node, or all of them (SIGSTOP): connections stay open, and there are no answers."""
         self._own_kafka().send(self._nodes(node), signal.SIGSTOP)
 
     def resume_kafka(self, node: int | None = None) -> None:
+        """Let one node, or all of them, go on (SIGCONT)."""
         self._own_kafka().send(self._nodes(node), signal.SIGCONT)
 
     def _started_redis(self, processes: Processes) -> RedisServer:
@@ -204,7 +222,7 @@ class DevStack:
     def _started_kafka(self, processes: Processes, files: KafkaFiles) -> KafkaServer:
         options = list(_JAVA_OPTIONS)
         if files.startup_archive.stat().st_size:
-            # Where it does not fit (another build of Java), the JVM starts without it; no need to warn.
+            # If it does not fit, as with another build of Java, the JVM starts without it; it need not warn.
             options += [f"-XX:AOTCache={files.startup_archive}", "-Xlog:aot=off", "-Xlog:cds=off"]
         for attempt in range(1, _PORT_ATTEMPTS + 1):
             kafka = KafkaServer(processes, files, self._brokers, self._kafka_properties, options)
@@ -220,16 +238,16 @@ class DevStack:
         return kafka
 
     def _train(self, processes: Processes, files: KafkaFiles) -> None:
-        """Start a broker once and let the JVM keep what it loaded and linked, for all later starts."""
+        """Start a broker once and have the JVM save what it loaded and linked, for all later starts."""
         with jars.locked(files):
-            if files.startup_archive.exists():  # somebody else was faster
+            if files.startup_archive.exists():  # another process was faster
                 return
-            self._report("preparing fast starts, this once ...")
+            self._report("preparing fast starts, only this once ...")
             started = time.monotonic()
             written = processes.directory / "startup.aot"
             kafka = KafkaServer(processes, files, 1, {}, [*_JAVA_OPTIONS, f"-XX:AOTCacheOutput={written}"])
             kafka.start(kafka.nodes)
-            kafka.stop(kafka.nodes, grace_s=_TRAINING_GRACE_S)  # the JVM writes the archive as it ends
+            kafka.stop(kafka.nodes, grace_s=_TRAINING_GRACE_S)
             jars.keep_archive(files, written)
             log.debug("startup archive made in %.1f s", time.monotonic() - started)
 
@@ -254,7 +272,5 @@ class DevStack:
 
 def _not_ours(what: str, variable: str, given: str) -> str:
     if given:
-        return (
-            f"this {what} was named by {variable}, not started here, so it cannot be stopped or started here"
-        )
+        return f"this {what} is the one that {variable} names: it was not started here, so it cannot be stopped or started here"
     return "the local stack is not running"

@@ -1,20 +1,34 @@
 """Waiting until a server answers, with an error that helps when it does not."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable
+from typing import Final
 
 from embedq_sdk.dev.errors import PortTakenError, StartError
 from embedq_sdk.dev.processes import Processes
 
-START_DEADLINE_S = 60.0
-_LOOK_EVERY_S = 0.02
-_PORT_TAKEN = "address already in use"
+START_DEADLINE_S: Final = 60.0
+"""Most starts take 2 s; a machine that is busy with other work takes much longer."""
+_CHECK_EVERY_S: Final = 0.02
+_PORT_TAKEN: Final = "address already in use"
+"""In the log of both servers, in any case of letters."""
+_ADVICE: Final = (
+    "Is there enough memory and disk space? To use a server of your own, set EMBEDQ_KAFKA_SERVERS "
+    "or EMBEDQ_REDIS_URL. The end of its log:"
+)
 
 
 def wait_until_ready(
     processes: Processes, name: str, what: str, ready: Callable[[], bool], deadline: float
 ) -> None:
-    """Return once `ready()` is true; `deadline` is a `time.monotonic()` moment.
+    """Wait until `ready()` is true.
+
+    Args:
+        name: of the server's process.
+        what: how error messages call the server.
+        deadline: a time of `time.monotonic()`.
 
     Raises:
         PortTakenError: the server ended because its port is in use.
@@ -30,10 +44,4 @@ def wait_until_ready(
             return
         if time.monotonic() > deadline:
             raise StartError(f"{what} did not answer in time. {_ADVICE}\n{processes.log_tail(name)}")
-        time.sleep(_LOOK_EVERY_S)
-
-
-_ADVICE = (
-    "Is there memory and disk space left? To use a server of your own instead, set EMBEDQ_KAFKA_SERVERS "
-    "or EMBEDQ_REDIS_URL. The end of its log:"
-)
+        time.sleep(_CHECK_EVERY_S)

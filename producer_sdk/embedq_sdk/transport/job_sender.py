@@ -1,4 +1,4 @@
-"""The one task that sends: it owns the producer and the queue in front of it."""
+"""The one task that sends: it owns the producer and the queue of jobs before it."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from collections import deque
 from functools import partial
 from typing import Any, Final
 
-from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError, MessageSizeTooLargeError, RecordListTooLargeError
-
 from embedq_sdk.errors import InvalidArgument, KafkaUnavailable
 from embedq_sdk.transport.kafka import KafkaConnection, close
 from embedq_sdk.transport.pending_jobs import PendingJob
+from embedq_shared.kafka import TOO_LARGE, AIOKafkaProducer, KafkaError
 
-_LEAST_SPREAD: Final = 16
+_LEAST_SHARE: Final = 16
+"""Jobs in a batch, if that many wait: fewer are not worth a request."""
 _MOST_JOBS: Final = 4096
+"""Jobs in a batch, until the broker says that it takes less."""
 _RECONNECT_S: Final = 30.0
 _SEND_S: Final = 10.0
-_TOO_LARGE: Final = (MessageSizeTooLargeError, RecordListTooLargeError)
 
 
 def share(waiting: int, partitions: int) -> int:
@@ -26,18 +25,21 @@ def share(waiting: int, partitions: int) -> int:
 
     Few enough that a burst reaches every partition, so that every replica gets some; enough to be worth a batch.
     """
-    return max(_LEAST_SPREAD, -(-waiting // partitions))
+    return max(_LEAST_SHARE, -(-waiting // partitions))
 
 
 class Sender:
-    """Jobs in the order of `put`, in batches, to the partitions in turn.
+    """Sends jobs in the order of `put`, in batches, to the partitions in turn.
 
-    A partition gets a new batch when it has acknowledged the last one: what comes meanwhile makes the next batch larger.
-    A job stays ours until Kafka acknowledges it, across broken producers; its own deadline ends it.
+    Invariants:
+        - A partition has at most one batch under way; what arrives meanwhile makes its next batch larger.
+        - A job stays in a queue or a batch until Kafka acknowledges it, across broken producers, or until its caller
+          stops waiting for it.
+        - While `broken`, nothing is sent; a new producer takes over once every batch has come back.
     """
 
-    def __init__(self, servers: KafkaConnection) -> None:
-        self._servers = servers
+    def __init__(self, connection: KafkaConnection) -> None:
+        self._connection = connection
         self._queues: dict[str, deque[PendingJob]] = {}
         self._partitions: dict[str, int] = {}
         self._turn: dict[str, int] = {}
@@ -49,12 +51,12 @@ class Sender:
 
     @property
     def broken(self) -> bool:
-        """Whether the last that Kafka said to us was an error."""
+        """Whether Kafka's last answer was an error."""
         return self._broken
 
-    def put(self, call: PendingJob) -> None:
-        """Send a call's job soon. Never waits: admission is the caller's."""
-        self._queues.setdefault(call.topic, deque()).append(call)
+    def put(self, job: PendingJob) -> None:
+        """Send a job soon. Never waits: the caller limits how many are in flight."""
+        self._queues.setdefault(job.topic, deque()).append(job)
         self._work.set()
 
     async def open(self, timeout: float) -> None:
@@ -63,10 +65,10 @@ class Sender:
         Raises:
             KafkaUnavailable: not within `timeout` seconds.
         """
-        self._producer = await self._servers.start(self._servers.producer, timeout)
+        self._producer = await self._connection.connect(self._connection.producer, timeout)
 
     async def close(self) -> None:
-        """Let the producer go. What was not acknowledged may still arrive or not."""
+        """Close the producer. A job that was not acknowledged may still arrive or not."""
         if self._producer is not None:
             await close(self._producer)
             self._producer = None
@@ -77,17 +79,18 @@ class Sender:
             await self._work.wait()
             self._work.clear()
             if self._broken and not self._busy:
-                await self._replace()
+                await self._replace_producer()
             if self._broken:
-                continue  # the batches still out decide when; each of them sets `_work`
+                continue  # each batch that is still out sets `_work` when it comes back
             for topic, queue in self._queues.items():
                 if queue:
                     await self._send_waiting(topic, queue)
 
     async def _send_waiting(self, topic: str, queue: deque[PendingJob]) -> None:
-        """As many batches as there are idle partitions."""
+        """Send as many batches as there are idle partitions."""
         producer = self._producer
-        assert producer is not None
+        if producer is None:
+            raise RuntimeError("the sender runs without a producer. This is a bug.")
         try:
             async with asyncio.timeout(_SEND_S):
                 if topic not in self._partitions:
@@ -101,17 +104,17 @@ class Sender:
                     partition = self._turn[topic] = (self._turn[topic] + 1) % count
                     if (topic, partition) in self._busy:
                         continue
-                    calls, batch = self._fill(producer, queue, most)
-                    if not calls:
+                    jobs, batch = self._fill(producer, queue, most)
+                    if not jobs:
                         continue
                     self._busy.add((topic, partition))
                     try:
                         future = await producer.send_batch(batch, topic, partition=partition)
                     except BaseException:
                         self._busy.discard((topic, partition))
-                        queue.extendleft(reversed(calls))
+                        queue.extendleft(reversed(jobs))
                         raise
-                    future.add_done_callback(partial(self._landed, calls, topic, partition))
+                    future.add_done_callback(partial(self._answered, jobs, topic, partition))
         except (KafkaError, OSError, TimeoutError):
             self._broken = True
             self._work.set()
@@ -120,53 +123,55 @@ class Sender:
     def _fill(
         producer: AIOKafkaProducer, queue: deque[PendingJob], most: int
     ) -> tuple[list[PendingJob], Any]:
-        """A batch of the first jobs that still matter to someone."""
+        """A batch of the first jobs that a caller still waits for."""
         batch = producer.create_batch()
-        calls: list[PendingJob] = []
-        while queue and len(calls) < most:
-            call = queue[0]
-            if call.future.done():
+        jobs: list[PendingJob] = []
+        while queue and len(jobs) < most:
+            job = queue[0]
+            if job.future.done():
                 queue.popleft()
                 continue
-            if batch.append(timestamp=None, key=None, value=call.value, headers=call.headers) is None:
-                if calls:
+            if batch.append(timestamp=None, key=None, value=job.value, headers=job.headers) is None:
+                if jobs:
                     break
-                queue.popleft()  # not even alone
-                call.fail(_too_large(call))
+                queue.popleft()  # too large even for a batch of its own
+                job.fail(_too_large(job))
                 batch = producer.create_batch()
                 continue
-            calls.append(queue.popleft())
+            jobs.append(queue.popleft())
         batch.close()
-        return calls, batch
+        return jobs, batch
 
-    def _landed(self, calls: list[PendingJob], topic: str, partition: int, sent: asyncio.Future[Any]) -> None:
-        """Kafka answered for a batch."""
+    def _answered(
+        self, jobs: list[PendingJob], topic: str, partition: int, sent: asyncio.Future[Any]
+    ) -> None:
+        """Kafka acknowledged or refused a batch."""
         self._busy.discard((topic, partition))
         self._work.set()
         error = None if sent.cancelled() else sent.exception()
         if error is None and not sent.cancelled():
             self._broken = False
-            for call in calls:
-                call.acknowledged = True
-                if not call.awaits_reply and not call.future.done():
-                    call.future.set_result([])
-        elif isinstance(error, _TOO_LARGE) and len(calls) == 1:
-            calls[0].fail(_too_large(calls[0]))
+            for job in jobs:
+                job.acknowledged = True
+                if not job.awaits_reply and not job.future.done():
+                    job.future.set_result([])
+        elif isinstance(error, TOO_LARGE) and len(jobs) == 1:
+            jobs[0].fail(_too_large(jobs[0]))
         else:
-            if isinstance(error, _TOO_LARGE):
-                self._most = max(1, len(calls) // 2)  # the broker takes less than its default
+            if isinstance(error, TOO_LARGE):
+                self._most = max(1, len(jobs) // 2)  # the broker takes less than its default
             else:
                 self._broken = True
-            self._queues[topic].extendleft(reversed(calls))
+            self._queues[topic].extendleft(reversed(jobs))
 
-    async def _replace(self) -> None:
-        """A new producer: an aiokafka producer does not recover from every error by itself."""
+    async def _replace_producer(self) -> None:
+        """Connect a new producer: aiokafka's does not recover from every error by itself."""
         if self._producer is not None:
             await close(self._producer)
             self._producer = None
         while self._producer is None:
             try:
-                self._producer = await self._servers.start(self._servers.producer, _RECONNECT_S)
+                self._producer = await self._connection.connect(self._connection.producer, _RECONNECT_S)
             except KafkaUnavailable:
                 continue  # jobs end at their own deadlines meanwhile
         self._partitions.clear()
@@ -174,9 +179,9 @@ class Sender:
         self._work.set()
 
 
-def _too_large(call: PendingJob) -> InvalidArgument:
+def _too_large(job: PendingJob) -> InvalidArgument:
     return InvalidArgument(
         argument="texts",
         expected="a job that the broker's max.message.bytes allows",
-        got=f"{len(call.value):,} bytes",
+        got=f"{len(job.value):,} bytes",
     )

@@ -2,64 +2,72 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.errors import KafkaError
-
 from embedq_sdk.errors import KafkaUnavailable
 from embedq_sdk.transport.kafka import KafkaConnection, close, require_topics
+from embedq_shared.kafka import (
+    AIOKafkaConsumer,
+    KafkaError,
+    TopicPartition,
+    UnreadableRecord,
+    poll_partition,
+)
 
 _FETCH_WAIT_MS: Final = 500
+"""The broker answers a fetch at least this often, which shows that it is there."""
+_POLL_MS: Final = 1000
 _RECONNECT_S: Final = 30.0
-_FIRST_STEP_S: Final = 10.0
+_LEAST_CALL_S: Final = 0.1
 
 
 class ReplyReader:
-    """Every record of one reply partition that came after `open`, in order.
+    """Delivers every record of one reply partition that is written after `open`, in order.
 
-    No consumer group: a rebalance would take the partition away while replies are under way. The position is fixed at
-    the partition's end before the first job is sent, so no reply can slip in front of it.
+    Invariants:
+        - The position is fixed at the partition's end before the first job is sent, so no reply is missed.
+        - A new consumer goes on where the last one stopped: nothing is delivered twice or left out.
+        - No consumer group: a rebalance would take the partition away while replies are under way.
     """
 
     def __init__(
         self,
-        servers: KafkaConnection,
+        connection: KafkaConnection,
         topic: str,
         choose: Callable[[int], int],
         deliver: Callable[[Any], None],
     ) -> None:
-        self._servers = servers
+        self._connection = connection
         self._topic = topic
         self._choose = choose
         self._deliver = deliver
         self._consumer: AIOKafkaConsumer | None = None
         self._position: int | None = None
         self.partition = -1
+        """The partition that is read; -1 before `open`."""
 
     def silent_for(self, now: float) -> float:
-        """Seconds since the broker last answered a fetch; it answers every half second, with or without replies."""
+        """Seconds, at epoch seconds `now`, since the broker last answered a fetch; infinite without a connection."""
         if self._consumer is None:
             return float("inf")
         last = self._consumer.last_poll_timestamp(TopicPartition(self._topic, self.partition))
         return float("inf") if last is None else now - last / 1000
 
     async def open(self, topics: list[str], timeout: float) -> None:
-        """Connect, check that `topics` are there, choose the partition and go to its end.
+        """Connect, check that `topics` exist, choose the partition and go to its end.
 
         Raises:
             KafkaUnavailable, TopicMissing.
         """
         end = time.monotonic() + timeout
-        consumer = await self._start(timeout)
+        consumer = await self._connect(timeout)
         try:
-            left = max(0.1, end - time.monotonic())
-            await require_topics(self._servers, consumer, topics, left)
+            left = max(_LEAST_CALL_S, end - time.monotonic())
+            await require_topics(self._connection, consumer, topics, left)
             self._consumer = consumer
-            await self._servers.within(
+            await self._connection.call(
                 left, "finding the end of the reply partition", self._go_to_end(consumer)
             )
         except BaseException:
@@ -68,10 +76,10 @@ class ReplyReader:
             raise
 
     async def _go_to_end(self, consumer: AIOKafkaConsumer) -> None:
-        # Assigning a partition makes the client ask for the topic's metadata; the counts come with it.
         self.partition = 0
         partitions = consumer.partitions_for_topic(self._topic)
         if partitions is None:
+            # Assigning one partition makes the client ask for the topic's metadata, which has the number of partitions.
             consumer.assign([TopicPartition(self._topic, 0)])
             await consumer.position(TopicPartition(self._topic, 0))
             partitions = consumer.partitions_for_topic(self._topic) or {0}
@@ -81,14 +89,14 @@ class ReplyReader:
         await consumer.seek_to_end(here)
         self._position = await consumer.position(here)
 
-    async def _start(self, timeout: float) -> AIOKafkaConsumer:
-        return await self._servers.start(
-            lambda: self._servers.consumer(fetch_max_wait_ms=_FETCH_WAIT_MS, fetch_max_bytes=32 << 20),
+    async def _connect(self, timeout: float) -> AIOKafkaConsumer:
+        return await self._connection.connect(
+            lambda: self._connection.consumer(fetch_max_wait_ms=_FETCH_WAIT_MS, fetch_max_bytes=32 << 20),
             timeout,
         )
 
     async def close(self) -> None:
-        """Let the consumer go."""
+        """Close the consumer."""
         if self._consumer is not None:
             await close(self._consumer)
             self._consumer = None
@@ -96,48 +104,25 @@ class ReplyReader:
     async def run(self) -> None:
         """Deliver records until cancelled."""
         while True:
-            if self._consumer is None:
-                await self._reconnect()
-            assert self._consumer is not None
+            consumer = self._consumer or await self._reconnect()
             try:
-                await self._read(self._consumer)
+                await self._read(consumer)
             except (KafkaError, OSError):
                 await self.close()
 
     async def _read(self, consumer: AIOKafkaConsumer) -> None:
         here = TopicPartition(self._topic, self.partition)
         while True:
-            try:
-                fetched = await consumer.getmany(here, timeout_ms=1000)
-            except UnicodeDecodeError:
-                await self._step_over(consumer, here)
-                continue
-            for record in fetched.get(here, ()):
+            for record in await poll_partition(consumer, here, timeout_ms=_POLL_MS):
                 self._position = record.offset + 1
-                self._deliver(record)
+                if not isinstance(record, UnreadableRecord):  # the service writes none: it is somebody else's
+                    self._deliver(record)
 
-    async def _step_over(self, consumer: AIOKafkaConsumer, here: TopicPartition) -> None:
-        """Pass a foreign record that aiokafka can't read, such as one with a header name that is not UTF-8.
-
-        One record at a time, since a whole fetch would lose the good ones in front of it.
-        """
+    async def _reconnect(self) -> AIOKafkaConsumer:
+        """A new consumer where the last one was."""
         while True:
             try:
-                async with asyncio.timeout(_FIRST_STEP_S):
-                    record = await consumer.getone(here)
-            except UnicodeDecodeError:
-                consumer.seek(here, await consumer.position(here) + 1)
-                return
-            except TimeoutError:
-                return
-            self._position = record.offset + 1
-            self._deliver(record)
-
-    async def _reconnect(self) -> None:
-        """A new consumer where the last one was."""
-        while self._consumer is None:
-            try:
-                consumer = await self._start(_RECONNECT_S)
+                consumer = await self._connect(_RECONNECT_S)
             except KafkaUnavailable:
                 continue
             here = TopicPartition(self._topic, self.partition)
@@ -145,3 +130,4 @@ class ReplyReader:
             if self._position is not None:
                 consumer.seek(here, self._position)
             self._consumer = consumer
+            return consumer

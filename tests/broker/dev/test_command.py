@@ -163,5 +163,5 @@ def test_a_consumer_that_fails_is_told_with_its_own_words(tmp_path: Path) -> Non
     """An empty directory is no model: the consumer says so, and the command ends."""
     with terminal(repr(str(tmp_path)), "True") as screen:
         assert end_of(screen, within=100) == 1
-        assert "the consumer ended with exit code" in screen.shown()
+        assert "the replica ended with exit code" in screen.shown()
         assert str(tmp_path) in screen.shown()

@@ -139,7 +139,7 @@ def test_a_paused_redis_answers_nobody_until_it_is_resumed(own_stack: DevStack) 
 
 
 def test_a_server_that_runs_cannot_be_started_twice(own_stack: DevStack) -> None:
-    with pytest.raises(DevStackError, match="redis runs already"):
+    with pytest.raises(DevStackError, match="redis is running already"):
         own_stack.start_redis()
     with ask_redis(own_stack) as client:
         assert client.ping()

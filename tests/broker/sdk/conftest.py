@@ -9,6 +9,7 @@ import pytest
 from embedq_sdk import EmbedClient
 from embedq_sdk.admin.topics import create_topics
 from embedq_sdk.dev import DevStack
+from tests.helpers.command_line import Done, Run, run_embedq
 from tests.helpers.responder import Responder
 
 
@@ -33,3 +34,12 @@ def client(servers: str, prefix: str) -> Callable[..., EmbedClient]:
 @pytest.fixture
 def responder(servers: str, prefix: str) -> Callable[..., Responder]:
     return lambda **settings: Responder(servers, prefix, **settings)
+
+
+@pytest.fixture
+def embedq(servers: str, prefix: str) -> Run:
+    async def run(*arguments: str, stdin: str | bytes = "", **environ: str) -> Done:
+        settings = {"EMBEDQ_KAFKA_SERVERS": servers, "EMBEDQ_TOPIC_PREFIX": prefix}
+        return await run_embedq(*arguments, environ=settings | environ, stdin=stdin)
+
+    return run

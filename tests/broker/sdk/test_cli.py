@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import subprocess
-import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -17,6 +13,7 @@ import pytest
 
 from embedq_sdk.admin.topics import create_topics
 from embedq_shared.messages import Datum, ErrorBody
+from tests.helpers.command_line import Run
 from tests.helpers.fake_replica import Replica, failing, silent
 from tests.helpers.fake_service import OLD, Answer, Received, changed, expected
 from tests.helpers.responder import Responder
@@ -24,36 +21,6 @@ from tests.helpers.responder import Responder
 pytestmark = pytest.mark.kafka
 
 Responders = Callable[..., Responder]
-Run = Callable[..., Any]
-
-
-class Done(msgspec.Struct):
-    code: int
-    out: str
-    err: str
-
-    def lines(self) -> list[dict[str, Any]]:
-        return [msgspec.json.decode(line) for line in self.out.splitlines()]
-
-
-@pytest.fixture
-def embedq(servers: str, prefix: str) -> Run:
-    async def run(*arguments: str, stdin: str | bytes = "", **environ: str) -> Done:
-        settings = {"EMBEDQ_KAFKA_SERVERS": servers, "EMBEDQ_TOPIC_PREFIX": prefix} | environ
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", "from embedq_sdk.cli import main; main()", *arguments),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=os.environ | settings,
-        )
-        async with asyncio.timeout(60):
-            out, err = await process.communicate(stdin.encode() if isinstance(stdin, str) else stdin)
-        assert b"Traceback" not in err
-        assert process.returncode is not None
-        return Done(process.returncode, out.decode(), err.decode())
-
-    return run
 
 
 async def test_texts_become_json_lines(embedq: Run, responder: Responders) -> None:

@@ -6,10 +6,10 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from embedq_sdk.dev import DevStackError
 from embedq_sdk.dev.jars import KafkaFiles, cache_directory, fetch, find_kafka

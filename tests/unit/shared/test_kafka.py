@@ -1,0 +1,412 @@
+"""The Kafka room against dumb fakes: hanging clients, records that cannot be read, coordinators that are not there yet."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Awaitable, Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import (
+    GroupCoordinatorNotAvailableError,
+    GroupLoadInProgressError,
+    IllegalStateError,
+    KafkaConnectionError,
+    KafkaError,
+    TopicAuthorizationFailedError,
+)
+from aiokafka.structs import OffsetAndMetadata
+
+from embedq_shared import kafka
+from embedq_shared.backoff import backoff
+from embedq_shared.kafka import (
+    BrokerUnreachable,
+    KafkaOptions,
+    UnreadableRecord,
+    committed_offsets,
+    connect,
+    group_lag,
+    poll,
+    poll_partition,
+    step_over,
+    stop_client,
+)
+
+A, B = TopicPartition("t", 0), TopicPartition("t", 1)
+
+
+async def forever() -> None:
+    await asyncio.Event().wait()
+
+
+async def at_once() -> None:
+    return
+
+
+# -- options ------------------------------------------------------------------------------------------------------------
+
+
+def test_plain_options_name_the_servers_and_the_protocol() -> None:
+    assert KafkaOptions(servers="a:1,b:2").client_options() == {
+        "bootstrap_servers": "a:1,b:2",
+        "security_protocol": "PLAINTEXT",
+    }
+
+
+def test_names_and_passwords_go_to_the_client_as_they_are() -> None:
+    options = KafkaOptions(
+        servers="a:1",
+        security_protocol="SASL_PLAINTEXT",
+        sasl_mechanism="SCRAM-SHA-512",
+        sasl_plain_username="u",
+        sasl_plain_password="p",
+    ).client_options()
+
+    assert options["sasl_mechanism"] == "SCRAM-SHA-512"
+    assert (options["sasl_plain_username"], options["sasl_plain_password"]) == ("u", "p")
+    assert "ssl_context" not in options
+
+
+def test_tls_makes_a_context_that_checks_host_names_unless_one_is_given() -> None:
+    made = KafkaOptions(servers="a:1", security_protocol="SSL").client_options()["ssl_context"]
+    mine = ssl.create_default_context()
+
+    assert made.check_hostname
+    assert made.verify_mode is ssl.CERT_REQUIRED
+    given = KafkaOptions(servers="a:1", security_protocol="SASL_SSL", ssl_context=mine)
+    assert given.client_options()["ssl_context"] is mine
+
+
+def test_a_certificate_file_that_is_not_there_is_an_os_error() -> None:
+    with pytest.raises(FileNotFoundError):
+        KafkaOptions(servers="a:1", security_protocol="SSL", ssl_cafile="/nowhere.pem").client_options()
+
+
+# -- stopping -----------------------------------------------------------------------------------------------------------
+
+
+class Connections:
+    """aiokafka's inner client."""
+
+    def __init__(self, close: Callable[[], Awaitable[None]] = at_once) -> None:
+        self._close = close
+        self.closed = False
+
+    async def close(self) -> None:
+        await self._close()
+        self.closed = True
+
+
+class Producer(AIOKafkaProducer):  # type: ignore[misc]
+    def __init__(self, stop: Callable[[], Awaitable[None]], connections: Connections | None = None) -> None:
+        self._closed = True  # for its __del__
+        self._stop = stop
+        self.client = connections or Connections()
+        self.sender: asyncio.Task[None] = asyncio.ensure_future(forever())
+        self._sender: Any = SimpleNamespace(sender_task=self.sender)
+
+    async def stop(self) -> None:
+        await self._stop()
+
+
+class Consumer(AIOKafkaConsumer):  # type: ignore[misc]
+    def __init__(self, stop: Callable[[], Awaitable[None]]) -> None:
+        self._closed = True
+        self._stop = stop
+        self._client = Connections()
+        self._fetcher = Connections()
+
+    async def stop(self) -> None:
+        await self._stop()
+
+
+class Admin(AIOKafkaAdminClient):  # type: ignore[misc]
+    def __init__(self, stop: Callable[[], Awaitable[None]]) -> None:
+        self._stop = stop
+        self._client = Connections()
+
+    async def close(self) -> None:
+        await self._stop()
+
+
+async def test_a_client_that_stops_is_left_alone() -> None:
+    producer, consumer, admin = Producer(at_once), Consumer(at_once), Admin(at_once)
+
+    assert [await stop_client(client, 1.0) for client in (producer, consumer, admin)] == [None] * 3
+    assert not producer.sender.cancelled()
+    assert not any(connections.closed for connections in (producer.client, consumer._client, admin._client))
+    producer.sender.cancel()
+
+
+async def test_a_producer_that_hangs_loses_its_sender_and_its_connections() -> None:
+    producer = Producer(forever)
+
+    assert await stop_client(producer, 0.01) == "TimeoutError"
+    assert producer.sender.cancelled()
+    assert producer.client.closed
+
+
+async def test_a_producer_without_a_sender_can_hang_too() -> None:
+    producer = Producer(forever)
+    producer.sender.cancel()
+    producer._sender = None
+
+    assert await stop_client(producer, 0.01) == "TimeoutError"
+    assert producer.client.closed
+
+
+async def test_a_consumer_that_hangs_loses_its_fetcher_and_its_connections() -> None:
+    consumer = Consumer(forever)
+
+    assert await stop_client(consumer, 0.01) == "TimeoutError"
+    assert consumer._fetcher.closed
+    assert consumer._client.closed
+
+
+async def test_an_admin_client_that_hangs_loses_its_connections() -> None:
+    admin = Admin(forever)
+
+    assert await stop_client(admin, 0.01) == "TimeoutError"
+    assert admin._client.closed
+
+
+async def test_connections_that_hang_as_well_do_not_keep_us() -> None:
+    producer = Producer(forever, Connections(forever))
+
+    assert await stop_client(producer, 0.01) == "TimeoutError"
+    assert producer.sender.cancelled()
+
+
+async def test_what_stopping_raises_is_named_and_not_raised() -> None:
+    async def refuse() -> None:
+        raise KafkaError("no")
+
+    async def cancelled() -> None:
+        raise asyncio.CancelledError
+
+    assert await stop_client(Consumer(refuse), 1.0) == "KafkaError"
+    assert await stop_client(Consumer(cancelled), 1.0) == "CancelledError"
+
+
+async def test_a_cancelled_stop_leaves_no_task_behind() -> None:
+    before = asyncio.all_tasks()
+    stopping = asyncio.ensure_future(stop_client(Consumer(forever), 10.0))
+    await asyncio.sleep(0)
+    stopping.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await stopping
+    await asyncio.sleep(0)
+
+    assert asyncio.all_tasks() == before
+
+
+# -- connecting ---------------------------------------------------------------------------------------------------------
+
+
+class Starting(Consumer):
+    """A consumer whose start does what a script says."""
+
+    def __init__(self, start: Callable[[], Awaitable[None]]) -> None:
+        super().__init__(at_once)
+        self._start = start
+
+    async def start(self) -> None:
+        await self._start()
+
+
+async def test_connecting_tries_again_with_a_new_client() -> None:
+    async def fail() -> None:
+        raise KafkaConnectionError("refused\nand more")
+
+    made = [Starting(fail), Starting(fail), Starting(at_once)]
+    tried = iter(made)
+
+    assert await connect(lambda: next(tried), 5.0) is made[2]
+
+
+async def test_connecting_ends_at_its_deadline_with_the_last_reason() -> None:
+    async def fail() -> None:
+        raise KafkaConnectionError("refused\nand more")
+
+    with pytest.raises(BrokerUnreachable, match=r"refused$"):
+        await connect(lambda: Starting(fail), 0.01)
+    with pytest.raises(BrokerUnreachable, match=r"no answer within 0\.01 s"):
+        await connect(lambda: Starting(forever), 0.01)
+
+
+async def test_connecting_does_not_hide_our_own_faults() -> None:
+    async def wrong() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await connect(lambda: Starting(wrong), 5.0)
+
+
+def test_back_off_doubles_up_to_its_limit_and_half_of_it_is_random() -> None:
+    pauses = [backoff(n, first_s=0.5, longest_s=3.0, draw=lambda: 1.0) for n in range(5)]
+
+    assert pauses == [0.5, 1.0, 2.0, 3.0, 3.0]
+    assert backoff(1, first_s=0.5, longest_s=3.0, draw=lambda: 0.0) == 0.5
+    assert backoff(10_000, first_s=0.5, longest_s=3.0, draw=lambda: 1.0) == 3.0
+
+
+# -- records that cannot be read ----------------------------------------------------------------------------------------
+
+
+class Log:
+    """A consumer over partitions in memory. As aiokafka's, a poll that meets a bad record withholds what it had read of
+    that partition, and loses what it had drained of the others.
+    """
+
+    def __init__(self, partitions: dict[TopicPartition, Sequence[str]]) -> None:
+        self._records = {tp: list(records) for tp, records in partitions.items()}
+        self._positions = dict.fromkeys(partitions, 0)
+        self.assigned = set(partitions)
+        self.polls = 0
+
+    def assignment(self) -> set[TopicPartition]:
+        return self.assigned
+
+    async def getmany(
+        self, *partitions: TopicPartition, timeout_ms: int, max_records: int | None = None
+    ) -> dict[TopicPartition, list[Any]]:
+        self.polls += 1
+        left = max_records or 500
+        drained: dict[TopicPartition, list[Any]] = {}
+        for tp in partitions or sorted(self.assigned):
+            start = self._positions[tp]
+            found = self._records[tp][start : start + left]
+            if "bad" in found:
+                b"\xff".decode()
+            if found:
+                drained[tp] = [
+                    SimpleNamespace(topic=tp.topic, partition=tp.partition, offset=start + n, value=value)
+                    for n, value in enumerate(found)
+                ]
+                self._positions[tp] = start + len(found)
+                left -= len(found)
+            if left == 0:
+                break
+        return drained
+
+    async def position(self, tp: TopicPartition) -> int:
+        if tp not in self.assigned:
+            raise IllegalStateError(f"{tp} is not assigned")
+        return self._positions[tp]
+
+    def seek(self, tp: TopicPartition, offset: int) -> None:
+        self._positions[tp] = offset
+
+
+def brief(records: Sequence[Any]) -> list[tuple[int, int, str]]:
+    return [(r.partition, r.offset, "BAD" if isinstance(r, UnreadableRecord) else r.value) for r in records]
+
+
+async def test_a_poll_of_one_partition_steps_over_bad_records_wherever_they_are() -> None:
+    values = ["bad", "one", "bad", "bad", "two", "bad"]
+    consumer = Log({A: values})
+    found: list[Any] = []
+    while len(found) < len(values):
+        found += await poll_partition(consumer, A, timeout_ms=0)
+
+    assert brief(found) == [(0, n, "BAD" if value == "bad" else value) for n, value in enumerate(values)]
+    assert await poll_partition(consumer, A, timeout_ms=0) == []
+
+
+async def test_a_poll_without_bad_records_is_one_call() -> None:
+    consumer = Log({A: ["one", "two"]})
+
+    assert brief(await poll_partition(consumer, A, timeout_ms=0)) == [(0, 0, "one"), (0, 1, "two")]
+    assert consumer.polls == 1
+
+
+async def test_an_empty_poll_of_all_partitions_is_one_call() -> None:
+    consumer = Log({A: [], B: []})
+
+    assert await poll(consumer, timeout_ms=0) == []
+    assert consumer.polls == 1
+
+
+@pytest.mark.parametrize("bad", [A, B])
+async def test_a_poll_of_all_partitions_loses_nothing_and_repeats_nothing(bad: TopicPartition) -> None:
+    good = B if bad is A else A
+    consumer = Log({bad: ["one", "bad", "two", "bad"], good: [str(n) for n in range(10)]})
+    found: list[Any] = []
+    while len(found) < 14:
+        found += await poll(consumer, timeout_ms=0)
+
+    assert [r[1] for r in brief(found) if r[0] == bad.partition] == [0, 1, 2, 3]
+    assert [r[1] for r in brief(found) if r[0] == good.partition] == list(range(10))
+    assert [r[2] for r in brief(found) if r[0] == bad.partition] == ["one", "BAD", "two", "BAD"]
+
+
+async def test_reading_one_by_one_ends_after_a_bounded_number_of_records(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kafka, "_CAREFUL_RECORDS", 3)
+    consumer = Log({A: ["a", "b", "c", "d", "bad", "e"]})
+
+    assert brief(await poll_partition(consumer, A, timeout_ms=0)) == [(0, 0, "a"), (0, 1, "b"), (0, 2, "c")]
+    assert brief(await poll_partition(consumer, A, timeout_ms=0)) == [(0, 3, "d"), (0, 4, "BAD")]
+
+
+async def test_a_partition_that_was_taken_away_is_not_stepped_over() -> None:
+    consumer = Log({A: ["bad"]})
+    consumer.assigned.clear()
+
+    assert await step_over(consumer, A) is None
+    assert await poll_partition(consumer, A, timeout_ms=0) == []
+
+
+# -- groups -------------------------------------------------------------------------------------------------------------
+
+
+class Cluster:
+    """An admin client and a consumer's offsets, with the answers of a script before the right one."""
+
+    def __init__(self, committed: dict[TopicPartition, int], *before: Any) -> None:
+        self._committed = committed
+        self._before = list(before)
+
+    async def list_consumer_group_offsets(
+        self, group: str, *, partitions: list[TopicPartition]
+    ) -> dict[TopicPartition, OffsetAndMetadata]:
+        assert group == "mine"
+        if self._before:
+            first = self._before.pop(0)
+            if isinstance(first, Exception):
+                raise first
+            return first  # type: ignore[no-any-return]
+        return {tp: OffsetAndMetadata(self._committed.get(tp, -1), "") for tp in partitions}
+
+    async def describe_topics(self, names: list[str]) -> list[dict[str, Any]]:
+        return [{"topic": name, "partitions": [{"partition": 0}, {"partition": 1}]} for name in names]
+
+    async def beginning_offsets(self, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
+        return dict.fromkeys(partitions, 5)
+
+    async def end_offsets(self, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
+        return dict.fromkeys(partitions, 20)
+
+
+async def test_committed_offsets_wait_for_the_groups_coordinator() -> None:
+    """Also where aiokafka overlooks the error, and gives an answer without any partition."""
+    cluster = Cluster({A: 7}, GroupCoordinatorNotAvailableError(), GroupLoadInProgressError(), {})
+
+    assert await committed_offsets(cluster, "mine", [A, B]) == {A: 7, B: -1}
+
+
+async def test_other_errors_of_the_brokers_are_raised() -> None:
+    with pytest.raises(TopicAuthorizationFailedError):
+        await committed_offsets(Cluster({}, TopicAuthorizationFailedError()), "mine", [A])
+
+
+async def test_lag_counts_what_is_there_and_not_committed() -> None:
+    """Committed within the topic, before its beginning, and never."""
+    cluster = Cluster({A: 18, TopicPartition("u", 0): 2})
+
+    assert await group_lag(cluster, cluster, "mine", ["t", "u"]) == {"t": 2 + 15, "u": 15 + 15}
