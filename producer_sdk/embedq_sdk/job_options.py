@@ -31,6 +31,7 @@ from embedq_shared.topics import Lane
 MAX_JOB_BYTES: Final = 900_000
 """Kafka's default limit of a record is 1 MB; the rest is for the job's other fields and headers."""
 _TRACE_LIMIT: Final = 512
+"""Characters: a W3C traceparent has 55; anything far longer is a mistake."""
 
 
 def late(tokens: int = DEFAULT_CHUNK_TOKENS) -> Chunking:
