@@ -134,11 +134,15 @@ class KafkaOptions(msgspec.Struct, frozen=True, kw_only=True):
     sasl_kerberos_domain_name: str | None = None
     sasl_oauth_token_provider: Any = None
 
+    def __repr__(self) -> str:
+        """Without the password."""
+        return f"KafkaOptions(servers={self.servers!r}, security_protocol={self.security_protocol!r}, …)"
+
     def client_options(self) -> dict[str, Any]:
         """Keyword arguments for any aiokafka client. Reads the certificate files, if TLS is on.
 
         Raises:
-            OSError: a file cannot be read, or is no certificate or key (`ssl.SSLError`).
+            OSError: a file cannot be read, or is not a certificate or key (`ssl.SSLError`).
         """
         options = {
             name: value
@@ -153,6 +157,7 @@ class KafkaOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _FILES: Final = frozenset({"ssl_cafile", "ssl_certfile", "ssl_keyfile"})
+"""Fields that aiokafka has no argument for."""
 
 
 async def connect(make: Callable[[], Client], within: float) -> Client:
@@ -198,27 +203,37 @@ async def stop_client(
 ) -> str | None:
     """Stop a client, or abandon it: None if it stopped, else why it did not, in one word.
 
-    aiokafka's own `stop` waits for ever while the brokers are gone. After `within` seconds it is cancelled, and what it
+    aiokafka's own `stop` never ends while the brokers are gone. After `within` seconds it is cancelled, and what it
     leaves running is ended here: a producer's sender, which would connect again and send what was given up long ago, a
     consumer's fetcher, and the connections. Each of these steps takes `within` seconds at most. Raises nothing that
-    Kafka says, since nothing could be done about it.
+    Kafka says, since nothing could be done about it. If the caller is cancelled, only the sender is ended.
     """
     stop = client.close() if isinstance(client, AIOKafkaAdminClient) else client.stop()
-    problem = await _finished(stop, within)
+    problem: str | None = "CancelledError"
+    try:
+        problem = await _finished(stop, within)
+    finally:
+        sender = _sender_of(client)
+        if problem is not None and sender is not None:
+            sender.cancel()
     if problem is None:
         return None
-    sender: asyncio.Task[None] | None = None
-    connections = client.client if isinstance(client, AIOKafkaProducer) else client._client
-    if isinstance(client, AIOKafkaProducer):
-        sender = client._sender.sender_task if client._sender is not None else None
-        if sender is not None:
-            sender.cancel()
-    elif isinstance(client, AIOKafkaConsumer) and client._fetcher is not None:
+    if isinstance(client, AIOKafkaConsumer) and client._fetcher is not None:
         await _finished(client._fetcher.close(), within)
+    connections = client.client if isinstance(client, AIOKafkaProducer) else client._client
     await _finished(connections.close(), within)
     if sender is not None:
         await asyncio.wait({sender}, timeout=within)
     return problem
+
+
+def _sender_of(
+    client: AIOKafkaConsumer | AIOKafkaProducer | AIOKafkaAdminClient,
+) -> asyncio.Task[None] | None:
+    if not isinstance(client, AIOKafkaProducer) or client._sender is None:
+        return None
+    sender: asyncio.Task[None] | None = client._sender.sender_task
+    return sender
 
 
 async def _finished(work: Awaitable[None], within: float) -> str | None:

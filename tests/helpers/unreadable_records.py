@@ -9,8 +9,11 @@ from contextlib import asynccontextmanager
 from typing import Any, Final
 
 from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka.errors import for_code
 from aiokafka.protocol.produce import ProduceRequest
 from aiokafka.record.util import calc_crc32c
+
+from tests.helpers.support import wait_until
 
 _CHECKSUM_AT: Final = 17
 """In a record batch of format 2; it covers all that follows."""
@@ -45,12 +48,22 @@ async def send_unreadable(client: AIOKafkaProducer, topic: str, partition: int =
     at = data.index(_NAME)
     data[at : at + 2] = b"\xff\xfe"
     struct.pack_into(">I", data, _CHECKSUM_AT, calc_crc32c(bytes(data[_CHECKSUM_AT + 4 :])))
-    await client.partitions_for(topic)
-    leader = client.client.cluster.leader_for_partition(TopicPartition(topic, partition))
     request = ProduceRequest(
         transactional_id=None, required_acks=-1, timeout=5000, topics=[(topic, [(partition, bytes(data))])]
     )
-    response = await client.client.send(leader, request)
-    [(_, [(_, error, offset, *_)])] = response.topics
-    assert error == 0
-    return int(offset)
+    offset = -1
+
+    async def written() -> bool:
+        """A topic that was made just now has no leader yet, or another than the client knows."""
+        nonlocal offset
+        await client.client.force_metadata_update()
+        await client.partitions_for(topic)
+        leader = client.client.cluster.leader_for_partition(TopicPartition(topic, partition))
+        response = await client.client.send(leader, request)
+        [(_, [(_, code, offset, *_)])] = response.topics
+        if code and not for_code(code).retriable:
+            raise for_code(code)(topic)
+        return bool(code == 0)
+
+    await wait_until(written, what="the unreadable record")
+    return offset

@@ -58,8 +58,6 @@ class DevStack:
         DevStackError: any other failure; the tree is in `dev/errors.py`.
     """
 
-    # Longer than most classes here: one short method for each thing that a test may want done to a server.
-
     def __init__(
         self,
         *,

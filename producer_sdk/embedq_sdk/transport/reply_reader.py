@@ -115,7 +115,7 @@ class ReplyReader:
         while True:
             for record in await poll_partition(consumer, here, timeout_ms=_POLL_MS):
                 self._position = record.offset + 1
-                if not isinstance(record, UnreadableRecord):  # the service writes none: it is somebody else's
+                if not isinstance(record, UnreadableRecord):  # the service writes none: it is foreign
                     self._deliver(record)
 
     async def _reconnect(self) -> AIOKafkaConsumer:

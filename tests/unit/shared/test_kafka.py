@@ -57,17 +57,19 @@ def test_plain_options_name_the_servers_and_the_protocol() -> None:
     }
 
 
-def test_names_and_passwords_go_to_the_client_as_they_are() -> None:
-    options = KafkaOptions(
+def test_names_and_passwords_go_to_the_client_as_they_are_and_are_not_shown() -> None:
+    given = KafkaOptions(
         servers="a:1",
         security_protocol="SASL_PLAINTEXT",
         sasl_mechanism="SCRAM-SHA-512",
         sasl_plain_username="u",
-        sasl_plain_password="p",
-    ).client_options()
+        sasl_plain_password="secret",
+    )
+    options = given.client_options()
 
     assert options["sasl_mechanism"] == "SCRAM-SHA-512"
-    assert (options["sasl_plain_username"], options["sasl_plain_password"]) == ("u", "p")
+    assert (options["sasl_plain_username"], options["sasl_plain_password"]) == ("u", "secret")
+    assert "secret" not in repr(given)
     assert "ssl_context" not in options
 
 
@@ -192,9 +194,9 @@ async def test_what_stopping_raises_is_named_and_not_raised() -> None:
     assert await stop_client(Consumer(cancelled), 1.0) == "CancelledError"
 
 
-async def test_a_cancelled_stop_leaves_no_task_behind() -> None:
+async def test_a_cancelled_stop_leaves_no_task_behind_not_even_the_sender() -> None:
     before = asyncio.all_tasks()
-    stopping = asyncio.ensure_future(stop_client(Consumer(forever), 10.0))
+    stopping = asyncio.ensure_future(stop_client(Producer(forever), 10.0))
     await asyncio.sleep(0)
     stopping.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -344,6 +346,30 @@ async def test_a_poll_of_all_partitions_loses_nothing_and_repeats_nothing(bad: T
     assert [r[2] for r in brief(found) if r[0] == bad.partition] == ["one", "BAD", "two", "BAD"]
 
 
+async def test_a_poll_that_fails_looks_for_the_bad_record_in_all_partitions() -> None:
+    consumer = Log({A: ["bad", "one"], B: ["two", "bad"]})
+
+    assert brief(await poll(consumer, timeout_ms=0)) == [(0, 0, "BAD"), (1, 0, "two"), (1, 1, "BAD")]
+    assert brief(await poll(consumer, timeout_ms=0)) == [(0, 1, "one")]
+
+
+async def test_the_search_for_a_bad_record_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where its partition was taken away meanwhile."""
+    monkeypatch.setattr(kafka, "_SEARCH_S", 0.05)
+
+    class Fleeting(Log):
+        async def getmany(
+            self, *partitions: TopicPartition, timeout_ms: int, max_records: int | None = None
+        ) -> dict[TopicPartition, list[Any]]:
+            if not partitions:
+                b"\xff".decode()
+            return await super().getmany(*partitions, timeout_ms=timeout_ms, max_records=max_records)
+
+    consumer = Fleeting({A: ["one"], B: []})
+
+    assert brief(await poll(consumer, timeout_ms=0)) == [(0, 0, "one")]
+
+
 async def test_reading_one_by_one_ends_after_a_bounded_number_of_records(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -354,11 +380,23 @@ async def test_reading_one_by_one_ends_after_a_bounded_number_of_records(
     assert brief(await poll_partition(consumer, A, timeout_ms=0)) == [(0, 3, "d"), (0, 4, "BAD")]
 
 
-async def test_a_partition_that_was_taken_away_is_not_stepped_over() -> None:
+def raises(error: Exception) -> Callable[..., None]:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    return fail
+
+
+async def test_a_partition_that_was_taken_away_is_not_stepped_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the position is asked for, or after."""
     consumer = Log({A: ["bad"]})
     consumer.assigned.clear()
 
     assert await step_over(consumer, A) is None
+
+    leaving = Log({A: ["bad"]})
+    monkeypatch.setattr(leaving, "seek", raises(IllegalStateError()))
+    assert await step_over(leaving, A) is None
     assert await poll_partition(consumer, A, timeout_ms=0) == []
 
 
