@@ -22,6 +22,8 @@ from embedq_sdk.embeddings import (
 from embedq_sdk.errors import EmbedError, UnreadableReply
 from embedq_sdk.transport.kafka import KafkaConnection, close, require_topics
 from embedq_shared import topics as names
+from embedq_shared.codec import format_of
+from embedq_shared.headers import value_of
 from embedq_shared.kafka import (
     AIOKafkaConsumer,
     ConsumerRebalanceListener,
@@ -189,8 +191,9 @@ def _result(collector: ResultCollector, record: Polled) -> JobResult | None:
     """The result that a record completes. One that cannot be read is an error of its own, and reading goes on."""
     if isinstance(record, UnreadableRecord):
         return _unreadable(record, record.reason)
+    format = format_of(value_of(record.headers, names.CONTENT_TYPE))
     try:
-        reply = read_reply(record.value or b"", msgpack=_is_msgpack(record.headers))
+        reply = read_reply(record.value or b"", msgpack=format == "msgpack")
     except _UNDECODABLE as error:
         return _unreadable(record, type(error).__name__)
     return collector.add(record.partition, record.offset, reply)
@@ -225,11 +228,3 @@ async def _commit(consumer: AIOKafkaConsumer, topic: str, collector: ResultColle
                 await consumer.commit(offsets)
         except (KafkaError, OSError, TimeoutError):
             return
-
-
-def _is_msgpack(headers: Iterable[tuple[str, bytes]]) -> bool:
-    kind = None
-    for name, value in headers:
-        if name == names.CONTENT_TYPE:
-            kind = value
-    return kind is not None and kind.decode("latin-1") in names.MSGPACK_TYPES

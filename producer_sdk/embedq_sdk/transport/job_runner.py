@@ -28,7 +28,7 @@ from embedq_sdk.errors import (
     UnreadableReply,
 )
 from embedq_sdk.job_options import JobInputs, JobOptions
-from embedq_sdk.transport.pending_jobs import PendingJob, PendingReplies, backoff, settle, worth_retrying
+from embedq_sdk.transport.pending_jobs import PendingJob, PendingReplies, retry_pause, settle, worth_retrying
 from embedq_shared import topics as names
 from embedq_shared.codec import CONTENT_TYPES, Format
 from embedq_shared.headers import Header, reply_partition_bytes
@@ -97,7 +97,7 @@ class JobRunner:
         transport: JobTransport,
         topics: Topics,
         in_flight: WeightedSemaphore,
-        pause: Callable[[int], float] = backoff,
+        pause: Callable[[int], float] = retry_pause,
     ) -> None:
         self._transport = transport
         self._topics = topics

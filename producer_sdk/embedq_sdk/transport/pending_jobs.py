@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import random
-from collections.abc import Callable
 from typing import Final
 
 from embedq_sdk.embeddings import JobOutcome, PartJoiner, ReadFailure, ReadResult, job_failed
 from embedq_sdk.errors import JobFailed
+from embedq_shared.backoff import backoff
 from embedq_shared.headers import Header
 
 FIRST_BACKOFF_S: Final = 0.1
@@ -17,13 +16,9 @@ LONGEST_BACKOFF_S: Final = 5.0
 """A retry should still fit several times into the default deadline of 30 s."""
 
 
-def backoff(attempt: int, draw: Callable[[], float] = random.random) -> float:
-    """Seconds to wait after attempt number `attempt`, counted from 0.
-
-    Doubles each time up to a limit; half of it is random, so that clients spread out.
-    """
-    longest = min(LONGEST_BACKOFF_S, FIRST_BACKOFF_S * 2.0 ** min(attempt, 16))
-    return longest * (0.5 + 0.5 * draw())
+def retry_pause(attempt: int) -> float:
+    """Seconds to wait before a job is sent again, after attempt number `attempt` (from 0)."""
+    return backoff(attempt, first_s=FIRST_BACKOFF_S, longest_s=LONGEST_BACKOFF_S)
 
 
 class PendingJob:

@@ -10,7 +10,7 @@ import pytest
 from embedq_sdk.embeddings import ReadDatum, ReadError, ReadFailure, ReadResult, job_failed
 from embedq_sdk.errors import ClientClosed, JobFailed
 from embedq_sdk.transport.job_sender import share
-from embedq_sdk.transport.pending_jobs import PendingJob, PendingReplies, backoff, settle, worth_retrying
+from embedq_sdk.transport.pending_jobs import PendingJob, PendingReplies, retry_pause, settle, worth_retrying
 from tests.helpers.replies import datum, result
 
 
@@ -67,10 +67,9 @@ def test_only_errors_marked_retryable_are_worth_a_retry() -> None:
     assert not worth_retrying(parts(None))
 
 
-def test_backoff_doubles_up_to_a_limit_and_is_half_random() -> None:
-    assert [backoff(n, lambda: 1.0) for n in range(4)] == [0.1, 0.2, 0.4, 0.8]
-    assert backoff(0, lambda: 0.0) == 0.05
-    assert backoff(10_000, lambda: 1.0) == 5.0
+def test_the_pause_before_a_retry_grows_from_a_tenth_of_a_second_to_five() -> None:
+    for attempt, longest in ((0, 0.1), (1, 0.2), (3, 0.8), (10, 5.0), (10_000, 5.0)):
+        assert longest / 2 <= retry_pause(attempt) <= longest
 
 
 @pytest.mark.parametrize(
