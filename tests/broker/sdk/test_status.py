@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
-import subprocess
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +16,7 @@ from embedq_sdk.admin.topics import create_topics
 from embedq_sdk.dev import DevStack
 from embedq_sdk.dev.kafka_server import KafkaServer
 from embedq_sdk.dev.ports import HOST, free_ports
+from tests.helpers.certificates import make_certificates
 from tests.helpers.command_line import Run, run_embedq
 from tests.helpers.programs import own_environ
 from tests.helpers.unreadable_records import plain_producer
@@ -87,35 +86,9 @@ async def test_a_group_needs_a_name(servers: str) -> None:
 # -- client certificates ----------------------------------------------------------------------------------------------
 
 
-def openssl(*arguments: str, directory: Path) -> None:
-    subprocess.run(["openssl", *arguments], cwd=directory, check=True, capture_output=True, timeout=60)
-
-
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An authority, and a certificate with its key for a broker and for a client."""
-    if shutil.which("openssl") is None:
-        pytest.skip("the certificates are made by openssl, which is not installed")
-    directory = tmp_path_factory.mktemp("certificates")
-    key = ("-newkey", "rsa:2048", "-nodes", "-days", "2")
-    openssl(
-        "req", "-x509", *key, "-subj", "/CN=ca", "-keyout", "ca.key", "-out", "ca.pem", directory=directory
-    )
-    (directory / "san").write_text(f"subjectAltName=IP:{HOST}\n")
-    for name in ("broker", "client"):
-        openssl(
-            *("req", *key[:3], "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.csr"),
-            directory=directory,
-        )
-        openssl(
-            *("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial"),
-            *("-days", "2", "-extfile", "san", "-out", f"{name}.pem"),
-            directory=directory,
-        )
-    (directory / "broker.store").write_text(
-        (directory / "broker.key").read_text() + (directory / "broker.pem").read_text()
-    )
-    return directory
+    return make_certificates(tmp_path_factory.mktemp("certificates"))
 
 
 @pytest.fixture
@@ -182,26 +155,3 @@ def test_the_command_line_and_the_client_show_their_certificates(tls_broker: str
             await client.submit("a text")
 
     asyncio.run(work())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (("--ssl-keyfile", "{key}"), "ssl_certfile"),
-        (("--ssl-certfile", "{key}"), "ssl_certfile"),
-        (("--ssl-cafile", "{key}"), "ssl_cafile"),
-    ],
-    ids=["a key alone", "a key for a certificate", "a key for an authority"],
-)
-async def test_certificates_that_cannot_be_used_are_wrong_usage(
-    certificates: Path, arguments: tuple[str, str], named: str
-) -> None:
-    option, file = arguments
-    done = await run_embedq(
-        *("status", "--security-protocol", "SSL", option, file.format(key=certificates / "client.key")),
-        environ={"EMBEDQ_KAFKA_SERVERS": "127.0.0.1:1"},
-    )
-
-    assert done.code == 2
-    assert done.err.count("\n") == 1
-    assert f"`{named}`" in done.err
