@@ -38,6 +38,7 @@ class ScriptedConsumer:
         self._assigned = asyncio.Event()
         self._assigned.set()
         self._given_up = False
+        self._committing = False
         self._listener: ConsumerRebalanceListener | None = None
         self._client = _Connections()  # what the Kafka room closes after a stop that failed
 
@@ -119,8 +120,13 @@ class ScriptedConsumer:
 
     async def commit(self, offsets: Mapping[TopicPartition, int]) -> None:
         assert not self._given_up, "a commit of partitions that were given up"
+        assert not self._committing, "two commits at a time"
         if self.commit_gate is not None:
-            await self.commit_gate.wait()
+            self._committing = True
+            try:
+                await self.commit_gate.wait()
+            finally:
+                self._committing = False
         if self.commit_errors:
             raise self.commit_errors.pop(0)
         self.commits.append(dict(offsets))

@@ -25,7 +25,7 @@ from tests.helpers.support import wait_until
 
 TOPICS = Topics("t")
 A, B = TopicPartition(TOPICS.jobs, 0), TopicPartition(TOPICS.jobs, 1)
-BULK = TopicPartition(TOPICS.bulk, 0)
+BULK, OTHER_BULK = TopicPartition(TOPICS.bulk, 0), TopicPartition(TOPICS.bulk, 1)
 
 
 class Harness:
@@ -235,16 +235,28 @@ async def test_a_partition_with_too_much_uncommitted_waits_for_a_commit_and_is_t
         assert running.consumer.commits[0] == {A: 4}
 
 
-async def test_interactive_records_are_asked_for_before_bulk_ones_that_are_there_already() -> None:
+async def test_interactive_records_are_asked_for_before_bulk_ones_that_are_ready_and_end_no_turn() -> None:
     running = Harness(ScriptedConsumer(), max_poll_records=2)
-    running.consumer.write(BULK, *values(6))
-    async with running.running(BULK, A):
-        await running.until_taken(2)
-        running.consumer.write(A, b"urgent")
-        await running.until_taken(7)
-    urgent = [number for number, polled in enumerate(running.consumer.polls) if polled == (A,)]
-    assert urgent
-    assert all(running.consumer.timeouts_ms[number] == 0 for number in urgent)
+    running.consumer.write(BULK, *values(4))
+    running.consumer.write(OTHER_BULK, *values(4))
+    take = running.take
+
+    def one_more_comes(records: Sequence[Record]) -> None:
+        if not running.taken:
+            running.consumer.write(A, b"urgent")
+        take(records)
+
+    running.take = one_more_comes  # type: ignore[method-assign]
+    async with running.running(A, BULK, OTHER_BULK):
+        await running.until_taken(9)
+    assert [record.lane for record in running.taken[:4]] == ["bulk", "bulk", "interactive", "bulk"]
+    bulk = [record.ticket.partition for record in running.taken if record.lane == "bulk"]
+    assert bulk[0] == bulk[1] != bulk[2] == bulk[3]
+    polls = [*zip(running.consumer.polls, running.consumer.timeouts_ms, strict=True)]
+    incomplete = [n for n, (asked, _) in enumerate(polls) if len(asked) == 2]
+    assert incomplete
+    assert all(polls[n - 1] == ((A,), 0) for n in incomplete)
+    assert all(timeout == (200 if len(asked) == 3 else 0) for asked, timeout in polls if NOWHERE not in asked)
 
 
 async def test_no_partition_gives_a_second_poll_before_the_others_gave_one() -> None:
@@ -373,6 +385,7 @@ async def test_inside_a_hold_nothing_is_in_flight_and_the_group_still_hears_of_u
         running.finish(*running.taken)
         await inside.wait()
         running.consumer.write(A, b"3")
+        await _steps()  # a poll of nowhere is under way again, and blocks
         assert running.consumer.latest == (NOWHERE,)
         assert len(running.taken) == 2
         leave.set()
@@ -547,14 +560,14 @@ async def test_an_unreadable_record_is_in_flight_until_it_is_answered() -> None:
 
 async def test_reading_carefully_stops_at_a_full_lane() -> None:
     running = Harness(ScriptedConsumer(), answer=False, max_in_flight_jobs=3)
-    running.consumer.write(A, b"1", b"2", b"3", b"4", None)
+    running.consumer.write(A, b"1", b"2")
     async with running.running(A):
+        await running.until_taken(2)
+        running.consumer.write(A, b"3", None)
         await running.until_taken(3)
         await running.a_turn()
-        assert len(running.taken) == 3
+        assert running.unreadable == []
         running.finish(*running.taken)
-        await running.until_taken(4)
-        running.finish(running.taken[3])
         await wait_until(lambda: bool(running.unreadable), what="the unreadable record")
 
 
