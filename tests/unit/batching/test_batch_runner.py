@@ -13,12 +13,13 @@ from embedq_consumer.batching.batcher import Batcher, BatchPolicy
 from embedq_consumer.batching.input_errors import EXPIRED_IN_QUEUE
 from embedq_consumer.batching.single_flight import Identity, QueuedText, Settled, SingleFlight, Window
 from embedq_consumer.batching.token_budget import TokenBudget
-from embedq_consumer.engine import Chunked, DeviceLost, OutOfMemory, Tokens
+from embedq_consumer.engine import Chunked, DeviceLost, Encoder, OutOfMemory, Tokens
 from embedq_consumer.intake.jobs import JobState
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.messages import ErrorBody
 from tests.helpers.fake_parts import Letters, ScriptedDevice, Vectors
 from tests.helpers.in_flight import admitted
+from tests.helpers.support import wait_until
 
 LATE = {"mode": "late"}
 PASSED = ("deadline", b"1000001")  # a millisecond after the helpers' jobs are admitted, and long ago
@@ -47,7 +48,7 @@ class Parts:
     def __init__(self, failure: Callable[[list[str]], Exception | None] = lambda texts: None) -> None:
         self.metrics = Metrics()
         self.flights = SingleFlight()
-        self.device = ScriptedDevice(failure)
+        self.device: ScriptedDevice = ScriptedDevice(failure)
         self.results = Noted()
         self.batcher = Batcher[QueuedText](
             BatchPolicy(max_tokens=1_000, max_items=100, max_wait=0.0, bulk_max_wait=5.0)
@@ -107,6 +108,42 @@ async def test_a_jobs_wait_and_compute_time_are_noted_once_for_each_micro_batch(
     assert (job.queue_s, job.compute_s) == (waited, 1.0)
     assert parts.sample("queue_seconds_count", lane="interactive") == 1
     assert parts.sample("queue_seconds_sum", lane="interactive") == waited
+
+
+class GatedDevice(ScriptedDevice):
+    """Notes whether the job's wait was counted already, then computes when the gate opens."""
+
+    def __init__(self, job: JobState) -> None:
+        super().__init__()
+        self.counted: list[bool] = []
+        self.gate = asyncio.Event()
+        self._job = job
+
+    async def encode(self, encoder: Encoder, batch: Sequence[Tokens]) -> tuple[Vectors, float]:
+        self.counted.append(self._job.queue_s is not None)
+        await self.gate.wait()
+        return await super().encode(encoder, batch)
+
+
+async def test_a_run_counts_while_the_device_computes_and_is_over_when_that_is_done() -> None:
+    parts = Parts()
+    job = admitted(input="a")
+    device = parts.device = GatedDevice(job)
+    running = asyncio.create_task(parts.run(parts.queued(job)))
+    await wait_until(lambda: job.queue_s is not None)
+    assert device.counted == [False]
+    assert not running.done()
+    device.gate.set()
+    await running
+
+
+async def test_the_runner_itself_waits_for_the_device() -> None:
+    parts = Parts()
+    job = admitted(input="a")
+    async with asyncio.TaskGroup() as tasks:
+        runner = BatchRunner(parts.flights, parts.device, parts.budget, parts.results, parts.metrics, tasks)
+        await runner.run([parts.queued(job)])
+        assert len(parts.results.plain) == 1
 
 
 async def test_an_expired_input_is_settled_and_its_text_does_not_run() -> None:

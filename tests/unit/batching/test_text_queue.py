@@ -45,6 +45,7 @@ class Parts:
         settled: list[Settled] = []
         inputs = [(job, index) for job in jobs for index in range(len(job.request.texts))]
         for lane, first in self.queue.join(inputs):
+            assert {identity.lane for identity, _ in first} == {lane}
             settled += await self.queue.tokenize(lane, first)
         return settled
 
