@@ -51,7 +51,7 @@ test: check ## everything CI runs, and how much of the code it ran (TESTS=path r
 	$(BIN)/python -m coverage report $(if $(filter tests,$(TESTS)),,--fail-under=0)
 
 unit: setup ## the tests that need no broker, no Redis and no model, in half a minute
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest $(PARALLEL) tests/unit
 
 matrix: ## the suite on each Python and each Kafka that are supported; `.ci/matrix` says which
 	@.ci/matrix

@@ -120,7 +120,11 @@ def wanted(batch: list[Tokens]) -> npt.NDArray[np.float32]:
     return np.array([vector_of(text) for text in batch], dtype=np.float32).reshape(-1, 3)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    deadline=None,
+    max_examples=30,
+)
 @given(st.lists(st.integers(0, 400) | st.just(3000), max_size=20), st.booleans())
 def test_vectors_come_in_the_order_of_the_texts(lengths: list[int], deterministic: bool) -> None:
     graphs = CpuGraphs(Forward().pooled(), part_tokens=2048, deterministic=deterministic)

@@ -7,6 +7,7 @@ for annotations alone, and those inside functions, which would otherwise hide a 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from itertools import chain
@@ -287,9 +288,15 @@ def classes() -> Iterator[tuple[str, Path, ast.ClassDef]]:
 
 
 def reason(path: Path, node: ast.stmt, body: ast.stmt, words: str) -> bool:
-    """Whether a comment above or inside the head of a definition gives the reason for an exception."""
-    lines = path.read_text().splitlines()[max(0, node.lineno - 2) : body.lineno]
-    return any(f"# {words}: " in line for line in lines)
+    """Whether a comment above or inside the head of a definition gives the reason for an exception.
+
+    It reads `# More than six parameters: ` or so, and goes on with the reason.
+    """
+    lines = path.read_text().splitlines()
+    start = node.lineno - 1
+    while start and lines[start - 1].lstrip().startswith("#"):
+        start -= 1
+    return any(re.search(rf"# {words}\b[^:]*: ", line, re.IGNORECASE) for line in lines[start : body.lineno])
 
 
 def test_a_class_has_at_most_300_lines_or_says_why_not() -> None:

@@ -132,7 +132,7 @@ class LedgerMachine(RuleBasedStateMachine):
             assert self.ledger.repeatable(partition) == len(repeatable)
 
 
-LedgerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+LedgerMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestLedgerAgainstAModel = LedgerMachine.TestCase
 
 
