@@ -32,7 +32,6 @@ class PendingJob:
         - After `drop` no timer of the job is running.
     """
 
-    # More than six arguments: all are facts of one record and its caller, and all are read by name in other files.
     __slots__ = (
         "acknowledged",
         "attempt",
@@ -50,6 +49,7 @@ class PendingJob:
         "value",
     )
 
+    # More than six parameters: all are facts of one record and its caller, and all are read by name in other files.
     def __init__(
         self,
         future: asyncio.Future[list[ReadResult]],
