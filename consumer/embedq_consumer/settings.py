@@ -38,7 +38,7 @@ class SettingsError(Exception):
     """A setting is missing, mistyped or out of range; the message names the variable."""
 
 
-# More than 300 lines: one field a setting, each with the description that the page of settings shows.
+# More than 300 lines: a field for each environment variable, with its description.
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Each field is the environment variable `EMBEDQ_<FIELD>`; its description is what the page of settings says.
 
