@@ -11,7 +11,7 @@ import torch
 from embedq_consumer.engine import Text, load_encoder
 from embedq_consumer.engine.kernels.attention import Packing, attend_runs, cuda_kernel
 from tests.helpers.architectures import LONG_TEXTS, MAKERS
-from tests.model.conftest import normalized, tokens_of
+from tests.helpers.encoders import normalized, tokens_of
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from embedq_consumer.engine import Encoder, Quantization, load_encoder
+from tests.helpers.encoders import normalized
 from tests.helpers.tiny_models import make_tiny_bert, make_tiny_xlm_roberta
-from tests.model.conftest import normalized
 
 pytestmark = [
     pytest.mark.gpu,

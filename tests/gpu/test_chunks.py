@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.qwen3_shapes import SHAPES, make
 from embedq_consumer.engine import Encoder, Quantization, Tokens, load_encoder
-from tests.model.conftest import normalized
+from tests.helpers.encoders import normalized
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,8 +11,8 @@ import torch
 
 from benchmarks.qwen3_shapes import SHAPES, make
 from embedq_consumer.engine import Encoder, Quantization, Text, Tokens, load_encoder
+from tests.helpers.encoders import normalized
 from tests.helpers.tiny_models import QUERY_PROMPT
-from tests.model.conftest import normalized
 
 pytestmark = [
     pytest.mark.gpu,

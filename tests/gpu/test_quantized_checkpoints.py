@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from embedq_consumer.engine import Text, load_encoder
-from tests.model.conftest import normalized, tokens_of
+from tests.helpers.encoders import normalized, tokens_of
 from tests.model.loading.test_quantized_checkpoints import METHODS, installed, quantize
 from tests.model.test_parity import TEXTS
 

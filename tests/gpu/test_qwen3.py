@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.qwen3_shapes import SHAPES, make
 from embedq_consumer.engine import Encoder, Quantization, load_encoder
-from tests.model.conftest import normalized
+from tests.helpers.encoders import normalized
 
 pytestmark = [
     pytest.mark.gpu,

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from embedq_consumer.engine import Encoder, ModelError, Text, load_encoder
 from embedq_consumer.engine.kernels.attention import Packing, attend_runs
 from tests.helpers.architectures import LONG_TEXTS, MAKERS, make_embeddinggemma
+from tests.helpers.encoders import normalized, tokens_of
 from tests.helpers.tiny_models import make_tiny_gemma3
-from tests.model.conftest import normalized, tokens_of
 from tests.model.test_parity import TOLERANCE
 
 

@@ -13,8 +13,8 @@ import torch
 
 from embedq_consumer.engine import ModelError, Text, load_encoder
 from embedq_consumer.engine.models.bert_cpu import PackedBert
+from tests.helpers.encoders import normalized, tokens_of
 from tests.helpers.tiny_models import make_tiny_bert, make_tiny_qwen3, nan_weights
-from tests.model.conftest import normalized, tokens_of
 from tests.model.test_parity import TEXTS, TOLERANCE
 
 

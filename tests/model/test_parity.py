@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from embedq_consumer.engine import Encoder, Text, Tokens, load_encoder
+from tests.helpers.encoders import MODELS, normalized, tokens_of
 from tests.helpers.tiny_models import make_tiny_qwen3
-from tests.model.conftest import MODELS, normalized, tokens_of
 
 TOLERANCE = 1e-5
 

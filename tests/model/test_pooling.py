@@ -13,8 +13,8 @@ import torch
 from embedq_consumer.engine import ModelError, load_encoder
 from embedq_consumer.engine.pooling import POOLINGS, Pooling
 from embedq_consumer.engine.row import Row
+from tests.helpers.encoders import normalized, tokens_of
 from tests.helpers.tiny_models import make_tiny_bert
-from tests.model.conftest import normalized, tokens_of
 from tests.model.test_model_directory import edit
 from tests.model.test_parity import TOLERANCE
 

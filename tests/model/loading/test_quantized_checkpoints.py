@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from embedq_consumer.engine import ModelError, Text, load_encoder
+from tests.helpers.encoders import normalized, tokens_of
 from tests.helpers.tiny_models import make_tiny_qwen3
-from tests.model.conftest import normalized, tokens_of
 from tests.model.test_parity import TEXTS, TOLERANCE
 
 GROUP = 32

@@ -26,8 +26,8 @@ from embedq_consumer.engine.models.bert_cuda import PackedBertCuda
 from embedq_consumer.engine.models.traits import ForwardOptions, Limits
 from embedq_consumer.engine.pooling import POOLINGS
 from embedq_consumer.engine.row import Row, input_length, pack_row, split_row
+from tests.helpers.encoders import normalized, tokens_of
 from tests.helpers.tiny_models import minilm_path
-from tests.model.conftest import normalized, tokens_of
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu/test_bert.py runs it for real"),

@@ -13,7 +13,7 @@ import pytest
 
 from embedq_consumer.engine import Chunked, Encoder, Text, TextTooLong, Tokens
 from embedq_shared.messages import Chunking
-from tests.model.conftest import MODELS, normalized
+from tests.helpers.encoders import MODELS, normalized
 
 TOLERANCE = 1e-5
 LATE = ["minilm", "qwen3", "bert-mean"]

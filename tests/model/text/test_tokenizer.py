@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from embedq_consumer.engine import Encoder, Text, TextTooLong, Tokens, Truncate
-from tests.model.conftest import MODELS, tokens_of
+from tests.helpers.encoders import MODELS, tokens_of
 from tests.model.test_parity import TEXTS
 
 LONG = "The children 😀 are playing near the old stone wall, 北京是中国的首都; " * 60
