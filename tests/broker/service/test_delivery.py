@@ -78,6 +78,8 @@ async def test_a_job_that_was_not_committed_is_answered_again_and_from_the_cache
         async with replicas(first):
             await answered.until(ids)
             assert answered.duplicates() == 0
+            first.kill()
+            await first.ended()
         second = Replica(stack, topics, models / "qwen-a", tmp_path / "second")
         async with replicas(second):
             await answered.some(2 * len(ids))

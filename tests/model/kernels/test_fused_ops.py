@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read as kernels are defined, Triton's own among them
 pytest.importorskip("triton")
 
 from embedq_consumer.engine.kernels import fused_ops as kernels

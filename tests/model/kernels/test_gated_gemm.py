@@ -5,10 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    import os
-
-    os.environ["TRITON_INTERPRET"] = "1"  # read as kernels are defined
 pytest.importorskip("triton")
 
 from embedq_consumer.engine.kernels.gated_gemm import fuses, interleaved, obstacle

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,6 @@ import msgspec
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read as kernels are defined, which the forwards import
 pytest.importorskip("triton")
 
 from embedq_consumer.engine.loading.load_cache import ModelSnapshot

@@ -5,7 +5,6 @@ Attention is the one part that has no kernel there: PyTorch's own takes its plac
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,8 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read as kernels are defined, Triton's own among them
 pytest.importorskip("triton")
 
 from benchmarks.texts import varied

@@ -5,7 +5,6 @@ Everything is what runs on the GPU but attention, which is its definition here: 
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ from torch import Tensor
 
 if torch.cuda.is_available():
     pytest.skip("tests/gpu/test_prefix.py shows it on the device", allow_module_level=True)
-os.environ["TRITON_INTERPRET"] = "1"  # read as kernels are defined, Triton's own among them
 pytest.importorskip("triton")
 
 from embedq_consumer.engine.models import qwen3_cuda as qwen3
