@@ -109,8 +109,10 @@ class Metrics:
         )
 
         # Results
-        self.results = counter("results_total", "Result records acknowledged by the broker.")
-        self.result_bytes = counter("result_bytes_total", "Bytes of acknowledged result values.")
+        self.results = counter(
+            "results_total", "Records acknowledged by the brokers: results, dead letters and status."
+        )
+        self.result_bytes = counter("result_bytes_total", "Bytes of their values.")
         self.producer_restarts = counter(
             "producer_restarts_total", "Kafka producers replaced after an error."
         )
