@@ -1,1 +1,1 @@
-"""The wire contract: messages, codecs, topic and header names."""
+"""The wire contract (messages, codec, headers, topics, `spec/`), and `kafka`, the one room that knows aiokafka's traps."""
