@@ -11,11 +11,16 @@ from tests.helpers.tiny_models import make_tiny_bert, make_tiny_qwen3, minilm_pa
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model root: `qwen-a` and `qwen-b` differ in their weights, `bert` in everything."""
+    """A model root: `a` and `b` differ in their weights, `bert` and `qwen` in everything.
+
+    `a` and `b` are for tests to which any model would do: their forward is written out for the CPU, so that a replica that
+    starts need not import transformers, which takes twice as long as all the rest.
+    """
     root = tmp_path_factory.mktemp("models")
-    make_tiny_qwen3(root / "qwen-a", seed=1)
-    make_tiny_qwen3(root / "qwen-b", seed=2)
+    for seed, name in enumerate(("a", "b"), start=1):
+        make_tiny_bert(root / name, seed=seed, hidden=256, layers=6, max_tokens=2048)
     make_tiny_bert(root / "bert")
+    make_tiny_qwen3(root / "qwen", seed=1)
     return root
 
 

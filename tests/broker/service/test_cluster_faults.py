@@ -26,7 +26,7 @@ async def test_a_broker_stopped_and_started_again_costs_no_job_and_no_process(
     own: DevStack, models: Path, tmp_path: Path
 ) -> None:
     topics = await make_topics(own, fresh_prefix())
-    replica = Replica(own, topics, models / "qwen-a", tmp_path / "log")
+    replica = Replica(own, topics, models / "a", tmp_path / "log")
     async with replicas(replica):
         async with reader(own, topics.results) as results, load(own, topics.jobs, results) as jobs:
             await jobs.progress(100)
@@ -43,7 +43,7 @@ async def test_a_frozen_broker_costs_no_job_and_no_process(
     own: DevStack, models: Path, tmp_path: Path
 ) -> None:
     topics = await make_topics(own, fresh_prefix())
-    replica = Replica(own, topics, models / "qwen-a", tmp_path / "log")
+    replica = Replica(own, topics, models / "a", tmp_path / "log")
     async with replicas(replica):
         async with reader(own, topics.results) as results, load(own, topics.jobs, results) as jobs:
             await jobs.progress(100)
@@ -60,8 +60,8 @@ async def test_a_broker_gone_for_longer_than_allowed_ends_the_process_and_the_ne
     own: DevStack, models: Path, tmp_path: Path
 ) -> None:
     topics = await make_topics(own, fresh_prefix())
-    first = Replica(own, topics, models / "qwen-a", tmp_path / "first", publish_timeout_s=2)
-    second = Replica(own, topics, models / "qwen-a", tmp_path / "second")
+    first = Replica(own, topics, models / "a", tmp_path / "first", publish_timeout_s=2)
+    second = Replica(own, topics, models / "a", tmp_path / "second")
     async with replicas(first):
         async with reader(own, topics.results) as results:
             ids = await preload(own, topics.jobs, 600, long_job)
@@ -85,9 +85,7 @@ async def test_told_to_stop_while_the_broker_is_gone_it_ends_within_its_limits(
     own: DevStack, models: Path, tmp_path: Path
 ) -> None:
     topics = await make_topics(own, fresh_prefix())
-    replica = Replica(
-        own, topics, models / "qwen-a", tmp_path / "log", publish_timeout_s=3, drain_timeout_s=3
-    )
+    replica = Replica(own, topics, models / "a", tmp_path / "log", publish_timeout_s=3, drain_timeout_s=3)
     async with replicas(replica):
         await asyncio.to_thread(own.stop_kafka)
         try:

@@ -41,8 +41,7 @@ async def test_a_replica_killed_half_way_and_a_restarted_redis_lose_no_job(
         "max_uncommitted_jobs": _UNCOMMITTED,
     }
     victim, survivor = (
-        Replica(stack, topics, models / "qwen-a", tmp_path / name, **bounds)
-        for name in ("victim", "survivor")
+        Replica(stack, topics, models / "a", tmp_path / name, **bounds) for name in ("victim", "survivor")
     )
     async with replicas(victim, survivor), reader(stack, topics.results) as results:
         answered = Answered(results)
@@ -74,13 +73,13 @@ async def test_a_job_that_was_not_committed_is_answered_again_and_from_the_cache
     ids = await preload(stack, topics.jobs, 50)
     async with reader(stack, topics.results) as results:
         answered = Answered(results)
-        first = Replica(stack, topics, models / "qwen-a", tmp_path / "first", commit_interval_ms=3_600_000)
+        first = Replica(stack, topics, models / "a", tmp_path / "first", commit_interval_ms=3_600_000)
         async with replicas(first):
             await answered.until(ids)
             assert answered.duplicates() == 0
             first.kill()
             await first.ended()
-        second = Replica(stack, topics, models / "qwen-a", tmp_path / "second")
+        second = Replica(stack, topics, models / "a", tmp_path / "second")
         async with replicas(second):
             await answered.some(2 * len(ids))
             await until_committed(stack, topics)
@@ -103,7 +102,7 @@ async def test_a_record_that_no_client_can_read_does_not_stop_its_partition(
             await client.send_and_wait(topics.jobs, good, partition=0)
             await send_unreadable(client, topics.jobs, 0, b"unreadable")
         await client.send_and_wait(topics.jobs, good, partition=0)
-        replica = Replica(stack, topics, models / "qwen-a", tmp_path / "log")
+        replica = Replica(stack, topics, models / "a", tmp_path / "log")
         async with replicas(replica):
             await results.until(3 + 2 + 2)
             await until_committed(stack, topics)
@@ -125,7 +124,7 @@ async def test_behind_a_job_that_takes_long_no_more_is_answered_than_a_crash_may
     """Cached jobs overtake one that computes for seconds, but only so many of the same partition."""
     topics = await make_topics(stack, fresh_prefix(), partitions=1)
     replica = Replica(
-        stack, topics, models / "qwen-b", tmp_path / "log", max_poll_records=16, max_uncommitted_jobs=64
+        stack, topics, models / "qwen", tmp_path / "log", max_poll_records=16, max_uncommitted_jobs=64
     )
 
     def job(number: int) -> dict[str, object]:

@@ -47,7 +47,7 @@ async def test_one_command_shares_the_partitions_among_its_replicas_and_drains_a
     stack: DevStack, models: Path, tmp_path: Path
 ) -> None:
     topics = await make_topics(stack, fresh_prefix(), partitions=4)
-    command = Command(stack, topics, models / "qwen-a", tmp_path / "log", devices="cpu,cpu", replica="r")
+    command = Command(stack, topics, models / "a", tmp_path / "log", devices="cpu,cpu", replica="r")
     async with replicas(command), reader(stack, topics.results) as results:
         answered = Answered(results)
         await answered.until(await preload(stack, topics.jobs, 400, short_job))
@@ -70,7 +70,7 @@ async def test_a_replica_that_is_killed_takes_the_others_along_and_the_next_comm
 ) -> None:
     topics = await make_topics(stack, fresh_prefix(), partitions=4)
     first, second = (
-        Command(stack, topics, models / "qwen-a", tmp_path / name, devices="cpu,cpu")
+        Command(stack, topics, models / "a", tmp_path / name, devices="cpu,cpu")
         for name in ("first", "second")
     )
     async with reader(stack, topics.results) as results:
@@ -96,7 +96,7 @@ async def test_no_replica_outlives_a_command_that_is_killed(
     stack: DevStack, models: Path, tmp_path: Path
 ) -> None:
     topics = await make_topics(stack, fresh_prefix())
-    command = Command(stack, topics, models / "qwen-a", tmp_path / "log", devices="cpu,cpu")
+    command = Command(stack, topics, models / "a", tmp_path / "log", devices="cpu,cpu")
     async with replicas(command):
         pids = list(command.children.values())
         assert all(map(running, pids))
@@ -109,7 +109,7 @@ async def test_a_command_told_twice_ends_at_once_with_all_its_replicas(
     stack: DevStack, models: Path, tmp_path: Path
 ) -> None:
     topics = await make_topics(stack, fresh_prefix())
-    command = Command(stack, topics, models / "qwen-a", tmp_path / "log", devices="cpu,cpu")
+    command = Command(stack, topics, models / "a", tmp_path / "log", devices="cpu,cpu")
     async with replicas(command), reader(stack, topics.results) as results:
         pids = list(command.children.values())
         await preload(stack, topics.jobs, 2000, long_job)

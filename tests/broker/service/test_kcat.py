@@ -54,7 +54,7 @@ async def test_a_job_published_with_kcat_is_answered_on_the_results_topic_and_at
     stack: DevStack, models: Path, tmp_path: Path
 ) -> None:
     topics: Topics = await make_topics(stack, fresh_prefix(), names=["a-team.replies"])
-    async with replicas(Replica(stack, topics, models / "qwen-a", tmp_path / "log")):
+    async with replicas(Replica(stack, topics, models / "a", tmp_path / "log")):
         await kcat(
             stack, "-P", "-t", topics.jobs, stdin=b'{"input": "hello from a shell", "dimensions": 32}\n'
         )

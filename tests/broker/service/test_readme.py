@@ -64,7 +64,7 @@ async def test_the_python_examples_run_as_they_are_pasted(models: Path, tmp_path
     await asyncio.to_thread(stack.start)
     try:
         await create_topics(stack.kafka_servers, partitions=2, reply_partitions=2)
-        replica = Replica(stack, Topics(), models / "qwen-a", tmp_path / "log")
+        replica = Replica(stack, Topics(), models / "qwen", tmp_path / "log")
         async with replicas(replica):
             assert "float32" in await printed_by(complete, stack)
             source = source.replace("localhost:9092", stack.kafka_servers)

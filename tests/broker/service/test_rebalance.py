@@ -22,7 +22,7 @@ async def test_replicas_that_join_and_leave_in_order_lose_and_repeat_no_job(
 ) -> None:
     topics = await make_topics(stack, fresh_prefix())
     one, two, three = (
-        Replica(stack, topics, models / "qwen-a", tmp_path / name) for name in ("one", "two", "three")
+        Replica(stack, topics, models / "a", tmp_path / name) for name in ("one", "two", "three")
     )
     async with replicas(one), reader(stack, topics.results) as results:
         try:
@@ -54,7 +54,7 @@ async def test_a_replica_frozen_beyond_its_session_loses_its_partitions_and_join
     topics = await make_topics(stack, fresh_prefix(), partitions=4)
     bounds: dict[str, Any] = {"max_uncommitted_jobs": 32, "max_poll_records": 16}
     frozen, other = (
-        Replica(stack, topics, models / "qwen-a", tmp_path / name, **bounds) for name in ("frozen", "other")
+        Replica(stack, topics, models / "a", tmp_path / name, **bounds) for name in ("frozen", "other")
     )
     async with replicas(frozen, other), reader(stack, topics.results) as results:
         async with load(stack, topics.jobs, results, window=64) as jobs:
@@ -83,7 +83,7 @@ async def test_replicas_share_each_lane_and_not_the_lanes_between_them(
     stack: DevStack, models: Path, tmp_path: Path
 ) -> None:
     topics = await make_topics(stack, fresh_prefix(), partitions=4)
-    pair = [Replica(stack, topics, models / "qwen-a", tmp_path / name) for name in ("one", "two")]
+    pair = [Replica(stack, topics, models / "a", tmp_path / name) for name in ("one", "two")]
     async with replicas(*pair), reader(stack, topics.results) as results:
         answered = Answered(results)
         for topic in topics.lanes:

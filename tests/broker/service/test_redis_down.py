@@ -36,7 +36,7 @@ async def test_redis_stopped_frozen_and_started_again_costs_no_job_and_no_repeat
     own_redis: DevStack, models: Path, tmp_path: Path
 ) -> None:
     topics = await make_topics(own_redis, fresh_prefix())
-    replica = Replica(own_redis, topics, models / "qwen-a", tmp_path / "log")
+    replica = Replica(own_redis, topics, models / "a", tmp_path / "log")
     async with replicas(replica), reader(own_redis, topics.results) as results:
         async with load(own_redis, topics.jobs, results, window=16, make=repeated_job) as jobs:
             await jobs.progress(100)
@@ -72,7 +72,7 @@ async def test_a_replica_that_starts_without_redis_serves_and_uses_it_once_it_is
     topics = await make_topics(own_redis, fresh_prefix())
     await asyncio.to_thread(own_redis.stop_redis)
     async with (
-        replicas(Replica(own_redis, topics, models / "qwen-b", tmp_path / "log")),
+        replicas(Replica(own_redis, topics, models / "b", tmp_path / "log")),
         reader(own_redis, topics.results) as results,
         load(own_redis, topics.jobs, results, window=16, make=repeated_job) as jobs,
     ):

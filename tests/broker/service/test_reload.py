@@ -109,13 +109,11 @@ async def steps(status: Reader, sent: dict[str, Any], replica: str) -> list[str]
 async def test_two_replicas_change_models_to_and_fro_under_load_and_every_vector_is_true(
     stack: DevStack, models: Path, tmp_path: Path
 ) -> None:
-    a = await asyncio.to_thread(own, models / "qwen-a")
-    b = await asyncio.to_thread(own, models / "qwen-b")
+    a = await asyncio.to_thread(own, models / "a")
+    b = await asyncio.to_thread(own, models / "b")
     topics = await make_topics(stack, fresh_prefix())
-    pair = [
-        Replica(stack, topics, models / "qwen-a", tmp_path / name, replica=name) for name in ("one", "two")
-    ]
-    late = Replica(stack, topics, models / "qwen-a", tmp_path / "late", replica="late")
+    pair = [Replica(stack, topics, models / "a", tmp_path / name, replica=name) for name in ("one", "two")]
+    late = Replica(stack, topics, models / "a", tmp_path / "late", replica="late")
     async with (
         replicas(*pair),
         producer(stack) as client,
@@ -124,7 +122,7 @@ async def test_two_replicas_change_models_to_and_fro_under_load_and_every_vector
     ):
         async with load(stack, topics.jobs, results, window=48, make=list_job) as jobs:
             await jobs.progress(100)
-            load_first = await command(client, topics, 1, "qwen-b")
+            load_first = await command(client, topics, 1, "b")
             for outcome in await outcomes(status, load_first, 2):
                 assert (outcome["state"], outcome["model_version"]) == ("READY", b.version)
             changed = len(jobs.ids)
@@ -134,7 +132,7 @@ async def test_two_replicas_change_models_to_and_fro_under_load_and_every_vector
             ]
             assert {result["model_version"] for result in first_after} == {b.version}
 
-            async with replicas(late):  # its own setting says qwen-a
+            async with replicas(late):  # its own setting says a
                 await jobs.progress(100)
                 serving = [
                     said
@@ -144,7 +142,7 @@ async def test_two_replicas_change_models_to_and_fro_under_load_and_every_vector
                 assert {said["model_version"] for said in serving} == {b.version}
                 assert await late.stop() == 0
 
-            unload_first = await command(client, topics, 2, "qwen-a", policy="resource_preserving")
+            unload_first = await command(client, topics, 2, "a", policy="resource_preserving")
             for outcome in await outcomes(status, unload_first, 2):
                 assert (outcome["state"], outcome["model_version"]) == ("READY", a.version)
             await jobs.progress(100)
@@ -173,15 +171,15 @@ async def test_a_command_that_cannot_be_followed_keeps_the_old_model_and_says_wh
     stack: DevStack, models: Path, tmp_path: Path
 ) -> None:
     root = tmp_path / "models"
-    shutil.copytree(models / "qwen-a", root / "qwen-a")
-    shutil.copytree(models / "qwen-b", root / "qwen-b")
-    shutil.copytree(models / "qwen-a", tmp_path / "outside")
+    shutil.copytree(models / "a", root / "a")
+    shutil.copytree(models / "b", root / "b")
+    shutil.copytree(models / "a", tmp_path / "outside")
     await asyncio.to_thread(nan_weights, root / "nan")
-    shutil.copytree(models / "qwen-a", root / "torn")
+    shutil.copytree(models / "a", root / "torn")
     weights = (root / "torn" / "model.safetensors").read_bytes()
     (root / "torn" / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     (root / "file").write_text("no directory")
-    a = await asyncio.to_thread(own, models / "qwen-a")
+    a = await asyncio.to_thread(own, models / "a")
     topics = await make_topics(stack, fresh_prefix())
     wanted: list[tuple[str, dict[str, Any], str]] = [
         ("nan", {}, "finite"),
@@ -189,10 +187,10 @@ async def test_a_command_that_cannot_be_followed_keeps_the_old_model_and_says_wh
         ("file", {}, "is not one"),
         ("../outside", {}, "below"),
         ("torn", {}, "model.safetensors"),
-        ("qwen-b", {"digest": "sha256:" + "0" * 64}, "digest"),
-        ("qwen-b", {"min_cosine": 0.99}, "min_cosine"),
+        ("b", {"digest": "sha256:" + "0" * 64}, "digest"),
+        ("b", {"min_cosine": 0.99}, "min_cosine"),
     ]
-    replica = Replica(stack, topics, root / "qwen-a", tmp_path / "log")
+    replica = Replica(stack, topics, root / "a", tmp_path / "log")
     async with (
         replicas(replica),
         producer(stack) as client,
@@ -210,7 +208,7 @@ async def test_a_command_that_cannot_be_followed_keeps_the_old_model_and_says_wh
                 assert why in outcome["error"], (path, policy, outcome["error"])
                 assert outcome["model_version"] == a.version
         version += 1
-        sent = await command(client, topics, version, "qwen-a", digest=a.version, min_cosine=0.9999)
+        sent = await command(client, topics, version, "a", digest=a.version, min_cosine=0.9999)
         [outcome] = await outcomes(status, sent, 1)
         assert (outcome["state"], outcome["error"]) == ("READY", None)
         await jobs.progress(20)
@@ -223,15 +221,15 @@ async def test_a_command_that_cannot_be_followed_keeps_the_old_model_and_says_wh
 async def test_of_five_quick_commands_the_newest_wins_and_each_is_reported(
     stack: DevStack, models: Path, tmp_path: Path
 ) -> None:
-    b = await asyncio.to_thread(own, models / "qwen-b")
+    b = await asyncio.to_thread(own, models / "b")
     topics = await make_topics(stack, fresh_prefix())
-    replica = Replica(stack, topics, models / "qwen-a", tmp_path / "log")
+    replica = Replica(stack, topics, models / "a", tmp_path / "log")
     async with (
         replicas(replica),
         producer(stack) as client,
         reader(stack, topics.status) as status,
     ):
-        paths = ["qwen-b", "bert", "qwen-a", "bert", "qwen-b"]
+        paths = ["b", "bert", "a", "bert", "b"]
         sent = [await command(client, topics, 1 + number, path) for number, path in enumerate(paths)]
         [last] = await outcomes(status, sent[-1], 1)
         assert (last["state"], last["model_version"]) == ("READY", b.version)
@@ -253,22 +251,22 @@ async def test_control_records_that_no_client_can_read_are_stepped_over(
     stack: DevStack, models: Path, tmp_path: Path
 ) -> None:
     """A header name that is not UTF-8 makes aiokafka's polls raise, a live replica's and a new one's."""
-    b = await asyncio.to_thread(own, models / "qwen-b")
+    b = await asyncio.to_thread(own, models / "b")
     topics = await make_topics(stack, fresh_prefix())
     live, later = (
-        Replica(stack, topics, models / "qwen-a", tmp_path / name, replica=name) for name in ("live", "later")
+        Replica(stack, topics, models / "a", tmp_path / name, replica=name) for name in ("live", "later")
     )
     async with producer(stack) as client, reader(stack, topics.status) as status, replicas(live):
         for value in (b"", b"{", b'{"alias": "default"}', b'{"alias": "other", "version": 9}', b"\xff"):
             await client.send_and_wait(topics.control, value, key=b"default", partition=0)
-        before = await command(client, topics, 1, "qwen-b")
+        before = await command(client, topics, 1, "b")
         await send_unreadable(client, topics.control, 0, b"default")
         await client.send_and_wait(topics.control, None, key=b"default", partition=0)
         [outcome] = await outcomes(status, before, 1)
         assert outcome["state"] == "READY"
-        after = await command(client, topics, 2, "qwen-a")
+        after = await command(client, topics, 2, "a")
         await outcomes(status, after, 1)
-        again = await command(client, topics, 3, "qwen-b")
+        again = await command(client, topics, 3, "b")
         await outcomes(status, again, 1)
         async with replicas(later):
             ready = [
@@ -283,11 +281,11 @@ async def test_control_records_that_no_client_can_read_are_stepped_over(
 async def test_a_replica_starts_on_the_fallback_when_the_desired_model_has_vanished(
     stack: DevStack, models: Path, tmp_path: Path
 ) -> None:
-    b = await asyncio.to_thread(own, models / "qwen-b")
+    b = await asyncio.to_thread(own, models / "b")
     topics = await make_topics(stack, fresh_prefix())
-    replica = Replica(stack, topics, models / "qwen-a", tmp_path / "log")
+    replica = Replica(stack, topics, models / "a", tmp_path / "log")
     async with producer(stack) as client, reader(stack, topics.status) as status:
-        sent = await command(client, topics, 1, "vanished", fallback="qwen-b")
+        sent = await command(client, topics, 1, "vanished", fallback="b")
         async with replicas(replica):
             [outcome] = await outcomes(status, sent, 1)
             assert (outcome["state"], outcome["model_version"]) == ("FAILED", b.version)

@@ -33,7 +33,7 @@ async def test_a_json_job_comes_back_as_the_models_own_vector(
     stack: DevStack, models: Path, tmp_path: Path
 ) -> None:
     topics = await make_topics(stack, fresh_prefix())
-    replica = Replica(stack, topics, models / "qwen-a", tmp_path / "log")
+    replica = Replica(stack, topics, models / "qwen", tmp_path / "log")
     async with (
         replicas(replica),
         producer(stack) as client,
@@ -59,9 +59,7 @@ async def test_a_json_job_comes_back_as_the_models_own_vector(
         assert value_of(second.headers, "reply-topic") is None
         assert value_of(second.headers, "embedq-status") == b"ok"
         result = json.loads(first.value)
-        expected, version = await asyncio.to_thread(
-            _reference, models / "qwen-a", ["one text", "another"], 64
-        )
+        expected, version = await asyncio.to_thread(_reference, models / "qwen", ["one text", "another"], 64)
         found = np.array([datum["embedding"] for datum in result["data"]], dtype=np.float32)
         np.testing.assert_allclose(found, expected, atol=1e-5)
         assert result["model_version"] == version
@@ -87,7 +85,7 @@ async def test_equal_texts_are_computed_once_whatever_their_jobs_ask_for(
         {"id": "int8", "input": text, "dtype": "int8"},
         {"id": "other", "input": text, "input_type": "query", "dimensions": 64},
     ]
-    replica = Replica(stack, topics, models / "qwen-a", tmp_path / "log", redis=False)
+    replica = Replica(stack, topics, models / "qwen", tmp_path / "log", redis=False)
     async with producer(stack) as client, reader(stack, topics.results) as results:
         for job in jobs:  # before the replica is there, so that one poll takes them all
             await client.send_and_wait(topics.jobs, json.dumps(job).encode())
@@ -96,7 +94,7 @@ async def test_equal_texts_are_computed_once_whatever_their_jobs_ask_for(
                 record.key.decode(): json.loads(record.value) for record in await results.until(len(jobs))
             }
             metrics = await replica.metrics()
-    expected, _ = await asyncio.to_thread(_reference, models / "qwen-a", [text], 64)
+    expected, _ = await asyncio.to_thread(_reference, models / "qwen", [text], 64)
     for datum in answers["list"]["data"]:
         np.testing.assert_allclose(datum["embedding"], expected[0], atol=1e-5)
     small = np.array(answers["small"]["data"][0]["embedding"])

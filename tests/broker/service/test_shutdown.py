@@ -21,7 +21,7 @@ async def test_what_was_accepted_is_answered_and_committed_and_the_next_replica_
 ) -> None:
     topics = await make_topics(stack, fresh_prefix())
     first, second = (
-        Replica(stack, topics, models / "qwen-a", tmp_path / name, max_in_flight_jobs=64)
+        Replica(stack, topics, models / "a", tmp_path / name, max_in_flight_jobs=64)
         for name in ("first", "second")
     )
     async with reader(stack, topics.results) as results:
@@ -48,7 +48,7 @@ async def test_told_to_stop_while_the_model_loads_it_ends_with_code_0_and_takes_
 ) -> None:
     topics = await make_topics(stack, fresh_prefix())
     await preload(stack, topics.jobs, 5)
-    replica = Replica(stack, topics, models / "qwen-a", tmp_path / "log")
+    replica = Replica(stack, topics, models / "a", tmp_path / "log")
     async with reader(stack, topics.results) as results:
         try:
             await replica.start(ready=False)
@@ -68,7 +68,7 @@ async def test_told_twice_it_ends_at_once_and_the_next_replica_answers_the_rest(
 ) -> None:
     topics = await make_topics(stack, fresh_prefix())
     hurried, second = (
-        Replica(stack, topics, models / "qwen-a", tmp_path / name) for name in ("hurried", "second")
+        Replica(stack, topics, models / "a", tmp_path / name) for name in ("hurried", "second")
     )
     async with reader(stack, topics.results) as results:
         answered = Answered(results)
@@ -89,9 +89,7 @@ async def test_without_its_topics_it_ends_with_code_1_and_says_which_are_missing
     stack: DevStack, models: Path, tmp_path: Path
 ) -> None:
     topics = await make_topics(stack, fresh_prefix())
-    replica = Replica(
-        stack, topics, models / "qwen-a", tmp_path / "log", topic_prefix=f"{topics.prefix}.other"
-    )
+    replica = Replica(stack, topics, models / "a", tmp_path / "log", topic_prefix=f"{topics.prefix}.other")
     await replica.start(ready=False)
     assert await replica.ended() == 1
     [failure] = [event for event in replica.events() if event["event"] == "failed"]
@@ -104,7 +102,7 @@ async def test_with_nobody_at_the_brokers_address_it_ends_with_code_1_and_one_li
     stack: DevStack, models: Path, tmp_path: Path
 ) -> None:
     topics = await make_topics(stack, fresh_prefix())
-    replica = Replica(stack, topics, models / "qwen-a", tmp_path / "log", kafka_servers="127.0.0.1:9")
+    replica = Replica(stack, topics, models / "a", tmp_path / "log", kafka_servers="127.0.0.1:9")
     await replica.start(ready=False)
     assert await replica.ended() == 1
     assert [event["reason"] for event in replica.events() if event["event"] == "failed"] == [
@@ -116,7 +114,7 @@ async def test_two_replicas_told_at_once_leave_nothing_uncommitted(
     stack: DevStack, models: Path, tmp_path: Path
 ) -> None:
     topics = await make_topics(stack, fresh_prefix())
-    pair = [Replica(stack, topics, models / "qwen-a", tmp_path / name) for name in ("one", "two")]
+    pair = [Replica(stack, topics, models / "a", tmp_path / name) for name in ("one", "two")]
     async with replicas(*pair), reader(stack, topics.results) as results:
         answered = Answered(results)
         ids = await preload(stack, topics.jobs, 600, long_job)

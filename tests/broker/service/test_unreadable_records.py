@@ -48,7 +48,7 @@ async def send_bad_job(client: AIOKafkaProducer, topic: str, partition: int) -> 
 async def test_a_job_in_each_codec_is_answered(stack: DevStack, models: Path, tmp_path: Path) -> None:
     """Each on the same partition as a plain job after it."""
     topics = await make_topics(stack, fresh_prefix())
-    replica = Replica(stack, topics, models / "qwen-a", tmp_path / "log", redis=False)
+    replica = Replica(stack, topics, models / "a", tmp_path / "log", redis=False)
     codecs = ("gzip", "snappy", "lz4", "zstd")
     async with producer(stack) as plain, reader(stack, topics.results) as results:
         for codec in codecs:
@@ -68,7 +68,7 @@ async def test_a_record_that_cannot_be_read_costs_no_other_one(
 ) -> None:
     """Both lanes have a backlog on every partition, with unreadable records in the middle, next to each other, and last."""
     topics = await make_topics(stack, fresh_prefix())
-    replica = Replica(stack, topics, models / "qwen-a", tmp_path / "log", redis=False, max_poll_records=64)
+    replica = Replica(stack, topics, models / "a", tmp_path / "log", redis=False, max_poll_records=64)
     good: set[str] = set()
     poison: set[str] = set()
     async with (
@@ -129,8 +129,7 @@ async def test_the_next_replica_meets_no_unreadable_record_again(
 ) -> None:
     topics = await make_topics(stack, fresh_prefix())
     first, second = (
-        Replica(stack, topics, models / "qwen-a", tmp_path / name, redis=False)
-        for name in ("first", "second")
+        Replica(stack, topics, models / "a", tmp_path / name, redis=False) for name in ("first", "second")
     )
     async with producer(stack) as client, reader(stack, topics.results) as results:
         async with replicas(first):
@@ -160,7 +159,7 @@ async def test_a_reply_topic_that_grew_is_used_to_its_last_partition(
     topics = await make_topics(stack, fresh_prefix())
     mine = f"{topics.prefix}.mine"
     admin = await admin_of(stack)
-    replica = Replica(stack, topics, models / "qwen-a", tmp_path / "log", redis=False)
+    replica = Replica(stack, topics, models / "a", tmp_path / "log", redis=False)
     try:
         async with replicas(replica), producer(stack) as client, reader(stack, topics.results) as results:
             await admin.create_topics([NewTopic(mine, 1, 1)])
@@ -191,7 +190,7 @@ async def test_a_reply_topic_that_vanished_costs_its_own_jobs_their_replies_and_
     topics = await make_topics(stack, fresh_prefix())
     mine = f"{topics.prefix}.mine"
     admin = await admin_of(stack)
-    replica = Replica(stack, topics, models / "qwen-a", tmp_path / "log", redis=False)
+    replica = Replica(stack, topics, models / "a", tmp_path / "log", redis=False)
     try:
         async with replicas(replica), producer(stack) as client, reader(stack, topics.results) as results:
             await admin.create_topics([NewTopic(mine, 1, 1)])
@@ -220,7 +219,7 @@ async def test_a_result_too_large_for_its_reply_topic_is_an_error_and_spares_the
     topics = await make_topics(stack, fresh_prefix())
     narrow = f"{topics.prefix}.narrow"
     admin = await admin_of(stack)
-    replica = Replica(stack, topics, models / "qwen-a", tmp_path / "log", redis=False)
+    replica = Replica(stack, topics, models / "a", tmp_path / "log", redis=False)
     try:
         await admin.create_topics([NewTopic(narrow, 1, 1, topic_configs={"max.message.bytes": "3000"})])
         await wait_until(lambda: _has(admin, narrow, 1), what="the topic")
@@ -274,7 +273,7 @@ async def test_a_model_from_outside_the_root_or_with_pickled_weights_is_never_lo
     root = tmp_path / "root"
     outside = tmp_path / "outside"
     for path in (root / "model", outside, root / "pickled"):
-        await asyncio.to_thread(_copy, models / "qwen-a", path)
+        await asyncio.to_thread(_copy, models / "a", path)
     (root / "pickled" / "model.safetensors").rename(root / "pickled" / "pytorch_model.bin")
     (root / "link").symlink_to(outside, target_is_directory=True)
     topics = await make_topics(stack, fresh_prefix())
