@@ -13,6 +13,8 @@ TESTS ?= tests
 # Broker tests mostly wait, so two of them run at a time, each worker with a broker and a Redis of its own. More workers
 # than cores make the limits of the tests longer, not the run shorter.
 WORKERS ?= 2
+# Measuring every process, each replica's too, costs a quarter of the suite's time: CI does it, and whoever asks.
+COVERAGE ?= $(CI)
 # Importing torch and transformers compiles thousands of files; keeping the result makes the next start seconds faster.
 unexport PYTHONDONTWRITEBYTECODE
 # A file's tests stay together, for what they share; files start in the order that tests/conftest.py gives.
@@ -44,11 +46,15 @@ check: setup ## lint, types, generated files
 	$(BIN)/python -m tools.schemas --check
 	$(BIN)/python -m tools.settings_page --check
 
-test: check ## everything CI runs, and how much of the code it ran (TESTS=path runs a part)
+test: check ## everything CI runs (TESTS=path runs a part; COVERAGE=1 measures how much of the code it ran)
+ifeq ($(COVERAGE),)
+	$(BIN)/python -m pytest $(PARALLEL) $(TESTS)
+else
 	$(BIN)/python -m coverage erase
 	$(BIN)/python -m coverage run -m pytest $(PARALLEL) $(TESTS)
 	$(BIN)/python -m coverage combine -q
 	$(BIN)/python -m coverage report $(if $(filter tests,$(TESTS)),,--fail-under=0)
+endif
 
 unit: setup ## the tests that need no broker, no Redis and no model, in half a minute
 	$(BIN)/python -m pytest $(PARALLEL) tests/unit
