@@ -51,7 +51,8 @@ class EmbedClient:
             beyond that waits for its turn within its own deadline.
         max_inputs, max_job_bytes: the most that one job holds; longer lists become several jobs.
         instance: a stable name of this process, which chooses its reply partition; random by default.
-        security: `security_protocol`, `ssl_context` and `sasl_…`, as aiokafka takes them.
+        security: `security_protocol`, `ssl_context` and `sasl_…`, as aiokafka takes them; or, instead of a context,
+            `ssl_cafile`, `ssl_certfile` and `ssl_keyfile`, paths of PEM files.
 
     Raises:
         InvalidArgument: a setting is wrong.

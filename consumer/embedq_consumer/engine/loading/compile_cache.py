@@ -6,6 +6,8 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Final
 
+from embedq_shared.user_cache import user_cache
+
 __all__ = ["default_directory", "enable"]
 
 _FOLDERS: Final = {
@@ -21,9 +23,12 @@ _ON: Final = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"
 
 
 def default_directory(environ: MutableMapping[str, str]) -> Path:
-    """`embedq/compiled` in XDG_CACHE_HOME, else in `~/.cache`."""
-    base = environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path("~/.cache").expanduser()) / "embedq" / "compiled"
+    """`compiled` in the user's cache directory.
+
+    Raises:
+        RuntimeError: there is no home directory.
+    """
+    return user_cache(environ) / "compiled"
 
 
 def enable(directory: Path, environ: MutableMapping[str, str]) -> None:
