@@ -17,6 +17,7 @@ from embedq_consumer.cache import CacheOptions
 from embedq_consumer.engine import LoadOptions, Quantization
 from embedq_consumer.intake import AdmissionPolicy, IntakeOptions
 from embedq_consumer.lifecycle.served_model import BatchOptions, ModelOptions
+from embedq_shared.kafka import DEFAULT_MAX_INFLATED_BYTES, KafkaOptions
 from embedq_shared.messages import DEFAULT_ALIAS, DEFAULT_MAX_INPUTS
 from embedq_shared.topics import GROUP, Topics
 
@@ -177,6 +178,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         ),
     ] = 256 * 1024 * 1024
     max_poll_records: Annotated[PositiveInt, Meta(description="Records of one poll.")] = 512
+    max_inflated_bytes: Annotated[
+        int,
+        Meta(
+            ge=1024 * 1024,
+            description="Bytes that a compressed batch of job records may inflate to, above what the largest batch of a "
+            "well-meant producer does; a batch over it becomes one dead letter. Each assigned partition may take as much.",
+        ),
+    ] = DEFAULT_MAX_INFLATED_BYTES
     max_inputs: Annotated[PositiveInt, Meta(description="Texts that a job may hold.")] = DEFAULT_MAX_INPUTS
     max_text_bytes: Annotated[PositiveInt, Meta(description="Bytes of UTF-8 that a text may hold.")] = (
         1_000_000
@@ -338,6 +347,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             max_in_flight_bytes=self.max_in_flight_bytes,
             max_poll_records=self.max_poll_records,
             max_uncommitted=self.max_uncommitted_jobs,
+            max_inflated_bytes=self.max_inflated_bytes,
             commit_interval_s=self.commit_interval_ms / 1000,
             session_timeout_ms=self.session_timeout_ms,
             rebalance_timeout_ms=self.rebalance_timeout_ms,
@@ -384,8 +394,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def kafka(self) -> dict[str, Any]:
         """What each aiokafka client needs to reach the brokers."""
-        from embedq_shared.kafka import KafkaOptions  # here, so that the supervisor loads no Kafka client
-
         sasl = self.kafka_security_protocol.startswith("SASL")
         return KafkaOptions(
             servers=self.kafka_servers,

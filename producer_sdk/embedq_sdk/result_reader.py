@@ -200,7 +200,9 @@ def _result(collector: ResultCollector, record: Polled) -> JobResult | None:
 
 
 def _unreadable(record: Polled, why: str) -> JobResult:
-    detail = f"{why} at {record.topic}-{record.partition}, offset {record.offset}"
+    first = record.first_offset if isinstance(record, UnreadableRecord) else record.offset
+    where = f"offset {record.offset}" if first == record.offset else f"offsets {first} to {record.offset}"
+    detail = f"{why} at {record.topic}-{record.partition}, {where}"
     return JobResult(id=None, embeddings=None, error=UnreadableReply(detail=detail))
 
 

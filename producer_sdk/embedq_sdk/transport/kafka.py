@@ -15,6 +15,7 @@ from embedq_shared.kafka import (
     AIOKafkaAdminClient,
     AIOKafkaConsumer,
     AIOKafkaProducer,
+    BoundedConsumer,
     BrokerUnreachable,
     KafkaError,
     KafkaOptions,
@@ -100,7 +101,7 @@ class KafkaConnection:
     def consumer(self, **settings: Any) -> AIOKafkaConsumer:
         """A consumer that commits nothing by itself and never skips to the end by itself."""
         timeout_s = _GROUP_REQUEST_TIMEOUT_S if settings.get("group_id") else REQUEST_TIMEOUT_S
-        return AIOKafkaConsumer(
+        return BoundedConsumer(
             client_id="embedq-sdk",
             enable_auto_commit=False,
             auto_offset_reset="earliest",

@@ -27,25 +27,27 @@ from aiokafka.errors import (
 )
 
 from embedq_shared.kafka.connecting import BrokerUnreachable, connect, reason
+from embedq_shared.kafka.consumer import BoundedConsumer
 from embedq_shared.kafka.groups import committed_offsets, group_lag
+from embedq_shared.kafka.inflation import DEFAULT_MAX_INFLATED_BYTES
 from embedq_shared.kafka.options import KafkaOptions, SecurityProtocol
+from embedq_shared.kafka.record_batches import Unreadable
 from embedq_shared.kafka.stopping import stop_client
 from embedq_shared.kafka.unreadable import (
-    UNREADABLE,
     Polled,
     UnreadableRecord,
     poll,
     poll_partition,
     position,
-    step_over,
 )
 
 __all__ = [
+    "DEFAULT_MAX_INFLATED_BYTES",
     "TOO_LARGE",
-    "UNREADABLE",
     "AIOKafkaAdminClient",
     "AIOKafkaConsumer",
     "AIOKafkaProducer",
+    "BoundedConsumer",
     "BrokerUnreachable",
     "CommitFailedError",
     "ConsumerRebalanceListener",
@@ -60,6 +62,7 @@ __all__ = [
     "TopicAuthorizationFailedError",
     "TopicPartition",
     "UnknownTopicOrPartitionError",
+    "Unreadable",
     "UnreadableRecord",
     "committed_offsets",
     "connect",
@@ -68,7 +71,6 @@ __all__ = [
     "poll_partition",
     "position",
     "reason",
-    "step_over",
     "stop_client",
 ]
 

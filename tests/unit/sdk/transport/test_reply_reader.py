@@ -15,7 +15,7 @@ from aiokafka.errors import KafkaError
 from embedq_sdk.errors import KafkaUnavailable, TopicMissing
 from embedq_sdk.transport.kafka import KafkaConnection
 from embedq_sdk.transport.reply_reader import ReplyReader
-from embedq_shared.kafka import KafkaOptions
+from embedq_shared.kafka import KafkaOptions, Unreadable
 from tests.helpers.support import wait_until
 
 PARTITIONS = 4
@@ -30,7 +30,7 @@ class Topic:
 
 
 class Consumer:
-    """Reads a `Topic`. As aiokafka's, a poll that meets an unreadable record raises and does not move."""
+    """Reads a `Topic`. An unreadable record comes with an `Unreadable` as its value."""
 
     def __init__(self, topic: Topic, *, knows_topic: bool = False) -> None:
         self._topic = topic
@@ -72,9 +72,15 @@ class Consumer:
         if self.broken:
             raise KafkaError("gone")
         found = self._topic.records[partition.partition][self.at : self.at + (max_records or 500)]
-        if None in found:
-            b"\xff".decode()
-        records = [SimpleNamespace(offset=self.at + n, value=value) for n, value in enumerate(found)]
+        records = [
+            SimpleNamespace(
+                topic=partition.topic,
+                partition=partition.partition,
+                offset=self.at + n,
+                value=Unreadable(self.at + n, "why") if value is None else value,
+            )
+            for n, value in enumerate(found)
+        ]
         self.at += len(found)
         return {partition: records} if records else {}
 
