@@ -36,7 +36,7 @@ SIZES: Final[Mapping[str, int]] = {"gzip": 400, "snappy": 18, "lz4": 200, "zstd"
 
 
 def job(id: str) -> bytes:
-    return json.dumps({"id": id, "input": f"the text of {id}", "dimensions": 16}).encode()
+    return json.dumps({"id": id, "input": f"the text of {id}", "dimensions": 32}).encode()
 
 
 async def until_answered(results: Reader, id: str) -> None:
@@ -96,7 +96,9 @@ async def test_a_batch_of_38_kb_that_inflates_to_a_gigabyte_stops_nobody(
         assert replica.returncode is None
         assert await replica.stop() == 0
 
-    names = Counter(json.loads(record.value)["id"] for record in found)
+    answers = [json.loads(record.value) for record in found]
+    assert sum("data" in answer for answer in answers) == 120
+    names = Counter(answer["id"] for answer in answers)
     assert set(names.values()) == {1}
     assert {f"before {n}" for n in range(40)} | {f"after {n}" for n in range(80)} < names.keys()
     assert {place(letter) for letter in dead} == bad
