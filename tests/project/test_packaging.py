@@ -99,7 +99,7 @@ def test_records_are_polled_where_unreadable_ones_are_told_apart() -> None:
         if isinstance(node, ast.Attribute) and node.attr in {"getmany", "getone"}
     }
     assert {name for name in polling if not name.startswith("embedq_consumer/intake/")} == {
-        "embedq_shared/kafka/unreadable.py"
+        "embedq_shared/kafka/reading/unreadable.py"
     }
 
 

@@ -27,19 +27,21 @@ from aiokafka.errors import (
 )
 
 from embedq_shared.kafka.connecting import BrokerUnreachable, connect, reason
-from embedq_shared.kafka.consumer import BoundedConsumer
 from embedq_shared.kafka.groups import committed_offsets, group_lag
-from embedq_shared.kafka.inflation import DEFAULT_MAX_INFLATED_BYTES
-from embedq_shared.kafka.options import KafkaOptions, SecurityProtocol
-from embedq_shared.kafka.record_batches import Unreadable
-from embedq_shared.kafka.stopping import stop_client
-from embedq_shared.kafka.unreadable import (
+from embedq_shared.kafka.reading.consumer import BoundedConsumer
+from embedq_shared.kafka.reading.inflation import DEFAULT_MAX_INFLATED_BYTES
+from embedq_shared.kafka.reading.record_batches import Unreadable
+from embedq_shared.kafka.reading.unreadable import (
     Polled,
     UnreadableRecord,
     poll,
     poll_partition,
     position,
 )
+from embedq_shared.kafka.security.options import BadOption, KafkaOptions, SaslMechanism, SecurityProtocol
+from embedq_shared.kafka.security.refusals import KafkaRefused, explain, is_permanent
+from embedq_shared.kafka.security.tokens import OAuthOptions
+from embedq_shared.kafka.stopping import stop_client
 
 __all__ = [
     "DEFAULT_MAX_INFLATED_BYTES",
@@ -47,6 +49,7 @@ __all__ = [
     "AIOKafkaAdminClient",
     "AIOKafkaConsumer",
     "AIOKafkaProducer",
+    "BadOption",
     "BoundedConsumer",
     "BrokerUnreachable",
     "CommitFailedError",
@@ -56,8 +59,11 @@ __all__ = [
     "InvalidTopicError",
     "KafkaError",
     "KafkaOptions",
+    "KafkaRefused",
+    "OAuthOptions",
     "Polled",
     "RoundRobinPartitionAssignor",
+    "SaslMechanism",
     "SecurityProtocol",
     "TopicAuthorizationFailedError",
     "TopicPartition",
@@ -66,7 +72,9 @@ __all__ = [
     "UnreadableRecord",
     "committed_offsets",
     "connect",
+    "explain",
     "group_lag",
+    "is_permanent",
     "poll",
     "poll_partition",
     "position",

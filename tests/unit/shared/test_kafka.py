@@ -22,6 +22,7 @@ from aiokafka.structs import OffsetAndMetadata
 
 from embedq_shared.backoff import backoff
 from embedq_shared.kafka import (
+    BadOption,
     BrokerUnreachable,
     KafkaOptions,
     Unreadable,
@@ -77,12 +78,12 @@ def test_tls_makes_a_context_that_checks_host_names_unless_one_is_given() -> Non
 
     assert made.check_hostname
     assert made.verify_mode is ssl.CERT_REQUIRED
-    given = KafkaOptions(servers="a:1", security_protocol="SASL_SSL", ssl_context=mine)
+    given = KafkaOptions(servers="a:1", security_protocol="SSL", ssl_context=mine)
     assert given.client_options()["ssl_context"] is mine
 
 
-def test_a_certificate_file_that_is_not_there_is_an_os_error() -> None:
-    with pytest.raises(FileNotFoundError):
+def test_a_certificate_file_that_is_not_there_is_named() -> None:
+    with pytest.raises(BadOption, match=r"^ssl_cafile: expected readable PEM files.*/nowhere.pem \(No such file"):
         KafkaOptions(servers="a:1", security_protocol="SSL", ssl_cafile="/nowhere.pem").client_options()
 
 
@@ -91,6 +92,8 @@ def test_a_certificate_file_that_is_not_there_is_an_os_error() -> None:
 
 class Connections:
     """aiokafka's inner client."""
+
+    hosts = ()
 
     def __init__(self, close: Callable[[], Awaitable[None]] = at_once) -> None:
         self._close = close

@@ -20,9 +20,10 @@ from aiokafka.structs import TopicPartition
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedq_shared.kafka import BoundedConsumer, Unreadable, consumer
-from embedq_shared.kafka.inflation import InflatesTooMuch, Undecodable, inflate
-from embedq_shared.kafka.record_batches import BoundedRecords
+from embedq_shared.kafka import BoundedConsumer, Unreadable
+from embedq_shared.kafka.reading import consumer
+from embedq_shared.kafka.reading.inflation import InflatesTooMuch, Undecodable, inflate
+from embedq_shared.kafka.reading.record_batches import BoundedRecords
 from tests.helpers.record_batches import (
     CODECS,
     COMPRESS,
@@ -303,7 +304,7 @@ def gzip_of(data: bytes) -> bytes:
 
 
 def test_the_fetcher_makes_its_records_by_the_name_that_is_replaced() -> None:
-    """If one of these fails, a new aiokafka reads fetches in another way: `kafka/consumer.py` must follow it."""
+    """If one of these fails, a new aiokafka reads fetches in another way: `kafka/reading/consumer.py` must follow it."""
     assert fetcher.MemoryRecords is consumer._records
     assert "MemoryRecords(part_data[-1])" in inspect.getsource(Fetcher)
     methods = {name for name in dir(MemoryRecords) if not name.startswith("_")}

@@ -9,7 +9,7 @@ import msgspec
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.errors import IllegalStateError
 
-from embedq_shared.kafka.record_batches import Unreadable
+from embedq_shared.kafka.reading.record_batches import Unreadable
 
 _POSITION_S: Final = 1.0
 _POLL_RECORDS: Final = 1_000

@@ -8,8 +8,8 @@ from typing import Any
 from aiokafka import AIOKafkaConsumer
 from aiokafka.consumer import fetcher
 
-from embedq_shared.kafka.inflation import DEFAULT_MAX_INFLATED_BYTES
-from embedq_shared.kafka.record_batches import BoundedRecords
+from embedq_shared.kafka.reading.inflation import DEFAULT_MAX_INFLATED_BYTES
+from embedq_shared.kafka.reading.record_batches import BoundedRecords
 
 _ceiling: ContextVar[int | None] = ContextVar("embedq_kafka_ceiling", default=None)
 """Of the consumer whose fetching tasks run in this context; None in those of consumers that are not ours."""

@@ -17,7 +17,7 @@ from aiokafka.record.default_records import DefaultRecordBatch
 from aiokafka.record.legacy_records import LegacyRecordBatch
 from aiokafka.record.util import calc_crc32c, decode_varint
 
-from embedq_shared.kafka.inflation import InflatesTooMuch, Undecodable, codec_name, inflate
+from embedq_shared.kafka.reading.inflation import InflatesTooMuch, Undecodable, codec_name, inflate
 
 _LENGTH: Final = struct.Struct(">qi")
 """What all formats begin with: the offset, and how many bytes follow."""
