@@ -170,7 +170,11 @@ async def read_results(
             consumer.subscribe([topic], listener=_OnRebalance(collector))
         last_record = last_commit = loop.time()
         while True:
-            for record in await poll(consumer, timeout_ms=_POLL_MS):
+            try:
+                found = await poll(consumer, timeout_ms=_POLL_MS)
+            except (KafkaError, OSError) as error:
+                raise connection.failed(error, "reading the results") from error
+            for record in found:
                 last_record = loop.time()
                 result = _result(collector, record)
                 if result is not None:

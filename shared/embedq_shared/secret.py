@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final, NoReturn, Self
 
 _SHOWN: Final = "***"
 _MOST_BYTES: Final = 64 * 1024
@@ -16,6 +16,10 @@ class Secret(str):
     """
 
     __slots__ = ()
+
+    def __new__(cls, text: str) -> Self:
+        """A secret of a secret is the same one: `str` would make it of what is shown."""
+        return text if isinstance(text, cls) else super().__new__(cls, text)
 
     def __repr__(self) -> str:
         """Not the text."""

@@ -83,7 +83,9 @@ def test_tls_makes_a_context_that_checks_host_names_unless_one_is_given() -> Non
 
 
 def test_a_certificate_file_that_is_not_there_is_named() -> None:
-    with pytest.raises(BadOption, match=r"^ssl_cafile: expected readable PEM files.*/nowhere.pem \(No such file"):
+    with pytest.raises(
+        BadOption, match=r"^ssl_cafile: expected readable PEM files.*/nowhere.pem \(No such file"
+    ):
         KafkaOptions(servers="a:1", security_protocol="SSL", ssl_cafile="/nowhere.pem").client_options()
 
 

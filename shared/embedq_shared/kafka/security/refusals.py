@@ -95,7 +95,7 @@ async def refusal(client: AIOKafkaClient) -> KafkaRefused | None:
             continue
         if why is None:
             return None
-        return KafkaRefused(f"Kafka at {host}:{port} {_without(why, client._sasl_plain_password)}")
+        return KafkaRefused(f"the broker at {host}:{port} {_without(why, client._sasl_plain_password)}")
     return None
 
 

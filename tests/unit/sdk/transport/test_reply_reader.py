@@ -109,6 +109,7 @@ async def running(*consumers: Consumer | None) -> AsyncIterator[tuple[ReplyReade
         "replies",
         lambda count: count - 1,
         lambda record: delivered.append(record.value),
+        lambda error: None,
     )
     await reader.open(["jobs", "replies"], 1.0)
     task = asyncio.create_task(reader.run())
@@ -173,7 +174,9 @@ async def test_silence_is_measured_from_the_last_answer_to_a_fetch() -> None:
 
 async def test_a_missing_topic_closes_the_connection_again() -> None:
     consumer = Consumer(Topic())
-    reader = ReplyReader(Connection(consumer), "replies", lambda count: 0, lambda record: None)
+    reader = ReplyReader(
+        Connection(consumer), "replies", lambda count: 0, lambda record: None, lambda error: None
+    )
     with pytest.raises(TopicMissing, match="bulk"):
         await reader.open(["jobs", "bulk"], 1.0)
 
@@ -182,6 +185,8 @@ async def test_a_missing_topic_closes_the_connection_again() -> None:
 
 
 async def test_opening_without_brokers_says_so() -> None:
-    reader = ReplyReader(Connection(None), "replies", lambda count: 0, lambda record: None)
+    reader = ReplyReader(
+        Connection(None), "replies", lambda count: 0, lambda record: None, lambda error: None
+    )
     with pytest.raises(KafkaUnavailable, match="a:1"):
         await reader.open([], 1.0)
