@@ -177,6 +177,9 @@ class ScriptedConsumer:
 
 
 class _Connections:
+    hosts = ()
+    _sasl_mechanism = "PLAIN"
+
     async def close(self) -> None:
         """There are none."""
 

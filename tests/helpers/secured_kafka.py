@@ -38,7 +38,10 @@ from tests.helpers.support import patient
 
 PASSWORD: Final = "correct horse battery staple=,"
 """Of every user; with the characters that formats like to quote."""
-USERS: Final = ("alice", "caller", "producer", "service", "operator", "undertaker", "reader")
+USERS: Final = (
+    *("alice", "service", "caller", "producer", "reader", "operator", "undertaker", "administrator"),
+    "groupless",
+)
 AUDIENCE: Final = "embedq-tests"
 SASL: Final = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER")
 
@@ -89,7 +92,7 @@ class SecuredKafka(msgspec.Struct, frozen=True, kw_only=True):
     def token(self, user: str = "alice", *, lasts_s: float = 3600.0, **claims: Any) -> str:
         """A token as an issuer would sign it."""
         now = time.time()
-        body = {"sub": user, "aud": AUDIENCE, "iat": int(now) - 5, "exp": int(now + lasts_s)} | claims
+        body = {"sub": user, "aud": AUDIENCE, "iat": int(now) - 3600, "exp": int(now + lasts_s)} | claims
         head = {"alg": "RS256", "typ": "JWT", "kid": "tests"}
         signed = b".".join(_base64(json.dumps(part).encode()) for part in (head, body))
         signature = subprocess.run(

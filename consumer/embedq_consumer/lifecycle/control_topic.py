@@ -18,6 +18,7 @@ from embedq_shared.kafka import (
     TopicPartition,
     UnreadableRecord,
     poll_partition,
+    start_client,
     stop_client,
 )
 from embedq_shared.messages import Control
@@ -65,7 +66,7 @@ class ControlTopic:
             KafkaError: no broker answers.
             TimeoutError: reading the topic took more than 60 s.
         """
-        await self._consumer.start()
+        await start_client(self._consumer)
         self._consumer.assign([self._partition])
         newest: Control | None = None
         async with asyncio.timeout(_READ_S):

@@ -26,7 +26,7 @@ from aiokafka.errors import (
     UnknownTopicOrPartitionError,
 )
 
-from embedq_shared.kafka.connecting import BrokerUnreachable, connect, reason
+from embedq_shared.kafka.connecting import BrokerUnreachable, connect, reason, start_client
 from embedq_shared.kafka.groups import committed_offsets, group_lag
 from embedq_shared.kafka.reading.consumer import BoundedConsumer
 from embedq_shared.kafka.reading.inflation import DEFAULT_MAX_INFLATED_BYTES
@@ -79,6 +79,7 @@ __all__ = [
     "poll_partition",
     "position",
     "reason",
+    "start_client",
     "stop_client",
 ]
 

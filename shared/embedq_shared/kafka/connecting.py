@@ -11,7 +11,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
 from embedq_shared.backoff import backoff
-from embedq_shared.kafka.security.refusals import KafkaRefused, explain, is_permanent, refusal
+from embedq_shared.kafka.security.refusals import KafkaRefused, explain, is_permanent, refusal, uses_tokens
 from embedq_shared.kafka.stopping import connections_of, stop_client
 
 Client = TypeVar("Client", AIOKafkaConsumer, AIOKafkaProducer, AIOKafkaAdminClient)
@@ -42,16 +42,15 @@ async def connect(make: Callable[[], Client], within: float) -> Client:
         client = make()
         try:
             async with asyncio.timeout(min(_ATTEMPT_S, max(0.001, end - loop.time()))):
-                await _start(client)
+                await start_client(client)
             return client
         except TimeoutError:
             why = f"no answer within {within:g} s"
+        except KafkaRefused:
+            await stop_client(client, _DISCARD_S)
+            raise
         except (KafkaError, OSError) as error:
             why = reason(error)
-            refused = await _refused(client, error)
-            if refused is not None:
-                await stop_client(client, _DISCARD_S)
-                raise refused from None
         except BaseException:
             await stop_client(client, _DISCARD_S)
             raise
@@ -63,23 +62,25 @@ async def connect(make: Callable[[], Client], within: float) -> Client:
         attempt += 1
 
 
-async def _start(client: Client) -> None:
-    """aiokafka takes a token that the broker refuses for one that it took, so that one is looked at before."""
+async def start_client(client: AIOKafkaConsumer | AIOKafkaProducer | AIOKafkaAdminClient) -> None:
+    """Start a client, once.
+
+    Raises:
+        KafkaRefused: a broker answers, and trying again will not help.
+        KafkaError, OSError: it could not be started, for a reason that may pass.
+    """
     connections = connections_of(client)
-    if getattr(connections, "_sasl_mechanism", None) == "OAUTHBEARER":
-        refused = await refusal(connections)
-        if refused is not None:
-            raise refused
-    await client.start()
-
-
-async def _refused(client: Client, error: BaseException) -> KafkaRefused | None:
-    """The refusal behind a failure to start; None if it may heal."""
-    if isinstance(error, KafkaRefused):
-        return error
-    if is_permanent(error):
-        return KafkaRefused(explain(error))
-    return await refusal(connections_of(client))
+    if uses_tokens(connections) and (refused := await refusal(connections)) is not None:
+        # aiokafka takes a token that the broker refuses for one that it took, so that one is looked at before.
+        raise refused
+    try:
+        await client.start()
+    except (KafkaError, OSError) as error:
+        if is_permanent(error):
+            raise KafkaRefused(explain(error)) from None
+        if (refused := await refusal(connections)) is not None:
+            raise refused from None
+        raise
 
 
 def reason(error: BaseException) -> str:

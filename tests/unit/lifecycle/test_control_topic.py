@@ -44,6 +44,7 @@ class Consumer:
         self.at = 0
         self.ends = len(self.records)
         self.stopped = False
+        self._client = SimpleNamespace(_sasl_mechanism="PLAIN", hosts=())
 
     async def start(self) -> None:
         return

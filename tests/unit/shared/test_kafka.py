@@ -96,6 +96,7 @@ class Connections:
     """aiokafka's inner client."""
 
     hosts = ()
+    _sasl_mechanism = "PLAIN"
 
     def __init__(self, close: Callable[[], Awaitable[None]] = at_once) -> None:
         self._close = close

@@ -54,6 +54,10 @@ _CLOSED: Final = (KafkaConnectionError, ConnectionError, ssl.SSLError, asyncio.I
 class KafkaRefused(KafkaError):  # type: ignore[misc]  # aiokafka has no type information
     """Kafka does not let us in, or not do what we must, and will not later: the message says which, without secrets."""
 
+    def __str__(self) -> str:
+        """The message alone."""
+        return str(self.args[0]) if self.args else type(self).__name__
+
 
 def is_permanent(error: BaseException) -> bool:
     """Whether waiting never heals it: who we are, what we may, and how we connect are settings, here or there."""
@@ -62,8 +66,6 @@ def is_permanent(error: BaseException) -> bool:
 
 def explain(error: BaseException) -> str:
     """An error of Kafka's in one line, in an operator's words where there are any."""
-    if isinstance(error, KafkaRefused):
-        return str(error.args[0]) if error.args else type(error).__name__
     for kind, what in _RIGHTS.items():
         if isinstance(error, kind):
             return f"this user has no right to {what}{_names(error)}"
@@ -82,6 +84,11 @@ def _names(error: KafkaError) -> str:
     )
     shown = ", ".join(name for name in names if _SAFE.fullmatch(name))
     return f" {shown}" if shown else ""
+
+
+def uses_tokens(client: AIOKafkaClient) -> bool:
+    """Whether it logs in by OAUTHBEARER."""
+    return bool(client._sasl_mechanism == "OAUTHBEARER")
 
 
 async def refusal(client: AIOKafkaClient) -> KafkaRefused | None:
@@ -256,7 +263,9 @@ def _tls_error(error: BaseException) -> str | None:
     if "CERTIFICATE_REQUIRED" in (found.reason or ""):
         return "asks for a client's certificate, and this client has none"
     alert = (found.reason or "").partition("ALERT_")[2].replace("_", " ").lower()
-    return f"refuses this client's certificate, or has none of its own that fits ({alert})"
+    return (
+        f"refuses this client's certificate ({alert}): it has expired, or its authority is not trusted there"
+    )
 
 
 def _said(error: BaseException) -> str:
