@@ -158,6 +158,8 @@ def _secured(plain: dict[str, str], ports: Mapping[str, int], files: Path) -> di
         "super.users": "User:ANONYMOUS;User:alice;User:CN=client",
         "sasl.oauthbearer.jwks.endpoint.url": f"file://{files}/jwks.json",
         "sasl.oauthbearer.expected.audience": AUDIENCE,
+        # Else 4.1 takes the client's, which checks neither signature nor audience.
+        "sasl.oauthbearer.jwt.validator.class": "org.apache.kafka.common.security.oauthbearer.BrokerJwtValidator",
     }
     for listener in ("sasl_plaintext", "sasl_ssl"):
         prefix = f"listener.name.{listener}"

@@ -223,6 +223,11 @@ def refusals(kafka: SecuredKafka) -> dict[str, tuple[str, dict[str, Any], str]]:
         "token of yesterday": (
             kafka.sasl_tls,
             kafka.security(**token, sasl_oauth_token_provider=Token(kafka.token(lasts_s=-100))),
+            "the token",
+        ),
+        "token for somebody else": (
+            kafka.sasl_tls,
+            kafka.security(**token, sasl_oauth_token_provider=Token(kafka.token(aud="another"))),
             "refuses the token",
         ),
         "authority": (
@@ -258,7 +263,16 @@ def refusals(kafka: SecuredKafka) -> dict[str, tuple[str, dict[str, Any], str]]:
 
 
 REFUSALS: Final = (
-    *("password of PLAIN", "password of SCRAM", "user", "token", "token of yesterday", "authority", "name"),
+    *(
+        "password of PLAIN",
+        "password of SCRAM",
+        "user",
+        "token",
+        "token of yesterday",
+        "token for somebody else",
+        "authority",
+        "name",
+    ),
     *("no certificate", "certificate of yesterday", "certificate of a stranger", "TLS where there is none"),
     *("no TLS where there is", "no login where there is one", "a login where there is none"),
 )

@@ -7,6 +7,7 @@ notice. So after a failure `refusal` connects once more, and looks.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import ssl
@@ -24,6 +25,7 @@ from embedq_shared.kafka.security.tokens import TokenRefused
 
 _LOOK_S: Final = 5.0
 """For looking at one broker."""
+_CLOSE_S: Final = 0.5
 _PERMANENT: Final = (
     TokenRefused,
     errors.SaslAuthenticationFailed,
@@ -142,7 +144,7 @@ class _Look:
                 return None
             return await self._why_no_login(connection)
         finally:
-            connection.close()
+            await _close(connection)
 
     async def _connect(self, protocol: str) -> AIOKafkaConnection:
         """To the first answer. With SASL also through the login."""
@@ -172,7 +174,7 @@ class _Look:
             return tls
         if self._protocol in ("SSL", "SASL_SSL"):
             connection = await self._connect("PLAINTEXT")
-            connection.close()
+            await _close(connection)
             return f"speaks no TLS there: expected the security protocol {self._protocol.replace('SSL', 'PLAINTEXT')}"
         await self._shake_hands()
         secured = "SSL" if self._protocol == "PLAINTEXT" else "SASL_SSL"
@@ -187,6 +189,8 @@ class _Look:
         context.verify_mode = ssl.CERT_NONE
         _, writer = await asyncio.open_connection(self._host, self._port, ssl=context)
         writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
 
     # -- SASL -----------------------------------------------------------------------------------------------------------
 
@@ -198,7 +202,7 @@ class _Look:
         try:
             answer = await connection.send(SaslHandShakeRequest("PLAIN"))
         finally:
-            connection.close()
+            await _close(connection)
         if errors.for_code(answer.error_code) is errors.IllegalSaslStateError:
             raise error
         return f"asks for a login by SASL ({', '.join(answer.enabled_mechanisms)}), and this client has none"
@@ -220,7 +224,7 @@ class _Look:
         if self._mechanism == "OAUTHBEARER":
             return await self._why_no_token(connection)
         try:
-            (await self._connect(self._protocol)).close()
+            await _close(await self._connect(self._protocol))
         except errors.SaslAuthenticationFailed as error:
             user = self._client._sasl_plain_username
             return f"refuses user {user} or the password ({self._mechanism}: {_said(error)})"
@@ -239,7 +243,18 @@ class _Look:
             return f"refuses the token ({_said(kind(answer.error_message))})"
         if answer.sasl_auth_bytes:
             return f"refuses the token ({_status(answer.sasl_auth_bytes)})"
+        try:
+            await connection.send(MetadataRequest([]))
+        except _CLOSED:
+            return "takes the token and then closes the connection: the token has expired"
         return None
+
+
+async def _close(connection: AIOKafkaConnection) -> None:
+    """Close it, and wait for the end: the event loop may stop right after us."""
+    closed = connection.close()
+    if closed is not None:
+        await asyncio.wait({closed}, timeout=_CLOSE_S)
 
 
 def _tls_error(error: BaseException) -> str | None:
