@@ -111,11 +111,13 @@ async def test_groups_and_transactions_outlive_any_one_broker(cluster: Cluster) 
     """Their topics have three copies, whose loss of one stops nobody."""
     topic = f"{fresh_prefix()}.anything"
     await append(cluster.kafka_servers, topic, b"one")
-    async with AIOKafkaProducer(
-        bootstrap_servers=cluster.kafka_servers, transactional_id=fresh_prefix()
-    ) as producer:
-        async with producer.transaction():
-            await producer.send_and_wait(topic, b"two")
+    async with (
+        AIOKafkaProducer(
+            bootstrap_servers=cluster.kafka_servers, transactional_id=fresh_prefix()
+        ) as producer,
+        producer.transaction(),
+    ):
+        await producer.send_and_wait(topic, b"two")
     admin = AIOKafkaAdminClient(bootstrap_servers=cluster.direct_servers)
     await admin.start()
     try:
