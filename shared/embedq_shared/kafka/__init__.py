@@ -6,19 +6,13 @@ reading a record needs no Kafka client.
 
 from typing import Final
 
-from aiokafka import (
-    AIOKafkaConsumer,
-    AIOKafkaProducer,
-    ConsumerRebalanceListener,
-    ConsumerRecord,
-    TopicPartition,
-)
-from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka import ConsumerRebalanceListener, ConsumerRecord, TopicPartition
 from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 from aiokafka.errors import (
     CommitFailedError,
     IllegalStateError,
     InvalidTopicError,
+    KafkaConnectionError,
     KafkaError,
     MessageSizeTooLargeError,
     RecordListTooLargeError,
@@ -26,9 +20,12 @@ from aiokafka.errors import (
     UnknownTopicOrPartitionError,
 )
 
+from embedq_shared.kafka.clients import AIOKafkaAdminClient, AIOKafkaConsumer, AIOKafkaProducer
 from embedq_shared.kafka.connecting import BrokerUnreachable, connect, reason
+from embedq_shared.kafka.errors import InvalidRecordError, UnsupportedCompressionTypeError, error_kinds
 from embedq_shared.kafka.groups import committed_offsets, group_lag
 from embedq_shared.kafka.options import KafkaOptions, SecurityProtocol
+from embedq_shared.kafka.producing import Evicted, PartitionwiseProducer, partition_of
 from embedq_shared.kafka.stopping import stop_client
 from embedq_shared.kafka.unreadable import (
     UNREADABLE,
@@ -50,10 +47,14 @@ __all__ = [
     "CommitFailedError",
     "ConsumerRebalanceListener",
     "ConsumerRecord",
+    "Evicted",
     "IllegalStateError",
+    "InvalidRecordError",
     "InvalidTopicError",
+    "KafkaConnectionError",
     "KafkaError",
     "KafkaOptions",
+    "PartitionwiseProducer",
     "Polled",
     "RoundRobinPartitionAssignor",
     "SecurityProtocol",
@@ -61,9 +62,12 @@ __all__ = [
     "TopicPartition",
     "UnknownTopicOrPartitionError",
     "UnreadableRecord",
+    "UnsupportedCompressionTypeError",
     "committed_offsets",
     "connect",
+    "error_kinds",
     "group_lag",
+    "partition_of",
     "poll",
     "poll_partition",
     "position",

@@ -18,7 +18,7 @@ from aiokafka.errors import (
 )
 
 from embedq_consumer.delivery.deliverer import Deliverer
-from embedq_consumer.delivery.publisher import BrokerUnavailable, Outgoing
+from embedq_consumer.delivery.outgoing import Outgoing
 from embedq_consumer.delivery.result_records import ResultEncoder
 from embedq_consumer.intake.admission import Rejection
 from embedq_consumer.intake.jobs import InputVector, JobState, Outcome, Spans
@@ -54,7 +54,9 @@ class Parts:
         self.sink = ScriptedSink(refusal)
         self.memory = WeightedSemaphore(memory)
         encoder = ResultEncoder(TOPICS, "group", limit)
-        self.deliverer = Deliverer(encoder, self.sink, self.sink.finish, self.memory, self.metrics)
+        self.deliverer = Deliverer(
+            encoder, self.sink, self.sink.finish, self.memory, self.metrics, reply_timeout_s=15
+        )
 
     async def deliver(self, *jobs: JobState) -> None:
         """From the reservation on."""
