@@ -153,6 +153,11 @@ class Lanes:
         if (lane := self._lane_of.pop(place, None)) is not None:
             lane.users.discard(place)
 
+    def forget(self, topic: str) -> None:
+        """Nothing was sent to this topic for a while."""
+        if self.common.producer is not None:
+            self.common.producer.forget(topic)
+
     def recall(self, destination: Destination) -> None:
         """Take back what the place's producer has."""
         destination.recall()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from embedq_consumer.delivery.broker_errors import name_of
@@ -57,6 +57,12 @@ class Places:
             if known is None or not known.avoided(now):
                 return place
         return topic, wanted
+
+    def withdraw(self, records: Sequence[Outgoing]) -> None:
+        """Those of these records that no producer has will not be sent."""
+        stale = {id(record) for record in records}
+        for destination in self:
+            destination.remove([one for one in destination.waiting() if id(one.record) in stale])
 
     def forget_idle(self, now: float) -> list[tuple[Place, bool]]:
         """The places that have had nothing for a while; True for those that are forgotten, too."""

@@ -110,7 +110,7 @@ class Publisher:
             self._pump(destination, now)
         else:
             failing = destination.failing_since
-            refused = destination.undelivered(now - (now if failing is None else failing))
+            refused = destination.undelivered(0.0 if failing is None else now - failing)
             asyncio.get_running_loop().call_soon(settled, refused)
 
     async def publish(
@@ -129,9 +129,7 @@ class Publisher:
             async with asyncio.timeout(within):
                 await self.publish(records, timeout_s=within)
         except TimeoutError:
-            stale = {id(record) for record in records}
-            for destination in self._places:
-                destination.remove([one for one in destination.waiting() if id(one.record) in stale])
+            self._places.withdraw(records)
 
     async def refresh_topics(self) -> None:
         """See topics that were made since, and those that are gone. While Kafka is away, this waits for it."""
@@ -241,10 +239,9 @@ class Publisher:
         self, destination: Destination, parcel: Parcel, error: BaseException, *, shared: bool
     ) -> None:
         """A parcel failed: it is refused, or waits again."""
-        meaning = meaning_of(error)
         if isinstance(error, Evicted):
             destination.add(parcel)
-        elif meaning.scope == "record":
+        elif meaning_of(error).scope == "record":
             # Nothing is wrong with the place, but the producer's sequence may have a gap there.
             destination.set_apart()
             self._lanes.leave(destination.place)
@@ -259,13 +256,12 @@ class Publisher:
 
     def _fail(self, destination: Destination, error: BaseException, since: float) -> None:
         """A place does not work; `since` is when what failed was sent."""
-        meaning = meaning_of(error)
         if destination.failing_since is None:
             topic, partition = destination.place
             log.warning("destination_set_apart", topic=topic, partition=partition, reason=name_of(error))
         destination.note_failure(error, time.monotonic(), since)
         self._lanes.leave(destination.place)
-        if meaning.action == "refuse":
+        if meaning_of(error).action == "refuse":
             timed = [parcel for parcel in destination.waiting() if parcel.timeout_s is not None]
             destination.remove(timed)
             _settle([(parcel, _plain(error)) for parcel in timed])
@@ -283,9 +279,8 @@ class Publisher:
         _settle(self._places.excess(now))
         for place, forgotten in self._places.forget_idle(now):
             self._lanes.let_go(place)
-            producer = self._lanes.common.producer
-            if forgotten and producer is not None and not self._places.knows(place[0]):
-                producer.forget(place[0])
+            if forgotten and not self._places.knows(place[0]):
+                self._lanes.forget(place[0])
         for place in self._lanes.keep():
             self._strand(place)
         if self._lanes.common.broken or (presence.away_since is not None and now >= self._renew_at):
