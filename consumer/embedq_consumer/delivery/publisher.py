@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from itertools import count
 from typing import Any, Final
 
@@ -163,14 +164,11 @@ class Publisher:
             except KafkaError as error:
                 sending = _failed(error)
             destination.opened(parcel, sending, now)
-            sending.add_done_callback(self._noting(destination, parcel))
+            sending.add_done_callback(partial(self._note, destination, parcel))
 
-    def _noting(self, destination: Destination, parcel: Parcel) -> Callable[[asyncio.Future[Any]], None]:
-        def note(sending: asyncio.Future[Any]) -> None:
-            self._answers.append((destination, parcel, sending))
-            self._woken.set()
-
-        return note
+    def _note(self, destination: Destination, parcel: Parcel, sending: asyncio.Future[Any]) -> None:
+        self._answers.append((destination, parcel, sending))
+        self._woken.set()
 
     def _look_up(self, destination: Destination, lane: Lane) -> None:
         """Ask the brokers about a place that its producer does not know, or that has no leader."""
