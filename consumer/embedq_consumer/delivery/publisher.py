@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import count
 from typing import Any, Final
@@ -136,12 +137,9 @@ class Publisher:
         """See topics that were made since, and those that are gone. While Kafka is away, this waits for it."""
         since = time.monotonic()
         while True:
-            if (producer := self._lanes.common.producer) is not None:
-                try:
-                    await self.topics.refresh(producer, since=since)
-                    return
-                except UNREACHABLE:
-                    pass
+            with suppress(*UNREACHABLE):
+                if (producer := self._lanes.common.producer) is not None:
+                    return await self.topics.refresh(producer, since=since)
             await asyncio.sleep(_TICK_S)
 
     # -- to the producers -------------------------------------------------------------------------------------------------
