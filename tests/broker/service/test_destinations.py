@@ -68,7 +68,7 @@ async def test_an_address_that_refuses_our_records_costs_its_own_jobs_alone(
         await admin.create_topics(
             [NewTopic(strict, 1, 1, topic_configs={"message.timestamp.before.max.ms": "0"})]
         )
-    replica = Replica(stack, topics, models / "a", tmp_path / "log")
+    replica = Replica(stack, topics, models / "a", tmp_path / "log", reply_topics="*")
     async with replicas(replica), reader(stack, topics.results) as results:
         before = [short_job(number) for number in range(100)]
         after = [short_job(number) for number in range(100, 200)]
@@ -93,7 +93,7 @@ async def test_a_deleted_reply_topic_stays_deleted_and_its_jobs_are_told(
 ) -> None:
     gone = f"{fresh_prefix()}.gone"
     topics = await make_topics(stack, fresh_prefix(), names=[gone])
-    replica = Replica(stack, topics, models / "a", tmp_path / "log")
+    replica = Replica(stack, topics, models / "a", tmp_path / "log", reply_topics="*")
     async with administering(stack) as admin, replicas(replica), reader(stack, topics.results) as results:
         async with reader(stack, gone) as replies:
             await send(stack, topics, [short_job(1)], reply_topic=gone)

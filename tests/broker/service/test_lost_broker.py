@@ -41,7 +41,7 @@ async def test_a_reply_topic_without_a_leader_costs_its_own_jobs_alone(
         await admin.create_topics([NewTopic(lonely, -1, -1, replica_assignments={0: [LOST]})])
     finally:
         await admin.close()
-    replica = Replica(cluster, topics, models / "a", tmp_path / "log", reply_timeout_s=8)
+    replica = Replica(cluster, topics, models / "a", tmp_path / "log", reply_timeout_s=8, reply_topics="*")
     async with replicas(replica):
         async with (
             reader(cluster, topics.results) as results,
