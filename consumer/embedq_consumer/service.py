@@ -25,7 +25,7 @@ from typing import Final, TypeVar
 import structlog
 
 from embedq_consumer.cache import VectorCache
-from embedq_consumer.delivery.deliverer import Deliverer, Finish
+from embedq_consumer.delivery.deliverer import Deliverer, DeliveryLimits, Finish
 from embedq_consumer.delivery.kafka_producer import KafkaProducers
 from embedq_consumer.delivery.publisher import Publisher
 from embedq_consumer.delivery.result_records import ResultEncoder
@@ -338,9 +338,12 @@ async def _deliverer(
 ) -> AsyncIterator[Deliverer]:
     results = ResultEncoder(settings.topics, settings.group, settings.max_result_bytes)
     memory = WeightedSemaphore(settings.max_pending_bytes)
-    deliverer = Deliverer(
-        results, publisher, finish, memory, metrics, reply_timeout_s=settings.reply_timeout_s
+    limits = DeliveryLimits(
+        reply_timeout_s=settings.reply_timeout_s,
+        # Half of what may stay uncommitted: with all of it, the partition's other jobs would wait for this one.
+        max_behind=max(1, settings.max_uncommitted_jobs // 2),
     )
+    deliverer = Deliverer(results, publisher, finish, memory, metrics, limits)
     try:
         yield deliverer
     finally:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedq_consumer.cache.entries import CachedVector
-from embedq_consumer.delivery.destination import Settled
+from embedq_consumer.delivery.destination import Settled, Urgent
 from embedq_consumer.delivery.outgoing import Outgoing
 from embedq_consumer.engine import Chunked, Encoder, Piece, Text, TextTooLong, Tokens
 from embedq_consumer.intake.records import Record
@@ -93,6 +93,7 @@ class ScriptedSink:
         self.gate.set()
         self.stuck: set[str] = set()
         self.timeouts: list[tuple[str, float | None]] = []
+        self.urgent: list[Urgent] = []
         self._pending: list[tuple[Outgoing, Settled]] = []
         self._refusal = refusal
 
@@ -106,8 +107,16 @@ class ScriptedSink:
     async def refresh_topics(self) -> None:
         self.known |= self.new_topics
 
-    def send(self, record: Outgoing, settled: Settled, *, timeout_s: float | None) -> None:
+    def send(
+        self,
+        record: Outgoing,
+        settled: Settled,
+        *,
+        timeout_s: float | None,
+        urgent: Urgent = lambda: False,
+    ) -> None:
         self.timeouts.append((record.topic, timeout_s))
+        self.urgent.append(urgent)
         self._pending.append((record, settled))
         asyncio.get_running_loop().call_soon(self._work)
 

@@ -14,7 +14,7 @@ import msgspec
 import structlog
 
 from embedq_consumer.delivery.broker_errors import meaning_of, name_of
-from embedq_consumer.delivery.destination import Settled, Undelivered
+from embedq_consumer.delivery.destination import Settled, Undelivered, Urgent
 from embedq_consumer.delivery.outgoing import Outgoing
 from embedq_consumer.delivery.result_records import Reply, ResultEncoder
 from embedq_consumer.intake.admission import Rejection
@@ -23,7 +23,7 @@ from embedq_consumer.intake.records import Record
 from embedq_consumer.intake.result_sizes import held_bytes
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.grouping import batched_by
-from embedq_shared.kafka import TOO_LARGE
+from embedq_shared.kafka import TOO_LARGE, TopicPartition
 from embedq_shared.messages import ErrorBody
 from embedq_shared.topics import LANES, Lane
 from embedq_shared.weighted_semaphore import WeightedSemaphore
@@ -60,11 +60,27 @@ class Sink(Protocol):
     async def refresh_topics(self) -> None:
         """Look for topics that were made since."""
 
-    def send(self, record: Outgoing, settled: Settled, *, timeout_s: float | None) -> None:
+    def send(
+        self,
+        record: Outgoing,
+        settled: Settled,
+        *,
+        timeout_s: float | None,
+        urgent: Urgent = lambda: False,
+    ) -> None:
         """Send a record; `settled` is called once, later, with None or with why the brokers will not have it.
 
-        Without a time-out that is only an error of the record itself: otherwise it waits.
+        Without a time-out that is only an error of the record itself: otherwise it waits. One that is `urgent` waits no longer
+        for a place that fails.
         """
+
+
+class DeliveryLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """How long a result may wait for its reply address while that takes nothing."""
+
+    reply_timeout_s: float
+    max_behind: int
+    """It waits no longer once a record of its partition this many offsets further on is finished: neither may be committed."""
 
 
 class Deliverer:
@@ -73,7 +89,7 @@ class Deliverer:
     Invariants:
         - A record is finished exactly once, and only after the brokers have all that is said about it: every part of its
           result, and its copy among the dead letters if there is to be one.
-        - A result that the brokers refuse at its reply address, or do not take there within `reply_timeout_s`, becomes an
+        - A result that the brokers refuse at its reply address, or do not take there within the limits, becomes an
           error on the results topic. If that cannot be delivered either, the dead letter alone tells of the job.
         - A result without a reply address and a dead letter wait for as long as it takes.
         - Memory that `reserve` acquired for a job's results is released once the job is finished.
@@ -86,15 +102,16 @@ class Deliverer:
         finish: Finish,
         memory: WeightedSemaphore,
         metrics: Metrics,
-        *,
-        reply_timeout_s: float,
+        limits: DeliveryLimits,
     ) -> None:
         self._encoder = encoder
         self._sink = sink
         self._finish = finish
         self._memory = memory
         self._metrics = metrics
-        self._reply_timeout_s = reply_timeout_s
+        self._limits = limits
+        self._furthest: dict[TopicPartition, tuple[int, int]] = {}
+        """Epoch and highest finished offset of each partition."""
         self._job_seconds = {lane: metrics.job.labels(lane) for lane in LANES}
         # Threads of their own: results must not wait for the tokenizer.
         self._threads = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="deliver")
@@ -157,7 +174,7 @@ class Deliverer:
             await self._bury(reply)
             conclude([reply])
 
-        batch = _Batch(self._sink, replies, self._timeout_s)
+        batch = _Batch(self._sink, replies, self._timeout_s, self._urgency)
         async with asyncio.TaskGroup() as tasks:
             while settled := await batch.settled():
                 done = [reply for reply, reason in settled if reason is None and reply.dead_letter is None]
@@ -171,7 +188,17 @@ class Deliverer:
         """How long its result may wait: without end where the address is ours, and no caller's."""
         headers = reply.headers
         addressed = headers.reply_topic is not None or headers.reply_partition is not None
-        return self._reply_timeout_s if addressed else None
+        return self._limits.reply_timeout_s if addressed else None
+
+    def _urgency(self, reply: Reply) -> Urgent:
+        """Whether so much after its record is finished that others would soon wait for it."""
+        ticket = reply.record.ticket
+
+        def holds_back() -> bool:
+            epoch, furthest = self._furthest.get(ticket.partition, (ticket.epoch, 0))
+            return epoch == ticket.epoch and furthest - ticket.offset >= self._limits.max_behind
+
+        return holds_back
 
     async def _answer_with_error(self, reply: Reply, reason: Exception) -> Reply:
         """Say on the results topic that a result could not be delivered; the reply that is left."""
@@ -224,6 +251,10 @@ class Deliverer:
             for error in reply.errors:
                 self._metrics.errors.labels(error.code).inc()
             self._job_seconds[reply.record.lane].observe(now - reply.record.polled_at)
+            ticket = reply.record.ticket
+            self._furthest[ticket.partition] = max(
+                self._furthest.get(ticket.partition, (0, 0)), (ticket.epoch, ticket.offset)
+            )
             self._finish(reply.record)
 
     def _count_inputs(self, jobs: Iterable[JobState]) -> None:
@@ -247,15 +278,19 @@ class _Batch:
     """Replies that were sent together. Each is settled with its last record, and with the first error of any."""
 
     def __init__(
-        self, sink: Sink, replies: Sequence[Reply], timeout_s: Callable[[Reply], float | None]
+        self,
+        sink: Sink,
+        replies: Sequence[Reply],
+        timeout_s: Callable[[Reply], float | None],
+        urgency: Callable[[Reply], Urgent],
     ) -> None:
         self._open = len(replies)
         self._settled: list[tuple[Reply, Exception | None]] = []
         self._woken = asyncio.Event()
         for reply in replies:
-            settled = self._counting(reply)
+            settled, limit, urgent = self._counting(reply), timeout_s(reply), urgency(reply)
             for record in reply.outgoing:
-                sink.send(record, settled, timeout_s=timeout_s(reply))
+                sink.send(record, settled, timeout_s=limit, urgent=urgent)
 
     async def settled(self) -> list[tuple[Reply, Exception | None]]:
         """Those that were settled since the last call, and why those failed that did; waits for one. Empty at the end."""

@@ -24,6 +24,9 @@ _LONGEST_PROBE_S: Final = 30.0
 _PROBATION_S: Final = 10.0
 _LONGEST_PROBATION_S: Final = 600.0
 
+Urgent = Callable[[], bool]
+"""Whether a record may wait no longer for a place that fails, since too much waits for it."""
+
 Settled = Callable[[Exception | None], None]
 """Gets None once the brokers have the record, or why they will not."""
 
@@ -39,14 +42,21 @@ class Parcel:
     while no producer has it: whatever another future says of it later does not count.
     """
 
-    __slots__ = ("alone", "record", "sending", "sent_at", "serial", "settled", "since", "timeout_s")
+    __slots__ = ("alone", "record", "sending", "sent_at", "serial", "settled", "since", "timeout_s", "urgent")
 
     def __init__(
-        self, record: Outgoing, settled: Settled, timeout_s: float | None, serial: int, now: float
+        self,
+        record: Outgoing,
+        settled: Settled,
+        timeout_s: float | None,
+        serial: int,
+        now: float,
+        urgent: Urgent = lambda: False,
     ) -> None:
         self.record = record
         self.settled = settled
         self.timeout_s = timeout_s
+        self.urgent = urgent
         self.serial = serial
         self.since = now
         self.sent_at = now

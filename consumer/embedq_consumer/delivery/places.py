@@ -110,14 +110,16 @@ class Places:
         if destination.confirmed(now) and isinstance(destination.error, Exception):
             ended = [(parcel, destination.error) for parcel in timed]
         else:
-            late = [parcel for parcel in timed if self._is_late(parcel, now)]
-            if not late:
-                return []
             failing = destination.failing_since
-            since = min(parcel.since for parcel in late) if failing is None else failing
-            if failing is not None:
+            late = [parcel for parcel in timed if self._is_late(parcel, now)]
+            if late and failing is not None:
                 destination.give_up(now)
                 late = timed  # it has failed for all of them
+            elif failing is not None:
+                late = [parcel for parcel in timed if parcel.urgent()]
+            if not late:
+                return []
+            since = min(parcel.since for parcel in late) if failing is None else failing
             reason = destination.undelivered(now - since)
             ended = [(parcel, reason) for parcel in late]
         destination.remove([parcel for parcel, _ in ended])

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import suppress
 from functools import partial
 from itertools import count
 from typing import Any, Final
@@ -18,7 +17,7 @@ from typing import Any, Final
 import structlog
 
 from embedq_consumer.delivery.broker_errors import meaning_of, name_of
-from embedq_consumer.delivery.destination import Destination, Parcel, Settled
+from embedq_consumer.delivery.destination import Destination, Parcel, Settled, Urgent
 from embedq_consumer.delivery.kafka_producer import MakeProducers
 from embedq_consumer.delivery.lane import UNREACHABLE, Lane, Lanes
 from embedq_consumer.delivery.outgoing import Outgoing, Place
@@ -102,10 +101,19 @@ class Publisher:
 
     # -- what others ask ------------------------------------------------------------------------------------------------
 
-    def send(self, record: Outgoing, settled: Settled, *, timeout_s: float | None) -> None:
-        """Send a record; `settled` is called once, later. Without a time-out it waits until its place works."""
+    def send(
+        self,
+        record: Outgoing,
+        settled: Settled,
+        *,
+        timeout_s: float | None,
+        urgent: Urgent = lambda: False,
+    ) -> None:
+        """Send a record; `settled` is called once, later. Without a time-out it waits until its place works; with one, also
+        no longer for a place that fails once it is `urgent`.
+        """
         now = time.monotonic()
-        parcel = Parcel(record, settled, timeout_s, next(self._serial), now)
+        parcel = Parcel(record, settled, timeout_s, next(self._serial), now, urgent)
         destination = self._places.at(self._places.place_for(record, now))
         if destination.accepts(parcel, now):
             destination.add(parcel)
@@ -135,12 +143,7 @@ class Publisher:
 
     async def refresh_topics(self) -> None:
         """See topics that were made since, and those that are gone. While Kafka is away, this waits for it."""
-        since = time.monotonic()
-        while True:
-            with suppress(*UNREACHABLE):
-                if (producer := self._lanes.common.producer) is not None:
-                    return await self.topics.refresh(producer, since=since)
-            await asyncio.sleep(_TICK_S)
+        await self.topics.refresh_at_last(lambda: self._lanes.common.producer)
 
     # -- to the producers -------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from aiokafka.errors import (
     TopicAuthorizationFailedError,
 )
 
-from embedq_consumer.delivery.deliverer import Deliverer
+from embedq_consumer.delivery.deliverer import Deliverer, DeliveryLimits
 from embedq_consumer.delivery.destination import Undelivered
 from embedq_consumer.delivery.outgoing import Outgoing
 from embedq_consumer.delivery.result_records import ResultEncoder
@@ -40,6 +40,7 @@ from tests.helpers.support import wait_until
 ELSEWHERE = ("reply-topic", b"elsewhere")
 ERROR = ErrorBody.of("text_too_long", "`input`: expected less", "input")
 MALFORMED = ErrorBody.of("malformed", "expected a job")
+LIMITS = DeliveryLimits(reply_timeout_s=15, max_behind=10)
 Refusal = Callable[[Outgoing], Exception | None]
 
 
@@ -58,9 +59,7 @@ class Parts:
         self.sink = ScriptedSink(refusal)
         self.memory = WeightedSemaphore(memory)
         encoder = ResultEncoder(TOPICS, "group", limit)
-        self.deliverer = Deliverer(
-            encoder, self.sink, self.sink.finish, self.memory, self.metrics, reply_timeout_s=15
-        )
+        self.deliverer = Deliverer(encoder, self.sink, self.sink.finish, self.memory, self.metrics, LIMITS)
 
     async def deliver(self, *jobs: JobState) -> None:
         """From the reservation on."""
@@ -162,6 +161,22 @@ async def test_only_a_result_at_an_address_of_the_callers_has_a_time_out() -> No
             (TOPICS.results, 5.0),
             (TOPICS.dead_letters, None),
         ]
+
+
+async def test_a_result_is_urgent_once_much_after_it_is_finished() -> None:
+    async with delivering() as parts:
+        parts.sink.stuck.add("elsewhere")
+        delivery = asyncio.create_task(
+            parts.deliver(answered(ELSEWHERE, offset=5), answered(ELSEWHERE, offset=6), answered(offset=15))
+        )
+        await wait_until(lambda: parts.sink.finished == [15])
+        fifth, sixth, _ = parts.sink.urgent
+        assert (fifth(), sixth()) == (True, False)
+        await parts.deliver(answered(offset=7))  # finished later, but not further on
+        assert (fifth(), sixth()) == (True, False)
+        parts.sink.stuck.clear()
+        parts.sink.open()
+        await delivery
 
 
 async def test_every_part_of_a_result_is_there_before_its_record_is_finished() -> None:

@@ -247,6 +247,18 @@ def test_even_a_time_shorter_than_it_takes_to_see_that_kafka_is_away_gives_nothi
     assert all(not found.overdue(destination, now / 10) for now in range(70))
 
 
+def test_a_record_that_others_wait_for_is_given_up_before_its_time_and_only_while_its_place_fails() -> None:
+    found = places()
+    destination = failing(found, now=0, count=2)
+    urgent = Parcel(record(), lambda error: None, 15, next(serials), 0, lambda: True)
+    destination.add(urgent)
+    assert [one for one, _ in found.overdue(destination, 1)] == [urgent]
+    assert not destination.given_up
+    destination.add(urgent)
+    destination.note_taken(2)
+    assert found.overdue(destination, 2) == []
+
+
 def test_a_place_that_was_given_up_refuses_at_once_but_for_one_that_tries() -> None:
     found = places()
     destination = failing(found, now=0)
