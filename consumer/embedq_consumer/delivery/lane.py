@@ -165,6 +165,11 @@ class Lanes:
         if lane is not None and lane.producer is not None:
             lane.producer.evict(destination.place)
 
+    def strand(self, destination: Destination) -> None:
+        """The place's producer is given up."""
+        self.recall(destination)
+        self.let_go(destination.place)
+
     def may_return(self, place: Place, now: float) -> bool:
         """Whether the common producer may have this place; if not, the next one may, which is made now and then."""
         if place not in self.common.closed_to:

@@ -168,6 +168,8 @@ class Publisher:
             sending.add_done_callback(partial(self._note, destination, parcel))
 
     def _note(self, destination: Destination, parcel: Parcel, sending: asyncio.Future[Any]) -> None:
+        if not sending.cancelled():
+            sending.exception()  # it may never be looked at again, of which asyncio would complain
         self._answers.append((destination, parcel, sending))
         self._woken.set()
 
@@ -281,7 +283,7 @@ class Publisher:
             if forgotten and not self._places.knows(place[0]):
                 self._lanes.forget(place[0])
         for place in self._lanes.keep():
-            self._strand(place)
+            self._lanes.strand(self._places.at(place))
         if self._lanes.common.broken or (presence.away_since is not None and now >= self._renew_at):
             self._renew_at = now + _RENEWALS_S[0]
             self._lanes.renew(self._lanes.said(presence.taken_at), self._start_anew)
@@ -306,18 +308,13 @@ class Publisher:
             destination.rejoin()
         self._pump(destination, now)
 
-    def _strand(self, place: Place) -> None:
-        """Its producer has ended."""
-        self._lanes.recall(self._places.at(place))
-        self._lanes.let_go(place)
-
     def _start_anew(self) -> None:
         """The common producer was replaced since nothing went through it: everything begins with the new one."""
         self._renewals += 1
         now = time.monotonic()
         self._renew_at = now + _RENEWALS_S[min(self._renewals, len(_RENEWALS_S) - 1)]
         for destination in self._places:
-            self._strand(destination.place)
+            self._lanes.strand(destination)
             destination.rejoin()
             self._pump(destination, now)
 

@@ -414,7 +414,8 @@ async def test_a_topic_that_does_not_exist_is_refused_once_certain_and_forgotten
         assert one.publisher.topics.partitions("replies") is None
 
 
-async def test_a_topic_that_is_new_to_the_brokers_is_not_refused() -> None:
+async def test_a_topic_that_is_new_to_the_brokers_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(destination, "CONFIRM_S", 300.0)
     async with opened() as one:
         one.send(record("a", topic="new"), timeout_s=10)
         await wait_until(lambda: one.broker.looked_up > 2)
