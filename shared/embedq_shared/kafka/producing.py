@@ -8,7 +8,8 @@ What aiokafka does by itself, and what is done about it here:
   every failure is the caller's at once.
 - The broker answers a request when all of its partitions have enough copies, or after the time that the request allows,
   which aiokafka makes as long as the time for a connection that hangs. `ack_timeout_ms` is for the first alone.
-- `send` waits for metadata, and for room in a batch, during which nothing else is appended. `append` never waits.
+- `send` waits for metadata, and for room in a batch, also while one is tried again, during which nothing else is appended.
+  `append` never waits.
 - Whoever asks for metadata while an answer is under way gets that answer, though it knows nothing of a topic named since.
 """
 
@@ -76,12 +77,16 @@ class PartitionwiseProducer(AIOKafkaProducer):
 
         Raises:
             MessageSizeTooLargeError: it is larger than any request.
-            KafkaTimeoutError: the partition's batch is full.
+            KafkaTimeoutError: the partition's batch is full: more is open than `max_batch_size`.
             KafkaError: the producer has ended.
         """
         key_bytes, value_bytes = self._serialize(key, value, headers)
-        adding = self._message_accumulator.add_message(
-            TopicPartition(topic, partition),
+        accumulator, place = self._message_accumulator, TopicPartition(topic, partition)
+        if (waiting := accumulator._batches.get(place)) and waiting[-1]._builder.closed():
+            # It waits to be tried again and takes nothing more; aiokafka would let everything wait for it.
+            accumulator._append_batch(accumulator.create_builder(), place)
+        adding = accumulator.add_message(
+            place,
             key_bytes,
             value_bytes,
             self._request_timeout_ms / 1000,

@@ -141,6 +141,24 @@ async def test_a_partition_that_is_evicted_fails_and_the_others_go_on() -> None:
         assert sum(0 in request for request in broker.requests) == before
 
 
+async def test_what_is_appended_while_a_batch_is_tried_again_comes_after_it() -> None:
+    async with producing() as (producer, broker):
+        await producer.look_up("t", 0)
+        broker.error[0] = 19
+        first = append(producer, 0)
+        await wait_until(lambda: producer.last_error("t", 0, 0) is not None)
+        place = next(iter(producer._errors))
+        await wait_until(lambda: place in producer._message_accumulator._batches)
+        later = [append(producer, 0) for _ in range(3)]
+        broker.error.clear()
+        assert (await first).offset == 7
+        assert [(await one).offset for one in later] == [
+            7,
+            8,
+            9,
+        ]  # one batch, of which the broker says where it begins
+
+
 async def test_what_waits_for_a_partition_that_is_evicted_fails_at_once_and_in_silence() -> None:
     complaints: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
