@@ -249,10 +249,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             description="Milliseconds that a replica has to drain for a rebalance; at least the session timeout.",
         ),
     ] = 60_000
-    publish_timeout_s: Annotated[
+    reply_timeout_s: Annotated[
         PositiveFloat,
-        Meta(description="Seconds without an acknowledged result after which the process ends."),
-    ] = 60.0
+        Meta(
+            description="Seconds that a result may wait for a reply address that takes nothing, while other topics and partitions "
+            "do; after that its job is dead-lettered. The default leaves time to elect a leader after a broker was lost."
+        ),
+    ] = 15.0
     drain_timeout_s: Annotated[
         PositiveFloat,
         Meta(

@@ -36,15 +36,15 @@ def fresh_prefix() -> str:
 
 
 async def make_topics(
-    stack: DevStack, prefix: str, *, partitions: int = 4, names: Iterable[str] = ()
+    stack: DevStack, prefix: str, *, partitions: int = 4, copies: int = 1, names: Iterable[str] = ()
 ) -> Topics:
-    """embedq's topics below this prefix, and other ones by name."""
+    """embedq's topics below this prefix, and other ones by name, with this many copies of each partition."""
     topics = Topics(prefix)
     compact = {"cleanup.policy": "compact"}
     new = [
-        NewTopic(name, partitions, 1)
+        NewTopic(name, partitions, copies)
         for name in (*topics.lanes, topics.results, topics.replies, topics.dead_letters, *names)
-    ] + [NewTopic(name, 1, 1, topic_configs=compact) for name in (topics.control, topics.status)]
+    ] + [NewTopic(name, 1, copies, topic_configs=compact) for name in (topics.control, topics.status)]
     admin = AIOKafkaAdminClient(bootstrap_servers=stack.kafka_servers)
     await admin.start()
     try:
@@ -86,8 +86,8 @@ class Replica:
             # A replica that the machine starves must not lose its partitions for it.
             "EMBEDQ_SESSION_TIMEOUT_MS": f"{patient(6.0) * 1000:.0f}",
             "EMBEDQ_REBALANCE_TIMEOUT_MS": f"{patient(20.0) * 1000:.0f}",
-            # Longer than the session: a replica that a test freezes must not end when it wakes up.
-            "EMBEDQ_PUBLISH_TIMEOUT_S": f"{patient(60.0):.0f}",
+            # A machine that starves its brokers must not cost a job its answer.
+            "EMBEDQ_REPLY_TIMEOUT_S": f"{patient(15.0):.0f}",
             "EMBEDQ_THREADS": "1",
             **{f"EMBEDQ_{name.upper()}": str(value) for name, value in settings.items()},
         }

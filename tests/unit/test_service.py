@@ -70,11 +70,13 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
         async def open(self) -> None:
             world.did.append("publisher open")
 
-        async def publish(self, records: Sequence[Outgoing]) -> list[None]:
+        async def announce(self, records: Sequence[Outgoing], *, within: float) -> None:
             for record in records:
                 status = decode_status(record.value or b"")
                 world.statuses.append((status.step, status.state))
-            return [None] * len(records)
+
+        async def watch(self) -> None:
+            await asyncio.Event().wait()
 
         async def close(self) -> None:
             world.did.append("publisher closed")

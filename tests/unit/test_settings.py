@@ -53,7 +53,7 @@ def test_a_missing_one_is_named(missing: str) -> None:
         ("max_poll_records", "2.5", "expected `int`, got `str`"),
         ("max_result_bytes", "100", "expected `int` >= 4096"),
         ("http_port", "65536", "expected `int` <= 65535"),
-        ("publish_timeout_s", "0", "expected `float` > 0.0"),
+        ("reply_timeout_s", "0", "expected `float` > 0.0"),
         ("session_timeout_ms", "999", "expected `int` >= 1000"),
         ("log_level", "verbose", "expected one of debug, info, warning, error"),
         ("device", "gpu", r"expected `str` matching regex '^(auto|cpu|cuda(:\\d+)?)$'"),
@@ -73,7 +73,7 @@ def test_a_value_out_of_range_names_its_variable_and_what_was_expected(
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
-@pytest.mark.parametrize("name", ["max_wait_ms", "publish_timeout_s", "cache_ttl_s", "bulk_max_wait_s"])
+@pytest.mark.parametrize("name", ["max_wait_ms", "reply_timeout_s", "cache_ttl_s", "bulk_max_wait_s"])
 def test_a_number_that_is_not_finite_is_refused(name: str, value: str) -> None:
     with pytest.raises(SettingsError, match=f"EMBEDQ_{name.upper()}"):
         settings(**{name: value})

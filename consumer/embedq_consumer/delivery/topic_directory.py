@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 from embedq_consumer.delivery.kafka_producer import Producer
+from embedq_consumer.delivery.lane import UNREACHABLE
 
 _REFRESH_S: Final = 20.0
 """The longest single look."""
+_PAUSE_S: Final = 0.1
 
 
 class TopicDirectory:
-    """How many partitions each topic has. Asks for all topics at once, since asking for one by name can create it."""
+    """How many partitions each topic has. Asks for all topics at once: so a topic that was deleted is noticed, too."""
 
     def __init__(self, *, min_age_s: float = 1.0) -> None:
         self._counts: dict[str, int] = {}
@@ -28,6 +32,16 @@ class TopicDirectory:
     def forget(self, topic: str) -> None:
         """The broker says that it has no such topic: the next job that names it asks again."""
         self._counts.pop(topic, None)
+
+    async def refresh_at_last(self, producer: Callable[[], Producer | None]) -> None:
+        """Look again, and again until brokers answer; `producer` is the one to ask then, if there is one."""
+        since = time.monotonic()
+        while True:
+            with suppress(*UNREACHABLE):
+                if (asked := producer()) is not None:
+                    await self.refresh(asked, since=since)
+                    return
+            await asyncio.sleep(_PAUSE_S)
 
     async def refresh(self, producer: Producer, *, since: float) -> None:
         """Look again, unless another caller has since `since` (monotonic seconds); at most once in `min_age_s`.

@@ -92,7 +92,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
     # -- life ---------------------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        """Connect and ask to join the group.
+        """Connect and ask to join the group. After an error it may be called again.
 
         Raises:
             KafkaError: no broker answers.

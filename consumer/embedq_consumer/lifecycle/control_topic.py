@@ -51,6 +51,7 @@ class ControlTopic:
         self._alias = alias
         self._metrics = metrics
         self._partition = TopicPartition(topics.control, 0)
+        self._connected = False
         self._consumer = make_consumer(
             **options,
             enable_auto_commit=False,
@@ -60,13 +61,15 @@ class ControlTopic:
         )
 
     async def open(self) -> Control | None:
-        """Connect and read to the end as it is now; the newest command for the alias.
+        """Connect and read to the end as it is now; the newest command for the alias. After an error it may be called again.
 
         Raises:
             KafkaError: no broker answers.
             TimeoutError: reading the topic took more than 60 s.
         """
-        await start_client(self._consumer)
+        if not self._connected:
+            await start_client(self._consumer)
+            self._connected = True
         self._consumer.assign([self._partition])
         newest: Control | None = None
         async with asyncio.timeout(_READ_S):

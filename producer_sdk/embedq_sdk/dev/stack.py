@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -223,7 +223,7 @@ class DevStack:
             # If it does not fit, as with another build of Java, the JVM starts without it; it need not warn.
             options += [f"-XX:AOTCache={files.startup_archive}", "-Xlog:aot=off", "-Xlog:cds=off"]
         for attempt in range(1, _PORT_ATTEMPTS + 1):
-            kafka = KafkaServer(processes, files, self._brokers, self._kafka_properties, options)
+            kafka = self._make_kafka(processes, files, options)
             try:
                 kafka.start(kafka.nodes)
                 kafka.open_groups()
@@ -234,6 +234,12 @@ class DevStack:
             else:
                 break
         return kafka
+
+    def _make_kafka(
+        self, processes: Processes, files: KafkaFiles, java_options: Sequence[str]
+    ) -> KafkaServer:
+        """The cluster, not started yet."""
+        return KafkaServer(processes, files, self._brokers, self._kafka_properties, java_options)
 
     def _train(self, processes: Processes, files: KafkaFiles) -> None:
         """Start a broker once and have the JVM save what it loaded and linked, for all later starts."""

@@ -6,19 +6,13 @@ reading a record needs no Kafka client.
 
 from typing import Final
 
-from aiokafka import (
-    AIOKafkaConsumer,
-    AIOKafkaProducer,
-    ConsumerRebalanceListener,
-    ConsumerRecord,
-    TopicPartition,
-)
-from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka import ConsumerRebalanceListener, ConsumerRecord, TopicPartition
 from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 from aiokafka.errors import (
     CommitFailedError,
     IllegalStateError,
     InvalidTopicError,
+    KafkaConnectionError,
     KafkaError,
     MessageSizeTooLargeError,
     RecordListTooLargeError,
@@ -26,8 +20,11 @@ from aiokafka.errors import (
     UnknownTopicOrPartitionError,
 )
 
+from embedq_shared.kafka.clients import AIOKafkaAdminClient, AIOKafkaConsumer, AIOKafkaProducer
 from embedq_shared.kafka.connecting import BrokerUnreachable, connect, reason, start_client
+from embedq_shared.kafka.errors import InvalidRecordError, UnsupportedCompressionTypeError, error_kinds
 from embedq_shared.kafka.groups import committed_offsets, group_lag
+from embedq_shared.kafka.producing import Evicted, PartitionwiseProducer, partition_of
 from embedq_shared.kafka.reading.consumer import BoundedConsumer
 from embedq_shared.kafka.reading.inflation import DEFAULT_MAX_INFLATED_BYTES
 from embedq_shared.kafka.reading.record_batches import Unreadable
@@ -55,12 +52,16 @@ __all__ = [
     "CommitFailedError",
     "ConsumerRebalanceListener",
     "ConsumerRecord",
+    "Evicted",
     "IllegalStateError",
+    "InvalidRecordError",
     "InvalidTopicError",
+    "KafkaConnectionError",
     "KafkaError",
     "KafkaOptions",
     "KafkaRefused",
     "OAuthOptions",
+    "PartitionwiseProducer",
     "Polled",
     "RoundRobinPartitionAssignor",
     "SaslMechanism",
@@ -70,11 +71,14 @@ __all__ = [
     "UnknownTopicOrPartitionError",
     "Unreadable",
     "UnreadableRecord",
+    "UnsupportedCompressionTypeError",
     "committed_offsets",
     "connect",
+    "error_kinds",
     "explain",
     "group_lag",
     "is_permanent",
+    "partition_of",
     "poll",
     "poll_partition",
     "position",

@@ -52,8 +52,8 @@ def plain(message: Result | Failure, format: Format) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("code", get_args(ErrorCode))
-def test_only_overload_and_our_own_faults_are_worth_a_retry(code: ErrorCode) -> None:
-    assert ErrorBody.of(code, "m").retryable is (code in {"overloaded", "internal"})
+def test_only_what_is_not_the_senders_fault_is_worth_a_retry(code: ErrorCode) -> None:
+    assert ErrorBody.of(code, "m").retryable is (code in {"undeliverable", "overloaded", "internal"})
     assert set(get_args(ErrorCode)) >= RETRYABLE
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from contextvars import ContextVar
 from typing import Any
 
-from aiokafka import AIOKafkaConsumer
 from aiokafka.consumer import fetcher
 
+from embedq_shared.kafka.clients import AIOKafkaConsumer
 from embedq_shared.kafka.reading.inflation import DEFAULT_MAX_INFLATED_BYTES
 from embedq_shared.kafka.reading.record_batches import BoundedRecords
 
@@ -15,7 +15,7 @@ _ceiling: ContextVar[int | None] = ContextVar("embedq_kafka_ceiling", default=No
 """Of the consumer whose fetching tasks run in this context; None in those of consumers that are not ours."""
 
 
-class BoundedConsumer(AIOKafkaConsumer):  # type: ignore[misc]  # aiokafka has no type information
+class BoundedConsumer(AIOKafkaConsumer):
     """A consumer whose polls neither inflate a batch beyond `max_inflated_bytes` nor raise for what cannot be read: that
     comes in its place, as a record whose value is an `Unreadable`.
 
