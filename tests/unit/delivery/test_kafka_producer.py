@@ -17,6 +17,8 @@ NOBODY = {"bootstrap_servers": "127.0.0.1:1"}
 
 
 class Connections:
+    _sasl_mechanism = "PLAIN"
+
     def __init__(self) -> None:
         self.closed = False
 
