@@ -7,6 +7,7 @@ takes nothing from anybody who works on it, and two of them settle any change.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import msgspec
@@ -118,8 +119,15 @@ def _target(
     for number in numbers:
         partition = TopicPartition(topic, number)
         owned.get(owner_of.get(partition, ""), free).append(partition)
-    # One more goes to those who got it for fewer topics so far; among them to those who have it already.
-    generous = sorted(readers, key=lambda member: (extra[member], len(owned[member]) <= least, member))[:more]
+    # One more goes to those who got it for fewer topics so far; among them to those who have it already; and among these
+    # to those who have least of all topics, since another one may owe theirs to another topic.
+    all_owned = Counter(owner_of.values())
+
+    def reluctance(member: str) -> tuple[int, bool, int, str]:
+        has_it = len(owned[member]) > least
+        return extra[member], not has_it, all_owned[member] if has_it else 0, member
+
+    generous = sorted(readers, key=reluctance)[:more]
     for member in generous:
         extra[member] += 1
     quota = {member: least + (member in generous) for member in readers}

@@ -110,6 +110,7 @@ class OffsetCommitter:
                 return True
             if membership is None:
                 return False
+            epochs = {partition: self._ledger.epoch(partition) for partition in offsets}
             try:
                 async with asyncio.timeout(_COMMIT_S):
                     await self._store.commit(membership, offsets)
@@ -123,8 +124,9 @@ class OffsetCommitter:
                 log.warning("commit_failed", reason=type(error).__name__)
                 return False
             self._metrics.commits.labels("ok").inc()
-            # A partition may have come back meanwhile. Then its start, which was fetched later, is not below this.
-            self._ledger.note_committed({partition: stored.offset for partition, stored in offsets.items()})
+            self._ledger.note_committed(
+                {p: its.offset for p, its in offsets.items() if self._ledger.epoch(p) == epochs[p]}
+            )
             return True
 
     def _due(

@@ -1,4 +1,4 @@
-"""Commits: when they are sent, what their failures cost, and the lag that operators see."""
+"""Commits: when they are sent, which membership they show, and what their failures cost."""
 
 from __future__ import annotations
 
@@ -8,46 +8,43 @@ from contextlib import asynccontextmanager, suppress
 
 import pytest
 from aiokafka import TopicPartition
-from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaConnectionError
+from aiokafka.errors import (
+    IllegalGenerationError,
+    KafkaConnectionError,
+    RebalanceInProgressError,
+    UnknownMemberIdError,
+)
 from structlog.testing import capture_logs
 
-from embedq_consumer.intake import offset_committer
-from embedq_consumer.intake.offset_committer import OffsetCommitter
-from embedq_consumer.intake.offsets import OffsetLedger
-from embedq_consumer.intake.poll_state import PollState
+from embedq_consumer.group import offset_committer
+from embedq_consumer.group.offset_committer import OffsetCommitter
+from embedq_consumer.group.offsets import OffsetLedger
+from embedq_consumer.group.ownership import Ownership
 from embedq_consumer.telemetry.metrics import Metrics
-from tests.helpers.scripted_consumer import ScriptedConsumer
+from embedq_shared.kafka import Membership
+from tests.helpers.scripted_consumer import ScriptedMember
 from tests.helpers.support import wait_until
 
 A, B = TopicPartition("jobs", 0), TopicPartition("jobs", 1)
 
 
-class CountingState(PollState):
-    """A poll state that knows how often the commit loop has asked it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.asked = 0
-
-    @property
-    def rebalancing(self) -> bool:
-        self.asked += 1
-        return super().rebalancing
-
-
 class Committing:
-    """A committer with the ledger that it reads and a consumer that notes what it commits."""
+    """A committer with the ledger that it reads and a member that notes what it commits."""
 
     def __init__(self, *, interval_s: float = 60.0, max_uncommitted: int = 1000) -> None:
-        self.consumer = ScriptedConsumer()
+        self.member = ScriptedMember()
+        self.member.membership = Membership("me", 1)
         self.ledger = OffsetLedger()
-        self.ledger.assign([A, B])
+        self.ownership = Ownership()
+        self.ownership.assigned(Membership("me", 1), {A, B}, ())
+        for partition in (A, B):
+            self.ledger.add(partition, None)
         self.metrics = Metrics()
-        self.state = CountingState()
-        self.committed = 0
+        self.rounds = 0
         self.committer = OffsetCommitter(
-            self.consumer,
+            self.member,
             self.ledger,
+            self.ownership,
             self.metrics,
             interval_s=interval_s,
             max_uncommitted=max_uncommitted,
@@ -59,10 +56,10 @@ class Committing:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        def count() -> None:
-            self.committed += 1
+        async def count() -> None:
+            self.rounds += 1
 
-        running = asyncio.create_task(self.committer.run(self.state, count))
+        running = asyncio.create_task(self.committer.run(count))
         try:
             yield
         finally:
@@ -70,92 +67,122 @@ class Committing:
             with suppress(asyncio.CancelledError):
                 await running
 
-    async def until_committed(self, times: int) -> None:
-        await wait_until(lambda: self.committed >= times, what=f"{times} commits")
+    async def until_round(self, times: int) -> None:
+        await wait_until(lambda: self.rounds >= times, what=f"{times} rounds")
 
     def commits(self, outcome: str) -> float | None:
         return self.metrics.registry.get_sample_value("embedq_commits_total", {"outcome": outcome})
 
-    def lag(self, partition: TopicPartition) -> float | None:
-        labels = {"topic": partition.topic, "partition": str(partition.partition)}
-        return self.metrics.registry.get_sample_value("embedq_lag_records", labels)
 
-
-async def test_what_is_finished_is_committed_each_interval() -> None:
+async def test_what_is_finished_is_committed_without_waiting_for_more() -> None:
     committing = Committing(interval_s=0.001)
-    committing.finish(0)
     async with committing.running():
-        await committing.until_committed(1)
+        await committing.until_round(1)
+        committing.finish(0)
+        await wait_until(lambda: len(committing.member.commits) == 1, what="the first commit")
         committing.finish(1)
         committing.finish(0, B)
-        await wait_until(lambda: len(committing.consumer.commits) == 2, what="the second commit")
-    assert committing.consumer.commits == [{A: 1}, {A: 2, B: 1}]
+        await wait_until(lambda: len(committing.member.commits) == 2, what="the second commit")
+    assert committing.member.commits == [{A: 1}, {A: 2, B: 1}]
     assert committing.commits("ok") == 2
 
 
-async def test_nothing_finished_is_nothing_to_commit() -> None:
+async def test_what_finishes_right_after_a_commit_waits_for_the_interval() -> None:
+    committing = Committing(interval_s=3600)
+    committing.finish(0)
+    async with committing.running():
+        await committing.until_round(1)
+        committing.finish(1)
+        for _ in range(20):
+            await asyncio.sleep(0)
+    assert committing.member.commits == [{A: 1}]
+
+
+async def test_nothing_finished_is_nothing_to_commit_and_a_round_comes_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(offset_committer, "_IDLE_S", 0.001)
     committing = Committing(interval_s=0.001)
     async with committing.running():
-        await committing.until_committed(3)
-    assert committing.consumer.commits == []
+        await committing.until_round(3)
+    assert committing.member.commits == []
     assert committing.commits("ok") == 0
 
 
 async def test_a_commit_comes_early_once_a_quarter_of_what_may_stay_uncommitted_is_finished() -> None:
     committing = Committing(interval_s=3600, max_uncommitted=8)
     async with committing.running():
+        await committing.until_round(1)
         committing.finish(0)
         await asyncio.sleep(0)
-        assert committing.committed == 0
+        assert committing.rounds == 1
         committing.finish(1)
-        await committing.until_committed(1)
-        assert committing.consumer.commits == [{A: 2}]
+        await committing.until_round(2)
+        assert committing.member.commits == [{A: 2}]
         committing.finish(2)  # counted from the commit on
         await asyncio.sleep(0)
-        assert committing.committed == 1
+        assert committing.rounds == 2
         committing.finish(3)
-        await committing.until_committed(2)
+        await committing.until_round(3)
 
 
 async def test_what_finishes_during_a_commit_brings_the_next_one_forward_too() -> None:
     committing = Committing(interval_s=3600, max_uncommitted=8)
-    committing.consumer.commit_gate = gate = asyncio.Event()
+    committing.member.commit_gate = gate = asyncio.Event()
+    committing.finish(0)
     async with committing.running():
-        committing.finish(0)
-        committing.finish(1)
-        await wait_until(lambda: committing.state.asked == 1, what="the commit")
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
         committing.finish(2)
         committing.finish(3)
         gate.set()
-        await committing.until_committed(2)
-    assert committing.consumer.commits == [{A: 2}, {A: 4}]
+        await committing.until_round(2)
+    assert committing.member.commits == [{A: 1}, {A: 4}]
 
 
 async def test_the_smallest_bound_commits_after_every_record() -> None:
     committing = Committing(interval_s=3600, max_uncommitted=1)
     async with committing.running():
+        await committing.until_round(1)
         committing.finish(0)
-        await committing.until_committed(1)
+        await committing.until_round(2)
+    assert committing.member.commits == [{A: 1}]
 
 
-async def test_nothing_is_committed_during_a_rebalance() -> None:
-    committing = Committing(interval_s=0.001)
-    committing.state.revoke()
-    committing.finish(0)
+async def test_who_waits_for_the_next_round_gets_it_before_the_interval_is_over() -> None:
+    committing = Committing(interval_s=3600)
     async with committing.running():
-        await wait_until(lambda: committing.state.asked >= 6, what="three rounds of the loop")
-        assert committing.consumer.commits == []
-        committing.state.give_up()
-        committing.state.assign()
-        await committing.until_committed(1)
-    assert committing.consumer.commits == [{A: 1}]
+        await committing.until_round(1)
+        committing.committer.hurry()
+        await committing.until_round(2)
 
 
-@pytest.mark.parametrize("error", [CommitFailedError("fenced"), IllegalStateError("not assigned")])
-async def test_partitions_that_belong_to_another_replica_are_no_reason_to_end(error: Exception) -> None:
+async def test_a_commit_shows_the_membership_under_which_the_partitions_are_ours_and_no_later_one() -> None:
     committing = Committing()
     committing.finish(0)
-    committing.consumer.commit_errors.append(error)
+    committing.member.membership = Membership("me", 2)  # the group has moved on, and we have not heard of it
+    assert await committing.committer.commit() is False
+    assert (committing.commits("fenced"), committing.member.commits) == (1, [])
+    committing.ownership.assigned(Membership("me", 2), {A, B}, ())
+    assert await committing.committer.commit() is True
+    assert (committing.commits("ok"), committing.member.commits) == (1, [{A: 1}])
+
+
+async def test_without_a_membership_nothing_is_sent() -> None:
+    committing = Committing()
+    committing.finish(0)
+    committing.ownership.expelled()
+    assert await committing.committer.commit() is False
+    assert [committing.commits(outcome) for outcome in ("ok", "error", "fenced")] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("error", [UnknownMemberIdError, IllegalGenerationError, RebalanceInProgressError])
+async def test_what_is_fenced_is_no_reason_to_end_and_goes_with_the_next_commit_if_it_is_ours_still(
+    error: type[Exception],
+) -> None:
+    committing = Committing()
+    committing.finish(0)
+    committing.member.commit_errors.append(error())
     await committing.committer.commit()
     assert (committing.commits("fenced"), committing.ledger.committed(A)) == (1, None)
     await committing.committer.commit()
@@ -165,21 +192,21 @@ async def test_partitions_that_belong_to_another_replica_are_no_reason_to_end(er
 async def test_a_commit_that_fails_is_sent_again_with_the_next_one() -> None:
     committing = Committing()
     committing.finish(0)
-    committing.consumer.commit_errors.append(KafkaConnectionError())
+    committing.member.commit_errors.append(KafkaConnectionError())
     with capture_logs() as logs:
         await committing.committer.commit()
     assert [(line["event"], line["reason"]) for line in logs] == [("commit_failed", "KafkaConnectionError")]
     assert committing.commits("error") == 1
     committing.finish(1)
     await committing.committer.commit()
-    assert committing.consumer.commits == [{A: 2}]
+    assert committing.member.commits == [{A: 2}]
 
 
 async def test_a_broker_that_does_not_answer_costs_a_bounded_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offset_committer, "_COMMIT_S", 0.001)
     committing = Committing()
     committing.finish(0)
-    committing.consumer.commit_gate = asyncio.Event()
+    committing.member.commit_gate = asyncio.Event()
     with capture_logs() as logs:
         await committing.committer.commit()
     assert logs[0]["reason"] == "TimeoutError"
@@ -189,7 +216,7 @@ async def test_a_broker_that_does_not_answer_costs_a_bounded_wait(monkeypatch: p
 async def test_one_commit_at_a_time_so_that_none_is_overtaken_by_an_older_one() -> None:
     committing = Committing()
     committing.finish(0)
-    committing.consumer.commit_gate = gate = asyncio.Event()
+    committing.member.commit_gate = gate = asyncio.Event()
     first = asyncio.create_task(committing.committer.commit())
     await asyncio.sleep(0)
     committing.finish(1)
@@ -197,50 +224,56 @@ async def test_one_commit_at_a_time_so_that_none_is_overtaken_by_an_older_one() 
     await asyncio.sleep(0)
     gate.set()
     await asyncio.gather(first, second)
-    assert committing.consumer.commits == [{A: 1}, {A: 2}]
+    assert committing.member.commits == [{A: 1}, {A: 2}]
 
 
 async def test_the_answer_to_a_commit_of_an_earlier_epoch_is_not_noted_for_this_one() -> None:
     committing = Committing()
     committing.finish(0)
-    committing.consumer.commit_gate = gate = asyncio.Event()
+    committing.member.commit_gate = gate = asyncio.Event()
     commit = asyncio.create_task(committing.committer.commit())
     await asyncio.sleep(0)
-    committing.ledger.assign([A])
+    committing.ledger.add(A, None)
     gate.set()
     await commit
     assert committing.ledger.committed(A) is None
 
 
-async def test_the_lag_is_what_lies_between_the_commit_and_the_end_of_the_partition() -> None:
-    committing = Committing(interval_s=0.001)
-    committing.consumer.write(A, *[b"x"] * 5)
+class Custodian:
+    """Knows nothing of B yet."""
+
+    def __init__(self) -> None:
+        self.wanted: list[tuple[TopicPartition, int]] = []
+
+    def metadata(self, partition: TopicPartition, *, release: bool) -> str | None:
+        return None if partition == B else f"release={release}"
+
+    def want(self, partition: TopicPartition, epoch: int) -> None:
+        self.wanted.append((partition, epoch))
+
+
+async def test_a_custodian_says_what_goes_with_the_offsets_and_which_must_wait() -> None:
+    committing = Committing()
+    custodian = Custodian()
+    stored: list[dict[TopicPartition, str]] = []
+
+    class Store(ScriptedMember):
+        async def commit(self, membership, offsets):  # type: ignore[no-untyped-def]
+            stored.append({partition: its.metadata for partition, its in offsets.items()})
+
+    committer = OffsetCommitter(
+        Store(),
+        committing.ledger,
+        committing.ownership,
+        committing.metrics,
+        custodian,
+        interval_s=1.0,
+        max_uncommitted=10,
+    )
     committing.finish(0)
-    async with committing.running():
-        await wait_until(lambda: committing.lag(A) == 4, what="the lag")
-    assert committing.lag(B) is None  # its end is not known, and nothing of it is committed
-    committing.committer.forget([A])
-    assert committing.lag(A) == 0
-
-
-async def test_an_end_that_is_older_than_the_commit_is_no_negative_lag() -> None:
-    committing = Committing(interval_s=0.001)
-    committing.consumer.write(A, b"x")
-    committing.finish(5)
-    async with committing.running():
-        await wait_until(lambda: committing.lag(A) is not None, what="the lag")
-    assert committing.lag(A) == 0
-
-
-async def test_no_lag_is_measured_after_a_rebalance_has_begun_during_the_commit() -> None:
-    committing = Committing(interval_s=0.001)
-    committing.consumer.write(A, b"x", b"y")
-    committing.finish(0)
-    committing.consumer.commit_gate = gate = asyncio.Event()
-    async with committing.running():
-        await wait_until(lambda: committing.state.asked == 1, what="the commit")
-        committing.state.revoke()
-        gate.set()
-        await wait_until(lambda: committing.state.asked >= 4, what="another round")
-    assert committing.committed == 1
-    assert committing.lag(A) is None
+    committing.finish(0, B)
+    assert await committer.commit()
+    assert await committer.commit([A])  # although its offset did not rise
+    assert await committer.commit(release=[A])
+    assert stored == [{A: "release=False"}, {A: "release=False"}, {A: "release=True"}]
+    assert custodian.wanted == [(B, committing.ledger.epoch(B))] * 3
