@@ -134,7 +134,7 @@ class OffsetCommitter:
     ) -> dict[TopicPartition, OffsetAndMetadata]:
         """What to commit. A partition of which the custodian knows nothing yet is left out."""
         offsets = self._ledger.committable()
-        for partition in (*also, *release):
+        for partition in (*also, *release) if self._custodian else ():
             if (safe := self._ledger.safe(partition)) is not None:
                 offsets[partition] = safe
         due = {}

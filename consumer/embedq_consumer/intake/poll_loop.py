@@ -91,6 +91,8 @@ class Intake:
             lane: ReadAhead(options.read_ahead_s, least=_LEAST_READ_AHEAD, most=options.max_in_flight_jobs)
             for lane in LANES
         }
+        for lane, ahead in self._read_ahead.items():
+            self._limits.allow(lane, ahead.jobs)
         self._planner = PollPlanner(
             self._ledger,
             self._limits,
