@@ -5,11 +5,11 @@ from embedq_consumer.group.member import Member, OffsetStore, make_member
 from embedq_consumer.group.offset_committer import OffsetCommitter
 from embedq_consumer.group.offsets import OffsetLedger, Ticket
 from embedq_consumer.group.ownership import Ownership
-from embedq_consumer.group.watermark import Lowest, Overtaken, Watermarks
+from embedq_consumer.group.watch import WatermarkWatch
+from embedq_consumer.group.watermark import Overtaken
 
 __all__ = [
     "HandOver",
-    "Lowest",
     "Member",
     "OffsetCommitter",
     "OffsetLedger",
@@ -17,6 +17,6 @@ __all__ = [
     "Overtaken",
     "Ownership",
     "Ticket",
-    "Watermarks",
+    "WatermarkWatch",
     "make_member",
 ]

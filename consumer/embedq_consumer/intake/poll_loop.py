@@ -16,13 +16,12 @@ import structlog
 
 from embedq_consumer.group import (
     HandOver,
-    Lowest,
     OffsetCommitter,
     OffsetLedger,
     Overtaken,
     Ownership,
     Ticket,
-    Watermarks,
+    WatermarkWatch,
 )
 from embedq_consumer.intake.flow_control import InFlightLimits, PollPlanner, ReadAhead
 from embedq_consumer.intake.jobs_consumer import IntakeOptions, JobsClients
@@ -74,7 +73,6 @@ class Intake:
     ) -> None:
         self._consumer = clients.consumer
         self._member = clients.member
-        self._options = options
         self._topics = topics
         self._metrics = metrics
         self._beat = beat
@@ -120,8 +118,14 @@ class Intake:
             clients.consumer, self._ledger, self._ownership, self._changes, lambda: self._state.interrupted
         )
         self._careful = CarefulReader(clients.consumer, self._ledger, self._reading.poll, beat)
-        self._watermarks = Watermarks()
         self._newest_answered = dict.fromkeys(LANES, float("-inf"))
+        self._watch = WatermarkWatch(
+            self._ledger,
+            self._times,
+            metrics,
+            stuck_after_s=options.stuck_after_s,
+            limit_s=options.stuck_limit_s,
+        )
         self.joined = self._hand_over.joined
         """Set once the group has given this replica its partitions, even if there are none."""
 
@@ -159,28 +163,7 @@ class Intake:
     async def watch(self, give_up: GiveUp, tell: Callable[[str | None], None]) -> None:
         """Look for watermarks that stand still while others pass. `tell` hears why the service is not ready, or None;
         `give_up` gets a record that nobody should wait for any longer, and answers it."""
-        given_up: set[Ticket] = set()
-        while True:
-            overtaken = self._overtaken(time.monotonic())
-            for its in overtaken:
-                ticket = self._ledger.lowest(its.partition)
-                if (
-                    its.seconds >= self._options.stuck_limit_s
-                    and ticket is not None
-                    and ticket not in given_up
-                ):
-                    given_up.add(ticket)
-                    log.error(
-                        "record_given_up",
-                        topic=its.partition.topic,
-                        partition=its.partition.partition,
-                        offset=its.offset,
-                    )
-                    give_up(self._in_flight[ticket], its)
-            given_up &= self._in_flight.keys()
-            stuck = [its for its in overtaken if its.seconds >= self._options.stuck_after_s]
-            tell(_reason(stuck[0]) if stuck else None)
-            await asyncio.sleep(min(1.0, self._options.stuck_after_s / 4))
+        await self._watch.run(lambda ticket, its: give_up(self._in_flight[ticket], its), tell)
 
     async def stop(self, within: float) -> bool:
         """Take nothing more, wait for what is in flight, commit, leave the group. False if something was left, uncommitted."""
@@ -349,16 +332,10 @@ class Intake:
         self._state.interrupt()
         self._changes.notify()
 
-    def _overtaken(self, now: float) -> list[Overtaken]:
-        """The records that hold up their partition's commits while others pass, longest first."""
-        lowest = {}
-        for partition in self._ledger.partitions:
-            if (ticket := self._ledger.lowest(partition)) is not None:
-                first = Lowest(ticket.offset, self._in_flight[ticket].polled_at)
-                lowest[partition] = first, self._newest_answered[self._lane_of[partition.topic]]
-        found = sorted(self._watermarks.look(now, lowest).values(), key=lambda its: -its.seconds)
-        self._metrics.overtaken.set(found[0].seconds if found else 0.0)
-        return found
+    def _times(self, ticket: Ticket) -> tuple[float, float]:
+        """When a record in flight was polled, and when the newest answered one of its lane was."""
+        record = self._in_flight[ticket]
+        return record.polled_at, self._newest_answered[record.lane]
 
     def _show_limits(self) -> None:
         for lane in LANES:
@@ -369,11 +346,3 @@ class Intake:
     async def _idle(self) -> None:
         """Wait until nothing is in flight."""
         await self._changes.until(lambda: self._limits.idle)
-
-
-def _reason(its: Overtaken) -> str:
-    """One line for the readiness page."""
-    return (
-        f"{its.partition.topic}-{its.partition.partition} is stuck at offset {its.offset}: "
-        f"later jobs have been answered for {its.seconds:.0f} s"
-    )

@@ -65,7 +65,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.noted,
             self.seen,
         ):
-            known.pop(partition, None)  # type: ignore[attr-defined]
+            known.pop(partition, None)
 
     @rule(
         target=tickets,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from embedq_consumer.group.assignor import decode_claim, share
-from embedq_consumer.group.ownership import Ownership
+from embedq_consumer.group.ownership import Change, Ownership
 from embedq_shared.kafka import Membership
 
 PARTITIONS = {"jobs": [0, 1, 2, 3, 4], "jobs.bulk": [0, 1, 2]}
@@ -252,8 +252,9 @@ def member(*partitions: TopicPartition, generation: int = 1) -> Ownership:
 def test_what_is_new_is_opened_and_what_was_there_is_read_on() -> None:
     ownership = member(A)
     change = ownership.assigned(Membership("me", 2), {A, B}, ())
-    assert (change.added, change.lost) == ({B}, frozenset())
-    assert (ownership.reading, ownership.opening) == ({A}, {B})
+    assert change == Change(added=frozenset({B}))
+    assert ownership.reading == {A}
+    assert ownership.opening == {B}
 
 
 def test_what_is_to_be_released_is_ours_until_it_is_and_then_one_rejoin_is_due() -> None:
@@ -283,7 +284,8 @@ def test_a_release_that_another_rebalance_takes_back_is_read_on() -> None:
     ownership = member(A, B)
     ownership.assigned(Membership("me", 2), {A}, {B})
     change = ownership.assigned(Membership("me", 3), {A, B}, ())
-    assert (change.added, change.lost, ownership.reading) == (frozenset(), frozenset(), {A, B})
+    assert change == Change()
+    assert ownership.reading == {A, B}
     assert not ownership.take_rejoin()
 
 
@@ -301,7 +303,8 @@ def test_a_partition_that_was_released_before_the_group_asked_for_it_still_needs
 def test_what_a_leader_of_the_former_kind_gives_to_others_is_lost_at_once() -> None:
     ownership = member(A, B)
     change = ownership.assigned(Membership("me", 2), {B}, ())
-    assert (change.lost, ownership.reading) == ({A}, {B})
+    assert change == Change(lost=frozenset({A}))
+    assert ownership.reading == {B}
 
 
 def test_who_is_expelled_owns_nothing_and_claims_nothing() -> None:
