@@ -91,7 +91,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             loops = {
                 "intake": intake.run(pipeline.take, pipeline.take_unreadable),
                 "commit": intake.commit_forever(),
-                "watermarks": intake.watch(pipeline.give_up, health.set_trouble),
+                "watermarks": intake.watch(pipeline.give_up, partial(health.hinder, "watermark")),
                 "batches": model.run_batches(pipeline, tasks),
                 "control": model.follow(control, intake.held),
                 "status": model.reporter.resend_forever(),

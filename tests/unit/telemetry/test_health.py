@@ -118,13 +118,12 @@ def test_it_is_not_ready_until_somebody_says_so_and_never_when_a_loop_is_silent(
     assert health.ready(0).facts["reason"] == "draining"
 
 
-def test_a_trouble_keeps_a_service_that_takes_jobs_from_being_ready_and_hides_no_other_reason() -> None:
+def test_a_part_may_keep_a_service_that_takes_jobs_from_being_ready() -> None:
     health = Health()
-    health.set_trouble("stuck")
-    assert health.ready(0).facts["reason"] == "starting"
     health.set_ready(None)
+    health.hinder("watermark", "stuck")
     assert health.ready(0).facts == {"status": "not ready", "reason": "stuck"}
-    health.set_trouble(None)
+    health.hinder("watermark", None)
     assert health.ready(0).well
 
 
