@@ -108,15 +108,16 @@ class ScriptedMember:
     async def committed(
         self, partitions: Collection[TopicPartition]
     ) -> Mapping[TopicPartition, OffsetAndMetadata | None]:
+        found = {
+            partition: OffsetAndMetadata(self.stored[partition], "") if partition in self.stored else None
+            for partition in partitions
+        }
         if self.open_gate is not None:
             await self.open_gate.wait()
         if self.open_errors:
             raise self.open_errors.pop(0)
         self.calls.append("committed")
-        return {
-            partition: OffsetAndMetadata(self.stored[partition], "") if partition in self.stored else None
-            for partition in partitions
-        }
+        return found
 
     async def close(self, within: float) -> str | None:
         self.calls.append("close")
@@ -141,8 +142,6 @@ class ScriptedConsumer:
         self.positions: dict[TopicPartition, int] = {}
         self.ends: dict[TopicPartition, int] = {}
         self.stop_error: BaseException | None = None
-        self.answer_gate: asyncio.Event | None = None
-        """A poll that has taken its records waits for it before it returns them."""
         self._records: dict[TopicPartition, dict[int, ConsumerRecord]] = {}
         self._arrived = asyncio.Event()
         self._client = _Connections()  # what the Kafka room closes after a stop that failed
@@ -193,8 +192,6 @@ class ScriptedConsumer:
         self.timeouts_ms.append(timeout_ms)
         self.calls.append("poll")
         if found := self._take(partitions, max_records):
-            if self.answer_gate is not None:
-                await self.answer_gate.wait()
             return found
         if timeout_ms:
             self._arrived.clear()

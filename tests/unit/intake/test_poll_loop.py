@@ -414,19 +414,46 @@ async def test_a_release_that_is_taken_back_reads_on_where_it_was() -> None:
 async def test_records_that_a_poll_returns_after_their_partition_was_taken_are_read_by_whoever_has_it_then() -> (
     None
 ):
-    """Here that is ourselves: the partition comes back before the loop has noticed that it was gone."""
-    running = Harness(ScriptedConsumer())
-    running.consumer.answer_gate = gate = asyncio.Event()
-    running.consumer.write(A, *values(2))
+    """The poll has its records in the same step in which the partition goes; here it comes back to us."""
+    running = Harness(ScriptedConsumer(blocks=True))
     async with running.running(A):
-        await wait_until(lambda: running.consumer.positions[A] == 2, what="a poll with records")
+        await wait_until(lambda: running.consumer.latest == (A,), what="a poll that blocks")
+        running.consumer.write(A, *values(2))
         running.member.assign(release=[A])
         await wait_until(lambda: "rejoin" in running.member.calls, what="the release")
-        running.member.assign(A)
-        gate.set()
+        assert running.taken == []
+        await running.assign(A)
         await running.until_taken(2)
         await wait_until(lambda: running.member.stored.get(A) == 2, what="the commit")
     assert running.names == [place(A, 0), place(A, 1)]
+
+
+async def test_records_that_were_not_taken_are_read_again_after_a_hold_in_which_their_partition_came_back() -> (
+    None
+):
+    running = Harness(ScriptedConsumer(blocks=True), answer=False)
+    running.consumer.write(A, b"1")
+    async with running.running(A):
+        await running.until_taken(1)
+        await wait_until(lambda: len(running.consumer.polls) == 2, what="a poll that blocks")
+        running.consumer.write(A, b"2")
+        running.member.assign(release=[A])  # which waits for the first record
+        over = asyncio.Event()
+        hold = asyncio.create_task(_hold_until(running.intake, over))
+        await wait_until(lambda: running.consumer.positions == {A: 2}, what="a poll with records")
+        await _steps()
+        assert len(running.taken) == 1
+        running.member.assign(A)
+        running.finish(running.taken[0])
+        over.set()
+        await hold
+        await running.until_taken(2)
+    assert running.names == [place(A, 0), place(A, 1)]
+
+
+async def _hold_until(intake: Intake, over: asyncio.Event) -> None:
+    async with intake.held(30):
+        await over.wait()
 
 
 async def test_of_a_lost_partition_nothing_is_committed_and_a_late_answer_changes_nothing() -> None:
