@@ -7,9 +7,7 @@ reading a record needs no Kafka client.
 from typing import Final
 
 from aiokafka import ConsumerRebalanceListener, ConsumerRecord, TopicPartition
-from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 from aiokafka.errors import (
-    CommitFailedError,
     IllegalStateError,
     InvalidTopicError,
     KafkaConnectionError,
@@ -17,12 +15,22 @@ from aiokafka.errors import (
     MessageSizeTooLargeError,
     RecordListTooLargeError,
     TopicAuthorizationFailedError,
+    UnknownMemberIdError,
     UnknownTopicOrPartitionError,
 )
+from aiokafka.structs import OffsetAndMetadata
 
 from embedq_shared.kafka.clients import AIOKafkaAdminClient, AIOKafkaConsumer, AIOKafkaProducer
 from embedq_shared.kafka.connecting import BrokerUnreachable, connect, reason, start_client
 from embedq_shared.kafka.errors import InvalidRecordError, UnsupportedCompressionTypeError, error_kinds
+from embedq_shared.kafka.group_member import (
+    FENCED,
+    Follower,
+    GroupMember,
+    GroupMemberOptions,
+    Membership,
+    ReplacedMember,
+)
 from embedq_shared.kafka.groups import committed_offsets, group_lag
 from embedq_shared.kafka.producing import Evicted, PartitionwiseProducer, partition_of
 from embedq_shared.kafka.reading.consumer import BoundedConsumer
@@ -42,6 +50,7 @@ from embedq_shared.kafka.stopping import stop_client
 
 __all__ = [
     "DEFAULT_MAX_INFLATED_BYTES",
+    "FENCED",
     "TOO_LARGE",
     "AIOKafkaAdminClient",
     "AIOKafkaConsumer",
@@ -49,10 +58,12 @@ __all__ = [
     "BadOption",
     "BoundedConsumer",
     "BrokerUnreachable",
-    "CommitFailedError",
     "ConsumerRebalanceListener",
     "ConsumerRecord",
     "Evicted",
+    "Follower",
+    "GroupMember",
+    "GroupMemberOptions",
     "IllegalStateError",
     "InvalidRecordError",
     "InvalidTopicError",
@@ -60,14 +71,17 @@ __all__ = [
     "KafkaError",
     "KafkaOptions",
     "KafkaRefused",
+    "Membership",
     "OAuthOptions",
+    "OffsetAndMetadata",
     "PartitionwiseProducer",
     "Polled",
-    "RoundRobinPartitionAssignor",
+    "ReplacedMember",
     "SaslMechanism",
     "SecurityProtocol",
     "TopicAuthorizationFailedError",
     "TopicPartition",
+    "UnknownMemberIdError",
     "UnknownTopicOrPartitionError",
     "Unreadable",
     "UnreadableRecord",
