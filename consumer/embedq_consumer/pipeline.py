@@ -27,7 +27,7 @@ from embedq_consumer.delivery import Deliverer, assembled_outcomes_of, outcomes_
 from embedq_consumer.engine import Encoder
 from embedq_consumer.intake.admission import AdmissionPolicy, Rejection, UnknownAddress
 from embedq_consumer.intake.jobs import InputVector, JobState
-from embedq_consumer.intake.records import Record
+from embedq_consumer.intake.records import Death, Record
 from embedq_shared.codec import Envelope
 from embedq_shared.headers import JobHeaders
 from embedq_shared.messages import ErrorBody
@@ -85,6 +85,11 @@ class Pipeline:
             error=reason, format="json", headers=JobHeaders(), envelope=Envelope(), dead_letter=True
         )
         self._spawn(self._deliverer.reject([(record, rejection)]), "reject")
+
+    def condemn(self, record: Record, deaths: Sequence[Death]) -> None:
+        """Reject a record that killed processes."""
+        rejection = self._policy.condemn(record, deaths, self._deliverer.partitions)
+        self._spawn(self._deliverer.reject([(record, rejection)]), "condemn")
 
     async def _take(self, records: Sequence[Record]) -> None:
         jobs, rejected, unknown = self._admit(records)

@@ -17,6 +17,7 @@ from embedq_consumer.cache import CacheOptions
 from embedq_consumer.engine import LoadOptions, Quantization
 from embedq_consumer.intake import AdmissionPolicy, IntakeOptions
 from embedq_consumer.lifecycle.served_model import BatchOptions, ModelOptions
+from embedq_consumer.quarantine import Claimant
 from embedq_shared.messages import DEFAULT_ALIAS, DEFAULT_MAX_INPUTS
 from embedq_shared.topics import GROUP, Topics
 
@@ -341,6 +342,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             commit_interval_s=self.commit_interval_ms / 1000,
             session_timeout_ms=self.session_timeout_ms,
             rebalance_timeout_ms=self.rebalance_timeout_ms,
+        )
+
+    def claimant(self) -> Claimant:
+        """This process, as commits name it."""
+        return Claimant(
+            owner=uuid.uuid4().hex[:16],
+            replica=self.replica,
+            span=self.max_uncommitted_jobs + self.max_poll_records,
         )
 
     @property

@@ -66,6 +66,7 @@ __all__ = [
     "poll",
     "poll_partition",
     "position",
+    "read_commits",
     "reason",
     "step_over",
     "stop_client",
@@ -384,6 +385,26 @@ async def position(consumer: AIOKafkaConsumer, partition: TopicPartition) -> int
 
 
 # -- groups -----------------------------------------------------------------------------------------------------------------
+
+
+async def read_commits(
+    consumer: Any, partitions: Iterable[TopicPartition]
+) -> dict[TopicPartition, tuple[int | None, str]]:
+    """What a consumer's group has stored of each partition: the offset, None if there is none, and the metadata.
+
+    aiokafka's own `committed` drops the metadata. Waits without end while there is no coordinator.
+
+    Raises:
+        KafkaError: what the brokers say.
+    """
+    wanted = list(partitions)
+    found = await consumer._coordinator.fetch_committed_offsets(wanted)
+    return {
+        partition: (None, "")
+        if (stored := found.get(partition)) is None or stored.offset < 0
+        else (stored.offset, stored.metadata)
+        for partition in wanted
+    }
 
 
 async def committed_offsets(

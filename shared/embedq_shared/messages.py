@@ -24,6 +24,7 @@ ErrorCode = Literal[
     "result_too_large",
     "expired",
     "non_finite",
+    "crashed",
     "overloaded",
     "internal",
 ]

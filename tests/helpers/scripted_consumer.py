@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from aiokafka import ConsumerRebalanceListener, ConsumerRecord, TopicPartition
 from aiokafka.errors import IllegalStateError
+
+
+class NoCustody:
+    """Lets every partition be committed, and says nothing of it."""
+
+    def metadata(self, partition: TopicPartition, *, release: bool) -> str | None:
+        return ""
+
+    def want(self, partition: TopicPartition, epoch: int) -> None:
+        raise AssertionError("every partition may be committed")
 
 
 class ScriptedConsumer:
@@ -29,6 +39,7 @@ class ScriptedConsumer:
         self.commit_gate: asyncio.Event | None = None
         """A commit waits for it."""
         self.stored: dict[TopicPartition, int] = {}
+        self.texts: dict[TopicPartition, str] = {}
         self.positions: dict[TopicPartition, int] = {}
         self.ends: dict[TopicPartition, int] = {}
         self.subscribed: Sequence[str] = ()
@@ -118,7 +129,7 @@ class ScriptedConsumer:
                 return {}
         return self._take(partitions, max_records)
 
-    async def commit(self, offsets: Mapping[TopicPartition, int]) -> None:
+    async def commit(self, offsets: Mapping[TopicPartition, tuple[int, str]]) -> None:
         assert not self._given_up, "a commit of partitions that were given up"
         assert not self._committing, "two commits at a time"
         if self.commit_gate is not None:
@@ -129,12 +140,16 @@ class ScriptedConsumer:
                 self._committing = False
         if self.commit_errors:
             raise self.commit_errors.pop(0)
-        self.commits.append(dict(offsets))
-        self.stored |= offsets
+        self.commits.append({partition: offset for partition, (offset, _) in offsets.items()})
+        self.texts |= {partition: text for partition, (_, text) in offsets.items()}
+        self.stored |= self.commits[-1]
         self.calls.append("commit")
 
     async def committed(self, partition: TopicPartition) -> int | None:
         return self.stored.get(partition)
+
+    async def end_offsets(self, partitions: Collection[TopicPartition]) -> Mapping[TopicPartition, int]:
+        return {partition: self.ends.get(partition, 0) for partition in partitions}
 
     async def position(self, partition: TopicPartition) -> int:
         if partition not in self.positions:

@@ -30,7 +30,7 @@ Floors = tuple[tuple[str, ...], ...]
 SERVICE: Final[Floors] = (
     ("telemetry", "engine"),
     ("cache", "intake"),
-    ("batching",),
+    ("batching", "quarantine"),
     ("delivery",),
     ("lifecycle",),
     ("pipeline",),

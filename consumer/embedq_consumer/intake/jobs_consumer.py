@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import msgspec
@@ -47,11 +47,14 @@ class JobsConsumer(Protocol):
     ) -> Mapping[TopicPartition, Sequence[ConsumerRecord]]:
         """Records of these partitions; raises one of `UNREADABLE` for a record that it cannot read."""
 
-    async def commit(self, offsets: Mapping[TopicPartition, int]) -> None:
-        """Store the next offsets to read."""
+    async def commit(self, offsets: Mapping[TopicPartition, tuple[int, str]]) -> None:
+        """Store the next offsets to read, each with a text of ours."""
 
     async def committed(self, partition: TopicPartition) -> int | None:
         """The stored offset."""
+
+    async def end_offsets(self, partitions: Collection[TopicPartition]) -> Mapping[TopicPartition, int]:
+        """Where these partitions end."""
 
     async def position(self, partition: TopicPartition) -> int:
         """The next offset that a poll hands out."""

@@ -83,12 +83,20 @@ class OffsetLedger:
         """The next offset to read after a crash, for each partition where it rose since `note_committed`."""
         found = {}
         for partition, state in self._partitions.items():
-            if state.next is None:
-                continue
-            safe = next(iter(state.open), state.next)
-            if state.committed is None or safe > state.committed:
+            safe = self.safe(partition)
+            if safe is not None and (state.committed is None or safe > state.committed):
                 found[partition] = safe
         return found
+
+    def safe(self, partition: TopicPartition) -> int | None:
+        """The next offset to read after a crash, whether it rose or not; None while none was taken in this epoch."""
+        state = self._partitions.get(partition)
+        return None if state is None or state.next is None else next(iter(state.open), state.next)
+
+    def is_current(self, partition: TopicPartition, epoch: int) -> bool:
+        """Whether the partition is still assigned as it was in that epoch."""
+        state = self._partitions.get(partition)
+        return state is not None and state.epoch == epoch
 
     def note_committed(self, offsets: Mapping[TopicPartition, int]) -> None:
         """The broker took these offsets."""

@@ -15,13 +15,19 @@ import structlog
 
 from embedq_consumer.intake.flow_control import InFlightLimits, PollPlanner
 from embedq_consumer.intake.jobs_consumer import IntakeOptions, JobsConsumer
-from embedq_consumer.intake.offset_committer import OffsetCommitter
+from embedq_consumer.intake.offset_committer import Custodian, GroupCommits, OffsetCommitter
 from embedq_consumer.intake.offsets import OffsetLedger
 from embedq_consumer.intake.poll_state import PollState
 from embedq_consumer.intake.records import Record
 from embedq_consumer.intake.unreadable import POLL_MS, CarefulReader, PolledRecords
 from embedq_consumer.telemetry.metrics import Metrics
-from embedq_shared.kafka import UNREADABLE, ConsumerRebalanceListener, TopicPartition, position, stop_client
+from embedq_shared.kafka import (
+    UNREADABLE,
+    ConsumerRebalanceListener,
+    TopicPartition,
+    position,
+    stop_client,
+)
 from embedq_shared.topics import LANES, Lane, Topics
 
 log = structlog.get_logger()
@@ -57,6 +63,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
         topics: Topics,
         metrics: Metrics,
         beat: Callable[[], None],
+        custodian: Custodian,
     ) -> None:
         self._consumer = consumer
         self._topics = topics
@@ -81,9 +88,12 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
             consumer,
             self._ledger,
             metrics,
+            custodian,
             interval_s=options.commit_interval_s,
             max_uncommitted=options.max_uncommitted,
         )
+        self.commits = GroupCommits(consumer, self._ledger, self._committer, self._state)
+        """For who must know and change what the commits say."""
         self._careful = CarefulReader(consumer, self._ledger, self._poll, beat)
         self._broken: BaseException | None = None
         self.joined = asyncio.Event()
@@ -124,7 +134,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
             return False
         finally:
             if self._state.may_commit:
-                await self._committer.commit()
+                await self._committer.commit(release=self._ledger.partitions)
         return True
 
     async def close(self) -> None:
@@ -285,7 +295,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
             await self._changes.until(lambda: self._state.parked)
             if self._ledger.partitions:
                 await self._drain()
-                await self._committer.commit()
+                await self._committer.commit(release=self._ledger.partitions)
         except Exception as error:  # noqa: BLE001  # the client would log it and go on; the poll loop raises it
             self._broken = error
         self._state.give_up()

@@ -18,6 +18,7 @@ from embedq_consumer.telemetry.metrics import Metrics
 from embedq_sdk.dev import DevStack
 from embedq_shared.topics import Topics
 from tests.helpers.delivery import preload
+from tests.helpers.scripted_consumer import NoCustody
 from tests.helpers.service_process import fresh_prefix, make_topics
 from tests.helpers.support import wait_until
 
@@ -46,6 +47,7 @@ class Taken:
             topics=topics,
             metrics=Metrics(),
             beat=lambda: None,
+            custodian=NoCustody(),
         )
 
     async def until(self, count: int) -> None:

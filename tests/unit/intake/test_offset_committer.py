@@ -16,7 +16,7 @@ from embedq_consumer.intake.offset_committer import OffsetCommitter
 from embedq_consumer.intake.offsets import OffsetLedger
 from embedq_consumer.intake.poll_state import PollState
 from embedq_consumer.telemetry.metrics import Metrics
-from tests.helpers.scripted_consumer import ScriptedConsumer
+from tests.helpers.scripted_consumer import NoCustody, ScriptedConsumer
 from tests.helpers.support import wait_until
 
 A, B = TopicPartition("jobs", 0), TopicPartition("jobs", 1)
@@ -49,6 +49,7 @@ class Committing:
             self.consumer,
             self.ledger,
             self.metrics,
+            NoCustody(),
             interval_s=interval_s,
             max_uncommitted=max_uncommitted,
         )

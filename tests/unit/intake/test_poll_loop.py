@@ -20,7 +20,7 @@ from embedq_consumer.intake.poll_loop import NOWHERE, Intake
 from embedq_consumer.intake.records import Record
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.topics import Topics
-from tests.helpers.scripted_consumer import ScriptedConsumer
+from tests.helpers.scripted_consumer import NoCustody, ScriptedConsumer
 from tests.helpers.support import wait_until
 
 TOPICS = Topics("t")
@@ -54,6 +54,7 @@ class Harness:
             topics=TOPICS,
             metrics=self.metrics,
             beat=self._beat,
+            custodian=NoCustody(),
         )
         self.polling: asyncio.Task[None]
 
