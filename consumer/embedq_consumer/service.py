@@ -284,7 +284,9 @@ async def _intake(
 async def _deliverer(
     settings: Settings, publisher: Publisher, finish: Finish, metrics: Metrics
 ) -> AsyncIterator[Deliverer]:
-    results = ResultEncoder(settings.topics, settings.group, settings.max_result_bytes)
+    results = ResultEncoder(
+        settings.topics, settings.group, settings.max_result_bytes, replica=settings.replica
+    )
     memory = WeightedSemaphore(settings.max_pending_bytes)
     deliverer = Deliverer(results, publisher, finish, memory, metrics)
     try:
