@@ -100,7 +100,7 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
         headers = parse(record.headers)
         error = ErrorBody.of(
             "crashed",
-            f"expected a job that the service survives; {len(deaths)} processes ended while it ran, the last one while it ran alone",
+            f"expected a job that the service survives; {len(deaths)} processes ended while it ran, the last ones while it ran alone",
         )
         return Rejection(
             error=error,

@@ -14,7 +14,10 @@ import msgspec
 from embedq_consumer.intake.records import Death
 
 MOST_DEATHS: Final = 8
-"""Of a partition's history, the newest: three convict a record, and a commit's metadata may have 4,096 bytes."""
+"""Of a partition's history, the newest: four convict a record, and a commit's metadata may have 4,096 bytes."""
+ALONE_DEATHS: Final = 2
+"""Deaths alone that condemn a record. One would be enough if nothing but records killed processes; but an operator's SIGKILL
+meets one record or another that runs alone, and the same one twice hardly ever."""
 _MOST_NAME: Final = 64
 """Characters of a replica's name in the history; the default names have fewer."""
 
@@ -35,7 +38,8 @@ class Custody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     Invariants:
         - `owner` is written before any record of the partition is worked on, and removed when it is given up in order.
           So another process that finds it knows that the owner died.
-        - Records below `condemned_until` killed a process while they ran alone: they never run again.
+        - Records below `condemned_until` killed processes while they ran alone: they never run again.
+        - The record right below `accused_until` killed `accusations` processes while it ran alone.
         - Records below `alone_until` ran at two deaths: each runs alone, with nothing else on the device.
         - Records below `careful_until`, and at most `careful_left` of them, may have run at one death: they run in small
           groups, and the partition's other records wait.
@@ -47,6 +51,8 @@ class Custody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     span: int = 0
     deaths: tuple[Death, ...] = ()
     condemned_until: int = 0
+    accused_until: int = 0
+    accusations: int = 0
     alone_until: int = 0
     careful_until: int = 0
     careful_left: int = 0
@@ -82,7 +88,7 @@ def take_over(before: Custody, committed: int, end: int, *, claimant: Claimant, 
 
     If the one before died there:
 
-    - Its trial was of one record alone: that record is condemned.
+    - Its trial was of one record alone: that record is accused, and condemned if it was before.
     - Its trial was of a group: each of the group's records has two deaths now, and will run alone.
     - It had suspects, and none of them ran: nothing new is known.
     - It worked freely: whatever it may have read is suspect, at most `span` records from the committed one on.
@@ -94,12 +100,25 @@ def take_over(before: Custody, committed: int, end: int, *, claimant: Claimant, 
         death = Death(at_ms=now_ms, replica=before.replica[:_MOST_NAME])
         after = msgspec.structs.replace(after, deaths=(*before.deaths, death)[-MOST_DEATHS:])
         if before.trial_until > committed and before.alone:
-            after = msgspec.structs.replace(after, condemned_until=before.trial_until)
+            after = _accused(after, before)
         elif before.trial_until > committed:
             after = msgspec.structs.replace(after, alone_until=before.trial_until)
         elif not before.has_suspects(committed):
             after = msgspec.structs.replace(after, careful_until=end, careful_left=before.span)
     return after if after.has_suspects(committed) else acquitted(after)
+
+
+def _accused(after: Custody, before: Custody) -> Custody:
+    """With the accusation of the record that ran alone."""
+    again = before.accused_until == before.trial_until
+    accusations = before.accusations + 1 if again else 1
+    condemned_until = before.trial_until if accusations >= ALONE_DEATHS else before.condemned_until
+    return msgspec.structs.replace(
+        after,
+        accused_until=before.trial_until,
+        accusations=accusations,
+        condemned_until=condemned_until,
+    )
 
 
 def has_died(before: Custody, claimant: Claimant) -> bool:

@@ -68,12 +68,24 @@ def test_what_was_finished_before_the_death_is_no_suspect() -> None:
     assert after(tried, committed=13).alone_until == 14
 
 
-def test_a_record_that_killed_while_it_ran_alone_is_condemned() -> None:
+def test_a_record_that_killed_twice_while_it_ran_alone_is_condemned() -> None:
     alone = msgspec.structs.replace(DEAD, alone_until=20, trial_until=11, alone=True)
-    found = after(alone)
-    assert found.condemned_until == 11
-    assert found.alone_until == 20
-    assert after(found).condemned_until == 11, "until it is among the dead letters"
+    once = after(alone)
+    assert (once.accused_until, once.accusations, once.condemned_until, once.alone_until) == (11, 1, 0, 20)
+    again = msgspec.structs.replace(once, owner="other", trial_until=11, alone=True)
+    twice = after(again)
+    assert (twice.condemned_until, twice.alone_until) == (11, 20)
+    assert after(msgspec.structs.replace(twice, owner="other")).condemned_until == 11, (
+        "until it is dead-lettered"
+    )
+
+
+def test_two_records_that_died_alone_once_each_are_not_condemned() -> None:
+    alone = msgspec.structs.replace(DEAD, alone_until=20, trial_until=11, alone=True)
+    first = after(alone)
+    other = msgspec.structs.replace(first, owner="other", trial_until=12, alone=True)
+    second = after(other, committed=11)
+    assert (second.accused_until, second.accusations, second.condemned_until) == (12, 1, 0)
 
 
 def test_a_hand_over_in_order_keeps_the_suspicion() -> None:

@@ -135,7 +135,16 @@ async def test_after_a_death_suspects_run_in_groups_each_after_its_mark() -> Non
 async def test_a_record_that_killed_alone_is_condemned_with_its_history() -> None:
     parts = Parts()
     deaths = (Death(at_ms=1, replica="one"), Death(at_ms=2, replica="two"))
-    guilty = Custody(owner="dead", replica="one", deaths=deaths, alone_until=9, trial_until=1, alone=True)
+    guilty = Custody(
+        owner="dead",
+        replica="one",
+        deaths=deaths,
+        accused_until=1,
+        accusations=1,
+        alone_until=9,
+        trial_until=1,
+        alone=True,
+    )
     parts.stored[A] = (0, encode(guilty))
     async with running(parts):
         parts.quarantine.take([record(0), record(1)])

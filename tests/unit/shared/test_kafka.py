@@ -21,7 +21,6 @@ from aiokafka.errors import (
 )
 from aiokafka.structs import OffsetAndMetadata
 
-from embedq_shared import kafka
 from embedq_shared.backoff import backoff
 from embedq_shared.kafka import (
     BrokerUnreachable,
@@ -34,6 +33,7 @@ from embedq_shared.kafka import (
     poll_partition,
     step_over,
     stop_client,
+    unreadable,
 )
 
 A, B = TopicPartition("t", 0), TopicPartition("t", 1)
@@ -355,7 +355,7 @@ async def test_a_poll_that_fails_looks_for_the_bad_record_in_all_partitions() ->
 
 async def test_the_search_for_a_bad_record_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where its partition was taken away meanwhile."""
-    monkeypatch.setattr(kafka, "_SEARCH_S", 0.05)
+    monkeypatch.setattr(unreadable, "_SEARCH_S", 0.05)
 
     class Fleeting(Log):
         async def getmany(
@@ -373,7 +373,7 @@ async def test_the_search_for_a_bad_record_ends_in_time(monkeypatch: pytest.Monk
 async def test_reading_one_by_one_ends_after_a_bounded_number_of_records(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(kafka, "_CAREFUL_RECORDS", 3)
+    monkeypatch.setattr(unreadable, "_CAREFUL_RECORDS", 3)
     consumer = Log({A: ["a", "b", "c", "d", "bad", "e"]})
 
     assert brief(await poll_partition(consumer, A, timeout_ms=0)) == [(0, 0, "a"), (0, 1, "b"), (0, 2, "c")]
