@@ -8,7 +8,7 @@ from typing import Final
 
 import msgspec
 
-from embedq_consumer.intake.offsets import Ticket
+from embedq_consumer.group import Ticket
 from embedq_consumer.intake.records import Death, Record
 from embedq_consumer.quarantine.custody import Claimant, Custody, acquitted, encode
 from embedq_shared.kafka import TopicPartition
@@ -85,7 +85,7 @@ class Suspects:
         self._burst_s = burst_s
         self._cases: dict[TopicPartition, _Case] = {}
         self._stale: list[Polled] = []
-        self._handed_over = 0
+        self._handed_over: set[Ticket] = set()
         self._shut = False  # a suspect has to run alone
         self._burst_ends: float | None = None
 
@@ -100,12 +100,12 @@ class Suspects:
                 at_once.append(each)
             else:
                 case.held.append(each)
-        self._handed_over += len(at_once)
+        self._handed_over.update(each.record.ticket for each in at_once)
         return at_once
 
     def finish(self, ticket: Ticket) -> None:
-        """A record that was handed over is answered. It survived."""
-        self._handed_over -= 1
+        """A record is answered. If it was handed over, it survived."""
+        self._handed_over.discard(ticket)
         case = self._cases.get(ticket.partition)
         if case is None or case.epoch != ticket.epoch or ticket.offset not in case.on_trial:
             return
@@ -185,7 +185,8 @@ class Suspects:
         }
         if not (marks or run or condemned):
             return None
-        self._handed_over += len(run) + len(condemned)
+        self._handed_over.update(each.record.ticket for each in run)
+        self._handed_over.update(record.ticket for record, _ in condemned)
         return Step(marks=marks, run=run, condemned=condemned)
 
     # -- choosing -----------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ class Health:
     Invariants:
 
     - Alive: each registered loop has beaten within its own limit.
-    - Ready: alive, and no reason is set why not. A service starts with the reason "starting".
+    - Ready: alive, and neither a reason nor a trouble is set why not. A service starts with the reason "starting".
     - A loop's last beat never goes back in time.
     """
 
@@ -48,6 +48,7 @@ class Health:
         self._limits: dict[str, float] = {}
         self._beats: dict[str, float] = {}
         self._reason: str | None = reason
+        self._trouble: str | None = None
         self._facts: dict[str, object] = {}
 
     def register(self, loop: str, limit_s: float, now: float) -> None:
@@ -66,6 +67,11 @@ class Health:
         """None if the service takes jobs, otherwise why not, such as "loading the model" or "draining"."""
         with self._lock:
             self._reason = reason
+
+    def set_trouble(self, trouble: str | None) -> None:
+        """What keeps a service that takes jobs from being ready, None if nothing does."""
+        with self._lock:
+            self._trouble = trouble
 
     def tell(self, facts: Mapping[str, object]) -> None:
         """Show these facts on the readiness page, in addition to those that it shows already."""
@@ -94,7 +100,7 @@ class Health:
         """Fails for the reason that was set, or because a loop is silent."""
         alive, facts = self.live(now)
         with self._lock:
-            reason = self._reason
+            reason = self._reason or self._trouble
             shown = dict(self._facts)
         if reason is None and alive:
             return Report(True, {"status": "ok", **shown})

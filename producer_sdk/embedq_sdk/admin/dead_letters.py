@@ -43,6 +43,13 @@ class Note(msgspec.Struct, frozen=True, kw_only=True):
     offsets: list[int]
 
 
+class Death(msgspec.Struct, frozen=True, kw_only=True):
+    """A process that ended while it had the record in hand; `at` is when that was noticed."""
+
+    at: int
+    replica: str
+
+
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     """A dead letter without the record's own content. Times are epoch milliseconds; None is what it does not say."""
 
@@ -61,7 +68,8 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     replica: str | None
     first_seen: int | None
     model_version: str | None
-    history: msgspec.Raw | None
+    history: list[Death]
+    """The processes that the record killed."""
     value_bytes: int | None
     """None: the record's content is not here, only its place."""
     settled: Fate | None = None
@@ -112,7 +120,6 @@ def letter_of(
     told = [(name, content or b"") for name, content in headers]
     own = original_headers(told)
     code = _text(told, "embedq-error-code") or "unknown"
-    history = value_of(told, "embedq-history")
     return DeadLetter(
         partition=partition,
         offset=offset,
@@ -129,7 +136,7 @@ def letter_of(
         replica=_text(told, "embedq-replica"),
         first_seen=_decimal(told, "embedq-first-seen"),
         model_version=_text(told, "embedq-model-version"),
-        history=msgspec.Raw(history) if history is not None and _is_json(history) else None,
+        history=_history(value_of(told, "embedq-history")),
         value_bytes=None if value is None else len(value),
     )
 
@@ -194,9 +201,8 @@ def _binary(headers: Sequence[Header], name: str, size: int) -> int | None:
     return int.from_bytes(found, "big", signed=True) if found is not None and len(found) == size else None
 
 
-def _is_json(value: bytes) -> bool:
+def _history(value: bytes | None) -> list[Death]:
     try:
-        msgspec.json.decode(value)
+        return msgspec.json.decode(value or b"[]", type=list[Death])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return False
-    return True
+        return []

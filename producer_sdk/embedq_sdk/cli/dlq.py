@@ -373,7 +373,7 @@ def _described(found: LetterContent) -> Iterator[str]:
         "written": _when(letter.original_timestamp),
         "first seen": _when(letter.first_seen),
         "attempts": str(letter.attempts or "-"),
-        "history": "-" if letter.history is None else bytes(letter.history).decode(),
+        "history": ", ".join(f"{_when(death.at)} on {death.replica}" for death in letter.history) or "-",
         "replica": letter.replica or "-",
         "model": letter.model_version or "-",
         "result sent": {None: "-", True: "yes", False: "no"}[letter.result_sent],

@@ -14,20 +14,28 @@ from aiokafka import (
     TopicPartition,
 )
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 from aiokafka.errors import (
-    CommitFailedError,
     IllegalStateError,
     InvalidTopicError,
     KafkaError,
     MessageSizeTooLargeError,
     RecordListTooLargeError,
     TopicAuthorizationFailedError,
+    UnknownMemberIdError,
     UnknownTopicOrPartitionError,
 )
+from aiokafka.structs import OffsetAndMetadata
 
 from embedq_shared.kafka.connecting import BrokerUnreachable, connect, reason
-from embedq_shared.kafka.groups import committed_offsets, delete_before, group_lag, read_commits
+from embedq_shared.kafka.group_member import (
+    FENCED,
+    Follower,
+    GroupMember,
+    GroupMemberOptions,
+    Membership,
+    ReplacedMember,
+)
+from embedq_shared.kafka.groups import committed_offsets, delete_before, group_lag
 from embedq_shared.kafka.options import KafkaOptions, SecurityProtocol
 from embedq_shared.kafka.stopping import stop_client
 from embedq_shared.kafka.unreadable import (
@@ -41,24 +49,30 @@ from embedq_shared.kafka.unreadable import (
 )
 
 __all__ = [
+    "FENCED",
     "TOO_LARGE",
     "UNREADABLE",
     "AIOKafkaAdminClient",
     "AIOKafkaConsumer",
     "AIOKafkaProducer",
     "BrokerUnreachable",
-    "CommitFailedError",
     "ConsumerRebalanceListener",
     "ConsumerRecord",
+    "Follower",
+    "GroupMember",
+    "GroupMemberOptions",
     "IllegalStateError",
     "InvalidTopicError",
     "KafkaError",
     "KafkaOptions",
+    "Membership",
+    "OffsetAndMetadata",
     "Polled",
-    "RoundRobinPartitionAssignor",
+    "ReplacedMember",
     "SecurityProtocol",
     "TopicAuthorizationFailedError",
     "TopicPartition",
+    "UnknownMemberIdError",
     "UnknownTopicOrPartitionError",
     "UnreadableRecord",
     "committed_offsets",
@@ -68,7 +82,6 @@ __all__ = [
     "poll",
     "poll_partition",
     "position",
-    "read_commits",
     "reason",
     "step_over",
     "stop_client",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from typing import Final
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
@@ -22,26 +22,6 @@ _NO_COORDINATOR: Final = (
     NotCoordinatorForGroupError,
 )
 """What a broker says about a group while it elects or loads the group's coordinator: it will know soon."""
-
-
-async def read_commits(
-    consumer: Any, partitions: Iterable[TopicPartition]
-) -> dict[TopicPartition, tuple[int | None, str]]:
-    """What a consumer's group has stored of each partition: the offset, None if there is none, and the metadata.
-
-    aiokafka's own `committed` drops the metadata. Waits without end while there is no coordinator.
-
-    Raises:
-        KafkaError: what the brokers say.
-    """
-    wanted = list(partitions)
-    found = await consumer._coordinator.fetch_committed_offsets(wanted)
-    return {
-        partition: (None, "")
-        if (stored := found.get(partition)) is None or stored.offset < 0
-        else (stored.offset, stored.metadata)
-        for partition in wanted
-    }
 
 
 async def committed_offsets(

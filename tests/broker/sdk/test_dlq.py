@@ -14,8 +14,8 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
 
 from embedq_consumer.delivery.result_records import ResultEncoder
+from embedq_consumer.group import Ticket
 from embedq_consumer.intake.admission import Rejection
-from embedq_consumer.intake.offsets import Ticket
 from embedq_consumer.intake.records import Record
 from embedq_sdk.admin import dead_letter_box
 from embedq_sdk.admin.dead_letter_box import dead_letters

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager, suppress
 
 from aiokafka.errors import KafkaConnectionError
 
-from embedq_consumer.intake.offsets import Ticket
+from embedq_consumer.group import Ticket
 from embedq_consumer.intake.records import Death, Record
 from embedq_consumer.quarantine import Claimant, Quarantine, Suspects
 from embedq_consumer.quarantine.custody import Custody, decode, encode

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedq_consumer.intake.offsets import OffsetLedger, Ticket
+from embedq_consumer.group import OffsetLedger, Ticket
 from embedq_consumer.intake.records import Record
 from embedq_consumer.quarantine.custody import Claimant, Custody, decode, encode, has_died, take_over
 from embedq_consumer.quarantine.suspects import Polled, Step, Suspects
@@ -251,7 +251,8 @@ class Process:
         self.claimant = Claimant(owner=f"life-{world.lives}", replica="r", span=12)
         self.suspects = Suspects(self.claimant, group=4, burst_s=2.0)
         self.ledger = OffsetLedger()
-        self.ledger.assign(world.sizes)
+        for partition in world.sizes:
+            self.ledger.add(partition, world.commits.get(partition, (None, ""))[0])
         self.running: list[Record] = []
         self.now = 0.0
 
@@ -325,7 +326,11 @@ class Process:
 
     def finish(self, record: Record) -> None:
         self.world.answered.add((record.ticket.partition, record.ticket.offset))
-        self.ledger.finish(Ticket(record.ticket.partition, self.ledger.epoch, record.ticket.offset))
+        self.ledger.finish(
+            Ticket(
+                record.ticket.partition, self.ledger.epoch(record.ticket.partition) or 0, record.ticket.offset
+            )
+        )
         self.suspects.finish(record.ticket)
 
     def commit(self, *also: TopicPartition) -> None:

@@ -65,7 +65,7 @@ def test_a_letter_says_what_the_service_wrote_into_it() -> None:
     assert (found.original_topic, found.original_partition, found.original_offset) == (TOPICS.jobs, 3, 77)
     assert (found.reply_topic, found.attempts, found.replica) == ("elsewhere", 2, "r0")
     assert (found.first_seen, found.result_sent) == (5, True)
-    assert msgspec.json.decode(found.history or b"") == [{"at": 5, "replica": "a"}, {"at": 9, "replica": "b"}]
+    assert [(death.at, death.replica) for death in found.history] == [(5, "a"), (9, "b")]
     assert found.settled is None
 
 
