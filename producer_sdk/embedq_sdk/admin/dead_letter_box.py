@@ -140,7 +140,11 @@ class DeadLetterBox:
     async def _partitions(self) -> list[int]:
         name = self._topics.dead_letters
         await require_topics(self._connection, self._consumer, [name, *self._topics.lanes], self._timeout)
-        return sorted(self._consumer.partitions_for_topic(name) or ())
+        async with self._connection.client(self._connection.admin, self._timeout) as admin:
+            [described] = await self._connection.call(
+                _STEP_S, "finding the partitions", admin.describe_topics([name])
+            )
+        return sorted(one["partition"] for one in described["partitions"])
 
     async def _read_partition(self, partition: int) -> AsyncIterator[DeadLetter]:
         letters: list[DeadLetter] = []
