@@ -86,13 +86,13 @@ class Quarantine:
     def finish(self, record: Record) -> None:
         """A record that was handed over is answered."""
         self._finish(record)
-        self._suspects.finish(record.ticket)
-        if self._suspects.suspected:
+        if self._suspects.finish(record.ticket):
             self._changed.set()
 
     def _take(self, polled: Iterable[Polled]) -> None:
-        self._hand_over(self._suspects.take(polled))
-        if self._suspects.waits:
+        at_once, held = self._suspects.take(polled)
+        self._start(at_once)
+        if held:
             self._changed.set()
 
     # -- the loop -------------------------------------------------------------------------------------------------------
@@ -165,17 +165,19 @@ class Quarantine:
             self._finish(polled.record)
 
     def _hand_over(self, polled: Sequence[Polled]) -> None:
-        if self._work is None:
-            raise RuntimeError("records came before there was anybody to take them. This is a bug.")
-        records = []
+        """Start on records that waited, but for those of partitions that are not ours any more."""
         for each in polled:
             if not self._is_current(each.record):
                 self.finish(each.record)
-            elif each.error is not None:
+        self._start([each for each in polled if self._is_current(each.record)])
+
+    def _start(self, polled: Sequence[Polled]) -> None:
+        if self._work is None:
+            raise RuntimeError("records came before there was anybody to take them. This is a bug.")
+        for each in polled:
+            if each.error is not None:
                 self._work.take_unreadable(each.record, each.error)
-            else:
-                records.append(each.record)
-        if records:
+        if records := [each.record for each in polled if each.error is None]:
             self._work.take(records)
 
     def _condemn(self, record: Record, deaths: Sequence[Death]) -> None:

@@ -85,33 +85,39 @@ class Suspects:
         self._burst_s = burst_s
         self._cases: dict[TopicPartition, _Case] = {}
         self._stale: list[Polled] = []
-        self._handed_over: set[Ticket] = set()
+        self._handed_over: set[Ticket] = set()  # and not answered
         self._shut = False  # a suspect has to run alone
         self._burst_ends: float | None = None
 
     # -- what happens -------------------------------------------------------------------------------------------------
 
-    def take(self, polled: Iterable[Polled]) -> list[Polled]:
-        """Records of a poll, in order. Returned are those that may be worked on at once; the others are held."""
-        at_once = []
+    def take(self, polled: Iterable[Polled]) -> tuple[list[Polled], bool]:
+        """Records of a poll, in order. Returned are those that may be worked on at once, and whether others are held."""
+        at_once: list[Polled] = []
+        held = False
         for each in polled:
             case = self._case(each.record.ticket)
             if case.is_free and not self._shut:
                 at_once.append(each)
             else:
                 case.held.append(each)
+                held = True
         self._handed_over.update(each.record.ticket for each in at_once)
-        return at_once
+        return at_once, held
 
-    def finish(self, ticket: Ticket) -> None:
-        """A record is answered. If it was handed over, it survived."""
+    def finish(self, ticket: Ticket) -> bool:
+        """A record that was handed over is answered: it survived. True if that may let others run.
+
+        A second time, or of one that is still held (the intake may give up a record at any time), changes nothing.
+        """
         self._handed_over.discard(ticket)
         case = self._cases.get(ticket.partition)
         if case is None or case.epoch != ticket.epoch or ticket.offset not in case.on_trial:
-            return
+            return self._shut and not self._handed_over
         case.on_trial.remove(ticket.offset)
         if not case.on_trial and case.custody is not None:
             case.change(msgspec.structs.replace(case.custody, trial_until=0, alone=False))
+        return True
 
     def want(self, partition: TopicPartition, epoch: int) -> None:
         """The partition's offset shall be committed, though none of its records came."""
@@ -163,11 +169,6 @@ class Suspects:
             return None
         case.released = case.released or release
         return encode(case.custody.released() if case.released else case.custody)
-
-    @property
-    def waits(self) -> bool:
-        """Whether anything is held."""
-        return any(case.held for case in self._cases.values())
 
     @property
     def suspected(self) -> int:

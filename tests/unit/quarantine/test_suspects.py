@@ -63,7 +63,7 @@ def finish(suspects: Suspects, found: Iterable[Polled]) -> None:
 
 def test_records_wait_until_the_commits_name_their_owner() -> None:
     suspects = Suspects(ME)
-    assert suspects.take(polled([1, 2])) == []
+    assert suspects.take(polled([1, 2]))[0] == []
     assert suspects.unclaimed() == {A: 1}
     assert suspects.metadata(A, release=False) is None
     claim(suspects)
@@ -71,10 +71,10 @@ def test_records_wait_until_the_commits_name_their_owner() -> None:
     assert step is not None
     assert (list(step.marks), offsets(step.run)) == ([A], [1, 2])
     assert decode(suspects.metadata(A, release=False) or "").owner == "me"
-    assert suspects.take(polled([3])) == [], "the mark is not committed yet"
+    assert suspects.take(polled([3]))[0] == [], "the mark is not committed yet"
     suspects.committed(step.marks)
     assert offsets(do(suspects).run) == [3]
-    assert offsets(suspects.take(polled([4, 5]))) == [4, 5]
+    assert offsets(suspects.take(polled([4, 5]))[0]) == [4, 5]
     assert suspects.next(0.0) is None
 
 
@@ -89,7 +89,7 @@ def test_after_one_death_records_run_in_groups_and_those_of_other_partitions_go_
     assert first.marks[A].trial_until == 4
     assert not first.marks[A].alone
     assert suspects.next(0.0) is None
-    assert offsets(suspects.take(polled([1], B))) == [1]
+    assert offsets(suspects.take(polled([1], B))[0]) == [1]
     finish(suspects, first.run)
     second = do(suspects)
     assert offsets(second.run) == [4, 5], "the suspects end here"
@@ -119,7 +119,7 @@ def test_after_two_deaths_a_record_runs_with_nothing_else_on_the_device() -> Non
     suspects.take(polled(range(3)))
     claim(suspects, alone_until=2)
     assert do(suspects).run == [], "another record runs"
-    assert suspects.take(polled([1], B)) == [], "others wait"
+    assert suspects.take(polled([1], B))[0] == [], "others wait"
     finish(suspects, running)
     for offset in (0, 1):
         step = do(suspects)
@@ -135,6 +135,19 @@ def test_after_two_deaths_a_record_runs_with_nothing_else_on_the_device() -> Non
     )
 
 
+def test_a_record_that_is_answered_twice_counts_once() -> None:
+    suspects = Suspects(ME)
+    suspects.take(polled([0, 1], B))
+    claim(suspects, B)
+    running = do(suspects).run
+    suspects.take(polled([7]))
+    claim(suspects, alone_until=9)
+    finish(suspects, [running[0], running[0]])
+    assert do(suspects).run == [], "the other one still runs"
+    finish(suspects, running)
+    assert offsets(do(suspects).run) == [7]
+
+
 def test_others_get_a_turn_between_suspects_that_take_long() -> None:
     suspects = Suspects(ME, burst_s=1.0)
     suspects.take(polled(range(9)))
@@ -148,7 +161,7 @@ def test_others_get_a_turn_between_suspects_that_take_long() -> None:
     others = do(suspects, 1.1)
     assert offsets(others.run) == [0]
     assert not others.marks[A].alone
-    assert suspects.take(polled([1], B)) == []
+    assert suspects.take(polled([1], B))[0] == []
     assert suspects.next(1.2) is None
     finish(suspects, others.run)
     assert [*offsets(first), *offsets(second), *offsets(do(suspects, 1.3).run)] == [0, 1, 2]
@@ -194,7 +207,7 @@ def test_after_a_partition_is_given_up_nothing_of_it_begins_and_its_commits_name
     released = decode(suspects.metadata(A, release=True) or "")
     assert (released.owner, released.trial_until, released.careful_until) == ("", 0, 9)
     assert suspects.metadata(A, release=False) == encode(released)
-    assert suspects.take(polled([3])) == []
+    assert suspects.take(polled([3]))[0] == []
     step = suspects.next(0.0)
     assert step is None or step.run == []
 
@@ -280,7 +293,7 @@ class Process:
             found = [Polled(one.record) for one in polled(range(start, min(size, start + 4)), partition)]
             for one in found:
                 self.ledger.begin(partition, one.offset)
-            self.hand_over(self.suspects.take(found))
+            self.hand_over(self.suspects.take(found)[0])
 
     def step(self) -> None:
         for partition, epoch in self.suspects.unclaimed().items():
