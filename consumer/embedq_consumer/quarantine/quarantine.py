@@ -110,14 +110,22 @@ class Quarantine:
             except TimeoutError:
                 pass
             self._changed.clear()
-            self._drop_stale()
-            await self._claim()
-            while (step := self._suspects.next(clock())) is not None:
-                await self._mark(step.marks)
-                self._hand_over(step.run)
-                for record, deaths in step.condemned:
-                    self._condemn(record, deaths)
+            while await self._step(clock()):
+                pass
             self._metrics.suspected_partitions.set(self._suspects.suspected)
+
+    async def _step(self, now: float) -> bool:
+        """Take over what is new, and do what is next. False if there is nothing to do but to wait."""
+        self._drop_stale()
+        await self._claim()
+        step = self._suspects.next(now)
+        if step is None:
+            return False
+        await self._mark(step.marks)
+        self._hand_over(step.run)
+        for record, deaths in step.condemned:
+            self._condemn(record, deaths)
+        return True
 
     async def _claim(self) -> None:
         """Read what the commits say of partitions that are new here, and take them over."""

@@ -234,7 +234,7 @@ class Suspects:
             return []
         if self._burst_ends is not None and now >= self._burst_ends:
             self._burst_ends = None
-            if others := self._freed():
+            if others := [*self._freed(), *self._group()]:
                 return others
         if self._burst_ends is None:
             self._burst_ends = now + self._burst_s
@@ -253,7 +253,11 @@ class Suspects:
         """The next suspects that run together; none while some do."""
         if any(case.on_trial for case in self._cases.values()):
             return []
-        cases = [case for case, custody in self._known() if custody.has_suspects(case.held[0].offset)]
+        cases = [
+            case
+            for case, custody in self._known()
+            if custody.alone_until <= case.held[0].offset and custody.has_suspects(case.held[0].offset)
+        ]
         share = max(1, self._group_size // max(1, len(cases)))
         return [one for case in cases[: self._group_size] for one in self._on_trial(case, share)]
 

@@ -167,6 +167,21 @@ def test_others_get_a_turn_between_suspects_that_take_long() -> None:
     assert [*offsets(first), *offsets(second), *offsets(do(suspects, 1.3).run)] == [0, 1, 2]
 
 
+def test_suspects_of_one_death_have_their_turn_with_the_others() -> None:
+    suspects = Suspects(ME, group=2, burst_s=1.0)
+    suspects.take(polled(range(9)))
+    claim(suspects, alone_until=9, careful_until=9, careful_left=9)
+    suspects.take(polled(range(5), B))
+    claim(suspects, B, careful_until=5, careful_left=5)
+    finish(suspects, do(suspects, 0.0).run)
+    turn = do(suspects, 1.1)
+    assert [(one.record.ticket.partition, one.offset) for one in turn.run] == [(B, 0), (B, 1)]
+    assert (turn.marks[B].trial_until, turn.marks[B].alone, turn.marks[A].trial_until) == (2, False, 0)
+    assert suspects.next(1.2) is None
+    finish(suspects, turn.run)
+    assert do(suspects, 1.3).marks[A].alone
+
+
 def test_a_condemned_record_is_not_run_and_the_partition_waits_until_it_is_dead_lettered() -> None:
     suspects = Suspects(ME)
     suspects.take(polled([7, 8]))
