@@ -98,7 +98,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
                 "intake": intake.run(quarantine.take, quarantine.take_unreadable),
                 "quarantine": quarantine.run(),
                 "commit": intake.commit_forever(),
-                "watermarks": intake.watch(pipeline.give_up, health.set_trouble),
+                "watermarks": intake.watch(pipeline.give_up, partial(health.hinder, "watermark")),
                 "batches": model.run_batches(pipeline, tasks),
                 "control": model.follow(control, intake.held),
                 "status": model.reporter.resend_forever(),

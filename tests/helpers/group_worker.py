@@ -90,7 +90,7 @@ async def work(servers: str, prefix: str, replica: str, seconds: float, swallow:
         loops = [
             tasks.create_task(loop)
             for loop in (
-                intake.run(take, lambda record, error: None),
+                intake.run(take, lambda record, why: None),
                 intake.commit_forever(),
                 intake.watch(give_up, tell),
             )

@@ -11,7 +11,7 @@ from aiokafka.errors import IllegalGenerationError, IllegalStateError
 from aiokafka.structs import OffsetAndMetadata
 
 from embedq_consumer.group.assignor import encode_release
-from embedq_shared.kafka import Follower, Membership
+from embedq_shared.kafka import Follower, Membership, Unreadable
 
 
 class ScriptedMember:
@@ -108,15 +108,16 @@ class ScriptedMember:
     async def committed(
         self, partitions: Collection[TopicPartition]
     ) -> Mapping[TopicPartition, OffsetAndMetadata | None]:
+        found = {
+            partition: OffsetAndMetadata(self.stored[partition], "") if partition in self.stored else None
+            for partition in partitions
+        }
         if self.open_gate is not None:
             await self.open_gate.wait()
         if self.open_errors:
             raise self.open_errors.pop(0)
         self.calls.append("committed")
-        return {
-            partition: OffsetAndMetadata(self.stored[partition], "") if partition in self.stored else None
-            for partition in partitions
-        }
+        return found
 
     async def close(self, within: float) -> str | None:
         self.calls.append("close")
@@ -126,9 +127,9 @@ class ScriptedMember:
 class ScriptedConsumer:
     """A consumer without a group.
 
-    The habits that matter: a poll asks its partitions in their order and takes all it can of the first; one that meets a
-    record which it cannot read raises, and what it had taken of the others before is lost; an assignment forgets all
-    positions; a poll that is cancelled has moved no position.
+    The habits that matter: a poll asks its partitions in their order and takes all it can of the first; a record that
+    cannot be read comes with an `Unreadable` as its value; an assignment forgets all positions; a poll that is cancelled
+    has moved no position.
     """
 
     def __init__(self, *, blocks: bool = False) -> None:
@@ -141,9 +142,7 @@ class ScriptedConsumer:
         self.positions: dict[TopicPartition, int] = {}
         self.ends: dict[TopicPartition, int] = {}
         self.stop_error: BaseException | None = None
-        self.answer_gate: asyncio.Event | None = None
-        """A poll that has taken its records waits for it before it returns them."""
-        self._records: dict[TopicPartition, dict[int, ConsumerRecord | None]] = {}
+        self._records: dict[TopicPartition, dict[int, ConsumerRecord]] = {}
         self._arrived = asyncio.Event()
         self._client = _Connections()  # what the Kafka room closes after a stop that failed
 
@@ -154,7 +153,8 @@ class ScriptedConsumer:
         log = self._records.setdefault(partition, {})
         offset = self.ends.get(partition, 0) if at is None else at
         for number, value in enumerate(values, offset):
-            log[number] = None if value is None else _record(partition, number, value)
+            what = Unreadable(number, "why") if value is None else value
+            log[number] = _record(partition, number, what)
         self.ends[partition] = offset + len(values)
         self._arrived.set()
 
@@ -192,8 +192,6 @@ class ScriptedConsumer:
         self.timeouts_ms.append(timeout_ms)
         self.calls.append("poll")
         if found := self._take(partitions, max_records):
-            if self.answer_gate is not None:
-                await self.answer_gate.wait()
             return found
         if timeout_ms:
             self._arrived.clear()
@@ -217,10 +215,6 @@ class ScriptedConsumer:
             raise IllegalStateError(f"{partition} is not assigned")
         self.positions[partition] = offset
 
-    async def seek_to_beginning(self, *partitions: TopicPartition) -> None:
-        for partition in partitions:
-            self.seek(partition, 0)
-
     def highwater(self, partition: TopicPartition) -> int | None:
         assert partition in self.positions, "not assigned"
         return self.ends.get(partition)
@@ -237,11 +231,7 @@ class ScriptedConsumer:
             position = self.positions[partition]
             while position < self.ends.get(partition, 0) and len(taken) < limit:
                 if position in log:
-                    record = log[position]
-                    if record is None:
-                        # The records before it are withheld, and this partition's position has not moved.
-                        raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
-                    taken.append(record)
+                    taken.append(log[position])
                 position += 1
             self.positions[partition] = position
             if taken:

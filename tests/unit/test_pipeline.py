@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from aiokafka.errors import MessageSizeTooLargeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from embedq_consumer.batching import Vectors
 from embedq_consumer.batching.batch_loop import BatchLoop
 from embedq_consumer.batching.batch_runner import BatchRunner
 from embedq_consumer.batching.batcher import Batcher, BatchPolicy
@@ -24,7 +25,8 @@ from embedq_consumer.cache import CachedVector, cache_key
 from embedq_consumer.delivery.deliverer import Deliverer
 from embedq_consumer.delivery.publisher import Outgoing
 from embedq_consumer.delivery.result_records import ResultEncoder
-from embedq_consumer.engine import DeviceLost, Text
+from embedq_consumer.engine import DeviceLost, Encoder, Text, Tokens
+from embedq_consumer.group import Overtaken
 from embedq_consumer.intake.records import Record
 from embedq_consumer.pipeline import Pipeline
 from embedq_consumer.telemetry.metrics import Metrics
@@ -241,11 +243,11 @@ async def test_a_record_that_is_not_a_job_is_answered_like_the_jobs_of_its_poll(
 
 async def test_a_record_that_the_client_could_not_decode_is_answered_by_its_position() -> None:
     async with running() as parts:
-        parts.pipeline.take_unreadable(record(offset=5), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no"))
+        parts.pipeline.take_unreadable(record(offset=5), "its batch inflates to more than 1,000 bytes")
         await parts.finished(5)
         [result] = parts.sink.to(TOPICS.results)
         assert body(result)["id"] == "t.jobs-3-5"
-        assert "UnicodeDecodeError" in body(result)["error"]["message"]
+        assert "more than 1,000 bytes" in body(result)["error"]["message"]
         [letter] = parts.sink.to(TOPICS.dead_letters)
         assert value_of(letter.headers, "embedq-error-code") == b"malformed"
 
@@ -360,3 +362,44 @@ async def test_a_lost_device_ends_the_process_and_finishes_nothing() -> None:
         await until_it_ends()
     assert raised.value.subgroup(DeviceLost) is not None
     assert sinks[0].events == []
+
+
+# -- jobs that are given up ---------------------------------------------------------------------------------------------
+
+
+class SlowDevice(ScriptedDevice):
+    """Computes once it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = asyncio.Event()
+
+    async def encode(self, encoder: Encoder, batch: Sequence[Tokens]) -> tuple[Vectors, float]:
+        found = await super().encode(encoder, batch)
+        await self.gate.wait()
+        return found
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Told so at the latest when the test is over."""
+        try:
+            yield
+        finally:
+            self.gate.set()
+
+
+async def test_a_job_that_is_given_up_is_answered_and_dead_lettered_and_its_late_result_is_not_sent() -> None:
+    device = SlowDevice()
+    async with running(device) as parts, device.running():
+        stuck = job(1, input="a", id="stuck")
+        parts.pipeline.take([stuck, job(2, input="b")])
+        await wait_until(lambda: bool(device.ran), what="a micro-batch that hangs")
+        parts.pipeline.give_up(stuck, Overtaken(stuck.ticket.partition, 1, 900.0))
+        await parts.finished(1)
+        [result] = parts.sink.to(TOPICS.results)
+        assert (body(result)["id"], body(result)["error"]["code"]) == ("stuck", "internal")
+        assert len(parts.sink.to(TOPICS.dead_letters)) == 1
+        device.gate.set()
+        await parts.finished(1, 2)
+        assert len(parts.sink.to(TOPICS.results)) == 2
+        assert parts.memory.held == (0,)

@@ -77,7 +77,8 @@ class OffsetLedger:
     def advance(self, partition: TopicPartition, position: int) -> None:
         """Everything below `position` was delivered: it steps over markers and gaps after the last record."""
         state = self._partitions.get(partition)
-        if state is not None and (state.next is None or position > state.next):
+        known = self.position(partition)
+        if state is not None and (known is None or position > known):
             state.next = position
 
     def finish(self, ticket: Ticket) -> bool:

@@ -206,10 +206,6 @@ class PollPlanner:
         """What the plan's poll gave; `only_urgent`: the urgent partitions gave it, and no others were asked."""
         self._rotation.note(polled, plan.limit, drained=not only_urgent)
 
-    def may_read_on(self, partition: TopicPartition) -> bool:
-        """Whether one more record of this partition fits its lane."""
-        return not self._lane_is_full(partition)
-
     def _lane_is_full(self, partition: TopicPartition) -> bool:
         return self._limits.is_full(self._lane_of[partition.topic])
 

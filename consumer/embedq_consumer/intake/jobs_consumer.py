@@ -12,7 +12,14 @@ from typing import Any, Protocol, cast
 import msgspec
 
 from embedq_consumer.group import Member, make_member
-from embedq_shared.kafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from embedq_shared.kafka import (
+    DEFAULT_MAX_INFLATED_BYTES,
+    BoundedConsumer,
+    ConsumerRecord,
+    TopicPartition,
+)
+
+PolledRecords = Mapping[TopicPartition, Sequence[ConsumerRecord]]
 
 
 class IntakeOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,10 +42,12 @@ class IntakeOptions(msgspec.Struct, frozen=True, kw_only=True):
     """A watermark that was overtaken for so long is a reason not to be ready."""
     stuck_limit_s: float
     """And after so long its record is given up."""
+    max_inflated_bytes: int = DEFAULT_MAX_INFLATED_BYTES
+    """Of one compressed batch of records."""
 
 
 class JobsConsumer(Protocol):
-    """The part of `AIOKafkaConsumer` that the intake uses; a scripted one stands in for it in tests."""
+    """The part of `BoundedConsumer` that the intake uses; a scripted one stands in for it in tests."""
 
     async def start(self) -> None:
         """Connect."""
@@ -49,10 +58,8 @@ class JobsConsumer(Protocol):
     def assign(self, partitions: Sequence[TopicPartition]) -> None:
         """Read these and no others. Forgets every position and all that was fetched."""
 
-    async def getmany(
-        self, *partitions: TopicPartition, timeout_ms: int, max_records: int
-    ) -> Mapping[TopicPartition, Sequence[ConsumerRecord]]:
-        """Records of these partitions; raises one of `UNREADABLE` for a record that it cannot read."""
+    async def getmany(self, *partitions: TopicPartition, timeout_ms: int, max_records: int) -> PolledRecords:
+        """Records of these partitions; what cannot be read has an `Unreadable` as its value."""
 
     async def end_offsets(self, partitions: Collection[TopicPartition]) -> Mapping[TopicPartition, int]:
         """Where these partitions end; raises `KafkaError`."""
@@ -62,9 +69,6 @@ class JobsConsumer(Protocol):
 
     def seek(self, partition: TopicPartition, offset: int) -> None:
         """Hand out this offset next."""
-
-    async def seek_to_beginning(self, *partitions: TopicPartition) -> object:
-        """Hand out the first offset that the broker has next."""
 
     def highwater(self, partition: TopicPartition) -> int | None:
         """The end of an assigned partition, as of the last fetch; None before the first."""
@@ -94,8 +98,9 @@ def _make_consumer(kafka: Mapping[str, Any], options: IntakeOptions) -> JobsCons
     """Every setting whose default is a trap is written out."""
     return cast(
         JobsConsumer,
-        AIOKafkaConsumer(
+        BoundedConsumer(
             **kafka,
+            max_inflated_bytes=options.max_inflated_bytes,
             client_id=options.replica,
             group_id=None,
             enable_auto_commit=False,

@@ -26,13 +26,12 @@ from embedq_consumer.group import (
     WatermarkWatch,
 )
 from embedq_consumer.intake.flow_control import InFlightLimits, PollPlanner, ReadAhead
-from embedq_consumer.intake.jobs_consumer import IntakeOptions, JobsClients
+from embedq_consumer.intake.jobs_consumer import IntakeOptions, JobsClients, PolledRecords
 from embedq_consumer.intake.poll_state import PollState
 from embedq_consumer.intake.reading import POLL_MS, Changes, Reading
 from embedq_consumer.intake.records import Record
-from embedq_consumer.intake.unreadable import CarefulReader, PolledRecords
 from embedq_consumer.telemetry.metrics import Metrics
-from embedq_shared.kafka import UNREADABLE, TopicPartition, stop_client
+from embedq_shared.kafka import Unreadable, stop_client
 from embedq_shared.topics import LANES, Lane, Topics
 
 log = structlog.get_logger()
@@ -48,7 +47,7 @@ _LEAST_READ_AHEAD: Final = 64
 """Jobs in flight that are no bound to anything: a first micro-batch."""
 
 Take = Callable[[Sequence[Record]], None]
-Unreadable = Callable[[Record, Exception], None]
+TakeUnreadable = Callable[[Record, str], None]
 GiveUp = Callable[[Record, Overtaken], None]
 
 
@@ -123,7 +122,6 @@ class Intake:
         self._reading = Reading(
             clients.consumer, self._ledger, self._ownership, self._changes, lambda: self._state.interrupted
         )
-        self._careful = CarefulReader(clients.consumer, self._ledger, self._reading.poll, beat)
         self._newest_answered = dict.fromkeys(LANES, float("-inf"))
         self._watch = WatermarkWatch(
             self._ledger,
@@ -147,8 +145,9 @@ class Intake:
         await self._member.start()
         self._hand_over.follow(self._topics.lanes, self._interrupt)
 
-    async def run(self, take: Take, unreadable: Unreadable) -> None:
-        """Poll until `stop`. `take` gets each poll's records; `unreadable` a record that the client cannot hand out."""
+    async def run(self, take: Take, unreadable: TakeUnreadable) -> None:
+        """Poll until `stop`. `take` gets each poll's records; `unreadable` each record that cannot be read,
+        or the last one of a batch of which none can be, and why."""
         while (turn := self._state.next_turn()) != "end":
             self._changes.notify()
             self._beat()
@@ -247,7 +246,7 @@ class Intake:
 
     # -- polling ------------------------------------------------------------------------------------------------------
 
-    async def _read(self, take: Take, unreadable: Unreadable) -> None:
+    async def _read(self, take: Take, unreadable: TakeUnreadable) -> None:
         """One turn: a poll of the partitions that are due."""
         self._reading.follow()
         plan = self._planner.plan(self._reading.partitions)
@@ -255,74 +254,53 @@ class Intake:
         if not plan.partitions:
             await self._reading.rest()
             return
-        try:
-            polled: PolledRecords = {}
-            if plan.urgent:
-                polled = await self._reading.poll(plan.urgent, limit=plan.limit, timeout_ms=0)
-            only_urgent = bool(polled)
-            if not polled:
-                timeout_ms = POLL_MS if plan.complete else 0
-                polled = await self._reading.poll(plan.partitions, limit=plan.limit, timeout_ms=timeout_ms)
-        except UNREADABLE as error:
-            log.warning("poll_failed", reason=type(error).__name__)
-            await self._read_carefully(take, unreadable)
-            return
+        polled: PolledRecords = {}
+        if plan.urgent:
+            polled = await self._reading.poll(plan.urgent, limit=plan.limit, timeout_ms=0)
+        only_urgent = bool(polled)
+        if not polled:
+            timeout_ms = POLL_MS if plan.complete else 0
+            polled = await self._reading.poll(plan.partitions, limit=plan.limit, timeout_ms=timeout_ms)
         self._planner.note(plan, polled, only_urgent=only_urgent)
-        if records := self._begin(polled):
+        records, unread = self._begin(polled)
+        for record, why in unread:
+            unreadable(record, why)
+        if records:
             take(records)
-        elif plan.complete and not polled:
+        if plan.complete and not polled:
             await self._reading.step_over_gaps()
 
-    def _begin(self, polled: PolledRecords) -> list[Record]:
+    def _begin(self, polled: PolledRecords) -> tuple[list[Record], list[tuple[Record, str]]]:
+        """The records, and those that cannot be read with the reason. All of them are in flight from here on."""
         now = time.monotonic()
-        records = []
+        records: list[Record] = []
+        unread: list[tuple[Record, str]] = []
         for partition, found in polled.items():
             if not self._reading.is_read(partition):
                 self._reading.start_over()
                 continue
             lane = self._lane_of[partition.topic]
             for raw in found:
-                record = Record(
-                    ticket=self._ledger.begin(partition, raw.offset),
-                    lane=lane,
-                    key=raw.key,
-                    value=raw.value,
-                    headers=raw.headers,
-                    timestamp_ms=raw.timestamp,
-                    timestamp_type=raw.timestamp_type,
-                    polled_at=now,
-                )
-                self._note_begun(record)
-                records.append(record)
+                ticket = self._ledger.begin(partition, raw.offset)
+                if isinstance(raw.value, Unreadable):
+                    record = Record.unread(ticket, lane, now)
+                    unread.append((record, raw.value.reason))
+                else:
+                    record = Record(
+                        ticket=ticket,
+                        lane=lane,
+                        key=raw.key,
+                        value=raw.value,
+                        headers=raw.headers,
+                        timestamp_ms=raw.timestamp,
+                        timestamp_type=raw.timestamp_type,
+                        polled_at=now,
+                    )
+                    records.append(record)
+                self._in_flight[ticket] = record
+                self._limits.add(lane, record.size)
             self._metrics.records.labels(lane).inc(len(found))
-        return records
-
-    def _note_begun(self, record: Record) -> None:
-        self._in_flight[record.ticket] = record
-        self._limits.add(record.lane, record.size)
-
-    async def _read_carefully(self, take: Take, unreadable: Unreadable) -> None:
-        """After a failed poll: hand over what can be read, one by one, and step over what cannot."""
-
-        def hand_over(found: PolledRecords) -> bool:
-            if records := self._begin(found):
-                take(records)
-            return self._state.due == "poll" and all(
-                self._reading.is_read(partition) and self._planner.may_read_on(partition)
-                for partition in found
-            )
-
-        def stepped_over(partition: TopicPartition, offset: int, error: Exception) -> None:
-            if not self._reading.is_read(partition):
-                self._reading.start_over()
-                return
-            record = Record.unread(
-                self._ledger.begin(partition, offset), self._lane_of[partition.topic], time.monotonic()
-            )
-            self._note_begun(record)
-            unreadable(record, error)
-
-        await self._careful.read(self._reading.partitions, hand_over, stepped_over)
+        return records, unread
 
     # -- what goes along ----------------------------------------------------------------------------------------------
 

@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from embedq_consumer.group import OffsetLedger, Ownership
-from embedq_consumer.intake.jobs_consumer import JobsConsumer
-from embedq_consumer.intake.unreadable import PolledRecords
+from embedq_consumer.intake.jobs_consumer import JobsConsumer, PolledRecords
 from embedq_shared.kafka import TopicPartition, position
 
 POLL_MS: Final = 200

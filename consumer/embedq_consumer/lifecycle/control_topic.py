@@ -13,6 +13,7 @@ from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.codec import decode_control
 from embedq_shared.kafka import (
     AIOKafkaConsumer,
+    BoundedConsumer,
     Polled,
     TopicPartition,
     UnreadableRecord,
@@ -44,7 +45,7 @@ class ControlTopic:
         topics: Topics,
         alias: str,
         metrics: Metrics,
-        make_consumer: Callable[..., AIOKafkaConsumer] = AIOKafkaConsumer,
+        make_consumer: Callable[..., AIOKafkaConsumer] = BoundedConsumer,
     ) -> None:
         self._alias = alias
         self._metrics = metrics

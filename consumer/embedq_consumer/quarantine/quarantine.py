@@ -48,8 +48,8 @@ class Work(Protocol):
     def take(self, records: Sequence[Record]) -> None:
         """Start on these."""
 
-    def take_unreadable(self, record: Record, error: Exception) -> None:
-        """Reject a record that the client could not read."""
+    def take_unreadable(self, record: Record, why: str) -> None:
+        """Reject a record, or a batch of them, that could not be read."""
 
     def condemn(self, record: Record, deaths: Sequence[Death]) -> None:
         """Reject a record that killed processes, without looking at its value."""
@@ -79,9 +79,9 @@ class Quarantine:
         """Records of a poll."""
         self._take(map(Polled, records))
 
-    def take_unreadable(self, record: Record, error: Exception) -> None:
-        """A record that the client could not read."""
-        self._take([Polled(record, error)])
+    def take_unreadable(self, record: Record, why: str) -> None:
+        """A record, or a batch of them, that could not be read."""
+        self._take([Polled(record, why)])
 
     def finish(self, record: Record) -> None:
         """A record that was handed over is answered."""
@@ -183,9 +183,9 @@ class Quarantine:
         if self._work is None:
             raise RuntimeError("records came before there was anybody to take them. This is a bug.")
         for each in polled:
-            if each.error is not None:
-                self._work.take_unreadable(each.record, each.error)
-        if records := [each.record for each in polled if each.error is None]:
+            if each.unread is not None:
+                self._work.take_unreadable(each.record, each.unread)
+        if records := [each.record for each in polled if each.unread is None]:
             self._work.take(records)
 
     def _condemn(self, record: Record, deaths: Sequence[Death]) -> None:

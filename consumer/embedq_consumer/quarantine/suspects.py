@@ -21,10 +21,10 @@ BURST_S: Final = 0.5
 
 
 class Polled(msgspec.Struct, frozen=True):
-    """A record of a poll, and why the client could not read it, if it could not."""
+    """A record of a poll, and why it could not be read, if it could not."""
 
     record: Record
-    error: Exception | None = None
+    unread: str | None = None
 
     @property
     def offset(self) -> int:

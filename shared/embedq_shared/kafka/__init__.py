@@ -36,25 +36,30 @@ from embedq_shared.kafka.group_member import (
     ReplacedMember,
 )
 from embedq_shared.kafka.groups import committed_offsets, delete_before, group_lag
-from embedq_shared.kafka.options import KafkaOptions, SecurityProtocol
-from embedq_shared.kafka.stopping import stop_client
-from embedq_shared.kafka.unreadable import (
-    UNREADABLE,
+from embedq_shared.kafka.reading.consumer import BoundedConsumer
+from embedq_shared.kafka.reading.inflation import DEFAULT_MAX_INFLATED_BYTES
+from embedq_shared.kafka.reading.record_batches import Unreadable
+from embedq_shared.kafka.reading.unreadable import (
     Polled,
     UnreadableRecord,
     poll,
     poll_partition,
     position,
-    step_over,
 )
+from embedq_shared.kafka.security.options import BadOption, KafkaOptions, SaslMechanism, SecurityProtocol
+from embedq_shared.kafka.security.refusals import KafkaRefused, explain, is_permanent
+from embedq_shared.kafka.security.tokens import OAuthOptions
+from embedq_shared.kafka.stopping import stop_client
 
 __all__ = [
+    "DEFAULT_MAX_INFLATED_BYTES",
     "FENCED",
     "TOO_LARGE",
-    "UNREADABLE",
     "AIOKafkaAdminClient",
     "AIOKafkaConsumer",
     "AIOKafkaProducer",
+    "BadOption",
+    "BoundedConsumer",
     "BrokerUnreachable",
     "ConsumerRebalanceListener",
     "ConsumerRecord",
@@ -65,25 +70,30 @@ __all__ = [
     "InvalidTopicError",
     "KafkaError",
     "KafkaOptions",
+    "KafkaRefused",
     "Membership",
+    "OAuthOptions",
     "OffsetAndMetadata",
     "Polled",
     "ReplacedMember",
+    "SaslMechanism",
     "SecurityProtocol",
     "TopicAuthorizationFailedError",
     "TopicPartition",
     "UnknownMemberIdError",
     "UnknownTopicOrPartitionError",
+    "Unreadable",
     "UnreadableRecord",
     "committed_offsets",
     "connect",
     "delete_before",
+    "explain",
     "group_lag",
+    "is_permanent",
     "poll",
     "poll_partition",
     "position",
     "reason",
-    "step_over",
     "stop_client",
 ]
 

@@ -11,7 +11,8 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
 from embedq_shared.backoff import backoff
-from embedq_shared.kafka.stopping import stop_client
+from embedq_shared.kafka.security.refusals import KafkaRefused, explain, is_permanent, refusal
+from embedq_shared.kafka.stopping import connections_of, stop_client
 
 Client = TypeVar("Client", AIOKafkaConsumer, AIOKafkaProducer, AIOKafkaAdminClient)
 
@@ -31,6 +32,7 @@ async def connect(make: Callable[[], Client], within: float) -> Client:
     """A started client. Tries again with new ones for `within` seconds, since Kafka is often started together with us.
 
     Raises:
+        KafkaRefused: a broker answers, and trying again will not help. At once.
         BrokerUnreachable: not within `within` seconds.
     """
     loop = asyncio.get_running_loop()
@@ -40,12 +42,16 @@ async def connect(make: Callable[[], Client], within: float) -> Client:
         client = make()
         try:
             async with asyncio.timeout(min(_ATTEMPT_S, max(0.001, end - loop.time()))):
-                await client.start()
+                await _start(client)
             return client
         except TimeoutError:
             why = f"no answer within {within:g} s"
         except (KafkaError, OSError) as error:
             why = reason(error)
+            refused = await _refused(client, error)
+            if refused is not None:
+                await stop_client(client, _DISCARD_S)
+                raise refused from None
         except BaseException:
             await stop_client(client, _DISCARD_S)
             raise
@@ -55,6 +61,25 @@ async def connect(make: Callable[[], Client], within: float) -> Client:
             raise BrokerUnreachable(why)
         await asyncio.sleep(pause)
         attempt += 1
+
+
+async def _start(client: Client) -> None:
+    """aiokafka takes a token that the broker refuses for one that it took, so that one is looked at before."""
+    connections = connections_of(client)
+    if getattr(connections, "_sasl_mechanism", None) == "OAUTHBEARER":
+        refused = await refusal(connections)
+        if refused is not None:
+            raise refused
+    await client.start()
+
+
+async def _refused(client: Client, error: BaseException) -> KafkaRefused | None:
+    """The refusal behind a failure to start; None if it may heal."""
+    if isinstance(error, KafkaRefused):
+        return error
+    if is_permanent(error):
+        return KafkaRefused(explain(error))
+    return await refusal(connections_of(client))
 
 
 def reason(error: BaseException) -> str:

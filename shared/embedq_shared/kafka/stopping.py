@@ -7,6 +7,7 @@ from collections.abc import Awaitable
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.client import AIOKafkaClient
 
 
 async def stop_client(
@@ -31,11 +32,15 @@ async def stop_client(
         return None
     if isinstance(client, AIOKafkaConsumer) and client._fetcher is not None:
         await finished(client._fetcher.close(), within)
-    connections = client.client if isinstance(client, AIOKafkaProducer) else client._client
-    await finished(connections.close(), within)
+    await finished(connections_of(client).close(), within)
     if sender is not None:
         await asyncio.wait({sender}, timeout=within)
     return problem
+
+
+def connections_of(client: AIOKafkaConsumer | AIOKafkaProducer | AIOKafkaAdminClient) -> AIOKafkaClient:
+    """The connections of a client, and what it knows of the brokers."""
+    return client.client if isinstance(client, AIOKafkaProducer) else client._client
 
 
 def _sender_of(

@@ -56,7 +56,7 @@ class Taken:
     async def until(self, count: int) -> None:
         """Run the intake until it took `count` records."""
         await self._intake.open()
-        polling = asyncio.create_task(self._intake.run(self._take, lambda record, error: None))
+        polling = asyncio.create_task(self._intake.run(self._take, lambda record, why: None))
         committing = asyncio.create_task(self._intake.commit_forever())
         try:
             await wait_until(lambda: len(self.records) >= count, what=f"{count} records")

@@ -93,8 +93,11 @@ class LedgerMachine(RuleBasedStateMachine):
         position = max(0, (self.position.get(partition) or self.start.get(partition) or 0) + hole)
         self.ledger.advance(partition, position)
         if partition in self.position:
-            before = self.position[partition]
-            self.position[partition] = position if before is None else max(before, position)
+            before = (
+                self.position[partition] if self.position[partition] is not None else self.start[partition]
+            )
+            if before is None or position > before:
+                self.position[partition] = position
 
     @rule(ticket=tickets)
     def finish(self, ticket: Ticket) -> None:

@@ -264,10 +264,8 @@ def test_a_full_lane_is_left_out() -> None:
     planning = Planning(A, BULK, max_jobs=2)
     planning.take(A, 2)
     assert planning.due() == {BULK}
-    assert not planning.planner.may_read_on(A)
     planning.limits.remove("interactive", 1)
     assert planning.due() == {A, BULK}
-    assert planning.planner.may_read_on(A)
 
 
 def test_a_partition_whose_crash_would_repeat_too_much_is_left_out_until_a_commit() -> None:

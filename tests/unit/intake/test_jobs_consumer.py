@@ -6,13 +6,12 @@ import inspect
 from typing import Any
 
 import pytest
-from aiokafka import AIOKafkaConsumer
 
 from embedq_consumer.group import Member, OffsetStore
 from embedq_consumer.group import member as member_module
 from embedq_consumer.intake import jobs_consumer as module
 from embedq_consumer.intake.jobs_consumer import IntakeOptions, JobsConsumer, make_jobs_clients
-from embedq_shared.kafka import GroupMember, GroupMemberOptions
+from embedq_shared.kafka import BoundedConsumer, GroupMember, GroupMemberOptions
 from tests.helpers.scripted_consumer import ScriptedConsumer, ScriptedMember
 
 
@@ -44,7 +43,7 @@ class Recorded:
 
 
 def made(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> tuple[dict[str, Any], GroupMemberOptions]:
-    monkeypatch.setattr(module, "AIOKafkaConsumer", Recorded)
+    monkeypatch.setattr(module, "BoundedConsumer", Recorded)
     monkeypatch.setattr(member_module, "GroupMember", Recorded)
     clients: Any = make_jobs_clients({"bootstrap_servers": "kafka:9092"}, options(**changes))
     kafka, membership = clients.member.arguments
@@ -83,7 +82,7 @@ def methods(*protocols: type) -> list[tuple[type, str]]:
     [
         (protocol, method, client)
         for clients, protocols in (
-            ((AIOKafkaConsumer, ScriptedConsumer), (JobsConsumer,)),
+            ((BoundedConsumer, ScriptedConsumer), (JobsConsumer,)),
             ((GroupMember, ScriptedMember), (Member, OffsetStore)),
         )
         for client in clients
@@ -110,7 +109,7 @@ def test_the_real_clients_and_the_scripted_ones_take_the_calls_of_the_protocols(
 async def test_the_real_clients_accept_these_settings() -> None:
     """Made and not started: an unknown setting, or one that is out of range, raises."""
     clients = make_jobs_clients({"bootstrap_servers": "localhost:1"}, options())
-    assert isinstance(clients.consumer, AIOKafkaConsumer)
+    assert isinstance(clients.consumer, BoundedConsumer)
     assert isinstance(clients.member, GroupMember)
     await clients.consumer.stop()
     assert await clients.member.close(1.0) is None

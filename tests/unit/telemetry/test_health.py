@@ -118,6 +118,15 @@ def test_it_is_not_ready_until_somebody_says_so_and_never_when_a_loop_is_silent(
     assert health.ready(0).facts["reason"] == "draining"
 
 
+def test_a_part_may_keep_a_service_that_takes_jobs_from_being_ready() -> None:
+    health = Health()
+    health.set_ready(None)
+    health.hinder("watermark", "stuck")
+    assert health.ready(0).facts == {"status": "not ready", "reason": "stuck"}
+    health.hinder("watermark", None)
+    assert health.ready(0).well
+
+
 def test_threads_may_beat_and_ask_at_once() -> None:
     health = Health()
 
