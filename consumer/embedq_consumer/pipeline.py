@@ -28,7 +28,7 @@ from embedq_consumer.engine import Encoder
 from embedq_consumer.group import Overtaken, Ticket
 from embedq_consumer.intake.admission import AdmissionPolicy, Rejection, UnknownAddress
 from embedq_consumer.intake.jobs import InputVector, JobState
-from embedq_consumer.intake.records import Record
+from embedq_consumer.intake.records import Death, Record
 from embedq_shared.codec import Envelope
 from embedq_shared.headers import JobHeaders
 from embedq_shared.messages import ErrorBody
@@ -85,6 +85,11 @@ class Pipeline:
             error=reason, format="json", headers=JobHeaders(), envelope=Envelope(), dead_letter=True
         )
         self._spawn(self._deliverer.reject([(record, rejection)]), "reject")
+
+    def condemn(self, record: Record, deaths: Sequence[Death]) -> None:
+        """Reject a record that killed processes."""
+        rejection = self._policy.condemn(record, deaths, self._deliverer.partitions)
+        self._spawn(self._deliverer.reject([(record, rejection)]), "condemn")
 
     def give_up(self, record: Record, overtaken: Overtaken) -> None:
         """Reject a job that holds up its partition. Whatever comes of it later is not sent any more."""

@@ -2,8 +2,8 @@
 
 A job's path is `pipeline.py`, from the poll loop's `take` to `finish`. Two facts are decided here and nowhere else:
 
-- **Where a job's offset is committed.** The deliverer calls `intake.finish` once the broker has acknowledged a job's
-  result, and `intake.commit_forever` commits each partition up to its first record that is not finished. So when a process ends in
+- **Where a job's offset is committed.** The deliverer calls `quarantine.finish`, and that calls `intake.finish`, once the
+  broker has acknowledged a job's result, and `intake.commit_forever` commits each partition up to its first record that is not finished. So when a process ends in
   any way, the next one repeats what was not answered.
 - **Where a reload swaps the model.** `model.follow` reads commands, loads and checks the new model, and swaps it in inside
   `intake.held`, where nothing is in flight: no job is computed by two models (`lifecycle/reloader.py`, `_serve`).
@@ -36,6 +36,7 @@ from embedq_consumer.lifecycle.model_slot import ModelSlot
 from embedq_consumer.lifecycle.served_model import ServedModel
 from embedq_consumer.lifecycle.status_reporter import StatusReporter
 from embedq_consumer.pipeline import Pipeline
+from embedq_consumer.quarantine import Quarantine, Suspects
 from embedq_consumer.settings import Settings, SettingsError
 from embedq_consumer.telemetry.health import Health, HealthServer
 from embedq_consumer.telemetry.metrics import Metrics
@@ -104,13 +105,19 @@ async def _serve(settings: Settings, stop: asyncio.Event) -> None:
             return
         parts.enter_context(_long_lived_objects_frozen())
 
-        intake = await parts.enter_async_context(_intake(settings, metrics, health, stop))
-        deliverer = await parts.enter_async_context(_deliverer(settings, publisher, intake.finish, metrics))
+        suspects = Suspects(settings.claimant())
+        intake = await parts.enter_async_context(_intake(settings, suspects, metrics, health, stop))
+        quarantine = Quarantine(suspects, intake.commits, intake.finish, metrics)
+        deliverer = await parts.enter_async_context(
+            _deliverer(settings, publisher, quarantine.finish, metrics)
+        )
         async with _tasks() as tasks:
             pipeline = Pipeline(settings.admission, model.encoder, cache, model.queue, deliverer, tasks)
+            quarantine.hand_to(pipeline)
             _expect_heartbeats(health, settings.stall_timeout_s)
             loops = {
-                "intake": intake.run(pipeline.take, pipeline.take_unreadable),
+                "intake": intake.run(quarantine.take, quarantine.take_unreadable),
+                "quarantine": quarantine.run(),
                 "commit": intake.commit_forever(),
                 "watermarks": intake.watch(pipeline.give_up, partial(health.hinder, "watermark")),
                 "batches": model.run_batches(pipeline, tasks),
@@ -318,7 +325,7 @@ async def _control(settings: Settings, metrics: Metrics) -> AsyncIterator[Contro
 
 @asynccontextmanager
 async def _intake(
-    settings: Settings, metrics: Metrics, health: Health, stop: asyncio.Event
+    settings: Settings, suspects: Suspects, metrics: Metrics, health: Health, stop: asyncio.Event
 ) -> AsyncIterator[Intake]:
     intake = Intake(
         make_jobs_clients(settings.kafka(), settings.intake),
@@ -326,6 +333,7 @@ async def _intake(
         topics=settings.topics,
         metrics=metrics,
         beat=lambda: health.beat("intake", time.monotonic()),
+        custodian=suspects,
     )
     try:
         await _once_kafka_answers(intake.open, health, stop)
@@ -338,7 +346,9 @@ async def _intake(
 async def _deliverer(
     settings: Settings, publisher: Publisher, finish: Finish, metrics: Metrics
 ) -> AsyncIterator[Deliverer]:
-    results = ResultEncoder(settings.topics, settings.group, settings.max_result_bytes)
+    results = ResultEncoder(
+        settings.topics, settings.group, settings.max_result_bytes, replica=settings.replica
+    )
     memory = WeightedSemaphore(settings.max_pending_bytes)
     limits = DeliveryLimits(
         reply_timeout_s=settings.reply_timeout_s,

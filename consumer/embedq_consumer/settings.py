@@ -17,6 +17,7 @@ from embedq_consumer.cache import CacheOptions
 from embedq_consumer.engine import LoadOptions, Quantization
 from embedq_consumer.intake import AdmissionPolicy, IntakeOptions
 from embedq_consumer.lifecycle.served_model import BatchOptions, ModelOptions
+from embedq_consumer.quarantine import Claimant
 from embedq_shared.kafka import (
     DEFAULT_MAX_INFLATED_BYTES,
     BadOption,
@@ -434,6 +435,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             rebalance_timeout_ms=self.rebalance_timeout_ms,
             stuck_after_s=self.stuck_after_s,
             stuck_limit_s=self.stuck_limit_s,
+        )
+
+    def claimant(self) -> Claimant:
+        """This process, as commits name it."""
+        return Claimant(
+            owner=uuid.uuid4().hex[:16],
+            replica=self.replica,
+            span=self.max_uncommitted_jobs + self.max_poll_records,
         )
 
     @property

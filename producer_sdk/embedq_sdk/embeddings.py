@@ -46,6 +46,7 @@ _BY_CODE: Final[dict[str, type[JobFailed]]] = {
     "unsupported_content_type": InvalidJob,
     "too_many_inputs": InvalidJob,
     "result_too_large": InvalidJob,
+    "crashed": InvalidJob,
     "text_too_long": TextTooLong,
     "unknown_model": UnknownModel,
     "expired": Expired,

@@ -25,6 +25,7 @@ ErrorCode = Literal[
     "expired",
     "non_finite",
     "undeliverable",
+    "crashed",
     "overloaded",
     "internal",
 ]

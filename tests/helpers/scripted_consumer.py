@@ -202,6 +202,9 @@ class ScriptedConsumer:
                 return {}
         return self._take(partitions, max_records)
 
+    async def end_offsets(self, partitions: Collection[TopicPartition]) -> Mapping[TopicPartition, int]:
+        return {partition: self.ends.get(partition, 0) for partition in partitions}
+
     async def position(self, partition: TopicPartition) -> int:
         if partition not in self.positions:
             raise IllegalStateError(f"{partition} is not assigned")

@@ -31,7 +31,7 @@ SERVICE: Final[Floors] = (
     ("telemetry", "engine"),
     ("group",),
     ("cache", "intake"),
-    ("batching",),
+    ("batching", "quarantine"),
     ("delivery",),
     ("lifecycle",),
     ("pipeline",),

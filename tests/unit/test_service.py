@@ -98,6 +98,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
     class FakeIntake:
         def __init__(self, *_: Any, **__: Any) -> None:
             self.joined = world.joined
+            self.commits = None
 
         async def open(self) -> None:
             world.did.append("group joined")

@@ -1,10 +1,11 @@
-"""Results as records: whole or in parts, failures, dead letters. Pure; results of jobs are encoded in a thread."""
+"""Results as records: whole or in parts, failures, dead letters. Pure but for the time in a dead letter; results of jobs are encoded in a thread."""
 
 from __future__ import annotations
 
 import struct
+import time
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 import msgspec
@@ -14,7 +15,7 @@ import orjson
 from embedq_consumer.delivery.outgoing import Outgoing
 from embedq_consumer.intake.admission import Rejection
 from embedq_consumer.intake.jobs import InputVector, JobState, Outcome, Request, Spans
-from embedq_consumer.intake.records import Record
+from embedq_consumer.intake.records import Death, Record
 from embedq_consumer.intake.result_sizes import fixed_bytes
 from embedq_shared import codec
 from embedq_shared.codec import Envelope, Format
@@ -24,6 +25,12 @@ from embedq_shared.topics import CONTENT_TYPE, MODEL_VERSION, STATUS, Topics
 from embedq_shared.vectors import NUMPY
 
 _DATUM_SEPARATOR: Final = 1
+_CONNECT_STAGES: Final = {
+    "invalid_header": b"HEADER_CONVERTER",
+    "result_too_large": b"KAFKA_PRODUCE",
+    "crashed": b"TASK_PUT",
+}
+"""Where a sink of Kafka Connect would have failed, by error code; everything else is in the value."""
 
 
 class EncodedResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="object", tag="list"):
@@ -53,18 +60,23 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
     status: ResultStatus
     errors: tuple[ErrorBody, ...] = ()
     dead_letter: ErrorBody | None = None
+    deaths: tuple[Death, ...] = ()
+    """The processes that the record killed."""
+    model_version: str | None = None
+    """The model that the job was accepted for, where it came that far."""
 
 
 class ResultEncoder:
     """Turns what became of jobs into records.
 
-    `group` is the service's consumer group, for dead letters. Each result record is kept within `max_result_bytes`:
+    `group` is the service's consumer group and `replica` its name, for dead letters. Each result record is kept within `max_result_bytes`:
     results are split between vectors, and admission has made sure that one vector fits.
     """
 
-    def __init__(self, topics: Topics, group: str, max_result_bytes: int) -> None:
+    def __init__(self, topics: Topics, group: str, max_result_bytes: int, *, replica: str = "") -> None:
         self._topics = topics
         self._group = group
+        self._replica = replica
         self._limit = max_result_bytes
 
     @property
@@ -117,6 +129,7 @@ class ResultEncoder:
             outgoing=outgoing,
             status=status,
             errors=errors,
+            model_version=version,
         )
 
     def of_rejection(self, record: Record, rejection: Rejection) -> Reply:
@@ -128,12 +141,21 @@ class ResultEncoder:
             rejection.envelope,
             rejection.error,
             dead_letter=rejection.dead_letter,
+            deaths=rejection.deaths,
         )
 
     def of_undeliverable(self, reply: Reply, error: ErrorBody) -> Reply:
         """What is left to say when the brokers refuse a result at its reply address: the error, on the results topic."""
         headers = _unaddressed(reply.headers)
-        return self._failure(reply.record, headers, reply.format, reply.envelope, error, dead_letter=True)
+        return self._failure(
+            reply.record,
+            headers,
+            reply.format,
+            reply.envelope,
+            error,
+            model_version=reply.model_version,
+            dead_letter=True,
+        )
 
     def dead_letter(self, reply: Reply, partition: int | None) -> Outgoing:
         """The record as it came, and headers of Spring, Kafka Connect and ours that say why; ours come last.
@@ -182,14 +204,19 @@ class ResultEncoder:
             ("__connect.errors.topic", origin.topic.encode()),
             ("__connect.errors.partition", str(origin.partition).encode()),
             ("__connect.errors.offset", str(record.ticket.offset).encode()),
-            ("__connect.errors.stage", b"VALUE_CONVERTER"),
+            ("__connect.errors.connector.name", self._group.encode()),
+            ("__connect.errors.stage", _CONNECT_STAGES.get(error.code, b"VALUE_CONVERTER")),
             ("__connect.errors.class.name", b"embedq_consumer"),
             ("__connect.errors.exception.class.name", f"embedq.{error.code}".encode()),
             ("__connect.errors.exception.message", text),
             ("embedq-error-code", error.code.encode()),
             ("embedq-error-message", text),
-            ("embedq-attempts", b"1"),
+            ("embedq-attempts", str(len(reply.deaths) or 1).encode()),
             ("embedq-result-sent", b"true" if reply.outgoing else b"false"),
+            ("embedq-replica", self._replica.encode()),
+            ("embedq-first-seen", str(_first_seen_ms(reply)).encode()),
+            *([("embedq-history", _history(reply.deaths))] if reply.deaths else []),
+            *([(MODEL_VERSION, reply.model_version.encode())] if reply.model_version else []),
         ]
 
     def _failure(
@@ -202,6 +229,7 @@ class ResultEncoder:
         *,
         model_version: str | None = None,
         dead_letter: bool = False,
+        deaths: tuple[Death, ...] = (),
     ) -> Reply:
         """An error result. The caller's own key, headers and metadata are left out where they make even that too large."""
         id = envelope.id if envelope.id is not None else record.name
@@ -228,6 +256,8 @@ class ResultEncoder:
             status="error",
             errors=(error,),
             dead_letter=error if dead_letter else None,
+            deaths=deaths,
+            model_version=model_version,
         )
 
     def _headers(
@@ -258,6 +288,17 @@ class ResultEncoder:
 def _unaddressed(headers: JobHeaders) -> JobHeaders:
     """The same, for an answer on the results topic."""
     return msgspec.structs.replace(headers, reply_topic=None, reply_partition=None)
+
+
+def _first_seen_ms(reply: Reply) -> int:
+    """When the service read the record for the first time, as far as is known, in epoch milliseconds."""
+    now_ms = int((time.time() - time.monotonic() + reply.record.polled_at) * 1000)
+    return min([now_ms, *(death.at_ms for death in reply.deaths)])
+
+
+def _history(deaths: Iterable[Death]) -> bytes:
+    """The processes that a record killed: a JSON list, of at most 8 (`quarantine/custody.py`), and so of at most 1 KB."""
+    return msgspec.json.encode([{"at": death.at_ms, "replica": death.replica} for death in deaths])
 
 
 def _size(outgoing: Outgoing) -> int:

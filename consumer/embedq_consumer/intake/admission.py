@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import msgspec
@@ -11,7 +11,7 @@ import msgspec
 from embedq_consumer.engine import Encoder
 from embedq_consumer.engine.text.prompts import prompt_for
 from embedq_consumer.intake.jobs import JobState, Request, input_param
-from embedq_consumer.intake.records import Record
+from embedq_consumer.intake.records import Death, Record
 from embedq_consumer.intake.result_sizes import datum_bytes, fixed_bytes
 from embedq_shared import codec
 from embedq_shared.codec import BadJob, Envelope, Format
@@ -35,6 +35,8 @@ class Rejection(msgspec.Struct, frozen=True, kw_only=True):
     envelope: Envelope
     dead_letter: bool = False
     reply: bool = True
+    deaths: tuple[Death, ...] = ()
+    """The processes that it killed."""
 
 
 class UnknownAddress(msgspec.Struct, frozen=True):
@@ -92,6 +94,23 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
         if isinstance(request, ErrorBody):
             return Rejection(error=request, format=format, headers=headers, envelope=envelope)
         return JobState(record, headers, request, encoder)
+
+    def condemn(self, record: Record, deaths: Sequence[Death], partitions: PartitionCount) -> Rejection:
+        """The rejection of a record that killed processes. Its value is not looked at: decoding it may be what kills."""
+        headers = parse(record.headers)
+        error = ErrorBody.of(
+            "crashed",
+            f"expected a job that the service survives; {len(deaths)} processes ended while it ran, the last ones while it ran alone",
+        )
+        return Rejection(
+            error=error,
+            format=codec.format_of(headers.content_type) or "json",
+            headers=headers,
+            envelope=Envelope(),
+            dead_letter=True,
+            reply=self._check_address(headers, partitions) is None,
+            deaths=tuple(deaths),
+        )
 
     def check_text(self, request: Request, index: int) -> ErrorBody | None:
         """Why one text is rejected before it is tokenized: tokenizing takes time and memory in proportion to its bytes."""

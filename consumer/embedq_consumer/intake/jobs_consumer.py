@@ -6,7 +6,7 @@ So a rebalance, which may take as long as a dead member's session, stops nobody 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import msgspec
@@ -60,6 +60,9 @@ class JobsConsumer(Protocol):
 
     async def getmany(self, *partitions: TopicPartition, timeout_ms: int, max_records: int) -> PolledRecords:
         """Records of these partitions; what cannot be read has an `Unreadable` as its value."""
+
+    async def end_offsets(self, partitions: Collection[TopicPartition]) -> Mapping[TopicPartition, int]:
+        """Where these partitions end; raises `KafkaError`."""
 
     async def position(self, partition: TopicPartition) -> int:
         """The next offset that a poll hands out."""

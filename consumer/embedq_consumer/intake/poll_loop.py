@@ -15,6 +15,8 @@ from typing import Final
 import structlog
 
 from embedq_consumer.group import (
+    Custodian,
+    GroupCommits,
     HandOver,
     OffsetCommitter,
     OffsetLedger,
@@ -69,6 +71,7 @@ class Intake:
         topics: Topics,
         metrics: Metrics,
         beat: Callable[[], None],
+        custodian: Custodian | None = None,
     ) -> None:
         self._consumer = clients.consumer
         self._member = clients.member
@@ -102,9 +105,12 @@ class Intake:
             self._ledger,
             self._ownership,
             metrics,
+            custodian,
             interval_s=options.commit_interval_s,
             max_uncommitted=options.max_uncommitted,
         )
+        ends = clients.consumer.end_offsets
+        self.commits = GroupCommits(clients.member, self._ledger, self._committer, ends)
         self._hand_over = HandOver(
             clients.member,
             self._ledger,

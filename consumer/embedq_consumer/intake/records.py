@@ -8,6 +8,13 @@ from embedq_consumer.group import Ticket
 from embedq_shared.topics import Lane
 
 
+class Death(msgspec.Struct, frozen=True, kw_only=True):
+    """A process that ended without giving up a partition, as the partition's next owner noticed it, in epoch milliseconds."""
+
+    at_ms: int
+    replica: str
+
+
 class Record(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """One record of a job topic, as it was polled. `polled_at` is monotonic seconds, `timestamp_ms` Kafka's."""
 

@@ -72,6 +72,15 @@ class Metrics:
         self.rebalances = counter("rebalances_total", "Partition assignments received.")
         self.assigned = gauge("assigned_partitions", "Partitions that this replica reads.")
 
+        # Quarantine
+        self.deaths = counter(
+            "deaths_total", "Partitions taken over from a process that ended without giving them up."
+        )
+        self.suspected_partitions = gauge(
+            "suspected_partitions",
+            "Partitions of this replica with records that may have killed a process, which run in groups or alone.",
+        )
+
         # Stages of a job
         self.queue = seconds("queue", "From the poll of a job to the start of its micro-batch.", "lane")
         self.tokenize = seconds("tokenize", "Tokenizing the texts of one poll.")

@@ -1,13 +1,12 @@
-"""The commands of `embedq`. Exit codes: 0 success, 1 something failed, 2 wrong usage or no answer in time, 3 no Kafka."""
+"""The commands of `embedq`."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import importlib.metadata
-import logging
 import sys
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,43 +19,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from embedq_sdk.admin.control import LostRace, ServiceStatus, reload_model, service_status
 from embedq_sdk.admin.rollout import RolloutUpdate
 from embedq_sdk.admin.topics import DEFAULT_PARTITIONS, DEFAULT_REPLY_PARTITIONS, create_topics
+from embedq_sdk.cli.dlq import dlq
 from embedq_sdk.cli.kafka_options import CONNECT_TIMEOUT_S, KafkaTarget, kafka_options
+from embedq_sdk.cli.running import FAILED, NO_ANSWER, run, say
 from embedq_sdk.cli.tables import replica_lines, replica_table, status_lines
 from embedq_sdk.cli.vector_files import JsonLines, NpyFile, VectorWriter
 from embedq_sdk.client import EmbedClient
-from embedq_sdk.errors import EmbedError, InvalidArgument, KafkaUnavailable
+from embedq_sdk.errors import InvalidArgument, KafkaUnavailable
 from embedq_sdk.job_options import late, mean
 from embedq_shared.messages import Chunking
 from embedq_shared.topics import GROUP
 
-FAILED: Final = 1
-NO_ANSWER: Final = 2
-NO_KAFKA: Final = 3
-
 _WATCH_S: Final = 1.0
-
-
-def _run(work: Coroutine[Any, Any, int]) -> None:
-    """Run a command and exit with its code. What a user can put right is reported in one line, never as a traceback."""
-    # aiokafka logs every connection that fails; our one line says it all.
-    logging.getLogger("aiokafka").addHandler(logging.NullHandler())
-    logging.getLogger("aiokafka").propagate = False
-    try:
-        code = asyncio.run(work)
-    except KafkaUnavailable as error:
-        _say(str(error))
-        code = NO_KAFKA
-    except InvalidArgument as error:
-        _say(str(error))
-        code = NO_ANSWER
-    except EmbedError as error:
-        _say(str(error))
-        code = FAILED
-    sys.exit(code)
-
-
-def _say(line: str) -> None:
-    click.echo(f"embedq: {line}", err=True)
 
 
 class Commands(click.Group):
@@ -87,13 +61,13 @@ def _offered() -> dict[str, importlib.metadata.EntryPoint]:
 def _not_installed(name: str, package: str) -> click.Command:
     reason = f"{name} needs {package}: pip install 'embedq[consumer]'"
 
-    def say(arguments: tuple[str, ...]) -> None:
-        _say(reason)
+    def refuse(arguments: tuple[str, ...]) -> None:
+        say(reason)
         sys.exit(NO_ANSWER)
 
     return click.Command(
         name,
-        callback=say,
+        callback=refuse,
         params=[click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)],
         context_settings={"ignore_unknown_options": True},
         help=f"Not installed: {reason}",
@@ -191,7 +165,7 @@ def embed(
             finally:
                 await client.close()
 
-    _run(work())
+    run(work())
 
 
 def _chunking(mode: str | None, tokens: int | None) -> Chunking | None:
@@ -227,7 +201,7 @@ async def _write_all(
                 raise item.error
             if item.error is not None:
                 failed += 1
-                _say(f"text {item.index}: {item.error}")
+                say(f"text {item.index}: {item.error}")
             advance()
     return FAILED if failed else 0
 
@@ -340,13 +314,13 @@ def reload(
                                 click.echo(line)
                         last = update
             except LostRace as error:
-                _say(str(error))
+                say(str(error))
                 return NO_ANSWER
         if last is None:
             raise RuntimeError("a reload ended without an update. This is a bug.")
         return _conclude(last, timeout)
 
-    _run(follow())
+    run(follow())
 
 
 def _conclude(last: RolloutUpdate, timeout: float) -> int:
@@ -359,17 +333,17 @@ def _conclude(last: RolloutUpdate, timeout: float) -> int:
         case "failed":
             for replica in last.replicas:
                 if replica.state == "FAILED":
-                    _say(f"{replica.replica} FAILED and keeps its old model: {replica.error}")
+                    say(f"{replica.replica} FAILED and keeps its old model: {replica.error}")
             return FAILED
         case "no_replicas":
-            _say(
+            say(
                 f"there is no live replica of {last.alias}; version {last.version} is written, and replicas that start will load it"
             )
         case "superseded":
-            _say(f"a later command for {last.alias} took the place of version {last.version}")
+            say(f"a later command for {last.alias} took the place of version {last.version}")
         case _:
             waiting = [replica.replica for replica in last.replicas if not replica.answered]
-            _say(
+            say(
                 f"no answer within {timeout:g} s from {', '.join(waiting)}; they continue with version {last.version}"
             )
     return NO_ANSWER
@@ -415,7 +389,10 @@ def status(as_json: bool, watch: bool, group: str, kafka: KafkaTarget) -> None:
             await asyncio.sleep(_WATCH_S)
 
     with contextlib.suppress(KeyboardInterrupt):
-        _run(show())
+        run(show())
+
+
+cli.add_command(dlq)
 
 
 @cli.group()
@@ -461,10 +438,10 @@ def create(partitions: int, reply_partitions: int, replication: int | None, kafk
             done = "created" if report.created else "exists"
             click.echo(f"{report.name}: {done}, {report.partitions} partitions")
             for difference in report.differences:
-                _say(f"warning: {report.name} {difference}")
+                say(f"warning: {report.name} {difference}")
         return 0
 
-    _run(work())
+    run(work())
 
 
 @cli.command()

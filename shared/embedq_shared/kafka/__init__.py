@@ -31,7 +31,7 @@ from embedq_shared.kafka.group_member import (
     Membership,
     ReplacedMember,
 )
-from embedq_shared.kafka.groups import committed_offsets, group_lag
+from embedq_shared.kafka.groups import committed_offsets, delete_before, group_lag
 from embedq_shared.kafka.producing import Evicted, PartitionwiseProducer, partition_of
 from embedq_shared.kafka.reading.consumer import BoundedConsumer
 from embedq_shared.kafka.reading.inflation import DEFAULT_MAX_INFLATED_BYTES
@@ -88,6 +88,7 @@ __all__ = [
     "UnsupportedCompressionTypeError",
     "committed_offsets",
     "connect",
+    "delete_before",
     "error_kinds",
     "explain",
     "group_lag",

@@ -1,4 +1,4 @@
-"""What a group has committed, and how far it lags."""
+"""What a group has committed, how far it lags, and deleting what is not needed any more."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from aiokafka.errors import (
     GroupCoordinatorNotAvailableError,
     GroupLoadInProgressError,
@@ -70,3 +70,15 @@ async def group_lag(
     for partition in partitions:
         lag[partition.topic] += max(0, ends[partition] - max(committed[partition], begins[partition]))
     return lag
+
+
+async def delete_before(admin: AIOKafkaAdminClient, offsets: Mapping[TopicPartition, int]) -> None:
+    """Delete the records below these offsets. Kafka can only delete from a partition's beginning.
+
+    Raises:
+        KafkaError: what the brokers say, such as `PolicyViolationError` for a compacted topic.
+    """
+    if offsets:
+        await admin.delete_records(
+            {partition: RecordsToDelete(before_offset=offset) for partition, offset in offsets.items()}
+        )

@@ -1,0 +1,41 @@
+"""How a command runs and ends. Exit codes: 0 success, 1 something failed, 2 wrong usage or no answer in time, 3 no Kafka."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import Coroutine
+from typing import Any, Final
+
+import click
+
+from embedq_sdk.errors import EmbedError, InvalidArgument, KafkaUnavailable
+
+FAILED: Final = 1
+NO_ANSWER: Final = 2
+NO_KAFKA: Final = 3
+
+
+def run(work: Coroutine[Any, Any, int]) -> None:
+    """Run a command and exit with its code. What a user can put right is reported in one line, never as a traceback."""
+    # aiokafka logs every connection that fails; our one line says it all.
+    logging.getLogger("aiokafka").addHandler(logging.NullHandler())
+    logging.getLogger("aiokafka").propagate = False
+    try:
+        code = asyncio.run(work)
+    except KafkaUnavailable as error:
+        say(str(error))
+        code = NO_KAFKA
+    except InvalidArgument as error:
+        say(str(error))
+        code = NO_ANSWER
+    except EmbedError as error:
+        say(str(error))
+        code = FAILED
+    sys.exit(code)
+
+
+def say(line: str) -> None:
+    """A line for the user, apart from the output."""
+    click.echo(f"embedq: {line}", err=True)
