@@ -25,7 +25,7 @@ from typing import Final
 
 import structlog
 
-from embedq_consumer.cache import BadCacheSetting, EntryCodec, VectorCache, load_secret
+from embedq_consumer.cache import BadCacheSetting, EntryCodec, SecretSource, VectorCache, load_secret
 from embedq_consumer.delivery.deliverer import Deliverer, Finish
 from embedq_consumer.delivery.kafka_producer import producers
 from embedq_consumer.delivery.publisher import Publisher
@@ -203,7 +203,8 @@ async def _cache(settings: Settings, metrics: Metrics) -> AsyncIterator[VectorCa
     options = settings.cache
     try:
         await asyncio.to_thread(options.redis.check)
-        secret = await asyncio.to_thread(load_secret, settings.cache_secret(os.environ))
+        source = settings.cache_secret(os.environ) if options.redis.url else SecretSource()
+        secret = await asyncio.to_thread(load_secret, source)
     except BadCacheSetting as error:
         raise SettingsError(f"EMBEDQ_{error}") from None
     try:

@@ -159,11 +159,11 @@ class _Parser(_AsyncRESPBase):
     """What a connection of redis-py asks of its parser, answered by a `ReplyReader`."""
 
     def __init__(self, socket_read_size: int) -> None:
-        super().__init__(socket_read_size)  # type: ignore[no-untyped-call]
+        super().__init__(socket_read_size)
         self._replies = ReplyReader()
 
     def on_connect(self, connection: Any) -> None:
-        super().on_connect(connection)
+        super().on_connect(connection)  # type: ignore[no-untyped-call]
         self._replies = ReplyReader()
 
     async def can_read(self) -> bool:

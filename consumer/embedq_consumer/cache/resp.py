@@ -14,6 +14,9 @@ another length, and is then read and refused."""
 _LINE_BYTES: Final = 4096
 """Of a line: a number, or what Redis says in words."""
 
+_LEAST_ITEM_BYTES: Final = 4
+"""Of a list's item: its kind, a digit, and the end of the line."""
+
 
 class BadReply(Exception):
     """What came is not an answer of a Redis to what was asked."""
@@ -127,6 +130,8 @@ class ReplyReader:
     def _list_of(self, length: int) -> _ListOf:
         if self._list is not None:
             raise BadReply("a list in a list")
+        if length > self._limit // _LEAST_ITEM_BYTES:
+            raise BadReply("a list that is too long")
         return _ListOf(length)
 
 

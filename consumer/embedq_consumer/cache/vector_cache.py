@@ -35,10 +35,12 @@ _ENTRY_BYTES: Final = OVERHEAD_BYTES + 256
 _SETTINGS: Final = frozenset({"password", "permission", "tls", "protocol"})
 """Failures that do not pass by themselves."""
 _HINTS: Final[dict[Reason, str]] = {
-    "timeout": "Redis does not answer within EMBEDQ_CACHE_TIMEOUT_MS",
-    "connection": "Redis does not take or keep the connection; see EMBEDQ_REDIS_URL, and whether it must begin with rediss://",
+    "timeout": "Redis does not answer within EMBEDQ_CACHE_TIMEOUT_MS; see also whether the address must begin with "
+    "redis:// or rediss://",
+    "connection": "Redis does not take or keep the connection; see EMBEDQ_REDIS_URL, whether it must begin with rediss://, "
+    "and whether Redis asks for a certificate",
     "tls": "Redis and this service do not accept each other's certificates; see EMBEDQ_REDIS_SSL_CAFILE, "
-    "EMBEDQ_REDIS_SSL_CERTFILE, and whether the address must begin with redis://",
+    "EMBEDQ_REDIS_SSL_CERTFILE, and whether the address must begin with redis://, without TLS",
     "password": "Redis refuses this user name or password; see EMBEDQ_REDIS_USERNAME, EMBEDQ_REDIS_PASSWORD, "
     "EMBEDQ_REDIS_PASSWORD_FILE",
     "permission": "the Redis user lacks a right; it needs `+ping +mget +set` for `~embedq:*`",
@@ -202,7 +204,7 @@ class VectorCache:
         opened = before == "closed" and after == "open"
         if opened:
             self._metrics.cache_open.set(1)
-        other = failure.reason != self._said and (failure.reason in _SETTINGS or after != "closed")
+        other = failure.reason != self._said and failure.reason in _SETTINGS
         if opened or other or say:
             event = "cache_breaker_opened" if opened else "cache_unreachable"
             log.warning(event, error=str(failure), reason=failure.reason, hint=_HINTS[failure.reason])
