@@ -212,8 +212,6 @@ async def test_half_an_answer_and_then_silence_costs_one_time_out(hostile: Hosti
 
 
 async def test_an_answer_to_a_write_that_is_none_is_counted_too() -> None:
-    one = Opened(hostile.url)
-
     async def nested(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             while await reader.read(1 << 16):

@@ -41,8 +41,8 @@ def reply(*data: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def read(message: Any, content_type: str = MSGPACK) -> ReadResult:
-    encode = msgspec.msgpack.encode if content_type == MSGPACK else lambda value: json.dumps(value).encode()
-    found = read_checked(encode(message), content_type.encode())
+    value = msgspec.msgpack.encode(message) if content_type == MSGPACK else json.dumps(message).encode()
+    found = read_checked(value, content_type.encode())
     assert isinstance(found, ReadResult)
     return found
 
