@@ -12,14 +12,35 @@ Answer = Callable[[int], bytes]
 
 
 class HostileRedis:
-    """Answers PING and SET as Redis does, and MGET with `answer`; then, if `hangs_up`, closes the connection."""
+    """Answers PING as Redis does, SET with `answer_to_set` and MGET with `answer`; then, if `hangs_up`, closes the connection."""
 
     def __init__(self) -> None:
         self.answer: Answer = lambda keys: b"*%d\r\n" % keys + b"$-1\r\n" * keys
+        self.answer_to_set = b"+OK\r\n"
         self.hangs_up = False
         self.url = ""
+        self._serving: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(self._serve(reader, writer))
+        self._serving[task] = writer
+        task.add_done_callback(self._serving.pop)
+
+    async def close(self) -> None:
+        """Hang up everywhere."""
+        for writer in self._serving.values():
+            writer.close()
+        await asyncio.gather(*self._serving)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await self._answer(reader, writer)
+        finally:
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
             while True:
                 name, *arguments = await _command(reader)
@@ -28,9 +49,8 @@ class HostileRedis:
                     if self.hangs_up:
                         break
                 else:
-                    writer.write(b"+PONG\r\n" if name == b"PING" else b"+OK\r\n")
+                    writer.write(b"+PONG\r\n" if name == b"PING" else self.answer_to_set)
                 await writer.drain()
-        writer.close()
 
 
 async def _command(reader: asyncio.StreamReader) -> list[bytes]:
@@ -46,9 +66,10 @@ async def _command(reader: asyncio.StreamReader) -> list[bytes]:
 async def hostile_redis() -> AsyncIterator[HostileRedis]:
     """One on a free port."""
     one = HostileRedis()
-    server = await asyncio.start_server(one.serve, "127.0.0.1", 0)
+    server = await asyncio.start_server(one.accept, "127.0.0.1", 0)
     one.url = f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     try:
         yield one
     finally:
         server.close()
+        await one.close()
