@@ -17,6 +17,7 @@ from embedq_consumer.intake.admission import AdmissionPolicy
 from embedq_consumer.lifecycle import BatchOptions
 from embedq_consumer.service import serve
 from embedq_consumer.settings import Settings, SettingsError
+from embedq_shared.secret import Secret
 from embedq_shared.topics import Topics
 from tests.helpers.support import patient
 
@@ -168,10 +169,7 @@ def test_the_cache_gets_its_address_and_its_times_in_seconds() -> None:
 
 
 def test_the_cache_gets_its_user_and_its_files() -> None:
-    given = {
-        name: name
-        for name in ("username", "password", "password_file", "ssl_cafile", "ssl_certfile", "ssl_keyfile")
-    }
+    given = {name: name for name in ("username", "password", "ssl_cafile", "ssl_certfile", "ssl_keyfile")}
     found = settings(redis_url="rediss://r", **{f"redis_{name}": value for name, value in given.items()})
     assert found.cache.redis == RedisOptions(url="rediss://r", **given)
 
@@ -182,9 +180,6 @@ def test_the_key_of_the_cache_is_given_or_kept_where_compiled_code_is() -> None:
     kept = settings(compile_cache="/cache").cache_secret(home).kept
     assert kept == Path("/cache/cache-key")
     assert settings(cache_key="k").cache_secret(home).text == "k"
-    assert settings(cache_key_file="/k").cache_secret(home).path == "/k"
-    with pytest.raises(SettingsError, match="EMBEDQ_CACHE_KEY: cannot be set together"):
-        settings(cache_key="k", cache_key_file="/k")
 
 
 def test_health_pages_are_for_this_machine_alone_unless_told_otherwise() -> None:
@@ -254,18 +249,19 @@ def test_the_process_ends_with_code_2_and_one_line_for_a_wrong_setting() -> None
     [
         ({"model": "/nowhere"}, "EMBEDQ_MODEL: expected a directory, /nowhere is not one"),
         ({"model_root": "/nowhere"}, "EMBEDQ_MODEL_ROOT: expected a directory, /nowhere is not one"),
-        ({"redis_url": "nonsense"}, "EMBEDQ_REDIS_URL: expected an address"),
-        ({"redis_url": "redis://r", "redis_ssl_cafile": "/a"}, "EMBEDQ_REDIS_SSL_CAFILE: needs an address"),
-        ({"redis_password_file": "/nowhere"}, "EMBEDQ_REDIS_PASSWORD_FILE: expected a readable file"),
-        ({"redis_url": "redis://r", "cache_key": "short"}, "EMBEDQ_CACHE_KEY: expected at least 16 bytes"),
+        ({"redis_url": Secret("nonsense")}, "EMBEDQ_REDIS_URL: expected an address"),
         (
-            {"redis_url": "redis://r", "cache_key_file": "/nowhere"},
-            "EMBEDQ_CACHE_KEY_FILE: expected a readable file",
+            {"redis_url": Secret("redis://r"), "redis_ssl_cafile": "/a"},
+            "EMBEDQ_REDIS_SSL_CAFILE: needs an address",
+        ),
+        (
+            {"redis_url": Secret("redis://r"), "cache_key": Secret("short")},
+            "EMBEDQ_CACHE_KEY: expected at least 16 bytes",
         ),
     ],
 )
 async def test_settings_that_cannot_be_used_are_named_before_anything_is_connected(
-    wrong: dict[str, str], reason: str, tmp_path: Path
+    wrong: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     usable: dict[str, Any] = {
         "kafka_servers": "127.0.0.1:1",

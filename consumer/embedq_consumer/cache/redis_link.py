@@ -21,7 +21,6 @@ import msgspec
 from redis._parsers.base import _AsyncRESPBase
 from redis.asyncio import ConnectionPool
 from redis.asyncio.connection import AbstractConnection, SSLConnection
-from redis.credentials import CredentialProvider
 from redis.exceptions import (
     AuthenticationError,
     BusyLoadingError,
@@ -35,7 +34,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from embedq_consumer.cache.link import Command, LinkFailed, Reason, Refusal
 from embedq_consumer.cache.resp import INCOMPLETE, BadReply, ErrorReply, ReplyReader
-from embedq_consumer.cache.secret import BadCacheSetting, read_small_file
+from embedq_consumer.cache.secret import BadCacheSetting
 
 _FAILURES: Final = (RedisError, OSError, EOFError, ValueError)
 """What Redis, its client or anything else that listens on that port can do to a round trip. ValueError and EOFError
@@ -44,7 +43,7 @@ _READ_BYTES: Final = 1 << 18
 
 
 class RedisOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """Where Redis is and who we are. `password_file` is read at each connection, so that a password may be changed.
+    """Where Redis is and who we are.
 
     The files of TLS go with an address that begins with `rediss://`: authorities that sign Redis's certificate (the
     system's, if empty), and the certificate that we show, with its key if that is in a file of its own.
@@ -53,7 +52,6 @@ class RedisOptions(msgspec.Struct, frozen=True, kw_only=True):
     url: str
     username: str = ""
     password: str = ""
-    password_file: str = ""
     ssl_cafile: str = ""
     ssl_certfile: str = ""
     ssl_keyfile: str = ""
@@ -74,21 +72,12 @@ class RedisOptions(msgspec.Struct, frozen=True, kw_only=True):
         }
         if tls and not self.url.startswith("rediss://"):
             raise BadCacheSetting(f"REDIS_{next(iter(tls))}: needs an address that begins with rediss://")
-        if (self.username or self.password or self.password_file) and _has_credentials(self.url):
+        if (self.username or self.password) and _has_credentials(self.url):
             raise BadCacheSetting(
-                "REDIS_PASSWORD: cannot be set, nor its file or a user name, when EMBEDQ_REDIS_URL has a password"
+                "REDIS_PASSWORD: cannot be set, nor a user name, when EMBEDQ_REDIS_URL has a password"
             )
-        if self.password and self.password_file:
-            raise BadCacheSetting("REDIS_PASSWORD: cannot be set together with EMBEDQ_REDIS_PASSWORD_FILE")
         if self.ssl_keyfile and not self.ssl_certfile:
             raise BadCacheSetting("REDIS_SSL_KEYFILE: needs EMBEDQ_REDIS_SSL_CERTFILE")
-        if self.password_file:
-            try:
-                read_small_file(self.password_file)
-            except (OSError, ValueError) as error:
-                raise BadCacheSetting(
-                    f"REDIS_PASSWORD_FILE: expected a readable file, {self.password_file}: {_why(error)}"
-                ) from None
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         try:
             if self.ssl_cafile:
@@ -108,9 +97,7 @@ class RedisOptions(msgspec.Struct, frozen=True, kw_only=True):
     def client_options(self) -> dict[str, Any]:
         """What redis-py's connections take besides the address."""
         found: dict[str, Any] = {}
-        if self.password_file:
-            found["credential_provider"] = _PasswordFile(self.username, self.password_file)
-        elif self.username or self.password:
+        if self.username or self.password:
             found |= {"username": self.username or None, "password": self.password or None}
         if self.ssl_cafile:
             found["ssl_ca_certs"] = self.ssl_cafile
@@ -130,29 +117,11 @@ def _has_credentials(url: str) -> bool:
     )
 
 
-def _why(error: Exception) -> str:
+def _why(error: OSError) -> str:
     """The reason alone: OpenSSL's messages name lines of its source."""
     if isinstance(error, ssl.SSLError):
         return error.reason or "it is something else"
-    return (error.strerror if isinstance(error, OSError) else str(error)) or type(error).__name__
-
-
-class _PasswordFile(CredentialProvider):
-    """The password as the file has it now."""
-
-    def __init__(self, username: str, path: str) -> None:
-        self._username = username
-        self._path = path
-
-    def get_credentials(self) -> tuple[str] | tuple[str, str]:
-        password = read_small_file(self._path).decode().strip("\r\n")
-        return (self._username, password) if self._username else (password,)
-
-    async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
-        try:
-            return await asyncio.to_thread(self.get_credentials)
-        except (OSError, ValueError):
-            raise AuthenticationError("the file with the password cannot be read") from None
+    return error.strerror or type(error).__name__
 
 
 class _Parser(_AsyncRESPBase):

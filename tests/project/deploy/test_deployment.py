@@ -73,9 +73,16 @@ def kubernetes_environment() -> dict[str, str]:
     return {entry["name"]: entry.get("value", "pod") for entry in deployment()["containers"][0]["env"]}
 
 
+def kubernetes_settings() -> Settings:
+    """With a secret of a mounted file where the cluster would put it."""
+    environ = kubernetes_environment()
+    key = {"EMBEDQ_CACHE_KEY": "x" * 32} if environ.pop("EMBEDQ_CACHE_KEY_FILE", None) else {}
+    return Settings.from_env(environ | key)
+
+
 def test_every_setting_in_the_files_is_one_that_the_service_has() -> None:
     compose_settings()
-    Settings.from_env(kubernetes_environment())
+    kubernetes_settings()
     Settings.from_env(
         {"EMBEDQ_KAFKA_SERVERS": "kafka:9092"}
         | {name: value for name, value in image_environment().items() if name.startswith("EMBEDQ_")}
@@ -86,7 +93,7 @@ def test_every_setting_in_the_files_is_one_that_the_service_has() -> None:
 
 def test_the_consumer_has_time_to_drain_before_it_is_killed() -> None:
     assert seconds(SERVICES["consumer"]["stop_grace_period"]) >= compose_settings().drain_timeout_s + 10
-    drain = Settings.from_env(kubernetes_environment()).drain_timeout_s
+    drain = kubernetes_settings().drain_timeout_s
     assert deployment()["terminationGracePeriodSeconds"] >= drain + 10
 
 

@@ -110,22 +110,6 @@ async def test_user_and_password_may_stand_in_the_address(guarded: RedisProcess,
     assert await one.use() == [ENTRY]
 
 
-async def test_the_password_may_lie_in_a_file_and_change_there(
-    guarded: RedisProcess, opened: Any, tmp_path: Path
-) -> None:
-    file = tmp_path / "password"
-    file.write_text("open sesame\n")
-    one = opened(RedisOptions(url=guarded.url, username="embedq", password_file=str(file)))
-    assert await one.use() == [ENTRY]
-    file.write_text("closed\n")
-    other = opened(RedisOptions(url=guarded.url, username="embedq", password_file=str(file)))
-    assert await other.use() == [None]
-    file.write_text("open sesame\n")
-    with capture_logs() as logs:
-        assert await other.cache.get_many([KEY]) == [ENTRY]
-    assert [line["event"] for line in logs] == ["cache_reachable"]
-
-
 @pytest.mark.parametrize(
     "who",
     [
@@ -142,14 +126,6 @@ async def test_a_wrong_user_or_password_is_one_line_that_says_so_and_no_vector_i
     one = opened(RedisOptions(url=guarded.url, **who))
     assert await one.use() == [None]
     assert_says_once(one, "password", "EMBEDQ_REDIS_PASSWORD", "wrong secret")
-
-
-async def test_a_file_that_is_gone_is_a_wrong_password(
-    guarded: RedisProcess, opened: Any, tmp_path: Path
-) -> None:
-    one = opened(RedisOptions(url=guarded.url, username="embedq", password_file=str(tmp_path / "gone")))
-    assert await one.use() == [None]
-    assert_says_once(one, "password", "EMBEDQ_REDIS_PASSWORD_FILE")
 
 
 async def test_a_user_who_may_not_use_our_keys_is_one_line_that_names_the_rights(
@@ -312,8 +288,6 @@ def test_files_that_cannot_be_used_are_found_at_the_start_by_the_settings_name(t
         ({"ssl_certfile": gone}, "REDIS_SSL_CERTFILE: .*No such file"),
         ({"ssl_certfile": str(ca)}, "REDIS_SSL_CERTFILE: expected PEM files of a certificate and its key"),
         ({"ssl_keyfile": gone}, "REDIS_SSL_KEYFILE: needs"),
-        ({"password_file": gone}, "REDIS_PASSWORD_FILE: .*No such file"),
-        ({"password": "a", "password_file": str(ca)}, "REDIS_PASSWORD: cannot be set together"),
         ({"url": "rediss://:a@host", "password": "b"}, "REDIS_PASSWORD: cannot be set"),
         ({"url": "redis://host", "ssl_cafile": str(ca)}, "REDIS_SSL_CAFILE: needs an address .* rediss://"),
     ):

@@ -15,7 +15,7 @@ from aiokafka.errors import KafkaError
 from embedq_sdk.errors import KafkaUnavailable, TopicMissing
 from embedq_sdk.transport.kafka import KafkaConnection
 from embedq_sdk.transport.reply_reader import ReplyReader
-from embedq_shared.kafka import KafkaOptions
+from embedq_shared.kafka import KafkaOptions, Unreadable
 from tests.helpers.support import wait_until
 
 PARTITIONS = 4
@@ -30,7 +30,7 @@ class Topic:
 
 
 class Consumer:
-    """Reads a `Topic`. As aiokafka's, a poll that meets an unreadable record raises and does not move."""
+    """Reads a `Topic`. An unreadable record comes with an `Unreadable` as its value."""
 
     def __init__(self, topic: Topic, *, knows_topic: bool = False) -> None:
         self._topic = topic
@@ -72,9 +72,15 @@ class Consumer:
         if self.broken:
             raise KafkaError("gone")
         found = self._topic.records[partition.partition][self.at : self.at + (max_records or 500)]
-        if None in found:
-            b"\xff".decode()
-        records = [SimpleNamespace(offset=self.at + n, value=value) for n, value in enumerate(found)]
+        records = [
+            SimpleNamespace(
+                topic=partition.topic,
+                partition=partition.partition,
+                offset=self.at + n,
+                value=Unreadable(self.at + n, "why") if value is None else value,
+            )
+            for n, value in enumerate(found)
+        ]
         self.at += len(found)
         return {partition: records} if records else {}
 
@@ -103,6 +109,7 @@ async def running(*consumers: Consumer | None) -> AsyncIterator[tuple[ReplyReade
         "replies",
         lambda count: count - 1,
         lambda record: delivered.append(record.value),
+        lambda error: None,
     )
     await reader.open(["jobs", "replies"], 1.0)
     task = asyncio.create_task(reader.run())
@@ -167,7 +174,9 @@ async def test_silence_is_measured_from_the_last_answer_to_a_fetch() -> None:
 
 async def test_a_missing_topic_closes_the_connection_again() -> None:
     consumer = Consumer(Topic())
-    reader = ReplyReader(Connection(consumer), "replies", lambda count: 0, lambda record: None)
+    reader = ReplyReader(
+        Connection(consumer), "replies", lambda count: 0, lambda record: None, lambda error: None
+    )
     with pytest.raises(TopicMissing, match="bulk"):
         await reader.open(["jobs", "bulk"], 1.0)
 
@@ -176,6 +185,8 @@ async def test_a_missing_topic_closes_the_connection_again() -> None:
 
 
 async def test_opening_without_brokers_says_so() -> None:
-    reader = ReplyReader(Connection(None), "replies", lambda count: 0, lambda record: None)
+    reader = ReplyReader(
+        Connection(None), "replies", lambda count: 0, lambda record: None, lambda error: None
+    )
     with pytest.raises(KafkaUnavailable, match="a:1"):
         await reader.open([], 1.0)
