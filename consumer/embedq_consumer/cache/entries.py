@@ -148,10 +148,10 @@ def _is_unit(vector: bytes, dtype: str, scale: float | None) -> bool:
         allowed += 2 * off + off * off
     elif scale is not None:
         return False
-    # float32, since NumPy sums bytes in bytes. What is too large for it becomes infinity, which is not near 1.
+    # float32, since NumPy sums bytes in bytes. What is too large for it becomes infinity, which is not
+    # near 1, and `vdot`, unlike `dot`, does not warn of it.
     numbers = stored if dtype == "float32" else stored.astype(np.float32)
-    with np.errstate(over="ignore", invalid="ignore"):
-        squared = float(np.dot(numbers, numbers)) * (scale * scale if scale is not None else 1.0)
+    squared = float(np.vdot(numbers, numbers)) * (scale * scale if scale is not None else 1.0)
     return abs(squared - 1.0) <= allowed
 
 
