@@ -12,6 +12,8 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import (
+    ClusterAuthorizationFailedError,
+    GroupAuthorizationFailedError,
     GroupCoordinatorNotAvailableError,
     GroupLoadInProgressError,
     KafkaConnectionError,
@@ -23,13 +25,17 @@ from aiokafka.structs import OffsetAndMetadata
 from embedq_shared.backoff import backoff
 from embedq_shared.kafka import (
     BadOption,
+    BoundedConsumer,
     BrokerUnreachable,
     KafkaOptions,
+    KafkaRefused,
     Unreadable,
     UnreadableRecord,
     committed_offsets,
     connect,
+    explain,
     group_lag,
+    is_permanent,
     poll,
     poll_partition,
     stop_client,
@@ -365,3 +371,57 @@ async def test_lag_counts_what_is_there_and_not_committed() -> None:
     cluster = Cluster({A: 18, TopicPartition("u", 0): 2})
 
     assert await group_lag(cluster, cluster, "mine", ["t", "u"]) == {"t": 2 + 15, "u": 15 + 15}
+
+
+# -- refusals -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (TopicAuthorizationFailedError("embed.jobs"), "this user has no right to topic embed.jobs"),
+        (TopicAuthorizationFailedError({"b", "a"}), "this user has no right to topic a, b"),
+        (GroupAuthorizationFailedError("embedq"), "this user has no right to consumer group embedq"),
+        (ClusterAuthorizationFailedError(), "this user has no right to cluster"),
+        (KafkaRefused("the broker says no"), "the broker says no"),
+    ],
+)
+async def test_a_refusal_is_permanent_said_in_words_and_ends_connecting_at_once(
+    error: KafkaError, said: str
+) -> None:
+    tried = 0
+
+    async def refuse() -> None:
+        nonlocal tried
+        tried += 1
+        raise error
+
+    assert is_permanent(error)
+    assert explain(error) == said
+    with pytest.raises(KafkaRefused, match=f"^{said}$"):
+        await connect(lambda: Starting(refuse), 60.0)
+    assert tried == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [KafkaConnectionError("gone"), KafkaError(), BrokerUnreachable("why"), OSError("no"), TimeoutError()],
+)
+def test_what_may_heal_is_not_permanent(error: Exception) -> None:
+    assert not is_permanent(error)
+
+
+async def test_a_port_that_nobody_listens_at_or_that_says_nothing_is_no_refusal() -> None:
+    async def close(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    server = await asyncio.start_server(close, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server:
+        for protocol in ("PLAINTEXT", "SSL"):
+            options = KafkaOptions(
+                servers=f"127.0.0.1:1,127.0.0.1:{port}",
+                security_protocol=protocol,
+            ).client_options()
+            with pytest.raises(BrokerUnreachable):
+                await connect(lambda options=options: BoundedConsumer(**options), 0.3)  # type: ignore[misc]
