@@ -21,7 +21,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PARALLEL := $(if $(filter-out 0 1,$(WORKERS)),-n $(WORKERS) --dist loadfile --no-loadscope-reorder)
 UV := UV_LINK_MODE=hardlink $(BIN)/uv
 
-.PHONY: help setup demo test unit matrix check format contract docs constraints bench clean
+.PHONY: help setup demo test unit matrix check format contract docs constraints pin-images sbom bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1 \t/' | expand -t 20
@@ -46,6 +46,7 @@ check: setup ## lint, types, generated files
 	$(BIN)/python -m tools.schemas --check
 	$(BIN)/python -m tools.settings_page --check
 	$(BIN)/python -m tools.broker_errors_page --check
+	$(BIN)/python -m tools.pin_images --check
 
 test: check ## everything CI runs (TESTS=path runs a part; COVERAGE=1 measures how much of the code it ran)
 ifeq ($(COVERAGE),)
@@ -77,6 +78,12 @@ docs: setup ## write docs/settings.md and docs/broker-errors.md
 constraints: setup ## pin anew what CI and this file install
 	$(UV) pip compile -q --universal --python-version 3.11 --no-emit-index-url --no-annotate --no-header \
 		--all-extras --group test -o constraints.txt pyproject.toml
+
+pin-images: setup ## name the images by the digests that their registries report now (needs docker or crane, and the network)
+	$(BIN)/python -m tools.pin_images
+
+sbom: setup ## build/sbom.cdx.json: every package that the service and its command line run on (CycloneDX)
+	$(BIN)/python -m tools.sbom build/sbom.cdx.json
 
 bench: setup ## jobs per second, cold and cached, next to sentence-transformers
 	$(BIN)/python -m benchmarks.pipeline

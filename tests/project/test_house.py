@@ -47,6 +47,7 @@ SDK: Final[Floors] = (
     ("errors",),
     ("job_options",),
     ("embeddings",),
+    ("reply_checks",),
     ("transport",),
     ("result_reader", "stream"),
     ("client",),

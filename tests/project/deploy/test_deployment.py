@@ -73,9 +73,16 @@ def kubernetes_environment() -> dict[str, str]:
     return {entry["name"]: entry.get("value", "pod") for entry in deployment()["containers"][0]["env"]}
 
 
+def kubernetes_settings() -> Settings:
+    """With a secret of a mounted file where the cluster would put it."""
+    environ = kubernetes_environment()
+    key = {"EMBEDQ_CACHE_KEY": "x" * 32} if environ.pop("EMBEDQ_CACHE_KEY_FILE", None) else {}
+    return Settings.from_env(environ | key)
+
+
 def test_every_setting_in_the_files_is_one_that_the_service_has() -> None:
     compose_settings()
-    Settings.from_env(kubernetes_environment())
+    kubernetes_settings()
     Settings.from_env(
         {"EMBEDQ_KAFKA_SERVERS": "kafka:9092"}
         | {name: value for name, value in image_environment().items() if name.startswith("EMBEDQ_")}
@@ -86,7 +93,7 @@ def test_every_setting_in_the_files_is_one_that_the_service_has() -> None:
 
 def test_the_consumer_has_time_to_drain_before_it_is_killed() -> None:
     assert seconds(SERVICES["consumer"]["stop_grace_period"]) >= compose_settings().drain_timeout_s + 10
-    drain = Settings.from_env(kubernetes_environment()).drain_timeout_s
+    drain = kubernetes_settings().drain_timeout_s
     assert deployment()["terminationGracePeriodSeconds"] >= drain + 10
 
 
@@ -162,10 +169,67 @@ def test_grafana_finds_its_dashboard_where_it_is_mounted() -> None:
 
 def test_images_are_pinned_and_ports_are_for_this_machine_only() -> None:
     for name, service in SERVICES.items():
-        tag = service["image"].partition(":")[2]
+        tag = service["image"].partition(":")[2].partition("@")[0]
         assert tag not in {"", "latest"}, name
         for port in service.get("ports", []):
             assert port.startswith("127.0.0.1:"), name
+
+
+def test_the_health_pages_are_reached_from_outside_only_where_a_network_policy_or_an_address_guards_them() -> (
+    None
+):
+    assert compose_settings().http_host == "0.0.0.0"
+    assert image_environment()["EMBEDQ_HTTP_HOST"] == "0.0.0.0"
+    assert kubernetes_environment()["EMBEDQ_HTTP_HOST"] == "0.0.0.0"
+    assert all(port.startswith("127.0.0.1:") for port in SERVICES["consumer"]["ports"])
+
+
+def network_policy() -> dict[str, Any]:
+    found: dict[str, Any] = next(document for document in K8S if document["kind"] == "NetworkPolicy")["spec"]
+    return found
+
+
+def test_the_network_policy_is_the_consumers_and_denies_what_it_does_not_name() -> None:
+    deployed = next(document for document in K8S if document["kind"] == "Deployment")["spec"]["template"]
+    assert network_policy()["podSelector"]["matchLabels"].items() <= deployed["metadata"]["labels"].items()
+    assert sorted(network_policy()["policyTypes"]) == ["Egress", "Ingress"]
+    for rule in (*network_policy()["ingress"], *network_policy()["egress"]):
+        assert rule["ports"]
+        assert rule.get("from") or rule.get("to")
+
+
+def test_the_network_policy_allows_what_the_consumer_needs() -> None:
+    (scrape,) = network_policy()["ingress"]
+    assert [port["port"] for port in scrape["ports"]] == ["http"]
+    allowed = {port["port"] for rule in network_policy()["egress"] for port in rule["ports"]}
+    environ = kubernetes_environment()
+    kafka = int(environ["EMBEDQ_KAFKA_SERVERS"].rpartition(":")[2])
+    redis = int(environ["EMBEDQ_REDIS_URL"].rpartition(":")[2].partition("/")[0])
+    assert allowed == {53, kafka, redis}
+
+
+def test_the_pod_may_do_nothing_that_it_does_not_need() -> None:
+    pod, (container,) = deployment(), deployment()["containers"]
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+
+
+def test_all_replicas_sign_cache_entries_with_one_key() -> None:
+    mounts = {mount["name"]: mount for mount in deployment()["containers"][0]["volumeMounts"]}
+    file = Path(kubernetes_environment()["EMBEDQ_CACHE_KEY_FILE"])
+    assert file.parent == Path(mounts["cache-key"]["mountPath"])
+    volumes = {volume["name"]: volume for volume in deployment()["volumes"]}
+    assert f"--from-literal={file.name}=" in (ROOT / "deploy/k8s/consumer.yaml").read_text()
+    assert volumes["cache-key"]["secret"]["secretName"] == "embedq-cache"
+    # In Compose they share the volume in which one is made and kept.
+    assert "cache:/cache" in SERVICES["consumer"]["volumes"]
+    assert image_environment()["EMBEDQ_COMPILE_CACHE"] == "/cache"
 
 
 def test_redis_is_nothing_but_a_cache() -> None:

@@ -11,6 +11,8 @@ from typing import Final, get_args
 import pytest
 from prometheus_client import Metric
 
+from embedq_consumer.cache.entries import Refused
+from embedq_consumer.cache.link import Reason
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.messages import ErrorCode, ResultStatus
 from embedq_shared.topics import LANES
@@ -82,6 +84,9 @@ def test_series_that_alerts_watch_begin_at_zero() -> None:
     }.items():
         for outcome in outcomes:
             assert registry.get_sample_value(f"embedq_{name}_total", {"outcome": outcome}) == 0
+    for name, reasons in {"cache_corrupt": get_args(Refused), "cache_failures": get_args(Reason)}.items():
+        for reason in reasons:
+            assert registry.get_sample_value(f"embedq_{name}_total", {"reason": reason}) == 0
 
 
 @pytest.mark.parametrize("family", families(), ids=lambda family: family.name)
