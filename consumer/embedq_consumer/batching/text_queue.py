@@ -18,7 +18,7 @@ from embedq_consumer.batching.single_flight import (
 )
 from embedq_consumer.batching.token_budget import TokenBudget
 from embedq_consumer.batching.tokenizer_pool import TokenizerPool
-from embedq_consumer.engine import Chunked, TextTooLong, Tokens
+from embedq_consumer.engine import Chunked, Failed, TextTooLong, Tokens
 from embedq_consumer.intake.jobs import JobState
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.grouping import batched_by
@@ -97,7 +97,9 @@ def _characters(entry: First) -> int:
     return len(text.text) + len(text.prompt)
 
 
-def _queued(identity: Identity, found: Tokens | Chunked | TextTooLong, now: float) -> Iterable[QueuedText]:
+def _queued(
+    identity: Identity, found: Tokens | Chunked | TextTooLong | Failed, now: float
+) -> Iterable[QueuedText]:
     """One text, or its windows."""
     if isinstance(found, Tokens):
         return (QueuedText(identity=identity, tokens=found, arrived=now),)
@@ -106,4 +108,4 @@ def _queued(identity: Identity, found: Tokens | Chunked | TextTooLong, now: floa
             QueuedText(identity=identity, tokens=window, arrived=now, window=Window(found, number))
             for number, window in enumerate(found.windows)
         ]
-    raise RuntimeError("a text that is too long was queued. This is a bug.")
+    raise RuntimeError("a text that cannot run was queued. This is a bug.")

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Final
 
-from embedq_consumer.engine import Chunked, Encoder, Text, TextTooLong, Tokens
+from embedq_consumer.engine import Chunked, Encoder, Failed, Text, TextTooLong, Tokens
 from embedq_shared.topics import Lane
 
 __all__ = ["TokenizerPool"]
@@ -28,7 +28,7 @@ class TokenizerPool:
 
     async def run(
         self, lane: Lane, encoder: Encoder, texts: Sequence[Text]
-    ) -> list[Tokens | Chunked | TextTooLong]:
+    ) -> list[Tokens | Chunked | TextTooLong | Failed]:
         """What the model is given for each text, in order. An interactive call waits for `_BULK_CALLS` others at most."""
         async with self._bulk if lane == "bulk" else nullcontext():
             return await asyncio.get_running_loop().run_in_executor(self._threads, _tokens_of, encoder, texts)
@@ -38,7 +38,7 @@ class TokenizerPool:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
 
-def _tokens_of(encoder: Encoder, texts: Sequence[Text]) -> list[Tokens | Chunked | TextTooLong]:
+def _tokens_of(encoder: Encoder, texts: Sequence[Text]) -> list[Tokens | Chunked | TextTooLong | Failed]:
     """Tokens of each text, in order."""
     if all(text.chunk is None for text in texts):
         return [*encoder.tokenize(texts)]

@@ -19,6 +19,7 @@ from embedq_consumer.engine.api import (
     Chunked,
     DeviceLost,
     Encoder,
+    Failed,
     LoadArguments,
     LoadOptions,
     Memory,
@@ -32,11 +33,13 @@ from embedq_consumer.engine.api import (
     Tokens,
     Truncate,
 )
+from embedq_consumer.engine.safety.foreign import OFFLINE
 
 __all__ = [
     "Chunked",
     "DeviceLost",
     "Encoder",
+    "Failed",
     "LoadArguments",
     "LoadOptions",
     "Memory",
@@ -83,6 +86,7 @@ def load_encoder(path: Path, options: LoadOptions | None = None, **changes: Unpa
         ModelError: the directory is incomplete, or asks for something that embedq does not run.
     """
     _before_torch()
+    os.environ.update(OFFLINE)
     from embedq_consumer.engine.loading.loader import load
 
     return load(path, msgspec.structs.replace(options or LoadOptions(), **changes))
