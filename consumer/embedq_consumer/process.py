@@ -14,8 +14,9 @@ import structlog
 from embedq_consumer.delivery.publisher import BrokerUnavailable
 from embedq_consumer.engine import DeviceLost, ModelError
 from embedq_consumer.engine.loading import compile_cache
+from embedq_consumer.leaving import ExitDeadline
 from embedq_consumer.lifecycle import ModelRejected, NoModel
-from embedq_consumer.service import MissingTopics, serve
+from embedq_consumer.service import MissingTopics, Stalled, serve
 from embedq_consumer.settings import Settings, SettingsError
 from embedq_consumer.supervisor import supervise
 from embedq_consumer.telemetry import logs
@@ -26,6 +27,7 @@ _EXPECTED = (
     MissingTopics,
     ModelError,
     DeviceLost,
+    Stalled,
     ModelRejected,
     NoModel,
     BrokerUnavailable,
@@ -81,18 +83,19 @@ def _keep_compiled(settings: Settings) -> Settings:
 
 async def _run(settings: Settings) -> None:
     """One replica, until SIGTERM or SIGINT."""
-    stop = asyncio.Event()
+    stop, deadline = asyncio.Event(), ExitDeadline()
     loop = asyncio.get_running_loop()
 
     def ask_to_stop() -> None:
         stop.set()
+        deadline.arm(settings.drain_timeout_s + settings.leave_timeout_s)
         # A second signal ends the process at once, without waiting for the drain.
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ask_to_stop)
-    await serve(settings, stop)
+    await serve(settings, stop, lambda: deadline.arm(settings.leave_timeout_s))
 
 
 def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:

@@ -11,12 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from embedq_consumer.delivery.outgoing import Outgoing
-from embedq_consumer.engine import Chunked, Encoder, Memory, Pending, Text, TextTooLong, Tokens
+from embedq_consumer.engine import Chunked, Encoder, Failed, Memory, Pending, Text, TextTooLong, Tokens
 from embedq_consumer.lifecycle import BatchOptions, ModelOptions, ServedModel
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.codec import decode_status
 from embedq_shared.messages import Control, Status
 from embedq_shared.topics import Topics
+from tests.helpers.support import patient
 
 Vectors = npt.NDArray[np.float32]
 
@@ -64,13 +65,13 @@ class FakeModel(Encoder):
     def kernels(self) -> Mapping[str, str]:
         return {}
 
-    def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong]:
+    def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong | Failed]:
         lengths = [len(text.text) for text in texts]
         if not self._cuts:
             return [TextTooLong(length, self.max_tokens) for length in lengths]
         return [Tokens(np.zeros(1 + min(length, self.max_tokens - 1), dtype=np.int32)) for length in lengths]
 
-    def chunk(self, texts: Sequence[Text]) -> list[Chunked | TextTooLong]:
+    def chunk(self, texts: Sequence[Text]) -> list[Chunked | TextTooLong | Failed]:
         raise NotImplementedError
 
     def submit(self, batch: Sequence[Tokens]) -> Pending:
@@ -135,6 +136,9 @@ class Bench:
                 root=self.root,
                 batches=BatchOptions(max_tokens=512, max_items=4, max_wait_s=0.0, bulk_max_wait_s=5.0),
                 drain_timeout_s=7.0,
+                load_timeout_s=patient(30.0),
+                stall_timeout_s=patient(30.0),
+                attempts=self.root / "attempts",
             ),
             self._load,
             self._publish,

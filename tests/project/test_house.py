@@ -28,6 +28,7 @@ MOST_PARAMETERS: Final = 6
 
 Floors = tuple[tuple[str, ...], ...]
 SERVICE: Final[Floors] = (
+    ("threads",),
     ("telemetry", "engine"),
     ("cache", "intake"),
     ("batching",),
@@ -35,6 +36,7 @@ SERVICE: Final[Floors] = (
     ("lifecycle",),
     ("pipeline",),
     ("settings",),
+    ("leaving",),
     ("service",),
     ("supervisor",),
     ("process",),
