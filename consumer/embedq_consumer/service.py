@@ -297,7 +297,7 @@ async def _model(
     batch_tokens = settings.max_batch_tokens or await asyncio.to_thread(default_batch_tokens, settings.device)
     options = await asyncio.to_thread(settings.served_model, batch_tokens)
 
-    load = partial(load_encoder, options=settings.load)
+    load = partial(load_encoder, options=await asyncio.to_thread(lambda: settings.load))
     model = ServedModel(options, load, publisher.publish, metrics, health.tell)
     try:
         yield model

@@ -338,7 +338,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def load(self) -> LoadOptions:
-        """How models are loaded."""
+        """How models are loaded. Blocks on the file system."""
         return LoadOptions(
             device=self.device,
             threads=self.threads or None,
