@@ -58,14 +58,26 @@ __all__ = [
 ]
 
 
+_COUNT_S = 180.0
+"""Importing PyTorch takes seconds, and the first look at eight GPUs some more."""
+
+
 def count_gpus() -> int:
-    """CUDA devices that this machine's processes may use. Asks a child process, so that this one loads no PyTorch."""
-    asked = subprocess.run(
-        [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
+    """CUDA devices that this machine's processes may use. Asks a child process, so that this one loads no PyTorch.
+
+    Raises:
+        DeviceLost: the driver does not answer.
+    """
+    try:
+        asked = subprocess.run(
+            [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            timeout=_COUNT_S,
+        )
+    except subprocess.TimeoutExpired:
+        raise DeviceLost(f"the CUDA driver did not answer within {_COUNT_S:g} s") from None
     return int(asked.stdout)
 
 
