@@ -1,6 +1,6 @@
 """The service whose loads hang, or end the process, where a directory says so: `python -m tests.helpers.bad_loads`.
 
-A file `hangs` in the directory makes its load wait for ever, `crashes` end the process as native code does, `breaks` take the
+A file `hangs` in the directory makes its load wait for ever, and gets a byte for each, `crashes` end the process as native code does, `breaks` take the
 device with it.
 """
 
@@ -18,6 +18,8 @@ from embedq_consumer.leaving import ExitDeadline, leave
 
 def load(path: Path, *args: Any, **kwargs: Any) -> Any:
     if (path / "hangs").exists():
+        with (path / "hangs").open("ab") as file:
+            file.write(b"1")
         time.sleep(100_000)
     if (path / "crashes").exists():
         os.abort()
