@@ -19,7 +19,7 @@ from embedq_consumer.engine.loading import compile_cache
 from embedq_consumer.process import main
 from embedq_consumer.settings import Settings, SettingsError
 
-Serve = Callable[[Settings, asyncio.Event], Awaitable[None]]
+Serve = Callable[[Settings, asyncio.Event, Callable[[], object]], Awaitable[None]]
 
 
 @pytest.fixture(autouse=True)

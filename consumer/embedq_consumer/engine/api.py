@@ -203,10 +203,10 @@ class Encoder(Protocol):
         the reason.
         """
 
-    def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong | Failed]:
+    def tokenize(self, texts: Sequence[Text]) -> Sequence[Tokens | TextTooLong | Failed]:
         """Tokens of each text, in order. No text makes it raise."""
 
-    def chunk(self, texts: Sequence[Text]) -> list[Chunked | TextTooLong | Failed]:
+    def chunk(self, texts: Sequence[Text]) -> Sequence[Chunked | TextTooLong | Failed]:
         """Windows of each text, in order; from any thread.
 
         A text whose prompt takes more than half of `max_tokens` is refused, with that half as the `limit`: its windows would

@@ -29,6 +29,7 @@ from embedq_consumer.engine import (
     OutOfMemory,
     Quantization,
     Text,
+    TextTooLong,
     Tokens,
     default_batch_tokens,
     load_encoder,
@@ -358,8 +359,8 @@ def _tokens(encoder: Encoder, lines: Sequence[Line], prompt: str, model: Path) -
     for line, found in zip(lines, encoder.tokenize(texts), strict=True):
         if isinstance(found, Failed):
             raise Unusable(f"{model}: the tokenizer cannot read line {line.number}: {found.reason}")
-        if not isinstance(found, Tokens):
-            raise RuntimeError("a text that may be cut is never too long. This is a bug.")
+        if isinstance(found, TextTooLong):
+            raise RuntimeError("a text that may be cut is never too long. This is a bug.")  # noqa: TRY004
         tokens.append(found)
     return tokens
 
