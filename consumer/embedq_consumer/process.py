@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -14,7 +15,7 @@ import structlog
 from embedq_consumer.engine import DeviceLost, ModelError
 from embedq_consumer.engine.loading import compile_cache
 from embedq_consumer.lifecycle import ModelRejected, NoModel
-from embedq_consumer.service import MissingTopics, serve
+from embedq_consumer.service import MissingTopics, Stalled, serve
 from embedq_consumer.settings import Settings, SettingsError
 from embedq_consumer.supervisor import supervise
 from embedq_consumer.telemetry import logs
@@ -25,6 +26,7 @@ _EXPECTED = (
     MissingTopics,
     ModelError,
     DeviceLost,
+    Stalled,
     ModelRejected,
     NoModel,
     KafkaError,
@@ -34,8 +36,11 @@ _EXPECTED = (
 """What an operator can fix: logged in one line, without a traceback."""
 
 
-def main() -> int:
-    """The exit code: 0 after a clean stop, 1 after a failure, 2 for a wrong setting or a Kafka that refuses us."""
+def main(leave_within: Callable[[float], object] = lambda _: None) -> int:
+    """The exit code: 0 after a clean stop, 1 after a failure, 2 for a wrong setting or a Kafka that refuses us.
+
+    `leave_within` is told, in seconds, by when the process is to have ended; it may be told again.
+    """
     try:
         settings = _keep_compiled(Settings.from_env(os.environ).named())
     except SettingsError as error:
@@ -46,7 +51,7 @@ def main() -> int:
     try:
         if settings.devices:
             return supervise(settings, os.environ)
-        asyncio.run(_run(settings))
+        asyncio.run(_run(settings, leave_within))
     except* _EXPECTED as group:
         failures = _leaves(group)
     for failure in failures:
@@ -78,20 +83,21 @@ def _keep_compiled(settings: Settings) -> Settings:
     return msgspec.structs.replace(settings, compile_cache=str(place))
 
 
-async def _run(settings: Settings) -> None:
+async def _run(settings: Settings, leave_within: Callable[[float], object]) -> None:
     """One replica, until SIGTERM or SIGINT."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
     def ask_to_stop() -> None:
         stop.set()
+        leave_within(settings.drain_timeout_s + settings.leave_timeout_s)
         # A second signal ends the process at once, without waiting for the drain.
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ask_to_stop)
-    await serve(settings, stop)
+    await serve(settings, stop, lambda: leave_within(settings.leave_timeout_s))
 
 
 def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:

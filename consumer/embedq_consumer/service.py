@@ -17,11 +17,12 @@ import asyncio
 import gc
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Final, TypeVar
+from types import TracebackType
+from typing import Any, Final, Protocol, TypeVar
 
 import structlog
 
@@ -33,7 +34,6 @@ from embedq_consumer.delivery.result_records import ResultEncoder
 from embedq_consumer.engine import default_batch_tokens, load_encoder
 from embedq_consumer.intake import Intake, make_jobs_clients
 from embedq_consumer.lifecycle.control_topic import ControlTopic
-from embedq_consumer.lifecycle.model_slot import ModelSlot
 from embedq_consumer.lifecycle.served_model import ServedModel
 from embedq_consumer.lifecycle.status_reporter import StatusReporter
 from embedq_consumer.pipeline import Pipeline
@@ -67,6 +67,10 @@ class MissingTopics(Exception):
     """The service creates no topic; the message says which are missing and what creates them."""
 
 
+class Stalled(Exception):
+    """Native code does not come back. No thread can be ended from outside, so the process is."""
+
+
 class _StoppedEarly(Exception):
     """Told to stop while Kafka was waited for: nothing was accepted yet."""
 
@@ -75,24 +79,29 @@ class DrainTimedOut(Exception):
     """Some jobs were not finished in time. None is lost: their offsets are not committed."""
 
 
-async def serve(settings: Settings, stop: asyncio.Event) -> None:
+async def serve(
+    settings: Settings, stop: asyncio.Event, leaving: Callable[[], object] = lambda: None
+) -> None:
     """Run one replica until `stop` is set, then finish what was accepted and leave. While Kafka is away, it waits.
+
+    `leaving` is called when it begins to leave, for whatever reason.
 
     Raises:
         SettingsError, MissingTopics, ModelError, ModelRejected, KafkaError, OSError: it cannot start.
         BaseExceptionGroup: a loop failed, for instance with `DeviceLost` or `NoModel`.
     """
     try:
-        await _serve(settings, stop)
+        await _serve(settings, stop, leaving)
     except _StoppedEarly:
         log.info("stopped")
 
 
-async def _serve(settings: Settings, stop: asyncio.Event) -> None:
+async def _serve(settings: Settings, stop: asyncio.Event, leaving: Callable[[], object]) -> None:
     settings = settings.named()
-    await asyncio.to_thread(_check_directories, settings)
+    if not await _done_before(stop, asyncio.to_thread(_check_directories, settings)):
+        return
     health, metrics = Health(), Metrics()
-    async with AsyncExitStack() as parts:
+    async with _Parts(leaving) as parts:
         await parts.enter_async_context(_health_pages(settings, metrics, health))
         cache = await parts.enter_async_context(_cache(settings, metrics))
         publisher = await parts.enter_async_context(_publisher(settings, metrics, health, stop))
@@ -101,8 +110,8 @@ async def _serve(settings: Settings, stop: asyncio.Event) -> None:
 
         # The desired model first, the jobs after: a late joiner must not answer with yesterday's model.
         health.set_ready("loading the model")
-        await model.start(await _once_kafka_answers(control.open, health, stop))
-        if stop.is_set():
+        desired = await _once_kafka_answers(control.open, health, stop)
+        if not await _done_before(stop, model.start(desired)):
             return
         parts.enter_context(_long_lived_objects_frozen())
 
@@ -125,10 +134,12 @@ async def _serve(settings: Settings, stop: asyncio.Event) -> None:
                 "control": model.follow(control, intake.held),
                 "status": model.reporter.resend_forever(),
                 "delivery": publisher.watch(),
-                "heartbeat": _beat_forever(health, model.slot, metrics),
+                "heartbeat": _beat_forever(health, model, metrics),
                 "ready": _ready_after(intake.joined, health),
             }
             running = [tasks.create_task(loop, name=name) for name, loop in loops.items()]
+            for loop in running:
+                loop.add_done_callback(lambda ended: None if _ended_well(ended) else leaving())
 
             await stop.wait()
 
@@ -137,6 +148,47 @@ async def _serve(settings: Settings, stop: asyncio.Event) -> None:
             for loop in running:
                 loop.cancel()
     log.info("stopped")
+
+
+class Busy(Protocol):
+    """What runs native code, such as the served model."""
+
+    @property
+    def busy_since(self) -> Mapping[str, float | None]:
+        """Monotonic seconds since when the oldest call runs, by loop; None while none does."""
+
+
+class _Parts(AsyncExitStack):
+    """The open parts. `leaving` is called before the first of them is closed, for whatever reason."""
+
+    def __init__(self, leaving: Callable[[], object]) -> None:
+        super().__init__()
+        self._leaving = leaving
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        failure: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> bool:
+        self._leaving()
+        return bool(await super().__aexit__(kind, failure, traceback))
+
+
+async def _done_before(stop: asyncio.Event, work: Coroutine[Any, Any, object]) -> bool:
+    """Whether `work` came to its end before the stop, which cancels it."""
+    working, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait((working, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if stopping.done() and not working.done():
+            return False
+        await working
+    finally:
+        for task in (working, stopping):
+            task.cancel()
+        await asyncio.wait((working, stopping))
+    return not stop.is_set()
 
 
 # -- running ----------------------------------------------------------------------------------------------------------
@@ -167,6 +219,10 @@ async def _drain(
         raise DrainTimedOut
 
 
+def _ended_well(task: asyncio.Task[Any]) -> bool:
+    return not task.cancelled() and task.exception() is None
+
+
 async def _ready_after(joined: asyncio.Event, health: Health) -> None:
     await joined.wait()
     health.set_ready(None)
@@ -174,19 +230,26 @@ async def _ready_after(joined: asyncio.Event, health: Health) -> None:
 
 
 def _expect_heartbeats(health: Health, stall_timeout_s: float) -> None:
-    for loop in ("intake", "compute"):
+    for loop in ("intake", "compute", "tokenize"):
         health.register(loop, stall_timeout_s, time.monotonic())
 
 
 async def _beat_forever(
-    health: Health, slot: ModelSlot, metrics: Metrics, clock: Callable[[], float] = time.monotonic
+    health: Health, model: Busy, metrics: Metrics, clock: Callable[[], float] = time.monotonic
 ) -> None:
-    """The compute loop's heartbeat: idle is healthy, computing is healthy until the stall timeout."""
+    """The heartbeats of native code: idle is healthy, working is healthy until the stall timeout.
+
+    Raises:
+        Stalled: one has worked for longer.
+    """
     while True:
         now = clock()
-        health.beat("compute", slot.busy_since or now)
+        for loop, since in model.busy_since.items():
+            health.beat(loop, now if since is None else since)
         metrics.ready.set(health.ready(now).well)
         metrics.heartbeat_age.set(health.oldest_beat(now))
+        if stalled := [loop for loop in model.busy_since if loop in health.silent(now)]:
+            raise Stalled(f"{', '.join(stalled)}: stuck for longer than EMBEDQ_STALL_TIMEOUT_S")
         await asyncio.sleep(_HEARTBEAT_S)
 
 
@@ -322,13 +385,13 @@ async def _model(
     batch_tokens = settings.max_batch_tokens or await asyncio.to_thread(default_batch_tokens, settings.device)
     options = await asyncio.to_thread(settings.served_model, batch_tokens)
 
-    load = partial(load_encoder, options=settings.load)
+    load = partial(load_encoder, options=await asyncio.to_thread(lambda: settings.load))
     announce = partial(publisher.announce, within=STATUS_INTERVAL_S)
     model = ServedModel(options, load, announce, metrics, health.tell)
     try:
         yield model
     finally:
-        await asyncio.to_thread(model.close)  # waits for a micro-batch that runs
+        await asyncio.to_thread(model.close)
 
 
 @asynccontextmanager

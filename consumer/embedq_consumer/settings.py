@@ -36,6 +36,8 @@ _OTHERS: Final = frozenset({"EMBEDQ_CACHE_DIR", "EMBEDQ_KAFKA_VERSION"})
 """The local stack's own variables begin alike and reach a service that it starts."""
 _LARGEST: Final = 1e9
 """Some 30 years in seconds. "inf" reads as a float too, and is not a time to wait."""
+_DRY_RUN_S: Final = 180.0
+"""Importing transformers takes 5 s on a quiet machine, and the rest of a dry run one."""
 _DEVICE: Final = r"(cpu|cuda(:\d+)?)"
 
 PositiveInt = Annotated[int, Meta(ge=1)]
@@ -340,8 +342,25 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = 30.0
     stall_timeout_s: Annotated[
         PositiveFloat,
-        Meta(description="Seconds that a loop or a micro-batch may be stuck before `/livez` fails."),
+        Meta(
+            description="Seconds that a loop or a micro-batch may be stuck before `/livez` fails. "
+            "A micro-batch or a tokenizer that is stuck for as long also ends the process."
+        ),
     ] = 300.0
+    load_timeout_s: Annotated[
+        PositiveFloat,
+        Meta(
+            description="Seconds that loading a model may take. After that it is given up, and the model before serves; "
+            "a thread that hangs in it is left behind."
+        ),
+    ] = 900.0
+    leave_timeout_s: Annotated[
+        PositiveFloat,
+        Meta(
+            description="Seconds beyond `EMBEDQ_DRAIN_TIMEOUT_S` that a stop may take, whatever hangs. "
+            "After that the process ends by force, with code 1."
+        ),
+    ] = 15.0
 
     # Kafka's security, as aiokafka names it
 
@@ -447,7 +466,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def load(self) -> LoadOptions:
-        """How models are loaded."""
+        """How models are loaded. Blocks on the file system."""
         return LoadOptions(
             device=self.device,
             threads=self.threads or None,
@@ -455,6 +474,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             keep_bf16=tuple(int(number) for number in self.fp8_keep.split(",") if number),
             deterministic=self.deterministic,
             known_models=Path(self.compile_cache) / "models" if self.compile_cache else None,
+            root=self.root,
+            dry_run_s=min(_DRY_RUN_S, self.load_timeout_s),
         )
 
     @property
@@ -539,6 +560,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 bulk_max_wait_s=self.bulk_max_wait_s,
             ),
             drain_timeout_s=self.drain_timeout_s,
+            load_timeout_s=self.load_timeout_s,
+            stall_timeout_s=self.stall_timeout_s,
+            attempts=Path(self.compile_cache) / "loads" if self.compile_cache else None,
         )
 
     def kafka(self) -> dict[str, Any]:

@@ -23,8 +23,10 @@ import structlog
 from embedq_consumer.engine import count_gpus
 from embedq_consumer.settings import PREFIX, Settings, SettingsError
 
-_GRACE_S: Final = 60.0
-"""What a replica that was asked to stop has beyond its drain for the rest: it may have just begun to load its model."""
+_GRACE_S: Final = 10.0
+"""What a replica that was asked to stop has beyond its own limits, after which it leaves by itself."""
+_KILLED_S: Final = 10.0
+"""What a killed replica has to be gone. One that the kernel keeps, in a call of a driver or a lost disk, is left to it."""
 _PR_SET_PDEATHSIG: Final = 1
 
 log = structlog.get_logger()
@@ -82,7 +84,7 @@ def supervise(settings: Settings, environ: Mapping[str, str]) -> int:
 
 async def _supervise(settings: Settings, environ: Mapping[str, str]) -> int:
     """Signals are listened for before anything starts."""
-    replicas = _Replicas(stop_within_s=settings.drain_timeout_s + _GRACE_S)
+    replicas = _Replicas(stop_within_s=settings.drain_timeout_s + settings.leave_timeout_s + _GRACE_S)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, replicas.request_stop, number)
     devices = _devices(settings.devices)  # may block for seconds; signals wait until then
@@ -118,11 +120,20 @@ class _Replicas:
                 if late:
                     log.error("replicas_killed", children=sorted(self._running))
                     self._signal_all(signal.SIGKILL)
+                    _, kept = await asyncio.wait(lives, timeout=_KILLED_S)
+                    for life in kept:
+                        self._policy.child_exited(-signal.SIGKILL)
+                        life.cancel()
         finally:
             self._signal_all(signal.SIGKILL)
-            for process in self._running.values():
-                await process.wait()
+            await self._gone(_KILLED_S)
         return self._policy.code
+
+    async def _gone(self, within_s: float) -> None:
+        """Wait for what was killed, but not for ever."""
+        ends = [asyncio.create_task(process.wait()) for process in self._running.values()]
+        if ends and (await asyncio.wait(ends, timeout=within_s))[1]:
+            log.error("replicas_left_behind", children=sorted(self._running))
 
     async def _live(self, child: Child) -> None:
         """One replica, from its start to its end."""

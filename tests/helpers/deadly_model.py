@@ -14,7 +14,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from embedq_consumer import process, service
-from embedq_consumer.engine import DeviceLost, Encoder, Pending, Text, TextTooLong, Tokens, load_encoder
+from embedq_consumer.engine import (
+    DeviceLost,
+    Encoder,
+    Failed,
+    Pending,
+    Text,
+    TextTooLong,
+    Tokens,
+    load_encoder,
+)
 
 
 class DeadlyModel:
@@ -27,7 +36,7 @@ class DeadlyModel:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._encoder, name)
 
-    def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong]:
+    def tokenize(self, texts: Sequence[Text]) -> Sequence[Tokens | TextTooLong | Failed]:
         found = self._encoder.tokenize(texts)
         for text, tokens in zip(texts, found, strict=True):
             if "tokenizer-kill" in text.text:

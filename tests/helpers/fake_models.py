@@ -11,12 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from embedq_consumer.delivery.outgoing import Outgoing
-from embedq_consumer.engine import Chunked, Encoder, Memory, Pending, Text, TextTooLong, Tokens
+from embedq_consumer.engine import Chunked, Encoder, Failed, Memory, Pending, Text, TextTooLong, Tokens
 from embedq_consumer.lifecycle import BatchOptions, ModelOptions, ServedModel
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.codec import decode_status
 from embedq_shared.messages import Control, Status
 from embedq_shared.topics import Topics
+from tests.helpers.support import patient
 
 Vectors = npt.NDArray[np.float32]
 
@@ -35,6 +36,7 @@ class FakeModel(Encoder):
     """Gives each text the same vector, on a device without a memory of its own. A token a character, and one more.
 
     `failures` are raised by the first submits, one each, `fails_always` by every one. `cuts`: whether the tokenizer cuts.
+    `unreadable` is why its tokenizer reads no text, `tokenize_fails` what it raises on every call.
     """
 
     def __init__(
@@ -45,6 +47,8 @@ class FakeModel(Encoder):
         failures: Sequence[Exception] = (),
         fails_always: BaseException | None = None,
         cuts: bool = True,
+        unreadable: str | None = None,
+        tokenize_fails: BaseException | None = None,
     ) -> None:
         self.model_version = version
         self.hidden_size = len(vector)
@@ -59,18 +63,24 @@ class FakeModel(Encoder):
         self._failures = list(failures)
         self._fails_always = fails_always
         self._cuts = cuts
+        self._unreadable = unreadable
+        self._tokenize_fails = tokenize_fails
 
     @property
     def kernels(self) -> Mapping[str, str]:
         return {}
 
-    def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong]:
+    def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong | Failed]:
+        if self._tokenize_fails is not None:
+            raise self._tokenize_fails
+        if self._unreadable is not None:
+            return [Failed(self._unreadable) for _ in texts]
         lengths = [len(text.text) for text in texts]
         if not self._cuts:
             return [TextTooLong(length, self.max_tokens) for length in lengths]
         return [Tokens(np.zeros(1 + min(length, self.max_tokens - 1), dtype=np.int32)) for length in lengths]
 
-    def chunk(self, texts: Sequence[Text]) -> list[Chunked | TextTooLong]:
+    def chunk(self, texts: Sequence[Text]) -> list[Chunked | TextTooLong | Failed]:
         raise NotImplementedError
 
     def submit(self, batch: Sequence[Tokens]) -> Pending:
@@ -114,7 +124,9 @@ class Bench:
     exception among them is raised by that load.
     """
 
-    def __init__(self, root: Path, **models: list[FakeModel | Exception]) -> None:
+    def __init__(
+        self, root: Path, *, stall_timeout_s: float = 60.0, **models: list[FakeModel | BaseException]
+    ) -> None:
         self.root = root.resolve()
         self.metrics = Metrics()
         self.topics = Topics("t")
@@ -135,6 +147,9 @@ class Bench:
                 root=self.root,
                 batches=BatchOptions(max_tokens=512, max_items=4, max_wait_s=0.0, bulk_max_wait_s=5.0),
                 drain_timeout_s=7.0,
+                load_timeout_s=patient(30.0),
+                stall_timeout_s=stall_timeout_s,
+                attempts=self.root / "attempts",
             ),
             self._load,
             self._publish,
@@ -145,7 +160,7 @@ class Bench:
     def _load(self, path: Path) -> Encoder:
         models = self._models[path.name]
         found = models.pop(0) if len(models) > 1 else models[0]
-        if isinstance(found, Exception):
+        if isinstance(found, BaseException):
             raise found
         return found
 

@@ -89,6 +89,8 @@ class Replica:
             "EMBEDQ_REBALANCE_TIMEOUT_MS": f"{patient(20.0) * 1000:.0f}",
             # A machine that starves its brokers must not cost a job its answer.
             "EMBEDQ_REPLY_TIMEOUT_S": f"{patient(15.0):.0f}",
+            # An orderly end on a machine that starves it.
+            "EMBEDQ_LEAVE_TIMEOUT_S": f"{patient(15.0):.0f}",
             "EMBEDQ_THREADS": "1",
             **{f"EMBEDQ_{name.upper()}": str(value) for name, value in settings.items()},
         }

@@ -28,6 +28,7 @@ MOST_PARAMETERS: Final = 6
 
 Floors = tuple[tuple[str, ...], ...]
 SERVICE: Final[Floors] = (
+    ("threads",),
     ("telemetry", "engine"),
     ("group",),
     ("cache", "intake"),
@@ -36,6 +37,7 @@ SERVICE: Final[Floors] = (
     ("lifecycle",),
     ("pipeline",),
     ("settings",),
+    ("leaving",),
     ("service",),
     ("supervisor",),
     ("process",),

@@ -19,7 +19,7 @@ from embedq_consumer.lifecycle import NoModel
 from embedq_consumer.process import main
 from embedq_consumer.settings import Settings, SettingsError
 
-Serve = Callable[[Settings, asyncio.Event], Awaitable[None]]
+Serve = Callable[[Settings, asyncio.Event, Callable[[], object]], Awaitable[None]]
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def environ(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def failing(*failures: BaseException) -> Serve:
-    async def serve(settings: Settings, stop: asyncio.Event) -> None:
+    async def serve(settings: Settings, stop: asyncio.Event, leaving: Callable[[], object]) -> None:
         async with asyncio.TaskGroup() as tasks:
             for failure in failures:
                 tasks.create_task(fail(failure))
@@ -45,7 +45,7 @@ def failing(*failures: BaseException) -> Serve:
     return serve
 
 
-async def until_stopped(settings: Settings, stop: asyncio.Event) -> None:
+async def until_stopped(settings: Settings, stop: asyncio.Event, leaving: Callable[[], object]) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     await stop.wait()
     # The next one would end the process.
@@ -64,7 +64,24 @@ def test_a_wrong_setting_is_one_line_and_code_2(
 
 def test_sigterm_asks_the_service_to_stop_and_a_clean_stop_is_code_0(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "serve", until_stopped)
-    assert main() == 0
+    monkeypatch.setenv("EMBEDQ_DRAIN_TIMEOUT_S", "20")
+    monkeypatch.setenv("EMBEDQ_LEAVE_TIMEOUT_S", "3")
+    limits: list[float] = []
+    assert main(limits.append) == 0
+    assert limits == [23.0]
+
+
+def test_a_service_that_begins_to_leave_by_itself_has_no_time_to_drain(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def leaves(settings: Settings, stop: asyncio.Event, leaving: Callable[[], object]) -> None:
+        leaving()
+
+    monkeypatch.setattr(process, "serve", leaves)
+    monkeypatch.setenv("EMBEDQ_LEAVE_TIMEOUT_S", "3")
+    limits: list[float] = []
+    assert main(limits.append) == 0
+    assert limits == [3.0]
 
 
 def test_each_failure_that_an_operator_can_fix_is_one_line_and_code_1(
@@ -123,7 +140,7 @@ def test_the_default_compile_cache_may_be_missing(monkeypatch: pytest.MonkeyPatc
     def refuse(directory: Path, environ: Mapping[str, str]) -> None:
         raise PermissionError
 
-    async def serve(settings: Settings, stop: asyncio.Event) -> None:
+    async def serve(settings: Settings, stop: asyncio.Event, leaving: Callable[[], object]) -> None:
         assert settings.compile_cache == ""
 
     monkeypatch.setattr(compile_cache, "enable", refuse)

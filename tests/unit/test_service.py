@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -268,3 +269,58 @@ async def test_what_lives_long_is_kept_from_the_collector_and_given_back(
     stop.set()
     await running
     assert (gc.get_freeze_count(), gc.get_threshold()) == (0, before)
+
+
+async def test_told_to_stop_while_a_load_hangs_it_leaves_without_it(world: World, settings: Settings) -> None:
+    gate = threading.Event()
+
+    def hangs(path: Path) -> Encoder:
+        assert gate.wait(60)
+        return FakeModel()
+
+    world.load = hangs
+    stop, left = asyncio.Event(), asyncio.Event()
+    running = asyncio.create_task(serve(settings, stop, left.set))
+    try:
+        await wait_until(lambda: any(did.startswith("loaded") for did in world.did), what="a load")
+        stop.set()
+        await running
+    finally:
+        gate.set()
+    assert left.is_set()
+    assert "group joined" not in world.did
+    assert world.did[-1] == "publisher closed"
+
+
+@pytest.mark.parametrize("loop", ["compute", "tokenize"])
+async def test_native_code_that_does_not_come_back_ends_the_service(loop: str) -> None:
+    class Stuck:
+        busy_since = {"compute": None, "tokenize": None} | {loop: 10.0}
+
+    health, now = Health(), [10.0]
+    for name in ("compute", "tokenize"):
+        health.register(name, 5.0, 10.0)
+    beating = asyncio.create_task(service._beat_forever(health, Stuck(), Metrics(), lambda: now[0]))
+    await asyncio.sleep(0)
+    assert not beating.done()
+    beating.cancel()
+    now[0] = 15.1
+    with pytest.raises(service.Stalled, match=f"{loop}: stuck for longer than EMBEDQ_STALL_TIMEOUT_S"):
+        await service._beat_forever(health, Stuck(), Metrics(), lambda: now[0])
+
+
+async def test_it_says_that_it_leaves_when_a_loop_fails_and_not_when_one_has_done_its_work(
+    world: World, settings: Settings
+) -> None:
+    left = asyncio.Event()
+    running = asyncio.create_task(serve(settings, asyncio.Event(), left.set))
+    world.joined.set()
+    await wait_until(
+        lambda: world.metrics is not None and world.value("ready") == 1.0, what="a ready service"
+    )
+    assert not left.is_set()
+    world.failure = RuntimeError("broken")
+    world.fail.set()
+    with pytest.raises(BaseExceptionGroup):
+        await running
+    assert left.is_set()

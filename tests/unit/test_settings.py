@@ -149,10 +149,22 @@ def test_the_model_of_the_settings_lies_where_its_links_lead(tmp_path: Path) -> 
 
 
 def test_models_are_loaded_as_the_settings_say() -> None:
-    assert settings().load == LoadOptions()
+    assert settings(model="/m/a").load == LoadOptions(root=Path("/m"), dry_run_s=180.0)
     assert settings(
-        device="cuda:1", threads="3", deterministic="true", compile_cache="/c"
-    ).load == LoadOptions(device="cuda:1", threads=3, deterministic=True, known_models=Path("/c/models"))
+        device="cuda:1",
+        threads="3",
+        deterministic="true",
+        compile_cache="/c",
+        model_root="/r",
+        load_timeout_s="90",
+    ).load == LoadOptions(
+        device="cuda:1",
+        threads=3,
+        deterministic=True,
+        known_models=Path("/c/models"),
+        root=Path("/r"),
+        dry_run_s=90.0,
+    )
 
 
 def test_the_intake_gets_its_limits_and_its_interval_in_seconds() -> None:

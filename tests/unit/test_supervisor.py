@@ -7,6 +7,7 @@ import os
 import signal
 from asyncio.subprocess import Process
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
@@ -144,7 +145,11 @@ def supervised(monkeypatch: pytest.MonkeyPatch, start: Start, *, drain_s: float 
     """The exit code of a command with two replicas, `host-0` and `host-1`, which `start` starts."""
     monkeypatch.setattr(supervisor, "_start", start)
     monkeypatch.setattr(supervisor, "_GRACE_S", 0.0)
-    environ = NEEDED | {"EMBEDQ_DEVICES": "cpu,cpu", "EMBEDQ_DRAIN_TIMEOUT_S": str(drain_s)}
+    environ = NEEDED | {
+        "EMBEDQ_DEVICES": "cpu,cpu",
+        "EMBEDQ_DRAIN_TIMEOUT_S": str(drain_s),
+        "EMBEDQ_LEAVE_TIMEOUT_S": "0.1",
+    }
     return supervise(Settings.from_env(environ), environ)
 
 
@@ -163,6 +168,26 @@ def test_a_replica_that_does_not_stop_is_killed_once_and_waited_for(monkeypatch:
     assert [event["event"] for event in logs].count("replicas_killed") == 1
     ends = {event["child"]: event["exit_code"] for event in logs if event["event"] == "replica_ended"}
     assert ends == {"host-0": 0, "host-1": -signal.SIGKILL}
+
+
+def test_a_killed_replica_that_the_kernel_keeps_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Kept:
+        """As a process in an uninterruptible call."""
+
+        pid = 2**22 + 1  # above Linux's largest: nobody
+        returncode = None
+
+        async def wait(self) -> int:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+    async def start(child: Child) -> Any:
+        return await asyncio.create_subprocess_exec("true") if child.name == "host-0" else Kept()
+
+    monkeypatch.setattr(supervisor, "_KILLED_S", 0.05)
+    with capture_logs() as logs:
+        assert supervised(monkeypatch, start) == 1
+    assert [event["children"] for event in logs if event["event"] == "replicas_left_behind"] == [["host-1"]]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

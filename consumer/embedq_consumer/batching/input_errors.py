@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from embedq_consumer.engine import Chunked, TextTooLong, Tokens
+from embedq_consumer.engine import Chunked, Failed, TextTooLong, Tokens
 from embedq_consumer.intake.jobs import JobState, Request, input_param, too_many_spans
 from embedq_shared.messages import ErrorBody
 
@@ -17,8 +17,12 @@ EXPIRED_IN_QUEUE: Final = ErrorBody.of(
 )
 
 
-def error_of(found: Tokens | Chunked | TextTooLong, request: Request, longest: int) -> ErrorOf | None:
+def error_of(
+    found: Tokens | Chunked | TextTooLong | Failed, request: Request, longest: int
+) -> ErrorOf | None:
     """Why a tokenized text is not run, if it is not; `longest` is how many tokens of one text fit into memory."""
+    if isinstance(found, Failed):
+        return unreadable
     if isinstance(found, TextTooLong):
         return lambda request, index: too_long(request, index, found)
     windows = found.windows if isinstance(found, Chunked) else (found,)
@@ -28,6 +32,12 @@ def error_of(found: Tokens | Chunked | TextTooLong, request: Request, longest: i
     if request.late and isinstance(found, Chunked) and len(found.pieces) > request.max_spans:
         return lambda request, index: too_many_spans(request)
     return None
+
+
+def unreadable(request: Request, index: int) -> ErrorBody:
+    """A text that the model's tokenizer raises on, or panics. Its own words stay here: they may quote another job's text."""
+    param = input_param(request, index)
+    return ErrorBody.of("internal", f"`{param}`: the model's tokenizer could not read this input", param)
 
 
 def too_long(request: Request, index: int, found: TextTooLong) -> ErrorBody:

@@ -18,9 +18,10 @@ from embedq_consumer.batching.single_flight import (
 )
 from embedq_consumer.batching.token_budget import TokenBudget
 from embedq_consumer.batching.tokenizer_pool import TokenizerPool
-from embedq_consumer.engine import Chunked, TextTooLong, Tokens
+from embedq_consumer.engine import Chunked, Failed, TextTooLong, Tokens
 from embedq_consumer.intake.jobs import JobState
 from embedq_consumer.telemetry.metrics import Metrics
+from embedq_consumer.threads import CLOSE_S
 from embedq_shared.grouping import batched_by
 from embedq_shared.topics import LANES, Lane
 
@@ -48,9 +49,14 @@ class TextQueue:
         self._metrics = metrics
         self._tokenizers = TokenizerPool()
 
-    def close(self) -> None:
-        """End the tokenizer's threads."""
-        self._tokenizers.close()
+    @property
+    def busy_since(self) -> float | None:
+        """Monotonic seconds since when the oldest call of the tokenizer runs; None while none does."""
+        return self._tokenizers.busy_since
+
+    def close(self, within_s: float = CLOSE_S) -> None:
+        """End the tokenizer's threads. A call that runs longer than this is left behind."""
+        self._tokenizers.close(within_s)
 
     def join(self, inputs: Sequence[JobInput]) -> list[tuple[Lane, list[First]]]:
         """Let each input wait for its vector. Those whose text is not under way yet, in groups for `tokenize`."""
@@ -97,7 +103,9 @@ def _characters(entry: First) -> int:
     return len(text.text) + len(text.prompt)
 
 
-def _queued(identity: Identity, found: Tokens | Chunked | TextTooLong, now: float) -> Iterable[QueuedText]:
+def _queued(
+    identity: Identity, found: Tokens | Chunked | TextTooLong | Failed, now: float
+) -> Iterable[QueuedText]:
     """One text, or its windows."""
     if isinstance(found, Tokens):
         return (QueuedText(identity=identity, tokens=found, arrived=now),)
@@ -106,4 +114,4 @@ def _queued(identity: Identity, found: Tokens | Chunked | TextTooLong, now: floa
             QueuedText(identity=identity, tokens=window, arrived=now, window=Window(found, number))
             for number, window in enumerate(found.windows)
         ]
-    raise RuntimeError("a text that is too long was queued. This is a bug.")
+    raise RuntimeError("a text that cannot run was queued. This is a bug.")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Final
 
-from embedq_consumer.engine import Chunked, Encoder, Text, TextTooLong, Tokens
+from embedq_consumer.engine import Chunked, Encoder, Failed, Text, TextTooLong, Tokens
+from embedq_consumer.threads import CLOSE_S, WorkerThreads
 from embedq_shared.topics import Lane
 
 __all__ = ["TokenizerPool"]
@@ -23,22 +24,38 @@ class TokenizerPool:
     """Tokenizes off the event loop. Calls of one lane run in their order."""
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="tokenize")
+        self._threads = WorkerThreads("tokenize", _THREADS)
+        self._running: list[float] = []
         self._bulk = asyncio.Semaphore(_BULK_CALLS)
 
     async def run(
         self, lane: Lane, encoder: Encoder, texts: Sequence[Text]
-    ) -> list[Tokens | Chunked | TextTooLong]:
+    ) -> list[Tokens | Chunked | TextTooLong | Failed]:
         """What the model is given for each text, in order. An interactive call waits for `_BULK_CALLS` others at most."""
         async with self._bulk if lane == "bulk" else nullcontext():
-            return await asyncio.get_running_loop().run_in_executor(self._threads, _tokens_of, encoder, texts)
+            return await asyncio.wrap_future(self._threads.submit(self._tokens_of, encoder, texts))
 
-    def close(self) -> None:
-        """End the threads."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
+    @property
+    def busy_since(self) -> float | None:
+        """Monotonic seconds since when the oldest call under way runs; None while none does."""
+        return min(list(self._running), default=None)
+
+    def close(self, within_s: float = CLOSE_S) -> None:
+        """End the threads. A call that runs longer than this is left behind."""
+        self._threads.close(within_s)
+
+    def _tokens_of(
+        self, encoder: Encoder, texts: Sequence[Text]
+    ) -> list[Tokens | Chunked | TextTooLong | Failed]:
+        began = time.monotonic()
+        self._running.append(began)
+        try:
+            return _tokens_of(encoder, texts)
+        finally:
+            self._running.remove(began)
 
 
-def _tokens_of(encoder: Encoder, texts: Sequence[Text]) -> list[Tokens | Chunked | TextTooLong]:
+def _tokens_of(encoder: Encoder, texts: Sequence[Text]) -> list[Tokens | Chunked | TextTooLong | Failed]:
     """Tokens of each text, in order."""
     if all(text.chunk is None for text in texts):
         return [*encoder.tokenize(texts)]

@@ -19,6 +19,7 @@ from embedq_consumer.engine.api import (
     Chunked,
     DeviceLost,
     Encoder,
+    Failed,
     LoadArguments,
     LoadOptions,
     Memory,
@@ -32,11 +33,13 @@ from embedq_consumer.engine.api import (
     Tokens,
     Truncate,
 )
+from embedq_consumer.engine.safety.foreign import OFFLINE
 
 __all__ = [
     "Chunked",
     "DeviceLost",
     "Encoder",
+    "Failed",
     "LoadArguments",
     "LoadOptions",
     "Memory",
@@ -55,14 +58,26 @@ __all__ = [
 ]
 
 
+_COUNT_S = 180.0
+"""Importing PyTorch takes seconds, and the first look at eight GPUs some more."""
+
+
 def count_gpus() -> int:
-    """CUDA devices that this machine's processes may use. Asks a child process, so that this one loads no PyTorch."""
-    asked = subprocess.run(
-        [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
+    """CUDA devices that this machine's processes may use. Asks a child process, so that this one loads no PyTorch.
+
+    Raises:
+        DeviceLost: the driver does not answer.
+    """
+    try:
+        asked = subprocess.run(
+            [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            timeout=_COUNT_S,
+        )
+    except subprocess.TimeoutExpired:
+        raise DeviceLost(f"the CUDA driver did not answer within {_COUNT_S:g} s") from None
     return int(asked.stdout)
 
 
@@ -83,6 +98,7 @@ def load_encoder(path: Path, options: LoadOptions | None = None, **changes: Unpa
         ModelError: the directory is incomplete, or asks for something that embedq does not run.
     """
     _before_torch()
+    os.environ.update(OFFLINE)
     from embedq_consumer.engine.loading.loader import load
 
     return load(path, msgspec.structs.replace(options or LoadOptions(), **changes))

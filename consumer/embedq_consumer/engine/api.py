@@ -19,6 +19,7 @@ __all__ = [
     "Chunked",
     "DeviceLost",
     "Encoder",
+    "Failed",
     "LoadArguments",
     "LoadOptions",
     "Memory",
@@ -50,7 +51,7 @@ class DeviceLost(Exception):
 
 
 class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """How a model is loaded. Everything but `device`, `threads` and `known_models` is part of the model version."""
+    """How a model is loaded. The model version depends on `quantization`, `keep_bf16` and `deterministic` alone."""
 
     device: str = "auto"
     """"auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N". Models run in bf16 on CUDA and in float32 on the CPU."""
@@ -66,6 +67,10 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
     known_models: Path | None = None
     """A folder for what transformers says of a model: the next load of the same model finds it there and does without
     transformers."""
+    root: Path | None = None
+    """Links in the model directory may lead to files below it; None: to files below the directory itself alone."""
+    dry_run_s: float | None = None
+    """Seconds that a process of its own has to try a model that is not known yet, before this one loads it; None: not tried."""
 
 
 class LoadArguments(TypedDict, total=False):
@@ -77,6 +82,8 @@ class LoadArguments(TypedDict, total=False):
     keep_bf16: tuple[int, ...]
     deterministic: bool
     known_models: Path | None
+    root: Path | None
+    dry_run_s: float | None
 
 
 class Memory(msgspec.Struct, frozen=True):
@@ -154,6 +161,13 @@ class TextTooLong(msgspec.Struct, frozen=True):
     limit: int
 
 
+class Failed(msgspec.Struct, frozen=True):
+    """The tokenizer cannot read this text: it raised an error or panicked, and on no other text of the call."""
+
+    reason: str
+    """In the tokenizer's own words, which may quote the text."""
+
+
 class Pending(Protocol):
     """Vectors that the device is computing, or has computed."""
 
@@ -189,10 +203,10 @@ class Encoder(Protocol):
         the reason.
         """
 
-    def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong]:
-        """Tokens of each text, in order."""
+    def tokenize(self, texts: Sequence[Text]) -> Sequence[Tokens | TextTooLong | Failed]:
+        """Tokens of each text, in order. No text makes it raise."""
 
-    def chunk(self, texts: Sequence[Text]) -> list[Chunked | TextTooLong]:
+    def chunk(self, texts: Sequence[Text]) -> Sequence[Chunked | TextTooLong | Failed]:
         """Windows of each text, in order; from any thread.
 
         A text whose prompt takes more than half of `max_tokens` is refused, with that half as the `limit`: its windows would

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from embedq_consumer.engine.model_directory import Activation, Dense, TensorSlice
+from embedq_consumer.engine.model_directory import Activation, Dense
+from embedq_consumer.engine.safety.headers import TensorSlice
 
 __all__ = ["DenseLayers"]
 
@@ -44,4 +45,5 @@ class DenseLayers:
 def _read(tensor: TensorSlice, device: torch.device) -> Tensor:
     with safe_open(tensor.file, framework="pt") as file:
         values: Tensor = file.get_tensor(tensor.name)
-    return values.to(device=device, dtype=torch.float32)
+    # Always a copy: the file's own pages may change or go.
+    return values.to(device=device, dtype=torch.float32, copy=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from embedq_consumer.engine.api import (
     Chunked,
+    Failed,
     LoadOptions,
     Memory,
     ModelError,
@@ -138,11 +139,11 @@ class PackedEncoder:
         if built.pooled is not None and not directory.dense:
             self._graphs = Graphs(built.pooled, deterministic=options.deterministic)
 
-    def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong]:
+    def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong | Failed]:
         share = self._graphs is not None and self._graphs.shares_prefixes
         return self._tokenizer.tokenize(texts, share=share)
 
-    def chunk(self, texts: Sequence[Text]) -> list[Chunked | TextTooLong]:
+    def chunk(self, texts: Sequence[Text]) -> list[Chunked | TextTooLong | Failed]:
         return self._tokenizer.chunk(texts, end_token=self._pooling.end_token)
 
     def submit(self, batch: Sequence[Tokens]) -> Pending:

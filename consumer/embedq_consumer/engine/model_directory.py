@@ -16,8 +16,12 @@ import msgspec
 
 from embedq_consumer.engine.api import ModelError
 from embedq_consumer.engine.pooling import POOLINGS
+from embedq_consumer.engine.safety.bounds import too_large
+from embedq_consumer.engine.safety.files import confines_of, read_bounded, survey
+from embedq_consumer.engine.safety.foreign import foreign_config, foreign_tokenizer
+from embedq_consumer.engine.safety.headers import TensorSlice, read_header
 
-__all__ = ["Activation", "Dense", "ModelDirectory", "TensorSlice", "read_directory", "read_header"]
+__all__ = ["Activation", "Dense", "ModelDirectory", "read_directory"]
 
 Activation = Literal["identity", "tanh"]
 
@@ -54,19 +58,6 @@ _HARMLESS_KWARGS = frozenset(
         "use_fast",
     }
 )
-_HEADER_LIMIT = 100_000_000
-"""Bytes: the safetensors format's own bound for a header."""
-
-
-class TensorSlice(msgspec.Struct, frozen=True, kw_only=True):
-    """Where one tensor's bytes lie: `[begin, end)` of `file`."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    begin: int
-    end: int
 
 
 class Dense(msgspec.Struct, frozen=True):
@@ -115,14 +106,16 @@ class ModelDirectory(msgspec.Struct, frozen=True, kw_only=True):
         return str(settings.get("quant_method", "unknown")) if settings else None
 
 
-def read_directory(path: Path) -> ModelDirectory:
-    """Read and check `path`; of the weights, only the headers are read.
+def read_directory(path: Path, root: Path | None = None) -> ModelDirectory:
+    """Read and check `path`; of the weights, only the headers are read. Links may lead to files below `root`; see `safety/files.py`.
 
     Raises:
-        ModelError: a file is missing or malformed, or asks for something that embedq does not run.
+        ModelError: a file is missing or malformed, is no regular file or too large, or asks for something that embedq does not
+            run.
     """
     if not path.is_dir():
         raise ModelError(f"{path}: no such directory")
+    survey(path, confines_of(path, root))
     modules, dense_folders = _modules(path)
     checkpoint = path / modules["Transformer"] if modules else path
     config = _read_object(checkpoint / "config.json")
@@ -131,8 +124,10 @@ def read_directory(path: Path) -> ModelDirectory:
     _refuse_foreign_checkpoints(checkpoint, config)
     if not (checkpoint / "tokenizer.json").is_file():
         raise ModelError(f"{checkpoint / 'tokenizer.json'}: missing; only fast tokenizers are served")
-    _read_object(checkpoint / "tokenizer.json")
+    _refuse_no_object(checkpoint / "tokenizer.json")
     tokenizer_config = _read_optional(checkpoint / "tokenizer_config.json")
+    if problem := foreign_tokenizer(tokenizer_config):
+        raise ModelError(f"{checkpoint / 'tokenizer_config.json'}: {problem}")
     lower_case, max_seq_length = _transformer_settings(checkpoint)
     if "Pooling" in modules:
         pooling, dimension = _pooling(path / modules["Pooling"] / "config.json")
@@ -237,9 +232,8 @@ def _refuse_foreign_checkpoints(checkpoint: Path, config: Mapping[str, Any]) -> 
         raise ModelError(f"{file}: quantization_config: expected an object")
     if config.get("is_encoder_decoder"):
         raise ModelError(f"{file}: is_encoder_decoder: encoder-decoder models are not served")
-    auto_map = config.get("auto_map")
-    if isinstance(auto_map, dict) and "AutoModel" in auto_map:
-        raise ModelError(f"{file}: auto_map: the model needs code from its own directory, which is never run")
+    if problem := foreign_config(config) or too_large(config):
+        raise ModelError(f"{file}: {problem}")
 
 
 def _transformer_settings(checkpoint: Path) -> tuple[bool, int | None]:
@@ -307,8 +301,9 @@ def _pooling(file: Path) -> tuple[str, int | None]:
 
 def _bare_pooling(config: Mapping[str, Any]) -> str:
     """Without `modules.json`: the last token for a causal language model, else the mean, as sentence-transformers does."""
-    architectures = config.get("architectures") or [""]
-    causal = str(architectures[0]).endswith("ForCausalLM") and config.get("is_causal", True)
+    architectures = config.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else ""
+    causal = str(first).endswith("ForCausalLM") and config.get("is_causal", True)
     return "lasttoken" if causal else "mean"
 
 
@@ -356,52 +351,20 @@ def _tensors(checkpoint: Path) -> tuple[TensorSlice, ...]:
     return tuple(tensors[name] for name in sorted(tensors))
 
 
-def read_header(file: Path) -> list[TensorSlice]:
-    """The tensors of one safetensors file, whose size must be what its header says."""
-    if not file.is_file():
-        raise ModelError(f"{file}: missing")
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, _HEADER_LIMIT):
-            raise ModelError(f"{file}: not a safetensors file, or cut short")
-        header = _parse(file, stream.read(length))
-    tensors = []
-    try:
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            begin, end = entry["data_offsets"]
-            shape = tuple(int(n) for n in entry["shape"])
-            tensors.append(
-                TensorSlice(
-                    name=name,
-                    dtype=str(entry["dtype"]),
-                    shape=shape,
-                    file=file,
-                    begin=8 + length + begin,
-                    end=8 + length + end,
-                )
-            )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{file}: not a safetensors header") from error
-    if max((tensor.end for tensor in tensors), default=8 + length) != size:
-        raise ModelError(
-            f"{file}: cut short: it has {size} bytes, which is not the size that its header says"
-        )
-    return tensors
-
-
 def _read_json(file: Path) -> Any:
-    if not file.is_file():
-        raise ModelError(f"{file}: missing")
-    return _parse(file, file.read_bytes())
-
-
-def _parse(file: Path, data: bytes) -> Any:
     try:
-        return json.loads(data)
+        return json.loads(read_bounded(file))
     except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file}: not valid JSON") from error
+
+
+def _refuse_no_object(file: Path) -> None:
+    """The tokenizer's file is checked without making Python's objects of it, which would take many times its size."""
+    try:
+        msgspec.json.decode(read_bounded(file), type=dict[str, msgspec.Raw])
+    except msgspec.ValidationError:
+        raise ModelError(f"{file}: expected an object") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ModelError(f"{file}: not valid JSON") from error
 
 

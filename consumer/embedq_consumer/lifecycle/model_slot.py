@@ -5,17 +5,27 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import structlog
 
 from embedq_consumer.engine import Encoder, Pending, Tokens
+from embedq_consumer.engine.safety.panics import panics_caught
+from embedq_consumer.lifecycle.checks import ModelRejected
+from embedq_consumer.threads import CLOSE_S, WorkerThreads
 
-Params = ParamSpec("Params")
+log = structlog.get_logger()
+
+_MOST_HUNG: Final = 3
+"""Threads that may hang in what a command asked for. Each may hold a model's memory; with more, the process needs a restart."""
+
+Argument = TypeVar("Argument")
 Returned = TypeVar("Returned")
 Loader = Callable[[Path], Encoder]
 """Makes an encoder of a model directory. Blocks; runs on a thread of its own."""
@@ -37,14 +47,16 @@ class ModelSlot:
 
     Invariants: what is submitted, and everything that changes memory on the device, runs on the compute thread; results
     are waited for on another, so that the next micro-batch reaches the device while this one runs; a load while another
-    model serves runs on a thread of its own; `serving` and `busy_since` change on the event loop alone.
+    model serves runs on a thread of its own, and is given up after `load_timeout_s`; `serving` and `busy_since` change on the
+    event loop alone.
     """
 
-    def __init__(self, load: Loader) -> None:
+    def __init__(self, load: Loader, *, load_timeout_s: float = 900.0) -> None:
         self._load = load
-        self._compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
-        self._results = ThreadPoolExecutor(max_workers=1, thread_name_prefix="results")
-        self._loading = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
+        self._load_timeout_s = load_timeout_s
+        self._compute = WorkerThreads("compute")
+        self._results = WorkerThreads("results")
+        self._hung: list[Future[Any]] = []
         self._running = 0
         self._last_result = 0.0  # monotonic seconds; touched on the results thread alone
         self.serving: Loaded | None = None
@@ -64,8 +76,47 @@ class ModelSlot:
         return self.serving
 
     async def load(self, path: Path) -> Loaded:
-        """Load a directory without touching the serving model."""
-        return Loaded(await _run(self._loading, self._load, path), path)
+        """Load a directory without touching the serving model.
+
+        Raises:
+            ModelRejected: it took too long. Should it end some day, it is freed.
+        """
+        return Loaded(await self.apart("load", self._load, path, late=self._free), path)
+
+    async def apart(
+        self,
+        name: str,
+        work: Callable[[Argument], Returned],
+        argument: Argument,
+        late: Callable[[Returned], object] = lambda _: None,
+    ) -> Returned:
+        """What `work` returns, on a thread of its own, which is left behind when this is cancelled or takes too long.
+
+        `late` gets what comes nevertheless, on that thread.
+
+        Raises:
+            ModelRejected: it did not end within `load_timeout_s`; or too many did not before.
+            Panic: a native library panicked.
+        """
+        self._hung = [each for each in self._hung if not each.done()]
+        if len(self._hung) >= _MOST_HUNG:
+            raise ModelRejected(f"{len(self._hung)} earlier loads still hang: restart this replica")
+        threads = WorkerThreads(name)
+        call: Future[Returned] = threads.submit(_guarded, work, argument)
+        try:
+            async with asyncio.timeout(self._load_timeout_s) as limit:
+                return await asyncio.wrap_future(call)
+        except BaseException as error:
+            call.add_done_callback(
+                lambda done: _hand_late(done, late)
+            )  # at once, if it has failed: then with nothing
+            if not isinstance(error, TimeoutError) or not limit.expired():
+                raise
+            self._hung.append(call)
+            log.warning("load_left_behind", step=name, seconds=self._load_timeout_s)
+            raise ModelRejected(f"{name}: it did not end within {self._load_timeout_s:g} s") from None
+        finally:
+            threads.shutdown(wait=False)
 
     async def encode(
         self, encoder: Encoder, batch: Sequence[Tokens]
@@ -77,7 +128,8 @@ class ModelSlot:
         self._running += 1
         self.busy_since = self.busy_since or time.monotonic()
         try:
-            return await asyncio.wrap_future(await _run(self._compute, self._submit, encoder, batch))
+            submitted = asyncio.wrap_future(self._compute.submit(self._submit, encoder, batch))
+            return await asyncio.wrap_future(await submitted)
         finally:
             self._running -= 1
             self.busy_since = time.monotonic() if self._running else None
@@ -100,12 +152,19 @@ class ModelSlot:
 
     async def discard(self, unused: Loaded) -> None:
         """Free a model that does not serve."""
-        await _run(self._compute, unused.encoder.close)
+        await asyncio.wrap_future(self._compute.submit(unused.encoder.close))
 
-    def close(self) -> None:
-        """End the threads. Waits for micro-batches that run."""
-        for pool in (self._compute, self._results, self._loading):
-            pool.shutdown(wait=True, cancel_futures=True)
+    def close(self, within_s: float = CLOSE_S) -> None:
+        """End the threads. A micro-batch that runs longer than this is left behind, as is a load."""
+        until = time.monotonic() + within_s
+        for threads in (self._compute, self._results):
+            threads.close(until - time.monotonic())
+
+    def _free(self, late: Encoder) -> None:
+        """Free a model that nobody waits for any more, on the compute thread."""
+        log.warning("late_load_freed", model_version=late.model_version)
+        with suppress(RuntimeError):  # the threads are closed, and so the process ends
+            self._compute.submit(late.close)
 
     def _submit(
         self, encoder: Encoder, batch: Sequence[Tokens]
@@ -121,7 +180,11 @@ class ModelSlot:
         return vectors, self._last_result - begin
 
 
-async def _run(
-    pool: ThreadPoolExecutor, work: Callable[Params, Returned], *args: Params.args, **_: Params.kwargs
-) -> Returned:
-    return await asyncio.get_running_loop().run_in_executor(pool, work, *args)
+def _guarded(work: Callable[[Argument], Returned], argument: Argument) -> Returned:
+    with panics_caught():
+        return work(argument)
+
+
+def _hand_late(call: Future[Returned], late: Callable[[Returned], object]) -> None:
+    if not call.cancelled() and call.exception() is None:
+        late(call.result())

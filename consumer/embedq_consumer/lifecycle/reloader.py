@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -93,11 +94,14 @@ class Reloader:
     ) -> tuple[Candidate, str | None]:
         """A model to begin with, and why it is not the desired one, if it is not."""
         problem: str | None = None
-        paths = [desired.path, desired.fallback] if desired else []
-        for path in dict.fromkeys(path for path in paths if path):
-            command = desired if desired and path == desired.path else None
+        trials = []
+        if desired is not None:
+            trials.append(partial(self._trial.desired, desired))
+            if desired.fallback and desired.fallback != desired.path:
+                trials.append(partial(self._trial.fallback, desired, desired.fallback))
+        for stand in trials:
             try:
-                return await self._trial.desired(path, command), problem
+                return await stand(), problem
             except (ModelError, ModelRejected) as error:
                 problem = problem or str(error)
                 log.warning("model_not_loaded", reason=str(error))
@@ -124,7 +128,7 @@ class Reloader:
 
     async def _load_then_swap(self, command: Control, hold: Hold) -> None:
         """Availability-preserving: both models in memory for a while; jobs wait for the swap alone."""
-        candidate = await self._trial.desired(command.path, command)
+        candidate = await self._trial.desired(command)
         try:
             await self._reporter.update("drain", "LOADING", command=command)
             async with self._nothing_in_flight(hold):
@@ -145,7 +149,7 @@ class Reloader:
         async with self._nothing_in_flight(hold):
             before = await self._slot.unload()
             try:
-                candidate = await self._trial.desired(command.path, command, reference)
+                candidate = await self._trial.desired(command, reference)
             except Exception:  # not a cancellation: a process that ends needs no model
                 self._slot.install(await self._load_again(before))
                 raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -15,12 +16,14 @@ from embedq_consumer.batching.single_flight import QueuedText, SingleFlight
 from embedq_consumer.batching.text_queue import TextQueue
 from embedq_consumer.batching.token_budget import TokenBudget
 from embedq_consumer.engine import Encoder
+from embedq_consumer.lifecycle.load_attempts import LoadAttempts
 from embedq_consumer.lifecycle.model_root import ModelRoot
 from embedq_consumer.lifecycle.model_slot import Loader, ModelSlot
 from embedq_consumer.lifecycle.reloader import Commands, Hold, Reloader
 from embedq_consumer.lifecycle.status_reporter import Publish, StatusReporter
-from embedq_consumer.lifecycle.trial import Trial
+from embedq_consumer.lifecycle.trial import Trial, TrialLimits
 from embedq_consumer.telemetry.metrics import Metrics
+from embedq_consumer.threads import CLOSE_S
 from embedq_shared.messages import Control
 from embedq_shared.topics import Topics
 
@@ -47,6 +50,12 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
     batches: BatchOptions
     drain_timeout_s: float
     """A reload that waits longer than this for the jobs in flight fails, and the old model goes on."""
+    load_timeout_s: float
+    """A load that takes longer than this is given up."""
+    stall_timeout_s: float
+    """A micro-batch that takes longer than this while a model stands its trial ends the process."""
+    attempts: Path | None
+    """A folder that outlives the process, for the loads that do not; None: nothing is noted."""
 
 
 class ServedModel:
@@ -68,7 +77,7 @@ class ServedModel:
         batches = options.batches
         self._metrics = metrics
         self._configured = options.configured
-        self.slot = ModelSlot(load)
+        self.slot = ModelSlot(load, load_timeout_s=options.load_timeout_s)
         self._flights = SingleFlight()
         self._batcher = Batcher[QueuedText](
             BatchPolicy(
@@ -84,9 +93,13 @@ class ServedModel:
         trial = Trial(
             self.slot,
             ModelRoot(options.root),
+            LoadAttempts(options.attempts),
             self.reporter,
-            batch_tokens=batches.max_tokens,
-            batch_items=batches.max_items,
+            TrialLimits(
+                batch_tokens=batches.max_tokens,
+                batch_items=batches.max_items,
+                stall_timeout_s=options.stall_timeout_s,
+            ),
         )
         self._reloader = Reloader(
             self.slot,
@@ -122,7 +135,13 @@ class ServedModel:
         """Reload as commands say, until cancelled. The swap runs inside `hold`, where nothing is in flight."""
         await self._reloader.follow(commands, hold)
 
-    def close(self) -> None:
-        """End the threads. Waits for micro-batches that run."""
-        self.queue.close()
-        self.slot.close()
+    @property
+    def busy_since(self) -> dict[str, float | None]:
+        """Monotonic seconds since when the oldest call of native code runs, by what it does; None while none does."""
+        return {"compute": self.slot.busy_since, "tokenize": self.queue.busy_since}
+
+    def close(self, within_s: float = CLOSE_S) -> None:
+        """End the threads. What runs longer than this is left behind."""
+        until = time.monotonic() + within_s
+        self.queue.close(within_s)
+        self.slot.close(until - time.monotonic())

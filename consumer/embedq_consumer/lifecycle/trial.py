@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Final
 
 import msgspec
 import numpy as np
@@ -15,6 +17,7 @@ from embedq_consumer.batching.token_budget import Budget, find_budget
 from embedq_consumer.engine import (
     DeviceLost,
     Encoder,
+    Failed,
     ModelError,
     OutOfMemory,
     Text,
@@ -29,6 +32,7 @@ from embedq_consumer.lifecycle.checks import (
     check_similarity,
     check_version,
 )
+from embedq_consumer.lifecycle.load_attempts import Attempt, LoadAttempts
 from embedq_consumer.lifecycle.model_root import ModelRoot
 from embedq_consumer.lifecycle.model_slot import Loaded, ModelSlot
 from embedq_consumer.lifecycle.status_reporter import StatusReporter
@@ -36,6 +40,9 @@ from embedq_shared.messages import Control, Step
 from embedq_shared.vectors import cut_and_normalize
 
 log = structlog.get_logger()
+
+_MOST_WORDS: Final = 1 << 17
+"""Of the warm-up's longest text: a model that says it takes more is warmed up with this."""
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,29 +52,38 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     budget: Budget
 
 
+class TrialLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """Within which limits a model stands its trial."""
+
+    batch_tokens: int
+    batch_items: int
+    stall_timeout_s: float
+    """A micro-batch that takes longer means that the device hangs."""
+
+
 class Trial:
     """Makes a candidate of a directory. Each step is reported before it begins; a model that fails one is freed.
 
     Invariants:
         - Nothing but the tokenizer of a model on trial runs off the compute thread.
         - A failure that is the model's, whatever its files hold, is `ModelError` or `ModelRejected`: no command ends the
-          process. A lost device does.
+          process. A lost or a hanging device does, and so does native code that crashes: what a command's model did to the
+          processes before is asked of `attempts`.
     """
 
     def __init__(
         self,
         slot: ModelSlot,
         root: ModelRoot,
+        attempts: LoadAttempts,
         reporter: StatusReporter,
-        *,
-        batch_tokens: int,
-        batch_items: int,
+        limits: TrialLimits,
     ) -> None:
         self._slot = slot
         self._root = root
+        self._attempts = attempts
         self._reporter = reporter
-        self._batch_tokens = batch_tokens
-        self._batch_items = batch_items
+        self._limits = limits
 
     async def configured(self, directory: Path) -> Candidate:
         """The model of the settings, which no command asked for and which may lie anywhere.
@@ -76,19 +92,46 @@ class Trial:
             ModelError, ModelRejected: it may not serve. Its memory is not freed: there is no other to serve instead.
         """
         await self._reporter.update("load", "LOADING")
-        loaded = await self._slot.load(directory)
+        loaded = await self._load(directory)
         budget = await self._warm_up(loaded.encoder)
         check_finite(await self.check_vectors(loaded.encoder))
         return Candidate(loaded=loaded, budget=budget)
 
-    async def desired(self, path: str, command: Control | None, old: Vectors | None = None) -> Candidate:
-        """The model at a path of a command. With the command itself, also what that asks of the model.
+    async def desired(self, command: Control, old: Vectors | None = None) -> Candidate:
+        """The model of a command, if it is what that asks for.
 
         `old` is what to compare with; None: the check vectors of the model that serves, if one does.
 
         Raises:
             ModelError, ModelRejected: it may not serve; its memory is free again.
         """
+        async with self._noted(f"{command.command_id} {command.path}"):
+            return await self._candidate(command.path, command, old)
+
+    async def fallback(self, command: Control, path: str) -> Candidate:
+        """The model that served before the command, in place of the command's own.
+
+        Raises:
+            ModelError, ModelRejected: it may not serve; its memory is free again.
+        """
+        async with self._noted(f"{command.command_id} {path}"):
+            return await self._candidate(path, None, None)
+
+    @asynccontextmanager
+    async def _noted(self, model: str) -> AsyncIterator[None]:
+        """Around a load that may end the process, so that the next process knows."""
+        attempt = await self._slot.apart("validate", self._attempts.begin, model, late=Attempt.end)
+        try:
+            yield
+        except DeviceLost:
+            raise  # which ends the process
+        except BaseException:
+            await asyncio.to_thread(attempt.end)
+            raise
+        await asyncio.to_thread(attempt.end)
+
+    async def _candidate(self, path: str, command: Control | None, old: Vectors | None) -> Candidate:
+        """With the command, also what that asks of the model."""
         await self._report("validate", command)
         directory = await self.resolve(path)
         await self._report("load", command)
@@ -115,7 +158,9 @@ class Trial:
         Raises:
             ModelRejected: it is not a directory below the model root.
         """
-        return await asyncio.to_thread(self._root.resolve, path)  # a file system may be slow
+        return await self._slot.apart(
+            "validate", self._root.resolve, path
+        )  # a file system may be slow, or hang
 
     async def check_vectors(self, encoder: Encoder) -> Vectors:
         """Unit vectors of the check texts, float32 (texts, hidden_size).
@@ -124,10 +169,10 @@ class Trial:
             ModelRejected: the model cannot run.
         """
         texts = [Text(text, encoder.default_prompt, "end") for text in CHECK_TEXTS]
-        tokens = await asyncio.to_thread(encoder.tokenize, texts)
+        tokens = await self._tokens(encoder, texts)
         try:
             # Each alone: together they may exceed a budget that was found on a small device.
-            raw = [(await self._encode(encoder, [found]))[0] for found in tokens if isinstance(found, Tokens)]
+            raw = [(await self._encode(encoder, [found]))[0] for found in tokens]
         except OutOfMemory as error:
             raise _too_little_memory() from error
         return np.stack([cut_and_normalize(vector, encoder.hidden_size) for vector in raw])
@@ -138,7 +183,7 @@ class Trial:
     async def _load(self, directory: Path) -> Loaded:
         try:
             return await self._slot.load(directory)
-        except ModelError:
+        except (ModelError, ModelRejected, DeviceLost):
             raise
         except Exception as error:  # a command must not end the process, whatever its files hold
             raise ModelRejected(f"{directory} cannot be loaded: {type(error).__name__}") from error
@@ -150,19 +195,16 @@ class Trial:
         is found then may be lower than what fits once the old model is gone, and it is not measured again before the next
         reload or restart.
         """
-        [tokens] = await asyncio.to_thread(
-            encoder.tokenize, [Text("warm up " * encoder.max_tokens, truncate="end")]
-        )
-        if isinstance(tokens, TextTooLong):
-            raise ModelRejected("the tokenizer did not cut a text that it was asked to cut")
+        words = min(encoder.max_tokens, _MOST_WORDS)
+        [tokens] = await self._tokens(encoder, [Text("warm up " * words, truncate="end")])
         begin = time.monotonic()
         try:
             budget = await find_budget(
                 encoder,
                 lambda batch: self._encode(encoder, batch),
                 tokens.ids,
-                tokens=self._batch_tokens,
-                max_items=self._batch_items,
+                tokens=self._limits.batch_tokens,
+                max_items=self._limits.batch_items,
             )
         except OutOfMemory as error:
             raise _too_little_memory() from error
@@ -175,12 +217,37 @@ class Trial:
         )
         return budget
 
+    async def _tokens(self, encoder: Encoder, texts: Sequence[Text]) -> list[Tokens]:
+        """Tokens of texts that may be cut.
+
+        Raises:
+            ModelRejected: the tokenizer cannot read one, or hangs.
+        """
+        try:
+            found = await self._slot.apart("tokenize", encoder.tokenize, texts)
+        except ModelRejected:
+            raise
+        except Exception as error:
+            raise ModelRejected(f"the tokenizer cannot run: {type(error).__name__}") from error
+        for each in found:
+            if isinstance(each, TextTooLong):
+                raise ModelRejected("the tokenizer did not cut a text that it was asked to cut")
+            if isinstance(each, Failed):
+                raise ModelRejected(f"the tokenizer does not take every text: {each.reason}")
+        return [each for each in found if isinstance(each, Tokens)]
+
     async def _encode(self, encoder: Encoder, batch: Sequence[Tokens]) -> Vectors:
         """Vectors of a model on trial: what it raises is a reason to reject it, or to try a smaller micro-batch."""
         try:
-            vectors, _ = await self._slot.encode(encoder, batch)
+            async with asyncio.timeout(self._limits.stall_timeout_s):
+                vectors, _ = await self._slot.encode(encoder, batch)
         except (OutOfMemory, DeviceLost):
             raise
+        except TimeoutError:
+            # Nothing else runs on this device before it, and it cannot be taken back.
+            raise DeviceLost(
+                f"a micro-batch of the new model did not end within {self._limits.stall_timeout_s:g} s"
+            ) from None
         except Exception as error:
             raise ModelRejected(f"the model cannot run: {type(error).__name__}") from error
         return vectors

@@ -93,6 +93,11 @@ class Health:
         with self._lock:
             return max((now - beat for beat in self._beats.values()), default=0.0)
 
+    def silent(self, now: float) -> list[str]:
+        """The loops that have not beaten within their limit."""
+        with self._lock:
+            return sorted(loop for loop, beat in self._beats.items() if now - beat > self._limits[loop])
+
     def live(self, now: float) -> Report:
         """Fails when a loop has been silent for longer than its limit, and names each one."""
         with self._lock:
@@ -100,7 +105,7 @@ class Health:
                 loop: {"age_s": round(now - beat, 3), "limit_s": self._limits[loop]}
                 for loop, beat in self._beats.items()
             }
-        silent = sorted(loop for loop, facts in loops.items() if facts["age_s"] > facts["limit_s"])
+        silent = self.silent(now)
         facts: dict[str, Any] = {"status": "silent" if silent else "ok", "loops": loops}
         if silent:
             facts["reason"] = f"no heartbeat from {', '.join(silent)}"

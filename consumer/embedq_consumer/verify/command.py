@@ -24,10 +24,12 @@ from rich.table import Table
 from embedq_consumer.engine import (
     DeviceLost,
     Encoder,
+    Failed,
     ModelError,
     OutOfMemory,
     Quantization,
     Text,
+    TextTooLong,
     Tokens,
     default_batch_tokens,
     load_encoder,
@@ -321,19 +323,14 @@ def _run(lines: Sequence[Line], setup: Setup, asked: Asked) -> tuple[Side, npt.N
         threads=asked.threads,
         quantization=setup.quantization,
         keep_bf16=setup.keep_bf16,
+        root=setup.path.resolve().parent,  # as the service's own, unless it is set
     )
     try:
         if asked.dimensions is not None and asked.dimensions > encoder.hidden_size:
             raise Unusable(f"--dimensions: {setup.path} gives at most {encoder.hidden_size} components")
         job = Job(input="", input_type=asked.input_type, instruction=asked.instruction)
         prompt = prompt_for(job, encoder)
-        tokens = [
-            found
-            for found in encoder.tokenize([Text(line.text, prompt=prompt, truncate="end") for line in lines])
-            if isinstance(found, Tokens)
-        ]
-        if len(tokens) != len(lines):
-            raise RuntimeError("a text that may be cut is never too long. This is a bug.")
+        tokens = _tokens(encoder, lines, prompt, setup.path)
         vectors, seconds = _encode(encoder, tokens, default_batch_tokens(setup.device))
     finally:
         encoder.close()
@@ -354,6 +351,18 @@ def _run(lines: Sequence[Line], setup: Setup, asked: Asked) -> tuple[Side, npt.N
         without_vector=tuple(lines[n].number for n in np.flatnonzero(~usable).tolist()),
     )
     return side, vectors
+
+
+def _tokens(encoder: Encoder, lines: Sequence[Line], prompt: str, model: Path) -> list[Tokens]:
+    tokens: list[Tokens] = []
+    texts = [Text(line.text, prompt=prompt, truncate="end") for line in lines]
+    for line, found in zip(lines, encoder.tokenize(texts), strict=True):
+        if isinstance(found, Failed):
+            raise Unusable(f"{model}: the tokenizer cannot read line {line.number}: {found.reason}")
+        if isinstance(found, TextTooLong):
+            raise RuntimeError("a text that may be cut is never too long. This is a bug.")  # noqa: TRY004
+        tokens.append(found)
+    return tokens
 
 
 def _encode(encoder: Encoder, tokens: Sequence[Tokens], budget: int) -> tuple[npt.NDArray[np.float32], float]:

@@ -14,7 +14,8 @@ from embedq_consumer.engine.loading.memory_check import (
     estimate_of,
     refuse_if_too_large,
 )
-from embedq_consumer.engine.model_directory import TensorSlice, read_directory
+from embedq_consumer.engine.model_directory import read_directory
+from embedq_consumer.engine.safety.headers import TensorSlice
 from tests.helpers.tiny_models import make_tiny_qwen3
 
 FILE = Path("model.safetensors")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from embedq_consumer.batching import input_errors
-from embedq_consumer.engine import TextTooLong
+from embedq_consumer.engine import Failed, TextTooLong
 from tests.helpers.in_flight import admitted, chunked
 
 
@@ -39,3 +39,12 @@ def test_what_is_too_much_for_one_text_is_said_before_it_runs() -> None:
     assert error is not None
     assert "prompt" in error(mean, 0).message
     assert "256" in error(mean, 0).message
+
+
+def test_a_text_that_the_tokenizer_cannot_read_is_named_and_not_quoted() -> None:
+    request = admitted(input=["a", "b"]).request
+    error = input_errors.error_of(Failed("unexpected 'a very private text'"), request, 512)
+    assert error is not None
+    found = error(request, 1)
+    assert (found.code, found.param) == ("internal", "input[1]")
+    assert found.message == "`input[1]`: the model's tokenizer could not read this input"

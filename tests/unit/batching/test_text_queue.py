@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import msgspec
 import pytest
@@ -13,6 +13,7 @@ from embedq_consumer.batching.batcher import Batcher, BatchPolicy
 from embedq_consumer.batching.single_flight import Identity, QueuedText, Settled, SingleFlight
 from embedq_consumer.batching.text_queue import TextQueue
 from embedq_consumer.batching.token_budget import Budget, TokenBudget
+from embedq_consumer.engine import Failed, Text, TextTooLong, Tokens
 from embedq_consumer.intake.jobs import JobState
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.messages import ErrorBody
@@ -133,3 +134,21 @@ async def test_a_chunked_text_is_queued_in_windows(parts: Parts) -> None:
     found = parts.queued()
     assert ["".join(map(chr, text.tokens.ids)) for text in found] == ["abcd", "efg"]
     assert [text.window.number for text in found if text.window is not None] == [0, 1]
+
+
+async def test_a_text_that_the_tokenizer_cannot_read_costs_its_neighbors_nothing(parts: Parts) -> None:
+    class Fragile(Letters):
+        def tokenize(  # type: ignore[override]  # this one's texts may fail
+            self, texts: Sequence[Text]
+        ) -> list[Tokens | TextTooLong | Failed]:
+            return [
+                Failed("panicked") if text.text == "bad" else found
+                for text, found in zip(texts, super().tokenize(texts), strict=True)
+            ]
+
+    settled = await parts.add(admitted(input=["abc", "bad", "de"], model=Fragile()))
+    assert [(index, error.code) for _, index, error in settled if isinstance(error, ErrorBody)] == [
+        (1, "internal")
+    ]
+    assert len(parts.queued()) == 2
+    assert parts.queue.busy_since is None

@@ -15,9 +15,9 @@ def bench(tmp_path: Path) -> Iterator[MakeBench]:
     """Make a bench with these models; `old` is the configured one, unless it is given."""
     made: list[Bench] = []
 
-    def make(**models: list[FakeModel | Exception]) -> Bench:
+    def make(stall_timeout_s: float = 600.0, **models: list[FakeModel | BaseException]) -> Bench:
         models.setdefault("old", [FakeModel()])
-        made.append(Bench(tmp_path, **models))
+        made.append(Bench(tmp_path, stall_timeout_s=stall_timeout_s, **models))
         return made[-1]
 
     yield make

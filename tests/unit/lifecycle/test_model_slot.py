@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from embedq_consumer.engine import Pending, Tokens
-from embedq_consumer.lifecycle import ModelSlot, NoModel
+from embedq_consumer.lifecycle import ModelRejected, ModelSlot, NoModel
 from embedq_consumer.lifecycle.model_slot import Loaded
 from tests.helpers.fake_models import FakeModel, Vectors
 from tests.helpers.support import wait_until
@@ -125,3 +125,86 @@ async def test_a_failure_reaches_its_caller_and_leaves_the_slot_idle(slot: Model
     assert slot.busy_since is None
     vectors, _ = await slot.encode(FakeModel(), ONE_TEXT)
     assert vectors.tolist() == [[3.0, 4.0]]
+
+
+# -- loads that do not end ----------------------------------------------------------------------------------------------
+
+
+class Stuck:
+    """Loads that hang until the test lets them go on."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.models: list[FakeModel] = []
+
+    def load(self, path: Path) -> FakeModel:
+        if path.name == "hangs":
+            assert self.gate.wait(60)
+        self.models.append(FakeModel())
+        return self.models[-1]
+
+
+@pytest.fixture
+def stuck() -> Iterator[Stuck]:
+    stuck = Stuck()
+    yield stuck
+    stuck.gate.set()
+
+
+async def test_a_load_that_takes_too_long_is_given_up_and_the_next_one_runs(stuck: Stuck) -> None:
+    slot = ModelSlot(stuck.load, load_timeout_s=0.05)
+    with pytest.raises(ModelRejected, match=r"load: it did not end within 0\.05 s"):
+        await slot.load(Path("hangs"))
+    slot = ModelSlot(stuck.load, load_timeout_s=60)
+    assert (await slot.load(Path("well"))).path == Path("well")
+    await asyncio.to_thread(slot.close)
+
+
+async def test_a_model_that_comes_too_late_is_freed(stuck: Stuck) -> None:
+    slot = ModelSlot(stuck.load, load_timeout_s=0.05)
+    with pytest.raises(ModelRejected):
+        await slot.load(Path("hangs"))
+    stuck.gate.set()
+    await wait_until(lambda: bool(stuck.models) and stuck.models[0].closed, what="a freed model")
+    await asyncio.to_thread(slot.close)
+
+
+async def test_a_load_that_is_cancelled_is_freed_too_and_nobody_waits_for_it(stuck: Stuck) -> None:
+    slot = ModelSlot(stuck.load)
+    load = asyncio.create_task(slot.load(Path("hangs")))
+    await asyncio.sleep(0)
+    load.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await load
+    stuck.gate.set()
+    await wait_until(lambda: bool(stuck.models) and stuck.models[0].closed, what="a freed model")
+    await asyncio.to_thread(slot.close)
+
+
+async def test_with_three_hanging_loads_the_next_ones_are_refused(stuck: Stuck) -> None:
+    slot = ModelSlot(stuck.load, load_timeout_s=0.01)
+    for _ in range(3):
+        with pytest.raises(ModelRejected, match="did not end"):
+            await slot.load(Path("hangs"))
+    with pytest.raises(ModelRejected, match="3 earlier loads still hang: restart this replica"):
+        await slot.load(Path("well"))
+    stuck.gate.set()
+    await wait_until(lambda: len(stuck.models) == 3)
+
+    async def loads() -> bool:
+        try:
+            await slot.load(Path("well"))
+        except ModelRejected:  # a thread may take a moment to end, or this one more than its 10 ms
+            return False
+        return True
+
+    await wait_until(loads, what="a load, now that none hangs")
+    await asyncio.to_thread(slot.close)
+
+
+async def test_a_close_leaves_a_micro_batch_behind_that_does_not_end(slot: ModelSlot, model: Gated) -> None:
+    hangs = asyncio.create_task(slot.encode(model, ONE_TEXT))
+    await wait_until(lambda: len(model.gates) == 1)
+    await asyncio.to_thread(slot.close, 0.05)
+    model.gates[0].open.set()
+    await hangs

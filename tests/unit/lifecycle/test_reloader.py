@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
+import os
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from embedq_consumer.engine import DeviceLost, ModelError, OutOfMemory, Pending, Tokens
 from embedq_consumer.lifecycle import ModelRejected, NoModel
+from embedq_consumer.threads import left_behind
 from embedq_shared.messages import Policy
 from tests.helpers.fake_models import Bench, FakeModel, MakeBench, command
+from tests.helpers.support import wait_until
+
+
+class PanicException(BaseException):
+    """Named as pyo3's, which no library exports."""
+
 
 OLD, NEW = "sha256:old", "sha256:new"
 POLICIES: list[Policy] = ["availability_preserving", "resource_preserving"]
@@ -295,3 +307,115 @@ async def test_a_repeated_command_is_answered_with_its_outcome(bench: MakeBench)
     assert (again.state, again.command_id, again.version) == ("READY", "c1", 1)
     assert (before.step, before.state) == (again.step, again.state)
     assert b.sample("reloads_total", outcome="ignored") == 1
+
+
+# -- failures that no guard used to see -----------------------------------------------------------------------------------
+
+
+def broken_models() -> list[tuple[FakeModel | BaseException, str]]:
+    return [
+        (PanicException("Precompiled: short table"), "cannot be loaded: Panic"),
+        (TypeError("secret"), "cannot be loaded: TypeError"),
+        (new(unreadable="no unknown token"), "the tokenizer does not take every text: no unknown token"),
+        (new(tokenize_fails=PanicException("index")), "the tokenizer cannot run: Panic"),
+        (new(tokenize_fails=RuntimeError("secret")), "the tokenizer cannot run: RuntimeError"),
+        (new(cuts=False), "did not cut"),
+    ]
+
+
+@pytest.mark.parametrize("number", range(len(broken_models())))
+async def test_whatever_the_desired_model_does_at_the_start_the_fallback_serves(
+    bench: MakeBench, number: int
+) -> None:
+    broken, reason = broken_models()[number]
+    b = bench(new=[broken], before=[FakeModel("sha256:before")])
+    await b.model.start(command(4, "new", fallback="before"))
+    assert b.serving == "before"
+    assert b.sent[-1].state == "FAILED"
+    assert reason in (b.sent[-1].error or "")
+    assert "secret" not in (b.sent[-1].error or "")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("number", range(len(broken_models())))
+async def test_whatever_a_new_model_does_the_old_one_serves_on(
+    bench: MakeBench, number: int, policy: Policy
+) -> None:
+    broken, reason = broken_models()[number]
+    b = await started(bench(old=[FakeModel(), FakeModel()], new=[broken]))
+    await b.follow([command(1, "new", policy=policy)])
+    assert (b.serving, b.sent[-1].state) == ("old", "FAILED")
+    assert reason in (b.sent[-1].error or "")
+
+
+@pytest.mark.parametrize("number", range(len(broken_models())))
+async def test_a_configured_model_that_cannot_serve_either_ends_the_start_with_its_reason(
+    bench: MakeBench, number: int
+) -> None:
+    broken, reason = broken_models()[number]
+    with pytest.raises(ModelRejected, match=reason):
+        await bench(old=[broken]).model.start(command(1, "gone", fallback="gone-too"))
+
+
+async def test_a_model_that_cost_two_processes_their_device_is_not_tried_by_the_third(
+    bench: MakeBench,
+) -> None:
+    for _ in range(2):
+        b = bench(new=[new(fails_always=DeviceLost("device 0"))], before=[FakeModel("sha256:before")])
+        with pytest.raises(DeviceLost):
+            await b.model.start(command(4, "new", fallback="before"))
+        release(b.root / "attempts")
+    b = bench(new=[new()], before=[FakeModel("sha256:before")])
+    await b.model.start(command(4, "new", fallback="before"))
+    assert b.serving == "before"
+    assert b.sent[-1].error == (
+        "it ended the process that loaded it 2 times; it is not tried again before a new command"
+    )
+    # A new command is a new try.
+    await b.follow([command(5, "new")])
+    assert (b.serving, b.sent[-1].state) == ("new", "READY")
+
+
+async def test_a_micro_batch_of_a_new_model_that_does_not_end_means_that_the_device_hangs(
+    bench: MakeBench,
+) -> None:
+    gate = threading.Event()
+
+    class Hangs(FakeModel):
+        def submit(self, batch: Sequence[Tokens]) -> Pending:
+            assert gate.wait(60)
+            return super().submit(batch)
+
+    b = bench(new=[Hangs(NEW)], stall_timeout_s=0.05)
+    try:
+        with pytest.raises(DeviceLost, match=r"did not end within 0\.05 s"):
+            await b.model.start(command(1, "new"))
+    finally:
+        gate.set()
+
+
+async def test_a_stop_during_a_load_waits_for_nothing(bench: MakeBench) -> None:
+    gate = threading.Event()
+
+    class Slow(Bench):
+        def _load(self, path: Path) -> FakeModel:
+            assert gate.wait(60)
+            return FakeModel()
+
+    b = Slow((bench().root), old=[FakeModel()])
+    start = asyncio.create_task(b.model.start(None))
+    await wait_until(lambda: "load_0" in left_behind(), what="a load")
+    start.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await start
+    await asyncio.to_thread(b.model.close)
+    gate.set()
+
+
+def release(folder: Path) -> None:
+    """What the kernel does to locks when the process of a bench dies."""
+    gc.collect()
+    for number in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            if number.readlink().is_relative_to(folder):
+                os.close(int(number.name))

@@ -19,9 +19,10 @@ from typing import Any, Final
 
 import msgspec
 
-from embedq_consumer.engine.api import LoadOptions
+from embedq_consumer.engine.api import LoadOptions, ModelError
 from embedq_consumer.engine.loading.model_version import model_version
 from embedq_consumer.engine.model_directory import ModelDirectory
+from embedq_consumer.engine.safety.files import read_bounded
 
 __all__ = ["LoadCache", "ModelSnapshot", "Rotary", "key_of"]
 
@@ -31,6 +32,10 @@ _DIGEST_SIZE: Final = 32
 _LIBRARIES: Final = ("torch", "transformers", "tokenizers")
 _CAPACITY: Final = 16
 """Models, the most recently used: each is as large as its `tokenizer.json`, up to 20 MB."""
+_MOST_BYTES: Final = 256 * 1024 * 1024
+"""Of one model: a tokenizer of the largest size that is read, and the hidden states of some hundred tokens."""
+_MOST_TRIED: Final = 256
+"""Models of which it is noted that they passed a dry run; each is an empty file."""
 
 
 class Rotary(msgspec.Struct, frozen=True):
@@ -76,13 +81,16 @@ class LoadCache:
         """The snapshot under `key`; None if there is none, or it is damaged."""
         file = self._file(key)
         try:
-            content = file.read_bytes()
-        except OSError:
+            content = read_bounded(file, _MOST_BYTES)
+        except ModelError:
             return None
         digest, packed = content[:_DIGEST_SIZE], content[_DIGEST_SIZE:]
         if hashlib.sha256(packed).digest() != digest:
             return None
-        snapshot = msgspec.msgpack.decode(packed, type=ModelSnapshot)
+        try:
+            snapshot = msgspec.msgpack.decode(packed, type=ModelSnapshot)
+        except msgspec.DecodeError:
+            return None
         with suppress(OSError):
             os.utime(file)  # the most recently used now
         return snapshot
@@ -100,9 +108,24 @@ class LoadCache:
                 except BaseException:
                     os.unlink(file.name)
                     raise
-            files = sorted(self._folder.glob("*.model"), key=lambda file: file.stat().st_mtime)
-            for old in files[:-_CAPACITY]:
-                old.unlink(missing_ok=True)
+            self._evict("*.model", _CAPACITY)
+
+    def was_tried(self, key: str) -> bool:
+        """Whether the model under `key` has passed a dry run."""
+        return (self._folder / f"{key}.tried").exists()
+
+    def note_tried(self, key: str) -> None:
+        """The model under `key` has passed a dry run, and needs no other one: the key says what it follows from."""
+        with suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            (self._folder / f"{key}.tried").touch()
+            self._evict("*.tried", _MOST_TRIED)
+
+    def _evict(self, pattern: str, capacity: int) -> None:
+        """Remove the least recently used files beyond the capacity."""
+        files = sorted(self._folder.glob(pattern), key=lambda file: file.stat().st_mtime)
+        for old in files[:-capacity]:
+            old.unlink(missing_ok=True)
 
     def _file(self, key: str) -> Path:
         return self._folder / f"{key}.model"

@@ -16,9 +16,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from embedq_consumer.engine.api import LoadOptions, ModelError, Quantization
-from embedq_consumer.engine.device import current
+from embedq_consumer.engine.api import DeviceLost, LoadOptions, ModelError, OutOfMemory, Quantization
+from embedq_consumer.engine.device import translate_errors
 from embedq_consumer.engine.encoder import PackedEncoder, release
+from embedq_consumer.engine.loading.dry_run import dry_run
 from embedq_consumer.engine.loading.load_cache import LoadCache, ModelSnapshot, key_of
 from embedq_consumer.engine.loading.load_timer import LoadTimer
 from embedq_consumer.engine.loading.memory_check import DeviceMemory, estimate_of, refuse_if_too_large
@@ -27,6 +28,7 @@ from embedq_consumer.engine.loading.weights import CheckpointWeights, snapshot_o
 from embedq_consumer.engine.model_directory import ModelDirectory, read_directory
 from embedq_consumer.engine.models import registry
 from embedq_consumer.engine.models.traits import Limits
+from embedq_consumer.engine.safety.panics import first_line, panics_caught
 from embedq_consumer.engine.text.tokenizer import TextTokenizer
 
 __all__ = ["kept_layers", "load"]
@@ -46,15 +48,22 @@ def load(path: Path, options: LoadOptions) -> PackedEncoder:
     target = _device(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    with current(target):
-        return _load(path, target, options)
+    try:
+        with translate_errors(target), panics_caught():
+            return _load(path, target, options)
+    except (ModelError, DeviceLost):
+        raise
+    except OutOfMemory as error:
+        raise ModelError(f"{path}: the device has too little memory left to load it") from error
+    except Exception as error:  # whatever a directory holds, it costs this load alone
+        raise ModelError(f"{path}: cannot be loaded: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _load(path: Path, target: torch.device, options: LoadOptions) -> PackedEncoder:
     timer = LoadTimer(wait=lambda: _wait_for(target))
     cache = None if options.known_models is None else LoadCache(options.known_models)
     with timer.step("directory"):
-        directory = read_directory(path)
+        directory = read_directory(path, options.root)
     layers = kept_layers(options.keep_bf16, directory, options.quantization)
     options = msgspec.structs.replace(options, keep_bf16=layers)
     with timer.step("memory"):
@@ -73,6 +82,13 @@ def _load(path: Path, target: torch.device, options: LoadOptions) -> PackedEncod
                 with timer.step("imports"):
                     kernels.result()
         if source is None:
+            if options.dry_run_s is not None and not (cache is not None and cache.was_tried(key)):
+                with timer.step("dry_run"):
+                    transformers = pool.submit(_import_transformers)
+                    dry_run(path, options.root, within_s=options.dry_run_s)
+                    transformers.result()
+                if cache is not None:
+                    cache.note_tried(key)
             source = _from_transformers(directory, target, timer)
         with timer.step("digest"):
             version = model_version(
@@ -103,6 +119,11 @@ def _load(path: Path, target: torch.device, options: LoadOptions) -> PackedEncod
     return encoder
 
 
+def _import_transformers() -> None:
+    """Which takes as long as PyTorch itself."""
+    import transformers.modeling_utils  # noqa: F401
+
+
 class _Source(msgspec.Struct, frozen=True, kw_only=True):
     """What an encoder is made of and proved on."""
 
@@ -119,7 +140,7 @@ class _Source(msgspec.Struct, frozen=True, kw_only=True):
 def _from_transformers(directory: ModelDirectory, target: torch.device, timer: LoadTimer) -> _Source:
     """Ask transformers. Where a forward is written out for the model, transformers' own copy is gone when this returns."""
     with timer.step("transformers"):
-        import transformers.modeling_utils  # noqa: F401  # which takes as long as PyTorch itself
+        _import_transformers()
     with timer.step("weights"), _quiet_transformers():
         model = _load_model(directory, target)
     limits = _limits(directory, model)
@@ -142,6 +163,8 @@ def _from_transformers(directory: ModelDirectory, target: torch.device, timer: L
             expected=expected,
         )
     if snapshot is None:
+        if model.device.type == "cpu":
+            _copy_from_files(model)
         return _Source(
             model=model, tokenizer=tokenizer, limits=limits, sequences=sequences, expected=expected
         )
@@ -166,6 +189,12 @@ def _from_snapshot(
         sequences=[np.array(ids, dtype=np.int32) for ids in snapshot.sequences],
         expected=torch.from_numpy(expected.copy()).to(target),
     )
+
+
+def _copy_from_files(model: Any) -> None:
+    """Make `model`'s weights its own: on a CPU they are the file's pages, and go with it when somebody replaces its content."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def _kind(device: torch.device) -> str:
@@ -260,19 +289,18 @@ def _load_model(directory: ModelDirectory, target: torch.device) -> Any:
     quantized = directory.quantization_method is not None
     in_place = quantized and target.type == "cuda" and importlib.util.find_spec("accelerate") is not None
     try:
-        model, loading = AutoModel.from_pretrained(
-            str(directory.checkpoint),
-            dtype=torch.bfloat16 if target.type == "cuda" else torch.float32,
-            device_map={"": target} if in_place else None,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with panics_caught():
+            model, loading = AutoModel.from_pretrained(
+                str(directory.checkpoint),
+                dtype=torch.bfloat16 if target.type == "cuda" else torch.float32,
+                device_map={"": target} if in_place else None,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
     except Exception as error:  # transformers and its config validation raise many kinds
-        raise ModelError(
-            f"{file}: {str(error).strip().partition(chr(10))[0] or type(error).__name__}"
-        ) from error
+        raise ModelError(f"{file}: {first_line(error)}") from error
     if quantized and getattr(model, "hf_quantizer", None) is None:
         raise ModelError(
             f"{file}: quantization_config: transformers cannot load {directory.quantization_method}"

@@ -10,8 +10,8 @@ from typing import Any, Final
 import msgspec
 
 from embedq_consumer.engine.api import ModelError
-from embedq_consumer.engine.model_directory import TensorSlice
 from embedq_consumer.engine.row import PART_TOKENS
+from embedq_consumer.engine.safety.headers import TensorSlice
 
 __all__ = ["PART_TOKENS", "DeviceMemory", "MemoryEstimate", "estimate_of", "refuse_if_too_large"]
 

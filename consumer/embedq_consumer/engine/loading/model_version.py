@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
-from embedq_consumer.engine.api import LoadOptions
-from embedq_consumer.engine.model_directory import ModelDirectory, TensorSlice
+from embedq_consumer.engine.api import LoadOptions, ModelError
+from embedq_consumer.engine.model_directory import ModelDirectory
+from embedq_consumer.engine.safety.files import open_regular, read_bounded
+from embedq_consumer.engine.safety.headers import TensorSlice
 
 __all__ = ["model_version", "tensor_digests"]
 
+_READ_BYTES = 1 << 20
+"""Read at once: enough that reading costs nothing next to hashing, little enough for the caches."""
 # Fields that no vector depends on; everything else in these files counts, whether we know it or not.
 _IDLE_CONFIG = frozenset(
     {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
@@ -60,11 +63,11 @@ def model_version(
 
     checkpoint = directory.checkpoint
     add("config", _canonical(directory.config, _IDLE_CONFIG))
-    add("tokenizer", (checkpoint / "tokenizer.json").read_bytes())
+    add("tokenizer", read_bounded(checkpoint / "tokenizer.json"))
     add("tokenizer_config", _canonical(directory.tokenizer_config, _IDLE_TOKENIZER_CONFIG))
     for name in ("special_tokens_map.json", "added_tokens.json"):
         file = checkpoint / name
-        add(name, file.read_bytes() if file.exists() else b"")
+        add(name, read_bounded(file) if file.exists() else b"")
     add("pooling", directory.pooling.encode())
     add("prompts", _canonical({name: prompt for name, prompt in directory.prompts.items() if prompt}))
     add("default_prompt", directory.default_prompt.encode())
@@ -94,22 +97,26 @@ def _canonical(value: Mapping[str, Any], idle: frozenset[str] = frozenset()) -> 
 
 
 def tensor_digests(tensors: tuple[TensorSlice, ...], threads: int | None) -> list[bytes]:
-    """SHA-256 of each tensor's bytes, in order."""
-    files = {tensor.file for tensor in tensors}
-    maps = {file: _map(file) for file in files}
-    try:
+    """SHA-256 of each tensor's bytes, in order.
+
+    The files are read, not mapped: one that is cut short meanwhile would end the process.
+
+    Raises:
+        ModelError: a file is shorter than its header says.
+    """
+    with ExitStack() as files:
+        opened = {file: files.enter_context(open_regular(file)) for file in {each.file for each in tensors}}
         with ThreadPoolExecutor(threads or os.cpu_count(), thread_name_prefix="digest") as pool:
-            return list(pool.map(lambda tensor: _digest(maps[tensor.file], tensor), tensors))
-    finally:
-        for mapped in maps.values():
-            mapped.close()
+            return list(pool.map(lambda tensor: _digest(opened[tensor.file], tensor), tensors))
 
 
-def _digest(mapped: mmap.mmap, tensor: TensorSlice) -> bytes:
-    with memoryview(mapped) as whole, whole[tensor.begin : tensor.end] as part:
-        return hashlib.sha256(part).digest()
-
-
-def _map(file: Path) -> mmap.mmap:
-    with file.open("rb") as stream:
-        return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+def _digest(descriptor: int, tensor: TensorSlice) -> bytes:
+    digest = hashlib.sha256()
+    at = tensor.begin
+    while at < tensor.end:
+        part = os.pread(descriptor, min(_READ_BYTES, tensor.end - at), at)
+        if not part:
+            raise ModelError(f"{tensor.file}: cut short while it was read")
+        digest.update(part)
+        at += len(part)
+    return digest.digest()

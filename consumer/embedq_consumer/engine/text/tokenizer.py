@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer, normalizers
 
-from embedq_consumer.engine.api import Chunked, ModelError, Piece, Text, TextTooLong, Tokens
+from embedq_consumer.engine.api import Chunked, Failed, ModelError, Piece, Text, TextTooLong, Tokens
 from embedq_consumer.engine.model_directory import ModelDirectory
 from embedq_consumer.engine.prefix_cache import LONGEST_PREFIX
+from embedq_consumer.engine.safety.panics import first_line, panics_caught
 from embedq_consumer.engine.text.chunking import cut, spans_of, windows_of
 
 __all__ = ["TextTokenizer"]
@@ -22,6 +23,20 @@ _LEAST_SHARED = 8
 """The fewest tokens of a shared prefix: copying its keys to each text's own costs a little, too."""
 _PROMPTS = 64
 """Prompts whose ids are cached."""
+_PROBES = (
+    "",
+    " ",
+    "\0\x1b\ufffd\u200b\u202e",
+    "The harbour pilot boards the ship two miles before the breakwater. 0123456789 " * 40,
+    "Straße café naïve Łódź αβγ Москва עברית العربية हिन्दी ไทย 한국어 日本語 汉字 ነው ქართული",
+    "👩\u200d👩\u200d👧 🛂 ﷽ ﬁ ½ ℵ 𝔘𝔫𝔦 𐍈 \U0010fffd",
+    "def f(x): return {x: [x ** 2]}  # <|im_end|> [MASK] </s> <pad>",
+    "".join(map(chr, (*range(0x20, 0xD800, 97), *range(0xE000, 0x20000, 997)))),
+)
+"""Texts of every kind: nothing, controls, many scripts, emoji, code, what spells special tokens, and characters of all planes."""
+
+Encode = Callable[[list[str]], list[Encoding]]
+Found = TypeVar("Found")
 
 
 class TextTokenizer:
@@ -53,18 +68,37 @@ class TextTokenizer:
 
         file = directory.checkpoint / "tokenizer.json"
         try:
-            wrapper = AutoTokenizer.from_pretrained(
-                str(directory.checkpoint), local_files_only=True, trust_remote_code=False
-            )
+            with panics_caught():
+                wrapper = AutoTokenizer.from_pretrained(
+                    str(directory.checkpoint), local_files_only=True, trust_remote_code=False
+                )
         except Exception as error:  # the Rust side raises plain Exception
-            raise ModelError(f"{file}: {_first_line(error)}") from error
+            raise ModelError(f"{file}: {first_line(error)}") from error
         backend: Any = getattr(wrapper, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise ModelError(f"{file}: {type(wrapper).__name__} is not a fast tokenizer")
         if directory.lower_case:
             rest = [backend.normalizer] if backend.normalizer is not None else []
             backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *rest])
-        return cls(backend, max_tokens)
+        try:
+            with panics_caught():
+                tokenizer = cls(backend, max_tokens)
+        except ModelError:
+            raise
+        except Exception as error:
+            raise ModelError(f"{file}: {first_line(error)}") from error
+        tokenizer.prove(str(file))
+        return tokenizer
+
+    def prove(self, file: str) -> None:
+        """Tokenize texts of every kind: those of jobs will be of every kind.
+
+        Raises:
+            ModelError: it fails on one, for instance because it lacks its own unknown token.
+        """
+        for found in self.tokenize([Text(text, truncate="end") for text in _PROBES]):
+            if isinstance(found, Failed):
+                raise ModelError(f"{file}: the tokenizer does not take every text: {found.reason}")
 
     @classmethod
     def from_json(cls, serialized: str, max_tokens: int) -> TextTokenizer:
@@ -75,20 +109,21 @@ class TextTokenizer:
         """The whole tokenizer, in the tokenizers library's own format."""
         return str(self._tokenizer.to_str())
 
-    def tokenize(self, texts: Sequence[Text], *, share: bool = False) -> list[Tokens | TextTooLong]:
+    def tokenize(self, texts: Sequence[Text], *, share: bool = False) -> list[Tokens | TextTooLong | Failed]:
         """Tokens of each text, in order; with `share`, how many of the first are a shared prompt's.
 
         Safe to call from many threads at once.
         """
-        encodings = self._tokenizer.encode_batch_fast([text.prompt + text.text for text in texts])
-        found = [self._fit(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
-        if not share:
-            return found
-        return [self._sharing(text, tokens) for text, tokens in zip(texts, found, strict=True)]
 
-    def _sharing(self, text: Text, tokens: Tokens | TextTooLong) -> Tokens | TextTooLong:
+        def tokens_of(text: Text, encoding: Encoding) -> Tokens | TextTooLong:
+            found = self._fit(text, encoding)
+            return self._sharing(text, found) if share and isinstance(found, Tokens) else found
+
+        return _each(self._tokenizer.encode_batch_fast, texts, tokens_of)
+
+    def _sharing(self, text: Text, tokens: Tokens) -> Tokens:
         """The same tokens; `shared` says whether they begin with the prompt's, as they do unless these were cut."""
-        if isinstance(tokens, TextTooLong) or not text.prompt:
+        if not text.prompt:
             return tokens
         prefix = self._prefix(text.prompt)
         begins = len(tokens.ids) > len(prefix) and np.array_equal(tokens.ids[: len(prefix)], prefix)
@@ -103,13 +138,12 @@ class TextTokenizer:
         prefix = ids[: len(ids) - self._after - 1][:LONGEST_PREFIX]
         return prefix if len(prefix) >= _LEAST_SHARED else prefix[:0]
 
-    def chunk(self, texts: Sequence[Text], *, end_token: bool) -> list[Chunked | TextTooLong]:
+    def chunk(self, texts: Sequence[Text], *, end_token: bool) -> list[Chunked | TextTooLong | Failed]:
         """Windows of each text; see `Encoder.chunk`. With `end_token`, the last span of a window includes the special tokens
         after the text. Safe to call from many threads at once."""
-        encodings = self._tokenizer.encode_batch([text.prompt + text.text for text in texts])
-        return [
-            self._chunk(text, encoding, end_token) for text, encoding in zip(texts, encodings, strict=True)
-        ]
+        return _each(
+            self._tokenizer.encode_batch, texts, lambda text, encoding: self._chunk(text, encoding, end_token)
+        )
 
     def _chunk(self, text: Text, encoding: Encoding, end_token: bool) -> Chunked | TextTooLong:
         if text.chunk is None:
@@ -181,5 +215,18 @@ def _added_tokens(tokenizer: Tokenizer) -> tuple[int, int]:
     raise ModelError("tokenizer.json: post_processor: expected one that only adds tokens around the text")
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+def _each(
+    encode: Encode, texts: Sequence[Text], make: Callable[[Text, Encoding], Found]
+) -> list[Found | Failed]:
+    """What `make` makes of each text's encoding. A call that fails is repeated in halves, until the text that fails is alone."""
+    if not texts:
+        return []
+    try:
+        with panics_caught():
+            encodings = encode([text.prompt + text.text for text in texts])
+            return [make(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
+    except Exception as error:  # noqa: BLE001  # the Rust side raises plain Exception; a text must cost no other one its vector
+        if len(texts) == 1:
+            return [Failed(first_line(error))]
+    middle = len(texts) // 2
+    return _each(encode, texts[:middle], make) + _each(encode, texts[middle:], make)

@@ -1,0 +1,103 @@
+"""The process of a dry run; `dry_run.py` starts it. It reads what is wanted from stdin, and says its verdict on stdout."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from embedq_consumer.engine.api import ModelError
+from embedq_consumer.engine.loading.dry_run import Verdict, Wanted
+from embedq_consumer.engine.model_directory import ModelDirectory, read_directory
+from embedq_consumer.engine.safety.panics import Panic, panics_caught
+
+_PR_SET_PDEATHSIG: Final = 1
+_FILE_BYTES: Final = 16 * 1024 * 1024
+"""Of anything that it writes: what a library says of a foreign file must not fill the disk."""
+_MOST_MISSING: Final = 2
+"""How many times the checkpoint's parameters a model may have. More are missing in the files, and would be made up first."""
+
+
+def main() -> None:
+    """Try what stdin names, within the limits that it names."""
+    wanted = msgspec.json.decode(sys.stdin.buffer.read(), type=Wanted)
+    _confine(wanted)
+    said = os.dup(1)
+    os.dup2(2, 1)  # what a library prints is no verdict
+    try:
+        with panics_caught():
+            _try(read_directory(Path(wanted.path), Path(wanted.root) if wanted.root else None))
+        verdict = Verdict(None)
+    except ModelError as error:
+        verdict = Verdict(str(error))
+    except Panic as error:
+        verdict = Verdict(f"{wanted.path}: a library panicked: {error}")
+    except MemoryError:
+        verdict = Verdict(
+            f"{wanted.path}: a dry run of it needs more than {wanted.memory_bytes / 1e9:.1f} GB"
+        )
+    os.write(said, msgspec.json.encode(verdict))
+    os._exit(0)  # nothing is left to do, and no library's own end may take the verdict back
+
+
+def _confine(wanted: Wanted) -> None:
+    """Limits that hold in native code, too: memory, time, files, and the life of who asked."""
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted.memory_bytes, wanted.memory_bytes))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (_FILE_BYTES, _FILE_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.alarm(math.ceil(wanted.within_s) + 1)  # if whoever asked cannot end us any more
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != wanted.parent:
+        os._exit(1)
+
+
+def _try(directory: ModelDirectory) -> None:
+    """
+    Raises:
+        ModelError: the tokenizer fails, or the weights are not those of the model that the configuration describes.
+    """
+    from embedq_consumer.engine.text.tokenizer import TextTokenizer
+
+    TextTokenizer.load(directory, directory.max_seq_length or sys.maxsize)
+    if directory.quantization_method is not None:
+        return  # its layers have other shapes than its configuration says
+    described = _parameters(directory)
+    held = sum(math.prod(tensor.shape) for tensor in directory.tensors)
+    if described > _MOST_MISSING * held:
+        raise ModelError(
+            f"{directory.checkpoint / 'config.json'}: describes a model of {described:,} parameters, the weights have {held:,}"
+        )
+
+
+def _parameters(directory: ModelDirectory) -> int:
+    """How many parameters the model has that the configuration describes; 0 if it cannot be built, which the load will explain."""
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    try:
+        config = AutoConfig.from_pretrained(
+            str(directory.checkpoint), local_files_only=True, trust_remote_code=False
+        )
+        with torch.device("meta"):
+            model: Any = AutoModel.from_config(config, trust_remote_code=False)
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001  # transformers raises many kinds
+        return 0
+    return sum(
+        math.prod(parameter.shape)
+        for name, parameter in model.named_parameters()
+        if not name.startswith("pooler.")
+    )
+
+
+if __name__ == "__main__":
+    main()
