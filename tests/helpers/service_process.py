@@ -10,9 +10,10 @@ import sys
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
@@ -69,6 +70,7 @@ class Replica:
         *,
         redis: bool = True,
         python: Sequence[str] = (),
+        environ: Mapping[str, str] = MappingProxyType({}),
         **settings: Any,
     ) -> None:
         self.log = log
@@ -90,6 +92,7 @@ class Replica:
             "EMBEDQ_PUBLISH_TIMEOUT_S": f"{patient(60.0):.0f}",
             "EMBEDQ_THREADS": "1",
             **{f"EMBEDQ_{name.upper()}": str(value) for name, value in settings.items()},
+            **environ,
         }
         self.process: asyncio.subprocess.Process | None = None
 
