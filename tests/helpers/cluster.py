@@ -126,7 +126,12 @@ class Cluster(DevStack):
 
     def heal(self) -> None:
         """Take the faults off all proxies."""
-        for proxy in (*self.proxies.values(), self.redis_proxy):
+        self.heal_brokers()
+        self.redis_proxy.heal()
+
+    def heal_brokers(self) -> None:
+        """Take the faults off the brokers' proxies."""
+        for proxy in self.proxies.values():
             proxy.heal()
 
     def _make_kafka(
