@@ -64,7 +64,7 @@ def _models(name: str, directory: Path) -> list[Path]:
     if name == "minilm":
         return [minilm_path()]
     return [
-        make_tiny_bert(directory / "models" / each, seed=seed)
+        make_tiny_bert(directory / "models" / each, seed=seed, max_tokens=512)
         for seed, each in enumerate(("a", "b"), start=1)
     ]
 

@@ -77,10 +77,10 @@ class Job(NamedTuple):
 
 
 def texts(seed: int, count: int) -> list[str]:
-    """The texts that jobs are made of: from two words to a hundred, no two alike."""
+    """The texts that jobs are made of: from two words to forty, no two alike."""
     draw = random.Random(f"{seed} texts")
     return [
-        f"{number} " + " ".join(draw.choices(_WORDS, k=min(100, 2 + int(draw.expovariate(1 / 12)))))
+        f"{number} " + " ".join(draw.choices(_WORDS, k=min(40, 2 + int(draw.expovariate(1 / 12)))))
         for number in range(count)
     ]
 

@@ -30,7 +30,7 @@ KINDS: Final[dict[str, Kind]] = {
     "reload": Kind(track="workers", least_s=2.0, most_s=4.0),
     "kill_in_transaction": Kind(track="workers", least_s=0.0, most_s=3.0),
     "freeze_in_transaction": Kind(track="workers", least_s=2.0, most_s=12.0),
-    # A broker. Partitions that it led get another leader after `broker.session.timeout.ms`, which is 3 s here; what it
+    # A broker. Partitions that it led get another leader after `broker.session.timeout.ms`, which is 6 s here; what it
     # holds copies of is under-replicated meanwhile.
     "broker_killed": Kind(track="brokers", least_s=0.0, most_s=10.0),
     "coordinator_killed": Kind(track="brokers", least_s=0.0, most_s=10.0),

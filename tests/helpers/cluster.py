@@ -27,6 +27,8 @@ from tests.helpers.tcp_proxy import TcpProxy
 BROKERS: Final = 3
 _HEAP_MB: Final = 320
 """Of each broker: three share a machine with workers."""
+_BROKER_SESSION_MS: Final = 6000
+"""How long a broker may be silent before others take over what it leads: so long does a leader change take."""
 _CLIENTS: Final = "CLIENTS"
 """The listener behind the proxies; brokers talk to each other, and onlookers to them, on the ordinary one."""
 
@@ -61,6 +63,8 @@ class Cluster(DevStack):
             "auto.create.topics.enable": "true",
             "min.insync.replicas": str(min_insync),
             "transaction.state.log.min.isr": str(min_insync),
+            # A broker that the machine starves must not lose what it leads for it.
+            "broker.session.timeout.ms": str(_BROKER_SESSION_MS),
         }
         super().__init__(
             brokers=brokers,
