@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -24,7 +25,7 @@ from typing import Final
 
 import structlog
 
-from embedq_consumer.cache import VectorCache
+from embedq_consumer.cache import BadCacheSetting, EntryCodec, SecretSource, VectorCache, load_secret
 from embedq_consumer.delivery.deliverer import Deliverer, Finish
 from embedq_consumer.delivery.kafka_producer import producers
 from embedq_consumer.delivery.publisher import Publisher
@@ -199,10 +200,26 @@ async def _health_pages(settings: Settings, metrics: Metrics, health: Health) ->
 
 @asynccontextmanager
 async def _cache(settings: Settings, metrics: Metrics) -> AsyncIterator[VectorCache]:
+    options = settings.cache
     try:
-        cache = VectorCache(settings.cache, metrics)
+        await asyncio.to_thread(options.redis.check)
+        source = settings.cache_secret(os.environ) if options.redis.url else SecretSource()
+        secret = await asyncio.to_thread(load_secret, source)
+    except BadCacheSetting as error:
+        raise SettingsError(f"EMBEDQ_{error}") from None
+    try:
+        cache = await asyncio.to_thread(VectorCache, options, EntryCodec(secret.value), metrics)
     except ValueError:  # its message may quote a password
         raise SettingsError("EMBEDQ_REDIS_URL: expected an address such as redis://HOST:6379/0") from None
+    if options.redis.url:
+        if secret.origin == "process":
+            log.warning(
+                "cache_key_not_kept",
+                hint="this process's entries are of no use to any other, nor to the next one; set EMBEDQ_CACHE_KEY or "
+                "EMBEDQ_CACHE_KEY_FILE",
+            )
+        else:
+            log.info("cache_key", origin=secret.origin, file=secret.path)
     await cache.open()
     try:
         yield cache

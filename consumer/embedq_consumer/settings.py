@@ -13,12 +13,13 @@ from typing import Annotated, Any, Final, Literal, get_args, get_type_hints
 import msgspec
 from msgspec import Meta
 
-from embedq_consumer.cache import CacheOptions
+from embedq_consumer.cache import CacheOptions, RedisOptions, SecretSource
 from embedq_consumer.engine import LoadOptions, Quantization
 from embedq_consumer.intake import AdmissionPolicy, IntakeOptions
 from embedq_consumer.lifecycle.served_model import BatchOptions, ModelOptions
 from embedq_shared.messages import DEFAULT_ALIAS, DEFAULT_MAX_INPUTS
 from embedq_shared.topics import GROUP, Topics
+from embedq_shared.user_cache import user_cache
 
 PREFIX: Final = "EMBEDQ_"
 _OTHERS: Final = frozenset({"EMBEDQ_CACHE_DIR", "EMBEDQ_KAFKA_VERSION"})
@@ -51,7 +52,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         NotEmpty, Meta(description="Kafka brokers to ask first: HOST:PORT, separated by commas.")
     ]
     redis_url: Annotated[
-        str, Meta(description="Redis for the vector cache, such as `redis://HOST:6379/0`. Empty: no cache.")
+        str,
+        Meta(
+            description="Redis for the vector cache, such as `redis://HOST:6379/0`, or with TLS "
+            "`rediss://HOST:6379/0`. Empty: no cache."
+        ),
     ] = ""
     topic_prefix: Annotated[
         NotEmpty, Meta(description="First part of every topic's name: `embed` makes `embed.jobs` and so on.")
@@ -59,7 +64,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     group: Annotated[NotEmpty, Meta(description="Consumer group. Replicas of one group share the jobs.")] = (
         GROUP
     )
-    http_host: Annotated[str, Meta(description="Address to serve health and metrics on.")] = "0.0.0.0"
+    http_host: Annotated[
+        NotEmpty,
+        Meta(
+            description="Address to serve health and metrics on, to whoever reaches it: the default is this machine alone. "
+            "`0.0.0.0` for all addresses, as probes and scrapes from other machines need; the image sets that."
+        ),
+    ] = "127.0.0.1"
     http_port: Annotated[
         Port,
         Meta(description="Port of `/livez`, `/readyz` and `/metrics`. 0: any free one; the log says which."),
@@ -190,9 +201,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         ),
     ] = 900_000
     reply_topics: Annotated[
-        NotEmpty,
-        Meta(description="Topics that a job may name for its reply: shell patterns, separated by commas."),
-    ] = "*"
+        str,
+        Meta(
+            description="Topics besides `embed.replies` and `embed.results` that a job may name for its reply: shell patterns, "
+            "separated by commas, such as `team-*.replies`. Patterns never match internal topics of Kafka, of its companions "
+            "or of another embedq; their names must be given in full. Empty: none."
+        ),
+    ] = ""
 
     # Cache
 
@@ -205,6 +220,37 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             description="Milliseconds to wait for Redis; after that the texts are computed as if not cached."
         ),
     ] = 50.0
+    cache_key: Annotated[
+        str,
+        Meta(
+            description="Secret that signs cache entries: at least 16 bytes, the same in all replicas that share a Redis. "
+            "Empty, and without a file: made once and kept in the user's cache directory, or in `EMBEDQ_COMPILE_CACHE`."
+        ),
+    ] = ""
+    cache_key_file: Annotated[
+        str, Meta(description="File that holds that secret, as a mounted one does, instead of the setting.")
+    ] = ""
+    redis_username: Annotated[
+        str, Meta(description="User name for Redis. Empty: the one in the address, or Redis's default user.")
+    ] = ""
+    redis_password: Annotated[str, Meta(description="Password for Redis, instead of one in the address.")] = (
+        ""
+    )
+    redis_password_file: Annotated[
+        str, Meta(description="File that holds the password; it is read again for each new connection.")
+    ] = ""
+    redis_ssl_cafile: Annotated[
+        str,
+        Meta(
+            description="PEM file of authorities that sign the certificate of a `rediss://` Redis. Empty: the system's."
+        ),
+    ] = ""
+    redis_ssl_certfile: Annotated[
+        str, Meta(description="PEM file of the certificate that we show to Redis. Empty: none is shown.")
+    ] = ""
+    redis_ssl_keyfile: Annotated[
+        str, Meta(description="PEM file of that certificate's private key. Empty: in the certificate's file.")
+    ] = ""
 
     # Delivery
 
@@ -293,6 +339,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ValueError("EMBEDQ_REBALANCE_TIMEOUT_MS: expected at least EMBEDQ_SESSION_TIMEOUT_MS")
         if self.fp8_keep and self.quantization != "fp8":
             raise ValueError("EMBEDQ_FP8_KEEP: needs EMBEDQ_QUANTIZATION=fp8")
+        if self.cache_key and self.cache_key_file:
+            raise ValueError("EMBEDQ_CACHE_KEY: cannot be set together with EMBEDQ_CACHE_KEY_FILE")
         if self.devices and self.device != "auto":
             raise ValueError("EMBEDQ_DEVICE: cannot be set together with EMBEDQ_DEVICES")
 
@@ -347,8 +395,26 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def cache(self) -> CacheOptions:
         """Where vectors are remembered, and for how long."""
         return CacheOptions(
-            url=self.redis_url, ttl_s=self.cache_ttl_s, timeout_s=self.cache_timeout_ms / 1000
+            redis=RedisOptions(
+                url=self.redis_url,
+                username=self.redis_username,
+                password=self.redis_password,
+                password_file=self.redis_password_file,
+                ssl_cafile=self.redis_ssl_cafile,
+                ssl_certfile=self.redis_ssl_certfile,
+                ssl_keyfile=self.redis_ssl_keyfile,
+            ),
+            ttl_s=self.cache_ttl_s,
+            timeout_s=self.cache_timeout_ms / 1000,
         )
+
+    def cache_secret(self, environ: Mapping[str, str]) -> SecretSource:
+        """What signs cache entries; `environ` says where the user's cache directory is."""
+        try:
+            kept = (Path(self.compile_cache) if self.compile_cache else user_cache(environ)) / "cache-key"
+        except RuntimeError:  # there is no home directory
+            kept = None
+        return SecretSource(text=self.cache_key, path=self.cache_key_file, kept=kept)
 
     @property
     def admission(self) -> AdmissionPolicy:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
@@ -92,7 +91,10 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 
 
 class ReadResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="object", tag="list"):
-    """One result record, perhaps one part of several. More lenient than the contract, to read newer services too."""
+    """One result record, perhaps one part of several. More lenient than the contract, to read newer services too.
+
+    What is made of several, by `assemble` and others, was checked before (`reply_checks`).
+    """
 
     id: str
     model: str
@@ -123,12 +125,16 @@ _json: Final[msgspec.json.Decoder[_Reply]] = msgspec.json.Decoder(_Reply)
 
 
 def read_reply(value: bytes, *, msgpack: bool) -> ReadResult | ReadFailure:
-    """A result record's value.
+    """A result record's value, whose vectors nobody has looked at yet; `reply_checks` does.
 
     Raises:
         msgspec.DecodeError, UnicodeDecodeError, RecursionError: it is not one.
     """
     return _msgpack.decode(value) if msgpack else _json.decode(value)
+
+
+_MOST_ATTEMPTS: Final = 8
+"""Of a job to be answered whose parts are held at once: two are common, and each more is somebody else's doing."""
 
 
 class PartJoiner:
@@ -149,21 +155,16 @@ class PartJoiner:
             return [result]
         parts = self._parts.setdefault((result.model_version, result.parts), {})
         parts[result.part] = result
+        if len(self._parts) > _MOST_ATTEMPTS:
+            self._parts.pop(next(iter(self._parts)))
         return [parts[n] for n in sorted(parts)] if len(parts) == result.parts else None
 
 
 def vector(datum: ReadDatum, dtype: Dtype) -> Vectors:
-    """One vector: float32, or for binary uint8 with eight dimensions in each byte, first dimension highest."""
-    raw = datum.embedding
-    if isinstance(raw, list):
-        if dtype == "int8":
-            return np.asarray(raw, dtype=np.float32) * np.float32(1.0 if datum.scale is None else datum.scale)
-        return np.asarray(raw, dtype=np.uint8 if dtype == "binary" else np.float32)
-    if isinstance(raw, str):
-        raw = base64.b64decode(raw)
+    """One vector that was checked: float32, or for binary uint8 with eight dimensions in each byte, first one highest."""
     if dtype == "binary":
-        return np.frombuffer(raw, dtype=np.uint8).copy()
-    return dequantize(raw, dtype, datum.scale)
+        return np.frombuffer(datum.embedding, dtype=np.uint8).copy()
+    return dequantize(datum.embedding, dtype, datum.scale)
 
 
 class Embeddings(msgspec.Struct, frozen=True, kw_only=True, eq=False):
@@ -414,7 +415,7 @@ def _token_count(parts: list[ReadResult]) -> int:
 def _fill(vectors: Vectors, part: ReadResult, rows: list[int]) -> None:
     """Write a part's vectors into their rows, in one copy where the rows are consecutive and the bytes are plain."""
     data = part.data
-    plain = part.dtype != "int8" and all(isinstance(datum.embedding, bytes) for datum in data)
+    plain = part.dtype != "int8" and all(datum.error is None for datum in data)
     if plain and rows and rows[-1] - rows[0] == len(rows) - 1:
         joined = np.frombuffer(b"".join([datum.embedding for datum in data]), dtype=NUMPY[part.dtype])
         vectors[rows[0] : rows[0] + len(rows)] = joined.reshape(len(rows), -1)

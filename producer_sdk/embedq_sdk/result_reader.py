@@ -17,12 +17,11 @@ from embedq_sdk.embeddings import (
     ReadResult,
     assemble,
     job_failed,
-    read_reply,
 )
 from embedq_sdk.errors import EmbedError, UnreadableReply
+from embedq_sdk.reply_checks import Asked, BadReply, check_whole, read_checked
 from embedq_sdk.transport.kafka import KafkaConnection, close, require_topics
 from embedq_shared import topics as names
-from embedq_shared.codec import format_of
 from embedq_shared.headers import value_of
 from embedq_shared.kafka import (
     AIOKafkaConsumer,
@@ -41,7 +40,11 @@ _COMMIT_TIMEOUT_S: Final = 5.0
 _POLL_MS: Final = 500
 _SESSION_TIMEOUT_MS: Final = 30_000
 _REBALANCE_TIMEOUT_MS: Final = 60_000
-_UNDECODABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+_LONGEST_GAP: Final = 100_000
+"""Records of a partition within which a job's parts must come: the service sends them together."""
+_MOST_HELD_BYTES: Final = 256 << 20
+"""Of parts whose jobs are not complete: some hundred results of the largest size."""
+_UNKNOWN: Final = Asked()
 
 
 class JobResult(msgspec.Struct, frozen=True, kw_only=True, eq=False):
@@ -58,13 +61,14 @@ class JobResult(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 
 
 class _OpenJob:
-    """A job some of whose parts are missing, and the offset of its first part in each partition."""
+    """A job some of whose parts are missing, the offset of its first part in each partition, and the parts' bytes."""
 
-    __slots__ = ("first", "joiner")
+    __slots__ = ("first", "joiner", "size")
 
     def __init__(self) -> None:
         self.joiner = PartJoiner()
         self.first: dict[int, int] = {}
+        self.size = 0
 
 
 class ResultCollector:
@@ -72,19 +76,28 @@ class ResultCollector:
 
     Invariants:
         - A job's result is given out once, as long as its id is among the last `remember` ids.
-        - `committable` never passes the first part of a job some of whose parts are missing.
+        - `committable` never passes the first part of a job some of whose parts are missing, until it is given up: when
+          they have not come within 100,000 records, or parts of such jobs take more than `most_bytes`.
         - `committable` never passes a result that its reader has not `taken`.
     """
 
-    def __init__(self, remember: int = _REMEMBERED) -> None:
+    def __init__(self, remember: int = _REMEMBERED, most_bytes: int = _MOST_HELD_BYTES) -> None:
         self._remember = remember
+        self._most_bytes = most_bytes
         self._done: OrderedDict[str, None] = OrderedDict()
         self._open: dict[str, _OpenJob] = {}
+        self._held = 0
         self._next: dict[int, int] = {}
         self.repeats = 0
 
-    def add(self, partition: int, offset: int, reply: ReadResult | ReadFailure) -> JobResult | None:
-        """The job's result, if this record is the last part of it that was missing."""
+    def add(
+        self, partition: int, offset: int, reply: ReadResult | ReadFailure, size: int = 0
+    ) -> JobResult | None:
+        """The job's result, if this record of `size` bytes is the last part of it that was missing.
+
+        Raises:
+            BadReply: the parts make no result. They are forgotten.
+        """
         id = reply.id
         if id is not None and id in self._done:
             self._done.move_to_end(id)
@@ -97,16 +110,37 @@ class ResultCollector:
             job.first.setdefault(partition, offset)
             parts = job.joiner.add(reply)
             if parts is None:
-                return None
-            count = 1 + max(datum.index for part in parts for datum in part.data)
+                job.size += size
+                self._held += size
+                return self._give_up(partition, offset)
+            self._close(reply.id)
+            check_whole(parts, _UNKNOWN)
+            count = 1 + parts[-1].data[-1].index
             embeddings = assemble([FinishedJob(count=count, outcome=parts)])
             result = JobResult(id=id, embeddings=embeddings, error=None, metadata=reply.metadata)
         if id is not None:
-            self._open.pop(id, None)
+            self._close(id)
             self._done[id] = None
             if len(self._done) > self._remember:
                 self._done.popitem(last=False)
         return result
+
+    def _give_up(self, partition: int, offset: int) -> JobResult | None:
+        """The oldest job that waits for parts, as an error, if it must not wait any longer."""
+        id, oldest = next(iter(self._open.items()))
+        is_late = offset - oldest.first.get(partition, offset) > _LONGEST_GAP
+        if not is_late and self._held <= self._most_bytes:
+            return None
+        self._close(id)
+        return JobResult(
+            id=id,
+            embeddings=None,
+            error=UnreadableReply(detail="parts of a result whose other parts never came"),
+        )
+
+    def _close(self, id: str) -> None:
+        if (job := self._open.pop(id, None)) is not None:
+            self._held -= job.size
 
     def taken(self, partition: int, offset: int) -> None:
         """The reader is done with the record at `offset`, and with the result that it completed."""
@@ -126,7 +160,8 @@ class ResultCollector:
         gone = set(partitions)
         for partition in gone:
             self._next.pop(partition, None)
-        self._open = {id: job for id, job in self._open.items() if not gone & job.first.keys()}
+        for id in [id for id, job in self._open.items() if gone & job.first.keys()]:
+            self._close(id)
 
 
 class _OnRebalance(ConsumerRebalanceListener):  # type: ignore[misc]
@@ -191,12 +226,11 @@ def _result(collector: ResultCollector, record: Polled) -> JobResult | None:
     """The result that a record completes. One that cannot be read is an error of its own, and reading goes on."""
     if isinstance(record, UnreadableRecord):
         return _unreadable(record, record.reason)
-    format = format_of(value_of(record.headers, names.CONTENT_TYPE))
     try:
-        reply = read_reply(record.value or b"", msgpack=format == "msgpack")
-    except _UNDECODABLE as error:
-        return _unreadable(record, type(error).__name__)
-    return collector.add(record.partition, record.offset, reply)
+        reply = read_checked(record.value, value_of(record.headers, names.CONTENT_TYPE))
+        return collector.add(record.partition, record.offset, reply, len(record.value or b""))
+    except BadReply as bad:
+        return _unreadable(record, str(bad))
 
 
 def _unreadable(record: Polled, why: str) -> JobResult:

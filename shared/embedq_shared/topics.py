@@ -39,6 +39,25 @@ def is_topic_name(name: str) -> bool:
     return _TOPIC_NAME.fullmatch(name) is not None and name not in {".", ".."}
 
 
+# Names by which programs around Kafka keep state in topics: Kafka itself, Schema Registry and other companies' tools by a
+# leading underscore, Connect by default and by custom, MirrorMaker, Kafka Streams, and embedq below any prefix.
+_RESERVED: Final = re.compile(
+    r"_.*"
+    r"|connect-.*|.*[.-](configs|offsets|status)"
+    r"|.*\.internal"
+    r"|.*-(changelog|repartition)"
+    r"|.*\.(jobs|jobs\.bulk|control|dlq|retry|retry\..*)"
+)
+
+
+def is_reserved(name: str) -> bool:
+    """Whether a topic of this name is likely to hold state that a stray record would damage.
+
+    No pattern allows replies there; only whoever writes the name in full does.
+    """
+    return _RESERVED.fullmatch(name) is not None
+
+
 class Topics(msgspec.Struct, frozen=True):
     """The topics below one prefix, `embed` unless set otherwise."""
 

@@ -63,7 +63,7 @@ MODEL: Encoder = Model()
 
 
 def rules(**changes: Any) -> AdmissionPolicy:
-    """The service's defaults."""
+    """The service's defaults, but that any topic may be named for replies."""
     settings: dict[str, Any] = {
         "topics": TOPICS,
         "alias": "default",

@@ -31,11 +31,38 @@ def redis_command(host: str, port: int, *words: str | bytes) -> bytes:
         return peer.recv(1 << 20)
 
 
-class RedisProcess:
-    """No persistence, so that a restart is empty."""
+def tls_redis_binary(directory: Path) -> str | None:
+    """A redis-server that was built with TLS, which no wheel's is: Debian's, from the package redis-tools."""
+    found = [shutil.which("redis-server")]
+    if check := shutil.which("redis-check-rdb"):
+        # One program with several names: this name makes it the server, and no package need start one as a service.
+        link = directory / "redis-server"
+        if not link.exists():
+            link.symlink_to(check)
+        found.append(str(link))
+    for each in found:
+        # With both ports off it ends at once, and says whether it knows the option.
+        if (
+            each is not None
+            and b"tls-port"
+            not in subprocess.run(
+                [each, "--port", "0", "--tls-port", "0"],
+                capture_output=True,
+                timeout=patient(20),
+                check=False,
+            ).stderr
+        ):
+            return each
+    return None
 
-    def __init__(self, directory: Path) -> None:
+
+class RedisProcess:
+    """No persistence, so that a restart is empty. `options` are lines of its configuration, as arguments."""
+
+    def __init__(self, directory: Path, *options: str, binary: str | None = None) -> None:
         self._directory = directory
+        self._options = options
+        self._binary = binary or redis_binary()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
@@ -43,8 +70,8 @@ class RedisProcess:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        command = [redis_binary(), "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
-        command += ["--appendonly", "no", "--dir", str(self._directory)]
+        command = [self._binary, "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
+        command += ["--appendonly", "no", "--dir", str(self._directory), *self._options]
         with (self._directory / "redis.log").open("ab") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
         give_up = time.monotonic() + patient(20)

@@ -83,8 +83,9 @@ class Replica:
             "EMBEDQ_TOPIC_PREFIX": topics.prefix,
             "EMBEDQ_GROUP": f"{topics.prefix}.embedq",
             "EMBEDQ_MODEL": str(model),
-            "EMBEDQ_HTTP_HOST": "127.0.0.1",
             "EMBEDQ_HTTP_PORT": "0",
+            # Tests name reply topics of their own; one of them is about the default.
+            "EMBEDQ_REPLY_TOPICS": "*",
             # A replica that the machine starves must not lose its partitions for it.
             "EMBEDQ_SESSION_TIMEOUT_MS": f"{patient(6.0) * 1000:.0f}",
             "EMBEDQ_REBALANCE_TIMEOUT_MS": f"{patient(20.0) * 1000:.0f}",

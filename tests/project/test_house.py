@@ -46,6 +46,7 @@ SDK: Final[Floors] = (
     ("errors",),
     ("job_options",),
     ("embeddings",),
+    ("reply_checks",),
     ("transport",),
     ("result_reader", "stream"),
     ("client",),

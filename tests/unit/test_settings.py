@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 import msgspec
 import pytest
 
+from embedq_consumer.cache import RedisOptions, SecretSource
 from embedq_consumer.engine import LoadOptions
 from embedq_consumer.intake.admission import AdmissionPolicy
 from embedq_consumer.lifecycle import BatchOptions
@@ -123,6 +124,7 @@ def test_models_are_loaded_from_next_to_the_first_one_unless_a_root_is_set(tmp_p
 
 def test_reply_topics_are_patterns_separated_by_commas() -> None:
     assert settings(reply_topics=" team-*.replies, other ,").reply_patterns == ("team-*.replies", "other")
+    assert settings().reply_patterns == ()
 
 
 def test_layers_that_fp8_leaves_alone_are_numbers_separated_by_commas() -> None:
@@ -162,7 +164,32 @@ def test_the_intake_gets_its_limits_and_its_interval_in_seconds() -> None:
 
 def test_the_cache_gets_its_address_and_its_times_in_seconds() -> None:
     found = settings(redis_url="redis://r", cache_ttl_s="60", cache_timeout_ms="20").cache
-    assert (found.url, found.ttl_s, found.timeout_s) == ("redis://r", 60, 0.02)
+    assert (found.redis.url, found.ttl_s, found.timeout_s) == ("redis://r", 60, 0.02)
+
+
+def test_the_cache_gets_its_user_and_its_files() -> None:
+    given = {
+        name: name
+        for name in ("username", "password", "password_file", "ssl_cafile", "ssl_certfile", "ssl_keyfile")
+    }
+    found = settings(redis_url="rediss://r", **{f"redis_{name}": value for name, value in given.items()})
+    assert found.cache.redis == RedisOptions(url="rediss://r", **given)
+
+
+def test_the_key_of_the_cache_is_given_or_kept_where_compiled_code_is() -> None:
+    home = {"HOME": "/home/u", "XDG_CACHE_HOME": "/c"}
+    assert settings().cache_secret(home) == SecretSource(kept=Path("/c/embedq/cache-key"))
+    kept = settings(compile_cache="/cache").cache_secret(home).kept
+    assert kept == Path("/cache/cache-key")
+    assert settings(cache_key="k").cache_secret(home).text == "k"
+    assert settings(cache_key_file="/k").cache_secret(home).path == "/k"
+    with pytest.raises(SettingsError, match="EMBEDQ_CACHE_KEY: cannot be set together"):
+        settings(cache_key="k", cache_key_file="/k")
+
+
+def test_health_pages_are_for_this_machine_alone_unless_told_otherwise() -> None:
+    assert settings().http_host == "127.0.0.1"
+    assert settings(http_host="0.0.0.0").http_host == "0.0.0.0"
 
 
 def test_admission_follows_the_settings() -> None:
@@ -228,6 +255,13 @@ def test_the_process_ends_with_code_2_and_one_line_for_a_wrong_setting() -> None
         ({"model": "/nowhere"}, "EMBEDQ_MODEL: expected a directory, /nowhere is not one"),
         ({"model_root": "/nowhere"}, "EMBEDQ_MODEL_ROOT: expected a directory, /nowhere is not one"),
         ({"redis_url": "nonsense"}, "EMBEDQ_REDIS_URL: expected an address"),
+        ({"redis_url": "redis://r", "redis_ssl_cafile": "/a"}, "EMBEDQ_REDIS_SSL_CAFILE: needs an address"),
+        ({"redis_password_file": "/nowhere"}, "EMBEDQ_REDIS_PASSWORD_FILE: expected a readable file"),
+        ({"redis_url": "redis://r", "cache_key": "short"}, "EMBEDQ_CACHE_KEY: expected at least 16 bytes"),
+        (
+            {"redis_url": "redis://r", "cache_key_file": "/nowhere"},
+            "EMBEDQ_CACHE_KEY_FILE: expected a readable file",
+        ),
     ],
 )
 async def test_settings_that_cannot_be_used_are_named_before_anything_is_connected(

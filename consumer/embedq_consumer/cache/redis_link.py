@@ -1,27 +1,199 @@
 """The connections to Redis: a small pool that survives time-outs and cancellation. The only module that imports redis.
 
-It stands on parts of redis-py that its documentation does not promise to keep: `ConnectionPool.make_connection`, and
-`connect`, `pack_commands`, `send_packed_command`, `read_response` and `disconnect(nowait=True)` of a connection. They
-were read and are tested in redis-py 8.0 and 8.1; look at them again before another major version is allowed.
+redis-py finds the address, does TLS and says who we are; what comes back is read by `resp`, within bounds.
+
+It stands on parts of redis-py that its documentation does not promise to keep: `ConnectionPool.make_connection`; the
+argument `parser_class` and the base class of its own parsers; and `connect`, `pack_commands`, `send_packed_command`,
+`read_response`, `can_read` and `disconnect(nowait=True)` of a connection. They were read and are tested in redis-py 8.0
+and 8.1; look at them again before another major version is allowed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Final, Self
+from urllib.parse import parse_qs, urlsplit
 
+import msgspec
+from redis._parsers.base import _AsyncRESPBase
 from redis.asyncio import ConnectionPool
-from redis.asyncio.connection import AbstractConnection
+from redis.asyncio.connection import AbstractConnection, SSLConnection
+from redis.credentials import CredentialProvider
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    InvalidResponse,
+    NoPermissionError,
+    RedisError,
+    ResponseError,
+)
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import InvalidResponse, RedisError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from embedq_consumer.cache.link import Command, LinkFailed
+from embedq_consumer.cache.link import Command, LinkFailed, Reason, Refusal
+from embedq_consumer.cache.resp import INCOMPLETE, BadReply, ErrorReply, ReplyReader
+from embedq_consumer.cache.secret import BadCacheSetting, read_small_file
 
 _FAILURES: Final = (RedisError, OSError, EOFError, ValueError)
 """What Redis, its client or anything else that listens on that port can do to a round trip. ValueError and EOFError
-come from the client's parser when the peer does not speak the protocol; TimeoutError is an OSError."""
+come from the client when the peer does not speak the protocol; TimeoutError is an OSError."""
+_READ_BYTES: Final = 1 << 18
+
+
+class RedisOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Where Redis is and who we are. `password_file` is read at each connection, so that a password may be changed.
+
+    The files of TLS go with an address that begins with `rediss://`: authorities that sign Redis's certificate (the
+    system's, if empty), and the certificate that we show, with its key if that is in a file of its own.
+    """
+
+    url: str
+    username: str = ""
+    password: str = ""
+    password_file: str = ""
+    ssl_cafile: str = ""
+    ssl_certfile: str = ""
+    ssl_keyfile: str = ""
+
+    def __repr__(self) -> str:
+        return f"RedisOptions({'with' if self.url else 'without'} an address)"  # which may hold a password
+
+    def check(self) -> None:
+        """Read every file once, so that a wrong one is found at the start. Blocks.
+
+        Raises:
+            BadCacheSetting: naming the setting, without its prefix.
+        """
+        tls = {
+            name.upper(): getattr(self, name)
+            for name in ("ssl_cafile", "ssl_certfile", "ssl_keyfile")
+            if getattr(self, name)
+        }
+        if tls and not self.url.startswith("rediss://"):
+            raise BadCacheSetting(f"REDIS_{next(iter(tls))}: needs an address that begins with rediss://")
+        if (self.username or self.password or self.password_file) and _has_credentials(self.url):
+            raise BadCacheSetting(
+                "REDIS_PASSWORD: cannot be set, nor its file or a user name, when EMBEDQ_REDIS_URL has a password"
+            )
+        if self.password and self.password_file:
+            raise BadCacheSetting("REDIS_PASSWORD: cannot be set together with EMBEDQ_REDIS_PASSWORD_FILE")
+        if self.ssl_keyfile and not self.ssl_certfile:
+            raise BadCacheSetting("REDIS_SSL_KEYFILE: needs EMBEDQ_REDIS_SSL_CERTFILE")
+        if self.password_file:
+            try:
+                read_small_file(self.password_file)
+            except (OSError, ValueError) as error:
+                raise BadCacheSetting(
+                    f"REDIS_PASSWORD_FILE: expected a readable file, {self.password_file}: {_why(error)}"
+                ) from None
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        try:
+            if self.ssl_cafile:
+                context.load_verify_locations(self.ssl_cafile)
+        except OSError as error:
+            raise BadCacheSetting(
+                f"REDIS_SSL_CAFILE: expected a PEM file of certificates, {self.ssl_cafile}: {_why(error)}"
+            ) from None
+        try:
+            if self.ssl_certfile:
+                context.load_cert_chain(self.ssl_certfile, self.ssl_keyfile or None)
+        except OSError as error:
+            raise BadCacheSetting(
+                f"REDIS_SSL_CERTFILE: expected PEM files of a certificate and its key, {self.ssl_certfile}: {_why(error)}"
+            ) from None
+
+    def client_options(self) -> dict[str, Any]:
+        """What redis-py's connections take besides the address."""
+        found: dict[str, Any] = {}
+        if self.password_file:
+            found["credential_provider"] = _PasswordFile(self.username, self.password_file)
+        elif self.username or self.password:
+            found |= {"username": self.username or None, "password": self.password or None}
+        if self.ssl_cafile:
+            found["ssl_ca_certs"] = self.ssl_cafile
+        if self.ssl_certfile:
+            found["ssl_certfile"] = self.ssl_certfile
+            found["ssl_keyfile"] = self.ssl_keyfile or self.ssl_certfile
+        return found
+
+
+def _has_credentials(url: str) -> bool:
+    try:
+        found = urlsplit(url)
+    except ValueError:  # redis-py will say so, too; the message may quote a password
+        return False
+    return bool(found.username or found.password) or not parse_qs(found.query).keys().isdisjoint(
+        {"username", "password"}
+    )
+
+
+def _why(error: Exception) -> str:
+    """The reason alone: OpenSSL's messages name lines of its source."""
+    if isinstance(error, ssl.SSLError):
+        return error.reason or "it is something else"
+    return (error.strerror if isinstance(error, OSError) else str(error)) or type(error).__name__
+
+
+class _PasswordFile(CredentialProvider):
+    """The password as the file has it now."""
+
+    def __init__(self, username: str, path: str) -> None:
+        self._username = username
+        self._path = path
+
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        password = read_small_file(self._path).decode().strip("\r\n")
+        return (self._username, password) if self._username else (password,)
+
+    async def get_credentials_async(self) -> tuple[str] | tuple[str, str]:
+        try:
+            return await asyncio.to_thread(self.get_credentials)
+        except (OSError, ValueError):
+            raise AuthenticationError("the file with the password cannot be read") from None
+
+
+class _Parser(_AsyncRESPBase):
+    """What a connection of redis-py asks of its parser, answered by a `ReplyReader`."""
+
+    def __init__(self, socket_read_size: int) -> None:
+        super().__init__(socket_read_size)
+        self._replies = ReplyReader()
+
+    def on_connect(self, connection: Any) -> None:
+        super().on_connect(connection)  # type: ignore[no-untyped-call]
+        self._replies = ReplyReader()
+
+    async def can_read(self) -> bool:
+        """Whether something came that nobody asked for."""
+        return not self._replies.is_empty
+
+    async def read_response(self, disable_decoding: bool = False) -> Any:
+        """One answer. Redis's refusals are returned, as redis-py expects, except those of the connection itself.
+
+        Raises:
+            ConnectionError, InvalidResponse: of redis-py.
+        """
+        if self._stream is None:
+            raise RedisConnectionError("closed")
+        try:
+            while (found := self._replies.next()) is INCOMPLETE:
+                if not (data := await self._stream.read(_READ_BYTES)):
+                    raise RedisConnectionError("closed")
+                self._replies.feed(data)
+        except BadReply as bad:
+            raise InvalidResponse(str(bad)) from None
+        if not isinstance(found, ErrorReply):
+            return found
+        try:
+            error: Exception = self.parse_error(found.text)  # type: ignore[no-untyped-call]
+        except (ValueError, IndexError):  # it names a node of a cluster in a form that no cluster uses
+            error = ResponseError("unreadable")
+        if isinstance(error, RedisConnectionError):
+            raise error
+        return error
 
 
 class RedisLink:
@@ -30,31 +202,37 @@ class RedisLink:
     Invariants:
 
     - A connection serves one round trip at a time.
-    - A connection whose round trip did not run to its end is closed before it can be used again: a late reply must not
-      answer the next command.
+    - A connection whose round trip did not run to its end, or brought more than was asked for, is closed before it can be
+      used again: a late reply must not answer the next command.
     - Each connection comes back to the pool, whatever happened to its round trip.
+    - An answer takes a few megabytes at most, whatever the other side claims or sends.
+
+    Making one blocks, for TLS some ten milliseconds.
 
     Raises:
-        ValueError: `url` is not an address that redis-py understands; its message may quote a password.
+        ValueError: the address is not one that redis-py understands; its message may quote a password.
     """
 
-    def __init__(self, url: str, *, connect_timeout_s: float, connections: int) -> None:
+    def __init__(self, options: RedisOptions, *, connect_timeout_s: float, connections: int) -> None:
         self._connect_timeout_s = connect_timeout_s
         # Only for its parsing of addresses: redis-py's pool may lose a connection when a release is cancelled.
         # RESP2, since the default RESP3 brings push messages, for which a cache has no use. No time-outs of
         # redis-py's own: one deadline spans a whole round trip. No driver_info: finding its version reads files.
         pool = ConnectionPool.from_url(
-            url,
+            options.url,
             protocol=2,
+            parser_class=_Parser,
             socket_timeout=None,
             socket_connect_timeout=None,
             health_check_interval=0,
             driver_info=None,
+            **options.client_options(),
         )
         self._connections: list[AbstractConnection] = [
             pool.make_connection()  # type: ignore[no-untyped-call]
             for _ in range(connections)
         ]
+        _share_tls(self._connections)
         self._idle: asyncio.LifoQueue[AbstractConnection] = asyncio.LifoQueue()
         for connection in self._connections:
             self._idle.put_nowait(connection)
@@ -77,7 +255,8 @@ class RedisLink:
                 finally:
                     self._idle.put_nowait(connection)
         except _FAILURES as error:
-            raise LinkFailed(type(error).__name__) from None  # its message may quote what was sent
+            # Not its message, which may quote what was sent.
+            raise LinkFailed(_kind(error), _reason(error)) from None
 
     async def close(self, timeout_s: float) -> None:
         """Close every connection, each within `timeout_s`. Never raises."""
@@ -106,6 +285,16 @@ class RedisLink:
         return await _send_and_read(connection, commands)
 
 
+def _share_tls(connections: Sequence[AbstractConnection]) -> None:
+    """One context for all, made now: making one reads every certificate of the system."""
+    first, *others = connections
+    if isinstance(first, SSLConnection):
+        first.ssl_context.get()
+        for connection in others:
+            if isinstance(connection, SSLConnection):
+                connection.ssl_context = first.ssl_context
+
+
 async def _send_and_read(connection: AbstractConnection, commands: Sequence[Command]) -> list[Any]:
     """Send all, then read as many replies.
 
@@ -121,11 +310,51 @@ async def _send_and_read(connection: AbstractConnection, commands: Sequence[Comm
         except ResponseError as refusal:
             if name != b"SET":
                 raise
-            reply = refusal
+            reply = Refusal(_code(refusal))
         if name == b"MGET" and not (isinstance(reply, list) and len(reply) == len(arguments)):
             raise InvalidResponse("MGET: expected one value for each key")
         replies.append(reply)
+    if await connection.can_read():
+        raise InvalidResponse("more replies than commands")
     return replies
+
+
+def _code(refusal: ResponseError) -> str:
+    """The word that Redis's refusals begin with, if it is one: what follows may quote keys."""
+    word = str(refusal.status_code or refusal).split(" ", 1)[0]
+    return word if word.isascii() and word.isupper() and len(word) <= 20 else "ERR"
+
+
+def _reason(error: BaseException) -> Reason:
+    """What kind of failure it is. redis-py wraps what the socket raised, which is then the context."""
+    if isinstance(error, AuthenticationError):
+        return "password"
+    if isinstance(error, NoPermissionError):
+        return "permission"
+    if _tls_error(error) is not None:
+        return "tls"
+    if isinstance(error, TimeoutError | RedisTimeoutError):
+        return "timeout"
+    if isinstance(error, InvalidResponse | ValueError):
+        return "protocol"
+    return "refused" if isinstance(error, ResponseError | BusyLoadingError) else "connection"
+
+
+def _kind(error: BaseException) -> str:
+    """The failure's name; of a certificate that is not trusted OpenSSL's own words, such as an expired one."""
+    tls = _tls_error(error)
+    if isinstance(tls, ssl.SSLCertVerificationError):
+        return f"{type(tls).__name__}: {tls.verify_message}"
+    return type(error).__name__ if tls is None else f"{type(tls).__name__}: {tls.reason}"
+
+
+def _tls_error(error: BaseException) -> ssl.SSLError | None:
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, ssl.SSLError):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 class _Deadline:

@@ -1,7 +1,7 @@
 """Vectors kept in Redis: best effort in both directions, and never a wrong answer.
 
-Redis may be down, slow, full, restarted or something else entirely; each of these is a miss. `entries` says what guards
-the answers, `redis_link` how a connection is kept from answering the wrong look-up.
+Redis may be down, slow, full, restarted, written to by others or something else entirely; each of these is a miss.
+`entries` says what guards the answers, `redis_link` how a connection is kept from answering the wrong look-up.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import msgspec
 import structlog
 
 from embedq_consumer.cache.circuit_breaker import CircuitBreaker, Permit
-from embedq_consumer.cache.entries import CachedVector, entry_bytes, pack, unpack
-from embedq_consumer.cache.link import Command, Link, LinkFailed
-from embedq_consumer.cache.redis_link import RedisLink
+from embedq_consumer.cache.entries import OVERHEAD_BYTES, CachedVector, EntryCodec, entry_bytes
+from embedq_consumer.cache.link import Command, Link, LinkFailed, Reason, Refusal
+from embedq_consumer.cache.redis_link import RedisLink, RedisOptions
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.grouping import batched_by
 
@@ -30,15 +30,35 @@ BYTES_PER_SECOND: Final = 25e6
 """The slowest link that still counts as working: a round trip may take this much longer for what it carries."""
 
 
+_ENTRY_BYTES: Final = OVERHEAD_BYTES + 256
+"""What an entry costs a round trip besides its vector: header, key, and Redis's framing."""
+_SETTINGS: Final = frozenset({"password", "permission", "tls", "protocol"})
+"""Failures that do not pass by themselves."""
+_HINTS: Final[dict[Reason, str]] = {
+    "timeout": "Redis does not answer within EMBEDQ_CACHE_TIMEOUT_MS; see also whether the address must begin with "
+    "redis:// or rediss://",
+    "connection": "Redis does not take or keep the connection; see EMBEDQ_REDIS_URL, whether it must begin with rediss://, "
+    "and whether Redis asks for a certificate",
+    "tls": "Redis and this service do not accept each other's certificates; see EMBEDQ_REDIS_SSL_CAFILE, "
+    "EMBEDQ_REDIS_SSL_CERTFILE, and whether the address must begin with redis://, without TLS",
+    "password": "Redis refuses this user name or password; see EMBEDQ_REDIS_USERNAME, EMBEDQ_REDIS_PASSWORD, "
+    "EMBEDQ_REDIS_PASSWORD_FILE",
+    "permission": "the Redis user lacks a right; it needs `+ping +mget +set` for `~embedq:*`",
+    "protocol": "what answers there is not Redis, or has put something else than values under our keys",
+    "refused": "Redis refuses the command",
+}
+"""What to look at, for each reason. Texts of our own: what the other side says may quote anything."""
+
+
 class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Where the cache is and how long it may take.
 
     `timeout_s` bounds each round trip, plus what its bytes need at `BYTES_PER_SECOND`; a round trip that must first
     connect has `connect_timeout_s` more. The entries of each write live for `ttl_s` ± 10 %, so that they do not expire
-    together. With an empty `url` there is no cache.
+    together. With an empty address there is no cache.
     """
 
-    url: str
+    redis: RedisOptions
     ttl_s: float
     timeout_s: float = 0.05
     connect_timeout_s: float = 0.5
@@ -52,34 +72,38 @@ class VectorCache:
     tests; by default they are made from the options.
 
     Raises:
-        ValueError: `options.url` is not an address that redis-py understands; its message may quote a password.
+        ValueError: the address is not one that redis-py understands; its message may quote a password.
     """
 
     def __init__(
         self,
         options: CacheOptions,
+        codec: EntryCodec,
         metrics: Metrics,
         *,
         link: Link | None = None,
         breaker: CircuitBreaker | None = None,
     ) -> None:
         self._options = options
+        self._codec = codec
         self._metrics = metrics
         self._link = link
-        if link is None and options.url:
+        if link is None and options.redis.url:
             self._link = RedisLink(
-                options.url,
+                options.redis,
                 connect_timeout_s=options.connect_timeout_s,
                 connections=options.connections,
             )
         self._breaker = breaker or CircuitBreaker()
         self._usable: Link | None = None  # the link from `open` until `close`
+        self._said: Reason | None = None  # the last reason that was logged, until Redis answers again
+        self._refusal: str | None = None  # why Redis refuses writes, if it did the last time
 
     async def open(self) -> None:
         """Start answering. Never fails because Redis does; the log says whether it was there."""
         self._usable = self._link
-        if self._usable and await self._round_trip(self._usable, "ping", [(b"PING",)], 0) is None:
-            log.warning("cache_unreachable")
+        if self._usable is not None:
+            await self._round_trip(self._usable, "ping", [(b"PING",)], 0, say=True)
 
     async def close(self) -> None:
         """Close every connection; from now on each look-up is a bypass."""
@@ -98,7 +122,7 @@ class VectorCache:
         if link is None:
             self._count_lookups(bypass=len(keys))
             return entries
-        for chunk, size in _chunks([entry_bytes(key) for key in keys]):
+        for chunk, size in _chunks([_ENTRY_BYTES + entry_bytes(key) for key in keys]):
             asked = keys[chunk]
             replies = await self._round_trip(link, "get", [(b"MGET", *asked)], size)
             if replies is None:
@@ -108,10 +132,11 @@ class VectorCache:
             for index, (key, value) in enumerate(zip(asked, replies[0], strict=True), chunk.start):
                 if value is None:
                     misses += 1
-                elif (entry := unpack(key, value)) is None:
+                elif isinstance(found := self._codec.unpack(key, value), str):
                     corrupt += 1
+                    self._metrics.cache_corrupt.labels(found).inc()
                 else:
-                    entries[index] = entry
+                    entries[index] = found
             self._count_lookups(hit=len(asked) - misses - corrupt, miss=misses, corrupt=corrupt)
         return entries
 
@@ -124,9 +149,10 @@ class VectorCache:
         if link is None:
             self._count_writes(bypass=len(items))
             return
-        for chunk, size in _chunks([len(entry.vector) for _, entry in items]):
+        for chunk, size in _chunks([_ENTRY_BYTES + len(entry.vector) for _, entry in items]):
             commands: list[Command] = [
-                (b"SET", key, pack(key, entry), b"PX", self._jittered_ttl_ms()) for key, entry in items[chunk]
+                (b"SET", key, self._codec.pack(key, entry), b"PX", self._jittered_ttl_ms())
+                for key, entry in items[chunk]
             ]
             replies = await self._round_trip(link, "put", commands, size)
             if replies is None:
@@ -134,11 +160,12 @@ class VectorCache:
                 break
             taken = replies.count(b"OK")
             self._count_writes(ok=taken, error=len(replies) - taken)
+            self._note_refusal(next((each.code for each in replies if isinstance(each, Refusal)), None))
 
     async def _round_trip(
-        self, link: Link, operation: str, commands: Sequence[Command], size: int
+        self, link: Link, operation: str, commands: Sequence[Command], size: int, *, say: bool = False
     ) -> list[Any] | None:
-        """One reply for each command; None if the breaker is open or the round trip failed."""
+        """One reply for each command; None if the breaker is open or the round trip failed. `say`: log any failure."""
         permit = self._breaker.admit(time.monotonic())
         if permit is None:
             return None
@@ -146,7 +173,7 @@ class VectorCache:
         try:
             replies = await link.exchange(commands, self._options.timeout_s + size / BYTES_PER_SECOND)
         except LinkFailed as failure:
-            self._failed(permit, failure)
+            self._failed(permit, failure, say)
             return None
         except BaseException:
             self._breaker.abandoned(permit)
@@ -163,13 +190,38 @@ class VectorCache:
         if before != (after := self._breaker.state) and after == "closed":
             self._metrics.cache_open.set(0)
             log.info("cache_breaker_closed")
+        elif self._said is not None and after == "closed":
+            log.info("cache_reachable")
+        if after == "closed":
+            self._said = None
 
-    def _failed(self, permit: Permit, failure: LinkFailed) -> None:
+    def _failed(self, permit: Permit, failure: LinkFailed, say: bool) -> None:
+        """Log each state once: a wrong password or the like at once, what may pass when the breaker opens."""
         before = self._breaker.state
         self._breaker.failed(permit, time.monotonic())
-        if before == "closed" and self._breaker.state == "open":
+        after = self._breaker.state
+        self._metrics.cache_failures.labels(failure.reason).inc()
+        opened = before == "closed" and after == "open"
+        if opened:
             self._metrics.cache_open.set(1)
-            log.warning("cache_breaker_opened", error=str(failure))
+        other = failure.reason != self._said and failure.reason in _SETTINGS
+        if opened or other or say:
+            event = "cache_breaker_opened" if opened else "cache_unreachable"
+            log.warning(event, error=str(failure), reason=failure.reason, hint=_HINTS[failure.reason])
+            self._said = failure.reason
+
+    def _note_refusal(self, code: str | None) -> None:
+        """Log once that Redis refuses writes, or takes them again."""
+        if code == self._refusal:
+            return
+        if code is None:
+            log.info("cache_writes_accepted")
+        else:
+            hint = (
+                _HINTS["permission"] if code == "NOPERM" else "Redis answers look-ups and keeps nothing new"
+            )
+            log.warning("cache_writes_refused", error=code, hint=hint)
+        self._refusal = code
 
     def _jittered_ttl_ms(self) -> bytes:
         return b"%d" % max(1, self._options.ttl_s * 1000 * random.uniform(0.9, 1.1))

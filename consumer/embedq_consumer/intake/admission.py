@@ -17,7 +17,7 @@ from embedq_shared import codec
 from embedq_shared.codec import BadJob, Envelope, Format
 from embedq_shared.headers import JobHeaders, parse
 from embedq_shared.messages import DEFAULT_ALIAS, DEFAULT_CHUNK_TOKENS, Chunking, ErrorBody, Job
-from embedq_shared.topics import CONTENT_TYPE, MSGPACK_TYPES, Topics
+from embedq_shared.topics import CONTENT_TYPE, MSGPACK_TYPES, Topics, is_reserved
 
 PartitionCount = Callable[[str], int | None]
 
@@ -118,8 +118,8 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
         elif not self._is_allowed(topic):
             return ErrorBody.of(
                 "invalid_header",
-                "header `reply-topic`: expected a topic that this service may send replies to, which embedq's own job, "
-                "control, status, retry and dead-letter topics and names that begin with `__` never are",
+                f"header `reply-topic`: expected `{self.topics.replies}`, `{self.topics.results}` or a topic that the "
+                "service's setting `reply_topics` allows",
                 "reply-topic",
             )
         count = partitions(topic)
@@ -132,10 +132,14 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
         return None
 
     def _is_allowed(self, topic: str) -> bool:
+        """Our own topics for answers, and what the setting allows: reserved names only where they stand in full."""
         if self.topics.is_internal(topic):
             return False
-        ours = topic in {self.topics.replies, self.topics.results}
-        return ours or any(fnmatch.fnmatchcase(topic, pattern) for pattern in self.reply_patterns)
+        if topic in {self.topics.replies, self.topics.results} or topic in self.reply_patterns:
+            return True
+        return not is_reserved(topic) and any(
+            fnmatch.fnmatchcase(topic, pattern) for pattern in self.reply_patterns
+        )
 
     def unknown_address(self, record: Record, address: UnknownAddress) -> Rejection:
         """The rejection of a job whose reply address does not exist on the broker either."""

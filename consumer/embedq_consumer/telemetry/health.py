@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import sys
@@ -18,8 +19,13 @@ import structlog
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
-_SCRAPE_TIMEOUT_S: Final = 10.0
-"""How long a silent peer may hold a thread."""
+_REQUEST_S: Final = 10.0
+"""From a connection to the end of its answer, however the peer spends it: Prometheus' own limit for a scrape."""
+_MOST_CONNECTIONS: Final = 32
+"""Probes and scrapes are a handful at a time. One more makes the oldest give way, so that who holds them all keeps nobody
+out."""
+_REQUEST_BYTES: Final = 16 * 1024
+"""Of a request's head; nobody who scrapes sends a tenth of it."""
 _POLL_S: Final = 0.1
 """How often the listening thread checks whether it should end."""
 
@@ -104,7 +110,8 @@ class Health:
 class HealthServer:
     """Serves `/metrics`, `/livez` and `/readyz` from the moment it is made until `close`.
 
-    Port 0 takes a free one; `port` says which. The health pages answer 200 or 503, with JSON that says why.
+    Port 0 takes a free one; `port` says which. The health pages answer 200 or 503, with JSON that says why. Peers that are
+    slow, silent or many cost a bounded number of threads and keep nobody else from an answer.
 
     Raises:
         OSError: the port is taken, or the address is not this machine's.
@@ -116,7 +123,7 @@ class HealthServer:
         registry: CollectorRegistry,
         health: Health,
         *,
-        host: str = "0.0.0.0",
+        host: str = "127.0.0.1",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         server = _DualStackServer if ":" in host else _Server
@@ -134,14 +141,96 @@ class HealthServer:
         self._thread.join()
 
 
+class Connections:
+    """The connections that are open, oldest first. Says which must be closed; whoever asks closes them.
+
+    Any thread may call any method; times are `time.monotonic()` seconds.
+    """
+
+    def __init__(self, most: int, longest_s: float) -> None:
+        self._most = most
+        self._longest_s = longest_s
+        self._lock = threading.Lock()
+        self._since: dict[socket.socket, float] = {}
+
+    def __len__(self) -> int:
+        with self._lock:
+            return len(self._since)
+
+    def add(self, connection: socket.socket, now: float) -> list[socket.socket]:
+        """Those that give way to this one."""
+        with self._lock:
+            self._since[connection] = now
+            oldest = list(self._since)[: max(0, len(self._since) - self._most)]
+            for each in oldest:
+                del self._since[each]
+            return oldest
+
+    def remove(self, connection: socket.socket) -> None:
+        """It was closed. It need not be here."""
+        with self._lock:
+            self._since.pop(connection, None)
+
+    def overdue(self, now: float) -> list[socket.socket]:
+        """Those whose time is over."""
+        with self._lock:
+            found = [each for each, since in self._since.items() if now - since > self._longest_s]
+            for each in found:
+                del self._since[each]
+            return found
+
+
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False  # a scraper that hangs must not keep the process from stopping
+    request_queue_size = 128
+
+    def __init__(self, *args: Any) -> None:
+        self._connections = Connections(_MOST_CONNECTIONS, _REQUEST_S)
+        super().__init__(*args)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer in a thread of its own."""
+        for oldest in self._connections.add(request, time.monotonic()):
+            _hang_up(oldest)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """The answer was sent, or the peer is gone."""
+        self._connections.remove(request)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        """Called after each connection and each `_POLL_S`."""
+        for overdue in self._connections.overdue(time.monotonic()):
+            _hang_up(overdue)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what a request handler raised; the standard library would print it to stderr."""
         if not isinstance(sys.exception(), OSError):  # a peer that went away is not our failure
             log.exception("http_answer_failed")
+
+
+def _hang_up(connection: socket.socket) -> None:
+    """Wake the thread that reads or writes there; it then closes the connection."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+class _Head:
+    """What a peer sends, as far as a request's head may go; beyond it there is nothing."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._left = _REQUEST_BYTES
+
+    def readline(self, limit: int = -1) -> bytes:
+        line: bytes = self._file.readline(self._left if limit < 0 else min(limit, self._left))
+        self._left -= len(line)
+        return line
+
+    def close(self) -> None:
+        self._file.close()
 
 
 class _DualStackServer(_Server):
@@ -152,7 +241,7 @@ class _RequestHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version = "embedq"
     sys_version = ""
-    timeout = _SCRAPE_TIMEOUT_S
+    timeout = _REQUEST_S
 
     def __init__(
         self, registry: CollectorRegistry, health: Health, clock: Callable[[], float], *args: Any
@@ -161,6 +250,11 @@ class _RequestHandler(BaseHTTPRequestHandler):
         self._health = health
         self._clock = clock
         super().__init__(*args)
+
+    def setup(self) -> None:
+        """Called by the standard library before it reads."""
+        super().setup()
+        self.rfile = _Head(self.rfile)  # type: ignore[assignment]  # the head is all that is read
 
     def do_GET(self) -> None:
         """Serve one page."""
@@ -189,6 +283,7 @@ class _RequestHandler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))
+        self.send_header("Connection", "close")  # one that waits for the next scrape would only hold a thread
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)

@@ -99,6 +99,17 @@ class Metrics:
         self.cache = counter(
             "cache_lookups_total", "Cache look-ups: hit, miss, corrupt, error, bypass.", "outcome"
         )
+        self.cache_corrupt = counter(
+            "cache_corrupt_total",
+            "Entries in Redis that were not believed: of the wrong size, of another format, not signed with our key, or "
+            "values that no vector of length 1 has.",
+            "reason",
+        )
+        self.cache_failures = counter(
+            "cache_failures_total",
+            "Round trips to Redis that failed: timeout, connection, tls, password, permission, protocol, refused.",
+            "reason",
+        )
         self.cache_writes = counter("cache_writes_total", "Cache writes: ok, error, bypass.", "outcome")
         self.cache_seconds = seconds(
             "cache", "One round trip to Redis, by operation: ping, get, put.", "operation"
@@ -142,3 +153,7 @@ class Metrics:
             self.cache.labels(outcome)
         for outcome in ("ok", "error", "bypass"):
             self.cache_writes.labels(outcome)
+        for reason in ("size", "format", "signature", "values"):
+            self.cache_corrupt.labels(reason)
+        for reason in ("timeout", "connection", "tls", "password", "permission", "protocol", "refused"):
+            self.cache_failures.labels(reason)

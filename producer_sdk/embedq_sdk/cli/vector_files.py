@@ -120,7 +120,7 @@ class NpyFile:
             self._version = item.model_version
             self._header()
             self._fill_gaps(item.vector)
-        elif item.model_version != self._version:
+        elif item.model_version != self._version or item.vector.shape != self._like.shape:
             raise mixed([self._version, item.model_version])
         self._file.write(item.vector.tobytes())
         self._rows += 1

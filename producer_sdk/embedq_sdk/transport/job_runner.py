@@ -15,7 +15,6 @@ from embedq_sdk.embeddings import (
     FinishedJob,
     assemble,
     outdated,
-    read_reply,
     require_one_version,
 )
 from embedq_sdk.errors import (
@@ -28,6 +27,7 @@ from embedq_sdk.errors import (
     UnreadableReply,
 )
 from embedq_sdk.job_options import JobInputs, JobOptions
+from embedq_sdk.reply_checks import Asked, BadReply, read_checked
 from embedq_sdk.transport.pending_jobs import PendingJob, PendingReplies, retry_pause, settle, worth_retrying
 from embedq_shared import topics as names
 from embedq_shared.codec import CONTENT_TYPES, Format
@@ -37,7 +37,6 @@ from embedq_shared.weighted_semaphore import WeightedSemaphore
 
 _MSGPACK_TYPE: Final = names.MSGPACK.encode()
 _CORRELATION: Final = names.CORRELATION[0]
-_UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
 class JobTransport(Protocol):
@@ -231,6 +230,12 @@ class JobRunner:
             count=len(texts),
             size=inputs.size,
             timeout=deadline.timeout,
+            asked=Asked(
+                count=len(texts),
+                dtype=options.dtype or "float32",
+                dimensions=options.dimensions,
+                late=options.late,
+            ),
         )
         job.deadline_timer = loop.call_at(deadline.at, self._expire, job)
         self._replies.add(job)
@@ -257,9 +262,9 @@ class JobRunner:
         if job is None:
             return
         try:
-            outcome = settle(job, read_reply(record.value or b"", msgpack=content_type == _MSGPACK_TYPE))
-        except _UNREADABLE as error:
-            job.fail(UnreadableReply(detail=f"{type(error).__name__} at offset {record.offset}"))
+            outcome = settle(job, read_checked(record.value, content_type))
+        except BadReply as bad:
+            job.fail(UnreadableReply(detail=f"{bad} at offset {record.offset}"))
             return
         if outcome is None or (worth_retrying(outcome) and self._retry(job)):
             return

@@ -7,6 +7,7 @@ from typing import Final
 
 from embedq_sdk.embeddings import JobOutcome, PartJoiner, ReadFailure, ReadResult, job_failed
 from embedq_sdk.errors import JobFailed
+from embedq_sdk.reply_checks import Asked, check_whole
 from embedq_shared.backoff import backoff
 from embedq_shared.headers import Header
 
@@ -34,6 +35,7 @@ class PendingJob:
 
     __slots__ = (
         "acknowledged",
+        "asked",
         "attempt",
         "awaits_reply",
         "correlation",
@@ -62,6 +64,7 @@ class PendingJob:
         size: int,
         timeout: float,
         awaits_reply: bool = True,
+        asked: Asked | None = None,
     ) -> None:
         self.future = future
         self.topic = topic
@@ -75,6 +78,8 @@ class PendingJob:
         self.timeout = timeout
         """Seconds that the caller allowed, for error messages; the deadline itself is `deadline_timer`."""
         self.awaits_reply = awaits_reply
+        self.asked = asked or Asked(count=count)
+        """What its reply must be like."""
         self.joiner: PartJoiner | None = None
         self.acknowledged = False
         self.attempt = 0
@@ -150,14 +155,19 @@ class PendingReplies:
 
 
 def settle(job: PendingJob, reply: ReadResult | ReadFailure) -> JobOutcome | None:
-    """The outcome that a reply gives its job; None while parts are missing."""
+    """The outcome that a reply gives its job; None while parts are missing.
+
+    Raises:
+        BadReply: the parts do not make a result to this job.
+    """
     if isinstance(reply, ReadFailure):
         return job_failed(reply.error)
-    if reply.parts == 1:
-        return [reply]
     if job.joiner is None:
         job.joiner = PartJoiner()
-    return job.joiner.add(reply)
+    parts = job.joiner.add(reply)
+    if parts is not None:
+        check_whole(parts, job.asked)
+    return parts
 
 
 def worth_retrying(outcome: JobOutcome) -> bool:

@@ -15,14 +15,17 @@ import numpy as np
 import pytest
 
 from embedq_consumer.cache.circuit_breaker import CircuitBreaker
-from embedq_consumer.cache.entries import CachedVector, cache_key
+from embedq_consumer.cache.entries import OVERHEAD_BYTES, CachedVector, EntryCodec, cache_key
+from embedq_consumer.cache.redis_link import RedisOptions
 from embedq_consumer.cache.vector_cache import CHUNK_BYTES, CacheOptions, VectorCache
 from embedq_consumer.engine import Text
 from embedq_consumer.telemetry.metrics import Metrics
+from embedq_shared.vectors import cut_and_normalize
 from tests.helpers.redis_process import RedisProcess
 from tests.helpers.support import wait_until
 
 VERSION = "sha256:" + "c" * 64
+CODEC = EntryCodec(b"a secret of this test alone")
 
 
 def key(text: str, *, dimensions: int = 32) -> bytes:
@@ -33,8 +36,8 @@ def key(text: str, *, dimensions: int = 32) -> bytes:
 def entry(text: str, *, dimensions: int = 32) -> CachedVector:
     """A vector that tells whose it is."""
     seed = np.random.default_rng(list(text.encode()))
-    vector = seed.standard_normal(dimensions, np.float32).tobytes()
-    return CachedVector(tokens=len(text), truncated="", scale=None, vector=vector)
+    vector = cut_and_normalize(seed.standard_normal(dimensions, np.float32), dimensions)
+    return CachedVector(tokens=len(text), truncated="", scale=None, vector=vector.tobytes())
 
 
 def items(texts: Sequence[str], *, dimensions: int = 32) -> list[tuple[bytes, CachedVector]]:
@@ -48,8 +51,8 @@ class Opened:
         self.metrics = Metrics()
         # Long enough that a busy test machine is not taken for a slow Redis; the pauses short, so tests need not wait.
         breaker = breaker or CircuitBreaker(failures=3, pause_s=0.01, longest_pause_s=0.05)
-        settings = CacheOptions(url=url, **{"ttl_s": 100, "timeout_s": 5.0} | options)
-        self.cache = VectorCache(settings, self.metrics, breaker=breaker)
+        settings = CacheOptions(redis=RedisOptions(url=url), **{"ttl_s": 100, "timeout_s": 5.0} | options)
+        self.cache = VectorCache(settings, CODEC, self.metrics, breaker=breaker)
 
     def _sample(self, name: str, **labels: str) -> float:
         value = self.metrics.registry.get_sample_value(f"embedq_{name}", labels)
@@ -95,7 +98,7 @@ async def test_what_was_put_is_found_and_the_rest_is_missed(redis: RedisProcess,
 async def test_an_entry_comes_back_with_every_field(redis: RedisProcess, opened: Open) -> None:
     one = await opened(redis.url)
     name = cache_key(VERSION, Text("text", "Query:"), 64, "int8")
-    quantized = CachedVector(tokens=512, truncated="start", scale=0.1 + 0.2, vector=bytes(range(64)))
+    quantized = CachedVector(tokens=512, truncated="start", scale=1 / 127, vector=bytes([127] + [0] * 63))
     await one.cache.put_many([(name, quantized)])
     assert await one.cache.get_many([name]) == [quantized]
 
@@ -123,7 +126,7 @@ async def test_a_large_look_up_goes_in_chunks_and_keeps_its_order(redis: RedisPr
     await one.cache.put_many(items(texts[::2], dimensions=2560))
     found = await one.cache.get_many([key(text, dimensions=2560) for text in texts])
     assert found == [None if n % 2 else entry(text, dimensions=2560) for n, text in enumerate(texts)]
-    per_chunk = CHUNK_BYTES // (2560 * 4)
+    per_chunk = CHUNK_BYTES // (2560 * 4 + OVERHEAD_BYTES + 256)
     assert redis.calls("mget") == -(-300 // per_chunk)
 
 
@@ -133,7 +136,7 @@ async def test_the_same_key_twice_in_one_look_up_is_answered_twice(redis: RedisP
     assert await one.cache.get_many([key("a"), key("a")]) == [entry("a"), entry("a")]
 
 
-@pytest.mark.parametrize("damage", [b"", b"x", b"EQV1" + b"\0" * 148, b"\0" * 152])
+@pytest.mark.parametrize("damage", [b"", b"x", b"EQV1" + b"\0" * 148, b"EQV2" + b"\0" * 160, b"\0" * 164])
 async def test_a_damaged_entry_is_a_miss_until_it_is_overwritten(
     redis: RedisProcess, opened: Open, damage: bytes
 ) -> None:

@@ -7,10 +7,9 @@ import contextlib
 from collections.abc import AsyncIterator
 
 import pytest
-from redis.exceptions import ResponseError
 
-from embedq_consumer.cache.link import LinkFailed
-from embedq_consumer.cache.redis_link import RedisLink
+from embedq_consumer.cache.link import LinkFailed, Reason, Refusal
+from embedq_consumer.cache.redis_link import RedisLink, RedisOptions
 
 PING = [(b"PING",)]
 
@@ -55,7 +54,7 @@ async def peer() -> AsyncIterator[Peer]:
 
 @pytest.fixture
 async def link(peer: Peer) -> AsyncIterator[RedisLink]:
-    one = RedisLink(peer.url, connect_timeout_s=10, connections=1)
+    one = RedisLink(RedisOptions(url=peer.url), connect_timeout_s=10, connections=1)
     yield one
     await one.close(5)
 
@@ -72,26 +71,49 @@ async def test_each_command_has_its_reply_and_the_connection_is_kept(peer: Peer,
 async def test_a_refused_set_is_a_reply(peer: Peer, link: RedisLink) -> None:
     peer.answer = b"-OOM command not allowed\r\n+OK\r\n"
     refusal, taken = await link.exchange([(b"SET", b"a", b"1"), (b"SET", b"b", b"2")], 10)
-    assert isinstance(refusal, ResponseError)
+    assert refusal == Refusal("OOM")
     assert taken == b"OK"
 
 
 @pytest.mark.parametrize(
-    ("answer", "failure"),
+    ("answer", "failure", "reason"),
     [
-        (b"-LOADING Redis is loading the dataset in memory\r\n", "BusyLoadingError"),
-        (b"-ERR unknown command\r\n", "ResponseError"),
-        (b"*1\r\n$-1\r\n", "InvalidResponse"),  # one value for two keys
-        (b":7\r\n", "InvalidResponse"),
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "InvalidResponse"),
+        (b"-LOADING Redis is loading the dataset in memory\r\n", "BusyLoadingError", "refused"),
+        (b"-ERR unknown command\r\n", "ResponseError", "refused"),
+        (
+            b"-NOPERM this user has no permissions to run the 'mget' command\r\n",
+            "NoPermissionError",
+            "permission",
+        ),
+        (b"-NOAUTH Authentication required.\r\n", "AuthenticationError", "password"),
+        (b"-MOVED\r\n", "ResponseError", "refused"),
+        (b"*1\r\n$-1\r\n", "InvalidResponse", "protocol"),  # one value for two keys
+        (b"*3\r\n$-1\r\n$-1\r\n$-1\r\n", "InvalidResponse", "protocol"),
+        (b"*-1\r\n", "InvalidResponse", "protocol"),
+        (b"*2\r\n:1\r\n:2\r\n", "InvalidResponse", "protocol"),
+        (b"*2\r\n+a\r\n-ERR b\r\n", "InvalidResponse", "protocol"),
+        (b"*2\r\n*1\r\n$1\r\nx\r\n$-1\r\n", "InvalidResponse", "protocol"),
+        (b"*1\r\n" * 100_000, "InvalidResponse", "protocol"),
+        (b"*99999999999999999999\r\n", "InvalidResponse", "protocol"),
+        (b"*2\r\n$99999999999\r\nx", "InvalidResponse", "protocol"),
+        (b"*2\r\n$-2\r\n", "InvalidResponse", "protocol"),
+        (b"$" + b"1" * 10_000, "InvalidResponse", "protocol"),
+        (b">2\r\n+invalidate\r\n*0\r\n", "InvalidResponse", "protocol"),
+        (b"%1\r\n+a\r\n+b\r\n", "InvalidResponse", "protocol"),
+        (b"*2\r\n$-1\r\n$-1\r\n+one more\r\n", "InvalidResponse", "protocol"),
+        (b":7\r\n", "InvalidResponse", "protocol"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "InvalidResponse", "protocol"),
+        (b"*2\r\n$-1\r\n", "TimeoutError", "timeout"),  # half of it, then silence
+        (b"*2\r\n$100\r\nhalf", "TimeoutError", "timeout"),
     ],
 )
 async def test_any_other_refusal_or_form_fails_and_the_connection_is_not_used_again(
-    peer: Peer, link: RedisLink, answer: bytes, failure: str
+    peer: Peer, link: RedisLink, answer: bytes, failure: str, reason: Reason
 ) -> None:
     peer.answer = answer
-    with pytest.raises(LinkFailed, match=failure):
-        await link.exchange([(b"MGET", b"a", b"b")], 10)
+    with pytest.raises(LinkFailed, match=failure) as caught:
+        await link.exchange([(b"MGET", b"a", b"b")], 0.2 if reason == "timeout" else 10)
+    assert caught.value.reason == reason
     before = peer.connections
     peer.answer = b"+PONG\r\n"
     assert await link.exchange(PING, 10) == [b"PONG"]
@@ -132,7 +154,7 @@ async def test_nothing_that_listens_is_a_failure() -> None:
     port = server.sockets[0].getsockname()[1]
     server.close()
     await server.wait_closed()
-    link = RedisLink(f"redis://127.0.0.1:{port}", connect_timeout_s=10, connections=1)
+    link = RedisLink(RedisOptions(url=f"redis://127.0.0.1:{port}"), connect_timeout_s=10, connections=1)
     for _ in range(3):
         with pytest.raises(LinkFailed, match="ConnectionError"):
             await link.exchange(PING, 10)

@@ -231,17 +231,68 @@ def test_a_reply_that_would_loop_is_forbidden(topic: str) -> None:
     assert topic not in found.error.message
 
 
-def test_patterns_allow_topics_but_never_our_own() -> None:
-    def allowed(topic: str, *patterns: str) -> bool:
-        found = admit(record(None, ("reply-topic", topic.encode()), input="a"), reply_patterns=patterns)
-        return not isinstance(found, Rejection)
+def allowed(topic: str, *patterns: str) -> bool:
+    found = admit(record(None, ("reply-topic", topic.encode()), input="a"), reply_patterns=patterns)
+    return not isinstance(found, Rejection)
 
+
+def test_patterns_allow_topics_but_never_our_own() -> None:
     assert allowed("elsewhere", "else*", "other")
     assert not allowed("elsewhere", "other-*")
     assert allowed(TOPICS.replies)
     assert allowed(TOPICS.results)
     assert not allowed(TOPICS.jobs, "*", "t.*")
     assert not allowed("elsewhere", "ELSE*")
+
+
+def test_without_the_setting_replies_go_to_our_own_topics_alone() -> None:
+    assert not allowed("elsewhere")
+    found = rejected(record(None, ("reply-topic", b"elsewhere"), input="a", id="x"), reply_patterns=())
+    assert (found.dead_letter, found.reply, found.envelope.id) == (True, False, "x")
+    assert "`t.replies`, `t.results` or a topic that the service's setting `reply_topics` allows" in (
+        found.error.message
+    )
+    assert "elsewhere" not in found.error.message
+
+
+@pytest.mark.parametrize(
+    "topic",
+    [
+        "_schemas",
+        "_confluent-metrics",
+        "connect-configs",
+        "connect-offsets",
+        "connect-status",
+        "my-connect-configs",
+        "mm2-offset-syncs.b.internal",
+        "app-store-changelog",
+        "app-keys-repartition",
+        "other.control",
+        "other.status",
+        "other.dlq",
+        "other.jobs",
+        "other.jobs.bulk",
+        "other.retry",
+        "other.retry.1",
+        "a.b.control",
+    ],
+)
+def test_no_pattern_allows_a_topic_by_which_other_programs_work_but_its_own_name_does(topic: str) -> None:
+    assert not allowed(topic, "*", f"{topic[:-1]}*", f"{topic[:3]}*", topic.replace("c", "?", 1) + "*")
+    assert allowed(topic, "*", topic)
+
+
+@pytest.mark.parametrize(
+    "topic",
+    ["team.replies", "other.results", "status", "controls", "a.controlled", "jobs-done", "x.jobs.done"],
+)
+def test_a_pattern_allows_what_only_looks_like_one(topic: str) -> None:
+    assert allowed(topic, "*")
+
+
+@pytest.mark.parametrize("topic", ["t.control", "t.dlq", "__consumer_offsets"])
+def test_our_own_and_kafkas_topics_are_not_allowed_even_by_their_names(topic: str) -> None:
+    assert not allowed(topic, "*", topic)
 
 
 def test_a_topic_or_partition_not_seen_before_is_asked_for_first() -> None:

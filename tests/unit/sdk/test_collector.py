@@ -2,8 +2,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+import pytest
+
 from embedq_sdk import ResultCollector
 from embedq_sdk.embeddings import ReadDatum, ReadError, ReadFailure, ReadResult
+from embedq_sdk.errors import UnreadableReply
+from embedq_sdk.reply_checks import BadReply
 
 
 def a_result(id: str = "a", part: int = 0, parts: int = 1, version: str = "v") -> ReadResult:
@@ -82,6 +87,39 @@ def test_a_partition_that_went_away_takes_its_open_jobs_along() -> None:
     collector.forget([0])
 
     assert collector.committable() == {1: 2}
+
+
+def test_a_part_whose_others_never_come_is_given_up_after_a_while_and_holds_nothing_back() -> None:
+    collector = ResultCollector()
+    feed(collector, 0, 5, a_result("forged", 0, 2))
+    feed(collector, 0, 100_005, a_result("b"))
+    assert collector.committable() == {0: 5}
+
+    lost = feed(collector, 0, 100_006, a_result("c", 0, 2))
+
+    assert (lost.id, type(lost.error)) == ("forged", UnreadableReply)
+    assert collector.committable() == {0: 100_006}
+    assert feed(collector, 0, 100_007, a_result("c", 1, 2)).id == "c"
+
+
+def test_parts_of_jobs_that_are_not_complete_take_only_so_many_bytes() -> None:
+    collector = ResultCollector(most_bytes=1000)
+    lost = [collector.add(0, n, a_result(f"forged {n}", 0, 2), 100) for n in range(50)]
+    assert [each.id for each in lost if each is not None] == [f"forged {n}" for n in range(40)]
+    collector.forget([0])
+    assert collector.add(0, 50, a_result("a", 0, 2), 1000) is None
+
+
+def test_parts_that_make_no_result_are_an_error_and_forgotten() -> None:
+    collector = ResultCollector()
+    feed(collector, 0, 1, a_result("a", 0, 2))
+    other = msgspec.structs.replace(a_result("a", 1, 2), dtype="binary")
+    with pytest.raises(BadReply):
+        collector.add(0, 2, other)
+    collector.taken(0, 2)
+    assert collector.committable() == {0: 3}
+    feed(collector, 0, 3, a_result("a", 0, 2))
+    assert feed(collector, 0, 4, a_result("a", 1, 2)).id == "a"
 
 
 def test_only_so_many_ids_are_remembered() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import io
 import json
 import logging
+import select
 import socket
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +26,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_plain
 
 from embedq_consumer.telemetry import logs
-from embedq_consumer.telemetry.health import Health, HealthServer
+from embedq_consumer.telemetry.health import Connections, Health, HealthServer
 from embedq_consumer.telemetry.metrics import Metrics
 from tests.helpers.support import patient
 
@@ -193,6 +197,78 @@ def test_a_peer_that_says_nothing_or_nonsense_does_not_stop_the_others(
                 gone.sendall(b"GET /metrics HTTP/1.1\r\n")
         assert served.json("/livez")[0] == 200
     assert capfd.readouterr() == ("", "")
+
+
+def test_more_connections_than_there_may_be_make_the_oldest_give_way(served: Served) -> None:
+    address = ("127.0.0.1", served.server.port)
+    before = threading.active_count()
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(socket.create_connection(address)) for _ in range(200)]
+        for each in held:
+            with contextlib.suppress(OSError):
+                each.sendall(b"GET /livez HTTP/1.1\r\nX-Slow: ")
+        assert served.json("/livez")[0] == 200
+        held[0].settimeout(patient(10))
+        with contextlib.suppress(ConnectionResetError):
+            assert held[0].recv(1) == b""  # it was hung up
+        assert threading.active_count() - before < 100
+        assert len(served.server._server._connections) <= 32
+
+
+def test_a_connection_has_so_long_in_all_however_it_spends_its_time() -> None:
+    connections = Connections(most=2, longest_s=10)
+    first, second, third = (socket.socket() for _ in range(3))
+    try:
+        assert connections.add(first, 0) == []
+        assert connections.add(second, 5) == []
+        assert connections.overdue(10) == []
+        assert connections.overdue(10.1) == [first]
+        assert connections.overdue(10.1) == []
+        assert connections.add(first, 11) == []
+        assert connections.add(third, 12) == [second]
+        connections.remove(first)
+        connections.remove(second)
+        assert len(connections) == 1
+    finally:
+        for each in (first, second, third):
+            each.close()
+
+
+def test_a_peer_that_sends_a_byte_now_and_then_is_hung_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedq_consumer.telemetry.health._REQUEST_S", 0.3)
+    one = Served()
+    try:
+        with socket.create_connection(("127.0.0.1", one.server.port), timeout=patient(20)) as slow:
+            began = time.monotonic()
+            with contextlib.suppress(OSError):
+                while time.monotonic() - began < patient(20):
+                    slow.sendall(b"x")
+                    readable, _, _ = select.select([slow], [], [], 0.05)
+                    if readable and slow.recv(1) == b"":
+                        break
+            assert time.monotonic() - began < patient(20)
+    finally:
+        one.server.close()
+
+
+def test_a_head_without_an_end_is_not_read_to_it(served: Served) -> None:
+    with socket.create_connection(("127.0.0.1", served.server.port), timeout=patient(10)) as peer:
+        peer.sendall(b"GET /livez HTTP/1.1\r\n")
+        with contextlib.suppress(OSError):
+            for n in range(50):
+                peer.sendall(b"X-%d: " % n + b"x" * 1000 + b"\r\n")
+        with contextlib.suppress(ConnectionResetError):
+            assert peer.recv(100).startswith((b"HTTP/1.1 4", b"HTTP/1.1 200"))
+    assert served.json("/livez")[0] == 200
+
+
+def test_each_answer_ends_its_connection(served: Served) -> None:
+    with socket.create_connection(("127.0.0.1", served.server.port), timeout=patient(10)) as peer:
+        peer.sendall(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n")
+        answer = b""
+        while piece := peer.recv(4096):
+            answer += piece
+    assert b"Connection: close" in answer
 
 
 async def test_it_answers_while_the_event_loop_is_stuck(served: Served) -> None:

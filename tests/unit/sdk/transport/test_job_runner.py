@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -32,7 +33,7 @@ from embedq_shared.headers import parse
 from embedq_shared.messages import ErrorBody
 from embedq_shared.topics import Topics
 from embedq_shared.weighted_semaphore import WeightedSemaphore
-from tests.helpers.fake_service import NEW, OLD, Answer, Received, rows
+from tests.helpers.fake_service import NEW, OLD, Answer, Received, reply_record, rows
 from tests.helpers.fake_transport import FakeTransport, Record
 from tests.helpers.support import wait_until
 
@@ -177,6 +178,38 @@ async def test_a_reply_that_cannot_be_read_ends_its_call_and_says_where_it_is(ma
 
     with pytest.raises(UnreadableReply, match="at offset 17"):
         await call
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dimensions": 32},
+        {"dtype": "int8"},
+        {"data": []},
+        {"data": [{"index": 5, "embedding": bytes(256)}]},
+        {"data": [{"index": 0, "embedding": b"\xff" * 256}]},
+        {"data": [{"index": 0, "embedding": None}]},
+        {"part": 3},
+        {"parts": 2**31},
+        {"object": "poem"},
+    ],
+    ids=lambda changes: str(changes)[:30],
+)
+async def test_a_malformed_reply_costs_its_own_call_and_no_other(
+    machine: Machine, changes: dict[str, Any]
+) -> None:
+    machine.stays_silent()
+    held = machine.service.received
+    bad, good = (asyncio.create_task(machine.run([text])) for text in "ab")
+    await wait_until(lambda: len(held) == 2, what="both jobs")
+    value, _ = reply_record(held[0], machine.service.good(held[0]))
+    forged = msgspec.msgpack.encode(msgspec.msgpack.decode(value) | changes)
+    machine.transport.reply(held[0], machine.service.good(held[0]), value=forged, offset=17)
+    machine.transport.reply(held[1], machine.service.good(held[1]))
+
+    with pytest.raises(UnreadableReply, match="at offset 17"):
+        await bad
+    assert isinstance((await good)[0].outcome, list)
 
 
 @pytest.mark.parametrize("value", [b"", None])

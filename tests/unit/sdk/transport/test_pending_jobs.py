@@ -14,10 +14,10 @@ from embedq_sdk.transport.pending_jobs import PendingJob, PendingReplies, retry_
 from tests.helpers.replies import datum, result
 
 
-def a_job(correlation: bytes = b"1") -> PendingJob:
+def a_job(correlation: bytes = b"1", *, count: int = 1) -> PendingJob:
     future = asyncio.get_running_loop().create_future()
     return PendingJob(
-        future, topic="t", value=b"", headers=[], correlation=correlation, count=1, size=1, timeout=1.0
+        future, topic="t", value=b"", headers=[], correlation=correlation, count=count, size=1, timeout=1.0
     )
 
 
@@ -124,7 +124,7 @@ async def test_an_error_that_is_never_awaited_is_not_logged_after_drop() -> None
 
 
 async def test_a_restarted_job_forgets_what_its_last_attempt_brought() -> None:
-    job = a_job()
+    job = a_job(count=2)
     job.acknowledged = True
     job.retry_timer = timer = asyncio.get_running_loop().call_later(60, job.fail, ClientClosed())
     assert settle(job, result(datum(0), part=0, parts=2)) is None
