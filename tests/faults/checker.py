@@ -38,7 +38,9 @@ _SHOWN: Final = 5
 _TOPIC_GONE: Final = "topic_deleted"
 """The fault that takes away what a topic held."""
 
-Position = tuple[str, int]
+_CAME_BACK: Final = "topic_came_back"
+"""What the harness notes when somebody else made it again."""
+
 Origin = tuple[str, int, int]
 
 
@@ -259,6 +261,13 @@ def committed_to_the_end(history: History) -> Iterator[str]:
             yield f"{partition}: committed {last.get(partition)}, ends at {end}"
 
 
+def no_topic_by_accident(history: History) -> Iterator[str]:
+    """A topic that was deleted is made again by nobody but its owner."""
+    for fault in history.faults:
+        if fault.name == _CAME_BACK:
+            yield f"{fault.target} was there again at {fault.at:.1f} s"
+
+
 def only_the_guilty(history: History) -> Iterator[str]:
     """Dead letters are for records that no result can answer, and each of those has one."""
     for job in history.jobs.values():
@@ -280,6 +289,7 @@ RULES: Final[dict[str, Rule]] = {
     "commits never back": never_back,
     "committed to the end": committed_to_the_end,
     "dead letters only for the guilty": only_the_guilty,
+    "no topic by accident": no_topic_by_accident,
 }
 
 

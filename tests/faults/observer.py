@@ -157,6 +157,12 @@ class Observer:
                 tasks.create_task(reader.run())
             tasks.create_task(self._watch_commits())
 
+    def forget(self, topic: str) -> None:
+        """This topic was deleted: offsets begin anew."""
+        for reader in self._readers:
+            for partition in [found for found in reader.positions if found.topic == topic]:
+                reader.positions[partition] = 0
+
     async def ends(self, topics: Sequence[str]) -> dict[str, int]:
         """The ends of these topics' partitions, by `topic/partition`.
 

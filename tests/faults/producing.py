@@ -27,24 +27,39 @@ class Producing:
     as accepted; it is never sent again.
 
     Args:
-        waiting: jobs in the log without a result so far.
-        window: how many of them there may be.
+        jobs: how many must be acknowledged, at least.
+        window: how many jobs in the log may be without a result, before it waits.
+        waiting: how many there are.
+        more: whether it is to go on beyond `jobs`.
     """
 
+    # More than six parameters: how much is sent, and how fast.
     def __init__(
-        self, servers: str, maker: JobMaker, *, jobs: int, window: int, waiting: Callable[[], int]
+        self,
+        servers: str,
+        maker: JobMaker,
+        *,
+        jobs: int,
+        window: int,
+        waiting: Callable[[], int],
+        more: Callable[[], bool],
     ) -> None:
         self._servers = servers
         self._maker = maker
         self._jobs = jobs
         self._window = window
         self._waiting = waiting
+        self._more = more
         self._attempts = 0
         self.acknowledged = 0
 
+    @property
+    def _done(self) -> bool:
+        return self.acknowledged >= self._jobs and not self._more()
+
     async def run(self) -> None:
-        """Send until all are acknowledged."""
-        while self.acknowledged < self._jobs:
+        """Send until enough are acknowledged."""
+        while not self._done:
             producer = AIOKafkaProducer(
                 bootstrap_servers=self._servers,
                 acks="all",
@@ -63,14 +78,14 @@ class Producing:
                 await stop_client(producer, _ATTEMPT_S)
 
     async def _produce(self, producer: AIOKafkaProducer) -> None:
-        while (left := self._jobs - self.acknowledged) > 0:
+        while not self._done:
             if self._waiting() >= self._window:
                 await asyncio.sleep(0.02)
                 continue
             sent: list[asyncio.Future[object]] = []
             try:
                 async with asyncio.timeout(_ATTEMPT_S):
-                    for _ in range(min(_BATCH, left)):
+                    for _ in range(_BATCH):
                         job = self._maker.job(f"job-{self._attempts}")
                         self._attempts += 1
                         sent.append(

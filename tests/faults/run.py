@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 import msgspec
 import structlog
 from aiokafka import AIOKafkaProducer
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError
 
 from embedq_shared.topics import Topics
@@ -116,9 +117,14 @@ class Harness:
             jobs=plan.jobs,
             window=plan.window,
             waiting=lambda: len(self._observer.progress.open),
+            more=lambda: bool(self._first_round),
         )
         self._quiet = asyncio.Event()
         """No more faults are to begin."""
+        self._first_round = {
+            name for name in plan.faults if name not in TRANSACTIONAL or plan.mode == "exactly-once"
+        }
+        """Kinds of faults that have not come yet: jobs go on until each has."""
         self._control_version = 0
         self.workers = [
             SupervisedWorker(
@@ -211,6 +217,7 @@ class Harness:
             if self._quiet.is_set():
                 return
             await self._apply(step)
+            self._first_round.discard(step.fault)
 
     def _steps(self, track: str) -> Iterator[Step]:
         kinds = [
@@ -237,8 +244,10 @@ class Harness:
                         await asyncio.sleep(step.seconds)
                     finally:
                         await asyncio.to_thread(undo)
-            case other:
-                raise NotImplementedError(f"faults of {other}")
+            case _:
+                assert self._fragile is not None
+                async with self._noted(step, self._fragile):
+                    await self._delete_topic(self._fragile, step.seconds)
 
     async def _on_worker(self, step: Step, worker: SupervisedWorker) -> None:
         match step.fault:
@@ -282,6 +291,21 @@ class Harness:
                 await producer.send_and_wait(
                     self.topics.control, msgspec.json.encode(record), key=b"default", partition=0
                 )
+
+    async def _delete_topic(self, topic: str, seconds: float) -> None:
+        """Delete a client's topic, and make it again later; nobody else may make it in between."""
+        admin = AIOKafkaAdminClient(bootstrap_servers=self._cluster.direct_servers)
+        await admin.start()
+        try:
+            await admin.delete_topics([topic])
+            self._observer.forget(topic)
+            await asyncio.sleep(seconds)
+            if topic in await admin.list_topics():
+                self._note("topic_came_back", topic, "begin", "nobody made it")
+                return
+            await admin.create_topics([NewTopic(topic, PARTITIONS, COPIES)])
+        finally:
+            await admin.close()
 
     @asynccontextmanager
     async def _noted(self, step: Step, target: str) -> AsyncIterator[None]:

@@ -314,6 +314,12 @@ def test_a_fragile_job_may_lose_its_result_with_its_topic_and_with_nothing_else(
     assert broken(fragile()) == ["answered", "commits never ahead"]
 
 
+def test_a_topic_that_comes_back_by_itself_is_found() -> None:
+    events = good()
+    back = Fault(at=4.5, name="topic_came_back", target=FRAGILE, phase="begin")
+    assert broken([*events[:-1], back, events[-1]]) == ["no topic by accident"]
+
+
 def test_a_wrong_vector_for_a_fragile_job_is_found() -> None:
     wrong = Result(at=5.0, id="f", topic=FRAGILE, partition=0, offset=0, status="ok", cosine=0.5)
     assert broken(fragile(wrong)) == ["vectors right"]
