@@ -53,6 +53,9 @@ POINTS: Final[dict[str, Point]] = {
 }
 """Points that jobs pass again and again."""
 
+RARE_POINTS: Final = frozenset({"in_revocation", "after_revocation", "in_assignment"})
+"""Those of them that only a rebalance passes."""
+
 RELOAD_POINTS: Final[dict[str, Point]] = {
     "reload_load": Point(_SLOT, "load", "during"),
     "reload_before_swap": Point(_SLOT, "install", "before"),
