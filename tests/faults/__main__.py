@@ -11,12 +11,19 @@ import random
 import sys
 import tempfile
 from pathlib import Path
+from typing import Final
+
+import msgspec
 
 from tests.faults import checker, history, load
 from tests.faults.reference import expected
 from tests.faults.run import EVERYTHING, Harness, Plan
 from tests.helpers.cluster import Cluster
+from tests.helpers.small_disk import small_disk
 from tests.helpers.tiny_models import make_tiny_bert, minilm_path
+
+_DISK_MIB: Final = 1024
+"""Of the broker whose disk is filled: more than a long run writes."""
 
 
 def main() -> int:
@@ -36,24 +43,29 @@ def main() -> int:
         settings=dict(pair.split("=", 1) for pair in options.set),
     )
     _say(f"seed {seed}, {plan.jobs} jobs, {plan.mode}, in {directory}")
-    return asyncio.run(_run(plan, options.model, directory))
+    return asyncio.run(_run(plan, options.model, directory, chosen=bool(options.faults)))
 
 
-async def _run(plan: Plan, model: str, directory: Path) -> int:
+async def _run(plan: Plan, model: str, directory: Path, *, chosen: bool) -> int:
+    """`chosen`: the plan's faults are those that somebody asked for, and no others are to come."""
     models = await asyncio.to_thread(_models, model, directory)
     vectors = await asyncio.to_thread(expected, models, load.texts(plan.seed, plan.texts), directory)
-    cluster = Cluster(min_insync=2)
-    await asyncio.to_thread(cluster.start)
-    harness = None
-    try:
-        harness = Harness(plan, cluster, models, vectors, directory, say=_say)
+    with small_disk(directory / "small-disk", mib=_DISK_MIB) as disk:
+        if disk is None:
+            _say("no small disk can be mounted here: no broker's disk will be full")
+        elif not chosen:
+            plan = msgspec.structs.replace(plan, faults=(*plan.faults, "broker_disk_full"))
+        cluster = Cluster(min_insync=2, disks={2: disk} if disk else {})
+        await asyncio.to_thread(cluster.start)
         try:
-            path = await harness.run()
-        except* AssertionError as group:  # what is missing, the checker says in more detail
-            _say(f"the run did not settle: {group.exceptions[0]}")
-            path = harness.history.path
-    finally:
-        await asyncio.to_thread(cluster.close)
+            harness = Harness(plan, cluster, models, vectors, directory, say=_say)
+            try:
+                path = await harness.run()
+            except* AssertionError as group:  # what is missing, the checker says in more detail
+                _say(f"the run did not settle: {group.exceptions[0]}")
+                path = harness.history.path
+        finally:
+            await asyncio.to_thread(cluster.close)
     verdict = checker.check(history.read(path))
     _say(checker.report(path, verdict))
     return 1 if verdict.breaches else 0

@@ -33,6 +33,16 @@ def begin(cluster: Cluster, fault: str, node: int) -> Undo:
         case "broker_frozen" | "coordinator_frozen":
             cluster.pause_kafka(node)
             return lambda: cluster.resume_kafka(node)
+        case "broker_disk_full":
+            disk = cluster.disks[node]
+            disk.fill()
+
+            def room_again() -> None:
+                disk.empty()
+                if cluster.ended(node):  # what Kafka does when its one disk fails
+                    cluster.start_kafka(node)
+
+            return room_again
         case "all_brokers_cut":
             for proxy in cluster.proxies.values():
                 proxy.cut()
@@ -72,8 +82,10 @@ def coordinator(cluster: Cluster) -> int:
     return 1
 
 
-async def coordinator_or(cluster: Cluster, fault: str, node: int) -> int:
+async def met_by(cluster: Cluster, fault: str, node: int) -> int:
     """The broker that a fault meets."""
+    if fault == "broker_disk_full":
+        return next(iter(cluster.disks))
     if fault.startswith("coordinator_"):
         return await asyncio.to_thread(coordinator, cluster)
     return node

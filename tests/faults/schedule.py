@@ -36,6 +36,9 @@ KINDS: Final[dict[str, Kind]] = {
     "coordinator_killed": Kind(track="brokers", least_s=0.0, most_s=10.0),
     "broker_frozen": Kind(track="brokers", least_s=1.0, most_s=12.0),
     "coordinator_frozen": Kind(track="brokers", least_s=1.0, most_s=12.0),
+    "broker_disk_full": Kind(
+        track="brokers", least_s=2.0, most_s=8.0
+    ),  # of the one broker whose disk is small
     # The network between clients and a broker that is well.
     "broker_reset": Kind(track="brokers"),
     "broker_cut": Kind(track="brokers", least_s=1.0, most_s=15.0),

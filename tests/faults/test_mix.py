@@ -5,6 +5,7 @@ The long one is `make faults`. A seed that failed is told again by FAULTS_SEED=â
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 from pathlib import Path
@@ -33,7 +34,7 @@ async def test_kills_a_lost_broker_and_a_lost_redis_lose_no_job_and_repeat_withi
 ) -> None:
     plan = Plan(seed=seed, jobs=2000, faults=SHORT, texts=200, window=500)
     models = [make_tiny_bert(tmp_path / "models" / "a", seed=1, max_tokens=512)]
-    vectors = expected(models, load.texts(plan.seed, plan.texts), tmp_path)
+    vectors = await asyncio.to_thread(expected, models, load.texts(plan.seed, plan.texts), tmp_path)
     lines: list[str] = []
     harness = Harness(plan, cluster, models, vectors, tmp_path, say=lines.append)
     try:

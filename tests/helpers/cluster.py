@@ -13,7 +13,9 @@ Every method blocks: in a coroutine, use `asyncio.to_thread`.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Final
 
 from embedq_sdk.dev import DevStack
@@ -22,6 +24,7 @@ from embedq_sdk.dev.kafka_server import KafkaServer
 from embedq_sdk.dev.ports import HOST, free_ports
 from embedq_sdk.dev.processes import Processes
 from tests.helpers.programs import own_environ
+from tests.helpers.small_disk import SmallDisk
 from tests.helpers.tcp_proxy import TcpProxy
 
 BROKERS: Final = 3
@@ -46,6 +49,7 @@ class Cluster(DevStack):
             transactions' log, too.
         heap_mb: of each broker.
         properties: added to each broker's configuration.
+        disks: where brokers keep their data, by number; the others beside the rest.
         environ: where the EMBEDQ_* variables are looked up; None: this process's, without addresses. A Redis that it
             names is used, and behind a proxy as well.
     """
@@ -57,6 +61,7 @@ class Cluster(DevStack):
         min_insync: int = 1,
         heap_mb: int = _HEAP_MB,
         properties: Mapping[str, str] | None = None,
+        disks: Mapping[int, SmallDisk] | None = None,
         environ: Mapping[str, str] | None = None,
     ) -> None:
         wanted = {
@@ -72,6 +77,8 @@ class Cluster(DevStack):
             environ=own_environ() if environ is None else environ,
         )
         self._heap_mb = heap_mb
+        self.disks = dict(disks or {})
+        """The small disks of brokers, by number."""
         self._proxied: _ProxiedKafka | None = None
         self._redis_proxy: TcpProxy | None = None
 
@@ -128,6 +135,10 @@ class Cluster(DevStack):
         """Redis, past its proxy."""
         return super().redis_url
 
+    def ended(self, node: int) -> bool:
+        """Whether a broker's process is gone."""
+        return self._own_processes().exit_code(f"kafka-{node}") is not None
+
     def heal(self) -> None:
         """Take the faults off all proxies."""
         self.heal_brokers()
@@ -144,7 +155,14 @@ class Cluster(DevStack):
         if self._proxied is not None:  # of an attempt that found a port taken
             self._proxied.close_proxies()
         options = [*java_options, f"-Xmx{self._heap_mb}m"]  # the last one counts
-        self._proxied = _ProxiedKafka(processes, files, self._brokers, self._kafka_properties, options)
+        self._proxied = _ProxiedKafka(
+            processes,
+            files,
+            self._brokers,
+            self._kafka_properties,
+            options,
+            {node: disk.path / "data" for node, disk in self.disks.items()},
+        )
         return self._proxied
 
     def _own_proxied(self) -> _ProxiedKafka:
@@ -163,7 +181,9 @@ class _ProxiedKafka(KafkaServer):
         brokers: int,
         properties: Mapping[str, str],
         java_options: Sequence[str],
+        data: Mapping[int, Path],
     ) -> None:
+        self._data = data
         self._behind = dict(enumerate(free_ports(brokers), start=1))
         self.proxies = {node: TcpProxy(HOST, port) for node, port in self._behind.items()}
         super().__init__(processes, files, brokers, properties, java_options)
@@ -179,7 +199,14 @@ class _ProxiedKafka(KafkaServer):
         found = super()._properties(node)
         ours = f"{_CLIENTS}://{HOST}:"
         return found | {
+            "log.dirs": str(self._data.get(node, found["log.dirs"])),
             "listeners": f"{found['listeners']},{ours}{self._behind[node]}",
             "advertised.listeners": f"{found['advertised.listeners']},{ours}{self.proxies[node].port}",
             "listener.security.protocol.map": f"{found['listener.security.protocol.map']},{_CLIENTS}:PLAINTEXT",
         }
+
+    def _prepare(self, node: int, properties: Mapping[str, str]) -> None:
+        super()._prepare(node, properties)
+        if node in self._data:
+            shutil.rmtree(self._data[node], ignore_errors=True)
+            shutil.copytree(self._home(node) / "data", self._data[node])
