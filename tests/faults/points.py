@@ -22,34 +22,39 @@ When = Literal["before", "during", "after"]
 
 
 class Point(msgspec.Struct, frozen=True):
-    """A method, and whether the worker ends before it is called, while it waits, or after it returned."""
+    """A method, and whether the worker ends before it is called, while it waits, or after it returned.
 
-    owner: str
-    """`module:Class`."""
-    method: str
+    Of `methods` (`module:Class.method`) the first one counts that there is.
+    """
+
+    methods: tuple[str, ...]
     when: When
 
 
-_AIOKAFKA_CONSUMER: Final = "aiokafka:AIOKafkaConsumer"
-_AIOKAFKA_PRODUCER: Final = "aiokafka:AIOKafkaProducer"
+_COMMIT: Final = ("embedq_shared.kafka.group_member:GroupMember.commit", "aiokafka:AIOKafkaConsumer.commit")
+_PUBLISHER: Final = "embedq_consumer.delivery.publisher:Publisher"
+_HAND_OVER: Final = "embedq_consumer.group.hand_over:HandOver"
 _INTAKE: Final = "embedq_consumer.intake.poll_loop:Intake"
 _PIPELINE: Final = "embedq_consumer.pipeline:Pipeline"
+_PRODUCER: Final = "aiokafka:AIOKafkaProducer"
 _SLOT: Final = "embedq_consumer.lifecycle.model_slot:ModelSlot"
 
 POINTS: Final[dict[str, Point]] = {
-    "after_poll": Point(_PIPELINE, "take", "before"),
-    "before_compute": Point("embedq_consumer.batching.batch_runner:BatchRunner", "run", "before"),
-    "after_compute": Point(_PIPELINE, "computed", "before"),
-    "before_cache_write": Point("embedq_consumer.cache:VectorCache", "put_many", "before"),
-    "before_publish": Point("embedq_consumer.delivery.publisher:Publisher", "publish", "before"),
-    "during_publish": Point("embedq_consumer.delivery.publisher:Publisher", "publish", "during"),
-    "after_publish": Point(_INTAKE, "finish", "before"),
-    "before_commit": Point(_AIOKAFKA_CONSUMER, "commit", "before"),
-    "during_commit": Point(_AIOKAFKA_CONSUMER, "commit", "during"),
-    "after_commit": Point(_AIOKAFKA_CONSUMER, "commit", "after"),
-    "in_revocation": Point(_INTAKE, "on_partitions_revoked", "before"),
-    "after_revocation": Point(_INTAKE, "on_partitions_revoked", "after"),
-    "in_assignment": Point(_INTAKE, "on_partitions_assigned", "before"),
+    "after_poll": Point((f"{_PIPELINE}.take",), "before"),
+    "before_compute": Point(("embedq_consumer.batching.batch_runner:BatchRunner.run",), "before"),
+    "after_compute": Point((f"{_PIPELINE}.computed",), "before"),
+    "before_cache_write": Point(("embedq_consumer.cache:VectorCache.put_many",), "before"),
+    "before_publish": Point((f"{_PUBLISHER}.send", f"{_PUBLISHER}.publish"), "before"),
+    "during_publish": Point(
+        ("embedq_shared.kafka.producing:PartitionwiseProducer.append", f"{_PUBLISHER}.publish"), "during"
+    ),
+    "after_publish": Point((f"{_INTAKE}.finish",), "before"),
+    "before_commit": Point(_COMMIT, "before"),
+    "during_commit": Point(_COMMIT, "during"),
+    "after_commit": Point(_COMMIT, "after"),
+    "in_revocation": Point((f"{_HAND_OVER}.claim", f"{_INTAKE}.on_partitions_revoked"), "before"),
+    "after_revocation": Point((f"{_HAND_OVER}.assigned", f"{_INTAKE}.on_partitions_revoked"), "after"),
+    "in_assignment": Point((f"{_HAND_OVER}.assigned", f"{_INTAKE}.on_partitions_assigned"), "before"),
 }
 """Points that jobs pass again and again."""
 
@@ -57,19 +62,19 @@ RARE_POINTS: Final = frozenset({"in_revocation", "after_revocation", "in_assignm
 """Those of them that only a rebalance passes."""
 
 RELOAD_POINTS: Final[dict[str, Point]] = {
-    "reload_load": Point(_SLOT, "load", "during"),
-    "reload_before_swap": Point(_SLOT, "install", "before"),
-    "reload_after_swap": Point(_SLOT, "install", "after"),
+    "reload_load": Point((f"{_SLOT}.load",), "during"),
+    "reload_before_swap": Point((f"{_SLOT}.install",), "before"),
+    "reload_after_swap": Point((f"{_SLOT}.install",), "after"),
 }
 """Points that only a reload passes."""
 
 TRANSACTION_POINTS: Final[dict[str, Point]] = {
-    "after_begin": Point(_AIOKAFKA_PRODUCER, "begin_transaction", "after"),
-    "before_offsets": Point(_AIOKAFKA_PRODUCER, "send_offsets_to_transaction", "before"),
-    "after_offsets": Point(_AIOKAFKA_PRODUCER, "send_offsets_to_transaction", "after"),
-    "before_end": Point(_AIOKAFKA_PRODUCER, "commit_transaction", "before"),
-    "during_end": Point(_AIOKAFKA_PRODUCER, "commit_transaction", "during"),
-    "after_end": Point(_AIOKAFKA_PRODUCER, "commit_transaction", "after"),
+    "after_begin": Point((f"{_PRODUCER}.begin_transaction",), "after"),
+    "before_offsets": Point((f"{_PRODUCER}.send_offsets_to_transaction",), "before"),
+    "after_offsets": Point((f"{_PRODUCER}.send_offsets_to_transaction",), "after"),
+    "before_end": Point((f"{_PRODUCER}.commit_transaction",), "before"),
+    "during_end": Point((f"{_PRODUCER}.commit_transaction",), "during"),
+    "after_end": Point((f"{_PRODUCER}.commit_transaction",), "after"),
 }
 """Points of exactly-once delivery."""
 
@@ -115,12 +120,11 @@ class Trap:
         """Wrap the methods of these points.
 
         Raises:
-            ImportError, AttributeError: a point's method is gone; the point must follow it.
+            LookupError: none of a point's methods is there; the point must follow them.
         """
         for name, point in points.items():
-            module, _, owner = point.owner.partition(":")
-            holder = getattr(importlib.import_module(module), owner)
-            setattr(holder, point.method, self._wrapped(name, point.when, getattr(holder, point.method)))
+            holder, method = _found(name, point)
+            setattr(holder, method, self._wrapped(name, point.when, getattr(holder, method)))
 
     def listen(self, orders: Path) -> None:
         """Arm with what this file says each time SIGUSR1 comes. Needs the main thread."""
@@ -159,6 +163,19 @@ class Trap:
             return result
 
         return synchronous
+
+
+def _found(name: str, point: Point) -> tuple[Any, str]:
+    for path in point.methods:
+        module, _, attributes = path.partition(":")
+        owner, _, method = attributes.partition(".")
+        try:
+            holder = getattr(importlib.import_module(module), owner)
+        except (ImportError, AttributeError):
+            continue
+        if hasattr(holder, method):
+            return holder, method
+    raise LookupError(f"point {name}: none of {', '.join(point.methods)} is there")
 
 
 def give(order: Order, orders: Path, pid: int) -> None:

@@ -53,7 +53,7 @@ class Signals:
 def trapped(room: Room, method: str, when: str, passes: int = 1) -> Signals:
     signals = Signals(room)
     trap = Trap(signals)
-    trap.install({"here": Point(f"{__name__}:Room", method, when)})  # type: ignore[arg-type]
+    trap.install({"here": Point((f"{__name__}:Room.{method}",), when)})  # type: ignore[arg-type]
     trap.arm(Order("here", passes, "SIGKILL"))
     return signals
 
@@ -84,7 +84,7 @@ def test_only_the_pass_that_was_ordered_counts_and_only_once(room: Room) -> None
 def test_without_an_order_nothing_happens(room: Room) -> None:
     signals = Signals(room)
     trap = Trap(signals)
-    trap.install({"here": Point(f"{__name__}:Room", "sync", "before")})
+    trap.install({"here": Point((f"{__name__}:Room.sync",), "before")})
     room.sync()
     trap.arm(Order("elsewhere", 1, "SIGKILL"))
     room.sync()
@@ -92,8 +92,18 @@ def test_without_an_order_nothing_happens(room: Room) -> None:
 
 
 def test_a_point_whose_method_is_gone_is_an_error() -> None:
-    with pytest.raises(AttributeError):
-        Trap().install({"here": Point(f"{__name__}:Room", "removed", "before")})
+    with pytest.raises(LookupError, match="here"):
+        Trap().install({"here": Point((f"{__name__}:Room.removed", "nobody:Room.sync"), "before")})
+
+
+def test_the_first_method_that_is_there_is_the_point(room: Room) -> None:
+    signals = Signals(room)
+    trap = Trap(signals)
+    methods = ("nobody:Room.sync", f"{__name__}:Room.sync", f"{__name__}:Room.wait")
+    trap.install({"here": Point(methods, "before")})
+    trap.arm(Order("here", 1, "SIGKILL"))
+    room.sync()
+    assert len(signals.sent) == 1
 
 
 def test_every_point_is_there_in_the_service() -> None:
