@@ -202,17 +202,20 @@ def vectors_right(history: History) -> Iterator[str]:
             yield f"job {job.id}: cosine {result.cosine} by {result.model_version}"
 
 
-def repeats_bounded(history: History) -> Iterator[str]:
-    """At-least-once: each fault repeats a bounded number of jobs, and without a fault nothing is repeated.
-    Exactly-once: nothing is."""
-    repeats = list(history.repeats())
-    if history.run.mode == "exactly-once":
-        for first, again in repeats:
+def never_twice(history: History) -> Iterator[str]:
+    """Jobs of the topics that promise it are answered once, and dead-lettered once."""
+    once = history.run.once
+    for first, again in history.repeats():
+        if (job := history.jobs.get(again.id)) is not None and job.topic in once:
             yield f"job {again.id} part {again.part}: at {_at(first)} and again at {_at(again)}"
-        for letters in history.letters.values():
-            if len(letters) > 1:
-                yield f"{len(letters)} dead letters for {letters[0].origin_topic}/{letters[0].origin_partition}@{letters[0].origin_offset}"
-        return
+    for (topic, partition, offset), letters in history.letters.items():
+        if len(letters) > 1 and topic in once:
+            yield f"{len(letters)} dead letters for {topic}/{partition}@{offset}"
+
+
+def repeats_bounded(history: History) -> Iterator[str]:
+    """Each fault repeats a bounded number of jobs, and without a fault nothing is repeated."""
+    repeats = list(history.repeats())
     interruptions = history.interruptions()
     most = history.run.repeats_each * len(interruptions)
     if len(repeats) > most:
@@ -284,6 +287,7 @@ RULES: Final[dict[str, Rule]] = {
     "known": known,
     "as expected": as_expected,
     "vectors right": vectors_right,
+    "never twice where once is promised": never_twice,
     "repeats bounded": repeats_bounded,
     "commits never ahead": never_ahead,
     "commits never back": never_back,
@@ -372,11 +376,11 @@ def _numbers(history: History) -> dict[str, int | str]:
 
 def report(path: Path, verdict: Verdict) -> str:
     """What a person reads."""
-    lines = [f"{name:<30} {value}" for name, value in verdict.numbers.items()]
-    lines.append(f"{'digest':<30} sha256:{digest(path)}")
+    lines = [f"{name:<36} {value}" for name, value in verdict.numbers.items()]
+    lines.append(f"{'digest':<36} sha256:{digest(path)}")
     for rule in RULES:
         found = [breach for breach in verdict.breaches if breach.rule == rule]
-        lines.append(f"{rule:<34} {'holds' if not found else f'BROKEN {len(found)} times'}")
+        lines.append(f"{rule:<36} {'holds' if not found else f'BROKEN {len(found)} times'}")
         lines += [f"    {breach.what}" for breach in found[:_SHOWN]]
     return "\n".join(lines)
 

@@ -25,14 +25,15 @@ class _Line(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", omit_de
 
 
 class Run(_Line, frozen=True, kw_only=True, tag="run"):
-    """The first line. `repeats_each`: jobs that one fault may have answered again. `slack_s`: how long after a fault its
-    repeats may still come."""
+    """The first line. `once`: the job topics whose jobs are answered exactly once; of the others, `repeats_each` is how many
+    jobs one fault may have answered again, and `slack_s` how long after it that may still come."""
 
     seed: int
     mode: Mode
     kafka: str
     model: str
     workers: int
+    once: tuple[str, ...] = ()
     repeats_each: int
     slack_s: float
     settings: dict[str, str] = {}

@@ -162,6 +162,7 @@ class Harness:
                 kafka=self._cluster.kafka_description,
                 model=self._models[0].name,
                 workers=plan.workers,
+                once=(self.topics.bulk,) if plan.mode == "exactly-once" else (),
                 repeats_each=2 * PARTITIONS * _MAX_UNCOMMITTED + plan.workers * _MAX_POLL,
                 slack_s=30.0,
                 settings={name: str(value) for name, value in self._settings().items()},
