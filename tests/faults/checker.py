@@ -369,9 +369,27 @@ def _numbers(history: History) -> dict[str, int | str]:
         "jobs repeated": len(repeated),
         "dead letters": sum(map(len, history.letters.values())),
         "commits seen": len(history.commits),
+        "longest time without an answer": f"{longest_pause(history):.1f} s",
         "faults": ", ".join(f"{count} {name}" for name, count in sorted(faults.items())) or "none",
         "ends of workers": ", ".join(f"{count} × {code}" for code, count in sorted(ended.items())) or "none",
     }
+
+
+def longest_pause(history: History) -> float:
+    """Seconds from one result to the next while jobs waited, at most."""
+    seen: list[tuple[float, int]] = [(job.at, 1) for job in history.jobs.values()]
+    answered: set[str] = set()
+    for result in sorted((each for found in history.results.values() for each in found), key=lambda r: r.at):
+        seen.append((result.at, 0 if result.id in answered else -1))
+        answered.add(result.id)
+    longest, waiting, since = 0.0, 0, 0.0
+    for at, change in sorted(seen):
+        if change == 1:
+            since = at if waiting == 0 else since
+        elif waiting:
+            longest, since = max(longest, at - since), at
+        waiting += change
+    return longest
 
 
 def report(path: Path, verdict: Verdict) -> str:
