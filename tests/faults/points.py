@@ -45,9 +45,7 @@ POINTS: Final[dict[str, Point]] = {
     "after_compute": Point((f"{_PIPELINE}.computed",), "before"),
     "before_cache_write": Point(("embedq_consumer.cache:VectorCache.put_many",), "before"),
     "before_publish": Point((f"{_PUBLISHER}.send", f"{_PUBLISHER}.publish"), "before"),
-    "during_publish": Point(
-        ("embedq_shared.kafka.producing:PartitionwiseProducer.append", f"{_PUBLISHER}.publish"), "during"
-    ),
+    "during_publish": Point((f"{_PUBLISHER}.send", f"{_PUBLISHER}.publish"), "during"),
     "after_publish": Point((f"{_INTAKE}.finish",), "before"),
     "before_commit": Point(_COMMIT, "before"),
     "during_commit": Point(_COMMIT, "during"),
