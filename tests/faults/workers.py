@@ -23,7 +23,10 @@ from tests.helpers.support import patient, wait_until
 
 log = structlog.get_logger()
 
-_ROOT: Final = Path(__file__).parents[2]
+_PATH: Final = os.pathsep.join(
+    [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
+"""Where workers find the tests' own modules, and whatever this process was told."""
 _RESTART_S: Final = 0.5
 """What a supervisor takes at least; a worker that cannot start must not start a hundred times a minute."""
 
@@ -52,7 +55,7 @@ class SupervisedWorker:
             model,
             directory / f"{name}.log",
             python=["-m", "tests.faults.worker"],
-            environ={ORDERS: str(self._orders), "PYTHONPATH": str(_ROOT)},
+            environ={ORDERS: str(self._orders), "PYTHONPATH": _PATH},
             replica=name,
             **settings,
         )
