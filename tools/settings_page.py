@@ -13,6 +13,7 @@ from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 import msgspec
 
 from embedq_consumer.settings import Settings
+from embedq_shared.secret import Secret
 
 PAGE: Final = Path(__file__).parents[1] / "docs" / "settings.md"
 
@@ -54,7 +55,7 @@ def _kind(kind: Any, metas: list[msgspec.Meta]) -> str:
         return ", ".join(f"`{choice}`" for choice in get_args(kind))
     if kind is bool:
         return "`true`, `false`"
-    words = {int: "integer", float: "number", str: "text"}[kind]
+    words = {int: "integer", float: "number", str: "text", Secret: "text, or a file's path in `…_FILE`"}[kind]
     for meta in metas:
         if meta.ge is not None:
             words += f", at least {meta.ge:,}"

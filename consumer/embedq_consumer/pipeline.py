@@ -76,11 +76,9 @@ class Pipeline:
         """Start on these records. Returns at once."""
         self._spawn(self._take(records), "take")
 
-    def take_unreadable(self, record: Record, error: Exception) -> None:
-        """Reject a record that the client could not decode. Its position is all that is known of it."""
-        reason = ErrorBody.of(
-            "malformed", f"expected a record that the Kafka client can read ({type(error).__name__})"
-        )
+    def take_unreadable(self, record: Record, why: str) -> None:
+        """Reject a record, or a batch of them, that could not be read. Its position is all that is known of it."""
+        reason = ErrorBody.of("malformed", f"expected a record that can be read: {why}")
         rejection = Rejection(
             error=reason, format="json", headers=JobHeaders(), envelope=Envelope(), dead_letter=True
         )

@@ -19,7 +19,7 @@ from embedq_consumer.service import MissingTopics, serve
 from embedq_consumer.settings import Settings, SettingsError
 from embedq_consumer.supervisor import supervise
 from embedq_consumer.telemetry import logs
-from embedq_shared.kafka import KafkaError
+from embedq_shared.kafka import KafkaError, explain, is_permanent
 
 _EXPECTED = (
     SettingsError,
@@ -37,7 +37,7 @@ _EXPECTED = (
 
 
 def main() -> int:
-    """The exit code: 0 after a clean stop, 1 after a failure, 2 for a wrong setting."""
+    """The exit code: 0 after a clean stop, 1 after a failure, 2 for a wrong setting or a Kafka that refuses us."""
     try:
         settings = _keep_compiled(Settings.from_env(os.environ).named())
     except SettingsError as error:
@@ -52,8 +52,9 @@ def main() -> int:
     except* _EXPECTED as group:
         failures = _leaves(group)
     for failure in failures:
-        structlog.get_logger().error("failed", reason=type(failure).__name__, detail=str(failure))
-    if any(isinstance(failure, SettingsError) for failure in failures):
+        detail = explain(failure) if isinstance(failure, KafkaError) else str(failure)
+        structlog.get_logger().error("failed", reason=type(failure).__name__, detail=detail)
+    if any(isinstance(failure, SettingsError) or is_permanent(failure) for failure in failures):
         return 2
     return 1 if failures else 0
 

@@ -240,7 +240,8 @@ async def _publisher(settings: Settings, metrics: Metrics) -> AsyncIterator[Publ
         needed = (*topics.lanes, topics.results, topics.control, topics.status, topics.dead_letters)
         if missing := [topic for topic in needed if publisher.topics.partitions(topic) is None]:
             raise MissingTopics(
-                f"no topic {', '.join(missing)} on the broker; `embedq topics create` makes them"
+                f"no topic {', '.join(missing)} on the broker, or none that this user may see; "
+                "`embedq topics create` makes them"
             )
         yield publisher
     finally:

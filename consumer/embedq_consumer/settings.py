@@ -17,7 +17,16 @@ from embedq_consumer.cache import CacheOptions, RedisOptions, SecretSource
 from embedq_consumer.engine import LoadOptions, Quantization
 from embedq_consumer.intake import AdmissionPolicy, IntakeOptions
 from embedq_consumer.lifecycle.served_model import BatchOptions, ModelOptions
+from embedq_shared.kafka import (
+    DEFAULT_MAX_INFLATED_BYTES,
+    BadOption,
+    KafkaOptions,
+    OAuthOptions,
+    SaslMechanism,
+    SecurityProtocol,
+)
 from embedq_shared.messages import DEFAULT_ALIAS, DEFAULT_MAX_INPUTS
+from embedq_shared.secret import Secret, read_secret
 from embedq_shared.topics import GROUP, Topics
 from embedq_shared.user_cache import user_cache
 
@@ -188,6 +197,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         ),
     ] = 256 * 1024 * 1024
     max_poll_records: Annotated[PositiveInt, Meta(description="Records of one poll.")] = 512
+    max_inflated_bytes: Annotated[
+        int,
+        Meta(
+            ge=1024 * 1024,
+            description="Bytes that a compressed batch of job records may inflate to, above what the largest batch of a "
+            "well-meant producer does; a batch over it becomes one dead letter. Each assigned partition may take as much.",
+        ),
+    ] = DEFAULT_MAX_INFLATED_BYTES
     max_inputs: Annotated[PositiveInt, Meta(description="Texts that a job may hold.")] = DEFAULT_MAX_INPUTS
     max_text_bytes: Annotated[PositiveInt, Meta(description="Bytes of UTF-8 that a text may hold.")] = (
         1_000_000
@@ -297,15 +314,41 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     # Kafka's security, as aiokafka names it
 
     kafka_security_protocol: Annotated[
-        Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"],
+        SecurityProtocol,
         Meta(description="How the brokers are reached: in the clear or by TLS, with or without SASL."),
     ] = "PLAINTEXT"
     kafka_sasl_mechanism: Annotated[
-        Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"],
+        SaslMechanism,
         Meta(description="How SASL proves who we are; used by the SASL protocols alone."),
     ] = "PLAIN"
-    kafka_sasl_username: Annotated[str, Meta(description="User name for SASL.")] = ""
-    kafka_sasl_password: Annotated[str, Meta(description="Password for SASL.")] = ""
+    kafka_sasl_username: Annotated[str, Meta(description="User name for PLAIN and SCRAM.")] = ""
+    kafka_sasl_password: Annotated[Secret, Meta(description="Password for PLAIN and SCRAM.")] = Secret("")
+    kafka_oauth_token_file: Annotated[
+        str,
+        Meta(
+            description="File that holds a token for OAUTHBEARER; it is read for each connection, since tokens rotate."
+        ),
+    ] = ""
+    kafka_oauth_token_url: Annotated[
+        str,
+        Meta(
+            description="Token endpoint of an issuer that gives tokens for OAUTHBEARER by the client credentials grant; "
+            "instead of a file."
+        ),
+    ] = ""
+    kafka_oauth_client_id: Annotated[str, Meta(description="Who we are to the token endpoint.")] = ""
+    kafka_oauth_client_secret: Annotated[Secret, Meta(description="Our secret at the token endpoint.")] = (
+        Secret("")
+    )
+    kafka_oauth_scope: Annotated[
+        str, Meta(description="Scope to ask the token endpoint for. Empty: its default.")
+    ] = ""
+    kafka_oauth_cafile: Annotated[
+        str,
+        Meta(
+            description="PEM file of authorities that sign the token endpoint's certificate. Empty: the system's."
+        ),
+    ] = ""
     kafka_ssl_cafile: Annotated[
         str,
         Meta(description="PEM file of authorities that sign the brokers' certificates. Empty: the system's."),
@@ -324,13 +367,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Raises:
             SettingsError: naming the variable and what was expected.
         """
-        raw = {
+        raw: dict[str, str] = {
             name.removeprefix(PREFIX).lower(): value
             for name, value in environ.items()
             if name.startswith(PREFIX) and name not in _OTHERS
         }
+        for field in _secrets(cls):
+            _read_file(raw, field)
         try:
-            return msgspec.convert(raw, cls, strict=False)
+            return msgspec.convert(raw, cls, strict=False, dec_hook=lambda kind, value: kind(value))
         except msgspec.ValidationError as error:
             raise SettingsError(_explain(str(error))) from None
 
@@ -343,6 +388,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ValueError("EMBEDQ_CACHE_KEY: cannot be set together with EMBEDQ_CACHE_KEY_FILE")
         if self.devices and self.device != "auto":
             raise ValueError("EMBEDQ_DEVICE: cannot be set together with EMBEDQ_DEVICES")
+        self._kafka_options()  # what does not fit together is said now
 
     @property
     def topics(self) -> Topics:
@@ -386,6 +432,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             max_in_flight_bytes=self.max_in_flight_bytes,
             max_poll_records=self.max_poll_records,
             max_uncommitted=self.max_uncommitted_jobs,
+            max_inflated_bytes=self.max_inflated_bytes,
             commit_interval_s=self.commit_interval_ms / 1000,
             session_timeout_ms=self.session_timeout_ms,
             rebalance_timeout_ms=self.rebalance_timeout_ms,
@@ -449,20 +496,73 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         )
 
     def kafka(self) -> dict[str, Any]:
-        """What each aiokafka client needs to reach the brokers."""
-        from embedq_shared.kafka import KafkaOptions  # here, so that the supervisor loads no Kafka client
+        """What each aiokafka client needs to reach the brokers. Reads the certificate files, if TLS is on.
 
+        Raises:
+            SettingsError: one of the files cannot be used.
+        """
+        try:
+            return self._kafka_options().client_options()
+        except BadOption as error:
+            raise _bad_kafka_setting(error) from error
+
+    def _kafka_options(self) -> KafkaOptions:
         sasl = self.kafka_security_protocol.startswith("SASL")
-        return KafkaOptions(
-            servers=self.kafka_servers,
-            security_protocol=self.kafka_security_protocol,
-            ssl_cafile=self.kafka_ssl_cafile or None,
-            ssl_certfile=self.kafka_ssl_certfile or None,
-            ssl_keyfile=self.kafka_ssl_keyfile or None,
-            sasl_mechanism=self.kafka_sasl_mechanism if sasl else None,
-            sasl_plain_username=self.kafka_sasl_username if sasl else None,
-            sasl_plain_password=self.kafka_sasl_password if sasl else None,
-        ).client_options()
+        oauth = OAuthOptions(
+            token_file=self.kafka_oauth_token_file,
+            token_url=self.kafka_oauth_token_url,
+            client_id=self.kafka_oauth_client_id,
+            client_secret=self.kafka_oauth_client_secret,
+            scope=self.kafka_oauth_scope,
+            cafile=self.kafka_oauth_cafile,
+        )
+        try:
+            return KafkaOptions(
+                servers=self.kafka_servers,
+                security_protocol=self.kafka_security_protocol,
+                ssl_cafile=self.kafka_ssl_cafile or None,
+                ssl_certfile=self.kafka_ssl_certfile or None,
+                ssl_keyfile=self.kafka_ssl_keyfile or None,
+                sasl_mechanism=self.kafka_sasl_mechanism if sasl else None,
+                sasl_plain_username=self.kafka_sasl_username if sasl else None,
+                sasl_plain_password=self.kafka_sasl_password if sasl else None,
+                sasl_oauth_token_provider=(
+                    oauth.provider() if sasl and self.kafka_sasl_mechanism == "OAUTHBEARER" else None
+                ),
+            )
+        except BadOption as error:
+            raise _bad_kafka_setting(error) from error
+
+
+def _bad_kafka_setting(error: BadOption) -> SettingsError:
+    """An option of the Kafka room by its variable."""
+    names = (name.replace("sasl_plain_", "sasl_").upper() for name in error.option.split(", "))
+    expected = re.sub(
+        r"`([a-z]+_[a-z_]+)`", lambda found: f"{PREFIX}KAFKA_{found[1].upper()}", error.expected
+    )
+    return SettingsError(
+        f"{', '.join(f'{PREFIX}KAFKA_{name}' for name in names)}: expected {expected}, got {error.got}"
+    )
+
+
+def _secrets(kind: type[msgspec.Struct]) -> list[str]:
+    """The fields that hold secrets, each of which may be in a file of its own."""
+    hints = get_type_hints(kind)
+    return [name for name in kind.__struct_fields__ if hints[name] is Secret]
+
+
+def _read_file(raw: dict[str, str], field: str) -> None:
+    """Put what the file of `EMBEDQ_<FIELD>_FILE` holds where the variable itself would be."""
+    path = raw.pop(f"{field}_file", None)
+    if path is None:
+        return
+    name = f"{PREFIX}{field.upper()}"
+    if field in raw:
+        raise SettingsError(f"{name}: cannot be set together with {name}_FILE")
+    try:
+        raw[field] = read_secret(path)
+    except ValueError as error:
+        raise SettingsError(f"{name}_FILE: expected a file with one secret; {path} {error}") from None
 
 
 def _explain(message: str) -> str:

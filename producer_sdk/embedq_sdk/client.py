@@ -91,6 +91,7 @@ class EmbedClient:
             instance,
             deliver=lambda record: self._runner.deliver(record),
             broken=lambda fault: self._runner.break_down(fault),
+            refused=lambda error: self._runner.refuse(error),
         )
         self._runner = JobRunner(self._transport, self._topics, in_flight)
         self._used = False
@@ -150,7 +151,7 @@ class EmbedClient:
             InvalidArgument: before anything was sent.
             JobFailed: the service refused the text, or all of them.
             PartialFailure: some texts failed; it holds the vectors of the others.
-            DeadlineExceeded, KafkaUnavailable, Overloaded, MixedModelVersions, ClientClosed.
+            DeadlineExceeded, KafkaUnavailable, KafkaRefused, Overloaded, MixedModelVersions, ClientClosed.
         """
         options = JobOptions(**job)
         if options.late:

@@ -5,6 +5,7 @@
     ├── ClientClosed                     the client is closed, or was never entered
     ├── Overloaded                       too much in flight here, for longer than the deadline
     ├── KafkaUnavailable                 no broker answers
+    │   └── KafkaRefused                 one answers, and lets us not in, or not do this: trying again will not help
     ├── TopicMissing                     Kafka answers, but a topic of embedq does not exist
     ├── DeadlineExceeded (TimeoutError)  Kafka answers, but no result arrived in time
     ├── UnreadableReply                  a reply does not follow the wire contract
@@ -74,8 +75,15 @@ class KafkaUnavailable(EmbedError):
     reason: str
 
 
+class KafkaRefused(KafkaUnavailable):
+    """Kafka at {servers} refuses this client: {reason}
+
+    A wrong password or token, a certificate that is not trusted, a missing right, the wrong security protocol.
+    """
+
+
 class TopicMissing(EmbedError):
-    """Kafka at {servers} has no topic {topic}: create it with `embedq topics create`"""
+    """Kafka at {servers} has no topic {topic}, or does not show it to this user: `embedq topics create` creates it"""
 
     servers: str
     topic: str

@@ -205,7 +205,11 @@ async def read_results(
             consumer.subscribe([topic], listener=_OnRebalance(collector))
         last_record = last_commit = loop.time()
         while True:
-            for record in await poll(consumer, timeout_ms=_POLL_MS):
+            try:
+                found = await poll(consumer, timeout_ms=_POLL_MS)
+            except (KafkaError, OSError) as error:
+                raise connection.failed(error, "reading the results") from error
+            for record in found:
                 last_record = loop.time()
                 result = _result(collector, record)
                 if result is not None:
@@ -234,7 +238,9 @@ def _result(collector: ResultCollector, record: Polled) -> JobResult | None:
 
 
 def _unreadable(record: Polled, why: str) -> JobResult:
-    detail = f"{why} at {record.topic}-{record.partition}, offset {record.offset}"
+    first = record.first_offset if isinstance(record, UnreadableRecord) else record.offset
+    where = f"offset {record.offset}" if first == record.offset else f"offsets {first} to {record.offset}"
+    detail = f"{why} at {record.topic}-{record.partition}, {where}"
     return JobResult(id=None, embeddings=None, error=UnreadableReply(detail=detail))
 
 

@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from aiokafka import ConsumerRebalanceListener, ConsumerRecord, TopicPartition
 from aiokafka.errors import IllegalStateError
 
+from embedq_shared.kafka import Unreadable
+
 
 class ScriptedConsumer:
     """One member of a group whose rebalances the test makes.
 
-    The habits that matter: a poll asks its partitions in their order and takes all it can of the first; one that meets a
-    record which it cannot read raises, and what it had taken of the others before is lost; while partitions are
-    reassigned, no poll returns; a poll that is cancelled has moved no position.
+    The habits that matter: a poll asks its partitions in their order and takes all it can of the first; a record that cannot
+    be read comes with an `Unreadable` as its value; while partitions are reassigned, no poll returns; a poll that is cancelled has moved no position.
     """
 
     def __init__(self, *, blocks: bool = False) -> None:
@@ -33,7 +34,7 @@ class ScriptedConsumer:
         self.ends: dict[TopicPartition, int] = {}
         self.subscribed: Sequence[str] = ()
         self.stop_error: BaseException | None = None
-        self._records: dict[TopicPartition, dict[int, ConsumerRecord | None]] = {}
+        self._records: dict[TopicPartition, dict[int, ConsumerRecord]] = {}
         self._arrived = asyncio.Event()
         self._assigned = asyncio.Event()
         self._assigned.set()
@@ -49,7 +50,8 @@ class ScriptedConsumer:
         log = self._records.setdefault(partition, {})
         offset = self.ends.get(partition, 0) if at is None else at
         for number, value in enumerate(values, offset):
-            log[number] = None if value is None else _record(partition, number, value)
+            what = Unreadable(number, "why") if value is None else value
+            log[number] = _record(partition, number, what)
         self.ends[partition] = offset + len(values)
         self._arrived.set()
 
@@ -165,11 +167,7 @@ class ScriptedConsumer:
             position = self.positions[partition]
             while position < self.ends.get(partition, 0) and len(taken) < limit:
                 if position in log:
-                    record = log[position]
-                    if record is None:
-                        # The records before it are withheld, and this partition's position has not moved.
-                        raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
-                    taken.append(record)
+                    taken.append(log[position])
                 position += 1
             self.positions[partition] = position
             if taken:
@@ -179,6 +177,9 @@ class ScriptedConsumer:
 
 
 class _Connections:
+    hosts = ()
+    _sasl_mechanism = "PLAIN"
+
     async def close(self) -> None:
         """There are none."""
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import yaml
 
 from embedq_consumer.settings import Settings
+from embedq_shared.secret import Secret
 from tools import settings_page
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +35,9 @@ def test_every_setting_that_a_page_names_exists(page: Path) -> None:
     others = {"kafka_version", "cache_dir", "test_patience"}
     text = page.read_text(encoding="utf-8")
     named = {found.removeprefix("EMBEDQ_").lower() for found in re.findall(r"`(EMBEDQ_[A-Z0-9_]+)", text)}
-    assert named <= set(Settings.__struct_fields__) | others
+    hints = get_type_hints(Settings)
+    files = {f"{field}_file" for field in Settings.__struct_fields__ if hints[field] is Secret}
+    assert named <= set(Settings.__struct_fields__) | files | others
 
 
 def test_the_settings_page_is_fresh() -> None:

@@ -25,7 +25,7 @@ PACKAGES = {
     "embedq_shared": ROOT / "shared" / "embedq_shared",
 }
 HEAVY = {"torch", "transformers", "tokenizers", "sentence_transformers", "safetensors", "flash_attn"}
-LIGHT = {"aiokafka", "msgspec", "numpy"}
+LIGHT = {"aiokafka", "cramjam", "msgspec", "numpy"}
 
 
 def imports(file: Path) -> Iterator[str]:
@@ -67,18 +67,30 @@ def test_redis_stays_in_the_cache() -> None:
 
 
 def test_the_kafka_client_is_imported_in_one_room() -> None:
-    """aiokafka has traps (`embedq_shared/kafka.py` lists them), and each was once known here and forgotten there: all others
+    """aiokafka has traps (`embedq_shared/kafka/` lists them), and each was once known here and forgotten there: all others
     take its classes and errors from that room. The one exception makes topics, with admin requests that only it needs.
     """
-    assert importers("embedq_shared", {"aiokafka"}) == {"kafka.py"}
+    assert {file.partition("/")[0] for file in importers("embedq_shared", {"aiokafka"})} == {"kafka"}
     assert importers("embedq_sdk", {"aiokafka"}) == {"admin/topics.py"}
     assert importers("embedq_consumer", {"aiokafka"}) == set()
 
 
-def test_records_are_polled_where_unreadable_ones_are_stepped_over() -> None:
-    """A plain `getmany` raises at an unreadable record for ever; `poll` and `poll_partition` of the Kafka room do not.
-    Intake has its own walk, since it must not pass a record that its ledger has not begun.
-    """
+def test_every_consumer_is_bounded() -> None:
+    """aiokafka's own inflates a batch of 38 KB to a gigabyte, and raises at an unreadable record for ever."""
+    made = [
+        file.relative_to(folder).as_posix()
+        for folder in PACKAGES.values()
+        for file in folder.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "AIOKafkaConsumer"
+    ]
+    assert made == []
+
+
+def test_records_are_polled_where_unreadable_ones_are_told_apart() -> None:
+    """A record that cannot be read has an `Unreadable` as its value: the Kafka room and the intake look at it."""
     polling = {
         f"{package}/{file.relative_to(folder).as_posix()}"
         for package, folder in PACKAGES.items()
@@ -86,15 +98,14 @@ def test_records_are_polled_where_unreadable_ones_are_stepped_over() -> None:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute) and node.attr in {"getmany", "getone"}
     }
-    assert "embedq_shared/kafka.py" in polling
     assert {name for name in polling if not name.startswith("embedq_consumer/intake/")} == {
-        "embedq_shared/kafka.py"
+        "embedq_shared/kafka/reading/unreadable.py"
     }
 
 
 def test_shared_needs_msgspec_and_numpy_alone_but_for_its_kafka_room() -> None:
     found = {name for file in PACKAGES["embedq_shared"].rglob("*.py") for name in imports(file)}
-    assert found - sys.stdlib_module_names - {"embedq_shared"} == {"aiokafka", "msgspec", "numpy"}
+    assert found - sys.stdlib_module_names - {"embedq_shared"} == LIGHT
 
 
 def test_the_sdk_needs_light_packages_but_for_its_command_line_and_its_local_stack() -> None:

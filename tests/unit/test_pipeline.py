@@ -241,11 +241,11 @@ async def test_a_record_that_is_not_a_job_is_answered_like_the_jobs_of_its_poll(
 
 async def test_a_record_that_the_client_could_not_decode_is_answered_by_its_position() -> None:
     async with running() as parts:
-        parts.pipeline.take_unreadable(record(offset=5), UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no"))
+        parts.pipeline.take_unreadable(record(offset=5), "its batch inflates to more than 1,000 bytes")
         await parts.finished(5)
         [result] = parts.sink.to(TOPICS.results)
         assert body(result)["id"] == "t.jobs-3-5"
-        assert "UnicodeDecodeError" in body(result)["error"]["message"]
+        assert "more than 1,000 bytes" in body(result)["error"]["message"]
         [letter] = parts.sink.to(TOPICS.dead_letters)
         assert value_of(letter.headers, "embedq-error-code") == b"malformed"
 

@@ -243,7 +243,8 @@ async def test_a_loop_that_fails_ends_the_others_and_the_service(world: World, s
 async def test_topics_that_are_missing_are_named(world: World, settings: Settings) -> None:
     world.partitions = {"embed.status": 0, "embed.jobs": 0}
     with pytest.raises(
-        MissingTopics, match=r"^no topic .*embed\.status.* on the broker; `embedq topics create` makes them$"
+        MissingTopics,
+        match=r"^no topic .*embed\.status.* on the broker, or none that this user may see; `embedq topics create` makes them$",
     ):
         await serve(settings, asyncio.Event())
     assert world.did == ["publisher open", "publisher closed"]

@@ -10,7 +10,7 @@ import structlog
 
 from embedq_consumer.delivery.outgoing import Outgoing, Place
 from embedq_consumer.delivery.send_round import MAX_BATCH_BYTES
-from embedq_shared.kafka import AIOKafkaProducer, UnknownTopicOrPartitionError, stop_client
+from embedq_shared.kafka import AIOKafkaProducer, UnknownTopicOrPartitionError, start_client, stop_client
 
 log = structlog.get_logger()
 
@@ -76,7 +76,7 @@ class KafkaProducer:
         Raises:
             KafkaError, OSError: no broker answers.
         """
-        await self._producer.start()
+        await start_client(self._producer)
 
     def send(self, record: Outgoing) -> Awaitable[asyncio.Future[Any]]:
         """Append one record; the future is done when the broker has it, or will not have it."""

@@ -8,12 +8,15 @@ from typing import Any, Protocol, cast
 import msgspec
 
 from embedq_shared.kafka import (
-    AIOKafkaConsumer,
+    DEFAULT_MAX_INFLATED_BYTES,
+    BoundedConsumer,
     ConsumerRebalanceListener,
     ConsumerRecord,
     RoundRobinPartitionAssignor,
     TopicPartition,
 )
+
+PolledRecords = Mapping[TopicPartition, Sequence[ConsumerRecord]]
 
 
 class IntakeOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,10 +31,12 @@ class IntakeOptions(msgspec.Struct, frozen=True, kw_only=True):
     commit_interval_s: float
     session_timeout_ms: int
     rebalance_timeout_ms: int
+    max_inflated_bytes: int = DEFAULT_MAX_INFLATED_BYTES
+    """Of one compressed batch of records."""
 
 
 class JobsConsumer(Protocol):
-    """The part of `AIOKafkaConsumer` that the intake uses; a scripted one stands in for it in tests."""
+    """The part of `BoundedConsumer` that the intake uses; a scripted one stands in for it in tests."""
 
     async def start(self) -> None:
         """Connect."""
@@ -42,10 +47,8 @@ class JobsConsumer(Protocol):
     def subscribe(self, topics: Sequence[str], *, listener: ConsumerRebalanceListener) -> None:
         """Ask to join the group."""
 
-    async def getmany(
-        self, *partitions: TopicPartition, timeout_ms: int, max_records: int
-    ) -> Mapping[TopicPartition, Sequence[ConsumerRecord]]:
-        """Records of these partitions; raises one of `UNREADABLE` for a record that it cannot read."""
+    async def getmany(self, *partitions: TopicPartition, timeout_ms: int, max_records: int) -> PolledRecords:
+        """Records of these partitions; what cannot be read has an `Unreadable` as its value."""
 
     async def commit(self, offsets: Mapping[TopicPartition, int]) -> None:
         """Store the next offsets to read."""
@@ -71,8 +74,9 @@ def make_jobs_consumer(kafka: Mapping[str, Any], options: IntakeOptions) -> Jobs
     written out."""
     return cast(
         JobsConsumer,
-        AIOKafkaConsumer(
+        BoundedConsumer(
             **kafka,
+            max_inflated_bytes=options.max_inflated_bytes,
             group_id=options.group,
             enable_auto_commit=False,
             auto_offset_reset="earliest",

@@ -14,18 +14,19 @@ from typing import Final
 import structlog
 
 from embedq_consumer.intake.flow_control import InFlightLimits, PollPlanner
-from embedq_consumer.intake.jobs_consumer import IntakeOptions, JobsConsumer
+from embedq_consumer.intake.jobs_consumer import IntakeOptions, JobsConsumer, PolledRecords
 from embedq_consumer.intake.offset_committer import OffsetCommitter
 from embedq_consumer.intake.offsets import OffsetLedger
 from embedq_consumer.intake.poll_state import PollState
 from embedq_consumer.intake.records import Record
-from embedq_consumer.intake.unreadable import POLL_MS, CarefulReader, PolledRecords
 from embedq_consumer.telemetry.metrics import Metrics
-from embedq_shared.kafka import UNREADABLE, ConsumerRebalanceListener, TopicPartition, position, stop_client
+from embedq_shared.kafka import ConsumerRebalanceListener, TopicPartition, Unreadable, position, stop_client
 from embedq_shared.topics import LANES, Lane, Topics
 
 log = structlog.get_logger()
 
+POLL_MS: Final = 200
+"""The usual wait for records. It bounds how late the loop's heartbeat comes; whatever matters interrupts it."""
 _CLOSE_S: Final = 10.0
 """Leaving the group takes milliseconds, unless the brokers are gone."""
 _DRAIN_S: Final = 30.0
@@ -36,7 +37,7 @@ NOWHERE: Final = TopicPartition("", 0)
 client keeps what it has fetched."""
 
 Take = Callable[[Sequence[Record]], None]
-Unreadable = Callable[[Record, Exception], None]
+TakeUnreadable = Callable[[Record, str], None]
 
 
 class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has no type information
@@ -84,7 +85,6 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
             interval_s=options.commit_interval_s,
             max_uncommitted=options.max_uncommitted,
         )
-        self._careful = CarefulReader(consumer, self._ledger, self._poll, beat)
         self._broken: BaseException | None = None
         self.joined = asyncio.Event()
         """Set once the group has given this replica its partitions, even if there are none."""
@@ -100,8 +100,9 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
         await self._consumer.start()
         self._consumer.subscribe(list(self._topics.lanes), listener=self)
 
-    async def run(self, take: Take, unreadable: Unreadable) -> None:
-        """Poll until `stop`. `take` gets each poll's records; `unreadable` a record that the client cannot hand out."""
+    async def run(self, take: Take, unreadable: TakeUnreadable) -> None:
+        """Poll until `stop`. `take` gets each poll's records; `unreadable` each record that cannot be read,
+        or the last one of a batch of which none can be, and why."""
         while (turn := self._state.next_turn()) != "end":
             self._changes.notify()
             self._beat()
@@ -170,28 +171,24 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
 
     # -- polling ------------------------------------------------------------------------------------------------------
 
-    async def _read(self, take: Take, unreadable: Unreadable, *, held: bool) -> None:
+    async def _read(self, take: Take, unreadable: TakeUnreadable, *, held: bool) -> None:
         """One turn: a poll of the partitions that are due."""
         plan = self._planner.plan(held=held)
         self._show_limits()
-        try:
-            polled: PolledRecords = {}
-            if plan.urgent:
-                polled = await self._poll(plan.urgent, limit=plan.limit, timeout_ms=0)
-            only_urgent = bool(polled)
-            if not polled:
-                timeout_ms = POLL_MS if plan.complete else 0
-                polled = await self._poll(
-                    plan.partitions or [NOWHERE], limit=plan.limit, timeout_ms=timeout_ms
-                )
-        except UNREADABLE as error:
-            log.warning("poll_failed", reason=type(error).__name__)
-            await self._read_carefully(take, unreadable)
-            return
+        polled: PolledRecords = {}
+        if plan.urgent:
+            polled = await self._poll(plan.urgent, limit=plan.limit, timeout_ms=0)
+        only_urgent = bool(polled)
+        if not polled:
+            timeout_ms = POLL_MS if plan.complete else 0
+            polled = await self._poll(plan.partitions or [NOWHERE], limit=plan.limit, timeout_ms=timeout_ms)
         self._planner.note(plan, polled, only_urgent=only_urgent)
-        if records := self._begin(polled):
+        records, unread = self._begin(polled)
+        for record, why in unread:
+            unreadable(record, why)
+        if records:
             take(records)
-        elif plan.complete:
+        if plan.complete and not polled:
             await self._step_over_gaps()
 
     async def _poll(
@@ -211,42 +208,33 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
         await asyncio.wait({poll})
         return {} if poll.cancelled() else poll.result()
 
-    def _begin(self, polled: PolledRecords) -> list[Record]:
+    def _begin(self, polled: PolledRecords) -> tuple[list[Record], list[tuple[Record, str]]]:
+        """The records, and those that cannot be read with the reason. All of them are in flight from here on."""
         now = time.monotonic()
-        records = []
+        records: list[Record] = []
+        unread: list[tuple[Record, str]] = []
         for partition, found in polled.items():
             lane = self._lane_of[partition.topic]
             for raw in found:
-                record = Record(
-                    ticket=self._ledger.begin(partition, raw.offset),
-                    lane=lane,
-                    key=raw.key,
-                    value=raw.value,
-                    headers=raw.headers,
-                    timestamp_ms=raw.timestamp,
-                    timestamp_type=raw.timestamp_type,
-                    polled_at=now,
-                )
+                ticket = self._ledger.begin(partition, raw.offset)
+                if isinstance(raw.value, Unreadable):
+                    record = Record.unread(ticket, lane, now)
+                    unread.append((record, raw.value.reason))
+                else:
+                    record = Record(
+                        ticket=ticket,
+                        lane=lane,
+                        key=raw.key,
+                        value=raw.value,
+                        headers=raw.headers,
+                        timestamp_ms=raw.timestamp,
+                        timestamp_type=raw.timestamp_type,
+                        polled_at=now,
+                    )
+                    records.append(record)
                 self._limits.add(lane, record.size)
-                records.append(record)
             self._metrics.records.labels(lane).inc(len(found))
-        return records
-
-    async def _read_carefully(self, take: Take, unreadable: Unreadable) -> None:
-        """After a failed poll: hand over what can be read, one by one, and step over what cannot."""
-
-        def hand_over(found: PolledRecords) -> bool:
-            take(self._begin(found))
-            return self._state.due != "end" and all(map(self._planner.may_read_on, found))
-
-        def stepped_over(partition: TopicPartition, offset: int, error: Exception) -> None:
-            record = Record.unread(
-                self._ledger.begin(partition, offset), self._lane_of[partition.topic], time.monotonic()
-            )
-            self._limits.add(record.lane, record.size)
-            unreadable(record, error)
-
-        await self._careful.read(hand_over, stepped_over)
+        return records, unread
 
     async def _step_over_gaps(self) -> None:
         """After the last record there may be transaction markers and compacted holes; the position is past them.

@@ -13,10 +13,12 @@ from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.codec import decode_control
 from embedq_shared.kafka import (
     AIOKafkaConsumer,
+    BoundedConsumer,
     Polled,
     TopicPartition,
     UnreadableRecord,
     poll_partition,
+    start_client,
     stop_client,
 )
 from embedq_shared.messages import Control
@@ -44,7 +46,7 @@ class ControlTopic:
         topics: Topics,
         alias: str,
         metrics: Metrics,
-        make_consumer: Callable[..., AIOKafkaConsumer] = AIOKafkaConsumer,
+        make_consumer: Callable[..., AIOKafkaConsumer] = BoundedConsumer,
     ) -> None:
         self._alias = alias
         self._metrics = metrics
@@ -64,7 +66,7 @@ class ControlTopic:
             KafkaError: no broker answers.
             TimeoutError: reading the topic took more than 60 s.
         """
-        await self._consumer.start()
+        await start_client(self._consumer)
         self._consumer.assign([self._partition])
         newest: Control | None = None
         async with asyncio.timeout(_READ_S):

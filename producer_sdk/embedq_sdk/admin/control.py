@@ -23,7 +23,6 @@ from embedq_shared.kafka import (
     UnreadableRecord,
     group_lag,
     poll,
-    reason,
 )
 from embedq_shared.messages import Control, Policy, Status
 from embedq_shared.topics import GROUP, Topics
@@ -267,7 +266,7 @@ class _ControlPlaneReader:
         try:
             records = await poll(self._consumer, timeout_ms=_POLL_MS)
         except (KafkaError, OSError) as error:
-            raise self._connection.unavailable(reason(error)) from error
+            raise self._connection.failed(error) from error
         self._check_silence(time.time())
         return [command for record in records if (command := self._take(record)) is not None]
 

@@ -14,7 +14,7 @@ from aiokafka.errors import TopicAlreadyExistsError, for_code
 from embedq_sdk.errors import InvalidArgument
 from embedq_sdk.job_options import checked_count, checked_timeout
 from embedq_sdk.transport.kafka import KafkaConnection
-from embedq_shared.kafka import AIOKafkaAdminClient, KafkaError, reason
+from embedq_shared.kafka import AIOKafkaAdminClient, KafkaError, is_permanent
 from embedq_shared.topics import Topics, is_topic_name
 
 _MINUTE: Final = 60_000
@@ -132,7 +132,7 @@ async def create_topics(
         except TimeoutError:
             raise connection.unavailable(f"creating the topics took more than {timeout:g} s") from None
         except (KafkaError, OSError) as error:
-            raise connection.unavailable(f"creating the topics: {reason(error)}") from error
+            raise connection.failed(error, "creating the topics") from error
 
 
 async def _create(admin: AIOKafkaAdminClient, specs: list[TopicSpec], copies: int) -> list[TopicSpec]:
@@ -155,6 +155,8 @@ async def _create(admin: AIOKafkaAdminClient, specs: list[TopicSpec], copies: in
         if error.__name__ in {"InvalidReplicationFactorError", "InvalidPartitionsError"}:
             argument = "replication" if "Replication" in error.__name__ else "partitions"
             raise InvalidArgument(argument=argument, expected="what the cluster can hold", got=str(detail))
+        if is_permanent(error(name)):
+            raise error(name)
         raise KafkaError(f"{name}: {detail}")
     return again
 

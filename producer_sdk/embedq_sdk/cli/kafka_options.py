@@ -9,7 +9,8 @@ from typing import Any, Final, get_args
 import click
 import msgspec
 
-from embedq_shared.kafka import SecurityProtocol
+from embedq_shared.kafka import BadOption, OAuthOptions, SaslMechanism, SecurityProtocol
+from embedq_shared.secret import Secret, read_secret
 
 CONNECT_TIMEOUT_S: Final = 5.0
 """A person waits for the first answer."""
@@ -29,21 +30,49 @@ def kafka_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the options below, and their values as its argument `kafka`, a `KafkaTarget`."""
 
     @functools.wraps(command)
-    def with_target(
-        *args: Any,
-        servers: str,
-        prefix: str,
-        sasl_username: str | None,
-        sasl_password: str | None,
-        **rest: Any,
-    ) -> Any:
-        security = {name: rest.pop(name) for name in _AS_THEY_ARE}
-        security |= {"sasl_plain_username": sasl_username, "sasl_plain_password": sasl_password}
+    def with_target(*args: Any, servers: str, prefix: str, **rest: Any) -> Any:
+        given = {name: rest.pop(name) for name in _NAMES}
+        security = {name: given[name] for name in _AS_THEY_ARE}
+        security["sasl_plain_username"] = given["sasl_username"]
+        security["sasl_plain_password"] = _secret(given, "sasl_password")
+        if given["security_protocol"].startswith("SASL") and given["sasl_mechanism"] == "OAUTHBEARER":
+            security["sasl_oauth_token_provider"] = _provider(given)
         return command(*args, kafka=KafkaTarget(servers=servers, prefix=prefix, security=security), **rest)
 
     for option in reversed(_OPTIONS):
         with_target = option(with_target)
     return with_target
+
+
+def _secret(given: dict[str, Any], name: str) -> Secret | None:
+    """An option's value, or that of its file."""
+    path = given[f"{name}_file"]
+    if path is None:
+        return None if given[name] is None else Secret(given[name])
+    option = f"--{name.replace('_', '-')}"
+    if given[name] is not None:
+        raise click.UsageError(f"give either {option} or {option}-file")
+    try:
+        return read_secret(path)
+    except ValueError as error:
+        raise click.BadParameter(f"{path} {error}", param_hint=f"{option}-file") from None
+
+
+def _provider(given: dict[str, Any]) -> Any:
+    options = OAuthOptions(
+        token_file=given["oauth_token_file"] or "",
+        token_url=given["oauth_token_url"] or "",
+        client_id=given["oauth_client_id"] or "",
+        client_secret=_secret(given, "oauth_client_secret") or Secret(""),
+        scope=given["oauth_scope"] or "",
+        cafile=given["oauth_cafile"] or "",
+    )
+    try:
+        return options.provider()
+    except BadOption as error:
+        raise click.BadParameter(
+            f"expected {error.expected}, got {error.got}", param_hint=f"--{error.option.replace('_', '-')}"
+        ) from None
 
 
 _AS_THEY_ARE: Final = (
@@ -54,6 +83,19 @@ _AS_THEY_ARE: Final = (
     "sasl_mechanism",
 )
 """Options that the SDK calls by the same names."""
+_NAMES: Final = (
+    *_AS_THEY_ARE,
+    "sasl_username",
+    "sasl_password",
+    "sasl_password_file",
+    "oauth_token_file",
+    "oauth_token_url",
+    "oauth_client_id",
+    "oauth_client_secret",
+    "oauth_client_secret_file",
+    "oauth_scope",
+    "oauth_cafile",
+)
 
 _OPTIONS: Final = (
     click.option(
@@ -104,11 +146,11 @@ _OPTIONS: Final = (
     click.option(
         "--sasl-mechanism",
         envvar="EMBEDQ_KAFKA_SASL_MECHANISM",
-        type=click.Choice(["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"]),
+        type=click.Choice(get_args(SaslMechanism)),
         default="PLAIN",
         show_default=True,
         show_envvar=True,
-        help="How to log in with a name and a password.",
+        help="How to log in: with a name and a password, or with a token.",
     ),
     click.option("--sasl-username", envvar="EMBEDQ_KAFKA_SASL_USERNAME", show_envvar=True, help="The name."),
     click.option(
@@ -116,5 +158,57 @@ _OPTIONS: Final = (
         envvar="EMBEDQ_KAFKA_SASL_PASSWORD",
         show_envvar=True,
         help="The password; other users see what is on a command line, so prefer the environment.",
+    ),
+    click.option(
+        "--sasl-password-file",
+        envvar="EMBEDQ_KAFKA_SASL_PASSWORD_FILE",
+        type=_FILE,
+        show_envvar=True,
+        help="A file that holds the password.",
+    ),
+    click.option(
+        "--oauth-token-file",
+        envvar="EMBEDQ_KAFKA_OAUTH_TOKEN_FILE",
+        type=_FILE,
+        show_envvar=True,
+        help="A file that holds the token for OAUTHBEARER.",
+    ),
+    click.option(
+        "--oauth-token-url",
+        envvar="EMBEDQ_KAFKA_OAUTH_TOKEN_URL",
+        show_envvar=True,
+        help="An issuer's token endpoint, which gives tokens for OAUTHBEARER.",
+    ),
+    click.option(
+        "--oauth-client-id",
+        envvar="EMBEDQ_KAFKA_OAUTH_CLIENT_ID",
+        show_envvar=True,
+        help="Who we are to the token endpoint.",
+    ),
+    click.option(
+        "--oauth-client-secret",
+        envvar="EMBEDQ_KAFKA_OAUTH_CLIENT_SECRET",
+        show_envvar=True,
+        help="Our secret there; prefer the environment or a file.",
+    ),
+    click.option(
+        "--oauth-client-secret-file",
+        envvar="EMBEDQ_KAFKA_OAUTH_CLIENT_SECRET_FILE",
+        type=_FILE,
+        show_envvar=True,
+        help="A file that holds that secret.",
+    ),
+    click.option(
+        "--oauth-scope",
+        envvar="EMBEDQ_KAFKA_OAUTH_SCOPE",
+        show_envvar=True,
+        help="The scope to ask the token endpoint for.",
+    ),
+    click.option(
+        "--oauth-cafile",
+        envvar="EMBEDQ_KAFKA_OAUTH_CAFILE",
+        type=_FILE,
+        show_envvar=True,
+        help="Certificates of the authorities to trust at the token endpoint, PEM.",
     ),
 )

@@ -22,6 +22,7 @@ from embedq_sdk.errors import (
     DeadlineExceeded,
     EmbedError,
     JobFailed,
+    KafkaRefused,
     KafkaUnavailable,
     Overloaded,
     UnreadableReply,
@@ -129,6 +130,10 @@ class JobRunner:
         """The transport stopped by itself, which is our bug: every call, now and later, ends with `fault` as cause."""
         self._fault = fault
         self._fail_all(self._closed_error)
+
+    def refuse(self, error: KafkaRefused) -> None:
+        """Kafka lets us read no replies, and says that it will not: the jobs of now end with `error`."""
+        self._fail_all(lambda: KafkaRefused(**vars(error)))
 
     def _fail_all(self, error: Callable[[], Exception]) -> None:
         for job in (*self._replies.jobs(), *self._submitted):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, Final
 
-from embedq_sdk.errors import InvalidArgument, KafkaUnavailable
+from embedq_sdk.errors import InvalidArgument, KafkaRefused, KafkaUnavailable
 from embedq_sdk.transport.kafka import KafkaConnection, close
 from embedq_sdk.transport.pending_jobs import PendingJob
-from embedq_shared.kafka import TOO_LARGE, AIOKafkaProducer, KafkaError
+from embedq_shared.kafka import TOO_LARGE, AIOKafkaProducer, KafkaError, is_permanent
 
 _LEAST_SHARE: Final = 16
 """Jobs in a batch, if that many wait: fewer are not worth a request."""
@@ -18,6 +19,8 @@ _MOST_JOBS: Final = 4096
 """Jobs in a batch, until the broker says that it takes less."""
 _RECONNECT_S: Final = 30.0
 _SEND_S: Final = 10.0
+_REFUSED_PAUSE_S: Final = 1.0
+"""Between two tries where the broker says that they will not help."""
 
 
 def share(waiting: int, partitions: int) -> int:
@@ -115,7 +118,13 @@ class Sender:
                         queue.extendleft(reversed(jobs))
                         raise
                     future.add_done_callback(partial(self._answered, jobs, topic, partition))
-        except (KafkaError, OSError, TimeoutError):
+        except (KafkaError, OSError) as error:
+            if is_permanent(error):
+                self._refuse(self._connection.failed(error, "sending"), queue)
+                queue.clear()
+            self._broken = True
+            self._work.set()
+        except TimeoutError:
             self._broken = True
             self._work.set()
 
@@ -157,6 +166,8 @@ class Sender:
                     job.future.set_result([])
         elif isinstance(error, TOO_LARGE) and len(jobs) == 1:
             jobs[0].fail(_too_large(jobs[0]))
+        elif isinstance(error, KafkaError) and is_permanent(error):
+            self._refuse(self._connection.failed(error, "sending"), jobs)
         else:
             if isinstance(error, TOO_LARGE):
                 self._most = max(1, len(jobs) // 2)  # the broker takes less than its default
@@ -172,11 +183,22 @@ class Sender:
         while self._producer is None:
             try:
                 self._producer = await self._connection.connect(self._connection.producer, _RECONNECT_S)
+            except KafkaRefused as refused:
+                for queue in self._queues.values():
+                    self._refuse(refused, queue)
+                    queue.clear()
+                await asyncio.sleep(_REFUSED_PAUSE_S)
             except KafkaUnavailable:
                 continue  # jobs end at their own deadlines meanwhile
         self._partitions.clear()
         self._broken = False
         self._work.set()
+
+    @staticmethod
+    def _refuse(error: KafkaUnavailable, jobs: Iterable[PendingJob]) -> None:
+        """End jobs that Kafka will not take, now or later."""
+        for job in jobs:
+            job.fail(type(error)(**vars(error)))
 
 
 def _too_large(job: PendingJob) -> InvalidArgument:

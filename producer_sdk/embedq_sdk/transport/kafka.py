@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any, Final, TypeVar, get_args
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from typing import Any, Final, TypeVar
 
-import msgspec
-
-from embedq_sdk.errors import InvalidArgument, KafkaUnavailable, TopicMissing
+from embedq_sdk.errors import InvalidArgument, KafkaRefused, KafkaUnavailable, TopicMissing
 from embedq_shared.kafka import (
     AIOKafkaAdminClient,
     AIOKafkaConsumer,
     AIOKafkaProducer,
+    BadOption,
+    BoundedConsumer,
     BrokerUnreachable,
     KafkaError,
     KafkaOptions,
-    SecurityProtocol,
     connect,
-    reason,
+    explain,
+    is_permanent,
     stop_client,
 )
+from embedq_shared.kafka import KafkaRefused as KafkaRefusedByBroker
 
 T = TypeVar("T")
 Client = TypeVar("Client", AIOKafkaConsumer, AIOKafkaProducer, AIOKafkaAdminClient)
@@ -48,7 +48,8 @@ class KafkaConnection:
     def __init__(self, options: KafkaOptions) -> None:
         self.servers = options.servers
         """host:port, several separated by commas."""
-        self._options = _client_options(options)
+        with _arguments():
+            self._options = options.client_options()
 
     @classmethod
     def of(cls, servers: str | list[str], security: Mapping[str, Any]) -> KafkaConnection:
@@ -68,20 +69,18 @@ class KafkaConnection:
                     argument=name, expected=f"one of {', '.join(sorted(SECURITY))}", got="an unknown option"
                 )
         given = {name: value for name, value in security.items() if value is not None}
-        protocols = get_args(SecurityProtocol)
-        if (protocol := given.get("security_protocol", protocols[0])) not in protocols:
-            raise InvalidArgument(
-                argument="security_protocol", expected=f"one of {', '.join(protocols)}", got=repr(protocol)
-            )
-        if "ssl_keyfile" in given and "ssl_certfile" not in given:
-            raise InvalidArgument(
-                argument="ssl_certfile", expected="the certificate of `ssl_keyfile`", got="nothing"
-            )
-        return cls(KafkaOptions(servers=address, **given))
+        with _arguments():
+            return cls(KafkaOptions(servers=address, **given))
 
     def unavailable(self, reason: str) -> KafkaUnavailable:
         """The error that names these servers."""
         return KafkaUnavailable(servers=self.servers, reason=reason)
+
+    def failed(self, error: KafkaError | OSError, what: str = "") -> KafkaUnavailable:
+        """The error for what Kafka's client raised while doing `what`: a `KafkaRefused` where trying again will not help."""
+        why = f"{what}: {explain(error)}" if what else explain(error)
+        kind = KafkaRefused if is_permanent(error) else KafkaUnavailable
+        return kind(servers=self.servers, reason=why)
 
     def producer(self) -> AIOKafkaProducer:
         """Not idempotent: an idempotent producer never gives a batch up while the broker is down, and a job that is
@@ -100,7 +99,7 @@ class KafkaConnection:
     def consumer(self, **settings: Any) -> AIOKafkaConsumer:
         """A consumer that commits nothing by itself and never skips to the end by itself."""
         timeout_s = _GROUP_REQUEST_TIMEOUT_S if settings.get("group_id") else REQUEST_TIMEOUT_S
-        return AIOKafkaConsumer(
+        return BoundedConsumer(
             client_id="embedq-sdk",
             enable_auto_commit=False,
             auto_offset_reset="earliest",
@@ -128,18 +127,19 @@ class KafkaConnection:
         except TimeoutError:
             raise self.unavailable(f"{what} took more than {seconds:g} s") from None
         except (KafkaError, OSError) as error:
-            raise self.unavailable(f"{what}: {reason(error)}") from error
+            raise self.failed(error, what) from error
 
     async def connect(self, make: Callable[[], Client], timeout: float) -> Client:
         """A started client: one of `producer`, `consumer`, `admin`. The caller closes it.
 
         Raises:
+            KafkaRefused: a broker answers, and trying again will not help.
             KafkaUnavailable: not within `timeout` seconds.
         """
         try:
             return await connect(make, timeout)
-        except BrokerUnreachable as error:
-            raise self.unavailable(str(error)) from error
+        except (BrokerUnreachable, KafkaRefusedByBroker) as error:
+            raise self.failed(error) from error
 
     @contextlib.asynccontextmanager
     async def client(self, make: Callable[[], Client], timeout: float) -> AsyncIterator[Client]:
@@ -155,22 +155,13 @@ class KafkaConnection:
             await close(client)
 
 
-def _client_options(options: KafkaOptions) -> dict[str, Any]:
+@contextlib.contextmanager
+def _arguments() -> Iterator[None]:
+    """An option that cannot be used is the caller's argument of that name."""
     try:
-        return options.client_options()
-    except OSError as error:
-        files = {
-            name: value
-            for name, value in msgspec.structs.asdict(options).items()
-            if name.startswith("ssl_") and name.endswith("file") and value is not None
-        }
-        # OpenSSL says neither which file it is nor much about why.
-        why = error if isinstance(error, ssl.SSLError) else error.strerror
-        raise InvalidArgument(
-            argument=", ".join(files) or "security_protocol",
-            expected="readable PEM files, the key belonging to the certificate",
-            got=f"{', '.join(map(str, files.values()))} ({why})",
-        ) from error
+        yield
+    except BadOption as error:
+        raise InvalidArgument(argument=error.option, expected=error.expected, got=error.got) from error
 
 
 async def require_topics(

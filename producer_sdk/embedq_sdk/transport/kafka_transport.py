@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any, Final
 
-from embedq_sdk.errors import KafkaUnavailable
+from embedq_sdk.errors import KafkaRefused, KafkaUnavailable
 from embedq_sdk.transport.job_sender import Sender
 from embedq_sdk.transport.kafka import KafkaConnection
 from embedq_sdk.transport.pending_jobs import PendingJob
@@ -31,6 +31,7 @@ class KafkaTransport:
         instance: a stable name of this process, which chooses its reply partition; random if None.
         deliver: called with each record of the reply partition.
         broken: called with the error if one of the two tasks ends by itself, which is our bug.
+        refused: called with the error when Kafka refuses to let us read the replies; reading is tried again.
     """
 
     def __init__(
@@ -40,12 +41,13 @@ class KafkaTransport:
         instance: str | None,
         deliver: Callable[[Any], None],
         broken: Callable[[BaseException], None],
+        refused: Callable[[KafkaRefused], None],
     ) -> None:
         self._connection = connection
         self._topics = topics
         self._instance = (instance or uuid.uuid4().hex).encode()
         self._sender = Sender(connection)
-        self._replies = ReplyReader(connection, topics.replies, self._partition_of, deliver)
+        self._replies = ReplyReader(connection, topics.replies, self._partition_of, deliver, refused)
         self._broken = broken
         self._tasks: list[asyncio.Task[None]] = []
 

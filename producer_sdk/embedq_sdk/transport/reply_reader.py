@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from typing import Any, Final
 
-from embedq_sdk.errors import KafkaUnavailable
+from embedq_sdk.errors import KafkaRefused, KafkaUnavailable
 from embedq_sdk.transport.kafka import KafkaConnection, close, require_topics
 from embedq_shared.kafka import (
     AIOKafkaConsumer,
     KafkaError,
     TopicPartition,
     UnreadableRecord,
+    is_permanent,
     poll_partition,
 )
 
@@ -21,6 +23,8 @@ _FETCH_WAIT_MS: Final = 500
 _POLL_MS: Final = 1000
 _RECONNECT_S: Final = 30.0
 _LEAST_CALL_S: Final = 0.1
+_REFUSED_PAUSE_S: Final = 1.0
+"""Between two tries where the broker says that they will not help."""
 
 
 class ReplyReader:
@@ -38,11 +42,13 @@ class ReplyReader:
         topic: str,
         choose: Callable[[int], int],
         deliver: Callable[[Any], None],
+        refused: Callable[[KafkaRefused], None],
     ) -> None:
         self._connection = connection
         self._topic = topic
         self._choose = choose
         self._deliver = deliver
+        self._refused = refused
         self._consumer: AIOKafkaConsumer | None = None
         self._position: int | None = None
         self.partition = -1
@@ -107,8 +113,16 @@ class ReplyReader:
             consumer = self._consumer or await self._reconnect()
             try:
                 await self._read(consumer)
-            except (KafkaError, OSError):
+            except (KafkaError, OSError) as error:
                 await self.close()
+                if is_permanent(error):
+                    await self._refuse(self._connection.failed(error, "reading the replies"))
+
+    async def _refuse(self, error: KafkaUnavailable) -> None:
+        """No job of now will see its reply. Somebody may still put it right, so that reading is tried again."""
+        if isinstance(error, KafkaRefused):
+            self._refused(error)
+        await asyncio.sleep(_REFUSED_PAUSE_S)
 
     async def _read(self, consumer: AIOKafkaConsumer) -> None:
         here = TopicPartition(self._topic, self.partition)
@@ -123,6 +137,9 @@ class ReplyReader:
         while True:
             try:
                 consumer = await self._connect(_RECONNECT_S)
+            except KafkaRefused as refused:
+                await self._refuse(refused)
+                continue
             except KafkaUnavailable:
                 continue
             here = TopicPartition(self._topic, self.partition)

@@ -391,7 +391,8 @@ def _fix_crc(batch: bytearray) -> None:
 
 async def test_a_missing_topic_is_named(servers: str) -> None:
     with pytest.raises(
-        TopicMissing, match=r"has no topic nowhere\.jobs: create it with `embedq topics create`"
+        TopicMissing,
+        match=r"has no topic nowhere\.jobs, or does not show it to this user: `embedq topics create`",
     ):
         async with EmbedClient(servers, topic_prefix="nowhere"):
             pass

@@ -8,13 +8,21 @@ from collections import Counter
 from contextlib import aclosing
 
 import pytest
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import TopicPartition
 
 from embedq_sdk import EmbedClient, UnreadableReply
 from embedq_sdk.admin.control import reload_model, service_status
 from embedq_sdk.admin.topics import create_topics
 from embedq_sdk.result_reader import JobResult
-from embedq_shared.kafka import Polled, UnreadableRecord, connect, poll, poll_partition, stop_client
+from embedq_shared.kafka import (
+    BoundedConsumer,
+    Polled,
+    UnreadableRecord,
+    connect,
+    poll,
+    poll_partition,
+    stop_client,
+)
 from embedq_shared.topics import Topics
 from tests.helpers.command_line import Run
 from tests.helpers.fake_replica import Replica
@@ -23,6 +31,7 @@ from tests.helpers.unreadable_records import plain_producer, send_unreadable
 pytestmark = pytest.mark.kafka
 
 PARTITIONS = 3
+NOT_UTF8 = "the name of a header is not UTF-8 (UnicodeDecodeError)"
 
 
 @pytest.fixture
@@ -33,8 +42,8 @@ def topics(servers: str) -> Topics:
     return Topics(name)
 
 
-def consumer_of(servers: str) -> AIOKafkaConsumer:
-    return AIOKafkaConsumer(bootstrap_servers=servers, enable_auto_commit=False, auto_offset_reset="earliest")
+def consumer_of(servers: str) -> BoundedConsumer:
+    return BoundedConsumer(bootstrap_servers=servers, enable_auto_commit=False, auto_offset_reset="earliest")
 
 
 async def write_results(servers: str, topics: Topics) -> tuple[set[str], set[str]]:
@@ -57,7 +66,7 @@ async def write_results(servers: str, topics: Topics) -> tuple[set[str], set[str
 
         async def send_bad(partition: int) -> None:
             offset = await send_unreadable(client, topics.results, partition)
-            places.add(f"UnicodeDecodeError at {topics.results}-{partition}, offset {offset}")
+            places.add(f"{NOT_UTF8} at {topics.results}-{partition}, offset {offset}")
 
         await send_bad(0)
         for partition in range(PARTITIONS):
@@ -155,7 +164,7 @@ async def test_a_poll_of_one_partition_gives_every_record_in_its_place(servers: 
 
     assert [record.offset for record in found] == list(range(5_002))
     assert found[bad] == UnreadableRecord(
-        topic=topics.jobs, partition=0, offset=bad, reason="UnicodeDecodeError"
+        topic=topics.jobs, partition=0, first_offset=bad, offset=bad, reason=NOT_UTF8
     )
     last = found[-1]
     assert not isinstance(last, UnreadableRecord)

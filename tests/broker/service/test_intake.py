@@ -51,7 +51,7 @@ class Taken:
     async def until(self, count: int) -> None:
         """Run the intake until it took `count` records."""
         await self._intake.open()
-        polling = asyncio.create_task(self._intake.run(self._take, lambda record, error: None))
+        polling = asyncio.create_task(self._intake.run(self._take, lambda record, why: None))
         try:
             await wait_until(lambda: len(self.records) >= count, what=f"{count} records")
             assert await self._intake.stop(within=10)

@@ -42,7 +42,7 @@ class Recorded:
 
 
 def settings_of(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> dict[str, Any]:
-    monkeypatch.setattr(module, "AIOKafkaConsumer", Recorded)
+    monkeypatch.setattr(module, "BoundedConsumer", Recorded)
     made: Any = make_jobs_consumer({"bootstrap_servers": "kafka:9092"}, options(**changes))
     found: dict[str, Any] = made.settings
     return found

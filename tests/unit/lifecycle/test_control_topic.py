@@ -12,12 +12,11 @@ import pytest
 from embedq_consumer.lifecycle.control_topic import ControlTopic
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.codec import encode_record
-from embedq_shared.kafka import TopicPartition
+from embedq_shared.kafka import TopicPartition, Unreadable
 from embedq_shared.messages import Control
 from embedq_shared.topics import Topics
 
 PARTITION = TopicPartition("embed.control", 0)
-BAD = "bad"
 
 
 def command(version: int, alias: str = "default", command_id: str = "c") -> Control:
@@ -25,7 +24,11 @@ def command(version: int, alias: str = "default", command_id: str = "c") -> Cont
 
 
 def record(value: bytes | None, key: bytes = b"default") -> Any:
-    return SimpleNamespace(key=key, value=value)
+    return SimpleNamespace(topic=PARTITION.topic, partition=0, key=key, value=value)
+
+
+def bad() -> Any:
+    return record(Unreadable(0, "why"))
 
 
 def of(found: Control) -> Any:
@@ -33,7 +36,7 @@ def of(found: Control) -> Any:
 
 
 class Consumer:
-    """One partition in memory. A poll that meets a bad record raises and does not move, as aiokafka's."""
+    """One partition in memory. A bad record comes as one whose value is an `Unreadable`, as the Kafka room's consumer has it."""
 
     def __init__(self, records: Sequence[Any], **options: Any) -> None:
         self.records = list(records)
@@ -41,6 +44,7 @@ class Consumer:
         self.at = 0
         self.ends = len(self.records)
         self.stopped = False
+        self._client = SimpleNamespace(_sasl_mechanism="PLAIN", hosts=())
 
     async def start(self) -> None:
         return
@@ -68,8 +72,6 @@ class Consumer:
     ) -> dict[TopicPartition, list[Any]]:
         await asyncio.sleep(0)
         found = self.records[self.at : self.at + (max_records or 500)]
-        if BAD in found:
-            b"\xff".decode()
         for n, each in enumerate(found):
             each.offset = self.at + n
         self.at += len(found)
@@ -121,16 +123,16 @@ async def test_an_empty_topic_has_no_newest_command() -> None:
 async def test_what_is_no_command_is_counted_and_passed_and_other_aliases_are_not_even_counted() -> None:
     control, _, metrics = control_of(
         [
-            BAD,
+            bad(),
             of(command(1)),
             record(b"[]"),
             record(None),
             record(encode_record(command(9, alias="other")), key=b"default"),
             of(command(7, alias="other")),
-            BAD,
-            BAD,
+            bad(),
+            bad(),
             of(command(2)),
-            BAD,
+            bad(),
         ]
     )
 
@@ -148,7 +150,7 @@ async def test_later_commands_come_in_order_and_are_waited_for() -> None:
     waiting = asyncio.ensure_future(control.next())
     await asyncio.sleep(0)
     assert not waiting.done()
-    consumer.records += [BAD, of(command(2)), of(command(3))]
+    consumer.records += [bad(), of(command(2)), of(command(3))]
     found = await waiting
     while len(found) < 2:
         found += await control.next()

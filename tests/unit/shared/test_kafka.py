@@ -12,27 +12,32 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import (
+    ClusterAuthorizationFailedError,
+    GroupAuthorizationFailedError,
     GroupCoordinatorNotAvailableError,
     GroupLoadInProgressError,
-    IllegalStateError,
     KafkaConnectionError,
     KafkaError,
     TopicAuthorizationFailedError,
 )
 from aiokafka.structs import OffsetAndMetadata
 
-from embedq_shared import kafka
 from embedq_shared.backoff import backoff
 from embedq_shared.kafka import (
+    BadOption,
+    BoundedConsumer,
     BrokerUnreachable,
     KafkaOptions,
+    KafkaRefused,
+    Unreadable,
     UnreadableRecord,
     committed_offsets,
     connect,
+    explain,
     group_lag,
+    is_permanent,
     poll,
     poll_partition,
-    step_over,
     stop_client,
 )
 
@@ -79,12 +84,14 @@ def test_tls_makes_a_context_that_checks_host_names_unless_one_is_given() -> Non
 
     assert made.check_hostname
     assert made.verify_mode is ssl.CERT_REQUIRED
-    given = KafkaOptions(servers="a:1", security_protocol="SASL_SSL", ssl_context=mine)
+    given = KafkaOptions(servers="a:1", security_protocol="SSL", ssl_context=mine)
     assert given.client_options()["ssl_context"] is mine
 
 
-def test_a_certificate_file_that_is_not_there_is_an_os_error() -> None:
-    with pytest.raises(FileNotFoundError):
+def test_a_certificate_file_that_is_not_there_is_named() -> None:
+    with pytest.raises(
+        BadOption, match=r"^ssl_cafile: expected readable PEM files.*/nowhere.pem \(No such file"
+    ):
         KafkaOptions(servers="a:1", security_protocol="SSL", ssl_cafile="/nowhere.pem").client_options()
 
 
@@ -93,6 +100,9 @@ def test_a_certificate_file_that_is_not_there_is_an_os_error() -> None:
 
 class Connections:
     """aiokafka's inner client."""
+
+    hosts = ()
+    _sasl_mechanism = "PLAIN"
 
     def __init__(self, close: Callable[[], Awaitable[None]] = at_once) -> None:
         self._close = close
@@ -260,144 +270,57 @@ def test_back_off_doubles_up_to_its_limit_and_half_of_it_is_random() -> None:
 
 
 class Log:
-    """A consumer over partitions in memory. As aiokafka's, a poll that meets a bad record withholds what it had read of
-    that partition, and loses what it had drained of the others.
-    """
+    """A consumer over partitions in memory."""
 
-    def __init__(self, partitions: dict[TopicPartition, Sequence[str]]) -> None:
-        self._records = {tp: list(records) for tp, records in partitions.items()}
+    def __init__(self, partitions: dict[TopicPartition, Sequence[bytes]]) -> None:
+        self._records = partitions
         self._positions = dict.fromkeys(partitions, 0)
-        self.assigned = set(partitions)
-        self.polls = 0
-
-    def assignment(self) -> set[TopicPartition]:
-        return self.assigned
+        self.most: list[int] = []
 
     async def getmany(
-        self, *partitions: TopicPartition, timeout_ms: int, max_records: int | None = None
+        self, *partitions: TopicPartition, timeout_ms: int, max_records: int
     ) -> dict[TopicPartition, list[Any]]:
-        self.polls += 1
-        left = max_records or 500
-        drained: dict[TopicPartition, list[Any]] = {}
-        for tp in partitions or sorted(self.assigned):
+        self.most.append(max_records)
+        found = {}
+        for tp in partitions or self._records:
             start = self._positions[tp]
-            found = self._records[tp][start : start + left]
-            if "bad" in found:
-                b"\xff".decode()
-            if found:
-                drained[tp] = [
-                    SimpleNamespace(topic=tp.topic, partition=tp.partition, offset=start + n, value=value)
-                    for n, value in enumerate(found)
-                ]
-                self._positions[tp] = start + len(found)
-                left -= len(found)
-            if left == 0:
-                break
-        return drained
-
-    async def position(self, tp: TopicPartition) -> int:
-        if tp not in self.assigned:
-            raise IllegalStateError(f"{tp} is not assigned")
-        return self._positions[tp]
-
-    def seek(self, tp: TopicPartition, offset: int) -> None:
-        self._positions[tp] = offset
+            self._positions[tp] = len(self._records[tp])
+            found[tp] = [
+                SimpleNamespace(topic=tp.topic, partition=tp.partition, offset=n, value=self._records[tp][n])
+                for n in range(start, len(self._records[tp]))
+            ]
+        return {tp: records for tp, records in found.items() if records}
 
 
-def brief(records: Sequence[Any]) -> list[tuple[int, int, str]]:
-    return [(r.partition, r.offset, "BAD" if isinstance(r, UnreadableRecord) else r.value) for r in records]
+BAD = Unreadable(1, "why")
 
 
-async def test_a_poll_of_one_partition_steps_over_bad_records_wherever_they_are() -> None:
-    values = ["bad", "one", "bad", "bad", "two", "bad"]
-    consumer = Log({A: values})
-    found: list[Any] = []
-    while len(found) < len(values):
-        found += await poll_partition(consumer, A, timeout_ms=0)
+@pytest.mark.parametrize("whole", [False, True])
+async def test_in_a_poll_what_cannot_be_read_stands_among_the_others(whole: bool) -> None:
+    consumer = Log({A: [b"one", BAD, b"two"]})
+    found = await (poll(consumer, timeout_ms=0) if whole else poll_partition(consumer, A, timeout_ms=0))
 
-    assert brief(found) == [(0, n, "BAD" if value == "bad" else value) for n, value in enumerate(values)]
+    first, second, third = found
+    assert [getattr(record, "value", None) for record in (first, third)] == [b"one", b"two"]
+    assert second == UnreadableRecord(topic="t", partition=0, first_offset=1, offset=1, reason="why")
     assert await poll_partition(consumer, A, timeout_ms=0) == []
 
 
-async def test_a_poll_without_bad_records_is_one_call() -> None:
-    consumer = Log({A: ["one", "two"]})
+async def test_a_poll_of_all_partitions_is_one_call() -> None:
+    consumer = Log({A: [b"one"], B: [b"two"]})
 
-    assert brief(await poll_partition(consumer, A, timeout_ms=0)) == [(0, 0, "one"), (0, 1, "two")]
-    assert consumer.polls == 1
+    found: list[Any] = await poll(consumer, timeout_ms=0)
+    assert [record.value for record in found] == [b"one", b"two"]
+    assert len(consumer.most) == 1
 
 
-async def test_an_empty_poll_of_all_partitions_is_one_call() -> None:
+async def test_a_poll_takes_a_bounded_number_of_records() -> None:
+    """A batch of 64 MiB may hold millions."""
     consumer = Log({A: [], B: []})
+    await poll(consumer, timeout_ms=0)
+    await poll_partition(consumer, A, timeout_ms=0)
 
-    assert await poll(consumer, timeout_ms=0) == []
-    assert consumer.polls == 1
-
-
-@pytest.mark.parametrize("bad", [A, B])
-async def test_a_poll_of_all_partitions_loses_nothing_and_repeats_nothing(bad: TopicPartition) -> None:
-    good = B if bad is A else A
-    consumer = Log({bad: ["one", "bad", "two", "bad"], good: [str(n) for n in range(10)]})
-    found: list[Any] = []
-    while len(found) < 14:
-        found += await poll(consumer, timeout_ms=0)
-
-    assert [r[1] for r in brief(found) if r[0] == bad.partition] == [0, 1, 2, 3]
-    assert [r[1] for r in brief(found) if r[0] == good.partition] == list(range(10))
-    assert [r[2] for r in brief(found) if r[0] == bad.partition] == ["one", "BAD", "two", "BAD"]
-
-
-async def test_a_poll_that_fails_looks_for_the_bad_record_in_all_partitions() -> None:
-    consumer = Log({A: ["bad", "one"], B: ["two", "bad"]})
-
-    assert brief(await poll(consumer, timeout_ms=0)) == [(0, 0, "BAD"), (1, 0, "two"), (1, 1, "BAD")]
-    assert brief(await poll(consumer, timeout_ms=0)) == [(0, 1, "one")]
-
-
-async def test_the_search_for_a_bad_record_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where its partition was taken away meanwhile."""
-    monkeypatch.setattr(kafka, "_SEARCH_S", 0.05)
-
-    class Fleeting(Log):
-        async def getmany(
-            self, *partitions: TopicPartition, timeout_ms: int, max_records: int | None = None
-        ) -> dict[TopicPartition, list[Any]]:
-            if not partitions:
-                b"\xff".decode()
-            return await super().getmany(*partitions, timeout_ms=timeout_ms, max_records=max_records)
-
-    consumer = Fleeting({A: ["one"], B: []})
-
-    assert brief(await poll(consumer, timeout_ms=0)) == [(0, 0, "one")]
-
-
-async def test_reading_one_by_one_ends_after_a_bounded_number_of_records(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(kafka, "_CAREFUL_RECORDS", 3)
-    consumer = Log({A: ["a", "b", "c", "d", "bad", "e"]})
-
-    assert brief(await poll_partition(consumer, A, timeout_ms=0)) == [(0, 0, "a"), (0, 1, "b"), (0, 2, "c")]
-    assert brief(await poll_partition(consumer, A, timeout_ms=0)) == [(0, 3, "d"), (0, 4, "BAD")]
-
-
-def raises(error: Exception) -> Callable[..., None]:
-    def fail(*arguments: object) -> None:
-        raise error
-
-    return fail
-
-
-async def test_a_partition_that_was_taken_away_is_not_stepped_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the position is asked for, or after."""
-    consumer = Log({A: ["bad"]})
-    consumer.assigned.clear()
-
-    assert await step_over(consumer, A) is None
-
-    leaving = Log({A: ["bad"]})
-    monkeypatch.setattr(leaving, "seek", raises(IllegalStateError()))
-    assert await step_over(leaving, A) is None
-    assert await poll_partition(consumer, A, timeout_ms=0) == []
+    assert consumer.most == [1_000, 1_000]
 
 
 # -- groups -------------------------------------------------------------------------------------------------------------
@@ -448,3 +371,57 @@ async def test_lag_counts_what_is_there_and_not_committed() -> None:
     cluster = Cluster({A: 18, TopicPartition("u", 0): 2})
 
     assert await group_lag(cluster, cluster, "mine", ["t", "u"]) == {"t": 2 + 15, "u": 15 + 15}
+
+
+# -- refusals -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (TopicAuthorizationFailedError("embed.jobs"), "this user has no right to topic embed.jobs"),
+        (TopicAuthorizationFailedError({"b", "a"}), "this user has no right to topic a, b"),
+        (GroupAuthorizationFailedError("embedq"), "this user has no right to consumer group embedq"),
+        (ClusterAuthorizationFailedError(), "this user has no right to cluster"),
+        (KafkaRefused("the broker says no"), "the broker says no"),
+    ],
+)
+async def test_a_refusal_is_permanent_said_in_words_and_ends_connecting_at_once(
+    error: KafkaError, said: str
+) -> None:
+    tried = 0
+
+    async def refuse() -> None:
+        nonlocal tried
+        tried += 1
+        raise error
+
+    assert is_permanent(error)
+    assert explain(error) == said
+    with pytest.raises(KafkaRefused, match=f"^{said}$"):
+        await connect(lambda: Starting(refuse), 60.0)
+    assert tried == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [KafkaConnectionError("gone"), KafkaError(), BrokerUnreachable("why"), OSError("no"), TimeoutError()],
+)
+def test_what_may_heal_is_not_permanent(error: Exception) -> None:
+    assert not is_permanent(error)
+
+
+async def test_a_port_that_nobody_listens_at_or_that_says_nothing_is_no_refusal() -> None:
+    async def close(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    server = await asyncio.start_server(close, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server:
+        for protocol in ("PLAINTEXT", "SSL"):
+            options = KafkaOptions(
+                servers=f"127.0.0.1:1,127.0.0.1:{port}",
+                security_protocol=protocol,
+            ).client_options()
+            with pytest.raises(BrokerUnreachable):
+                await connect(lambda options=options: BoundedConsumer(**options), 0.3)  # type: ignore[misc]

@@ -56,5 +56,53 @@ async def test_every_command_has_every_option(command: tuple[str, ...]) -> None:
     assert done.code == 0
     for name in ("servers", "prefix", "security-protocol", "ssl-cafile", "ssl-certfile", "ssl-keyfile"):
         assert f"--{name} " in done.out
-    for name in ("sasl-mechanism", "sasl-username", "sasl-password"):
+    for name in (
+        "sasl-mechanism",
+        "sasl-username",
+        "sasl-password",
+        "sasl-password-file",
+        "oauth-token-file",
+    ):
         assert f"--{name} " in done.out
+
+
+SASL = ("--security-protocol", "SASL_PLAINTEXT", "--sasl-username", "u")
+OAUTH = ("--security-protocol", "SASL_PLAINTEXT", "--sasl-mechanism", "OAUTHBEARER")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((*SASL,), "`sasl_plain_password`: expected a password for PLAIN"),
+        (
+            (*SASL, "--sasl-password", "hidden", "--sasl-password-file", "{file}"),
+            "give either --sasl-password or --sasl-password-file",
+        ),
+        ((*SASL, "--sasl-password-file", "{empty}"), "is empty"),
+        ((*OAUTH,), "expected either it or `oauth_token_file` for OAUTHBEARER, got neither"),
+        ((*OAUTH, "--oauth-token-url", "http://issuer/"), "expected a value for `oauth_token_url`"),
+        (
+            (
+                *OAUTH,
+                *("--oauth-token-url", "http://issuer/", "--oauth-client-id", "us"),
+                *("--oauth-client-secret-file", "{file}"),
+            ),
+            "expected an https:// address",
+        ),
+    ],
+    ids=["no password", "two", "an empty file", "no token", "no client", "an issuer without TLS"],
+)
+async def test_secrets_that_cannot_be_used_are_wrong_usage(
+    arguments: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("hidden")
+    (tmp_path / "empty").write_text("\n")
+    done = await run_embedq(
+        "status",
+        *(argument.format(file=tmp_path / "file", empty=tmp_path / "empty") for argument in arguments),
+        environ={"EMBEDQ_KAFKA_SERVERS": "127.0.0.1:1"},
+    )
+
+    assert done.code == 2
+    assert said in done.err
+    assert "hidden" not in done.err

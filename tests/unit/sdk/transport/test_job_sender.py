@@ -8,9 +8,10 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from aiokafka.errors import KafkaError, MessageSizeTooLargeError
+from aiokafka.errors import KafkaError, MessageSizeTooLargeError, TopicAuthorizationFailedError
 
-from embedq_sdk.errors import InvalidArgument, KafkaUnavailable
+from embedq_sdk.errors import InvalidArgument, KafkaRefused, KafkaUnavailable
+from embedq_sdk.transport import job_sender
 from embedq_sdk.transport.job_sender import Sender, share
 from embedq_sdk.transport.kafka import KafkaConnection
 from embedq_sdk.transport.pending_jobs import PendingJob
@@ -66,7 +67,7 @@ class Producer:
 class Connection(KafkaConnection):
     """Hands out producers in turn; None stands for brokers that do not answer."""
 
-    def __init__(self, *producers: Producer | None) -> None:
+    def __init__(self, *producers: Producer | KafkaRefused | None) -> None:
         super().__init__(KafkaOptions(servers="a:1"))
         self._producers = list(producers)
 
@@ -75,6 +76,8 @@ class Connection(KafkaConnection):
         producer = self._producers.pop(0)
         if producer is None:
             raise self.unavailable("no answer")
+        if isinstance(producer, KafkaRefused):
+            raise producer
         return producer
 
 
@@ -93,7 +96,7 @@ def job(value: bytes = b"x", *, awaits_reply: bool = True) -> PendingJob:
 
 
 @asynccontextmanager
-async def running(*producers: Producer | None) -> AsyncIterator[Sender]:
+async def running(*producers: Producer | KafkaRefused | None) -> AsyncIterator[Sender]:
     sender = Sender(Connection(*producers))
     await sender.open(1.0)
     task = asyncio.create_task(sender.run())
@@ -215,3 +218,50 @@ async def test_a_batch_that_cannot_be_handed_over_stays_in_its_queue() -> None:
 async def test_opening_without_brokers_says_so() -> None:
     with pytest.raises(KafkaUnavailable, match="a:1"):
         await Sender(Connection(None)).open(1.0)
+
+
+async def test_jobs_that_kafka_will_never_take_end_at_once_and_the_others_go_on() -> None:
+    producer = Producer()
+    async with running(producer) as sender:
+        refused = job(b"refused")
+        sender.put(refused)
+        await wait_until(lambda: len(producer.sent) == 1)
+        producer.sent[0][2].set_exception(TopicAuthorizationFailedError("t"))
+
+        with pytest.raises(KafkaRefused, match="this user has no right to topic t"):
+            await refused.future
+        taken = job(b"taken", awaits_reply=False)
+        sender.put(taken)
+        await wait_until(lambda: len(producer.sent) == 2)
+        producer.sent[1][2].set_result(None)
+        assert await taken.future == []
+        assert not sender.broken
+
+
+async def test_a_topic_that_may_not_be_seen_ends_the_jobs_that_wait_for_it() -> None:
+    producer, after = Producer(), Producer()
+    producer.failure = TopicAuthorizationFailedError("t")
+    async with running(producer, after) as sender:
+        refused = job()
+        sender.put(refused)
+        with pytest.raises(KafkaRefused, match="this user has no right to topic t"):
+            await refused.future
+        assert after.sent == []
+
+
+async def test_a_new_producer_that_is_refused_ends_what_waits_and_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(job_sender, "_REFUSED_PAUSE_S", 0.0)
+    first, last = Producer(), Producer()
+    refusal = KafkaRefused(servers="a:1", reason="the password")
+    async with running(first, refusal, last) as sender:
+        waiting = job()
+        sender.put(waiting)
+        await wait_until(lambda: len(first.sent) == 1)
+        first.sent[0][2].set_exception(KafkaError("gone"))
+        with pytest.raises(KafkaRefused, match="the password"):
+            await waiting.future
+        again = job()
+        sender.put(again)
+        await wait_until(lambda: len(last.sent) == 1)

@@ -73,6 +73,7 @@ class Connected:
             instance,
             deliver=self.records.append,
             broken=self.faults.append,
+            refused=self.faults.append,
         )
         self.sender: Any = self.transport._sender
         self.reader: Any = self.transport._replies

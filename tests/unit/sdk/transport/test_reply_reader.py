@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 from aiokafka import TopicPartition
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaError, TopicAuthorizationFailedError
 
-from embedq_sdk.errors import KafkaUnavailable, TopicMissing
+from embedq_sdk.errors import KafkaRefused, KafkaUnavailable, TopicMissing
+from embedq_sdk.transport import reply_reader
 from embedq_sdk.transport.kafka import KafkaConnection
 from embedq_sdk.transport.reply_reader import ReplyReader
-from embedq_shared.kafka import KafkaOptions
+from embedq_shared.kafka import KafkaOptions, Unreadable
 from tests.helpers.support import wait_until
 
 PARTITIONS = 4
@@ -30,7 +31,7 @@ class Topic:
 
 
 class Consumer:
-    """Reads a `Topic`. As aiokafka's, a poll that meets an unreadable record raises and does not move."""
+    """Reads a `Topic`. An unreadable record comes with an `Unreadable` as its value."""
 
     def __init__(self, topic: Topic, *, knows_topic: bool = False) -> None:
         self._topic = topic
@@ -38,6 +39,7 @@ class Consumer:
         self.assigned: list[TopicPartition] = []
         self.at = 0
         self.broken = False
+        self.failure = KafkaError("gone")
         self.stopped = False
         self.last_poll: int | None = None
 
@@ -70,11 +72,17 @@ class Consumer:
     ) -> dict[TopicPartition, list[Any]]:
         await asyncio.sleep(0)
         if self.broken:
-            raise KafkaError("gone")
+            raise self.failure
         found = self._topic.records[partition.partition][self.at : self.at + (max_records or 500)]
-        if None in found:
-            b"\xff".decode()
-        records = [SimpleNamespace(offset=self.at + n, value=value) for n, value in enumerate(found)]
+        records = [
+            SimpleNamespace(
+                topic=partition.topic,
+                partition=partition.partition,
+                offset=self.at + n,
+                value=Unreadable(self.at + n, "why") if value is None else value,
+            )
+            for n, value in enumerate(found)
+        ]
         self.at += len(found)
         return {partition: records} if records else {}
 
@@ -83,7 +91,7 @@ class Consumer:
 
 
 class Connection(KafkaConnection):
-    def __init__(self, *consumers: Consumer | None) -> None:
+    def __init__(self, *consumers: Consumer | KafkaRefused | None) -> None:
         super().__init__(KafkaOptions(servers="a:1"))
         self._consumers = list(consumers)
 
@@ -92,6 +100,8 @@ class Connection(KafkaConnection):
         consumer = self._consumers.pop(0)
         if consumer is None:
             raise self.unavailable("no answer")
+        if isinstance(consumer, KafkaRefused):
+            raise consumer
         return consumer
 
 
@@ -103,6 +113,7 @@ async def running(*consumers: Consumer | None) -> AsyncIterator[tuple[ReplyReade
         "replies",
         lambda count: count - 1,
         lambda record: delivered.append(record.value),
+        lambda error: None,
     )
     await reader.open(["jobs", "replies"], 1.0)
     task = asyncio.create_task(reader.run())
@@ -167,7 +178,9 @@ async def test_silence_is_measured_from_the_last_answer_to_a_fetch() -> None:
 
 async def test_a_missing_topic_closes_the_connection_again() -> None:
     consumer = Consumer(Topic())
-    reader = ReplyReader(Connection(consumer), "replies", lambda count: 0, lambda record: None)
+    reader = ReplyReader(
+        Connection(consumer), "replies", lambda count: 0, lambda record: None, lambda error: None
+    )
     with pytest.raises(TopicMissing, match="bulk"):
         await reader.open(["jobs", "bulk"], 1.0)
 
@@ -176,6 +189,35 @@ async def test_a_missing_topic_closes_the_connection_again() -> None:
 
 
 async def test_opening_without_brokers_says_so() -> None:
-    reader = ReplyReader(Connection(None), "replies", lambda count: 0, lambda record: None)
+    reader = ReplyReader(
+        Connection(None), "replies", lambda count: 0, lambda record: None, lambda error: None
+    )
     with pytest.raises(KafkaUnavailable, match="a:1"):
         await reader.open([], 1.0)
+
+
+async def test_when_kafka_refuses_the_replies_it_is_said_and_reading_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reply_reader, "_REFUSED_PAUSE_S", 0.0)
+    topic = Topic()
+    first, last = Consumer(topic), Consumer(topic)
+    refusals: list[KafkaRefused] = []
+    reader = ReplyReader(
+        Connection(first, KafkaRefused(servers="a:1", reason="the password"), last),
+        "replies",
+        lambda count: 0,
+        lambda record: None,
+        refusals.append,
+    )
+    await reader.open([], 1.0)
+    task = asyncio.create_task(reader.run())
+    first.failure = TopicAuthorizationFailedError("replies")
+    first.broken = True
+    await wait_until(lambda: len(refusals) == 2 and last.assigned != [])
+    task.cancel()
+    await asyncio.wait({task})
+    await reader.close()
+
+    assert "reading the replies: this user has no right to topic replies" in str(refusals[0])
+    assert "the password" in str(refusals[1])

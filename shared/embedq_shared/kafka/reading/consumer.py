@@ -1,0 +1,50 @@
+"""The one Kafka consumer: aiokafka's, with a ceiling on what a compressed batch may become."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer
+from aiokafka.consumer import fetcher
+
+from embedq_shared.kafka.reading.inflation import DEFAULT_MAX_INFLATED_BYTES
+from embedq_shared.kafka.reading.record_batches import BoundedRecords
+
+_ceiling: ContextVar[int | None] = ContextVar("embedq_kafka_ceiling", default=None)
+"""Of the consumer whose fetching tasks run in this context; None in those of consumers that are not ours."""
+
+
+class BoundedConsumer(AIOKafkaConsumer):  # type: ignore[misc]  # aiokafka has no type information
+    """A consumer whose polls neither inflate a batch beyond `max_inflated_bytes` nor raise for what cannot be read: that
+    comes in its place, as a record whose value is an `Unreadable`.
+
+    aiokafka offers no place for it. Its fetcher makes a `MemoryRecords` of what the broker sent, by that name in its own
+    module, in tasks that descend from `start`: so that name stands here for a choice by context, and other consumers of
+    the process keep aiokafka's own. `tests/unit/shared/test_record_batches.py` fails if aiokafka goes another way.
+    """
+
+    def __init__(
+        self, *topics: str, max_inflated_bytes: int = DEFAULT_MAX_INFLATED_BYTES, **options: Any
+    ) -> None:
+        super().__init__(*topics, **options)
+        self._max_inflated_bytes = max_inflated_bytes
+
+    async def start(self) -> None:
+        """Connect."""
+        before = _ceiling.set(self._max_inflated_bytes)
+        try:
+            await super().start()
+        finally:
+            _ceiling.reset(before)
+
+
+_unbounded_records = fetcher.MemoryRecords
+
+
+def _records(data: bytes | None) -> Any:
+    ceiling = _ceiling.get()
+    return _unbounded_records(data) if ceiling is None else BoundedRecords(data, ceiling)
+
+
+fetcher.MemoryRecords = _records
