@@ -50,3 +50,4 @@ async def test_a_broker_whose_disk_is_full_costs_no_job(cramped: Cluster, tmp_pa
     path = await harness.run()
     verdict = checker.check(history.read(path))
     assert not verdict.breaches, "\n".join([*lines, checker.report(path, verdict)])
+    assert "No space left" in (cramped.directory / "kafka-2.log").read_text()

@@ -55,10 +55,9 @@ class SupervisedWorker:
             model,
             directory / f"{name}.log",
             python=["-m", "tests.faults.worker"],
-            environ={ORDERS: str(self._orders), "PYTHONPATH": _PATH},
             replica=name,
             **settings,
-        )
+        ).in_environment({ORDERS: str(self._orders), "PYTHONPATH": _PATH})
         self._history = history
         self._clock = clock
         self._held_until: float = 0.0

@@ -13,7 +13,6 @@ import uuid
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
@@ -70,7 +69,6 @@ class Replica:
         *,
         redis: bool = True,
         python: Sequence[str] = (),
-        environ: Mapping[str, str] = MappingProxyType({}),
         **settings: Any,
     ) -> None:
         self.log = log
@@ -93,9 +91,13 @@ class Replica:
             "EMBEDQ_PUBLISH_TIMEOUT_S": f"{patient(60.0):.0f}",
             "EMBEDQ_THREADS": "1",
             **{f"EMBEDQ_{name.upper()}": str(value) for name, value in settings.items()},
-            **environ,
         }
         self.process: asyncio.subprocess.Process | None = None
+
+    def in_environment(self, more: Mapping[str, str]) -> Replica:
+        """Start it with these variables, too."""
+        self._environ |= more
+        return self
 
     async def start(self, *, ready: bool = True) -> Replica:
         """Start the process; with `ready`, wait until it takes jobs."""
