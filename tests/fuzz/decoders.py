@@ -14,9 +14,14 @@ import tempfile
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar, Final, get_args
+from zlib import crc32
 
 import msgspec
 import numpy as np
+from aiokafka.errors import CorruptRecordException
+from aiokafka.record.default_records import DefaultRecordBatchBuilder
+from aiokafka.record.legacy_records import LegacyRecordBatchBuilder
+from aiokafka.record.util import calc_crc32c
 
 from embedq_consumer.cache.entries import CachedVector, EntryCodec, cache_key
 from embedq_consumer.engine import ModelError, Text
@@ -35,6 +40,7 @@ from embedq_shared.codec import (
     encode_record,
     format_of,
 )
+from embedq_shared.kafka.reading.record_batches import BoundedRecords, Unreadable
 from embedq_shared.messages import ErrorCode
 from embedq_shared.vectors import quantize
 from tests.fuzz.mutator import Mutator, damaged
@@ -399,6 +405,82 @@ class StatusDecoder(_Trees):
         return "status"
 
 
+class BatchDecoder(Decoder):
+    """`BoundedRecords`: what a fetch brought, in every format and codec; nothing but a broker's fault raises."""
+
+    name = "batches"
+    _limit: ClassVar[int] = 1 << 20
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        records = [
+            (b"key", b"value " * 20, [("a header", b"x"), ("ä", b"")]),
+            (None, b"", []),
+            (b"k", None, []),
+        ]
+        self._batches = [_batch(codec, records, magic=2) for codec in range(5)]
+        self._batches += [_batch(codec, records[:1], magic=magic) for codec in (0, 1) for magic in (0, 1)]
+
+    def input(self, number: int) -> bytes:
+        draw = random.Random(self.seed * 1_000_003 + number)
+        parts = [draw.choice(self._batches) for _ in range(draw.choice((1, 1, 2, 3)))]
+        at = draw.randrange(len(parts))
+        kept = bytearray(damaged(parts[at], draw))
+        if draw.random() < 0.7 and len(kept) > 61:
+            _seal(kept)  # else the checksum alone would stop nearly all of them
+        parts[at] = bytes(kept)
+        return b"".join(parts) if draw.random() < 0.9 else damaged(b"".join(parts), draw)
+
+    def decode(self, given: Any) -> str:
+        found = BoundedRecords(given, self._limit)
+        seen = unreadable = size = 0
+        try:
+            while found.has_next():
+                batch = found.next_batch()
+                batch.validate_crc()
+                if batch.is_control_batch:
+                    continue
+                for record in batch:
+                    seen += 1
+                    size += len(record.value or b"")
+                    unreadable += isinstance(record.value, Unreadable)
+                    if seen > len(given) + 10_000:
+                        raise Finding("records without end")
+        except CorruptRecordException:
+            return "broker's fault"
+        if size > 3 * self._limit:
+            raise Finding("more bytes than the ceiling")
+        return "unreadable" if unreadable else "read"
+
+
+def _batch(codec: int, records: list[tuple[Any, Any, list[tuple[str, bytes]]]], *, magic: int) -> bytes:
+    if magic == 2:
+        new = DefaultRecordBatchBuilder(
+            magic=2,
+            compression_type=codec,
+            is_transactional=0,
+            producer_id=7,
+            producer_epoch=1,
+            base_sequence=3,
+            batch_size=100_000,
+        )
+    else:
+        new = LegacyRecordBatchBuilder(magic=magic, compression_type=codec, batch_size=100_000)
+    for offset, (key, value, named) in enumerate(records):
+        extra = {"headers": named} if magic == 2 else {}
+        new.append(offset, timestamp=1_700_000_000_000, key=key, value=value, **extra)
+    return bytes(new.build())
+
+
+def _seal(batch: bytearray) -> None:
+    """Give a batch the length and the checksum that its bytes have now."""
+    struct.pack_into(">i", batch, 8, len(batch) - 12)
+    if batch[16] < 2:
+        struct.pack_into(">I", batch, 12, crc32(batch[16:]))
+    else:
+        struct.pack_into(">I", batch, 17, calc_crc32c(bytes(batch[21:])))
+
+
 class CacheDecoder(Decoder):
     """`EntryCodec.unpack`: what is not our own entry for this very key is a miss with a reason."""
 
@@ -526,6 +608,7 @@ DECODERS: Final[dict[str, type[Decoder]]] = {
         ReplyDecoder,
         ControlDecoder,
         StatusDecoder,
+        BatchDecoder,
         CacheDecoder,
         ModelFileDecoder,
     )

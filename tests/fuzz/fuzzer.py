@@ -75,7 +75,9 @@ def fuzz(
         begun = time.thread_time()
         try:
             outcomes[decoder.decode(given)] += 1
-        except Exception as error:  # noqa: BLE001  # any exception is the finding
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # noqa: BLE001  # any is the finding, a panic of native code too
             outcomes["FINDING"] += 1
             note(type(error).__name__, f"{_place(error)}: {str(error)[:100]}", number, given)
         took = time.thread_time() - begun
