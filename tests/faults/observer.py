@@ -13,12 +13,16 @@ from contextlib import suppress
 from typing import Final
 
 import structlog
-from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.errors import KafkaError
 
 from embedq_shared.headers import value_of
-from embedq_shared.kafka import stop_client
+from embedq_shared.kafka import (
+    AIOKafkaAdminClient,
+    AIOKafkaConsumer,
+    ConsumerRecord,
+    KafkaError,
+    TopicPartition,
+    stop_client,
+)
 from embedq_shared.topics import Topics
 from tests.faults.history import Accepted, Committed, DeadLetter, HistoryWriter, Mode, Result, place
 from tests.faults.load import JobMaker, Judge

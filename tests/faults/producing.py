@@ -8,10 +8,8 @@ from contextlib import suppress
 from typing import Final
 
 import structlog
-from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError
 
-from embedq_shared.kafka import stop_client
+from embedq_shared.kafka import AIOKafkaProducer, KafkaError, stop_client
 from tests.faults.load import JobMaker
 
 log = structlog.get_logger()

@@ -13,10 +13,10 @@ from typing import Any, Final, Literal
 
 import msgspec
 import structlog
-from aiokafka import AIOKafkaProducer
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from aiokafka.errors import KafkaError
+from aiokafka.admin import NewTopic
 
+from embedq_consumer.settings import Settings
+from embedq_shared.kafka import AIOKafkaAdminClient, AIOKafkaProducer, KafkaError
 from embedq_shared.topics import Topics
 from tests.faults import cluster_faults, load
 from tests.faults.history import Ended, Fault, HistoryWriter, Mode, Run
@@ -37,13 +37,14 @@ BROKER_FAULTS: Final = tuple(
     name for name, kind in KINDS.items() if kind.track == "brokers" and name != "broker_disk_full"
 )
 """Without the one that needs a small disk."""
-EVERYTHING: Final = (*WORKER_FAULTS, *BROKER_FAULTS, *REDIS_FAULTS)
+EVERYTHING: Final = (*WORKER_FAULTS, *BROKER_FAULTS, *REDIS_FAULTS, "topic_deleted")
 
 PARTITIONS: Final = 4
 """Of each topic with jobs or results."""
 COPIES: Final = 3
 _MAX_UNCOMMITTED: Final = 256
 _MAX_POLL: Final = 64
+_REPLY_TIMEOUT_S: Final = 90
 _POINT_S: Final = 8.0
 """How long a worker has to come to the point that it was told."""
 _SAY_EVERY_S: Final = 10.0
@@ -206,6 +207,9 @@ class Harness:
             "reply_topics": f"{self._prefix}.*",
             **self._plan.settings,
         }
+        if "reply_timeout_s" in Settings.__struct_fields__:
+            # Longer than any fault here: only an address that is gone for good is to be given up.
+            settings.setdefault("reply_timeout_s", _REPLY_TIMEOUT_S)
         if self._plan.mode == "exactly-once":
             settings["delivery"] = "exactly-once"
         return settings
