@@ -125,10 +125,11 @@ class Trap:
             setattr(holder, method, self._wrapped(name, point.when, getattr(holder, method)))
 
     def listen(self, orders: Path) -> None:
-        """Arm with what this file says each time SIGUSR1 comes. Needs the main thread."""
+        """Arm with what this file says each time SIGUSR1 comes, and say so beside it. Needs the main thread."""
         signal.signal(
             signal.SIGUSR1, lambda *_: self.arm(msgspec.json.decode(orders.read_bytes(), type=Order))
         )
+        _listening(orders).write_text(str(os.getpid()))
 
     def _wrapped(self, name: str, when: When, method: Callable[..., Any]) -> Callable[..., Any]:
         if inspect.iscoroutinefunction(method):
@@ -176,7 +177,17 @@ def _found(name: str, point: Point) -> tuple[Any, str]:
     raise LookupError(f"point {name}: none of {', '.join(point.methods)} is there")
 
 
-def give(order: Order, orders: Path, pid: int) -> None:
-    """Hand an order to the worker with this process id."""
-    orders.write_bytes(msgspec.json.encode(order))
-    os.kill(pid, signal.SIGUSR1)
+def give(order: Order, orders: Path, pid: int) -> bool:
+    """Hand an order to the worker with this process id. False if it does not listen yet: the signal would end it."""
+    try:
+        if _listening(orders).read_text() != str(pid):
+            return False
+        orders.write_bytes(msgspec.json.encode(order))
+        os.kill(pid, signal.SIGUSR1)
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return True
+
+
+def _listening(orders: Path) -> Path:
+    return orders.with_suffix(".pid")

@@ -130,8 +130,17 @@ while True:
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"listening\n"
-        give(Order("here", 5, "SIGKILL"), tmp_path / "orders", process.pid)
+        assert give(Order("here", 5, "SIGKILL"), tmp_path / "orders", process.pid)
         assert process.wait(patient(30)) == -signal.SIGKILL
+
+
+def test_a_process_that_does_not_listen_yet_is_left_alone(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        assert not give(Order("here", 1, "SIGKILL"), tmp_path / "orders", process.pid)
+        (tmp_path / "orders.pid").write_text("1")  # of the process before
+        assert not give(Order("here", 1, "SIGKILL"), tmp_path / "orders", process.pid)
+        process.communicate(b"\n", timeout=patient(30))
+    assert process.returncode == 0
 
 
 def test_a_process_that_stopped_itself_goes_on_when_it_is_told(tmp_path: Path) -> None:
@@ -149,7 +158,7 @@ print("went on", flush=True)
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        give(Order("here", 1, "SIGSTOP"), tmp_path / "orders", process.pid)
+        assert give(Order("here", 1, "SIGSTOP"), tmp_path / "orders", process.pid)
         wait_for(lambda: stopped(process.pid), what="a stopped process")
         os.kill(process.pid, signal.SIGCONT)
         assert process.stdout.readline() == b"went on\n"

@@ -119,11 +119,7 @@ class SupervisedWorker:
 
     def order(self, point: str, passes: int, number: Literal["SIGKILL", "SIGSTOP"]) -> bool:
         """Have it end or stop itself at a point of a job's path. False if it is not far enough to listen."""
-        if not self.running or self._replica.port() is None:
-            return False
-        with suppress(ProcessLookupError):
-            give(Order(point, passes, number), self._orders, self._replica.pid)
-        return True
+        return self.running and give(Order(point, passes, number), self._orders, self._replica.pid)
 
     async def stands_still(self, within_s: float) -> bool:
         """Wait until it has stopped itself."""
