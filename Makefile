@@ -13,6 +13,12 @@ TESTS ?= tests
 # Broker tests mostly wait, so two of them run at a time, each worker with a broker and a Redis of its own. More workers
 # than cores make the limits of the tests longer, not the run shorter.
 WORKERS ?= 2
+# `make faults`: at-least-once or exactly-once; without a seed a random one, which is printed.
+FAULTS_JOBS ?= 200000
+FAULTS_MODE ?= at-least-once
+FAULTS_SEED ?=
+FUZZ_INPUTS ?= 1000000
+FUZZ_SEED ?= 1
 # Measuring every process, each replica's too, costs a quarter of the suite's time: CI does it, and whoever asks.
 COVERAGE ?= $(CI)
 # Importing torch and transformers compiles thousands of files; keeping the result makes the next start seconds faster.
@@ -21,7 +27,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PARALLEL := $(if $(filter-out 0 1,$(WORKERS)),-n $(WORKERS) --dist loadfile --no-loadscope-reorder)
 UV := UV_LINK_MODE=hardlink $(BIN)/uv
 
-.PHONY: help setup demo test unit matrix check format contract docs constraints pin-images sbom bench clean
+.PHONY: help setup demo test unit matrix faults fuzz check format contract docs constraints pin-images sbom bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1 \t/' | expand -t 20
@@ -63,6 +69,12 @@ unit: setup ## the tests that need no broker, no Redis and no model, in half a m
 
 matrix: ## the suite on each Python and each Kafka that are supported; `.ci/matrix` says which
 	@.ci/matrix
+
+faults: setup ## a long mix of faults on three brokers, with a checker's verdict (FAULTS_JOBS, FAULTS_SEED, FAULTS_MODE)
+	$(BIN)/python -m tests.faults --jobs $(FAULTS_JOBS) --mode $(FAULTS_MODE) $(if $(FAULTS_SEED),--seed $(FAULTS_SEED))
+
+fuzz: setup ## each decoder against a million inputs (FUZZ_INPUTS, FUZZ_SEED)
+	$(BIN)/python -m tests.fuzz --decoder all --inputs $(FUZZ_INPUTS) --seed $(FUZZ_SEED)
 
 format: setup ## format the code
 	$(BIN)/ruff check --fix .

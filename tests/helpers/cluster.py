@@ -13,7 +13,9 @@ Every method blocks: in a coroutine, use `asyncio.to_thread`.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Final
 
 from embedq_sdk.dev import DevStack
@@ -22,11 +24,14 @@ from embedq_sdk.dev.kafka_server import KafkaServer
 from embedq_sdk.dev.ports import HOST, free_ports
 from embedq_sdk.dev.processes import Processes
 from tests.helpers.programs import own_environ
+from tests.helpers.small_disk import SmallDisk
 from tests.helpers.tcp_proxy import TcpProxy
 
 BROKERS: Final = 3
 _HEAP_MB: Final = 320
 """Of each broker: three share a machine with workers."""
+_BROKER_SESSION_MS: Final = 6000
+"""How long a broker may be silent before others take over what it leads: so long does a leader change take."""
 _CLIENTS: Final = "CLIENTS"
 """The listener behind the proxies; brokers talk to each other, and onlookers to them, on the ordinary one."""
 
@@ -44,6 +49,7 @@ class Cluster(DevStack):
             transactions' log, too.
         heap_mb: of each broker.
         properties: added to each broker's configuration.
+        disks: where brokers keep their data, by number; the others beside the rest.
         environ: where the EMBEDQ_* variables are looked up; None: this process's, without addresses. A Redis that it
             names is used, and behind a proxy as well.
     """
@@ -55,12 +61,15 @@ class Cluster(DevStack):
         min_insync: int = 1,
         heap_mb: int = _HEAP_MB,
         properties: Mapping[str, str] | None = None,
+        disks: Mapping[int, SmallDisk] | None = None,
         environ: Mapping[str, str] | None = None,
     ) -> None:
         wanted = {
             "auto.create.topics.enable": "true",
             "min.insync.replicas": str(min_insync),
             "transaction.state.log.min.isr": str(min_insync),
+            # A broker that the machine starves must not lose what it leads for it.
+            "broker.session.timeout.ms": str(_BROKER_SESSION_MS),
         }
         super().__init__(
             brokers=brokers,
@@ -68,6 +77,8 @@ class Cluster(DevStack):
             environ=own_environ() if environ is None else environ,
         )
         self._heap_mb = heap_mb
+        self.disks = dict(disks or {})
+        """The small disks of brokers, by number."""
         self._proxied: _ProxiedKafka | None = None
         self._redis_proxy: TcpProxy | None = None
 
@@ -124,9 +135,18 @@ class Cluster(DevStack):
         """Redis, past its proxy."""
         return super().redis_url
 
+    def ended(self, node: int) -> bool:
+        """Whether a broker's process is gone."""
+        return self._own_processes().exit_code(f"kafka-{node}") is not None
+
     def heal(self) -> None:
         """Take the faults off all proxies."""
-        for proxy in (*self.proxies.values(), self.redis_proxy):
+        self.heal_brokers()
+        self.redis_proxy.heal()
+
+    def heal_brokers(self) -> None:
+        """Take the faults off the brokers' proxies."""
+        for proxy in self.proxies.values():
             proxy.heal()
 
     def _make_kafka(
@@ -135,7 +155,14 @@ class Cluster(DevStack):
         if self._proxied is not None:  # of an attempt that found a port taken
             self._proxied.close_proxies()
         options = [*java_options, f"-Xmx{self._heap_mb}m"]  # the last one counts
-        self._proxied = _ProxiedKafka(processes, files, self._brokers, self._kafka_properties, options)
+        self._proxied = _ProxiedKafka(
+            processes,
+            files,
+            self._brokers,
+            self._kafka_properties,
+            options,
+            {node: disk.path / "data" for node, disk in self.disks.items()},
+        )
         return self._proxied
 
     def _own_proxied(self) -> _ProxiedKafka:
@@ -154,7 +181,9 @@ class _ProxiedKafka(KafkaServer):
         brokers: int,
         properties: Mapping[str, str],
         java_options: Sequence[str],
+        data: Mapping[int, Path],
     ) -> None:
+        self._data = data
         self._behind = dict(enumerate(free_ports(brokers), start=1))
         self.proxies = {node: TcpProxy(HOST, port) for node, port in self._behind.items()}
         super().__init__(processes, files, brokers, properties, java_options)
@@ -170,7 +199,14 @@ class _ProxiedKafka(KafkaServer):
         found = super()._properties(node)
         ours = f"{_CLIENTS}://{HOST}:"
         return found | {
+            "log.dirs": str(self._data.get(node, found["log.dirs"])),
             "listeners": f"{found['listeners']},{ours}{self._behind[node]}",
             "advertised.listeners": f"{found['advertised.listeners']},{ours}{self.proxies[node].port}",
             "listener.security.protocol.map": f"{found['listener.security.protocol.map']},{_CLIENTS}:PLAINTEXT",
         }
+
+    def _prepare(self, node: int, properties: Mapping[str, str]) -> None:
+        super()._prepare(node, properties)
+        if node in self._data:
+            shutil.rmtree(self._data[node], ignore_errors=True)
+            shutil.copytree(self._home(node) / "data", self._data[node])

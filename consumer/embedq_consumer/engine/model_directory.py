@@ -58,6 +58,8 @@ _HARMLESS_KWARGS = frozenset(
         "use_fast",
     }
 )
+_SHOWN = 80
+"""Characters of a value in an error's message."""
 
 
 class Dense(msgspec.Struct, frozen=True):
@@ -169,10 +171,10 @@ def _modules(path: Path) -> tuple[dict[str, str], list[str]]:
         if kind not in ("Transformer", "Pooling", "Dense", "Normalize") or kind in found:
             raise ModelError(
                 f"{file}: type: embedq runs one Transformer, one Pooling, Dense modules and one Normalize, "
-                f"got {entry.get('type')!r}"
+                f"got {_shown(entry.get('type'))}"
             )
         if not isinstance(folder, str) or Path(folder).is_absolute() or ".." in Path(folder).parts:
-            raise ModelError(f"{file}: path: expected a folder below the model's own, got {folder!r}")
+            raise ModelError(f"{file}: path: expected a folder below the model's own, got {_shown(folder)}")
         if kind == "Dense" and list(found) == ["Transformer", "Pooling"]:
             dense.append(folder)
         else:
@@ -202,11 +204,11 @@ def _dense_layer(folder: Path) -> Dense:
     settings = _read_object(file)
     # Without the field, sentence-transformers takes the last one.
     name = settings.get("activation_function", "torch.nn.modules.activation.Tanh")
-    if name not in _ACTIVATIONS:
-        raise ModelError(f"{file}: activation_function: expected Identity or Tanh, got {name!r}")
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
+        raise ModelError(f"{file}: activation_function: expected Identity or Tanh, got {_shown(name)}")
     for field in ("module_input_name", "module_output_name"):
         if settings.get(field) not in (None, "sentence_embedding"):
-            raise ModelError(f"{file}: {field}: expected sentence_embedding, got {settings[field]!r}")
+            raise ModelError(f"{file}: {field}: expected sentence_embedding, got {_shown(settings[field])}")
     if _flag(file, settings, "use_residual", False):
         raise ModelError(f"{file}: use_residual: true is not supported")
     tensors = {tensor.name: tensor for tensor in _tensors(folder)}
@@ -293,7 +295,7 @@ def _pooling(file: Path) -> tuple[str, int | None]:
         modes = [_LEGACY_POOLING[name] for name in flags] or ["mean"]
     modes = [modes] if isinstance(modes, str) else modes
     if not isinstance(modes, list) or len(modes) != 1 or modes[0] not in POOLINGS:
-        raise ModelError(f"{file}: {field}: expected one of {', '.join(POOLINGS)}, got {modes!r}")
+        raise ModelError(f"{file}: {field}: expected one of {', '.join(POOLINGS)}, got {_shown(modes)}")
     names = ("embedding_dimension", "word_embedding_dimension")
     dimension = next((_positive(file, settings, name) for name in names if name in settings), None)
     return str(modes[0]), dimension
@@ -310,7 +312,9 @@ def _bare_pooling(config: Mapping[str, Any]) -> str:
 def _prompts(file: Path) -> tuple[dict[str, str], str]:
     settings = _read_optional(file)
     if settings.get("model_type", "SentenceTransformer") != "SentenceTransformer":
-        raise ModelError(f"{file}: model_type: expected SentenceTransformer, got {settings['model_type']!r}")
+        raise ModelError(
+            f"{file}: model_type: expected SentenceTransformer, got {_shown(settings['model_type'])}"
+        )
     prompts = settings.get("prompts") or {}
     if not isinstance(prompts, dict) or not all(isinstance(p, str | None) for p in prompts.values()):
         raise ModelError(f"{file}: prompts: expected an object of strings")
@@ -318,8 +322,8 @@ def _prompts(file: Path) -> tuple[dict[str, str], str]:
     name = settings.get("default_prompt_name")
     if name is None:
         return texts, ""
-    if name not in texts:
-        raise ModelError(f"{file}: default_prompt_name: {name!r} is not among prompts")
+    if not isinstance(name, str) or name not in texts:
+        raise ModelError(f"{file}: default_prompt_name: {_shown(name)} is not among prompts")
     return texts, texts[name]
 
 
@@ -396,3 +400,16 @@ def _positive(file: Path, settings: Mapping[str, Any], name: str) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 1:
         raise ModelError(f"{file}: {name}: expected a positive number")
     return int(value) if value < 1e9 else None
+
+
+def _shown(value: Any) -> str:
+    """A value in an error's message: what is short, as it is; it may be as long as its file, and nested as deeply."""
+    match value:
+        case dict():
+            return "an object"
+        case list():
+            return "a list"
+        case str():
+            return repr(value[:_SHOWN])
+        case _:
+            return repr(value)[:_SHOWN]
