@@ -1,0 +1,325 @@
+"""Transactions that a consumer group fences, and offsets that no open transaction can still change (KIP-447).
+
+aiokafka 0.14 sends offsets into a transaction without saying which member of which generation sends them, so that a
+broker cannot refuse those of a replica that lost its partitions; and it reads committed offsets without waiting for
+open transactions. Both need newer versions of two requests than aiokafka has: they are written out here, after the
+Kafka protocol guide (https://kafka.apache.org/protocol, `TxnOffsetCommit` 3 and `OffsetFetch` 7; brokers from 2.5 on
+have both). Everything else of a transaction is aiokafka's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+import msgspec
+from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka.client import AIOKafkaClient, ConnectionGroup, CoordinationType
+from aiokafka.errors import (
+    CoordinatorLoadInProgressError,
+    CoordinatorNotAvailableError,
+    IllegalGenerationError,
+    InvalidProducerEpoch,
+    KafkaError,
+    NoError,
+    NotCoordinatorError,
+    ProducerFenced,
+    RequestTimedOutError,
+    UnknownMemberIdError,
+    UnknownTopicOrPartitionError,
+    for_code,
+)
+from aiokafka.producer.sender import Sender, TxnOffsetCommitHandler
+from aiokafka.protocol.api import Request, RequestStruct, Response
+from aiokafka.protocol.types import (
+    Boolean,
+    CompactArray,
+    CompactString,
+    Int16,
+    Int32,
+    Int64,
+    Schema,
+    TaggedFields,
+)
+from aiokafka.structs import OffsetAndMetadata
+
+_FENCED_INSTANCE_ID: Final = 82
+_UNSTABLE_OFFSET_COMMIT: Final = 88
+"""Error codes that aiokafka has no class for."""
+_RETRY_S: Final = 0.05
+"""Between two looks at an offset that an open transaction may still change."""
+
+
+class Generation(msgspec.Struct, frozen=True, kw_only=True):
+    """Who commits: one member of a consumer group, in one generation of it."""
+
+    group: str
+    generation: int
+    member_id: str
+    instance_id: str | None = None
+
+
+class MemberFenced(KafkaError):  # type: ignore[misc]  # aiokafka has no type information
+    """The group has gone on without this member or generation: its partitions may belong to another one."""
+
+
+# -- offsets in a transaction ---------------------------------------------------------------------------------------------
+
+
+class TxnOffsetCommitResponse_v3(Response):  # type: ignore[misc]  # aiokafka has no type information
+    """The outcome for each partition."""
+
+    API_KEY = 28
+    API_VERSION = 3
+    SCHEMA = Schema(
+        ("throttle_time_ms", Int32),
+        (
+            "errors",
+            CompactArray(
+                ("topic", CompactString("utf-8")),
+                (
+                    "partition_errors",
+                    CompactArray(("partition", Int32), ("error_code", Int16), ("tags", TaggedFields)),
+                ),
+                ("tags", TaggedFields),
+            ),
+        ),
+        ("tags", TaggedFields),
+    )
+
+
+class TxnOffsetCommitRequest_v3(RequestStruct):  # type: ignore[misc]  # aiokafka has no type information
+    """Offsets into a transaction, with the member that sends them."""
+
+    API_KEY = 28
+    API_VERSION = 3
+    FLEXIBLE_VERSION = True
+    RESPONSE_TYPE = TxnOffsetCommitResponse_v3
+    SCHEMA = Schema(
+        ("transactional_id", CompactString("utf-8")),
+        ("group_id", CompactString("utf-8")),
+        ("producer_id", Int64),
+        ("producer_epoch", Int16),
+        ("generation_id", Int32),
+        ("member_id", CompactString("utf-8")),
+        ("group_instance_id", CompactString("utf-8")),
+        (
+            "topics",
+            CompactArray(
+                ("topic", CompactString("utf-8")),
+                (
+                    "partitions",
+                    CompactArray(
+                        ("partition", Int32),
+                        ("offset", Int64),
+                        ("leader_epoch", Int32),
+                        ("metadata", CompactString("utf-8")),
+                        ("tags", TaggedFields),
+                    ),
+                ),
+                ("tags", TaggedFields),
+            ),
+        ),
+        ("tags", TaggedFields),
+    )
+
+
+class _TxnOffsetCommit(Request[TxnOffsetCommitRequest_v3]):  # type: ignore[misc]  # aiokafka has no type information
+    API_KEY = 28
+
+    def __init__(self, *fields: Any) -> None:
+        self._fields = fields
+
+    def build(self, request_struct_class: type[TxnOffsetCommitRequest_v3]) -> TxnOffsetCommitRequest_v3:
+        return request_struct_class(*self._fields)
+
+
+class _FencedOffsets(TxnOffsetCommitHandler):  # type: ignore[misc]  # aiokafka has no type information
+    """aiokafka's own handler, but that the request names the member and its refusal aborts the transaction."""
+
+    def __init__(
+        self, sender: Sender, offsets: dict[TopicPartition, OffsetAndMetadata], member: Generation
+    ) -> None:
+        super().__init__(sender, offsets, member.group)
+        self._member = member
+        self._backoff_s: float = self._default_backoff
+
+    def create_request(self) -> _TxnOffsetCommit:
+        manager = self._sender._txn_manager
+        topics: dict[str, list[tuple[int, int, int, str, dict[int, bytes]]]] = defaultdict(list)
+        for partition, offset in sorted(self._offsets.items()):
+            topics[partition.topic].append((partition.partition, offset.offset, -1, offset.metadata, {}))
+        return _TxnOffsetCommit(
+            manager.transactional_id,
+            self._member.group,
+            manager.producer_id,
+            manager.producer_epoch,
+            self._member.generation,
+            self._member.member_id,
+            self._member.instance_id,
+            [(topic, partitions, {}) for topic, partitions in topics.items()],
+            {},
+        )
+
+    def handle_response(self, response: Any) -> float | None:
+        codes = {
+            TopicPartition(topic, partition): code
+            for topic, partitions, _ in response.errors
+            for partition, code, _ in partitions
+        }
+        if fenced := next((code for code in codes.values() if _is_fenced(code)), None):
+            self._sender._txn_manager.error_transaction(MemberFenced(f"error {fenced}"))
+            return None
+        for partition, code in codes.items():
+            error = for_code(code)
+            if error is NoError:
+                self._sender._txn_manager.offset_committed(
+                    partition, self._offsets[partition].offset, self._member.group
+                )
+            elif error in (CoordinatorNotAvailableError, NotCoordinatorError, RequestTimedOutError):
+                self._sender._coordinator_dead(CoordinationType.GROUP)
+                return self._backoff_s
+            elif error in (CoordinatorLoadInProgressError, UnknownTopicOrPartitionError):
+                return self._backoff_s
+            elif error is InvalidProducerEpoch:
+                raise ProducerFenced
+            else:
+                self._sender._txn_manager.error_transaction(error())
+                return None
+        return None
+
+
+def _is_fenced(code: int) -> bool:
+    return code == _FENCED_INSTANCE_ID or for_code(code) in (IllegalGenerationError, UnknownMemberIdError)
+
+
+class FencedProducer(AIOKafkaProducer):  # type: ignore[misc]  # aiokafka has no type information
+    """A transactional producer whose offsets are taken from the present generation of a group alone.
+
+    `member` must be set before `send_offsets_to_transaction`, which raises `MemberFenced` if the group has gone on: then
+    the transaction can only be aborted.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.member: Generation | None = None
+        self._sender._do_txn_offset_commit = self._commit_offsets
+
+    async def _commit_offsets(self, offsets: dict[TopicPartition, OffsetAndMetadata], group_id: str) -> None:
+        """In place of `Sender._do_txn_offset_commit`."""
+        if not offsets:
+            return
+        if self.member is None or self.member.group != group_id:
+            raise RuntimeError("offsets were sent for a group whose member is not known. This is a bug.")
+        try:
+            node = await self._sender._find_coordinator(CoordinationType.GROUP, group_id)
+        except KafkaError as error:
+            self._txn_manager.error_transaction(error)
+            return
+        await _FencedOffsets(self._sender, offsets, self.member).do(node)
+
+
+# -- offsets that stay --------------------------------------------------------------------------------------------------
+
+
+class OffsetFetchResponse_v7(Response):  # type: ignore[misc]  # aiokafka has no type information
+    """A group's offset for each partition, -1 where there is none."""
+
+    API_KEY = 9
+    API_VERSION = 7
+    SCHEMA = Schema(
+        ("throttle_time_ms", Int32),
+        (
+            "topics",
+            CompactArray(
+                ("topic", CompactString("utf-8")),
+                (
+                    "partitions",
+                    CompactArray(
+                        ("partition", Int32),
+                        ("offset", Int64),
+                        ("leader_epoch", Int32),
+                        ("metadata", CompactString("utf-8")),
+                        ("error_code", Int16),
+                        ("tags", TaggedFields),
+                    ),
+                ),
+                ("tags", TaggedFields),
+            ),
+        ),
+        ("error_code", Int16),
+        ("tags", TaggedFields),
+    )
+
+
+class OffsetFetchRequest_v7(RequestStruct):  # type: ignore[misc]  # aiokafka has no type information
+    """A group's offsets, or an error where an open transaction may still change one."""
+
+    API_KEY = 9
+    API_VERSION = 7
+    FLEXIBLE_VERSION = True
+    RESPONSE_TYPE = OffsetFetchResponse_v7
+    SCHEMA = Schema(
+        ("group_id", CompactString("utf-8")),
+        (
+            "topics",
+            CompactArray(
+                ("topic", CompactString("utf-8")),
+                ("partitions", CompactArray(Int32)),
+                ("tags", TaggedFields),
+            ),
+        ),
+        ("require_stable", Boolean),
+        ("tags", TaggedFields),
+    )
+
+
+class _OffsetFetch(Request[OffsetFetchRequest_v7]):  # type: ignore[misc]  # aiokafka has no type information
+    API_KEY = 9
+
+    def __init__(self, group: str, topics: list[tuple[str, list[int], dict[int, bytes]]]) -> None:
+        self._group = group
+        self._topics = topics
+
+    def build(self, request_struct_class: type[OffsetFetchRequest_v7]) -> OffsetFetchRequest_v7:
+        return request_struct_class(self._group, self._topics, True, {})
+
+
+async def stable_offsets(
+    client: AIOKafkaClient, group: str, partitions: Iterable[TopicPartition]
+) -> Mapping[TopicPartition, int | None]:
+    """A group's committed offset of each partition, None where it never committed; waits for open transactions to end.
+
+    Tries again for as long as the coordinator moves or loads: the caller sets the deadline.
+
+    Raises:
+        KafkaError: the broker refuses, for instance for want of a right.
+    """
+    topics: dict[str, list[int]] = defaultdict(list)
+    for partition in partitions:
+        topics[partition.topic].append(partition.partition)
+    request = _OffsetFetch(group, [(topic, numbers, {}) for topic, numbers in topics.items()])
+    while True:
+        try:
+            node = await client.coordinator_lookup(CoordinationType.GROUP, group)
+            response = await client.send(node, request, group=ConnectionGroup.COORDINATION)
+        except KafkaError as error:
+            if not error.retriable:
+                raise
+            await asyncio.sleep(_RETRY_S)
+            continue
+        found: dict[TopicPartition, int | None] = {}
+        codes = {response.error_code}
+        for topic, answers, _ in response.topics:
+            for number, offset, _, _, code, _ in answers:
+                codes.add(code)
+                found[TopicPartition(topic, number)] = None if offset < 0 else offset
+        codes.discard(0)
+        if not codes:
+            return found
+        for code in codes:
+            if code != _UNSTABLE_OFFSET_COMMIT and not for_code(code).retriable:
+                raise for_code(code)(f"the offsets of {group}")
+        await asyncio.sleep(_RETRY_S)
