@@ -30,7 +30,7 @@ from embedq_consumer.delivery.kafka_producer import KafkaProducers
 from embedq_consumer.delivery.publisher import Publisher
 from embedq_consumer.delivery.result_records import ResultEncoder
 from embedq_consumer.engine import default_batch_tokens, load_encoder
-from embedq_consumer.intake import Intake, make_jobs_consumer
+from embedq_consumer.intake import Intake, make_jobs_clients
 from embedq_consumer.lifecycle.control_topic import ControlTopic
 from embedq_consumer.lifecycle.model_slot import ModelSlot
 from embedq_consumer.lifecycle.served_model import ServedModel
@@ -112,6 +112,7 @@ async def _serve(settings: Settings, stop: asyncio.Event) -> None:
             loops = {
                 "intake": intake.run(pipeline.take, pipeline.take_unreadable),
                 "commit": intake.commit_forever(),
+                "watermarks": intake.watch(pipeline.give_up, partial(health.hinder, "watermarks")),
                 "batches": model.run_batches(pipeline, tasks),
                 "control": model.follow(control, intake.held),
                 "status": model.reporter.resend_forever(),
@@ -319,7 +320,7 @@ async def _intake(
     settings: Settings, metrics: Metrics, health: Health, stop: asyncio.Event
 ) -> AsyncIterator[Intake]:
     intake = Intake(
-        make_jobs_consumer(settings.kafka(), settings.intake),
+        make_jobs_clients(settings.kafka(), settings.intake),
         settings.intake,
         topics=settings.topics,
         metrics=metrics,

@@ -110,6 +110,9 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
         async def commit_forever(self) -> None:
             await asyncio.Event().wait()
 
+        async def watch(self, *_: Any) -> None:
+            await asyncio.Event().wait()
+
         async def stop(self, within: float) -> bool:
             world.did.append(f"drained within {within:g} s" if world.drains else "not drained")
             return world.drains
@@ -139,7 +142,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
         "Publisher": FakePublisher,
         "ControlTopic": FakeControl,
         "Intake": FakeIntake,
-        "make_jobs_consumer": lambda *_: None,
+        "make_jobs_clients": lambda *_: None,
         "load_encoder": load,
         "Metrics": metrics,
         "Health": health,

@@ -129,6 +129,10 @@ class Deliverer:
         self._count_inputs(jobs)
         await self._send(replies, lambda reply: self._memory.release(held[reply.record.ticket]))
 
+    def forget(self, jobs: Sequence[JobState]) -> None:
+        """These need no answer any more; their memory is free."""
+        self._memory.release(sum(map(_bytes_of, jobs)))
+
     async def reject(self, rejections: Sequence[tuple[Record, Rejection]]) -> None:
         """Answer records that are no jobs of ours, and finish them."""
         await self._send([self._encoder.of_rejection(record, rejection) for record, rejection in rejections])

@@ -7,9 +7,7 @@ reading a record needs no Kafka client.
 from typing import Final
 
 from aiokafka import ConsumerRebalanceListener, ConsumerRecord, TopicPartition
-from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 from aiokafka.errors import (
-    CommitFailedError,
     IllegalStateError,
     InvalidTopicError,
     KafkaConnectionError,
@@ -17,12 +15,22 @@ from aiokafka.errors import (
     MessageSizeTooLargeError,
     RecordListTooLargeError,
     TopicAuthorizationFailedError,
+    UnknownMemberIdError,
     UnknownTopicOrPartitionError,
 )
+from aiokafka.structs import OffsetAndMetadata
 
 from embedq_shared.kafka.clients import AIOKafkaAdminClient, AIOKafkaConsumer, AIOKafkaProducer
 from embedq_shared.kafka.connecting import BrokerUnreachable, connect, reason
 from embedq_shared.kafka.errors import InvalidRecordError, UnsupportedCompressionTypeError, error_kinds
+from embedq_shared.kafka.group_member import (
+    FENCED,
+    Follower,
+    GroupMember,
+    GroupMemberOptions,
+    Membership,
+    ReplacedMember,
+)
 from embedq_shared.kafka.groups import committed_offsets, group_lag
 from embedq_shared.kafka.options import KafkaOptions, SecurityProtocol
 from embedq_shared.kafka.producing import Evicted, PartitionwiseProducer, partition_of
@@ -38,28 +46,34 @@ from embedq_shared.kafka.unreadable import (
 )
 
 __all__ = [
+    "FENCED",
     "TOO_LARGE",
     "UNREADABLE",
     "AIOKafkaAdminClient",
     "AIOKafkaConsumer",
     "AIOKafkaProducer",
     "BrokerUnreachable",
-    "CommitFailedError",
     "ConsumerRebalanceListener",
     "ConsumerRecord",
     "Evicted",
+    "Follower",
+    "GroupMember",
+    "GroupMemberOptions",
     "IllegalStateError",
     "InvalidRecordError",
     "InvalidTopicError",
     "KafkaConnectionError",
     "KafkaError",
     "KafkaOptions",
+    "Membership",
+    "OffsetAndMetadata",
     "PartitionwiseProducer",
     "Polled",
-    "RoundRobinPartitionAssignor",
+    "ReplacedMember",
     "SecurityProtocol",
     "TopicAuthorizationFailedError",
     "TopicPartition",
+    "UnknownMemberIdError",
     "UnknownTopicOrPartitionError",
     "UnreadableRecord",
     "UnsupportedCompressionTypeError",
