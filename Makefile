@@ -45,6 +45,7 @@ check: setup ## lint, types, generated files
 	$(BIN)/mypy
 	$(BIN)/python -m tools.schemas --check
 	$(BIN)/python -m tools.settings_page --check
+	$(BIN)/python -m tools.broker_errors_page --check
 
 test: check ## everything CI runs (TESTS=path runs a part; COVERAGE=1 measures how much of the code it ran)
 ifeq ($(COVERAGE),)
@@ -69,8 +70,9 @@ format: setup ## format the code
 contract: setup ## write the JSON Schemas
 	$(BIN)/python -m tools.schemas
 
-docs: setup ## write docs/settings.md
+docs: setup ## write docs/settings.md and docs/broker-errors.md
 	$(BIN)/python -m tools.settings_page
+	$(BIN)/python -m tools.broker_errors_page
 
 constraints: setup ## pin anew what CI and this file install
 	$(UV) pip compile -q --universal --python-version 3.11 --no-emit-index-url --no-annotate --no-header \

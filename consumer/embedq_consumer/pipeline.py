@@ -25,6 +25,7 @@ from embedq_consumer.batching import AssembledText, ComputedText, JobInput, Sett
 from embedq_consumer.cache import CachedVector, cache_key
 from embedq_consumer.delivery import Deliverer, assembled_outcomes_of, outcomes_of
 from embedq_consumer.engine import Encoder
+from embedq_consumer.group import Overtaken, Ticket
 from embedq_consumer.intake.admission import AdmissionPolicy, Rejection, UnknownAddress
 from embedq_consumer.intake.jobs import InputVector, JobState
 from embedq_consumer.intake.records import Record
@@ -69,6 +70,7 @@ class Pipeline:
         self._queue = queue
         self._deliverer = deliverer
         self._tasks = tasks
+        self._given_up: set[Ticket] = set()
 
     # -- from the poll to the queue ----------------------------------------------------------------------------------
 
@@ -85,6 +87,14 @@ class Pipeline:
             error=reason, format="json", headers=JobHeaders(), envelope=Envelope(), dead_letter=True
         )
         self._spawn(self._deliverer.reject([(record, rejection)]), "reject")
+
+    def give_up(self, record: Record, overtaken: Overtaken) -> None:
+        """Reject a job that holds up its partition. Whatever comes of it later is not sent any more."""
+        self._given_up.add(record.ticket)
+        error = ErrorBody.of(
+            "internal", f"expected an answer; later jobs had been answered for {overtaken.seconds:.0f} s"
+        )
+        self._spawn(self._deliverer.reject([(record, self._policy.given_up(record, error))]), "give_up")
 
     async def _take(self, records: Sequence[Record]) -> None:
         jobs, rejected, unknown = self._admit(records)
@@ -168,6 +178,10 @@ class Pipeline:
             self._spawn(self._deliver(complete[start : start + _JOBS_A_DELIVERY]), "deliver")
 
     async def _deliver(self, jobs: Sequence[JobState]) -> None:
+        if late := [job for job in jobs if job.record.ticket in self._given_up]:
+            self._given_up -= {job.record.ticket for job in late}
+            self._deliverer.forget(late)
+            jobs = [job for job in jobs if job not in late]
         if fresh := [entry for job in jobs for entry in _cacheable(job)]:
             # In a task of its own, since a slow cache must not delay the results.
             self._spawn(self._cache.put_many(fresh), "cache_write")

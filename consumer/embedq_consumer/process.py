@@ -11,7 +11,6 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from embedq_consumer.delivery.publisher import BrokerUnavailable
 from embedq_consumer.engine import DeviceLost, ModelError
 from embedq_consumer.engine.loading import compile_cache
 from embedq_consumer.lifecycle import ModelRejected, NoModel
@@ -28,7 +27,6 @@ _EXPECTED = (
     DeviceLost,
     ModelRejected,
     NoModel,
-    BrokerUnavailable,
     KafkaError,
     OSError,
     TimeoutError,

@@ -20,17 +20,17 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import structlog
 
 from embedq_consumer.cache import VectorCache
 from embedq_consumer.delivery.deliverer import Deliverer, Finish
-from embedq_consumer.delivery.kafka_producer import producers
+from embedq_consumer.delivery.kafka_producer import KafkaProducers
 from embedq_consumer.delivery.publisher import Publisher
 from embedq_consumer.delivery.result_records import ResultEncoder
 from embedq_consumer.engine import default_batch_tokens, load_encoder
-from embedq_consumer.intake import Intake, make_jobs_consumer
+from embedq_consumer.intake import Intake, make_jobs_clients
 from embedq_consumer.lifecycle.control_topic import ControlTopic
 from embedq_consumer.lifecycle.model_slot import ModelSlot
 from embedq_consumer.lifecycle.served_model import ServedModel
@@ -39,14 +39,24 @@ from embedq_consumer.pipeline import Pipeline
 from embedq_consumer.settings import Settings, SettingsError
 from embedq_consumer.telemetry.health import Health, HealthServer
 from embedq_consumer.telemetry.metrics import Metrics
+from embedq_shared.backoff import backoff
+from embedq_shared.kafka import BrokerUnreachable, KafkaConnectionError, reason
+from embedq_shared.messages import STATUS_INTERVAL_S
 from embedq_shared.weighted_semaphore import WeightedSemaphore
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
 
 _HEARTBEAT_S: Final = 0.5
 """Well below any stall timeout; the gauges that go with it are scraped every few seconds."""
 _YOUNG_OBJECTS: Final = 20_000
 """New objects before a collection; the jobs in flight alone are some ten thousand."""
+_FIRST_PAUSE_S: Final = 0.2
+_LONGEST_PAUSE_S: Final = 2.0
+"""Between two tries to reach Kafka, which takes seconds itself to start."""
+_AWAY: Final = (BrokerUnreachable, KafkaConnectionError, TimeoutError)
+"""Kafka is not there yet. A broker that is there and does not let us in says something else."""
 _MAX_REQUEST_BYTES: Final = 16 * 1024 * 1024
 """Of one request to the broker, which may carry many results."""
 
@@ -55,35 +65,46 @@ class MissingTopics(Exception):
     """The service creates no topic; the message says which are missing and what creates them."""
 
 
+class _StoppedEarly(Exception):
+    """Told to stop while Kafka was waited for: nothing was accepted yet."""
+
+
 class DrainTimedOut(Exception):
     """Some jobs were not finished in time. None is lost: their offsets are not committed."""
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
-    """Run one replica until `stop` is set, then finish what was accepted and leave.
+    """Run one replica until `stop` is set, then finish what was accepted and leave. While Kafka is away, it waits.
 
     Raises:
         SettingsError, MissingTopics, ModelError, ModelRejected, KafkaError, OSError: it cannot start.
-        BaseExceptionGroup: a loop failed, for instance with `DeviceLost`, `NoModel` or `BrokerUnavailable`.
+        BaseExceptionGroup: a loop failed, for instance with `DeviceLost` or `NoModel`.
     """
+    try:
+        await _serve(settings, stop)
+    except _StoppedEarly:
+        log.info("stopped")
+
+
+async def _serve(settings: Settings, stop: asyncio.Event) -> None:
     settings = settings.named()
     await asyncio.to_thread(_check_directories, settings)
     health, metrics = Health(), Metrics()
     async with AsyncExitStack() as parts:
         await parts.enter_async_context(_health_pages(settings, metrics, health))
         cache = await parts.enter_async_context(_cache(settings, metrics))
-        publisher = await parts.enter_async_context(_publisher(settings, metrics))
+        publisher = await parts.enter_async_context(_publisher(settings, metrics, health, stop))
         model = await parts.enter_async_context(_model(settings, publisher, metrics, health))
         control = await parts.enter_async_context(_control(settings, metrics))
 
         # The desired model first, the jobs after: a late joiner must not answer with yesterday's model.
         health.set_ready("loading the model")
-        await model.start(await control.open())
+        await model.start(await _once_kafka_answers(control.open, health, stop))
         if stop.is_set():
             return
         parts.enter_context(_long_lived_objects_frozen())
 
-        intake = await parts.enter_async_context(_intake(settings, metrics, health))
+        intake = await parts.enter_async_context(_intake(settings, metrics, health, stop))
         deliverer = await parts.enter_async_context(_deliverer(settings, publisher, intake.finish, metrics))
         async with _tasks() as tasks:
             pipeline = Pipeline(settings.admission, model.encoder, cache, model.queue, deliverer, tasks)
@@ -91,9 +112,11 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             loops = {
                 "intake": intake.run(pipeline.take, pipeline.take_unreadable),
                 "commit": intake.commit_forever(),
+                "watermarks": intake.watch(pipeline.give_up, partial(health.hinder, "watermarks")),
                 "batches": model.run_batches(pipeline, tasks),
                 "control": model.follow(control, intake.held),
                 "status": model.reporter.resend_forever(),
+                "delivery": publisher.watch(),
                 "heartbeat": _beat_forever(health, model.slot, metrics),
                 "ready": _ready_after(intake.joined, health),
             }
@@ -187,6 +210,39 @@ def _check_directories(settings: Settings) -> None:
             raise SettingsError(f"EMBEDQ_{name}: expected a directory, {directory} is not one")
 
 
+async def _once_kafka_answers(open: Callable[[], Awaitable[T]], health: Health, stop: asyncio.Event) -> T:
+    """What `open` returns, once it can: it is called again as long as no broker can be reached.
+
+    Raises:
+        _StoppedEarly: `stop` was set meanwhile.
+    """
+    attempt = 0
+    stopped = asyncio.ensure_future(stop.wait())
+    try:
+        while not stop.is_set():
+            opening = asyncio.ensure_future(open())
+            await asyncio.wait({opening, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if not opening.done():
+                opening.cancel()
+                await asyncio.wait({opening})
+                break
+            try:
+                opened = opening.result()
+            except _AWAY as error:
+                if attempt == 0:
+                    log.warning("waiting_for_kafka", reason=reason(error))
+                health.hinder("start", f"waiting for Kafka: {reason(error)}")
+            else:
+                health.hinder("start", None)
+                return opened
+            pause = backoff(attempt, first_s=_FIRST_PAUSE_S, longest_s=_LONGEST_PAUSE_S)
+            await asyncio.wait({stopped}, timeout=pause)
+            attempt += 1
+        raise _StoppedEarly
+    finally:
+        stopped.cancel()
+
+
 @asynccontextmanager
 async def _health_pages(settings: Settings, metrics: Metrics, health: Health) -> AsyncIterator[None]:
     server = HealthServer(settings.http_port, metrics.registry, health, host=settings.http_host)
@@ -211,14 +267,18 @@ async def _cache(settings: Settings, metrics: Metrics) -> AsyncIterator[VectorCa
 
 
 @asynccontextmanager
-async def _publisher(settings: Settings, metrics: Metrics) -> AsyncIterator[Publisher]:
+async def _publisher(
+    settings: Settings, metrics: Metrics, health: Health, stop: asyncio.Event
+) -> AsyncIterator[Publisher]:
     publisher = Publisher(
-        producers(settings.kafka(), max_bytes=_MAX_REQUEST_BYTES),
+        KafkaProducers(settings.kafka(), max_bytes=_MAX_REQUEST_BYTES),
         metrics,
-        timeout_s=settings.publish_timeout_s,
+        # Half of a lane: the other half goes on with places that work.
+        max_held=max(1, settings.max_in_flight_jobs // 2),
+        hinder=partial(health.hinder, "delivery"),
     )
-    await publisher.open()
     try:
+        await _once_kafka_answers(publisher.open, health, stop)
         topics = settings.topics
         needed = (*topics.lanes, topics.results, topics.control, topics.status, topics.dead_letters)
         if missing := [topic for topic in needed if publisher.topics.partitions(topic) is None]:
@@ -238,7 +298,8 @@ async def _model(
     options = await asyncio.to_thread(settings.served_model, batch_tokens)
 
     load = partial(load_encoder, options=settings.load)
-    model = ServedModel(options, load, publisher.publish, metrics, health.tell)
+    announce = partial(publisher.announce, within=STATUS_INTERVAL_S)
+    model = ServedModel(options, load, announce, metrics, health.tell)
     try:
         yield model
     finally:
@@ -255,16 +316,18 @@ async def _control(settings: Settings, metrics: Metrics) -> AsyncIterator[Contro
 
 
 @asynccontextmanager
-async def _intake(settings: Settings, metrics: Metrics, health: Health) -> AsyncIterator[Intake]:
+async def _intake(
+    settings: Settings, metrics: Metrics, health: Health, stop: asyncio.Event
+) -> AsyncIterator[Intake]:
     intake = Intake(
-        make_jobs_consumer(settings.kafka(), settings.intake),
+        make_jobs_clients(settings.kafka(), settings.intake),
         settings.intake,
         topics=settings.topics,
         metrics=metrics,
         beat=lambda: health.beat("intake", time.monotonic()),
     )
     try:
-        await intake.open()
+        await _once_kafka_answers(intake.open, health, stop)
         yield intake
     finally:
         await intake.close()
@@ -276,7 +339,9 @@ async def _deliverer(
 ) -> AsyncIterator[Deliverer]:
     results = ResultEncoder(settings.topics, settings.group, settings.max_result_bytes)
     memory = WeightedSemaphore(settings.max_pending_bytes)
-    deliverer = Deliverer(results, publisher, finish, memory, metrics)
+    deliverer = Deliverer(
+        results, publisher, finish, memory, metrics, reply_timeout_s=settings.reply_timeout_s
+    )
     try:
         yield deliverer
     finally:

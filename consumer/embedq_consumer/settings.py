@@ -170,6 +170,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         PositiveInt,
         Meta(description="Bytes of job records of a lane in flight; polling of that lane pauses there."),
     ] = 32 * 1024 * 1024
+    read_ahead_s: Annotated[
+        PositiveFloat,
+        Meta(
+            description="Seconds of work of a lane in flight: as many jobs as it answers in that time at its best of the last "
+            "seconds, 64 at least. More is of no use, and a stop, a reload or a partition that moves waits for it."
+        ),
+    ] = 2.0
     max_pending_bytes: Annotated[
         PositiveInt,
         Meta(
@@ -209,8 +216,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     # Delivery
 
     commit_interval_ms: Annotated[
-        PositiveFloat, Meta(description="Milliseconds between two commits of offsets.")
-    ] = 500.0
+        PositiveFloat,
+        Meta(
+            description="Milliseconds between two commits of offsets while there is something to commit. "
+            "A crash repeats what was answered since the last one."
+        ),
+    ] = 100.0
     max_uncommitted_jobs: Annotated[
         PositiveInt,
         Meta(
@@ -222,20 +233,46 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         int,
         Meta(
             ge=1000,
-            description="Milliseconds without a heartbeat after which the group gives a replica's partitions to others.",
+            description="Milliseconds without a heartbeat after which the group gives a replica's partitions to others. "
+            "So long a killed replica's jobs wait, and so long a replica may be frozen without its jobs being repeated.",
         ),
-    ] = 45_000
+    ] = 10_000
     rebalance_timeout_ms: Annotated[
         int,
         Meta(
             ge=1000,
-            description="Milliseconds that a replica has to drain for a rebalance; at least the session timeout.",
+            description="Milliseconds that the group waits for a replica in a rebalance, which stops nobody; at least the "
+            "session timeout. A partition that moves to another replica waits for half of it, and for at most 30 s, "
+            "until what is in flight of it is answered.",
         ),
     ] = 60_000
-    publish_timeout_s: Annotated[
+    static_membership: Annotated[
+        bool,
+        Meta(
+            description="`EMBEDQ_REPLICA`, which must be set, is the replica's static name in the group: one that stops and "
+            "comes back within the session timeout finds its partitions as they were, and nobody else gets them before."
+        ),
+    ] = False
+    stuck_after_s: Annotated[
         PositiveFloat,
-        Meta(description="Seconds without an acknowledged result after which the process ends."),
-    ] = 60.0
+        Meta(
+            description="Seconds after which a job that later ones of its lane have overtaken is a reason not to be ready."
+        ),
+    ] = 120.0
+    stuck_limit_s: Annotated[
+        PositiveFloat,
+        Meta(
+            description="Seconds after which such a job is answered with an error and copied to the dead letters, so that its "
+            "partition is committed on; at least `EMBEDQ_STUCK_AFTER_S`."
+        ),
+    ] = 900.0
+    reply_timeout_s: Annotated[
+        PositiveFloat,
+        Meta(
+            description="Seconds that a result may wait for a reply address that takes nothing, while other topics and partitions "
+            "do; after that its job is dead-lettered. The default leaves time to elect a leader after a broker was lost."
+        ),
+    ] = 15.0
     drain_timeout_s: Annotated[
         PositiveFloat,
         Meta(
@@ -291,6 +328,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def __post_init__(self) -> None:
         if self.rebalance_timeout_ms < self.session_timeout_ms:
             raise ValueError("EMBEDQ_REBALANCE_TIMEOUT_MS: expected at least EMBEDQ_SESSION_TIMEOUT_MS")
+        if self.stuck_limit_s < self.stuck_after_s:
+            raise ValueError("EMBEDQ_STUCK_LIMIT_S: expected at least EMBEDQ_STUCK_AFTER_S")
+        if self.static_membership and not self.replica:
+            raise ValueError("EMBEDQ_STATIC_MEMBERSHIP: needs EMBEDQ_REPLICA, the same after each restart")
         if self.fp8_keep and self.quantization != "fp8":
             raise ValueError("EMBEDQ_FP8_KEEP: needs EMBEDQ_QUANTIZATION=fp8")
         if self.devices and self.device != "auto":
@@ -334,13 +375,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """How jobs are polled and their offsets committed."""
         return IntakeOptions(
             group=self.group,
+            replica=self.replica,
+            static_membership=self.static_membership,
             max_in_flight_jobs=self.max_in_flight_jobs,
             max_in_flight_bytes=self.max_in_flight_bytes,
+            read_ahead_s=self.read_ahead_s,
             max_poll_records=self.max_poll_records,
             max_uncommitted=self.max_uncommitted_jobs,
             commit_interval_s=self.commit_interval_ms / 1000,
             session_timeout_ms=self.session_timeout_ms,
             rebalance_timeout_ms=self.rebalance_timeout_ms,
+            stuck_after_s=self.stuck_after_s,
+            stuck_limit_s=self.stuck_limit_s,
         )
 
     @property

@@ -24,12 +24,13 @@ ErrorCode = Literal[
     "result_too_large",
     "expired",
     "non_finite",
+    "undeliverable",
     "overloaded",
     "internal",
 ]
 ResultStatus = Literal["ok", "partial", "error"]
 
-RETRYABLE: Final[frozenset[str]] = frozenset({"overloaded", "internal"})
+RETRYABLE: Final[frozenset[str]] = frozenset({"undeliverable", "overloaded", "internal"})
 DEFAULT_ALIAS: Final = "default"
 MIN_DIMENSIONS: Final = 32
 MAX_ID_LENGTH: Final = 256

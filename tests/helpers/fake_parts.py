@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from embedq_consumer.cache.entries import CachedVector
-from embedq_consumer.delivery.publisher import Outgoing
+from embedq_consumer.delivery.destination import Settled
+from embedq_consumer.delivery.outgoing import Outgoing
 from embedq_consumer.engine import Chunked, Encoder, Piece, Text, TextTooLong, Tokens
 from embedq_consumer.intake.records import Record
 from embedq_shared.headers import value_of
@@ -90,6 +91,9 @@ class ScriptedSink:
         self.new_topics: dict[str, int] = {}
         self.gate = asyncio.Event()
         self.gate.set()
+        self.stuck: set[str] = set()
+        self.timeouts: list[tuple[str, float | None]] = []
+        self._pending: list[tuple[Outgoing, Settled]] = []
         self._refusal = refusal
 
     @property
@@ -102,13 +106,28 @@ class ScriptedSink:
     async def refresh_topics(self) -> None:
         self.known |= self.new_topics
 
-    async def publish(self, records: Sequence[Outgoing]) -> list[Exception | None]:
-        await self.gate.wait()
-        reasons = [self._refusal(record) for record in records]
-        taken = [record for record, reason in zip(records, reasons, strict=True) if reason is None]
-        self.sent += taken
-        self.events += [record.topic for record in taken]
-        return reasons
+    def send(self, record: Outgoing, settled: Settled, *, timeout_s: float | None) -> None:
+        self.timeouts.append((record.topic, timeout_s))
+        self._pending.append((record, settled))
+        asyncio.get_running_loop().call_soon(self._work)
+
+    def open(self) -> None:
+        """Take records again, those that wait first."""
+        self.gate.set()
+        self._work()
+
+    def _work(self) -> None:
+        """Take what may be taken now. Records of topics that are `stuck` wait."""
+        pending, self._pending = self._pending, []
+        for record, settled in pending:
+            if not self.gate.is_set() or record.topic in self.stuck:
+                self._pending.append((record, settled))
+            elif (reason := self._refusal(record)) is not None:
+                settled(reason)
+            else:
+                self.sent.append(record)
+                self.events.append(record.topic)
+                settled(None)
 
     def finish(self, record: Record) -> None:
         self.events.append(record.ticket.offset)

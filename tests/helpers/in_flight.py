@@ -12,9 +12,9 @@ from aiokafka import TopicPartition
 
 from embedq_consumer.batching.single_flight import Identity, JobInput, QueuedText
 from embedq_consumer.engine import Chunked, Encoder, Memory, Pending, Piece, Text, TextTooLong, Tokens
+from embedq_consumer.group import Ticket
 from embedq_consumer.intake.admission import AdmissionPolicy
 from embedq_consumer.intake.jobs import JobState
-from embedq_consumer.intake.offsets import Ticket
 from embedq_consumer.intake.records import Record
 from embedq_shared.topics import Topics
 

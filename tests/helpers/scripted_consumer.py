@@ -1,20 +1,134 @@
-"""A consumer of jobs without a broker: it hands out what a test wrote into its partitions, with aiokafka's habits."""
+"""The intake's two Kafka clients without a broker: a consumer that hands out what a test wrote into its partitions, with
+aiokafka's habits, and a group membership whose rebalances the test makes."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from aiokafka import ConsumerRebalanceListener, ConsumerRecord, TopicPartition
-from aiokafka.errors import IllegalStateError
+from aiokafka import ConsumerRecord, TopicPartition
+from aiokafka.errors import IllegalGenerationError, IllegalStateError
+from aiokafka.structs import OffsetAndMetadata
+
+from embedq_consumer.group.assignor import encode_release
+from embedq_shared.kafka import Follower, Membership
+
+
+class ScriptedMember:
+    """A member of a group of which the test is the coordinator.
+
+    The habits that matter: a commit that shows another membership than the present one is refused; what was stored is
+    where the partition's next owner begins.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.commits: list[dict[TopicPartition, int]] = []
+        self.commit_errors: list[BaseException] = []
+        self.commit_gate: asyncio.Event | None = None
+        """A commit waits for it."""
+        self.open_gate: asyncio.Event | None = None
+        """A question for stored offsets waits for it."""
+        self.open_errors: list[BaseException] = []
+        self.stored: dict[TopicPartition, int] = {}
+        self.topics: list[str] = []
+        self.membership: Membership | None = None
+        self.failure: BaseException | None = None
+        self.problem: str | None = None
+        self._follower: Follower | None = None
+        self._generation = 0
+        self._committing = False
+
+    # -- the test's side ------------------------------------------------------------------------------------------------
+
+    @property
+    def follower(self) -> Follower:
+        assert self._follower is not None, "has not joined"
+        return self._follower
+
+    def assign(self, *partitions: TopicPartition, release: Collection[TopicPartition] = ()) -> Membership:
+        """A rebalance that gives these, and asks for those of `release` to be given up."""
+        self.next_generation()
+        self.settle(*partitions, release=release)
+        assert self.membership is not None
+        return self.membership
+
+    def next_generation(self) -> None:
+        """The rebalance is over for the coordinator, and the member has not heard of it: no commit is taken any more."""
+        self._generation += 1
+        self.membership = Membership("me", self._generation)
+
+    def settle(self, *partitions: TopicPartition, release: Collection[TopicPartition] = ()) -> None:
+        """And now it has."""
+        assert self.membership is not None
+        self.follower.assigned(
+            self.membership, frozenset(partitions), encode_release(release) if release else b""
+        )
+
+    def expel(self) -> None:
+        self.membership = None
+        self.follower.expelled()
+
+    # -- the intake's side ----------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        self.calls.append("start")
+
+    def join(self, topics: Iterable[str], follower: Follower) -> None:
+        self.topics = list(topics)
+        self._follower = follower
+        self.calls.append("join")
+
+    def check(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+    def rejoin(self) -> None:
+        self.calls.append("rejoin")
+
+    async def commit(
+        self, membership: Membership, offsets: Mapping[TopicPartition, OffsetAndMetadata]
+    ) -> None:
+        assert not self._committing, "two commits at a time"
+        if self.commit_gate is not None:
+            self._committing = True
+            try:
+                await self.commit_gate.wait()
+            finally:
+                self._committing = False
+        if self.commit_errors:
+            raise self.commit_errors.pop(0)
+        if membership != self.membership:
+            raise IllegalGenerationError
+        plain = {partition: stored.offset for partition, stored in offsets.items()}
+        self.commits.append(plain)
+        self.stored |= plain
+        self.calls.append("commit")
+
+    async def committed(
+        self, partitions: Collection[TopicPartition]
+    ) -> Mapping[TopicPartition, OffsetAndMetadata | None]:
+        if self.open_gate is not None:
+            await self.open_gate.wait()
+        if self.open_errors:
+            raise self.open_errors.pop(0)
+        self.calls.append("committed")
+        return {
+            partition: OffsetAndMetadata(self.stored[partition], "") if partition in self.stored else None
+            for partition in partitions
+        }
+
+    async def close(self, within: float) -> str | None:
+        self.calls.append("close")
+        return self.problem
 
 
 class ScriptedConsumer:
-    """One member of a group whose rebalances the test makes.
+    """A consumer without a group.
 
     The habits that matter: a poll asks its partitions in their order and takes all it can of the first; one that meets a
-    record which it cannot read raises, and what it had taken of the others before is lost; while partitions are
-    reassigned, no poll returns; a poll that is cancelled has moved no position.
+    record which it cannot read raises, and what it had taken of the others before is lost; an assignment forgets all
+    positions; a poll that is cancelled has moved no position.
     """
 
     def __init__(self, *, blocks: bool = False) -> None:
@@ -24,22 +138,13 @@ class ScriptedConsumer:
         self.limits: list[int] = []
         self.timeouts_ms: list[int] = []
         self.calls: list[str] = []
-        self.commits: list[dict[TopicPartition, int]] = []
-        self.commit_errors: list[BaseException] = []
-        self.commit_gate: asyncio.Event | None = None
-        """A commit waits for it."""
-        self.stored: dict[TopicPartition, int] = {}
         self.positions: dict[TopicPartition, int] = {}
         self.ends: dict[TopicPartition, int] = {}
-        self.subscribed: Sequence[str] = ()
         self.stop_error: BaseException | None = None
+        self.answer_gate: asyncio.Event | None = None
+        """A poll that has taken its records waits for it before it returns them."""
         self._records: dict[TopicPartition, dict[int, ConsumerRecord | None]] = {}
         self._arrived = asyncio.Event()
-        self._assigned = asyncio.Event()
-        self._assigned.set()
-        self._given_up = False
-        self._committing = False
-        self._listener: ConsumerRebalanceListener | None = None
         self._client = _Connections()  # what the Kafka room closes after a stop that failed
 
     # -- the test's side ------------------------------------------------------------------------------------------------
@@ -58,26 +163,6 @@ class ScriptedConsumer:
         self.ends[partition] = self.ends.get(partition, 0) + length
         self._arrived.set()
 
-    async def rebalance(self, *partitions: TopicPartition) -> None:
-        """As the client does it: tell the listener, give up the old partitions, have new ones, tell the listener."""
-        await self.revoke()
-        await self.assign(*partitions)
-
-    async def revoke(self) -> None:
-        assert self._listener is not None
-        self._assigned.clear()
-        await self._listener.on_partitions_revoked(set(self.positions))
-        self._given_up = True
-        self.calls.append("given_up")
-
-    async def assign(self, *partitions: TopicPartition) -> None:
-        assert self._listener is not None
-        self.positions = {partition: self.stored.get(partition, 0) for partition in partitions}
-        self._given_up = False
-        self._assigned.set()  # before the listener: a poll may return before it has heard of the assignment
-        await self._listener.on_partitions_assigned(set(partitions))
-        self.calls.append("assigned")
-
     @property
     def latest(self) -> tuple[TopicPartition, ...]:
         """The partitions of the latest poll; none before the first."""
@@ -93,9 +178,9 @@ class ScriptedConsumer:
         if self.stop_error is not None:
             raise self.stop_error
 
-    def subscribe(self, topics: Sequence[str], *, listener: ConsumerRebalanceListener) -> None:
-        self.subscribed = topics
-        self._listener = listener
+    def assign(self, partitions: Sequence[TopicPartition]) -> None:
+        self.positions = dict.fromkeys(partitions, 0)
+        self.calls.append("assign")
 
     async def getmany(
         self, *partitions: TopicPartition, timeout_ms: int, max_records: int
@@ -106,8 +191,9 @@ class ScriptedConsumer:
         self.limits.append(max_records)
         self.timeouts_ms.append(timeout_ms)
         self.calls.append("poll")
-        await self._assigned.wait()
         if found := self._take(partitions, max_records):
+            if self.answer_gate is not None:
+                await self.answer_gate.wait()
             return found
         if timeout_ms:
             self._arrived.clear()
@@ -117,24 +203,6 @@ class ScriptedConsumer:
             except TimeoutError:
                 return {}
         return self._take(partitions, max_records)
-
-    async def commit(self, offsets: Mapping[TopicPartition, int]) -> None:
-        assert not self._given_up, "a commit of partitions that were given up"
-        assert not self._committing, "two commits at a time"
-        if self.commit_gate is not None:
-            self._committing = True
-            try:
-                await self.commit_gate.wait()
-            finally:
-                self._committing = False
-        if self.commit_errors:
-            raise self.commit_errors.pop(0)
-        self.commits.append(dict(offsets))
-        self.stored |= offsets
-        self.calls.append("commit")
-
-    async def committed(self, partition: TopicPartition) -> int | None:
-        return self.stored.get(partition)
 
     async def position(self, partition: TopicPartition) -> int:
         if partition not in self.positions:
@@ -151,6 +219,7 @@ class ScriptedConsumer:
             self.seek(partition, 0)
 
     def highwater(self, partition: TopicPartition) -> int | None:
+        assert partition in self.positions, "not assigned"
         return self.ends.get(partition)
 
     def _take(

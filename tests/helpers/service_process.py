@@ -86,8 +86,8 @@ class Replica:
             # A replica that the machine starves must not lose its partitions for it.
             "EMBEDQ_SESSION_TIMEOUT_MS": f"{patient(6.0) * 1000:.0f}",
             "EMBEDQ_REBALANCE_TIMEOUT_MS": f"{patient(20.0) * 1000:.0f}",
-            # Longer than the session: a replica that a test freezes must not end when it wakes up.
-            "EMBEDQ_PUBLISH_TIMEOUT_S": f"{patient(60.0):.0f}",
+            # A machine that starves its brokers must not cost a job its answer.
+            "EMBEDQ_REPLY_TIMEOUT_S": f"{patient(15.0):.0f}",
             "EMBEDQ_THREADS": "1",
             **{f"EMBEDQ_{name.upper()}": str(value) for name, value in settings.items()},
         }

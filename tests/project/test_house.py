@@ -29,6 +29,7 @@ MOST_PARAMETERS: Final = 6
 Floors = tuple[tuple[str, ...], ...]
 SERVICE: Final[Floors] = (
     ("telemetry", "engine"),
+    ("group",),
     ("cache", "intake"),
     ("batching",),
     ("delivery",),

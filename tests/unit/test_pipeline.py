@@ -22,7 +22,7 @@ from embedq_consumer.batching.text_queue import TextQueue
 from embedq_consumer.batching.token_budget import TokenBudget
 from embedq_consumer.cache import CachedVector, cache_key
 from embedq_consumer.delivery.deliverer import Deliverer
-from embedq_consumer.delivery.publisher import Outgoing
+from embedq_consumer.delivery.outgoing import Outgoing
 from embedq_consumer.delivery.result_records import ResultEncoder
 from embedq_consumer.engine import DeviceLost, Text
 from embedq_consumer.intake.records import Record
@@ -56,7 +56,9 @@ class Parts:
         encoder = ResultEncoder(TOPICS, "group", 900_000)
         self.memory = WeightedSemaphore(1 << 30)
         self.queue = TextQueue(flights, batcher, budget, self.metrics)
-        self.deliverer = Deliverer(encoder, self.sink, self.sink.finish, self.memory, self.metrics)
+        self.deliverer = Deliverer(
+            encoder, self.sink, self.sink.finish, self.memory, self.metrics, reply_timeout_s=15
+        )
         self.pipeline = Pipeline(
             rules(**settings), lambda: self.model, self.cache, self.queue, self.deliverer, tasks
         )

@@ -13,9 +13,9 @@ from aiokafka.errors import KafkaConnectionError
 from structlog.testing import capture_logs
 
 from embedq_consumer import process
-from embedq_consumer.delivery.publisher import BrokerUnavailable
 from embedq_consumer.engine import DeviceLost
 from embedq_consumer.engine.loading import compile_cache
+from embedq_consumer.lifecycle import NoModel
 from embedq_consumer.process import main
 from embedq_consumer.settings import Settings, SettingsError
 
@@ -70,14 +70,14 @@ def test_sigterm_asks_the_service_to_stop_and_a_clean_stop_is_code_0(monkeypatch
 def test_each_failure_that_an_operator_can_fix_is_one_line_and_code_1(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    nested = BaseExceptionGroup("", [KafkaConnectionError("gone"), BrokerUnavailable("no answer")])
+    nested = BaseExceptionGroup("", [KafkaConnectionError("gone"), NoModel("none")])
     monkeypatch.setattr(process, "serve", failing(DeviceLost("CUDA error"), nested))
     with capture_logs() as logs:
         assert main() == 1
     assert [(line["event"], line["reason"]) for line in logs] == [
         ("failed", "DeviceLost"),
         ("failed", "KafkaConnectionError"),
-        ("failed", "BrokerUnavailable"),
+        ("failed", "NoModel"),
     ]
 
 

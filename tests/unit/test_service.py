@@ -70,11 +70,13 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
         async def open(self) -> None:
             world.did.append("publisher open")
 
-        async def publish(self, records: Sequence[Outgoing]) -> list[None]:
+        async def announce(self, records: Sequence[Outgoing], *, within: float) -> None:
             for record in records:
                 status = decode_status(record.value or b"")
                 world.statuses.append((status.step, status.state))
-            return [None] * len(records)
+
+        async def watch(self) -> None:
+            await asyncio.Event().wait()
 
         async def close(self) -> None:
             world.did.append("publisher closed")
@@ -108,6 +110,9 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
         async def commit_forever(self) -> None:
             await asyncio.Event().wait()
 
+        async def watch(self, *_: Any) -> None:
+            await asyncio.Event().wait()
+
         async def stop(self, within: float) -> bool:
             world.did.append(f"drained within {within:g} s" if world.drains else "not drained")
             return world.drains
@@ -137,7 +142,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
         "Publisher": FakePublisher,
         "ControlTopic": FakeControl,
         "Intake": FakeIntake,
-        "make_jobs_consumer": lambda *_: None,
+        "make_jobs_clients": lambda *_: None,
         "load_encoder": load,
         "Metrics": metrics,
         "Health": health,

@@ -53,7 +53,7 @@ def test_a_missing_one_is_named(missing: str) -> None:
         ("max_poll_records", "2.5", "expected `int`, got `str`"),
         ("max_result_bytes", "100", "expected `int` >= 4096"),
         ("http_port", "65536", "expected `int` <= 65535"),
-        ("publish_timeout_s", "0", "expected `float` > 0.0"),
+        ("reply_timeout_s", "0", "expected `float` > 0.0"),
         ("session_timeout_ms", "999", "expected `int` >= 1000"),
         ("log_level", "verbose", "expected one of debug, info, warning, error"),
         ("device", "gpu", r"expected `str` matching regex '^(auto|cpu|cuda(:\\d+)?)$'"),
@@ -73,7 +73,7 @@ def test_a_value_out_of_range_names_its_variable_and_what_was_expected(
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
-@pytest.mark.parametrize("name", ["max_wait_ms", "publish_timeout_s", "cache_ttl_s", "bulk_max_wait_s"])
+@pytest.mark.parametrize("name", ["max_wait_ms", "reply_timeout_s", "cache_ttl_s", "bulk_max_wait_s"])
 def test_a_number_that_is_not_finite_is_refused(name: str, value: str) -> None:
     with pytest.raises(SettingsError, match=f"EMBEDQ_{name.upper()}"):
         settings(**{name: value})
@@ -154,10 +154,30 @@ def test_models_are_loaded_as_the_settings_say() -> None:
 
 def test_the_intake_gets_its_limits_and_its_interval_in_seconds() -> None:
     found = settings(
-        group="g", max_in_flight_jobs="7", max_uncommitted_jobs="9", commit_interval_ms="250"
+        group="g",
+        replica="r",
+        max_in_flight_jobs="7",
+        max_uncommitted_jobs="9",
+        commit_interval_ms="250",
+        read_ahead_s="3",
+        stuck_after_s="4",
+        stuck_limit_s="5",
     ).intake
-    assert (found.group, found.max_in_flight_jobs, found.max_uncommitted) == ("g", 7, 9)
-    assert found.commit_interval_s == 0.25
+    assert (found.group, found.replica, found.static_membership) == ("g", "r", False)
+    assert (found.max_in_flight_jobs, found.max_uncommitted) == (7, 9)
+    assert (found.commit_interval_s, found.read_ahead_s) == (0.25, 3)
+    assert (found.stuck_after_s, found.stuck_limit_s) == (4, 5)
+
+
+def test_a_static_member_needs_a_name_that_it_keeps() -> None:
+    with pytest.raises(SettingsError, match="EMBEDQ_STATIC_MEMBERSHIP: needs EMBEDQ_REPLICA"):
+        settings(static_membership="true")
+    assert settings(static_membership="true", replica="embedq-0").intake.static_membership
+
+
+def test_a_stuck_job_is_reported_before_it_is_given_up() -> None:
+    with pytest.raises(SettingsError, match="EMBEDQ_STUCK_LIMIT_S: expected at least EMBEDQ_STUCK_AFTER_S"):
+        settings(stuck_after_s="10", stuck_limit_s="5")
 
 
 def test_the_cache_gets_its_address_and_its_times_in_seconds() -> None:

@@ -13,7 +13,9 @@ from typing import Final, Protocol, TypeVar, TypeVarTuple
 import msgspec
 import structlog
 
-from embedq_consumer.delivery.publisher import Outgoing
+from embedq_consumer.delivery.broker_errors import meaning_of, name_of
+from embedq_consumer.delivery.destination import Settled, Undelivered
+from embedq_consumer.delivery.outgoing import Outgoing
 from embedq_consumer.delivery.result_records import Reply, ResultEncoder
 from embedq_consumer.intake.admission import Rejection
 from embedq_consumer.intake.jobs import InputVector, JobState
@@ -32,6 +34,8 @@ _GROUP_BYTES: Final = 16 * 1024 * 1024
 """Results that are started on together: a large poll begins before there is room for all of it."""
 _THREADS: Final = 2
 """While a large result is encoded, the small ones after it go on."""
+_ERROR_S: Final = 5.0
+"""For an error in place of a result that could not be delivered: its dead letter tells of it anyway."""
 
 Finish = Callable[[Record], None]
 """Says that a record needs no more work: from here on its offset may be committed."""
@@ -56,19 +60,23 @@ class Sink(Protocol):
     async def refresh_topics(self) -> None:
         """Look for topics that were made since."""
 
-    async def publish(self, records: Sequence[Outgoing]) -> Sequence[Exception | None]:
-        """Send all and wait until the brokers have them. For each record None, or why they will never take it."""
+    def send(self, record: Outgoing, settled: Settled, *, timeout_s: float | None) -> None:
+        """Send a record; `settled` is called once, later, with None or with why the brokers will not have it.
+
+        Without a time-out that is only an error of the record itself: otherwise it waits.
+        """
 
 
 class Deliverer:
-    """Answers jobs and rejected records.
+    """Answers jobs and rejected records, each by itself: one that waits for its reply address delays no other.
 
     Invariants:
         - A record is finished exactly once, and only after the brokers have all that is said about it: every part of its
           result, and its copy among the dead letters if there is to be one.
-        - A result that the brokers refuse at its reply address becomes an error on the results topic. If that is refused
-          as well, the dead letter alone tells of the job.
-        - Memory that `reserve` acquired for a job's results is released by `deliver`.
+        - A result that the brokers refuse at its reply address, or do not take there within `reply_timeout_s`, becomes an
+          error on the results topic. If that cannot be delivered either, the dead letter alone tells of the job.
+        - A result without a reply address and a dead letter wait for as long as it takes.
+        - Memory that `reserve` acquired for a job's results is released once the job is finished.
     """
 
     def __init__(
@@ -78,12 +86,15 @@ class Deliverer:
         finish: Finish,
         memory: WeightedSemaphore,
         metrics: Metrics,
+        *,
+        reply_timeout_s: float,
     ) -> None:
         self._encoder = encoder
         self._sink = sink
         self._finish = finish
         self._memory = memory
         self._metrics = metrics
+        self._reply_timeout_s = reply_timeout_s
         self._job_seconds = {lane: metrics.job.labels(lane) for lane in LANES}
         # Threads of their own: results must not wait for the tokenizer.
         self._threads = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="deliver")
@@ -113,9 +124,14 @@ class Deliverer:
 
     async def deliver(self, jobs: Sequence[JobState]) -> None:
         """Answer jobs whose every input has its outcome, and finish their records."""
-        await self._send(await self.in_thread(self._encode, jobs))
-        self._memory.release(sum(map(_bytes_of, jobs)))
+        held = {job.record.ticket: _bytes_of(job) for job in jobs}
+        replies = await self.in_thread(self._encode, jobs)
         self._count_inputs(jobs)
+        await self._send(replies, lambda reply: self._memory.release(held[reply.record.ticket]))
+
+    def forget(self, jobs: Sequence[JobState]) -> None:
+        """These need no answer any more; their memory is free."""
+        self._memory.release(sum(map(_bytes_of, jobs)))
 
     async def reject(self, rejections: Sequence[tuple[Record, Rejection]]) -> None:
         """Answer records that are no jobs of ours, and finish them."""
@@ -124,53 +140,79 @@ class Deliverer:
     def _encode(self, jobs: Sequence[JobState]) -> list[Reply]:
         return [self._encoder.of_job(job) for job in jobs]
 
-    async def _send(self, replies: Sequence[Reply]) -> None:
-        """Send results, then errors in place of refused ones, then dead letters; then finish the records."""
+    async def _send(
+        self, replies: Sequence[Reply], answered: Callable[[Reply], None] = lambda reply: None
+    ) -> None:
+        """Send results and finish each record as soon as the brokers have all of its own.
+
+        One that needs more than its result, an error in its place or a dead letter, goes on in a task of its own.
+        """
         started = time.monotonic()
-        sent, refused = await self._publish(replies)
-        if refused:
-            log.warning("results_undeliverable", jobs=len(refused))
-            errors, refused_again = await self._publish(
-                [self._encoder.of_undeliverable(reply, _undeliverable(reason)) for reply, reason in refused]
-            )
-            sent += errors
-            sent += [msgspec.structs.replace(reply, outgoing=[]) for reply, _ in refused_again]
-        await self._send_dead_letters(sent)
-        self._metrics.publish.observe(time.monotonic() - started)
-        self._conclude(sent)
 
-    async def _publish(self, replies: Sequence[Reply]) -> tuple[list[Reply], list[tuple[Reply, Exception]]]:
-        """Publish their records. Returns the replies that the brokers have, and those that they refused, with the reason."""
-        outcomes = iter(await self._sink.publish([record for reply in replies for record in reply.outgoing]))
-        sent: list[Reply] = []
-        refused: list[tuple[Reply, Exception]] = []
-        for reply in replies:
-            reasons = [reason for reason in (next(outcomes) for _ in reply.outgoing) if reason is not None]
-            if reasons:
-                refused.append((reply, reasons[0]))
-            else:
-                sent.append(reply)
-        return sent, refused
+        def conclude(done: Sequence[Reply]) -> None:
+            for reply in done:
+                answered(reply)
+            self._metrics.publish.observe(time.monotonic() - started)
+            self._conclude(done)
 
-    async def _send_dead_letters(self, replies: Sequence[Reply]) -> None:
-        """Copy records that need it to the dead letters; of one that is refused there, its position and what was wrong."""
-        letters: list[tuple[Reply, Outgoing]] = []
-        for reply in replies:
-            if reply.dead_letter is not None:
-                letters.append((reply, self._encoder.dead_letter(reply, self._dead_letter_partition(reply))))
-                self._metrics.dead_letters.labels(reply.dead_letter.code).inc()
-        if not letters:
+        async def conclude_later(reply: Reply, reason: Exception | None) -> None:
+            if reason is not None:
+                reply = await self._answer_with_error(reply, reason)
+            await self._bury(reply)
+            conclude([reply])
+
+        batch = _Batch(self._sink, replies, self._timeout_s)
+        async with asyncio.TaskGroup() as tasks:
+            while settled := await batch.settled():
+                done = [reply for reply, reason in settled if reason is None and reply.dead_letter is None]
+                if done:
+                    conclude(done)
+                for reply, reason in settled:
+                    if reason is not None or reply.dead_letter is not None:
+                        tasks.create_task(conclude_later(reply, reason))
+
+    def _timeout_s(self, reply: Reply) -> float | None:
+        """How long its result may wait: without end where the address is ours, and no caller's."""
+        headers = reply.headers
+        addressed = headers.reply_topic is not None or headers.reply_partition is not None
+        return self._reply_timeout_s if addressed else None
+
+    async def _answer_with_error(self, reply: Reply, reason: Exception) -> Reply:
+        """Say on the results topic that a result could not be delivered; the reply that is left."""
+        log.warning("result_undeliverable", reason=name_of(reason))
+        error = self._encoder.of_undeliverable(reply, _undeliverable(reason))
+        outcomes = [await self._sent(record, _ERROR_S) for record in error.outgoing]
+        delivered = all(outcome is None for outcome in outcomes)
+        return error if delivered else msgspec.structs.replace(error, outgoing=[])
+
+    async def _bury(self, reply: Reply) -> None:
+        """Copy a record that needs it to the dead letters, as it is as far as the brokers take that."""
+        if reply.dead_letter is None:
             return
-        outcomes = await self._sink.publish([letter for _, letter in letters])
-        bare = [
-            self._encoder.bare_dead_letter(reply, letter.partition)
-            for (reply, letter), reason in zip(letters, outcomes, strict=True)
-            if reason is not None
-        ]
-        if bare:
-            outcomes = await self._sink.publish(bare)
-            if lost := sum(reason is not None for reason in outcomes):
-                log.error("dead_letters_refused", records=lost)
+        self._metrics.dead_letters.labels(reply.dead_letter.code).inc()
+        partition = self._dead_letter_partition(reply)
+        whole = msgspec.structs.replace(self._encoder.dead_letter(reply, partition), anywhere=True)
+        bare = msgspec.structs.replace(
+            self._encoder.bare_dead_letter(reply, partition), anywhere=True, timestamp_ms=None
+        )
+        # The record's own timestamp may be older than the topic takes; its position and what was wrong are never too large.
+        reasons: list[str] = []
+        for letter in (whole, msgspec.structs.replace(whole, timestamp_ms=None), bare):
+            if (reason := await self._sent(letter, None)) is None:
+                return
+            reasons.append(name_of(reason))
+        log.error("dead_letter_refused", record=reply.record.name, reasons=reasons)
+
+    async def _sent(self, record: Outgoing, timeout_s: float | None) -> Exception | None:
+        """Send one record and wait: None, or why the brokers will not have it."""
+        outcome: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
+
+        def settle(reason: Exception | None) -> None:
+            if not outcome.done():  # whoever waited may be gone
+                outcome.set_result(reason)
+
+        self._sink.send(record, settle, timeout_s=timeout_s)
+        return await outcome
 
     def _dead_letter_partition(self, reply: Reply) -> int | None:
         """The partition that the record came from, where the dead-letter topic has it."""
@@ -205,13 +247,60 @@ def _bytes_of(job: JobState) -> int:
     return held_bytes(job.request, job.encoder.hidden_size)
 
 
+class _Batch:
+    """Replies that were sent together. Each is settled with its last record, and with the first error of any."""
+
+    def __init__(
+        self, sink: Sink, replies: Sequence[Reply], timeout_s: Callable[[Reply], float | None]
+    ) -> None:
+        self._open = len(replies)
+        self._settled: list[tuple[Reply, Exception | None]] = []
+        self._woken = asyncio.Event()
+        for reply in replies:
+            settled = self._counting(reply)
+            for record in reply.outgoing:
+                sink.send(record, settled, timeout_s=timeout_s(reply))
+
+    async def settled(self) -> list[tuple[Reply, Exception | None]]:
+        """Those that were settled since the last call, and why those failed that did; waits for one. Empty at the end."""
+        if not self._open:
+            return []
+        await self._woken.wait()
+        self._woken.clear()
+        settled, self._settled = self._settled, []
+        self._open -= len(settled)
+        return settled
+
+    def _counting(self, reply: Reply) -> Settled:
+        left = len(reply.outgoing)
+        failure: Exception | None = None
+
+        def settled(reason: Exception | None) -> None:
+            nonlocal left, failure
+            left -= 1
+            failure = failure or reason
+            if not left:
+                self._settled.append((reply, failure))
+                self._woken.set()
+
+        return settled
+
+
 def _undeliverable(reason: Exception) -> ErrorBody:
+    """The error of a job whose result cannot be delivered, with what an operator should know of the address."""
     if isinstance(reason, TOO_LARGE):
         return ErrorBody.of(
             "result_too_large", "expected a result that the reply topic takes; its broker refused the size"
         )
+    if isinstance(reason, Undelivered):
+        return ErrorBody.of(
+            "undeliverable",
+            f"header `reply-topic`: expected a topic and partition that take results; {reason.args[0]}",
+            "reply-topic",
+        )
     return ErrorBody.of(
         "invalid_header",
-        "header `reply-topic`: expected a topic that takes results from this service",
+        "header `reply-topic`: expected a topic that takes results from this service; the brokers "
+        f"{meaning_of(reason).text} ({name_of(reason)})",
         "reply-topic",
     )

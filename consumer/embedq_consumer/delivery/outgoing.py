@@ -6,12 +6,15 @@ import msgspec
 
 from embedq_shared.headers import Header
 
-Place = tuple[str, int | None]
-"""A topic, and one partition of it or None for any."""
+Place = tuple[str, int]
+"""A topic and one partition of it: where records go, and what fails or works by itself."""
 
 
 class Outgoing(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """One record to publish."""
+    """One record to publish.
+
+    `partition` is None where the key decides. `anywhere`: while that partition is out of order, another one will do.
+    """
 
     topic: str
     partition: int | None
@@ -19,8 +22,19 @@ class Outgoing(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     value: bytes | None
     headers: list[Header]
     timestamp_ms: int | None = None
+    anywhere: bool = False
 
     @property
-    def place(self) -> Place:
-        """Where it goes."""
-        return self.topic, self.partition
+    def movable(self) -> bool:
+        """Whether another partition of the topic will do."""
+        return self.anywhere or self.partition is None
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes in a batch, at most."""
+        headers = sum(len(name) + len(value) + 8 for name, value in self.headers)
+        return len(self.value or b"") + len(self.key or b"") + headers + _FRAME_BYTES
+
+
+_FRAME_BYTES = 64
+"""Of a record in a batch: lengths, offset, timestamp."""

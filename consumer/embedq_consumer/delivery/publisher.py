@@ -1,216 +1,356 @@
-"""Results to Kafka, acknowledged. The one place that owns a producer, and that replaces it when it breaks."""
+"""Records to Kafka, acknowledged: each place by itself, so that one which fails is the trouble of its own records alone.
+
+A place (`Destination`) is a topic and partition. All that work share a producer. One that fails, or is silent while others are not,
+is set apart: it gets a producer with few others, and returns after a probation (`Lanes`). Records that wait too long are given
+up (`Places`), unless Kafka takes nothing at all: then everything waits. What each error means is in `broker_errors.py`.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
+from itertools import count
 from typing import Any, Final
 
 import structlog
 
-from embedq_consumer.delivery.kafka_producer import MakeProducer, Producer
+from embedq_consumer.delivery.broker_errors import meaning_of, name_of
+from embedq_consumer.delivery.destination import Destination, Parcel, Settled
+from embedq_consumer.delivery.kafka_producer import MakeProducers
+from embedq_consumer.delivery.lane import UNREACHABLE, Lane, Lanes
 from embedq_consumer.delivery.outgoing import Outgoing, Place
-from embedq_consumer.delivery.send_round import ATTEMPT_S, REFUSALS, SendRound
+from embedq_consumer.delivery.places import Ended, Places
 from embedq_consumer.delivery.topic_directory import TopicDirectory
 from embedq_consumer.telemetry.metrics import Metrics
-from embedq_shared.kafka import KafkaError, UnknownTopicOrPartitionError
-
-__all__ = ["BrokerUnavailable", "Outgoing", "Publisher"]
+from embedq_shared.kafka import Evicted, KafkaError
 
 log = structlog.get_logger()
 
-_UNREACHABLE: Final = (KafkaError, TimeoutError, OSError)
-"""The producer or the brokers failed, as opposed to this program."""
-_BACKOFF_S: Final = 0.2
+_TICK_S: Final = 0.1
+_RENEWALS_S: Final = (1.0, 5.0, 10.0, 20.0, 30.0)
+"""Between two new producers while Kafka is away: what it takes then may be known to a new one alone. The first one waits
+as long as a connection that was refused, and each one that connects lets the next one wait longer."""
+_TOPICS_AGE_S: Final = 10.0
 
-
-class BrokerUnavailable(Exception):
-    """The brokers took no record for `publish_timeout_s`.
-
-    Ending the process loses nothing, since nothing was committed.
-    """
+Answer = tuple[Destination, Parcel, "asyncio.Future[Any]"]
 
 
 class Publisher:
-    """Publishes records and waits until the brokers have them. Which are sent again is decided in `SendRound`.
+    """Sends records; says of each, through `settled`, that the brokers have it, or why they will not.
 
     Invariants:
-
-    - One appender at a time: thousands of concurrent sends cost aiokafka quadratic wake-ups.
-    - Every send is awaited, and every wait has a deadline of ours, since an idempotent producer has none.
-    - A producer that failed in any way is replaced, since its sequence numbers may have a gap that the broker never
-      forgives.
+        - Every parcel is settled exactly once, unless the publisher is closed before.
+        - A parcel without a time-out is settled with an error only if the brokers refuse the record itself.
+        - State changes on the event loop alone; the producers' answers are taken in one task.
     """
 
     def __init__(
         self,
-        make_producer: MakeProducer,
+        make: MakeProducers,
         metrics: Metrics,
         *,
-        timeout_s: float,
-        backoff_s: float = _BACKOFF_S,
+        max_held: int,
+        hinder: Callable[[str | None], None] = lambda reason: None,
         topics: TopicDirectory | None = None,
     ) -> None:
-        self._make_producer = make_producer
+        """`max_held`: records that wait for failing places, all together. `hinder` is told why this replica is not ready."""
         self._metrics = metrics
-        self._timeout_s = timeout_s
-        self._backoff_s = backoff_s
-        self._appending = asyncio.Lock()
-        self._producer: Producer | None = None
-        self._generation = 0
+        self._hinder = hinder
+        self._running: set[asyncio.Task[None]] = set()
+        self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._serial = count()
+        self._answers: list[Answer] = []
+        self._woken = asyncio.Event()
+        self._looking: set[Place] = set()
+        self._renewals = 0
+        self._renew_at = 0.0
+        self._lanes = Lanes(make, self._spawn, metrics)
         self.topics = topics or TopicDirectory()
+        self._places = Places(self.topics.partitions, max_held=max_held, now=time.monotonic())
+
+    # -- life -----------------------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        """Connect, and learn the topics.
+        """Connect, learn the topics, and begin to work. After an error it may be called again.
 
         Raises:
-            KafkaError, TimeoutError: no broker answers.
+            KafkaError, TimeoutError, OSError: no broker answers, or lets us in.
         """
-        self._producer = await self._connected()
-        await self.refresh_topics()
+        common = self._lanes.common
+        await common.connect()
+        assert common.producer is not None
+        try:
+            await self.topics.refresh(common.producer, since=time.monotonic())
+        except BaseException:
+            await common.close()
+            raise
+        self._spawn(self._run())
+        self._spawn(self._keep_topics())
+
+    async def watch(self) -> None:
+        """Wait until something here fails that is no doing of the brokers, and raise it."""
+        await asyncio.shield(self._failure)
 
     async def close(self) -> None:
         """Disconnect. What was not acknowledged was not committed either."""
-        producer, self._producer = self._producer, None
-        if producer is not None:
-            await producer.abandon()
+        for task in self._running:
+            task.cancel()
+        await self._lanes.close()
+
+    # -- what others ask ------------------------------------------------------------------------------------------------
+
+    def send(self, record: Outgoing, settled: Settled, *, timeout_s: float | None) -> None:
+        """Send a record; `settled` is called once, later. Without a time-out it waits until its place works."""
+        now = time.monotonic()
+        parcel = Parcel(record, settled, timeout_s, next(self._serial), now)
+        destination = self._places.at(self._places.place_for(record, now))
+        if destination.accepts(parcel, now):
+            destination.add(parcel)
+            self._pump(destination, now)
+        else:
+            failing = destination.failing_since
+            refused = destination.undelivered(0.0 if failing is None else now - failing)
+            asyncio.get_running_loop().call_soon(settled, refused)
+
+    async def publish(
+        self, records: Sequence[Outgoing], *, timeout_s: float | None = None
+    ) -> list[Exception | None]:
+        """Send all and wait for all. For each record None, or why the brokers will not have it."""
+        outcomes: list[asyncio.Future[Exception | None]] = []
+        for record in records:
+            outcomes.append(asyncio.get_running_loop().create_future())
+            self.send(record, _into(outcomes[-1]), timeout_s=timeout_s)
+        return list(await asyncio.gather(*outcomes))
+
+    async def announce(self, records: Sequence[Outgoing], *, within: float) -> None:
+        """Send what will soon be out of date, and wait for it, at most so long. It may get lost."""
+        try:
+            async with asyncio.timeout(within):
+                await self.publish(records, timeout_s=within)
+        except TimeoutError:
+            self._places.withdraw(records)
 
     async def refresh_topics(self) -> None:
-        """See topics that were made since.
-
-        Raises:
-            BrokerUnavailable: no broker answered within `timeout_s`.
-        """
+        """See topics that were made since, and those that are gone. While Kafka is away, this waits for it."""
         since = time.monotonic()
-        deadline = since + self._timeout_s
+        while True:
+            if (producer := self._lanes.common.producer) is not None:
+                try:
+                    await self.topics.refresh(producer, since=since)
+                    return
+                except UNREACHABLE:
+                    pass
+            await asyncio.sleep(_TICK_S)
+
+    # -- to the producers -------------------------------------------------------------------------------------------------
+
+    def _pump(self, destination: Destination, now: float) -> None:
+        """Hand to the place's producer what it may have now; what it may not have yet is tried again at the next tick."""
+        if not destination.has_waiting:
+            return
+        destination.used_at = now
+        lane = self._lanes.choose(destination)
+        if lane is None or lane.producer is None:
+            return
+        producer, (_, partition) = lane.producer, destination.place
+        if not producer.has_leader(destination.place):
+            self._look_up(destination, lane)
+            return
+        while (parcel := destination.next_to_send(now)) is not None:
+            try:
+                sending = producer.send(parcel.record, partition)
+            except KafkaError as error:
+                sending = _failed(error)
+            destination.opened(parcel, sending, now)
+            sending.add_done_callback(partial(self._note, destination, parcel))
+
+    def _note(self, destination: Destination, parcel: Parcel, sending: asyncio.Future[Any]) -> None:
+        self._answers.append((destination, parcel, sending))
+        self._woken.set()
+
+    def _look_up(self, destination: Destination, lane: Lane) -> None:
+        """Ask the brokers about a place that its producer does not know, or that has no leader."""
+        place, producer = destination.place, lane.producer
+        if place in self._looking or producer is None or destination.pauses(time.monotonic()):
+            return
+        self._looking.add(place)
+        asked_at = time.monotonic()
+
+        async def look_up() -> None:
+            try:
+                await producer.look_up(place)
+            except UNREACHABLE as error:
+                self._fail(destination, error, asked_at)
+            finally:
+                self._looking.discard(place)
+            self._pump(destination, time.monotonic())
+
+        self._spawn(look_up())
+
+    # -- from the producers -----------------------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        """Take the producers' answers as they come, and look at every place now and then."""
+        next_tick = 0.0
         while True:
             try:
-                await self.topics.refresh(self._live(), since=since)
-                return
-            except _UNREACHABLE as error:
-                if time.monotonic() > deadline:
-                    raise BrokerUnavailable(f"no broker answered for {self._timeout_s:g} s") from error
-                await asyncio.sleep(self._backoff_s)
+                async with asyncio.timeout(_TICK_S):
+                    await self._woken.wait()
+            except TimeoutError:
+                pass
+            self._woken.clear()
+            now = time.monotonic()
+            self._take_answers(now)
+            if now >= next_tick:
+                self._tick(now)
+                next_tick = now + _TICK_S
 
-    async def publish(self, records: Sequence[Outgoing]) -> list[KafkaError | None]:
-        """Send all, wait for all. For each record None, or why the broker will never take it.
+    def _take_answers(self, now: float) -> None:
+        answers, self._answers = self._answers, []
+        taken = size = 0
+        touched: dict[Place, Destination] = {}
+        for destination, parcel, sending in answers:
+            error = KafkaError("the producer was closed") if sending.cancelled() else sending.exception()
+            if parcel.sending is not sending:
+                continue  # taken back meanwhile
+            shared = destination.shared(parcel)
+            destination.closed(parcel)
+            touched[destination.place] = destination
+            if error is None:
+                taken += 1
+                size += len(parcel.record.value or b"")
+                destination.note_taken(now)
+                parcel.settled(None)
+            else:
+                self._take_back(destination, parcel, error, shared=shared)
+        if taken:
+            self._metrics.results.inc(taken)
+            self._metrics.result_bytes.inc(size)
+            if self._places.note_taken(now):
+                log.info("kafka_back")
+        for destination in touched.values():
+            self._pump(destination, now)
 
-        Raises:
-            BrokerUnavailable: no acknowledgement within `timeout_s`.
-        """
-        sends = SendRound(records, timeout_s=self._timeout_s, now=time.monotonic())
-        while True:
-            generation = self._generation
-            failures = await self._attempt(records, sends)
-            tried = sends.tried(failures, time.monotonic())
-            self._metrics.results.inc(len(tried.acknowledged))
-            self._metrics.result_bytes.inc(
-                sum(len(records[index].value or b"") for index in tried.acknowledged)
-            )
-            for topic in tried.unknown_topics:
-                self.topics.forget(topic)
-            if tried.reason is None:
-                return sends.outcomes
-            if tried.overdue:
-                raise BrokerUnavailable(
-                    f"no result was acknowledged for {self._timeout_s:g} s"
-                ) from tried.reason
-            await self._replace(generation, tried.reason)
-            if not sends.pending:
-                return sends.outcomes
-            await asyncio.sleep(self._backoff_s)
-
-    async def _attempt(self, records: Sequence[Outgoing], sends: SendRound) -> dict[int, BaseException]:
-        """Try each pending record once, for `attempt_s` at most: the failures."""
-        sent: dict[int, asyncio.Future[Any]] = {}
-        interruption: BaseException | None = None
-        try:
-            async with asyncio.timeout(sends.attempt_s(time.monotonic())):
-                places = {records[index].place for index in sends.pending}
-                missing = await _missing(self._live(), places)
-                async with self._appending:
-                    await self._append(records, sends, missing, sent)
-                if sent:
-                    await asyncio.wait(sent.values())
-        except _UNREACHABLE as error:
-            interruption = error
-        return _failures(sends.pending, sent, interruption)
-
-    async def _append(
-        self,
-        records: Sequence[Outgoing],
-        sends: SendRound,
-        missing: set[Place],
-        sent: dict[int, asyncio.Future[Any]],
+    def _take_back(
+        self, destination: Destination, parcel: Parcel, error: BaseException, *, shared: bool
     ) -> None:
-        """Hand each pending record to the producer, in order, and its future to `sent` at once."""
-        producer = self._live()
-        for index in sends.pending:
-            record = records[index]
-            if missing and record.place in missing:
-                sent[index] = _failed(UnknownTopicOrPartitionError())
-                continue
-            alone = sends.is_alone(index)
-            if alone:
-                await producer.flush()
-            try:
-                sent[index] = await producer.send(record)
-            except REFUSALS as error:
-                sent[index] = _failed(error)
-            if alone:
-                await asyncio.wait([sent[index]])
+        """A parcel failed: it is refused, or waits again."""
+        if isinstance(error, Evicted):
+            destination.add(parcel)
+        elif meaning_of(error).scope == "record":
+            # Nothing is wrong with the place, but the producer's sequence may have a gap there.
+            destination.set_apart()
+            self._lanes.leave(destination.place)
+            if shared:
+                parcel.alone = True
+                destination.add(parcel)
+            else:
+                parcel.settled(_plain(error))
+        else:
+            destination.add(parcel)
+            self._fail(destination, error, parcel.sent_at)
 
-    async def _replace(self, generation: int, reason: BaseException) -> None:
-        """A new producer in place of the one of that generation, unless another caller has replaced it already."""
-        async with self._appending:
-            if generation != self._generation:
-                return
-            self._generation += 1
-            self._metrics.producer_restarts.inc()
-            log.warning("producer_replaced", reason=type(reason).__name__)
-            await self.close()
-            with contextlib.suppress(*_UNREACHABLE):
-                # Without one the next attempt fails at once, and replaces again until its deadline.
-                self._producer = await self._connected()
+    def _fail(self, destination: Destination, error: BaseException, since: float) -> None:
+        """A place does not work; `since` is when what failed was sent."""
+        if destination.failing_since is None:
+            topic, partition = destination.place
+            log.warning("destination_set_apart", topic=topic, partition=partition, reason=name_of(error))
+        destination.note_failure(error, time.monotonic(), since)
+        self._lanes.leave(destination.place)
+        if meaning_of(error).action == "refuse":
+            timed = [parcel for parcel in destination.waiting() if parcel.timeout_s is not None]
+            destination.remove(timed)
+            _settle([(parcel, _plain(error)) for parcel in timed])
 
-    async def _connected(self) -> Producer:
-        producer = self._make_producer()
-        try:
-            async with asyncio.timeout(ATTEMPT_S):
-                await producer.start()
-        except BaseException:
-            await producer.abandon()
-            raise
-        return producer
+    # -- the tick -----------------------------------------------------------------------------------------------------------
 
-    def _live(self) -> Producer:
-        if self._producer is None:
-            raise KafkaError("no producer is connected")
-        return self._producer
+    def _tick(self, now: float) -> None:
+        presence = self._places.presence
+        if self._places.just_went_away(now):
+            log.warning("kafka_away", reason=self._lanes.said(presence.taken_at))
+            self._renewals, self._renew_at = 0, now
+        for destination in self._places:
+            if destination.busy:
+                self._look_at(destination, now)
+        _settle(self._places.excess(now))
+        for place, forgotten in self._places.forget_idle(now):
+            self._lanes.let_go(place)
+            if forgotten and not self._places.knows(place[0]):
+                self._lanes.forget(place[0])
+        for place in self._lanes.keep():
+            self._strand(place)
+        if self._lanes.common.broken or (presence.away_since is not None and now >= self._renew_at):
+            self._renew_at = now + _RENEWALS_S[0]
+            self._lanes.renew(self._lanes.said(presence.taken_at), self._start_anew)
+        self._hinder(self._places.trouble(self._lanes.said(presence.taken_at), now))
+
+    def _look_at(self, destination: Destination, now: float) -> None:
+        """One place: is it silent, are its records overdue, may they go elsewhere, may it return?"""
+        place = destination.place
+        lane = self._lanes.get(place)
+        silent_since = None if lane is None else self._places.silent(destination, lane.patience_s, now)
+        if silent_since is not None and lane is not None and lane.producer is not None:
+            said = lane.producer.last_error(place, silent_since)
+            self._lanes.recall(destination)
+            self._fail(destination, said or TimeoutError(), silent_since)
+        if ended := self._places.overdue(destination, now):
+            if destination.confirmed(now):
+                self.topics.forget(place[0])
+            _settle(ended)
+        for other in self._places.elsewhere(destination, now):
+            self._pump(other, now)
+        if destination.apart and destination.may_return(now) and self._lanes.may_return(place, now):
+            destination.rejoin()
+        self._pump(destination, now)
+
+    def _strand(self, place: Place) -> None:
+        """Its producer has ended."""
+        self._lanes.recall(self._places.at(place))
+        self._lanes.let_go(place)
+
+    def _start_anew(self) -> None:
+        """The common producer was replaced since nothing went through it: everything begins with the new one."""
+        self._renewals += 1
+        now = time.monotonic()
+        self._renew_at = now + _RENEWALS_S[min(self._renewals, len(_RENEWALS_S) - 1)]
+        for destination in self._places:
+            self._strand(destination.place)
+            destination.rejoin()
+            self._pump(destination, now)
+
+    # -- tasks --------------------------------------------------------------------------------------------------------------
+
+    async def _keep_topics(self) -> None:
+        """Look at all topics now and then, so that one which was deleted is noticed."""
+        while True:
+            await asyncio.sleep(_TOPICS_AGE_S)
+            await self.refresh_topics()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._running.add(task)
+        task.add_done_callback(self._note_end)
+
+    def _note_end(self, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not self._failure.done():
+            self._failure.set_exception(error)
 
 
-def _failures(
-    pending: Sequence[int],
-    sent: Mapping[int, asyncio.Future[Any]],
-    interruption: BaseException | None,
-) -> dict[int, BaseException]:
-    """Why each record failed that did. What an interruption left open has failed by it, and is given up."""
-    failures: dict[int, BaseException] = {}
-    for index in pending:
-        sending = sent.get(index)
-        if sending is None or not sending.done():
-            if interruption is None:
-                raise RuntimeError("a try ended before every record was done. This is a bug.")
-            failures[index] = interruption
-            if sending is not None:
-                sending.cancel()
-        elif sending.cancelled():
-            failures[index] = KafkaError("the producer was closed")
-        elif (failure := sending.exception()) is not None:
-            failures[index] = failure
-    return failures
+def _settle(ended: Sequence[Ended]) -> None:
+    for parcel, reason in ended:
+        parcel.settled(reason)
+
+
+def _into(outcome: asyncio.Future[Exception | None]) -> Settled:
+    def settle(error: Exception | None) -> None:
+        if not outcome.done():  # whoever waited may have given up
+            outcome.set_result(error)
+
+    return settle
 
 
 def _failed(error: KafkaError) -> asyncio.Future[Any]:
@@ -220,8 +360,7 @@ def _failed(error: KafkaError) -> asyncio.Future[Any]:
     return future
 
 
-async def _missing(producer: Producer, places: set[Place]) -> set[Place]:
-    """Those that the brokers do not have. Asked beforehand, since `send` would ask while others wait for their turn."""
-    asked = list(places)
-    missing = await asyncio.gather(*(producer.is_missing(place) for place in asked))
-    return {place for place, gone in zip(asked, missing, strict=True) if gone}
+def _plain(error: BaseException) -> Exception:
+    if not isinstance(error, Exception):
+        raise error
+    return error

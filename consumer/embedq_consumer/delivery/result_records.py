@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import orjson
 
-from embedq_consumer.delivery.publisher import Outgoing
+from embedq_consumer.delivery.outgoing import Outgoing
 from embedq_consumer.intake.admission import Rejection
 from embedq_consumer.intake.jobs import InputVector, JobState, Outcome, Request, Spans
 from embedq_consumer.intake.records import Record

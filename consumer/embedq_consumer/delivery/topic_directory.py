@@ -13,7 +13,7 @@ _REFRESH_S: Final = 20.0
 
 
 class TopicDirectory:
-    """How many partitions each topic has. Asks for all topics at once, since asking for one by name can create it."""
+    """How many partitions each topic has. Asks for all topics at once: so a topic that was deleted is noticed, too."""
 
     def __init__(self, *, min_age_s: float = 1.0) -> None:
         self._counts: dict[str, int] = {}

@@ -2,7 +2,7 @@
 
 from embedq_consumer.intake.admission import AdmissionPolicy, PartitionCount, Rejection, UnknownAddress
 from embedq_consumer.intake.jobs import InputVector, JobState, Outcome, Request, Span, Spans, input_param
-from embedq_consumer.intake.jobs_consumer import IntakeOptions, JobsConsumer, make_jobs_consumer
+from embedq_consumer.intake.jobs_consumer import IntakeOptions, JobsClients, make_jobs_clients
 from embedq_consumer.intake.poll_loop import Intake
 from embedq_consumer.intake.records import Record
 from embedq_consumer.intake.result_sizes import datum_bytes, fixed_bytes, held_bytes
@@ -13,7 +13,7 @@ __all__ = [
     "Intake",
     "IntakeOptions",
     "JobState",
-    "JobsConsumer",
+    "JobsClients",
     "Outcome",
     "PartitionCount",
     "Record",
@@ -26,5 +26,5 @@ __all__ = [
     "fixed_bytes",
     "held_bytes",
     "input_param",
-    "make_jobs_consumer",
+    "make_jobs_clients",
 ]

@@ -146,15 +146,18 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
         self, record: Record, headers: JobHeaders, format: Format | None, error: ErrorBody
     ) -> Rejection:
         """The error goes to the results topic, with what can be read of the job's id and metadata."""
-        format = format or "json"
+        rejection = self.given_up(record, error)
+        return msgspec.structs.replace(rejection, headers=headers, format=format or "json", reply=False)
+
+    def given_up(self, record: Record, error: ErrorBody) -> Rejection:
+        """The rejection of a job that was accepted and is not answered, with what can be read of its id and metadata."""
+        headers = parse(record.headers)
+        format = codec.format_of(headers.content_type) or "json"
         try:
-            job = codec.decode_job(record.value, format, max_inputs=self.max_inputs)
-            envelope = codec.envelope_of(job)
+            envelope = codec.envelope_of(codec.decode_job(record.value, format, max_inputs=self.max_inputs))
         except BadJob as bad:
             envelope = bad.envelope
-        return Rejection(
-            error=error, format=format, headers=headers, envelope=envelope, dead_letter=True, reply=False
-        )
+        return Rejection(error=error, format=format, headers=headers, envelope=envelope, dead_letter=True)
 
     def _request(
         self, record: Record, headers: JobHeaders, job: Job, format: Format, encoder: Encoder

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Mapping, Sized
 from typing import Final
 
 import msgspec
 
-from embedq_consumer.intake.offsets import OffsetLedger
+from embedq_consumer.group import OffsetLedger
 from embedq_shared.kafka import TopicPartition
 from embedq_shared.topics import LANES, Lane
 
 _RESUME_AT: Final = 0.5
 """A full lane takes records again once this share is left: then whole polls, and not one record for each result."""
+_SPAN_S: Final = 0.5
+"""A rate is measured over so long: a few micro-batches, of which each answers its jobs at once."""
+_SPANS: Final = 20
+"""And the best of the last ten seconds counts."""
 
 
 class InFlightLimits:
@@ -22,7 +27,7 @@ class InFlightLimits:
     """
 
     def __init__(self, *, max_jobs: int, max_bytes: int) -> None:
-        self._max_jobs = max_jobs
+        self._max_jobs = dict.fromkeys(LANES, max_jobs)
         self._max_bytes = max_bytes
         self._jobs: dict[Lane, int] = dict.fromkeys(LANES, 0)
         self._bytes: dict[Lane, int] = dict.fromkeys(LANES, 0)
@@ -32,7 +37,7 @@ class InFlightLimits:
         """A job of `size` bytes is in flight."""
         self._jobs[lane] += 1
         self._bytes[lane] += size
-        if self._jobs[lane] >= self._max_jobs or self._bytes[lane] >= self._max_bytes:
+        if self._jobs[lane] >= self._max_jobs[lane] or self._bytes[lane] >= self._max_bytes:
             self._full[lane] = True
 
     def remove(self, lane: Lane, size: int) -> bool:
@@ -44,11 +49,15 @@ class InFlightLimits:
         if not self._full[lane]:
             return False
         reopened = (
-            self._jobs[lane] <= self._max_jobs * _RESUME_AT
+            self._jobs[lane] <= self._max_jobs[lane] * _RESUME_AT
             and self._bytes[lane] <= self._max_bytes * _RESUME_AT
         )
         self._full[lane] = not reopened
         return reopened
+
+    def allow(self, lane: Lane, max_jobs: int) -> None:
+        """As many jobs of a lane at most, from the next one on."""
+        self._max_jobs[lane] = max_jobs
 
     def is_full(self, lane: Lane) -> bool:
         """Whether the lane's partitions should give no records."""
@@ -56,7 +65,9 @@ class InFlightLimits:
 
     def headroom(self) -> int:
         """How many more jobs the emptiest lane that is not full takes."""
-        return max((self._max_jobs - self._jobs[lane] for lane in LANES if not self._full[lane]), default=0)
+        return max(
+            (self._max_jobs[lane] - self._jobs[lane] for lane in LANES if not self._full[lane]), default=0
+        )
 
     def jobs(self, lane: Lane) -> int:
         """Jobs in flight."""
@@ -70,6 +81,43 @@ class InFlightLimits:
     def idle(self) -> bool:
         """Whether nothing is in flight."""
         return not any(self._jobs.values())
+
+
+class ReadAhead:
+    """How many jobs of a lane should be in flight: as many as it answers in some seconds, at its best of late.
+
+    What is in flight keeps the device busy, and no more of it is of use: it makes a stop, a reload and a partition's way
+    to another replica wait, and after a crash more of it may have been answered and not committed.
+
+    Invariants: never fewer than `least`, never more than `most`. The best of the last spans counts, since a lull is no
+    measure of what can be done; after a longer one, and at the start, the number grows anew, span by span.
+    """
+
+    def __init__(self, seconds: float, *, least: int, most: int) -> None:
+        self._seconds = seconds
+        self._least = min(least, most)
+        self._most = most
+        self._begun: float | None = None
+        self._answered = 0
+        self._rates: deque[float] = deque(maxlen=_SPANS)
+
+    def note_answered(self, now: float) -> bool:
+        """One more. True if `jobs` may have changed."""
+        if self._begun is None:
+            self._begun = now
+        self._answered += 1
+        elapsed = now - self._begun
+        if elapsed < _SPAN_S:
+            return False
+        self._rates.append(self._answered / elapsed)
+        self._begun, self._answered = now, 0
+        return True
+
+    @property
+    def jobs(self) -> int:
+        """As things are."""
+        best = max(self._rates, default=0.0)
+        return min(self._most, max(self._least, round(best * self._seconds)))
 
 
 class PartitionRotation:
@@ -138,14 +186,13 @@ class PollPlanner:
         self.awaits_commit = False
         """Whether the latest plan left out a partition that takes no more records before a commit."""
 
-    def plan(self, *, held: bool) -> PollPlan:
-        """The next poll. `held`: no partition may give records."""
-        assigned = self._ledger.partitions
-        uncommitted = {partition for partition in assigned if self._repeats_too_much(partition)}
+    def plan(self, readable: Collection[TopicPartition]) -> PollPlan:
+        """The next poll, of those partitions that may give records."""
+        uncommitted = {partition for partition in readable if self._repeats_too_much(partition)}
         self.awaits_commit = bool(uncommitted)
         # Left out and not paused: the client throws away what it has fetched of a paused partition, and a lane that is
         # full many times a second would fetch its records as often.
-        pollable = [] if held else [p for p in assigned if not self._lane_is_full(p) and p not in uncommitted]
+        pollable = [p for p in readable if not self._lane_is_full(p) and p not in uncommitted]
         due = self._rotation.next(pollable)
         complete = len(due) == len(pollable)
         return PollPlan(

@@ -1,4 +1,8 @@
-"""The Kafka consumer of jobs: what the intake needs of it, and how the real one is configured."""
+"""The Kafka clients of the intake: what it needs of them, and how the real ones are configured.
+
+Two of them: one is the group's member and reads nothing, the other reads what the member was assigned and knows no group.
+So a rebalance, which may take as long as a dead member's session, stops nobody who reads.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +11,30 @@ from typing import Any, Protocol, cast
 
 import msgspec
 
-from embedq_shared.kafka import (
-    AIOKafkaConsumer,
-    ConsumerRebalanceListener,
-    ConsumerRecord,
-    RoundRobinPartitionAssignor,
-    TopicPartition,
-)
+from embedq_consumer.group import Member, make_member
+from embedq_shared.kafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 
 
 class IntakeOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The settings of the intake. Times as the name says; the limits of jobs and bytes in flight hold for each lane."""
 
     group: str
+    replica: str
+    static_membership: bool
     max_in_flight_jobs: int
     max_in_flight_bytes: int
+    read_ahead_s: float
+    """Work in flight, in seconds of what the lane answers at its best of late."""
     max_poll_records: int
     max_uncommitted: int
     """Records of a partition that a crash repeats at most."""
     commit_interval_s: float
     session_timeout_ms: int
     rebalance_timeout_ms: int
+    stuck_after_s: float
+    """A watermark that was overtaken for so long is a reason not to be ready."""
+    stuck_limit_s: float
+    """And after so long its record is given up."""
 
 
 class JobsConsumer(Protocol):
@@ -37,21 +44,15 @@ class JobsConsumer(Protocol):
         """Connect."""
 
     async def stop(self) -> None:
-        """Leave the group and disconnect."""
+        """Disconnect."""
 
-    def subscribe(self, topics: Sequence[str], *, listener: ConsumerRebalanceListener) -> None:
-        """Ask to join the group."""
+    def assign(self, partitions: Sequence[TopicPartition]) -> None:
+        """Read these and no others. Forgets every position and all that was fetched."""
 
     async def getmany(
         self, *partitions: TopicPartition, timeout_ms: int, max_records: int
     ) -> Mapping[TopicPartition, Sequence[ConsumerRecord]]:
         """Records of these partitions; raises one of `UNREADABLE` for a record that it cannot read."""
-
-    async def commit(self, offsets: Mapping[TopicPartition, int]) -> None:
-        """Store the next offsets to read."""
-
-    async def committed(self, partition: TopicPartition) -> int | None:
-        """The stored offset."""
 
     async def position(self, partition: TopicPartition) -> int:
         """The next offset that a poll hands out."""
@@ -63,27 +64,40 @@ class JobsConsumer(Protocol):
         """Hand out the first offset that the broker has next."""
 
     def highwater(self, partition: TopicPartition) -> int | None:
-        """The end of the partition, as of the last fetch; None before the first."""
+        """The end of an assigned partition, as of the last fetch; None before the first."""
 
 
-def make_jobs_consumer(kafka: Mapping[str, Any], options: IntakeOptions) -> JobsConsumer:
-    """The real one; `kafka` is what each client needs to reach the brokers. Every setting whose default is a trap is
-    written out."""
+class JobsClients(msgspec.Struct, frozen=True):
+    """Both clients."""
+
+    consumer: JobsConsumer
+    member: Member
+
+
+def make_jobs_clients(kafka: Mapping[str, Any], options: IntakeOptions) -> JobsClients:
+    """The real ones; `kafka` is what each client needs to reach the brokers."""
+    member = make_member(
+        kafka,
+        group=options.group,
+        replica=options.replica,
+        static=options.static_membership,
+        session_timeout_ms=options.session_timeout_ms,
+        rebalance_timeout_ms=options.rebalance_timeout_ms,
+    )
+    return JobsClients(_make_consumer(kafka, options), member)
+
+
+def _make_consumer(kafka: Mapping[str, Any], options: IntakeOptions) -> JobsConsumer:
+    """Every setting whose default is a trap is written out."""
     return cast(
         JobsConsumer,
         AIOKafkaConsumer(
             **kafka,
-            group_id=options.group,
+            client_id=options.replica,
+            group_id=None,
             enable_auto_commit=False,
             auto_offset_reset="earliest",
             isolation_level="read_committed",
-            # Not the sticky one: it may give one replica a whole lane, and nothing is kept over a rebalance anyway.
-            partition_assignment_strategy=(RoundRobinPartitionAssignor,),
-            session_timeout_ms=options.session_timeout_ms,
-            heartbeat_interval_ms=min(3000, options.session_timeout_ms // 3),
-            rebalance_timeout_ms=options.rebalance_timeout_ms,
-            request_timeout_ms=options.rebalance_timeout_ms + 15_000,
-            max_poll_interval_ms=600_000,
             fetch_max_wait_ms=50,
             fetch_max_bytes=32 * 1024 * 1024,
             max_partition_fetch_bytes=4 * 1024 * 1024,

@@ -1,75 +1,96 @@
-"""The one loop that touches the jobs consumer: it polls, begins records in the ledger, and follows rebalances.
+"""The one loop that touches the jobs consumer: it polls, and begins records in the ledger.
 
-What it may do is decided by `PollState` and `PollPlanner`; offsets are committed by `OffsetCommitter`.
+What it may do is decided by `PollState` and `PollPlanner`; which partitions are ours, and what is committed, is the room
+`group`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
 
 import structlog
 
-from embedq_consumer.intake.flow_control import InFlightLimits, PollPlanner
-from embedq_consumer.intake.jobs_consumer import IntakeOptions, JobsConsumer
-from embedq_consumer.intake.offset_committer import OffsetCommitter
-from embedq_consumer.intake.offsets import OffsetLedger
+from embedq_consumer.group import (
+    HandOver,
+    OffsetCommitter,
+    OffsetLedger,
+    Overtaken,
+    Ownership,
+    Ticket,
+    WatermarkWatch,
+)
+from embedq_consumer.intake.flow_control import InFlightLimits, PollPlanner, ReadAhead
+from embedq_consumer.intake.jobs_consumer import IntakeOptions, JobsClients
 from embedq_consumer.intake.poll_state import PollState
+from embedq_consumer.intake.reading import POLL_MS, Changes, Reading
 from embedq_consumer.intake.records import Record
-from embedq_consumer.intake.unreadable import POLL_MS, CarefulReader, PolledRecords
+from embedq_consumer.intake.unreadable import CarefulReader, PolledRecords
 from embedq_consumer.telemetry.metrics import Metrics
-from embedq_shared.kafka import UNREADABLE, ConsumerRebalanceListener, TopicPartition, position, stop_client
+from embedq_shared.kafka import UNREADABLE, TopicPartition, stop_client
 from embedq_shared.topics import LANES, Lane, Topics
 
 log = structlog.get_logger()
 
 _CLOSE_S: Final = 10.0
 """Leaving the group takes milliseconds, unless the brokers are gone."""
+_LAST_COMMIT_S: Final = 5.0
+"""For a stop's last commit."""
+_RETRY_S: Final = 0.05
 _DRAIN_S: Final = 30.0
-"""Longest wait of a revocation for what is in flight. It leaves half of the rebalance timeout for everything else."""
-
-NOWHERE: Final = TopicPartition("", 0)
-"""Dummy partition that is polled while no real one may give records: the poll keeps the group membership alive, and the
-client keeps what it has fetched."""
+"""The longest that a partition which moves waits for what is in flight of it."""
+_LEAST_READ_AHEAD: Final = 64
+"""Jobs in flight that are no bound to anything: a first micro-batch."""
 
 Take = Callable[[Sequence[Record]], None]
 Unreadable = Callable[[Record, Exception], None]
+GiveUp = Callable[[Record, Overtaken], None]
 
 
-class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has no type information
+class Intake:
     """Reads jobs and keeps their offsets.
 
     Invariants:
-        - A record is begun in the ledger in the same step in which it is polled, before anything can fail.
-        - No poll runs between a revocation and the next assignment: so every record belongs to the current epoch.
-        - Polling never stops for longer than that. A partition that is full or held is not among those polled.
+        - A record is begun in the ledger in the same step in which it is polled, before anything can fail; one of a
+          partition that is not ours to read any more is not begun, and its place is read again by whoever has it.
+        - Where other partitions are to be read than before, each is read on from where the ledger is.
+        - A partition that is full or held is not among those polled, and nothing is paused in the client.
+        - Each record is answered once: what comes for one that was given up changes nothing.
         - A crash repeats at most `max_uncommitted` records of a partition, and one poll.
     """
 
     def __init__(
         self,
-        consumer: JobsConsumer,
+        clients: JobsClients,
         options: IntakeOptions,
         *,
         topics: Topics,
         metrics: Metrics,
         beat: Callable[[], None],
     ) -> None:
-        self._consumer = consumer
+        self._consumer = clients.consumer
+        self._member = clients.member
         self._topics = topics
         self._metrics = metrics
         self._beat = beat
-        self._drain_s = min(_DRAIN_S, options.rebalance_timeout_ms / 1000 / 2)
         self._lane_of: dict[str, Lane] = dict(zip(topics.lanes, LANES, strict=True))
         self._state = PollState()
-        self._changes = _Changes()
+        self._changes = Changes()
         self._ledger = OffsetLedger()
+        self._ownership = Ownership()
+        self._in_flight: dict[Ticket, Record] = {}
         self._limits = InFlightLimits(
             max_jobs=options.max_in_flight_jobs, max_bytes=options.max_in_flight_bytes
         )
+        self._read_ahead = {
+            lane: ReadAhead(options.read_ahead_s, least=_LEAST_READ_AHEAD, most=options.max_in_flight_jobs)
+            for lane in LANES
+        }
+        for lane, ahead in self._read_ahead.items():
+            self._limits.allow(lane, ahead.jobs)
         self._planner = PollPlanner(
             self._ledger,
             self._limits,
@@ -78,42 +99,74 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
             max_uncommitted=options.max_uncommitted,
         )
         self._committer = OffsetCommitter(
-            consumer,
+            clients.member,
             self._ledger,
+            self._ownership,
             metrics,
             interval_s=options.commit_interval_s,
             max_uncommitted=options.max_uncommitted,
         )
-        self._careful = CarefulReader(consumer, self._ledger, self._poll, beat)
-        self._broken: BaseException | None = None
-        self.joined = asyncio.Event()
+        self._hand_over = HandOver(
+            clients.member,
+            self._ledger,
+            self._ownership,
+            self._committer,
+            metrics,
+            drain_s=min(_DRAIN_S, options.rebalance_timeout_ms / 1000 / 2),
+        )
+        self._reading = Reading(
+            clients.consumer, self._ledger, self._ownership, self._changes, lambda: self._state.interrupted
+        )
+        self._careful = CarefulReader(clients.consumer, self._ledger, self._reading.poll, beat)
+        self._newest_answered = dict.fromkeys(LANES, float("-inf"))
+        self._watch = WatermarkWatch(
+            self._ledger,
+            self._times,
+            metrics,
+            stuck_after_s=options.stuck_after_s,
+            limit_s=options.stuck_limit_s,
+        )
+        self.joined = self._hand_over.joined
         """Set once the group has given this replica its partitions, even if there are none."""
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        """Connect and ask to join the group.
+        """Connect and ask to join the group. After an error it may be called again.
 
         Raises:
             KafkaError: no broker answers.
         """
         await self._consumer.start()
-        self._consumer.subscribe(list(self._topics.lanes), listener=self)
+        await self._member.start()
+        self._hand_over.follow(self._topics.lanes, self._interrupt)
 
     async def run(self, take: Take, unreadable: Unreadable) -> None:
         """Poll until `stop`. `take` gets each poll's records; `unreadable` a record that the client cannot hand out."""
         while (turn := self._state.next_turn()) != "end":
             self._changes.notify()
             self._beat()
-            self._raise_if_broken()
-            if turn == "wait":
-                await self._changes.until(lambda: self._state.due != "wait")
+            if turn == "rest":
+                await self._reading.rest()
             else:
-                await self._read(take, unreadable, held=turn == "poll_nothing")
+                await self._read(take, unreadable)
         self._changes.notify()
 
+    async def commit_forever(self) -> None:
+        """Commit what is safe, again and again, hand over partitions, and measure the lag.
+
+        Raises:
+            KafkaError: the membership of the group cannot go on.
+        """
+        await self._committer.run(self._after_commit)
+
+    async def watch(self, give_up: GiveUp, tell: Callable[[str | None], None]) -> None:
+        """Look for watermarks that stand still while others pass. `tell` hears why the service is not ready, or None;
+        `give_up` gets a record that nobody should wait for any longer, and answers it."""
+        await self._watch.run(lambda ticket, its: give_up(self._in_flight[ticket], its), tell)
+
     async def stop(self, within: float) -> bool:
-        """Take nothing more, wait for what is in flight, commit. False if something was left, uncommitted."""
+        """Take nothing more, wait for what is in flight, commit, leave the group. False if something was left, uncommitted."""
         self._state.stop()
         self._changes.notify()
         try:
@@ -123,13 +176,27 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
         except TimeoutError:
             return False
         finally:
-            if self._state.may_commit:
-                await self._committer.commit()
+            await self._commit_all()
+            await self._leave()
         return True
 
     async def close(self) -> None:
-        """Leave the group."""
-        if problem := await stop_client(self._consumer, _CLOSE_S):
+        """Leave the group and disconnect."""
+        await self._leave()
+        await stop_client(self._consumer, _CLOSE_S)
+
+    async def _commit_all(self) -> None:
+        """The last commit. In the middle of a rebalance the group takes none, so it is sent again for a while."""
+        end = time.monotonic() + _LAST_COMMIT_S
+        while not await self._committer.commit(release=self._ledger.partitions):
+            if self._ownership.membership is None or time.monotonic() > end:
+                log.warning("last_commit_failed")
+                return
+            await asyncio.sleep(_RETRY_S)
+
+    async def _leave(self) -> None:
+        self._ownership.expelled()  # nothing is committed any more
+        if problem := await self._member.close(_CLOSE_S):
             log.warning("group_left_by_timeout", reason=problem)
 
     @asynccontextmanager
@@ -151,18 +218,22 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
             self._changes.notify()
 
     def finish(self, record: Record) -> None:
-        """A record is answered."""
+        """A record is answered. A second time changes nothing."""
+        if self._in_flight.pop(record.ticket, None) is None:
+            return
+        partition, lane = record.ticket.partition, record.lane
         self._ledger.finish(record.ticket)
+        self._newest_answered[lane] = max(self._newest_answered[lane], record.polled_at)
+        if self._read_ahead[lane].note_answered(time.monotonic()):
+            self._limits.allow(lane, self._read_ahead[lane].jobs)
+        if self._ownership.stage(partition) == "releasing" and not self._ledger.in_flight(partition):
+            self._committer.hurry()
         self._committer.note_finished()
-        reopened = self._limits.remove(record.lane, record.size)
+        reopened = self._limits.remove(lane, record.size)
         if reopened:
             self._state.interrupt()
         if reopened or self._limits.idle:
             self._changes.notify()
-
-    async def commit_forever(self) -> None:
-        """Commit what is safe, again and again, and measure the lag."""
-        await self._committer.run(self._state, self._after_commit)
 
     def is_full(self, lane: Lane) -> bool:
         """Whether the lane takes no records now, since as much of it is in flight as may be."""
@@ -170,20 +241,22 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
 
     # -- polling ------------------------------------------------------------------------------------------------------
 
-    async def _read(self, take: Take, unreadable: Unreadable, *, held: bool) -> None:
+    async def _read(self, take: Take, unreadable: Unreadable) -> None:
         """One turn: a poll of the partitions that are due."""
-        plan = self._planner.plan(held=held)
+        self._reading.follow()
+        plan = self._planner.plan(self._reading.partitions)
         self._show_limits()
+        if not plan.partitions:
+            await self._reading.rest()
+            return
         try:
             polled: PolledRecords = {}
             if plan.urgent:
-                polled = await self._poll(plan.urgent, limit=plan.limit, timeout_ms=0)
+                polled = await self._reading.poll(plan.urgent, limit=plan.limit, timeout_ms=0)
             only_urgent = bool(polled)
             if not polled:
                 timeout_ms = POLL_MS if plan.complete else 0
-                polled = await self._poll(
-                    plan.partitions or [NOWHERE], limit=plan.limit, timeout_ms=timeout_ms
-                )
+                polled = await self._reading.poll(plan.partitions, limit=plan.limit, timeout_ms=timeout_ms)
         except UNREADABLE as error:
             log.warning("poll_failed", reason=type(error).__name__)
             await self._read_carefully(take, unreadable)
@@ -191,30 +264,16 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
         self._planner.note(plan, polled, only_urgent=only_urgent)
         if records := self._begin(polled):
             take(records)
-        elif plan.complete:
-            await self._step_over_gaps()
-
-    async def _poll(
-        self, partitions: Sequence[TopicPartition], *, limit: int, timeout_ms: int
-    ) -> PolledRecords:
-        """One poll. An interruption ends it early: nothing is lost, since records leave the client only when it returns."""
-        poll = asyncio.ensure_future(
-            self._consumer.getmany(*partitions, timeout_ms=timeout_ms, max_records=limit)
-        )
-        interrupted = asyncio.ensure_future(self._changes.until(lambda: self._state.interrupted))
-        try:
-            await asyncio.wait({poll, interrupted}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            interrupted.cancel()
-            if not poll.done():
-                poll.cancel()
-        await asyncio.wait({poll})
-        return {} if poll.cancelled() else poll.result()
+        elif plan.complete and not polled:
+            await self._reading.step_over_gaps()
 
     def _begin(self, polled: PolledRecords) -> list[Record]:
         now = time.monotonic()
         records = []
         for partition, found in polled.items():
+            if not self._reading.is_read(partition):
+                self._reading.start_over()
+                continue
             lane = self._lane_of[partition.topic]
             for raw in found:
                 record = Record(
@@ -227,43 +286,56 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
                     timestamp_type=raw.timestamp_type,
                     polled_at=now,
                 )
-                self._limits.add(lane, record.size)
+                self._note_begun(record)
                 records.append(record)
             self._metrics.records.labels(lane).inc(len(found))
         return records
+
+    def _note_begun(self, record: Record) -> None:
+        self._in_flight[record.ticket] = record
+        self._limits.add(record.lane, record.size)
 
     async def _read_carefully(self, take: Take, unreadable: Unreadable) -> None:
         """After a failed poll: hand over what can be read, one by one, and step over what cannot."""
 
         def hand_over(found: PolledRecords) -> bool:
-            take(self._begin(found))
-            return self._state.due != "end" and all(map(self._planner.may_read_on, found))
+            if records := self._begin(found):
+                take(records)
+            return self._state.due == "poll" and all(
+                self._reading.is_read(partition) and self._planner.may_read_on(partition)
+                for partition in found
+            )
 
         def stepped_over(partition: TopicPartition, offset: int, error: Exception) -> None:
+            if not self._reading.is_read(partition):
+                self._reading.start_over()
+                return
             record = Record.unread(
                 self._ledger.begin(partition, offset), self._lane_of[partition.topic], time.monotonic()
             )
-            self._limits.add(record.lane, record.size)
+            self._note_begun(record)
             unreadable(record, error)
 
-        await self._careful.read(hand_over, stepped_over)
+        await self._careful.read(self._reading.partitions, hand_over, stepped_over)
 
-    async def _step_over_gaps(self) -> None:
-        """After the last record there may be transaction markers and compacted holes; the position is past them.
+    # -- what goes along ----------------------------------------------------------------------------------------------
 
-        Only the poll loop may do this, between polls: at any other time the position may be past records that a poll
-        is about to return.
-        """
-        for partition in self._ledger.partitions:
-            offset = await position(self._consumer, partition)
-            if offset is not None:
-                self._ledger.advance(partition, offset)
-
-    def _after_commit(self) -> None:
-        """Partitions that waited for this commit may give records again."""
+    async def _after_commit(self) -> None:
+        await self._hand_over.step()
+        for partition, records in self._reading.lag().items():
+            self._metrics.lag.labels(partition.topic, partition.partition).set(records)
         if self._planner.awaits_commit:
-            self._state.interrupt()
-            self._changes.notify()
+            self._interrupt()
+
+    def _interrupt(self) -> None:
+        """Other partitions may give records than those that the turn under way asked."""
+        self._state.interrupt()
+        self._changes.notify()
+
+    def _times(self, ticket: Ticket) -> tuple[float, float]:
+        """When a record in flight was polled, and when the newest answered one of its lane was."""
+        record = self._in_flight[ticket]
+        return record.polled_at, self._newest_answered[record.lane]
 
     def _show_limits(self) -> None:
         for lane in LANES:
@@ -274,68 +346,3 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
     async def _idle(self) -> None:
         """Wait until nothing is in flight."""
         await self._changes.until(lambda: self._limits.idle)
-
-    # -- rebalance ----------------------------------------------------------------------------------------------------
-
-    async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
-        """Before a rebalance: no more polls, finish what is in flight as far as time allows, commit."""
-        try:
-            self._state.revoke()
-            self._changes.notify()
-            await self._changes.until(lambda: self._state.parked)
-            if self._ledger.partitions:
-                await self._drain()
-                await self._committer.commit()
-        except Exception as error:  # noqa: BLE001  # the client would log it and go on; the poll loop raises it
-            self._broken = error
-        self._state.give_up()
-
-    async def _drain(self) -> None:
-        try:
-            async with asyncio.timeout(self._drain_s):
-                await self._idle()
-        except TimeoutError:
-            pass  # what is unfinished is not committed, so that the partition's next owner repeats it
-
-    async def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
-        """After it: a new epoch, and polls again."""
-        before = self._ledger.partitions
-        self._ledger.assign(assigned)
-        self._committer.forget(before - self._ledger.partitions)
-        self._metrics.rebalances.inc()
-        self._metrics.assigned.set(len(self._ledger.partitions))
-        log.info("partitions_assigned", count=len(self._ledger.partitions), epoch=self._ledger.epoch)
-        self._state.assign()
-        self._changes.notify()
-        self.joined.set()
-
-    def _raise_if_broken(self) -> None:
-        if self._broken is not None:
-            raise self._broken
-
-
-class _Changes:
-    """Lets coroutines wait for conditions of what the intake owns, and wakes those whose condition has come true.
-
-    Whoever changes something calls `notify` after it. Conditions are checked again by the coroutine that wakes, which
-    may run after the next change.
-    """
-
-    def __init__(self) -> None:
-        self._waiting: dict[asyncio.Future[None], Callable[[], bool]] = {}
-
-    def notify(self) -> None:
-        """Something has changed."""
-        for future, is_true in self._waiting.items():
-            if not future.done() and is_true():
-                future.set_result(None)
-
-    async def until(self, is_true: Callable[[], bool]) -> None:
-        """Return once the condition holds."""
-        while not is_true():
-            future = asyncio.get_running_loop().create_future()
-            self._waiting[future] = is_true
-            try:
-                await future
-            finally:
-                del self._waiting[future]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from embedq_consumer.intake.offsets import Ticket
+from embedq_consumer.group import Ticket
 from embedq_shared.topics import Lane
 
 

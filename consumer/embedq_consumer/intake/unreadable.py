@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final, Protocol
 
+from embedq_consumer.group import OffsetLedger
 from embedq_consumer.intake.jobs_consumer import JobsConsumer
-from embedq_consumer.intake.offsets import OffsetLedger
 from embedq_shared.kafka import UNREADABLE, ConsumerRecord, TopicPartition, step_over
 
-POLL_MS: Final = 200
-"""The usual wait for records. It bounds how late the loop's heartbeat comes; whatever matters interrupts it."""
-
+_FIRST_WAIT_MS: Final = 200
 _PATIENCE_MS: Final = 5000
 """Longest wait for a single record after a failed poll."""
 _CAREFUL_RECORDS: Final = 2000
@@ -33,7 +31,7 @@ class CarefulReader:
     """Reads record by record after a failed poll, until the client meets the record that it cannot hand out.
 
     The Kafka room's own walk (`embedq_shared.kafka.poll_partition`) would not do: it knows neither the ledger, to which a
-    failed poll's other partitions must be set back, nor interruptions by a rebalance.
+    failed poll's other partitions must be set back, nor interruptions.
 
     Invariants:
         - A failed poll costs no record: it may have swallowed those of other partitions while their positions moved, so
@@ -49,23 +47,23 @@ class CarefulReader:
         self._ledger = ledger
         self._poll = poll
         self._beat = beat
-        self._patience_ms = POLL_MS
+        self._patience_ms = _FIRST_WAIT_MS
 
     async def read(
         self,
+        partitions: Collection[TopicPartition],
         hand_over: Callable[[PolledRecords], bool],
         stepped_over: Callable[[TopicPartition, int, Exception], None],
     ) -> None:
-        """Read all partitions until each has no record ready, or one that was stepped over.
+        """Read these partitions until each has no record ready, or one that was stepped over.
 
         `hand_over` begins the records and says whether their partition may give more; `stepped_over` gets the place of a
         record that cannot be read, and why.
         """
-        assigned = sorted(self._ledger.partitions)
-        for partition in assigned:
+        for partition in sorted(partitions):
             await self._rewind(partition)
-        found = [await self._read(partition, hand_over, stepped_over) for partition in assigned]
-        self._patience_ms = POLL_MS if any(found) else min(2 * self._patience_ms, _PATIENCE_MS)
+        found = [await self._read(partition, hand_over, stepped_over) for partition in sorted(partitions)]
+        self._patience_ms = _FIRST_WAIT_MS if any(found) else min(2 * self._patience_ms, _PATIENCE_MS)
 
     async def _read(
         self,
@@ -89,8 +87,6 @@ class CarefulReader:
 
     async def _rewind(self, partition: TopicPartition) -> None:
         position = self._ledger.position(partition)
-        if position is None:
-            position = await self._consumer.committed(partition)
         if position is None:
             await self._consumer.seek_to_beginning(partition)
         else:

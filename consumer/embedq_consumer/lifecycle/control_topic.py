@@ -49,6 +49,7 @@ class ControlTopic:
         self._alias = alias
         self._metrics = metrics
         self._partition = TopicPartition(topics.control, 0)
+        self._connected = False
         self._consumer = make_consumer(
             **options,
             enable_auto_commit=False,
@@ -58,13 +59,15 @@ class ControlTopic:
         )
 
     async def open(self) -> Control | None:
-        """Connect and read to the end as it is now; the newest command for the alias.
+        """Connect and read to the end as it is now; the newest command for the alias. After an error it may be called again.
 
         Raises:
             KafkaError: no broker answers.
             TimeoutError: reading the topic took more than 60 s.
         """
-        await self._consumer.start()
+        if not self._connected:
+            await self._consumer.start()
+            self._connected = True
         self._consumer.assign([self._partition])
         newest: Control | None = None
         async with asyncio.timeout(_READ_S):

@@ -39,7 +39,8 @@ class Health:
     Invariants:
 
     - Alive: each registered loop has beaten within its own limit.
-    - Ready: alive, and no reason is set why not. A service starts with the reason "starting".
+    - Ready: alive, and no reason is set why not. A service starts with the reason "starting". A part's own reason (`hinder`) shows
+      before the service's.
     - A loop's last beat never goes back in time.
     """
 
@@ -48,6 +49,7 @@ class Health:
         self._limits: dict[str, float] = {}
         self._beats: dict[str, float] = {}
         self._reason: str | None = reason
+        self._hindrances: dict[str, str] = {}
         self._facts: dict[str, object] = {}
 
     def register(self, loop: str, limit_s: float, now: float) -> None:
@@ -66,6 +68,14 @@ class Health:
         """None if the service takes jobs, otherwise why not, such as "loading the model" or "draining"."""
         with self._lock:
             self._reason = reason
+
+    def hinder(self, part: str, reason: str | None) -> None:
+        """Why one part keeps the service from being ready, such as the brokers that it waits for; None: it does not."""
+        with self._lock:
+            if reason is None:
+                self._hindrances.pop(part, None)
+            else:
+                self._hindrances[part] = reason
 
     def tell(self, facts: Mapping[str, object]) -> None:
         """Show these facts on the readiness page, in addition to those that it shows already."""
@@ -94,7 +104,7 @@ class Health:
         """Fails for the reason that was set, or because a loop is silent."""
         alive, facts = self.live(now)
         with self._lock:
-            reason = self._reason
+            reason = next(iter(self._hindrances.values()), self._reason)
             shown = dict(self._facts)
         if reason is None and alive:
             return Report(True, {"status": "ok", **shown})

@@ -64,6 +64,10 @@ class Metrics:
             "topic",
             "partition",
         )
+        self.overtaken = gauge(
+            "overtaken_seconds",
+            "For how long the first unfinished record of a partition has been overtaken by later ones, at most.",
+        )
         self.commits = counter("commits_total", "Offset commits: ok, error, fenced.", "outcome")
         self.rebalances = counter("rebalances_total", "Partition assignments received.")
         self.assigned = gauge("assigned_partitions", "Partitions that this replica reads.")

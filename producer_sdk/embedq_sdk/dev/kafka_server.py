@@ -160,7 +160,7 @@ class KafkaServer:
             "listener.security.protocol.map": "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT",
             "inter.broker.listener.name": "PLAINTEXT",
             "log.dirs": str(self._home(node) / "data"),
-            "auto.create.topics.enable": "false",
+            "auto.create.topics.enable": "true",  # which is Kafka's default
             "default.replication.factor": replicas,
             "min.insync.replicas": "1",
             "offsets.topic.replication.factor": replicas,

@@ -6,29 +6,34 @@ reading a record needs no Kafka client.
 
 from typing import Final
 
-from aiokafka import (
-    AIOKafkaConsumer,
-    AIOKafkaProducer,
-    ConsumerRebalanceListener,
-    ConsumerRecord,
-    TopicPartition,
-)
-from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
+from aiokafka import ConsumerRebalanceListener, ConsumerRecord, TopicPartition
 from aiokafka.errors import (
-    CommitFailedError,
     IllegalStateError,
     InvalidTopicError,
+    KafkaConnectionError,
     KafkaError,
     MessageSizeTooLargeError,
     RecordListTooLargeError,
     TopicAuthorizationFailedError,
+    UnknownMemberIdError,
     UnknownTopicOrPartitionError,
 )
+from aiokafka.structs import OffsetAndMetadata
 
+from embedq_shared.kafka.clients import AIOKafkaAdminClient, AIOKafkaConsumer, AIOKafkaProducer
 from embedq_shared.kafka.connecting import BrokerUnreachable, connect, reason
+from embedq_shared.kafka.errors import InvalidRecordError, UnsupportedCompressionTypeError, error_kinds
+from embedq_shared.kafka.group_member import (
+    FENCED,
+    Follower,
+    GroupMember,
+    GroupMemberOptions,
+    Membership,
+    ReplacedMember,
+)
 from embedq_shared.kafka.groups import committed_offsets, group_lag
 from embedq_shared.kafka.options import KafkaOptions, SecurityProtocol
+from embedq_shared.kafka.producing import Evicted, PartitionwiseProducer, partition_of
 from embedq_shared.kafka.stopping import stop_client
 from embedq_shared.kafka.unreadable import (
     UNREADABLE,
@@ -41,29 +46,42 @@ from embedq_shared.kafka.unreadable import (
 )
 
 __all__ = [
+    "FENCED",
     "TOO_LARGE",
     "UNREADABLE",
     "AIOKafkaAdminClient",
     "AIOKafkaConsumer",
     "AIOKafkaProducer",
     "BrokerUnreachable",
-    "CommitFailedError",
     "ConsumerRebalanceListener",
     "ConsumerRecord",
+    "Evicted",
+    "Follower",
+    "GroupMember",
+    "GroupMemberOptions",
     "IllegalStateError",
+    "InvalidRecordError",
     "InvalidTopicError",
+    "KafkaConnectionError",
     "KafkaError",
     "KafkaOptions",
+    "Membership",
+    "OffsetAndMetadata",
+    "PartitionwiseProducer",
     "Polled",
-    "RoundRobinPartitionAssignor",
+    "ReplacedMember",
     "SecurityProtocol",
     "TopicAuthorizationFailedError",
     "TopicPartition",
+    "UnknownMemberIdError",
     "UnknownTopicOrPartitionError",
     "UnreadableRecord",
+    "UnsupportedCompressionTypeError",
     "committed_offsets",
     "connect",
+    "error_kinds",
     "group_lag",
+    "partition_of",
     "poll",
     "poll_partition",
     "position",

@@ -22,7 +22,7 @@ async def stop_client(
     stop = client.close() if isinstance(client, AIOKafkaAdminClient) else client.stop()
     problem: str | None = "CancelledError"
     try:
-        problem = await _finished(stop, within)
+        problem = await finished(stop, within)
     finally:
         sender = _sender_of(client)
         if problem is not None and sender is not None:
@@ -30,9 +30,9 @@ async def stop_client(
     if problem is None:
         return None
     if isinstance(client, AIOKafkaConsumer) and client._fetcher is not None:
-        await _finished(client._fetcher.close(), within)
+        await finished(client._fetcher.close(), within)
     connections = client.client if isinstance(client, AIOKafkaProducer) else client._client
-    await _finished(connections.close(), within)
+    await finished(connections.close(), within)
     if sender is not None:
         await asyncio.wait({sender}, timeout=within)
     return problem
@@ -47,7 +47,7 @@ def _sender_of(
     return sender
 
 
-async def _finished(work: Awaitable[None], within: float) -> str | None:
+async def finished(work: Awaitable[None], within: float) -> str | None:
     """Wait for `work` for `within` seconds at most: None if it succeeded, else why not, in one word.
 
     It runs as a task: a fetch that a consumer's `stop` cancels lets `stop` itself end with CancelledError, which must

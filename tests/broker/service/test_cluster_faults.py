@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from embedq_sdk.dev import DevStack
-from tests.helpers.delivery import Answered, load, long_job, preload, until_committed, until_it_logged
+from tests.helpers.delivery import load, until_committed, until_it_logged
 from tests.helpers.service_process import Replica, fresh_prefix, make_topics, reader, replicas
+from tests.helpers.support import wait_until
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(240)]
 
@@ -56,36 +58,59 @@ async def test_a_frozen_broker_costs_no_job_and_no_process(
     assert set(jobs.answered.counts()) == set(jobs.ids)
 
 
-async def test_a_broker_gone_for_longer_than_allowed_ends_the_process_and_the_next_one_answers_the_rest(
+async def test_kafka_may_be_away_for_as_long_as_it_likes(own: DevStack, models: Path, tmp_path: Path) -> None:
+    topics = await make_topics(own, fresh_prefix())
+    replica = Replica(own, topics, models / "a", tmp_path / "log", reply_timeout_s=1)
+
+    async def says_why() -> bool:
+        return "Kafka has taken nothing" in (await replica.page("/readyz"))[1]
+
+    async with replicas(replica):
+        async with reader(own, topics.results) as results, load(own, topics.jobs, results) as jobs:
+            await jobs.progress(100)
+            await asyncio.to_thread(own.stop_kafka, kill=True)
+            try:
+                await wait_until(says_why, what="a reason why it is not ready")
+                assert await replica.get("/livez") == 200
+            finally:
+                await asyncio.to_thread(own.start_kafka)
+            await jobs.progress(200)
+            await replica.until_ready()
+        await until_committed(own, topics)
+        async with reader(own, topics.dead_letters) as letters:
+            assert await letters.all() == []
+        assert await replica.stop() == 0
+    assert set(jobs.answered.counts()) == set(jobs.ids)
+
+
+async def test_a_replica_that_is_started_without_kafka_waits_for_it(
     own: DevStack, models: Path, tmp_path: Path
 ) -> None:
     topics = await make_topics(own, fresh_prefix())
-    first = Replica(own, topics, models / "a", tmp_path / "first", publish_timeout_s=2)
-    second = Replica(own, topics, models / "a", tmp_path / "second")
-    async with replicas(first):
-        async with reader(own, topics.results) as results:
-            ids = await preload(own, topics.jobs, 600, long_job)
-            await Answered(results).some(50)
-        await asyncio.to_thread(own.stop_kafka)
-        try:
-            assert await first.ended() == 1
-        finally:
-            await asyncio.to_thread(own.start_kafka)
-    failures = [event for event in first.events() if event["event"] == "failed"]
-    assert {event["reason"] for event in failures} == {"BrokerUnavailable"}
-    assert "Traceback" not in await asyncio.to_thread(first.log.read_text)
-    async with replicas(second), reader(own, topics.results) as results:
-        answered = Answered(results)
-        await answered.until(ids)
-        await until_committed(own, topics)
-        assert await second.stop() == 0
+    replica = Replica(own, topics, models / "a", tmp_path / "log")
+    stopped = Replica(own, topics, models / "a", tmp_path / "stopped")
+
+    async def waits(waiting: Replica) -> bool:
+        return "waiting for Kafka" in (await waiting.page("/readyz"))[1]
+
+    await asyncio.to_thread(own.stop_kafka)
+    try:
+        await replica.start(ready=False)
+        await stopped.start(ready=False)
+        for each in (replica, stopped):
+            await wait_until(partial(waits, each), within=60, what="a replica that waits for Kafka")
+        assert await stopped.stop() == 0
+    finally:
+        await asyncio.to_thread(own.start_kafka)
+    await replica.until_ready()
+    assert await replica.stop() == 0
 
 
 async def test_told_to_stop_while_the_broker_is_gone_it_ends_within_its_limits(
     own: DevStack, models: Path, tmp_path: Path
 ) -> None:
     topics = await make_topics(own, fresh_prefix())
-    replica = Replica(own, topics, models / "a", tmp_path / "log", publish_timeout_s=3, drain_timeout_s=3)
+    replica = Replica(own, topics, models / "a", tmp_path / "log", drain_timeout_s=3)
     async with replicas(replica):
         await asyncio.to_thread(own.stop_kafka)
         try:

@@ -11,7 +11,7 @@ import pytest
 from aiokafka import TopicPartition
 from aiokafka.consumer.fetcher import PartitionRecords
 
-from embedq_consumer.intake.jobs_consumer import IntakeOptions, make_jobs_consumer
+from embedq_consumer.intake.jobs_consumer import IntakeOptions, make_jobs_clients
 from embedq_consumer.intake.poll_loop import Intake
 from embedq_consumer.intake.records import Record
 from embedq_consumer.telemetry.metrics import Metrics
@@ -32,16 +32,21 @@ class Taken:
         self.times_full = 0
         options = IntakeOptions(
             group=topics.prefix,
+            replica="r",
+            static_membership=False,
             max_in_flight_jobs=20,
             max_in_flight_bytes=1_000_000,
+            read_ahead_s=60.0,
             max_poll_records=10,
             max_uncommitted=2048,
             commit_interval_s=0.5,
             session_timeout_ms=6000,
             rebalance_timeout_ms=20_000,
+            stuck_after_s=60.0,
+            stuck_limit_s=600.0,
         )
         self._intake = Intake(
-            make_jobs_consumer({"bootstrap_servers": stack.kafka_servers}, options),
+            make_jobs_clients({"bootstrap_servers": stack.kafka_servers}, options),
             options,
             topics=topics,
             metrics=Metrics(),
@@ -52,14 +57,16 @@ class Taken:
         """Run the intake until it took `count` records."""
         await self._intake.open()
         polling = asyncio.create_task(self._intake.run(self._take, lambda record, error: None))
+        committing = asyncio.create_task(self._intake.commit_forever())
         try:
             await wait_until(lambda: len(self.records) >= count, what=f"{count} records")
             assert await self._intake.stop(within=10)
             await polling
         finally:
-            polling.cancel()
-            with suppress(asyncio.CancelledError):
-                await polling
+            for task in (polling, committing):
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
             await self._intake.close()
 
     def _take(self, records: Sequence[Record]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -12,13 +13,16 @@ import msgspec
 import pytest
 import structlog
 from aiokafka.errors import (
+    InvalidTimestampError,
+    InvalidTopicError,
     MessageSizeTooLargeError,
     RecordListTooLargeError,
     TopicAuthorizationFailedError,
 )
 
 from embedq_consumer.delivery.deliverer import Deliverer
-from embedq_consumer.delivery.publisher import BrokerUnavailable, Outgoing
+from embedq_consumer.delivery.destination import Undelivered
+from embedq_consumer.delivery.outgoing import Outgoing
 from embedq_consumer.delivery.result_records import ResultEncoder
 from embedq_consumer.intake.admission import Rejection
 from embedq_consumer.intake.jobs import InputVector, JobState, Outcome, Spans
@@ -54,7 +58,9 @@ class Parts:
         self.sink = ScriptedSink(refusal)
         self.memory = WeightedSemaphore(memory)
         encoder = ResultEncoder(TOPICS, "group", limit)
-        self.deliverer = Deliverer(encoder, self.sink, self.sink.finish, self.memory, self.metrics)
+        self.deliverer = Deliverer(
+            encoder, self.sink, self.sink.finish, self.memory, self.metrics, reply_timeout_s=15
+        )
 
     async def deliver(self, *jobs: JobState) -> None:
         """From the reservation on."""
@@ -106,12 +112,56 @@ async def test_a_record_is_finished_after_the_brokers_have_its_result() -> None:
     async with delivering() as parts:
         parts.sink.gate.clear()
         delivery = asyncio.create_task(parts.deliver(answered(offset=1), answered(offset=2)))
-        await wait_until(lambda: parts.memory.held[0] > 0)
+        await wait_until(lambda: len(parts.sink.timeouts) == 2)
         assert parts.sink.events == []
-        parts.sink.gate.set()
+        assert parts.memory.held[0] > 0
+        parts.sink.open()
         await delivery
         assert parts.sink.events == [TOPICS.results, TOPICS.results, 1, 2]
         assert parts.memory.held == (0,)
+
+
+async def test_a_job_that_waits_for_its_address_delays_no_other_of_its_delivery() -> None:
+    async with delivering() as parts:
+        parts.sink.stuck.add("elsewhere")
+        jobs = [answered(offset=1), answered(ELSEWHERE, offset=2), answered(offset=3)]
+        delivery = asyncio.create_task(parts.deliver(*jobs))
+        await wait_until(lambda: len(parts.sink.finished) == 2)
+        assert parts.sink.finished == [1, 3]
+        assert parts.memory.held == (held_bytes(jobs[1].request, 256),)
+        assert parts.sample("jobs_total", lane="interactive", status="ok") == 2
+        parts.sink.stuck.clear()
+        parts.sink.open()
+        await delivery
+        assert parts.sink.finished == [1, 3, 2]
+        assert parts.memory.held == (0,)
+
+
+async def test_a_job_that_is_answered_otherwise_delays_no_other_of_its_delivery() -> None:
+    async with delivering(refusing(InvalidTopicError(), "elsewhere")) as parts:
+        parts.sink.stuck.add(TOPICS.dead_letters)
+        delivery = asyncio.create_task(parts.deliver(answered(ELSEWHERE, offset=1), answered(offset=2)))
+        await wait_until(lambda: len(parts.sink.to(TOPICS.results)) == 2)
+        assert parts.sink.finished == [2]
+        parts.sink.stuck.clear()
+        parts.sink.open()
+        await delivery
+        assert parts.sink.finished == [2, 1]
+
+
+async def test_only_a_result_at_an_address_of_the_callers_has_a_time_out() -> None:
+    async with delivering(refusing(InvalidTopicError(), "elsewhere")) as parts:
+        await parts.deliver(answered())
+        assert parts.sink.timeouts == [(TOPICS.results, None)]
+        partition = ("reply-partition", struct.pack(">i", 1))
+        await parts.deliver(answered(partition))
+        assert parts.sink.timeouts[1:] == [(TOPICS.results, 15)]
+        await parts.deliver(answered(ELSEWHERE))
+        assert parts.sink.timeouts[2:] == [
+            ("elsewhere", 15),
+            (TOPICS.results, 5.0),
+            (TOPICS.dead_letters, None),
+        ]
 
 
 async def test_every_part_of_a_result_is_there_before_its_record_is_finished() -> None:
@@ -120,18 +170,6 @@ async def test_every_part_of_a_result_is_there_before_its_record_is_finished() -
         *parts_sent, finished = parts.sink.events
         assert len(parts_sent) > 1
         assert (set(parts_sent), finished) == ({TOPICS.results}, 7)
-
-
-async def test_without_an_acknowledgement_nothing_is_finished_and_the_process_may_end() -> None:
-    def broken(record: Outgoing) -> None:
-        raise BrokerUnavailable("no result was acknowledged for 60 s")
-
-    async with delivering(broken) as parts:
-        with pytest.raises(BrokerUnavailable):
-            await parts.deliver(answered())
-        assert parts.sink.events == []
-        assert parts.memory.held[0] > 0
-        assert parts.sample("jobs_total", lane="interactive", status="ok") == 0
 
 
 async def test_what_was_answered_is_counted() -> None:
@@ -195,6 +233,8 @@ async def test_the_memory_that_is_reserved_depends_on_what_the_job_asks_for() ->
         (MessageSizeTooLargeError(), "result_too_large"),
         (RecordListTooLargeError(), "result_too_large"),
         (TopicAuthorizationFailedError(), "invalid_header"),
+        (InvalidTimestampError(), "invalid_header"),
+        (Undelivered("for 15 s they took no record"), "undeliverable"),
     ],
 )
 async def test_a_result_that_is_refused_becomes_an_error_on_the_results_topic(
@@ -207,12 +247,13 @@ async def test_a_result_that_is_refused_becomes_an_error_on_the_results_topic(
         assert (body(fine)["object"], body(error)["error"]["code"]) == ("list", code)
         [letter] = parts.sink.to(TOPICS.dead_letters)
         assert value_of(letter.headers, "embedq-result-sent") == b"true"
-        assert parts.sink.events == [TOPICS.results, TOPICS.results, TOPICS.dead_letters, 1, 2]
+        assert parts.sink.finished == [1, 2]
+        assert parts.sink.events.index(TOPICS.dead_letters) < parts.sink.events.index(2)
         assert parts.sample("jobs_total", lane="interactive", status="error") == 1
         assert parts.sample("jobs_total", lane="interactive", status="ok") == 1
         assert parts.sample("errors_total", code=code) == 1
         assert parts.sample("dead_letters_total", code=code) == 1
-        assert [entry["event"] for entry in logs] == ["results_undeliverable"]
+        assert [entry["event"] for entry in logs] == ["result_undeliverable"]
 
 
 async def test_one_refused_part_makes_the_whole_result_an_error() -> None:
@@ -283,12 +324,48 @@ async def test_a_dead_letter_that_is_refused_goes_by_its_position() -> None:
         assert parts.sink.finished == [7]
 
 
+async def test_a_dead_letter_whose_timestamp_is_refused_goes_without_it() -> None:
+    def too_old(record: Outgoing) -> Exception | None:
+        return InvalidTimestampError() if record.timestamp_ms is not None else None
+
+    async with delivering(too_old) as parts:
+        await parts.reject(record(b"junk", key=b"k"), MALFORMED, dead_letter=True)
+        [letter] = parts.sink.to(TOPICS.dead_letters)
+        assert (letter.key, letter.value, letter.timestamp_ms) == (b"k", b"junk", None)
+
+
+async def test_a_dead_letter_may_go_to_another_partition_and_waits_without_end() -> None:
+    async with delivering() as parts:
+        await parts.reject(record(b"junk"), MALFORMED, dead_letter=True)
+        [letter] = parts.sink.to(TOPICS.dead_letters)
+        assert letter.movable
+        assert parts.sink.timeouts[-1] == (TOPICS.dead_letters, None)
+
+
 async def test_a_record_whose_dead_letter_is_refused_altogether_is_finished_and_logged() -> None:
-    async with delivering(refusing(TopicAuthorizationFailedError(), TOPICS.dead_letters)) as parts:
+    async with delivering(refusing(InvalidTimestampError(), TOPICS.dead_letters)) as parts:
         with structlog.testing.capture_logs() as logs:
             await parts.reject(record(b"junk"), MALFORMED, dead_letter=True)
         assert parts.sink.events == [TOPICS.results, 7]
-        assert logs == [{"event": "dead_letters_refused", "records": 1, "log_level": "error"}]
+        refused = {
+            "event": "dead_letter_refused",
+            "record": "t.jobs-3-7",
+            "reasons": ["INVALID_TIMESTAMP"] * 3,
+        }
+        assert logs == [refused | {"log_level": "error"}]
+
+
+async def test_what_an_operator_reads_of_an_address_that_took_nothing() -> None:
+    reason = Undelivered(
+        "for 15 s they took no record: the brokers have no leader for the partition (LEADER_NOT_AVAILABLE)"
+    )
+    async with delivering(refusing(reason, "elsewhere")) as parts:
+        await parts.deliver(answered(ELSEWHERE))
+        [letter] = parts.sink.to(TOPICS.dead_letters)
+        assert value_of(letter.headers, "embedq-error-message") == (
+            b"header `reply-topic`: expected a topic and partition that take results; for 15 s they took no record: the "
+            b"brokers have no leader for the partition (LEADER_NOT_AVAILABLE)"
+        )
 
 
 # -- the rest -----------------------------------------------------------------------------------------------------------

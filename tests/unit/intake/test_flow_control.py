@@ -9,8 +9,14 @@ from aiokafka import TopicPartition
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedq_consumer.intake.flow_control import InFlightLimits, PartitionRotation, PollPlanner
-from embedq_consumer.intake.offsets import OffsetLedger, Ticket
+from embedq_consumer.group import OffsetLedger, Ticket
+from embedq_consumer.intake.flow_control import (
+    InFlightLimits,
+    PartitionRotation,
+    PollPlan,
+    PollPlanner,
+    ReadAhead,
+)
 from embedq_shared.topics import LANES, Lane
 
 A, B, C = (TopicPartition("jobs", number) for number in range(3))
@@ -150,6 +156,59 @@ def test_partitions_with_backlogs_stay_within_a_poll_of_each_other(backlogs: lis
         assert not waiting or max(given_to.values()) - min(waiting) <= 2 * limit
 
 
+# -- reading ahead --------------------------------------------------------------------------------------------------------
+
+
+def answer(ahead: ReadAhead, rate: float, seconds: float, start: float = 0.0) -> float:
+    """Jobs answered at this rate; the time at the end."""
+    count = round(rate * seconds)
+    for number in range(count + 1):
+        ahead.note_answered(start + number / rate)
+    return start + count / rate
+
+
+def test_as_many_jobs_are_read_ahead_as_are_answered_in_the_time_given() -> None:
+    ahead = ReadAhead(2.0, least=10, most=10_000)
+    answer(ahead, rate=300, seconds=3)
+    assert 590 <= ahead.jobs <= 620
+
+
+def test_there_is_a_least_number_at_the_start_and_for_the_slowest_and_a_greatest_for_the_fastest() -> None:
+    ahead = ReadAhead(2.0, least=64, most=2048)
+    assert ahead.jobs == 64
+    now = answer(ahead, rate=3, seconds=5)
+    assert ahead.jobs == 64
+    answer(ahead, rate=5000, seconds=1, start=now)
+    assert ahead.jobs == 2048
+    assert ReadAhead(2.0, least=64, most=8).jobs == 8
+
+
+def test_the_best_of_late_counts_and_not_a_lull() -> None:
+    ahead = ReadAhead(2.0, least=10, most=10_000)
+    now = answer(ahead, rate=300, seconds=3)
+    now = answer(ahead, rate=20, seconds=4, start=now)
+    assert ahead.jobs >= 590
+    answer(ahead, rate=20, seconds=12, start=now)
+    assert ahead.jobs < 60
+
+
+def test_it_says_when_the_number_may_have_changed() -> None:
+    ahead = ReadAhead(1.0, least=1, most=100)
+    assert [ahead.note_answered(now) for now in (0.0, 0.1, 0.5, 0.6)] == [False, False, True, False]
+
+
+def test_a_limit_that_shrinks_closes_the_lane_with_the_next_job_and_opens_it_at_its_own_half() -> None:
+    bounded = flow(max_jobs=8)
+    for _ in range(4):
+        bounded.add("bulk", 1)
+    bounded.allow("bulk", 4)
+    assert not bounded.is_full("bulk")
+    bounded.add("bulk", 1)
+    assert bounded.is_full("bulk")
+    assert [bounded.remove("bulk", 1) for _ in range(3)] == [False, False, True]
+    assert bounded.headroom() == 8  # the other lane's
+
+
 # -- the plan of a poll -------------------------------------------------------------------------------------------------
 
 
@@ -164,7 +223,8 @@ class Planning:
         max_uncommitted: int = 100,
     ) -> None:
         self.ledger = OffsetLedger()
-        self.ledger.assign(partitions)
+        for partition in partitions:
+            self.ledger.add(partition, None)
         self.limits = InFlightLimits(max_jobs=max_jobs, max_bytes=1_000_000)
         self.lane_of: dict[str, Lane] = {"jobs": "interactive", "jobs.bulk": "bulk"}
         self.planner = PollPlanner(
@@ -182,17 +242,21 @@ class Planning:
             self.limits.add(self.lane_of[partition.topic], 1)
         return [self.ledger.begin(partition, first + number) for number in range(count)]
 
+    def plan(self) -> PollPlan:
+        return self.planner.plan(self.ledger.partitions)
+
     def due(self) -> set[TopicPartition]:
-        return set(self.planner.plan(held=False).partitions)
+        return set(self.plan().partitions)
 
 
 def test_a_poll_of_all_partitions_may_wait() -> None:
-    plan = Planning(A, BULK).planner.plan(held=False)
+    plan = Planning(A, BULK).plan()
     assert (set(plan.partitions), plan.urgent, plan.complete) == ({A, BULK}, [], True)
 
 
-def test_a_held_poll_asks_no_partition_and_may_wait() -> None:
-    plan = Planning(A).planner.plan(held=True)
+def test_a_partition_that_may_not_give_records_is_not_asked() -> None:
+    assert Planning(A, B).planner.plan([B]).partitions == [B]
+    plan = Planning(A).planner.plan([])
     assert (plan.partitions, plan.urgent, plan.complete) == ([], [], True)
 
 
@@ -217,40 +281,33 @@ def test_a_partition_whose_crash_would_repeat_too_much_is_left_out_until_a_commi
     assert not planning.planner.awaits_commit
 
 
-def test_even_a_held_plan_says_that_a_partition_waits_for_a_commit() -> None:
-    planning = Planning(A, max_uncommitted=1)
-    planning.take(A, 1)
-    planning.planner.plan(held=True)
-    assert planning.planner.awaits_commit
-
-
 def test_a_poll_asks_for_no_more_records_than_the_emptiest_lane_takes_and_for_one_at_least() -> None:
     planning = Planning(A, BULK, max_jobs=7, max_poll_records=5)
-    assert planning.planner.plan(held=False).limit == 5
+    assert planning.plan().limit == 5
     planning.take(A, 4)
     planning.take(BULK, 3)
-    assert planning.planner.plan(held=False).limit == 4
+    assert planning.plan().limit == 4
     planning.take(A, 3)
     planning.take(BULK, 4)
-    assert planning.planner.plan(held=False).limit == 1
+    assert planning.plan().limit == 1
 
 
 def test_only_where_not_all_are_asked_interactive_partitions_come_first() -> None:
     planning = Planning(A, B, BULK, max_poll_records=2)
-    plan = planning.planner.plan(held=False)
+    plan = planning.plan()
     planning.planner.note(plan, {BULK: "12"}, only_urgent=False)
-    plan = planning.planner.plan(held=False)
+    plan = planning.plan()
     assert set(plan.partitions) == set(plan.urgent) == {A, B}
     assert not plan.complete
     planning.planner.note(plan, {A: "12"}, only_urgent=True)
-    plan = planning.planner.plan(held=False)
+    plan = planning.plan()
     assert plan.partitions == plan.urgent == [B]
 
 
 def test_a_poll_of_the_urgent_ones_that_was_not_filled_ends_no_turn() -> None:
     planning = Planning(A, B, BULK, max_poll_records=2)
-    planning.planner.note(planning.planner.plan(held=False), {BULK: "12"}, only_urgent=False)
-    planning.planner.note(planning.planner.plan(held=False), {A: "1"}, only_urgent=True)
+    planning.planner.note(planning.plan(), {BULK: "12"}, only_urgent=False)
+    planning.planner.note(planning.plan(), {A: "1"}, only_urgent=True)
     assert planning.due() == {A, B}
-    planning.planner.note(planning.planner.plan(held=False), {}, only_urgent=False)
+    planning.planner.note(planning.plan(), {}, only_urgent=False)
     assert planning.due() == {A, B, BULK}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -14,13 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
+from embedq_consumer.group import Overtaken
+from embedq_consumer.group.assignor import Claim, decode_claim
 from embedq_consumer.intake import poll_loop
-from embedq_consumer.intake.jobs_consumer import IntakeOptions
-from embedq_consumer.intake.poll_loop import NOWHERE, Intake
+from embedq_consumer.intake.jobs_consumer import IntakeOptions, JobsClients
+from embedq_consumer.intake.poll_loop import Intake
 from embedq_consumer.intake.records import Record
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.topics import Topics
-from tests.helpers.scripted_consumer import ScriptedConsumer
+from tests.helpers.scripted_consumer import ScriptedConsumer, ScriptedMember
 from tests.helpers.support import wait_until
 
 TOPICS = Topics("t")
@@ -33,6 +35,7 @@ class Harness:
 
     def __init__(self, consumer: ScriptedConsumer, *, answer: bool = True, **options: Any) -> None:
         self.consumer = consumer
+        self.member = ScriptedMember()
         self.answer = answer
         self.taken: list[Record] = []
         self.unreadable: list[tuple[str, str]] = []
@@ -40,22 +43,28 @@ class Harness:
         self.metrics = Metrics()
         defaults: dict[str, Any] = {
             "group": "g",
+            "replica": "r",
+            "static_membership": False,
             "max_in_flight_jobs": 100,
             "max_in_flight_bytes": 1_000_000,
+            "read_ahead_s": 60.0,
             "max_poll_records": 10,
             "max_uncommitted": 1000,
-            "commit_interval_s": 60.0,
+            "commit_interval_s": 0.001,
             "session_timeout_ms": 6000,
             "rebalance_timeout_ms": 60_000,
+            "stuck_after_s": 60.0,
+            "stuck_limit_s": 600.0,
         }
         self.intake = Intake(
-            consumer,
+            JobsClients(consumer, self.member),
             IntakeOptions(**defaults | options),
             topics=TOPICS,
             metrics=self.metrics,
             beat=self._beat,
         )
         self.polling: asyncio.Task[None]
+        self.committing: asyncio.Task[None]
 
     @asynccontextmanager
     async def running(
@@ -64,15 +73,25 @@ class Harness:
         """The loop runs, as a member that was given these partitions. `fails_with`: it ends itself, by this error."""
         await self.intake.open()
         self.polling = asyncio.create_task(self.intake.run(self.take, self.step_over))
-        committing = asyncio.create_task(self.intake.commit_forever())
+        self.committing = asyncio.create_task(self.intake.commit_forever())
         try:
-            await self.consumer.rebalance(*partitions)
+            await self.assign(*partitions)
             yield
         finally:
-            for task in (self.polling, committing):
+            for task in (self.polling, self.committing):
                 task.cancel()
                 with suppress(asyncio.CancelledError, *([fails_with] if fails_with else [])):
                     await task
+
+    async def assign(self, *partitions: TopicPartition, release: Collection[TopicPartition] = ()) -> None:
+        """A rebalance, and the partitions are read."""
+        self.member.assign(*partitions, release=release)
+        await self.until_read(*partitions)
+
+    async def until_read(self, *partitions: TopicPartition) -> None:
+        await wait_until(
+            lambda: self.consumer.positions.keys() == set(partitions), what="the partitions that are read"
+        )
 
     def _beat(self) -> None:
         self.beats += 1
@@ -99,8 +118,8 @@ class Harness:
 
     async def a_turn(self) -> None:
         """At least one whole turn of the loop from now on."""
-        polls = len(self.consumer.polls)
-        await wait_until(lambda: len(self.consumer.polls) >= polls + 2, what="two polls")
+        beats = self.beats
+        await wait_until(lambda: self.beats >= beats + 2, what="two turns")
 
     def value(self, name: str, **labels: str) -> float | None:
         return self.metrics.registry.get_sample_value(name, labels)
@@ -138,7 +157,8 @@ async def test_it_asks_for_both_lanes() -> None:
     running = Harness(ScriptedConsumer())
     await running.intake.open()
     assert running.consumer.calls == ["start"]
-    assert list(running.consumer.subscribed) == list(TOPICS.lanes)
+    assert running.member.calls == ["start", "join"]
+    assert running.member.topics == list(TOPICS.lanes)
 
 
 async def test_it_says_that_it_has_joined_even_if_no_partition_is_left_for_it() -> None:
@@ -171,7 +191,7 @@ async def test_what_is_polled_in_flight_and_assigned_is_counted() -> None:
         assert running.value("embedq_paused", lane="interactive") == 0
         assert running.value("embedq_assigned_partitions") == 2
         assert running.value("embedq_rebalances_total") == 1
-        await running.consumer.rebalance(A)
+        await running.assign(A)
         assert running.value("embedq_assigned_partitions") == 1
         assert running.value("embedq_rebalances_total") == 2
 
@@ -186,11 +206,12 @@ async def test_every_turn_is_a_heartbeat_while_there_is_nothing_to_read() -> Non
 # -- which partitions are polled ------------------------------------------------------------------------------------------
 
 
-async def test_a_replica_without_partitions_polls_nowhere_so_that_the_group_hears_of_it() -> None:
+async def test_a_replica_without_partitions_polls_nothing_and_its_loop_lives() -> None:
     running = Harness(ScriptedConsumer())
     async with running.running():
-        await running.a_turn()
-        assert set(running.consumer.polls) == {(NOWHERE,)}
+        beats = running.beats
+        await wait_until(lambda: running.beats > beats + 1, what="turns of the loop")
+        assert running.consumer.polls == []
 
 
 async def test_a_full_lane_is_left_out_of_polls_until_half_of_it_is_answered() -> None:
@@ -208,14 +229,15 @@ async def test_a_full_lane_is_left_out_of_polls_until_half_of_it_is_answered() -
         assert running.names[5:7] == [place(A, 4), place(A, 5)]
 
 
-async def test_with_every_lane_full_the_poll_waits_nowhere() -> None:
+async def test_with_every_lane_full_nothing_is_polled() -> None:
     running = Harness(ScriptedConsumer(blocks=True), answer=False, max_in_flight_jobs=1)
     running.consumer.write(A, *values(2))
     running.consumer.write(BULK, *values(2))
     async with running.running(A, BULK):
         await running.until_taken(2)
-        await wait_until(lambda: running.consumer.latest == (NOWHERE,), what="a poll of nowhere")
-        assert running.consumer.limits[-1] == 1
+        polls, beats = len(running.consumer.polls), running.beats
+        await wait_until(lambda: running.beats > beats + 1, what="turns of the loop")
+        assert len(running.consumer.polls) <= polls + 1
         running.finish(*running.taken)
         await running.until_taken(4)
 
@@ -224,7 +246,7 @@ async def test_a_partition_with_too_much_uncommitted_waits_for_a_commit_and_is_t
     running = Harness(
         ScriptedConsumer(blocks=True), max_uncommitted=4, max_poll_records=4, commit_interval_s=0.01
     )
-    running.consumer.commit_gate = gate = asyncio.Event()
+    running.member.commit_gate = gate = asyncio.Event()
     running.consumer.write(A, *values(8))
     async with running.running(A, B):
         await running.until_taken(4)
@@ -232,7 +254,7 @@ async def test_a_partition_with_too_much_uncommitted_waits_for_a_commit_and_is_t
         assert len(running.taken) == 4
         gate.set()
         await running.until_taken(8)
-        assert running.consumer.commits[0] == {A: 4}
+        assert running.member.commits[0] == {A: 4}
 
 
 async def test_interactive_records_are_asked_for_before_bulk_ones_that_are_ready_and_end_no_turn() -> None:
@@ -256,7 +278,7 @@ async def test_interactive_records_are_asked_for_before_bulk_ones_that_are_ready
     incomplete = [n for n, (asked, _) in enumerate(polls) if len(asked) == 2]
     assert incomplete
     assert all(polls[n - 1] == ((A,), 0) for n in incomplete)
-    assert all(timeout == (200 if len(asked) == 3 else 0) for asked, timeout in polls if NOWHERE not in asked)
+    assert all(timeout == (200 if len(asked) == 3 else 0) for asked, timeout in polls)
 
 
 async def test_no_partition_gives_a_second_poll_before_the_others_gave_one() -> None:
@@ -270,83 +292,219 @@ async def test_no_partition_gives_a_second_poll_before_the_others_gave_one() -> 
     assert given_by[0] != given_by[5]
 
 
-# -- rebalances -----------------------------------------------------------------------------------------------------------
+# -- partitions that come and go --------------------------------------------------------------------------------------------
 
 
-async def test_a_rebalance_ends_a_poll_that_would_wait_for_it() -> None:
+async def test_a_new_partition_ends_the_poll_under_way_and_is_read_from_its_committed_offset() -> None:
     running = Harness(ScriptedConsumer(blocks=True))
+    running.consumer.write(B, *values(3))
+    running.member.stored[B] = 2
     async with running.running(A), asyncio.timeout(5):
         await wait_until(lambda: running.consumer.latest == (A,), what="a poll that blocks")
-        await running.consumer.rebalance(B)
-        running.consumer.write(B, b"1")
+        await running.assign(A, B)
         await running.until_taken(1)
+    assert running.names == [place(B, 2)]
 
 
-async def test_partitions_are_given_up_only_after_what_is_in_flight_was_finished_and_committed() -> None:
+async def test_a_partition_that_stays_is_read_on_and_nothing_of_it_comes_twice() -> None:
     running = Harness(ScriptedConsumer(), answer=False)
     running.consumer.write(A, *values(3))
     async with running.running(A):
         await running.until_taken(3)
-        running.consumer.calls.clear()
-        revoking = asyncio.create_task(running.consumer.revoke())
-        running.finish(running.taken[0])
-        await _steps()
-        assert not revoking.done()
-        running.finish(*running.taken[1:])
-        await revoking
-        assert running.consumer.calls[-2:] == ["commit", "given_up"]
-        assert running.consumer.commits == [{A: 3}]
-        await running.consumer.assign(A)
-        await running.a_turn()
-        assert len(running.taken) == 3
+        running.finish(running.taken[1])
+        for partitions in ((A, B), (A,), (A, B, BULK)):
+            await running.assign(*partitions)
+            await running.a_turn()
+        running.consumer.write(A, b"4")
+        await running.until_taken(4)
+        running.finish(*running.taken)
+        await wait_until(lambda: running.member.stored.get(A) == 4, what="the commit of all")
+    assert running.names == [place(A, n) for n in range(4)]
 
 
-async def test_no_poll_runs_between_a_revocation_and_the_next_assignment() -> None:
+async def test_reading_and_committing_go_on_while_the_group_is_rebalanced() -> None:
+    """From our JoinGroup on nothing is heard, until the last member has joined."""
     running = Harness(ScriptedConsumer())
     async with running.running(A):
-        await running.consumer.revoke()
-        running.consumer.calls.clear()
-        running.consumer.write(A, b"1")
-        await _steps()
-        assert running.consumer.calls == []
-        await running.consumer.assign(A)
-        await running.until_taken(1)
+        running.member.follower.claim()
+        running.consumer.write(A, *values(3))
+        await wait_until(lambda: running.member.stored.get(A) == 3, what="the commit")
 
 
-async def test_what_a_revocation_cannot_wait_for_is_not_committed_and_a_late_answer_changes_nothing() -> None:
+async def test_what_is_committed_between_a_rebalance_and_the_word_of_it_waits_for_the_word() -> None:
+    running = Harness(ScriptedConsumer())
+    async with running.running(A, B):
+        running.member.next_generation()
+        running.consumer.write(A, *values(3))
+        await wait_until(
+            lambda: (running.value("embedq_commits_total", outcome="fenced") or 0) > 0, what="a fenced commit"
+        )
+        assert A not in running.member.stored
+        running.member.settle(A)
+        await wait_until(lambda: running.member.stored.get(A) == 3, what="the commit")
+    assert len(running.taken) == 3
+
+
+async def test_a_partition_on_its_way_to_another_replica_is_drained_and_committed_before_it_is_given_up() -> (
+    None
+):
+    running = Harness(ScriptedConsumer(), answer=False)
+    running.consumer.write(A, *values(3))
+    async with running.running(A, B):
+        await running.until_taken(3)
+        await running.assign(B, release=[A])
+        running.consumer.write(A, b"for the next owner")
+        running.consumer.write(B, b"ours")
+        await running.until_taken(4)
+        running.finish(*running.taken[:2])
+        await wait_until(lambda: running.member.stored.get(A) == 2, what="the commit so far")
+        assert "rejoin" not in running.member.calls
+        assert decode_claim(running.member.follower.claim()) == Claim(2, {A.topic: [0, 1]})
+        running.finish(running.taken[2])
+        await wait_until(lambda: "rejoin" in running.member.calls, what="the rejoin")
+        assert running.member.stored[A] == 3
+        assert running.member.calls[-2:] == ["commit", "rejoin"]
+        assert decode_claim(running.member.follower.claim()) == Claim(2, {B.topic: [1]})
+        assert running.value("embedq_assigned_partitions") == 1
+    assert running.names[3] == place(B, 0)
+
+
+async def test_a_partition_that_does_not_drain_in_time_is_given_up_and_the_rest_is_its_next_owners() -> None:
     running = Harness(ScriptedConsumer(), answer=False, rebalance_timeout_ms=20)
     running.consumer.write(A, *values(2))
     async with running.running(A):
         await running.until_taken(2)
         running.finish(running.taken[0])
-        await running.consumer.revoke()
-        assert running.consumer.commits == [{A: 1}]
-        await running.consumer.assign(A)
-        await running.until_taken(3)  # the second one again, for its next owner
-        running.finish(running.taken[1])  # of the epoch before
-        await running.consumer.revoke()
-        assert running.consumer.commits[1:] == [{A: 1}]  # where the epoch's only record is still open
+        with capture_logs() as logs:
+            await running.assign(release=[A])
+            await wait_until(lambda: "rejoin" in running.member.calls, what="the rejoin")
+        assert running.member.stored[A] == 1
+        running.finish(running.taken[1])  # too late
+        await _rounds(running)
+        assert running.member.stored[A] == 1
+    assert ("released_undrained", 1) in [(line["event"], line.get("jobs")) for line in logs]
 
 
-async def test_the_first_join_revokes_nothing_and_commits_nothing() -> None:
-    running = Harness(ScriptedConsumer())
+async def test_a_release_whose_commit_fails_is_tried_again() -> None:
+    running = Harness(ScriptedConsumer(), answer=False)
+    running.consumer.write(A, b"1")
     async with running.running(A):
-        assert running.consumer.commits == []
+        await running.until_taken(1)
+        await running.assign(release=[A])
+        running.member.commit_errors += [KafkaConnectionError(), KafkaConnectionError()]
+        running.finish(*running.taken)
+        await wait_until(lambda: "rejoin" in running.member.calls, what="the rejoin")
+        assert running.member.stored[A] == 1
 
 
-async def test_a_revocation_that_fails_ends_the_loop_although_the_client_would_go_on() -> None:
+async def test_a_release_that_is_taken_back_reads_on_where_it_was() -> None:
+    running = Harness(ScriptedConsumer(), answer=False)
+    running.consumer.write(A, *values(3))
+    async with running.running(A):
+        await running.until_taken(3)
+        await running.assign(release=[A])
+        running.consumer.write(A, b"4")
+        await running.assign(A)
+        await running.until_taken(4)
+        running.finish(*running.taken)
+        await wait_until(lambda: running.member.stored.get(A) == 4, what="the commit")
+    assert running.names == [place(A, n) for n in range(4)]
+
+
+async def test_records_that_a_poll_returns_after_their_partition_was_taken_are_read_by_whoever_has_it_then() -> (
+    None
+):
+    """Here that is ourselves: the partition comes back before the loop has noticed that it was gone."""
+    running = Harness(ScriptedConsumer())
+    running.consumer.answer_gate = gate = asyncio.Event()
+    running.consumer.write(A, *values(2))
+    async with running.running(A):
+        await wait_until(lambda: running.consumer.positions[A] == 2, what="a poll with records")
+        running.member.assign(release=[A])
+        await wait_until(lambda: "rejoin" in running.member.calls, what="the release")
+        running.member.assign(A)
+        gate.set()
+        await running.until_taken(2)
+        await wait_until(lambda: running.member.stored.get(A) == 2, what="the commit")
+    assert running.names == [place(A, 0), place(A, 1)]
+
+
+async def test_of_a_lost_partition_nothing_is_committed_and_a_late_answer_changes_nothing() -> None:
+    running = Harness(ScriptedConsumer(), answer=False)
+    running.consumer.write(A, *values(2))
+    async with running.running(A):
+        await running.until_taken(2)
+        running.finish(running.taken[0])
+        await wait_until(lambda: running.member.stored.get(A) == 1, what="the commit")
+        await running.assign(B)
+        running.finish(running.taken[1])
+        await _rounds(running)
+        assert running.member.stored[A] == 1
+        await running.assign(A)
+        await running.until_taken(3)
+        running.finish(running.taken[1])  # of the epoch before, again
+        await _rounds(running)
+        assert running.member.stored[A] == 1
+        running.finish(running.taken[2])
+        await wait_until(lambda: running.member.stored.get(A) == 2, what="the commit")
+
+
+async def test_who_is_expelled_reads_nothing_more_and_begins_anew_where_the_others_have_come() -> None:
+    running = Harness(ScriptedConsumer(), answer=False)
+    running.consumer.write(A, *values(4))
+    running.consumer.blocks = True
+    async with running.running(A):
+        await running.until_taken(4)
+        running.member.expel()
+        await running.until_read()
+        running.finish(*running.taken)
+        await _rounds(running)
+        assert running.member.commits == []
+        running.member.stored[A] = 3
+        await running.assign(A)
+        await running.until_taken(5)
+    assert running.names[4] == place(A, 3)
+
+
+async def test_a_start_that_the_coordinator_does_not_tell_is_asked_for_again() -> None:
     running = Harness(ScriptedConsumer())
     running.consumer.write(A, b"1")
-    async with running.running(A, fails_with=ZeroDivisionError):
+    running.member.open_errors.append(KafkaConnectionError())
+    with capture_logs() as logs:
+        async with running.running(A):
+            await running.until_taken(1)
+    assert ("committed_offsets_unknown", "KafkaConnectionError") in [
+        (line["event"], line.get("reason")) for line in logs
+    ]
+
+
+async def test_a_start_that_was_asked_for_before_another_rebalance_is_asked_for_anew() -> None:
+    running = Harness(ScriptedConsumer())
+    running.consumer.write(A, *values(5))
+    running.member.open_gate = gate = asyncio.Event()
+    await running.intake.open()
+    async with running.running():
+        running.member.assign(A)
+        await _steps()  # the question is on its way
+        running.member.assign()
+        running.member.assign(A)
+        running.member.stored[A] = 4
+        gate.set()
         await running.until_taken(1)
-        running.consumer.commit_errors.append(ZeroDivisionError())
-        await running.consumer.rebalance(A)
+    assert running.names == [place(A, 4)]
+
+
+async def test_a_membership_that_cannot_go_on_ends_the_commit_loop() -> None:
+    running = Harness(ScriptedConsumer())
+    async with running.running(A, fails_with=ZeroDivisionError):
+        running.member.failure = ZeroDivisionError()
+        running.member.assign(A)
         with pytest.raises(ZeroDivisionError):
-            await running.polling
+            await running.committing
 
 
-async def test_the_lag_of_a_partition_that_was_lost_is_zero_here() -> None:
-    running = Harness(ScriptedConsumer(), commit_interval_s=0.001, answer=False)
+async def test_the_lag_is_what_lies_between_commit_and_end_and_zero_once_the_partition_is_gone() -> None:
+    running = Harness(ScriptedConsumer(), answer=False)
     running.consumer.write(A, *values(3))
 
     def lag() -> float | None:
@@ -357,16 +515,69 @@ async def test_the_lag_of_a_partition_that_was_lost_is_zero_here() -> None:
         running.finish(running.taken[0])
         await wait_until(lambda: lag() == 2, what="the lag")
         running.finish(*running.taken[1:])
-        await running.consumer.revoke()
+        await wait_until(lambda: lag() == 0, what="no lag")
         running.consumer.write(A, b"not ours")
-        await running.consumer.assign(B)
+        await running.assign(B)
         assert lag() == 0
+
+
+async def _rounds(running: Harness) -> None:
+    """Some rounds of the commit loop."""
+    for _ in range(3):
+        running.intake._committer.hurry()
+        await asyncio.sleep(0.005)
+
+
+# -- watermarks -------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_record_that_later_ones_overtake_for_too_long_is_a_trouble_and_then_given_up() -> None:
+    running = Harness(ScriptedConsumer(), answer=False, stuck_after_s=0.02, stuck_limit_s=0.05)
+    running.consumer.write(A, b"stuck")
+    told: list[str | None] = []
+    given_up: list[Record] = []
+
+    def give_up(record: Record, overtaken: Overtaken) -> None:
+        assert (overtaken.partition, overtaken.offset) == (A, 0)
+        given_up.append(record)
+
+    async with running.running(A, B):
+        watching = asyncio.create_task(running.intake.watch(give_up, told.append))
+        await running.until_taken(1)
+        running.consumer.write(B, b"passes")
+        await running.until_taken(2)
+        running.finish(running.taken[1])
+        await wait_until(lambda: bool(given_up), what="the record that is given up")
+        assert given_up == running.taken[:1]
+        reason = next(reason for reason in told if reason)
+        assert reason.startswith(f"{A.topic}-0 is stuck at offset 0: later jobs have been answered for ")
+        assert (running.value("embedq_overtaken_seconds") or 0) >= 0.05
+        running.finish(given_up[0])  # its error was published
+        await wait_until(lambda: running.member.stored.get(A) == 1, what="the commit past it")
+        running.finish(running.taken[0])  # and the late result of the job itself
+        await wait_until(lambda: told[-1] is None, what="the end of the trouble")
+        assert len(given_up) == 1
+        assert running.value("embedq_overtaken_seconds") == 0
+        watching.cancel()
+
+
+# -- reading ahead ------------------------------------------------------------------------------------------------------------
+
+
+async def test_no_more_is_read_than_is_answered_in_the_time_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(poll_loop, "_LEAST_READ_AHEAD", 3)
+    running = Harness(ScriptedConsumer(), answer=False)
+    running.consumer.write(A, *values(9))
+    async with running.running(A):
+        await running.until_taken(3)
+        await _steps()
+        assert len(running.taken) == 3
 
 
 # -- holds ----------------------------------------------------------------------------------------------------------------
 
 
-async def test_inside_a_hold_nothing_is_in_flight_and_the_group_still_hears_of_us() -> None:
+async def test_inside_a_hold_nothing_is_in_flight_and_nothing_is_polled() -> None:
     running = Harness(ScriptedConsumer(blocks=True), answer=False)
     running.consumer.write(A, *values(2))
     async with running.running(A):
@@ -380,13 +591,14 @@ async def test_inside_a_hold_nothing_is_in_flight_and_the_group_still_hears_of_u
                 await leave.wait()
 
         holding = asyncio.create_task(hold())
-        await wait_until(lambda: running.consumer.latest == (NOWHERE,), what="a poll of nowhere")
+        await _steps()
         assert not inside.is_set()
         running.finish(*running.taken)
         await inside.wait()
+        polls, beats = len(running.consumer.polls), running.beats
         running.consumer.write(A, b"3")
-        await _steps()  # a poll of nowhere is under way again, and blocks
-        assert running.consumer.latest == (NOWHERE,)
+        await wait_until(lambda: running.beats > beats, what="a turn of the loop")
+        assert len(running.consumer.polls) == polls
         assert len(running.taken) == 2
         leave.set()
         await holding
@@ -430,8 +642,9 @@ async def test_a_second_hold_goes_on_when_the_first_is_over() -> None:
             async with running.intake.held(5):
                 pass
             running.consumer.write(A, b"1")
-            await running.a_turn()
-            assert running.consumer.latest == (NOWHERE,)
+            beats = running.beats
+            await wait_until(lambda: running.beats > beats, what="a turn of the loop")
+            assert running.taken == []
         await running.until_taken(1)
 
 
@@ -448,7 +661,7 @@ async def test_a_stop_takes_nothing_more_waits_for_what_is_in_flight_and_commits
         running.consumer.write(A, b"too late")
         running.finish(*running.taken)
         assert await stopping
-        assert running.consumer.commits == [{A: 2}]
+        assert running.member.commits == [{A: 2}]
         assert len(running.taken) == 2
 
 
@@ -459,46 +672,73 @@ async def test_a_stop_that_runs_out_of_time_commits_what_was_finished() -> None:
         await running.until_taken(2)
         running.finish(running.taken[0])
         assert await running.intake.stop(within=0.01) is False
-        assert running.consumer.commits == [{A: 1}]
+        assert running.member.commits == [{A: 1}]
 
 
-async def test_a_stop_does_not_wait_for_the_end_of_a_rebalance_nor_commits_in_it() -> None:
-    running = Harness(ScriptedConsumer(), answer=False, rebalance_timeout_ms=2)
-    running.consumer.write(A, b"1")
-    async with running.running(A):
-        await running.until_taken(1)
-        await running.consumer.revoke()  # its record was not finished in time
-        commits = len(running.consumer.commits)
-        running.finish(*running.taken)
-        assert await running.intake.stop(within=5)
-        await running.polling
-        assert len(running.consumer.commits) == commits
-
-
-async def test_a_stop_during_a_revocation_still_commits() -> None:
+async def test_a_stop_commits_and_leaves_in_the_middle_of_a_rebalance() -> None:
     running = Harness(ScriptedConsumer(), answer=False)
     running.consumer.write(A, b"1")
     async with running.running(A):
         await running.until_taken(1)
-        revoking = asyncio.create_task(running.consumer.revoke())
-        await asyncio.sleep(0)
-        stopping = asyncio.create_task(running.intake.stop(within=5))
+        running.member.follower.claim()
         running.finish(*running.taken)
+        assert await running.intake.stop(within=5)
+        assert running.member.stored == {A: 1}
+        assert running.member.calls[-1] == "close"
+
+
+async def test_a_stop_between_a_rebalance_and_the_word_of_it_sends_its_last_commit_again() -> None:
+    running = Harness(ScriptedConsumer(), answer=False)
+    running.consumer.write(A, b"1")
+    async with running.running(A):
+        await running.until_taken(1)
+        running.member.next_generation()
+        running.finish(*running.taken)
+        stopping = asyncio.create_task(running.intake.stop(within=5))
+        await wait_until(
+            lambda: (running.value("embedq_commits_total", outcome="fenced") or 0) > 1, what="fenced commits"
+        )
+        running.member.settle(A)
         assert await stopping
-        await revoking
-        assert running.consumer.commits == [{A: 1}]
+        assert running.member.stored == {A: 1}
+
+
+async def test_after_a_stop_nothing_is_committed_any_more_and_the_commit_loop_goes_on() -> None:
+    running = Harness(ScriptedConsumer(), answer=False)
+    running.consumer.write(A, *values(2))
+    async with running.running(A):
+        await running.until_taken(2)
+        running.finish(running.taken[0])
+        assert await running.intake.stop(within=0.01) is False
+        running.finish(running.taken[1])
+        await _rounds(running)
+        assert running.member.stored == {A: 1}
+        assert not running.committing.done()
+
+
+async def test_a_last_commit_that_nobody_takes_ends_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(poll_loop, "_LAST_COMMIT_S", 0.01)
+    running = Harness(ScriptedConsumer(), answer=False)
+    running.consumer.write(A, b"1")
+    async with running.running(A):
+        await running.until_taken(1)
+        running.member.next_generation()
+        running.finish(*running.taken)
+        with capture_logs() as logs:
+            assert await running.intake.stop(within=5)
+    assert "last_commit_failed" in {line["event"] for line in logs}
 
 
 async def test_leaving_the_group_is_bounded_and_a_failure_is_no_more_than_a_warning() -> None:
     running = Harness(ScriptedConsumer())
     await running.intake.close()
+    running.member.problem = "TimeoutError"
     running.consumer.stop_error = KafkaConnectionError()
     with capture_logs() as logs:
         await running.intake.close()
     assert running.consumer.calls == ["stop", "stop"]
-    assert [(line["event"], line["reason"]) for line in logs] == [
-        ("group_left_by_timeout", "KafkaConnectionError")
-    ]
+    assert running.member.calls == ["close", "close"]
+    assert [(line["event"], line["reason"]) for line in logs] == [("group_left_by_timeout", "TimeoutError")]
 
 
 # -- offsets that are no records --------------------------------------------------------------------------------------------
@@ -509,7 +749,7 @@ async def test_markers_and_holes_after_the_last_record_are_committed_too() -> No
     running.consumer.write(A, b"1")
     running.consumer.write_gap(A, 3)
     async with running.running(A):
-        await wait_until(lambda: running.consumer.stored.get(A) == 4, what="the commit past the gap")
+        await wait_until(lambda: running.member.stored.get(A) == 4, what="the commit past the gap")
 
 
 async def test_a_gap_is_not_stepped_over_before_the_records_ahead_of_it_are_finished() -> None:
@@ -519,9 +759,9 @@ async def test_a_gap_is_not_stepped_over_before_the_records_ahead_of_it_are_fini
     async with running.running(A):
         await running.until_taken(1)
         await running.a_turn()
-        await wait_until(lambda: running.consumer.stored.get(A) == 0, what="a commit before the record")
+        await wait_until(lambda: running.member.stored.get(A) == 0, what="a commit before the record")
         running.finish(*running.taken)
-        await wait_until(lambda: running.consumer.stored.get(A) == 4, what="the commit past the gap")
+        await wait_until(lambda: running.member.stored.get(A) == 4, what="the commit past the gap")
 
 
 # -- records that cannot be read --------------------------------------------------------------------------------------------
@@ -555,7 +795,7 @@ async def test_an_unreadable_record_is_in_flight_until_it_is_answered() -> None:
                 pass
         running.finish(record)
         assert await running.intake.stop(within=5)
-        assert running.consumer.commits == [{A: 1}]
+        assert running.member.commits == [{A: 1}]
 
 
 async def test_reading_carefully_stops_at_a_full_lane() -> None:
@@ -587,7 +827,7 @@ async def test_reading_carefully_ends_with_a_stop() -> None:
         await running.polling
         assert await stopping[0]
         assert len(running.taken) < 8
-        assert running.consumer.commits == [{A: len(running.taken)}]
+        assert running.member.commits == [{A: len(running.taken)}]
 
 
 @settings(max_examples=25)
@@ -620,9 +860,5 @@ async def test_wherever_unreadable_records_are_each_record_comes_once_and_in_ord
     for partition in partitions:
         offsets = [r.ticket.offset for r in running.taken if r.ticket.partition == partition]
         assert offsets == sorted(offsets)
-    stored = {p: running.consumer.stored[p] for p, log in zip(partitions, logs, strict=True) if log}
+    stored = {p: running.member.stored[p] for p, log in zip(partitions, logs, strict=True) if log}
     assert stored == {p: len(log) for p, log in zip(partitions, logs, strict=True) if log}
-
-
-def test_the_dummy_partition_is_of_no_topic() -> None:
-    assert poll_loop.NOWHERE.topic not in TOPICS.lanes

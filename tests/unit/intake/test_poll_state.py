@@ -10,17 +10,17 @@ from embedq_consumer.intake.poll_state import PollState, Turn
 
 
 class PollStateMachine(RuleBasedStateMachine):
-    """Holds, rebalances and a stop in any order, while a loop takes its turns and its polls give records.
+    """Holds and a stop in any order, while a loop takes its turns and its polls give records.
 
     The model is the history alone: what was the last of some words, and how often two words are in it. A turn that polls
-    gives records only when it is over, as a poll does, and each carries the number of assignments at its beginning.
+    gives records only when it is over, as a poll does.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.state = PollState()
         self.history: list[str] = []
-        self.polled_in: int | None = None
+        self.polling = False
 
     # -- the model ----------------------------------------------------------------------------------------------------
 
@@ -30,21 +30,16 @@ class PollStateMachine(RuleBasedStateMachine):
     def held(self) -> bool:
         return self.history.count("hold") > self.history.count("release")
 
-    def rebalance(self) -> str | None:
-        return self.last("revoke", "give_up", "assign")
-
     def turn(self) -> str | None:
-        return self.last("poll", "poll_nothing", "wait", "end")
+        return self.last("poll", "rest", "end")
 
     def right_turn(self) -> str:
         if "stop" in self.history:
             return "end"
-        if self.rebalance() in ("revoke", "give_up"):
-            return "wait"
-        return "poll_nothing" if self.held() else "poll"
+        return "rest" if self.held() else "poll"
 
     def happened_since_the_turn_began(self) -> set[str]:
-        turns = {"poll", "poll_nothing", "wait", "end"}
+        turns = {"poll", "rest", "end"}
         since = next((n for n, word in enumerate(reversed(self.history)) if word in turns), len(self.history))
         return set(self.history[len(self.history) - since :])
 
@@ -64,28 +59,6 @@ class PollStateMachine(RuleBasedStateMachine):
         self.state.release()
         self.history.append("release")
 
-    @precondition(lambda self: self.rebalance() in (None, "assign"))
-    @rule()
-    def revoke(self) -> None:
-        self.state.revoke()
-        self.history.append("revoke")
-
-    @precondition(lambda self: self.rebalance() == "revoke")
-    @rule()
-    def give_up(self) -> None:
-        if self.turn() in ("poll", "poll_nothing"):
-            with pytest.raises(RuntimeError, match="This is a bug"):
-                self.state.give_up()
-            return
-        self.state.give_up()
-        self.history.append("give_up")
-
-    @precondition(lambda self: self.rebalance() == "give_up")
-    @rule()
-    def assign(self) -> None:
-        self.state.assign()
-        self.history.append("assign")
-
     @rule()
     def stop(self) -> None:
         self.state.stop()
@@ -99,17 +72,10 @@ class PollStateMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.turn() != "end")
     @rule()
     def next_turn(self) -> None:
-        self.take_in_what_was_polled()
         turn = self.state.next_turn()
         assert turn == self.right_turn()
         self.history.append(turn)
-        if turn == "poll":
-            self.polled_in = self.history.count("assign")
-
-    def take_in_what_was_polled(self) -> None:
-        if self.polled_in is not None:
-            assert self.polled_in == self.history.count("assign"), "a record of an earlier epoch"
-            self.polled_in = None
+        self.polling = turn == "poll"
 
     # -- what is always so ----------------------------------------------------------------------------------------------
 
@@ -118,23 +84,12 @@ class PollStateMachine(RuleBasedStateMachine):
         assert self.state.due == self.right_turn()
 
     @invariant()
-    def a_poll_is_over_before_partitions_are_given_up(self) -> None:
-        assert self.state.parked is (self.turn() not in ("poll", "poll_nothing"))
-        if self.rebalance() == "give_up":
-            assert self.state.parked
-
-    @invariant()
     def a_hold_is_reached_when_no_record_can_come_in(self) -> None:
-        assert self.state.hold_reached is (self.held() and self.polled_in is None)
-
-    @invariant()
-    def commits_are_for_who_has_the_partitions(self) -> None:
-        assert self.state.may_commit is (self.rebalance() != "give_up")
-        assert self.state.rebalancing is (self.rebalance() in ("revoke", "give_up"))
+        assert self.state.hold_reached is (self.held() and not self.polling)
 
     @invariant()
     def whatever_changes_what_may_be_polled_interrupts_the_poll(self) -> None:
-        changes = {"hold", "release", "revoke", "stop", "interrupt"}
+        changes = {"hold", "release", "stop", "interrupt"}
         assert self.state.interrupted is bool(self.happened_since_the_turn_began() & changes)
 
     @invariant()
@@ -147,10 +102,6 @@ class PollStateMachine(RuleBasedStateMachine):
             expected = "stopped"
         elif "stop" in self.history:
             expected = "draining"
-        elif self.rebalance() == "revoke":
-            expected = "revoking"
-        elif self.rebalance() == "give_up":
-            expected = "reassigning"
         else:
             expected = "held" if self.held() else "running"
         assert self.state.phase == expected
@@ -173,28 +124,16 @@ def test_a_hold_goes_on_until_the_last_of_its_holders_lets_go() -> None:
     state.hold()
     state.hold()
     state.release()
-    assert state.next_turn() == "poll_nothing"
+    assert state.next_turn() == "rest"
     state.release()
     assert state.next_turn() == "poll"
 
 
-def test_a_hold_outlives_a_rebalance() -> None:
+def test_a_stop_ends_the_loop_even_in_a_hold() -> None:
     state = PollState()
     state.hold()
-    state.revoke()
-    assert state.next_turn() == "wait"
-    state.give_up()
-    state.assign()
-    assert state.next_turn() == "poll_nothing"
-
-
-def test_a_stop_ends_the_loop_even_during_a_rebalance() -> None:
-    state = PollState()
-    state.revoke()
-    assert state.next_turn() == "wait"
-    state.give_up()
     state.stop()
-    assert (state.next_turn(), state.phase, state.may_commit) == ("end", "stopped", False)
+    assert (state.next_turn(), state.phase) == ("end", "stopped")
 
 
 def test_a_poll_is_interrupted_once_and_the_next_one_is_not() -> None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import pytest
 from aiokafka import TopicPartition
 
+from embedq_consumer.group import OffsetLedger
 from embedq_consumer.intake import unreadable
-from embedq_consumer.intake.offsets import OffsetLedger
 from embedq_consumer.intake.unreadable import CarefulReader, PolledRecords
 from tests.helpers.scripted_consumer import ScriptedConsumer
 
@@ -22,7 +22,8 @@ class Reading:
         self.consumer = ScriptedConsumer()
         self.consumer.positions = dict.fromkeys(partitions, 0)
         self.ledger = OffsetLedger()
-        self.ledger.assign(partitions)
+        for partition in partitions:
+            self.ledger.add(partition, None)
         self.found: list[tuple[TopicPartition, int]] = []
         self.stepped_over: list[tuple[TopicPartition, int, str]] = []
         self.most = 1000
@@ -52,7 +53,7 @@ class Reading:
         self.stepped_over.append((partition, offset, type(error).__name__))
 
     async def read(self) -> None:
-        await self.reader.read(self.hand_over, self.step_over)
+        await self.reader.read(self.ledger.partitions, self.hand_over, self.step_over)
 
 
 async def test_records_up_to_the_unreadable_one_are_handed_over_and_it_is_stepped_over() -> None:
@@ -89,7 +90,7 @@ async def test_every_partition_is_set_back_to_where_the_ledger_is() -> None:
 async def test_a_partition_of_which_nothing_was_taken_is_set_back_to_its_commit() -> None:
     reading = Reading(A)
     reading.consumer.write(A, b"1", b"2", b"3")
-    reading.consumer.stored[A] = 2
+    reading.ledger.add(A, 2)
     reading.consumer.positions[A] = 3
     await reading.read()
     assert reading.found == [(A, 2)]
@@ -140,7 +141,7 @@ async def test_a_partition_that_was_lost_during_the_walk_is_another_replicas() -
         raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
 
     await CarefulReader(reading.consumer, reading.ledger, lost, reading.beat).read(
-        reading.hand_over, reading.step_over
+        [A], reading.hand_over, reading.step_over
     )
     assert reading.stepped_over == []
 

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, rule
 
-from embedq_consumer.intake.offsets import OffsetLedger, Ticket
+from embedq_consumer.group.offsets import OffsetLedger, Ticket
 
 A, B = TopicPartition("jobs", 0), TopicPartition("jobs", 1)
 PARTITIONS = (A, B, TopicPartition("jobs.bulk", 0))
@@ -26,21 +26,46 @@ class LedgerMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.ledger = OffsetLedger()
-        self.epoch = 0
+        self.epochs: dict[TopicPartition, int] = {}
+        self.adds = 0
+        self.start: dict[TopicPartition, int | None] = {}
         self.taken: dict[TopicPartition, list[int]] = {}
         self.finished: dict[TopicPartition, set[int]] = {}
         self.position: dict[TopicPartition, int | None] = {}
         self.noted: dict[TopicPartition, int] = {}
         self.seen: dict[TopicPartition, int] = {}
 
+    @rule(partition=st.sampled_from(PARTITIONS), start=st.none() | st.integers(0, 5))
+    def add(self, partition: TopicPartition, start: int | None) -> None:
+        """It comes, or comes again: a new epoch of this partition, and of no other."""
+        self.ledger.add(partition, start)
+        self.adds += 1
+        self.forget(partition)
+        self.epochs[partition] = self.adds
+        self.start[partition] = start
+        self.taken[partition] = []
+        self.finished[partition] = set()
+        self.position[partition] = None
+        if start is not None:
+            self.noted[partition] = start
+
     @rule(partitions=st.sets(st.sampled_from(PARTITIONS)))
-    def rebalance(self, partitions: set[TopicPartition]) -> None:
-        self.ledger.assign(partitions)
-        self.epoch += 1
-        self.taken = {partition: [] for partition in partitions}
-        self.finished = {partition: set() for partition in partitions}
-        self.position = dict.fromkeys(partitions)
-        self.noted, self.seen = {}, {}
+    def drop(self, partitions: set[TopicPartition]) -> None:
+        self.ledger.drop(partitions)
+        for partition in partitions:
+            self.forget(partition)
+
+    def forget(self, partition: TopicPartition) -> None:
+        for known in (
+            self.epochs,
+            self.start,
+            self.taken,
+            self.finished,
+            self.position,
+            self.noted,
+            self.seen,
+        ):
+            known.pop(partition, None)
 
     @rule(
         target=tickets,
@@ -54,10 +79,10 @@ class LedgerMachine(RuleBasedStateMachine):
             with pytest.raises(KeyError):
                 self.ledger.begin(partition, 0)
             return multiple()
-        first = (self.position[partition] or 0) + gap
+        first = (self.position[partition] or self.start[partition] or 0) + gap
         offsets = range(first, first + count)
         found = [self.ledger.begin(partition, offset) for offset in offsets]
-        assert found == [Ticket(partition, self.epoch, offset) for offset in offsets]
+        assert found == [Ticket(partition, self.epochs[partition], offset) for offset in offsets]
         self.taken[partition] += offsets
         self.position[partition] = first + count
         return multiple(*found)
@@ -65,7 +90,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(partition=st.sampled_from(PARTITIONS), hole=st.integers(-3, 3))
     def step_over_a_gap(self, partition: TopicPartition, hole: int) -> None:
         """The client's position moves past something that is no record; an old position changes nothing."""
-        position = max(0, (self.position.get(partition) or 0) + hole)
+        position = max(0, (self.position.get(partition) or self.start.get(partition) or 0) + hole)
         self.ledger.advance(partition, position)
         if partition in self.position:
             before = self.position[partition]
@@ -74,7 +99,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(ticket=tickets)
     def finish(self, ticket: Ticket) -> None:
         """Any ticket: of this epoch or an earlier one, finished before or not."""
-        current = ticket.epoch == self.epoch and ticket.partition in self.taken
+        current = ticket.epoch == self.epochs.get(ticket.partition)
         expected = current and ticket.offset not in self.finished[ticket.partition]
         assert self.ledger.finish(ticket) is expected
         if current:
@@ -103,7 +128,7 @@ class LedgerMachine(RuleBasedStateMachine):
         expected = {}
         for partition in self.taken:
             safe = self.safe(partition)
-            if safe is not None and safe != self.noted.get(partition):
+            if safe is not None and safe > self.noted.get(partition, -1):
                 expected[partition] = safe
         assert self.ledger.committable() == expected
 
@@ -121,12 +146,17 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @invariant()
     def it_counts_what_the_model_counts(self) -> None:
-        open_ = sum(len(self.taken[p]) - len(self.finished[p]) for p in self.taken)
-        assert self.ledger.in_flight == open_
         assert self.ledger.partitions == frozenset(self.taken)
-        assert self.ledger.epoch == self.epoch
         for partition in PARTITIONS:
-            assert self.ledger.position(partition) == self.position.get(partition)
+            unfinished = sorted(set(self.taken.get(partition, ())) - self.finished.get(partition, set()))
+            assert self.ledger.in_flight(partition) == len(unfinished)
+            lowest = Ticket(partition, self.epochs[partition], unfinished[0]) if unfinished else None
+            assert self.ledger.lowest(partition) == lowest
+            assert self.ledger.epoch(partition) == self.epochs.get(partition)
+            position = self.position.get(partition)
+            assert self.ledger.position(partition) == (
+                self.start.get(partition) if position is None else position
+            )
             assert self.ledger.committed(partition) == self.noted.get(partition)
             repeatable = [o for o in self.taken.get(partition, ()) if o >= self.noted.get(partition, 0)]
             assert self.ledger.repeatable(partition) == len(repeatable)
@@ -138,7 +168,7 @@ TestLedgerAgainstAModel = LedgerMachine.TestCase
 
 def test_commit_stops_at_the_oldest_unfinished_record() -> None:
     ledger = OffsetLedger()
-    ledger.assign([A])
+    ledger.add(A, None)
     first, second, third = (ledger.begin(A, offset) for offset in (10, 11, 12))
     ledger.finish(third)
     ledger.finish(second)
@@ -149,7 +179,7 @@ def test_commit_stops_at_the_oldest_unfinished_record() -> None:
 
 def test_a_gap_after_the_last_record_is_stepped_over() -> None:
     ledger = OffsetLedger()
-    ledger.assign([A])
+    ledger.add(A, None)
     ledger.finish(ledger.begin(A, 5))
     ledger.advance(A, 9)  # a transaction's marker and two compacted records
     assert ledger.committable() == {A: 9}
@@ -157,10 +187,10 @@ def test_a_gap_after_the_last_record_is_stepped_over() -> None:
 
 def test_a_ticket_of_an_earlier_assignment_finishes_nothing() -> None:
     ledger = OffsetLedger()
-    ledger.assign([A])
+    ledger.add(A, None)
     stale = ledger.begin(A, 0)
-    ledger.assign([B])
-    ledger.assign([A])
+    ledger.drop([A])
+    ledger.add(A, None)
     again = ledger.begin(A, 0)
     assert ledger.finish(stale) is False
     assert ledger.committable() == {A: 0}
@@ -170,7 +200,33 @@ def test_a_ticket_of_an_earlier_assignment_finishes_nothing() -> None:
 
 def test_a_commit_of_an_earlier_epoch_is_not_taken_for_progress() -> None:
     ledger = OffsetLedger()
-    ledger.assign([A])
-    ledger.assign([B])
+    ledger.add(A, None)
+    ledger.drop([A])
     ledger.note_committed({A: 7})
     assert ledger.committed(A) is None
+
+
+def test_another_partition_that_comes_or_goes_changes_nothing_for_those_that_stay() -> None:
+    ledger = OffsetLedger()
+    ledger.add(A, 10)
+    ticket = ledger.begin(A, 10)
+    ledger.add(B, None)
+    ledger.drop([B])
+    assert ledger.position(A) == 11
+    assert ledger.finish(ticket) is True
+    assert ledger.committable() == {A: 11}
+
+
+def test_a_topic_that_was_made_anew_is_committed_from_its_beginning() -> None:
+    ledger = OffsetLedger()
+    ledger.add(A, 100)
+    ledger.finish(ledger.begin(A, 0))
+    assert ledger.committable() == {A: 1}
+
+
+def test_a_partition_begins_where_it_was_committed_and_there_is_nothing_to_commit_yet() -> None:
+    ledger = OffsetLedger()
+    ledger.add(A, 7)
+    assert (ledger.position(A), ledger.committed(A), ledger.committable()) == (7, 7, {})
+    ledger.advance(A, 7)
+    assert ledger.committable() == {}

@@ -19,36 +19,43 @@ class Ticket(msgspec.Struct, frozen=True, gc=False):
 
 
 class _Partition:
-    __slots__ = ("committed", "epoch", "next", "open", "repeatable")
+    __slots__ = ("committed", "epoch", "next", "open", "repeatable", "start")
 
-    def __init__(self, epoch: int) -> None:
+    def __init__(self, epoch: int, start: int | None) -> None:
         self.epoch = epoch
         # In the order taken, which is the offsets' order: the first key is the lowest unfinished one.
         self.open: dict[int, None] = {}
         # Everything taken and not known to be committed, finished or not, in the offsets' order.
         self.repeatable: deque[int] = deque()
+        self.start = start
         self.next: int | None = None
-        self.committed: int | None = None
+        self.committed = start
 
 
 class OffsetLedger:
-    """Knows every record taken and not yet finished, for each partition and assignment epoch.
+    """Knows every record taken and not yet finished, for each partition and epoch: the time from one assignment of it to us
+    until it is not ours any more.
 
     Invariants:
         - `committable()` never passes a record that is begun and not finished.
         - It counts the records that were delivered, never offset arithmetic: compaction and transaction markers leave gaps.
-        - A ticket of an earlier epoch changes nothing: its partition may belong to another replica by now.
-        - Within an epoch, what is committable never goes back.
+        - A ticket of an earlier epoch changes nothing: its partition may have belonged to another replica since.
+        - Within an epoch, what is committable never goes back, and begins at the committed offset.
     """
 
     def __init__(self) -> None:
         self._partitions: dict[TopicPartition, _Partition] = {}
         self._epoch = 0
 
-    def assign(self, partitions: Iterable[TopicPartition]) -> None:
-        """Start a new epoch with these partitions and no others."""
+    def add(self, partition: TopicPartition, start: int | None) -> None:
+        """It is ours from now on, a new epoch; `start` is its committed offset, None if there is none."""
         self._epoch += 1
-        self._partitions = {partition: _Partition(self._epoch) for partition in partitions}
+        self._partitions[partition] = _Partition(self._epoch, start)
+
+    def drop(self, partitions: Iterable[TopicPartition]) -> None:
+        """These are not ours any more."""
+        for partition in partitions:
+            self._partitions.pop(partition, None)
 
     def begin(self, partition: TopicPartition, offset: int) -> Ticket:
         """Take one record. Offsets of a partition must rise.
@@ -60,6 +67,8 @@ class OffsetLedger:
         state = self._partitions[partition]
         if state.next is not None and offset < state.next:
             raise ValueError(f"offset {offset} of {partition} taken twice. This is a bug.")
+        if state.next is None and state.committed is not None and offset < state.committed:
+            state.committed = None  # the topic was made anew
         state.open[offset] = None
         state.repeatable.append(offset)
         state.next = offset + 1
@@ -83,12 +92,15 @@ class OffsetLedger:
         """The next offset to read after a crash, for each partition where it rose since `note_committed`."""
         found = {}
         for partition, state in self._partitions.items():
-            if state.next is None:
-                continue
-            safe = next(iter(state.open), state.next)
-            if state.committed is None or safe > state.committed:
+            safe = self.safe(partition)
+            if safe is not None and (state.committed is None or safe > state.committed):
                 found[partition] = safe
         return found
+
+    def safe(self, partition: TopicPartition) -> int | None:
+        """The next offset to read after a crash, whether it rose or not; None while none was taken in this epoch."""
+        state = self._partitions.get(partition)
+        return None if state is None or state.next is None else next(iter(state.open), state.next)
 
     def note_committed(self, offsets: Mapping[TopicPartition, int]) -> None:
         """The broker took these offsets."""
@@ -105,12 +117,31 @@ class OffsetLedger:
         return () if state is None else state.open
 
     def position(self, partition: TopicPartition) -> int | None:
-        """The next offset to take, None while none was taken in this epoch."""
+        """The next offset to take; None: the first one that there is."""
         state = self._partitions.get(partition)
-        return None if state is None else state.next
+        if state is None:
+            return None
+        return state.start if state.next is None else state.next
+
+    def lowest(self, partition: TopicPartition) -> Ticket | None:
+        """The first record that is begun and not finished."""
+        state = self._partitions.get(partition)
+        if state is None or not state.open:
+            return None
+        return Ticket(partition, state.epoch, next(iter(state.open)))
+
+    def epoch(self, partition: TopicPartition) -> int | None:
+        """Of the partition's present assignment; no other one has it."""
+        state = self._partitions.get(partition)
+        return None if state is None else state.epoch
+
+    def in_flight(self, partition: TopicPartition) -> int:
+        """Records begun and not finished."""
+        state = self._partitions.get(partition)
+        return 0 if state is None else len(state.open)
 
     def committed(self, partition: TopicPartition) -> int | None:
-        """The last offset that was given to `note_committed` in this epoch."""
+        """The offset that the broker has, as far as is known."""
         state = self._partitions.get(partition)
         return None if state is None else state.committed
 
@@ -121,15 +152,5 @@ class OffsetLedger:
 
     @property
     def partitions(self) -> frozenset[TopicPartition]:
-        """What is assigned."""
+        """What is ours, and its start is known."""
         return frozenset(self._partitions)
-
-    @property
-    def epoch(self) -> int:
-        """Counts assignments."""
-        return self._epoch
-
-    @property
-    def in_flight(self) -> int:
-        """Records begun and not finished in this epoch."""
-        return sum(len(state.open) for state in self._partitions.values())

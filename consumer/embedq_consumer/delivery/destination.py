@@ -1,0 +1,297 @@
+"""One place that records go to: what waits for it, what is under way, and how well it works. Pure: time is an argument."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from heapq import heapify, heappop, heappush
+from typing import Final
+
+from embedq_consumer.delivery.broker_errors import meaning_of, name_of
+from embedq_consumer.delivery.outgoing import Outgoing, Place
+from embedq_shared.backoff import backoff
+from embedq_shared.kafka import KafkaError
+
+MAX_BATCH_BYTES: Final = 1_000_000
+"""Of the records that the producer sends to a partition at once, and of those that it is handed beyond one such batch."""
+CONFIRM_S: Final = 2.0
+"""A topic that was made a moment ago is not known to every broker yet."""
+_FIRST_PAUSE_S: Final = 0.1
+_LONGEST_PAUSE_S: Final = 1.0
+PROBE_S: Final = 3.0
+"""How long the one record may take that finds out whether a place that was given up works again."""
+_FIRST_PROBE_S: Final = 1.0
+_LONGEST_PROBE_S: Final = 30.0
+_PROBATION_S: Final = 10.0
+_LONGEST_PROBATION_S: Final = 600.0
+
+Settled = Callable[[Exception | None], None]
+"""Gets None once the brokers have the record, or why they will not."""
+
+
+class Undelivered(KafkaError):  # type: ignore[misc]  # aiokafka has no type information
+    """A place took a record not within the time that it was given; the message says what the brokers did meanwhile."""
+
+
+class Parcel:
+    """One record on its way.
+
+    `timeout_s` is how long it may be tried, None for without end. `sending` is what the producer returned for it, None
+    while no producer has it: whatever another future says of it later does not count.
+    """
+
+    __slots__ = ("alone", "record", "sending", "sent_at", "serial", "settled", "since", "timeout_s")
+
+    def __init__(
+        self, record: Outgoing, settled: Settled, timeout_s: float | None, serial: int, now: float
+    ) -> None:
+        self.record = record
+        self.settled = settled
+        self.timeout_s = timeout_s
+        self.serial = serial
+        self.since = now
+        self.sent_at = now
+        self.sending: object | None = None
+        self.alone = False
+
+    def __lt__(self, other: Parcel) -> bool:
+        """Older than the other one: in a destination they keep this order."""
+        return self.serial < other.serial
+
+
+class Destination:
+    """One topic and partition.
+
+    Invariants:
+        - A parcel waits, is open (a producer has it) or is settled; open ones are in the order of `serial`.
+        - At most `MAX_BATCH_BYTES` are open, or one parcel: so a producer always has room for them.
+        - A parcel that is sent alone shares no batch, since nothing else is open.
+        - It fails (`failing_since`) from the first failure until a record is taken. `apart` begins with a failure, and ends
+          after a probation that is twice as long each time.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self._waiting: list[Parcel] = []  # a heap
+        self.apart = False
+        self.failing_since: float | None = None
+        self.error: BaseException | None = None
+        self.given_up = False
+        self.used_at = 0.0
+        self._open: dict[int, Parcel] = {}
+        self._open_bytes = 0
+        self._burst = 0
+        self._failures = 0
+        self._retry_at = 0.0
+        self._probe_at = 0.0
+        self._probes = 0
+        self._well_since: float | None = None
+        self._relapses = 0
+
+    # -- what it holds --------------------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything waits or is open."""
+        return bool(self._waiting or self._open)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no producer has anything for it."""
+        return not self._open
+
+    def __len__(self) -> int:
+        return len(self._waiting) + len(self._open)
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether anything waits for a producer."""
+        return bool(self._waiting)
+
+    def waiting(self) -> list[Parcel]:
+        """What no producer has, oldest first."""
+        return sorted(self._waiting)
+
+    def parcels(self) -> list[Parcel]:
+        """Everything on its way here, oldest first."""
+        return [*self._open.values(), *self.waiting()]
+
+    def add(self, parcel: Parcel) -> None:
+        """It waits here, behind older ones and before younger ones."""
+        heappush(self._waiting, parcel)
+
+    def oldest_open(self) -> Parcel | None:
+        """The parcel that a producer has had for longest."""
+        return next(iter(self._open.values()), None)
+
+    def next_to_send(self, now: float) -> Parcel | None:
+        """The parcel to hand to a producer now: it is taken out of those that wait. None: not now."""
+        if not self._waiting or now < self._retry_at:
+            return None
+        parcel = self._waiting[0]
+        if self._open:
+            if parcel.alone or self._open_bytes + parcel.record.size > MAX_BATCH_BYTES:
+                return None
+            if next(iter(self._open.values())).alone:
+                return None
+        return heappop(self._waiting)
+
+    def opened(self, parcel: Parcel, sending: object, now: float) -> None:
+        """A producer has it."""
+        self._burst = self._burst + 1 if self._open else 1
+        parcel.sending = sending
+        parcel.sent_at = now
+        self._open[parcel.serial] = parcel
+        self._open_bytes += parcel.record.size
+
+    def closed(self, parcel: Parcel) -> None:
+        """The producer is done with it, in whatever way."""
+        if self._open.pop(parcel.serial, None) is not None:
+            self._open_bytes -= parcel.record.size
+        parcel.sending = None
+
+    def recall(self) -> None:
+        """What is open waits again. Its producer may still deliver it, so that some of it may arrive twice."""
+        for parcel in list(self._open.values()):
+            self.closed(parcel)
+            self.add(parcel)
+
+    def shared(self, parcel: Parcel) -> bool:
+        """Whether a batch that held this parcel may have been refused because of others."""
+        return not parcel.alone and self._burst > 1
+
+    def remove(self, parcels: Collection[Parcel]) -> None:
+        """These are on their way here no more."""
+        gone = {parcel.serial for parcel in parcels}
+        for parcel in parcels:
+            if parcel.serial in self._open:
+                self.closed(parcel)
+        self._waiting = [parcel for parcel in self._waiting if parcel.serial not in gone]
+        heapify(self._waiting)
+
+    # -- how well it works ----------------------------------------------------------------------------------------------
+
+    def note_taken(self, now: float) -> None:
+        """The brokers took a record here."""
+        self.failing_since = None
+        self.given_up = False
+        self._failures = self._probes = 0
+        self._retry_at = 0.0
+        if self.apart and self._well_since is None:
+            self._well_since = now
+
+    def note_failure(self, error: BaseException, now: float, since: float) -> None:
+        """It failed; `since` is when what failed was sent. Failures of one batch count once."""
+        self.set_apart()
+        if self.failing_since is None:
+            self.failing_since = since
+        self.error = error
+        if now >= self._retry_at:
+            pause = backoff(self._failures, first_s=_FIRST_PAUSE_S, longest_s=_LONGEST_PAUSE_S)
+            self._retry_at = now + pause
+            self._failures += 1
+
+    def set_apart(self) -> None:
+        """Records go there on a connection of their own, until it has worked for a while."""
+        if not self.apart or self._well_since is not None:
+            self._relapses += 1
+        self.apart = True
+        self._well_since = None
+
+    def may_return(self, now: float) -> bool:
+        """Whether its probation is over."""
+        span = min(_LONGEST_PROBATION_S, _PROBATION_S * 2.0 ** (self._relapses - 1))
+        return self._well_since is not None and now - self._well_since >= span
+
+    def rejoin(self) -> None:
+        """Records go there together with all others again."""
+        self.apart = False
+        self._well_since = None
+
+    def forgive(self, now: float) -> None:
+        """All brokers were away: how long it failed begins anew."""
+        if self.failing_since is not None:
+            self.failing_since = now
+        self._retry_at = 0.0
+
+    def give_up(self, now: float) -> None:
+        """It failed for too long: from here on records are refused at once, but for one now and then."""
+        self.given_up = True
+        self._probe_at = now + backoff(self._probes, first_s=_FIRST_PROBE_S, longest_s=_LONGEST_PROBE_S)
+        self._probes += 1
+
+    def pauses(self, now: float) -> bool:
+        """Whether it is too early to try again."""
+        return now < self._retry_at
+
+    def accepts(self, parcel: Parcel, now: float) -> bool:
+        """Whether this parcel may try; of those that would end after a time, one in a while where it was given up."""
+        if not self.given_up or parcel.timeout_s is None:
+            return True
+        if now < self._probe_at or self.busy:
+            return False
+        parcel.timeout_s = min(parcel.timeout_s, PROBE_S)
+        return True
+
+    def avoided(self, now: float) -> bool:
+        """Whether records that can go elsewhere should."""
+        return self.failing_since is not None and (self.busy or now < max(self._retry_at, self._probe_at))
+
+    def confirmed(self, now: float) -> bool:
+        """Whether the brokers have said for long enough that there is no such place."""
+        return (
+            self.failing_since is not None
+            and self.error is not None
+            and meaning_of(self.error).action == "confirm"
+            and now - self.failing_since >= CONFIRM_S
+        )
+
+    def undelivered(self, seconds: float) -> Undelivered:
+        """Why its parcels are given up after this many seconds."""
+        if self.error is None:
+            return Undelivered(f"within {seconds:.0f} s they took less than was sent to them")
+        said = f"the brokers {meaning_of(self.error).text} ({name_of(self.error)})"
+        return Undelivered(f"for {seconds:.0f} s they took no record: {said}")
+
+
+class Presence:
+    """Whether Kafka takes anything from us at all. Pure: time is an argument.
+
+    It is away once something has waited for `AWAY_S` and nothing was taken anywhere in that time.
+    """
+
+    AWAY_S: Final = 7.0
+    """More than two of the status records, which are sent every 3 s, so that a service without jobs knows it as well."""
+
+    def __init__(self, now: float) -> None:
+        self.taken_at = now
+        self.back_at = now
+        self.away_since: float | None = None
+        self._pending_since: float | None = None
+
+    def note_taken(self, now: float) -> bool:
+        """A record was taken. True if Kafka had been away."""
+        self.taken_at = now
+        self._pending_since = None
+        if self.away_since is None:
+            return False
+        self.away_since = None
+        self.back_at = now
+        return True
+
+    def look(self, now: float, *, pending: bool) -> bool:
+        """Called again and again. True if Kafka has just gone away."""
+        if not pending:
+            self._pending_since = None
+            return False
+        if self._pending_since is None:
+            self._pending_since = now
+        silent_since = max(self.taken_at, self._pending_since)
+        if self.away_since is None and now - silent_since > self.AWAY_S:
+            self.away_since = silent_since
+            return True
+        return False
+
+    def took_since(self, since: float, span: float) -> bool:
+        """Whether records were taken in the second half of `span` seconds after `since`: else silence says nothing of one
+        place, since all are silent."""
+        return self.away_since is None and self.taken_at >= since + span / 2

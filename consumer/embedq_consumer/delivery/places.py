@@ -1,0 +1,178 @@
+"""All places that records go to, side by side: where a record should go, which have waited too long. Pure: time is an argument."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
+
+from embedq_consumer.delivery.broker_errors import name_of
+from embedq_consumer.delivery.destination import Destination, Parcel, Presence
+from embedq_consumer.delivery.outgoing import Outgoing, Place
+from embedq_shared.kafka import partition_of
+
+IDLE_S: Final = 60.0
+FORGET_S: Final = 600.0
+"""A place that failed and has had nothing since is remembered so long, for its probation."""
+
+Ended = tuple[Parcel, Exception]
+"""A parcel that is given up, and why."""
+
+
+class Places:
+    """The places by name, and whether Kafka is there (`presence`).
+
+    Invariants:
+        - Only parcels with a time-out are given up, and never while Kafka is away: silence of all says nothing of one.
+        - What waits for failing places is at most `max_held` parcels, but for those without a time-out.
+    """
+
+    def __init__(self, partitions: Callable[[str], int | None], *, max_held: int, now: float) -> None:
+        """`partitions`: how many a topic has."""
+        self._partitions = partitions
+        self._max_held = max_held
+        self._places: dict[Place, Destination] = {}
+        self.presence = Presence(now)
+
+    def __iter__(self) -> Iterator[Destination]:
+        """As they are now, whatever is added or forgotten meanwhile."""
+        return iter(list(self._places.values()))
+
+    def at(self, place: Place) -> Destination:
+        """The destination of this name, made if need be."""
+        if (found := self._places.get(place)) is None:
+            found = self._places[place] = Destination(place)
+        return found
+
+    def place_for(self, record: Outgoing, now: float) -> Place:
+        """The place that the record names, or that its key decides; or the next one that is in order."""
+        topic, wanted = record.topic, record.partition
+        if wanted is not None and not record.anywhere:
+            return topic, wanted
+        partitions = self._partitions(topic) or 1
+        if wanted is None:
+            wanted = 0 if record.key is None else partition_of(record.key, partitions)
+        for step in range(partitions):
+            place = topic, (wanted + step) % partitions
+            known = self._places.get(place)
+            if known is None or not known.avoided(now):
+                return place
+        return topic, wanted
+
+    def withdraw(self, records: Sequence[Outgoing]) -> None:
+        """Those of these records that no producer has will not be sent."""
+        stale = {id(record) for record in records}
+        for destination in self:
+            destination.remove([one for one in destination.waiting() if id(one.record) in stale])
+
+    def forget_idle(self, now: float) -> list[tuple[Place, bool]]:
+        """The places that have had nothing for a while; True for those that are forgotten, too."""
+        found: list[tuple[Place, bool]] = []
+        for destination in self:
+            idle_s = now - destination.used_at
+            if destination.busy or idle_s < IDLE_S:
+                continue
+            forgotten = not destination.apart or idle_s > FORGET_S
+            if forgotten:
+                del self._places[destination.place]
+            found.append((destination.place, forgotten))
+        return found
+
+    def knows(self, topic: str) -> bool:
+        """Whether any of its partitions is remembered."""
+        return any(name == topic for name, _ in self._places)
+
+    def note_taken(self, now: float) -> bool:
+        """Records were taken somewhere. True if Kafka was away until now: then each place has all of its time again."""
+        if not self.presence.note_taken(now):
+            return False
+        for destination in self:
+            destination.forgive(now)
+        return True
+
+    def just_went_away(self, now: float) -> bool:
+        """Look whether Kafka is there; True the first time that it is not."""
+        return self.presence.look(now, pending=any(destination.busy for destination in self))
+
+    # -- what has waited too long -----------------------------------------------------------------------------------------
+
+    def silent(self, destination: Destination, patience_s: float, now: float) -> float | None:
+        """Since when a producer has had a record of this place without an answer, if that is too long."""
+        oldest = destination.oldest_open()
+        if oldest is None or now - oldest.sent_at <= patience_s:
+            return None
+        return oldest.sent_at if self.presence.took_since(oldest.sent_at, patience_s) else None
+
+    def overdue(self, destination: Destination, now: float) -> list[Ended]:
+        """What is given up of this place now; it is taken out."""
+        if not destination.apart or self.presence.away_since is not None:
+            return []
+        timed = [parcel for parcel in destination.parcels() if parcel.timeout_s is not None]
+        if destination.confirmed(now) and isinstance(destination.error, Exception):
+            ended = [(parcel, destination.error) for parcel in timed]
+        else:
+            late = [parcel for parcel in timed if self._is_late(parcel, now)]
+            if not late:
+                return []
+            failing = destination.failing_since
+            since = min(parcel.since for parcel in late) if failing is None else failing
+            if failing is not None:
+                destination.give_up(now)
+                late = timed  # it has failed for all of them
+            reason = destination.undelivered(now - since)
+            ended = [(parcel, reason) for parcel in late]
+        destination.remove([parcel for parcel, _ in ended])
+        return ended
+
+    def _is_late(self, parcel: Parcel, now: float) -> bool:
+        since = max(parcel.since, self.presence.back_at)
+        limit = parcel.timeout_s
+        return limit is not None and now - since >= limit and self.presence.took_since(since, limit)
+
+    def excess(self, now: float) -> list[Ended]:
+        """What is given up so that failing places hold no more than they may: the oldest of those with most."""
+        if self.presence.away_since is not None:
+            return []
+        failing = [one for one in self if one.failing_since is not None and one.busy]
+        excess = sum(map(len, failing)) - self._max_held
+        ended: list[Ended] = []
+        for destination in sorted(failing, key=len, reverse=True):
+            if excess <= 0:
+                break
+            timed = [parcel for parcel in destination.parcels() if parcel.timeout_s is not None][:excess]
+            reason = destination.undelivered(now - (destination.failing_since or now))
+            destination.remove(timed)
+            ended += [(parcel, reason) for parcel in timed]
+            excess -= len(timed)
+        return ended
+
+    def elsewhere(self, destination: Destination, now: float) -> list[Destination]:
+        """Move what waits for a failing place, and may, to others of its topic: those others."""
+        if destination.failing_since is None or self.presence.away_since is not None:
+            return []
+        moved: dict[Place, Destination] = {}
+        for parcel in destination.waiting():
+            if not parcel.record.movable:
+                continue
+            place = self.place_for(parcel.record, now)
+            if place != destination.place:
+                destination.remove([parcel])
+                parcel.alone = False
+                other = moved[place] = self.at(place)
+                other.add(parcel)
+        return list(moved.values())
+
+    # -- what to say of it --------------------------------------------------------------------------------------------------
+
+    def trouble(self, said: str, now: float) -> str | None:
+        """Why this replica should get no jobs, if so; `said` is the brokers' latest reason."""
+        away_since = self.presence.away_since
+        if away_since is not None:
+            return f"Kafka has taken nothing for {now - away_since:.0f} s ({said})"
+        for destination in self:
+            since, error = destination.failing_since, destination.error
+            if since is None or error is None or now - since < Presence.AWAY_S:
+                continue
+            if any(parcel.timeout_s is None for parcel in destination.parcels()):
+                topic = destination.place[0]
+                return f"topic {topic} has taken nothing for {now - since:.0f} s ({name_of(error)})"
+        return None

@@ -1,0 +1,22 @@
+"""Membership of the consumer group: which partitions are ours, how they change hands, how far they are committed."""
+
+from embedq_consumer.group.hand_over import HandOver
+from embedq_consumer.group.member import Member, OffsetStore, make_member
+from embedq_consumer.group.offset_committer import OffsetCommitter
+from embedq_consumer.group.offsets import OffsetLedger, Ticket
+from embedq_consumer.group.ownership import Ownership
+from embedq_consumer.group.watch import WatermarkWatch
+from embedq_consumer.group.watermark import Overtaken
+
+__all__ = [
+    "HandOver",
+    "Member",
+    "OffsetCommitter",
+    "OffsetLedger",
+    "OffsetStore",
+    "Overtaken",
+    "Ownership",
+    "Ticket",
+    "WatermarkWatch",
+    "make_member",
+]

@@ -1,0 +1,160 @@
+"""Commits what is safe to commit, as soon as there is something, and says when a commit is over."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Collection
+from typing import Final, Protocol
+
+import structlog
+
+from embedq_consumer.group.member import OffsetStore
+from embedq_consumer.group.offsets import OffsetLedger
+from embedq_consumer.group.ownership import Ownership
+from embedq_consumer.telemetry.metrics import Metrics
+from embedq_shared.kafka import FENCED, KafkaError, OffsetAndMetadata, TopicPartition
+
+log = structlog.get_logger()
+
+_COMMIT_S: Final = 10.0
+"""A broker that takes longer than this for a commit is in trouble, and the next commit holds all of this one."""
+_IDLE_S: Final = 0.5
+"""A round comes at least so often, for what goes along with commits: lag, stuck watermarks, errors of the membership."""
+_COMMITS_A_SPAN: Final = 4
+"""A commit comes early once a quarter of the records that may stay uncommitted is finished."""
+
+
+class Custodian(Protocol):
+    """Says of each partition what its commits shall carry besides the offset."""
+
+    def metadata(self, partition: TopicPartition, *, release: bool) -> str | None:
+        """At most 4,096 bytes; None: the partition must not be committed yet. `release`: it is given up by this commit."""
+
+    def want(self, partition: TopicPartition, epoch: int) -> None:
+        """It shall be committed."""
+
+
+class OffsetCommitter:
+    """Brings the ledger's offsets to the broker.
+
+    Invariants:
+        - Offsets come from the ledger alone, so no commit passes an unfinished record.
+        - One commit at a time, so that none is overtaken by an older one.
+        - Each shows the membership under which its partitions are ours, so the broker takes none of a partition that
+          another replica may have by now.
+        - A finished record is committed at once, or `interval_s` after the commit before; sooner if much is finished.
+        - A failed commit costs repeated work at most, so it never ends the process.
+    """
+
+    # More than six parameters: the four parts that meet in a commit, what it carries, and two bounds.
+    def __init__(
+        self,
+        store: OffsetStore,
+        ledger: OffsetLedger,
+        ownership: Ownership,
+        metrics: Metrics,
+        custodian: Custodian | None = None,
+        *,
+        interval_s: float,
+        max_uncommitted: int,
+    ) -> None:
+        self._store = store
+        self._ledger = ledger
+        self._ownership = ownership
+        self._metrics = metrics
+        self._custodian = custodian
+        self._interval_s = interval_s
+        self._early_at = max(1, max_uncommitted // _COMMITS_A_SPAN)
+        self._finished = 0  # since the last commit
+        self._wanted = asyncio.Event()
+        self._urgent = asyncio.Event()
+        self._committing = asyncio.Lock()
+
+    def note_finished(self) -> None:
+        """One more record may be committable."""
+        self._finished += 1
+        self._wanted.set()
+        if self._finished >= self._early_at:
+            self._urgent.set()
+
+    def hurry(self) -> None:
+        """Somebody waits for the next round."""
+        self._wanted.set()
+        self._urgent.set()
+
+    async def run(self, after: Callable[[], Awaitable[None]]) -> None:
+        """Commit again and again; each round ends with `after`."""
+        while True:
+            begun = time.monotonic()
+            # Before the commit: what finishes during it brings the next one forward.
+            self._wanted.clear()
+            self._urgent.clear()
+            await self.commit()
+            await after()
+            await _wait(self._wanted, _IDLE_S)
+            await _wait(self._urgent, begun + self._interval_s - time.monotonic())
+
+    async def commit(
+        self, also: Collection[TopicPartition] = (), *, release: Collection[TopicPartition] = ()
+    ) -> bool:
+        """Commit what is safe now. False if there is something that the broker did not take.
+
+        `also` are committed even if their offsets did not rise, since what the custodian says of them did change.
+        `release` are given up by this commit.
+        """
+        async with self._committing:
+            self._finished = 0
+            offsets, membership = self._due(also, release), self._ownership.membership
+            if not offsets:
+                return True
+            if membership is None:
+                return False
+            epochs = {partition: self._ledger.epoch(partition) for partition in offsets}
+            try:
+                async with asyncio.timeout(_COMMIT_S):
+                    await self._store.commit(membership, offsets)
+            except FENCED:
+                # A rebalance is under way, or over and not heard of. What stays ours is committed after it; the rest is
+                # repeated by another replica.
+                self._metrics.commits.labels("fenced").inc()
+                return False
+            except (KafkaError, TimeoutError) as error:
+                self._metrics.commits.labels("error").inc()
+                log.warning("commit_failed", reason=type(error).__name__)
+                return False
+            self._metrics.commits.labels("ok").inc()
+            self._ledger.note_committed(
+                {p: its.offset for p, its in offsets.items() if self._ledger.epoch(p) == epochs[p]}
+            )
+            return True
+
+    def _due(
+        self, also: Collection[TopicPartition], release: Collection[TopicPartition]
+    ) -> dict[TopicPartition, OffsetAndMetadata]:
+        """What to commit. A partition of which the custodian knows nothing yet is left out."""
+        offsets = self._ledger.committable()
+        for partition in (*also, *release) if self._custodian else ():
+            if (safe := self._ledger.safe(partition)) is not None:
+                offsets[partition] = safe
+        due = {}
+        for partition, offset in offsets.items():
+            text = (
+                self._custodian.metadata(partition, release=partition in release) if self._custodian else ""
+            )
+            if text is not None:
+                due[partition] = OffsetAndMetadata(offset, text)
+            elif self._custodian and (epoch := self._ledger.epoch(partition)) is not None:
+                self._custodian.want(partition, epoch)
+        return due
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    """For the event, and so long at most."""
+    if seconds <= 0 or event.is_set():
+        return
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        pass

@@ -1,0 +1,57 @@
+"""aiokafka's clients, without the permission to create topics.
+
+A metadata request that names a topic creates it, with the broker's defaults, where `auto.create.topics.enable` is on, which
+it is unless somebody turned it off: so a producer would bring a deleted topic back with one partition and call its records
+delivered. aiokafka always gives that permission. These clients never do, and no others leave the Kafka room.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import aiokafka
+import aiokafka.admin
+from aiokafka.client import AIOKafkaClient
+from aiokafka.conn import AIOKafkaConnection
+from aiokafka.protocol.metadata import MetadataRequest
+
+
+class AIOKafkaProducer(aiokafka.AIOKafkaProducer):  # type: ignore[misc]  # aiokafka has no type information
+    """aiokafka's producer, which creates no topics."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.client.__class__ = _Client
+
+
+class AIOKafkaConsumer(aiokafka.AIOKafkaConsumer):  # type: ignore[misc]
+    """aiokafka's consumer, which creates no topics."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._client.__class__ = _Client
+
+
+class AIOKafkaAdminClient(aiokafka.admin.AIOKafkaAdminClient):  # type: ignore[misc]
+    """aiokafka's admin client, which creates topics only by `create_topics`."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._client.__class__ = _Client
+
+
+class _Client(AIOKafkaClient):  # type: ignore[misc]
+    """Every request but the first one, which names no topic, goes over a connection from here."""
+
+    async def _get_conn(self, *args: Any, **options: Any) -> AIOKafkaConnection | None:
+        connection = await super()._get_conn(*args, **options)
+        if connection is not None:
+            connection.__class__ = _Connection
+        return connection
+
+
+class _Connection(AIOKafkaConnection):  # type: ignore[misc]
+    def send(self, request: Any, expect_response: bool = True) -> Any:
+        if isinstance(request, MetadataRequest):
+            request._allow_auto_topic_creation = False
+        return super().send(request, expect_response)

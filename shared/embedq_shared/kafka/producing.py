@@ -1,0 +1,182 @@
+"""A producer whose partitions fail one by one: what aiokafka's own one does not let go of can be taken from it.
+
+What aiokafka does by itself, and what is done about it here:
+
+- An idempotent producer tries a batch again for ever. `evict` makes the batches of one partition fail, now or when their
+  request is answered.
+- While a batch is tried again, its broker gets nothing else for 0.1 s, and until metadata have come. With `retries=False`
+  every failure is the caller's at once.
+- The broker answers a request when all of its partitions have enough copies, or after the time that the request allows,
+  which aiokafka makes as long as the time for a connection that hangs. `ack_timeout_ms` is for the first alone.
+- `send` waits for metadata, and for room in a batch, during which nothing else is appended. `append` never waits.
+- Whoever asks for metadata while an answer is under way gets that answer, though it knows nothing of a topic named since.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from aiokafka import TopicPartition
+from aiokafka.errors import (
+    KafkaConnectionError,
+    KafkaError,
+    KafkaTimeoutError,
+    LeaderNotAvailableError,
+    TopicAuthorizationFailedError,
+    UnknownTopicOrPartitionError,
+)
+from aiokafka.partitioner import murmur2
+from aiokafka.producer.sender import Sender, SendProduceReqHandler
+
+from embedq_shared.kafka.clients import AIOKafkaProducer
+
+
+class Evicted(KafkaTimeoutError):  # type: ignore[misc]  # aiokafka has no type information
+    """The batch was taken from the producer before the broker had it, or had answered."""
+
+
+# More than six parameters: aiokafka's own, which are passed on.
+class PartitionwiseProducer(AIOKafkaProducer):
+    """A producer of which each partition can be given up by itself.
+
+    Args:
+        retries: whether aiokafka sends again what failed for a reason that may pass.
+        ack_timeout_ms: how long the broker may wait for the other copies of a record before it answers.
+        options: of `AIOKafkaProducer`.
+    """
+
+    def __init__(self, *, retries: bool, ack_timeout_ms: int, **options: Any) -> None:
+        super().__init__(**options)
+        self._retries = retries
+        self._evicted: set[TopicPartition] = set()
+        self._errors: dict[TopicPartition, tuple[float, Exception]] = {}
+        self._sender.__class__ = _Sender
+        self._sender.may_retry = self._may_retry
+        self._sender._request_timeout_ms = ack_timeout_ms
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still sends. A producer that has started stops by itself after an error that it cannot handle."""
+        task = self._sender.sender_task
+        return task is not None and not task.done()
+
+    def append(
+        self,
+        topic: str,
+        partition: int,
+        *,
+        key: bytes | None,
+        value: bytes | None,
+        headers: list[tuple[str, bytes]],
+        timestamp_ms: int | None,
+    ) -> asyncio.Future[Any]:
+        """Append one record, at once; the future is done when the broker has it, or will not have it.
+
+        Raises:
+            MessageSizeTooLargeError: it is larger than any request.
+            KafkaTimeoutError: the partition's batch is full.
+            KafkaError: the producer has ended.
+        """
+        key_bytes, value_bytes = self._serialize(key, value, headers)
+        adding = self._message_accumulator.add_message(
+            TopicPartition(topic, partition),
+            key_bytes,
+            value_bytes,
+            self._request_timeout_ms / 1000,
+            timestamp_ms=timestamp_ms,
+            headers=headers,
+        )
+        try:
+            adding.send(None)
+        except StopIteration as added:
+            future: asyncio.Future[Any] = added.value
+            return future
+        adding.close()  # it would wait for room, and everything else behind it
+        raise KafkaTimeoutError("the partition's batch is full")
+
+    def has_leader(self, topic: str, partition: int) -> bool:
+        """Whether the brokers said last that this partition can be written to. False, too, if they were not asked."""
+        leader: int | None = self.client.cluster.leader_for_partition(TopicPartition(topic, partition))
+        return leader is not None and leader != -1
+
+    async def look_up(self, topic: str, partition: int) -> None:
+        """Ask the brokers about a partition.
+
+        Raises:
+            UnknownTopicOrPartitionError, TopicAuthorizationFailedError, LeaderNotAvailableError: it cannot be written to.
+            KafkaConnectionError: no broker answers.
+        """
+        self.client._topics.add(topic)
+        for _ in range(2):  # the first answer may have been under way, without this topic
+            if not await self.client.force_metadata_update():
+                raise KafkaConnectionError("no broker answered a question about topics")
+            if self.has_leader(topic, partition):
+                return
+        cluster = self.client.cluster
+        if topic in cluster.unauthorized_topics:
+            raise TopicAuthorizationFailedError(topic)
+        if partition not in (cluster.partitions_for_topic(topic) or ()):
+            raise UnknownTopicOrPartitionError(topic)
+        raise LeaderNotAvailableError(topic)
+
+    def evict(self, topic: str, partition: int) -> None:
+        """Fail this partition's batches with `Evicted`: those that wait now, and those under way when they would be tried
+        again. An idempotent producer must not be given this partition any more: its sequence may have a gap.
+        """
+        place = TopicPartition(topic, partition)
+        self._evicted.add(place)
+        accumulator = self._message_accumulator
+        for batch in accumulator._batches.pop(place, ()):
+            if batch.retry_count:
+                accumulator._pending_batches.add(batch)  # its end takes it out
+            batch.failure(Evicted())
+            batch._drain_waiter.exception()  # nobody waits, and asyncio must not complain about it
+
+    def last_error(self, topic: str, partition: int, since: float) -> Exception | None:
+        """Why a batch of this partition was tried again last, if that was after `since` (monotonic seconds)."""
+        at, error = self._errors.get(TopicPartition(topic, partition), (0.0, None))
+        return error if at >= since else None
+
+    def forget(self, topic: str) -> None:
+        """Ask about this topic no more."""
+        self.client._topics.discard(topic)
+
+    async def partition_counts(self) -> dict[str, int]:
+        """The number of partitions of every topic, asked anew.
+
+        Raises:
+            KafkaConnectionError: no broker answers.
+        """
+        try:
+            cluster = await self.client.fetch_all_metadata()
+        except KafkaError as error:
+            raise KafkaConnectionError("no broker answered a question about topics") from error
+        return {topic: len(cluster.partitions_for_topic(topic) or ()) for topic in cluster.topics(False)}
+
+    def _may_retry(self, place: TopicPartition, error: Exception) -> bool:
+        self._errors[place] = (time.monotonic(), error)
+        return self._retries and place not in self._evicted
+
+
+class _Sender(Sender):  # type: ignore[misc]
+    """Asks before it sends a batch again."""
+
+    may_retry: Any
+
+    async def _send_produce_req(self, node_id: int, batches: Any) -> None:
+        await _ProduceRequest(self, batches).do(node_id)
+        self._in_flight.remove(node_id)
+        self._muted_partitions -= batches.keys()
+
+
+class _ProduceRequest(SendProduceReqHandler):  # type: ignore[misc]
+    def _can_retry(self, error: Exception, batch: Any) -> bool:
+        allowed = self._sender.may_retry(batch.tp, error)
+        return bool(allowed and super()._can_retry(error, batch))
+
+
+def partition_of(key: bytes, partitions: int) -> int:
+    """Where Kafka's default partitioner puts a key."""
+    return int(murmur2(key) & 0x7FFFFFFF) % partitions

@@ -1,0 +1,85 @@
+"""One broker of three is lost for good, and with it the only copy of one caller's reply topic."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from aiokafka import ConsumerRecord
+from aiokafka.admin import NewTopic
+from aiokafka.admin.client import AIOKafkaAdminClient
+
+from embedq_shared.headers import value_of
+from tests.helpers.cluster import Cluster
+from tests.helpers.delivery import load, until_committed
+from tests.helpers.service_process import Replica, fresh_prefix, make_topics, producer, reader, replicas
+from tests.helpers.support import patient
+
+pytestmark = [pytest.mark.kafka, pytest.mark.timeout(400)]
+
+LOST = 3
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Three brokers, of this module alone."""
+    with Cluster() as running:
+        yield running
+
+
+async def test_a_reply_topic_without_a_leader_costs_its_own_jobs_alone(
+    cluster: Cluster, models: Path, tmp_path: Path
+) -> None:
+    topics = await make_topics(cluster, fresh_prefix(), copies=3)
+    lonely = f"{fresh_prefix()}.lonely"
+    admin = AIOKafkaAdminClient(bootstrap_servers=cluster.kafka_servers)
+    await admin.start()
+    try:
+        await admin.create_topics([NewTopic(lonely, -1, -1, replica_assignments={0: [LOST]})])
+    finally:
+        await admin.close()
+    replica = Replica(cluster, topics, models / "a", tmp_path / "log", reply_timeout_s=8)
+    async with replicas(replica):
+        async with (
+            reader(cluster, topics.results) as results,
+            reader(cluster, topics.dead_letters) as letters,
+            load(cluster, topics.jobs, results, window=8) as jobs,
+        ):
+            await jobs.progress(50)
+            await asyncio.to_thread(cluster.stop_kafka, LOST, kill=True)
+            await jobs.progress(200)  # what it led has other leaders now
+            before = len(jobs.ids)
+            async with producer(cluster) as client:
+                for number in range(20):
+                    await client.send_and_wait(
+                        topics.jobs,
+                        json.dumps({"id": f"guilty-{number}", "input": f"guilty {number}"}).encode(),
+                        headers=[("reply-topic", lonely.encode())],
+                    )
+            found = await letters.until(20)
+            await jobs.progress(20)
+            during = set(jobs.ids[before:])
+        async with reader(cluster, topics.jobs) as records:
+            polled = [record for record in await records.all() if record.key is not None]
+        await until_committed(cluster, topics)
+        assert replica.returncode is None
+        assert await replica.stop() == 0
+
+    reasons = {value_of(letter.headers, "embedq-error-message") for letter in found}
+    assert all(b"LEADER_NOT_AVAILABLE" in (reason or b"") for reason in reasons), reasons
+    codes = {value_of(letter.headers, "embedq-error-code") for letter in found}
+    assert codes == {b"undeliverable"}
+    sent = {job.key.decode(): job.timestamp for job in polled}
+    took = sorted(
+        (record.timestamp - sent[_id(record)]) / 1000 for record in results.records if _id(record) in during
+    )
+    assert len(took) > 50
+    assert took[int(len(took) * 0.99)] < patient(1.0)
+
+
+def _id(record: ConsumerRecord) -> str:
+    found: str = json.loads(record.value)["id"]
+    return found

@@ -1,0 +1,255 @@
+"""The producer whose partitions fail one by one, over a cluster that is only a table: no socket is opened."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from aiokafka.errors import (
+    KafkaConnectionError,
+    KafkaTimeoutError,
+    LeaderNotAvailableError,
+    MessageSizeTooLargeError,
+    NotEnoughReplicasError,
+    TopicAuthorizationFailedError,
+    UnknownTopicOrPartitionError,
+)
+from aiokafka.protocol.metadata import MetadataRequest, MetadataResponse_v5
+from aiokafka.protocol.produce import ProduceRequest
+
+from embedq_shared.kafka import (
+    AIOKafkaConsumer,
+    AIOKafkaProducer,
+    Evicted,
+    PartitionwiseProducer,
+    partition_of,
+)
+from embedq_shared.kafka.clients import _Connection
+from tests.helpers.support import wait_until
+
+Answer = Callable[[int], int]
+
+
+class Broker:
+    """One broker that knows topics by name: for each partition the leader, 1 or -1. `error` is what it says of a partition."""
+
+    def __init__(self) -> None:
+        self.topics: dict[str, dict[int, int]] = {"t": {0: 1, 1: 1, 2: -1}}
+        self.unauthorized: set[str] = set()
+        self.error: dict[int, int] = {}
+        self.requests: list[list[int]] = []
+        self.away = False
+
+    def metadata(self, topics: list[str] | None) -> MetadataResponse_v5:
+        named = self.topics.keys() if topics is None else topics
+        return MetadataResponse_v5(
+            0,
+            [(1, "127.0.0.1", 1, None)],
+            "cluster",
+            1,
+            [
+                (
+                    29 if name in self.unauthorized else 0 if name in self.topics else 3,
+                    name,
+                    False,
+                    [(0, at, leader, [1], [1], []) for at, leader in self.topics.get(name, {}).items()],
+                )
+                for name in named
+            ],
+        )
+
+    async def send(self, node: int, request: Any, **_: Any) -> Any:
+        assert isinstance(request, ProduceRequest)
+        if self.away:
+            raise KafkaConnectionError("gone")
+        asked = request._topics
+        self.requests.append(sorted(at for _, partitions in asked for at, _ in partitions))
+        await asyncio.sleep(0)
+        return Answered(
+            [
+                (topic, [(at, self.error.get(at, 0), 7, -1, 0) for at, _ in partitions])
+                for topic, partitions in asked
+            ]
+        )
+
+
+class Answered:
+    API_VERSION = 7
+
+    def __init__(self, topics: list[Any]) -> None:
+        self.topics = topics
+
+
+@asynccontextmanager
+async def producing(*, retries: bool = True) -> AsyncIterator[tuple[PartitionwiseProducer, Broker]]:
+    broker = Broker()
+    producer = PartitionwiseProducer(
+        bootstrap_servers="127.0.0.1:1",
+        retries=retries,
+        ack_timeout_ms=1000,
+        acks="all",
+        max_request_size=1000,
+        retry_backoff_ms=5,
+    )
+
+    async def update(cluster: Any, topics: Any) -> bool:
+        if not broker.away:
+            cluster.update_metadata(broker.metadata(sorted(topics) if topics else None))
+        return not broker.away
+
+    producer.client._metadata_update = update
+    producer.client.send = broker.send
+    producer.client._sync_task = asyncio.create_task(producer.client._md_synchronizer())
+    await producer._sender.start()
+    try:
+        yield producer, broker
+    finally:
+        broker.error.clear()
+        broker.away = False
+        await producer.stop()
+
+
+def append(producer: PartitionwiseProducer, partition: int, value: bytes = b"v") -> asyncio.Future[Any]:
+    return producer.append("t", partition, key=None, value=value, headers=[], timestamp_ms=None)
+
+
+async def test_a_record_is_acknowledged() -> None:
+    async with producing() as (producer, _):
+        await producer.look_up("t", 0)
+        assert (await append(producer, 0)).offset == 7
+        assert producer.alive
+
+
+async def test_a_partition_that_is_evicted_fails_and_the_others_go_on() -> None:
+    async with producing() as (producer, broker):
+        await producer.look_up("t", 0)
+        broker.error[0] = 19
+        sick = append(producer, 0)
+        await wait_until(lambda: producer.last_error("t", 0, 0) is not None)
+        assert isinstance(producer.last_error("t", 0, 0), NotEnoughReplicasError)
+        assert not sick.done()
+        assert (await append(producer, 1)).offset == 7
+        producer.evict("t", 0)
+        with pytest.raises((Evicted, NotEnoughReplicasError)):
+            await asyncio.wait_for(sick, 5)
+        before = sum(0 in request for request in broker.requests)
+        assert (await append(producer, 1)).offset == 7
+        assert sum(0 in request for request in broker.requests) == before
+
+
+async def test_what_waits_for_a_partition_that_is_evicted_fails_at_once_and_in_silence() -> None:
+    complaints: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    async with producing() as (producer, broker):
+        await producer.look_up("t", 0)
+        broker.topics["t"][0] = -1
+        await producer.client.force_metadata_update()
+        waiting = append(producer, 0)
+        producer.evict("t", 0)
+        with pytest.raises(Evicted):
+            await waiting
+    gc.collect()
+    await asyncio.sleep(0)
+    assert complaints == []
+
+
+async def test_without_retries_each_failure_comes_with_its_reason() -> None:
+    async with producing(retries=False) as (producer, broker):
+        await producer.look_up("t", 0)
+        broker.error[0] = 19
+        with pytest.raises(NotEnoughReplicasError):
+            await append(producer, 0)
+        broker.error.clear()
+        await append(producer, 0)
+        broker.away = True
+        with pytest.raises(KafkaConnectionError):
+            await append(producer, 0)
+
+
+async def test_a_record_too_large_is_refused_and_a_full_batch_never_waits() -> None:
+    async with producing() as (producer, broker):
+        await producer.look_up("t", 0)
+        with pytest.raises(MessageSizeTooLargeError):
+            append(producer, 0, bytes(2000))
+        broker.topics["t"][0] = -1
+        await producer.client.force_metadata_update()
+        sent: list[asyncio.Future[Any]] = []
+
+        def fill() -> None:
+            while True:
+                sent.append(append(producer, 0, bytes(900)))
+
+        with pytest.raises(KafkaTimeoutError):
+            fill()
+        assert sent
+        producer.evict("t", 0)
+        await asyncio.wait(sent)
+        assert all(isinstance(one.exception(), Evicted) for one in sent)
+
+
+async def test_what_the_brokers_say_of_a_place() -> None:
+    async with producing() as (producer, broker):
+        assert not producer.has_leader("t", 0)
+        await producer.look_up("t", 0)
+        assert producer.has_leader("t", 0)
+        assert not producer.has_leader("t", 2)
+        with pytest.raises(LeaderNotAvailableError):
+            await producer.look_up("t", 2)
+        with pytest.raises(UnknownTopicOrPartitionError):
+            await producer.look_up("t", 3)
+        with pytest.raises(UnknownTopicOrPartitionError):
+            await producer.look_up("unknown", 0)
+        broker.unauthorized.add("secret")
+        with pytest.raises(TopicAuthorizationFailedError):
+            await producer.look_up("secret", 0)
+        broker.away = True
+        with pytest.raises(KafkaConnectionError):
+            await producer.look_up("other", 0)
+
+
+async def test_a_topic_that_is_forgotten_is_not_asked_for() -> None:
+    async with producing() as (producer, broker):
+        await producer.look_up("t", 0)
+        assert producer.client._topics == {"t"}
+        producer.forget("t")
+        assert producer.client._topics == set()
+        broker.topics["u"] = {0: 1}
+        assert await producer.partition_counts() == {"t": 3, "u": 1}
+        broker.away = True
+        with pytest.raises(KafkaConnectionError):
+            await producer.partition_counts()
+
+
+@pytest.mark.parametrize("kind", [AIOKafkaProducer, AIOKafkaConsumer])
+async def test_no_metadata_request_of_a_client_may_create_a_topic(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[MetadataRequest] = []
+    connection = _Connection.__new__(_Connection)
+    monkeypatch.setattr(
+        "aiokafka.conn.AIOKafkaConnection.send", lambda self, request, expect_response: asked.append(request)
+    )
+    connected = kind(bootstrap_servers="127.0.0.1:1")
+    connection_of = (connected.client if kind is AIOKafkaProducer else connected._client)._get_conn
+
+    async def plain(self: Any, node: int, **_: Any) -> Any:
+        connection.__class__ = _Connection.__mro__[1]
+        return connection
+
+    monkeypatch.setattr("aiokafka.client.AIOKafkaClient._get_conn", plain)
+    (await connection_of(1)).send(MetadataRequest(["t"]))
+    assert asked[0]._allow_auto_topic_creation is False
+    await connected.stop()
+
+
+def test_a_key_goes_to_the_partition_where_kafkas_own_clients_put_it() -> None:
+    # From Kafka's own test of its partitioner's hash, whose sign bit is taken off.
+    assert [partition_of(key, 1 << 31) for key in (b"21", b"foobar", b"abc")] == [
+        -973932308 & 0x7FFFFFFF,
+        -790332482 & 0x7FFFFFFF,
+        479470107,
+    ]
