@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Final, Literal, Protocol
 
 import msgspec
 import structlog
 
-from embedq_consumer.delivery.outgoing import Outgoing
-from embedq_shared.kafka import KafkaError, TopicPartition
-from embedq_shared.kafka.transactions import Generation, MemberFenced
+from embedq_consumer.delivery.outgoing import Outgoing, Place
+from embedq_shared.kafka import FencedMember, KafkaError, MemberFenced, OffsetAndMetadata, TopicPartition
 
 log = structlog.get_logger()
 
 _UNREACHABLE: Final = (KafkaError, TimeoutError, OSError)
+
+Offsets = Mapping[TopicPartition, OffsetAndMetadata]
+
+
+class Parcel(msgspec.Struct, frozen=True, kw_only=True):
+    """One record and where it goes. `alone`: it shares no batch."""
+
+    record: Outgoing
+    place: Place
+    alone: bool
 
 
 class TransactionalProducer(Protocol):
@@ -24,13 +33,16 @@ class TransactionalProducer(Protocol):
     async def start(self) -> None:
         """Connect, and end what a producer of the same name left open: from here on that one is fenced."""
 
+    async def look_up(self, places: Collection[Place]) -> Mapping[Place, KafkaError]:
+        """Why some of these places cannot be written to."""
+
     async def begin(self) -> None:
         """Begin a transaction."""
 
-    async def send(self, records: Sequence[Outgoing]) -> Sequence[KafkaError | None]:
-        """Send all and wait for all: for each None, or why the brokers do not take it."""
+    async def send(self, parcels: Sequence[Parcel], within: float) -> Sequence[KafkaError | None]:
+        """Send all: for each None, or why the brokers have not taken it within this many seconds."""
 
-    async def add_offsets(self, offsets: Mapping[TopicPartition, int], member: Generation) -> None:
+    async def add_offsets(self, offsets: Offsets, member: FencedMember) -> None:
         """The offsets become the group's with this transaction; raises `MemberFenced` if the group has gone on."""
 
     async def commit(self) -> None:
@@ -40,8 +52,8 @@ class TransactionalProducer(Protocol):
         """Undo it all."""
 
     async def committed(
-        self, group: str, partitions: Sequence[TopicPartition]
-    ) -> Mapping[TopicPartition, int | None]:
+        self, group: str, partitions: Collection[TopicPartition]
+    ) -> Mapping[TopicPartition, OffsetAndMetadata | None]:
         """The group's offsets, once no open transaction can change them."""
 
     async def abandon(self) -> None:
@@ -65,7 +77,9 @@ class Transactions:
 
     Invariants:
         - Every send is awaited before the offsets are added: aiokafka commits a transaction whose send failed.
-        - Every wait has a deadline of ours.
+        - Every wait has a deadline of ours, `attempt_s`.
+        - A producer that failed in a transaction is replaced: a batch that was not sent leaves a gap in its sequence that the
+          brokers never forgive. The start of the next one ends its transaction.
         - Where it is not known whether a commit took place, a new producer of the same name ends that transaction first,
           and then the group's offsets say which it was. No other transaction begins before that is known.
     """
@@ -74,7 +88,7 @@ class Transactions:
         self._make_producer = make_producer
         self._attempt_s = attempt_s
         self._producer: TransactionalProducer | None = None
-        self._in_doubt: tuple[Mapping[TopicPartition, int], str] | None = None
+        self._in_doubt: tuple[Offsets, str] | None = None
 
     async def close(self) -> None:
         """Disconnect. A transaction that is open is undone by the brokers."""
@@ -82,36 +96,35 @@ class Transactions:
         if producer is not None:
             await producer.abandon()
 
-    async def publish(
-        self, records: Sequence[Outgoing], offsets: Mapping[TopicPartition, int], member: Generation
-    ) -> Attempt:
+    async def publish(self, parcels: Sequence[Parcel], offsets: Offsets, member: FencedMember) -> Attempt:
         """One transaction with all of this."""
         if self._in_doubt is not None:
             raise RuntimeError("a transaction was begun while another one is in doubt. This is a bug.")
         try:
             producer = await self._ready()
-        except _UNREACHABLE as error:
-            return Attempt(outcome="failed", error=error)
-        try:
             async with asyncio.timeout(self._attempt_s):
+                missing = await producer.look_up({parcel.place for parcel in parcels})
+            if missing:
+                reasons = [missing.get(parcel.place) for parcel in parcels]
+                return Attempt(outcome="refused", reasons=reasons)
+            async with asyncio.timeout(2 * self._attempt_s):
                 await producer.begin()
-                reasons = await producer.send(records)
-        except _UNREACHABLE as error:
-            await self.close()
-            return Attempt(outcome="failed", error=error)
-        if any(reason is not None for reason in reasons):
-            await self._abort(producer)
-            return Attempt(outcome="refused", reasons=reasons)
-        try:
+                reasons = list(await producer.send(parcels, self._attempt_s))
+            if any(reason is not None for reason in reasons):
+                await self.close()
+                return Attempt(outcome="refused", reasons=reasons)
             async with asyncio.timeout(self._attempt_s):
                 await producer.add_offsets(offsets, member)
         except MemberFenced as error:
-            await self._abort(producer)
+            await self._abort()
             return Attempt(outcome="fenced", error=error)
         except _UNREACHABLE as error:
             await self.close()
             return Attempt(outcome="failed", error=error)
-        self._in_doubt = offsets, member.group
+        return await self._commit(producer, offsets, member.group)
+
+    async def _commit(self, producer: TransactionalProducer, offsets: Offsets, group: str) -> Attempt:
+        self._in_doubt = offsets, group
         try:
             async with asyncio.timeout(self._attempt_s):
                 await producer.commit()
@@ -121,6 +134,25 @@ class Transactions:
             return Attempt(outcome="in_doubt", error=error)
         self._in_doubt = None
         return Attempt(outcome="committed")
+
+    async def resolve(self) -> bool | None:
+        """Whether the transaction in doubt was committed; None if the brokers do not say yet."""
+        if self._in_doubt is None:
+            raise RuntimeError("no transaction is in doubt. This is a bug.")
+        offsets, group = self._in_doubt
+        try:
+            producer = await self._ready()
+            async with asyncio.timeout(self._attempt_s):
+                found = await producer.committed(group, offsets.keys())
+        except _UNREACHABLE:
+            await self.close()
+            return None
+        self._in_doubt = None
+        # It committed all of its offsets or none. Whoever has the partitions by now began at them, or behind.
+        return all(
+            (stored := found.get(partition)) is not None and stored.offset >= its.offset
+            for partition, its in offsets.items()
+        )
 
     async def _ready(self) -> TransactionalProducer:
         if self._producer is None:
@@ -134,26 +166,12 @@ class Transactions:
             self._producer = producer
         return self._producer
 
-    async def resolve(self) -> bool | None:
-        """Whether the transaction in doubt was committed; None if the brokers do not say yet."""
-        if self._in_doubt is None:
-            raise RuntimeError("no transaction is in doubt. This is a bug.")
-        offsets, group = self._in_doubt
-        try:
-            producer = await self._ready()
-            async with asyncio.timeout(self._attempt_s):
-                found = await producer.committed(group, list(offsets))
-        except _UNREACHABLE:
-            await self.close()
-            return None
-        self._in_doubt = None
-        # It committed all of its offsets or none, and nobody else commits these before the producer's start ended it.
-        return all((found.get(partition) or 0) >= offset for partition, offset in offsets.items())
-
-    async def _abort(self, producer: TransactionalProducer) -> None:
+    async def _abort(self) -> None:
         """Undo the open transaction; where that fails, the next producer's start does it."""
+        if self._producer is None:
+            return
         try:
             async with asyncio.timeout(self._attempt_s):
-                await producer.abort()
+                await self._producer.abort()
         except _UNREACHABLE:
             await self.close()

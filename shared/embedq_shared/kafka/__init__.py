@@ -12,6 +12,7 @@ from aiokafka.errors import (
     InvalidTopicError,
     KafkaConnectionError,
     KafkaError,
+    KafkaTimeoutError,
     MessageSizeTooLargeError,
     RecordListTooLargeError,
     TopicAuthorizationFailedError,
@@ -35,6 +36,12 @@ from embedq_shared.kafka.groups import committed_offsets, group_lag
 from embedq_shared.kafka.options import KafkaOptions, SecurityProtocol
 from embedq_shared.kafka.producing import Evicted, PartitionwiseProducer, partition_of
 from embedq_shared.kafka.stopping import stop_client
+from embedq_shared.kafka.transactions import (
+    FencedMember,
+    FencedProducer,
+    MemberFenced,
+    stable_offsets,
+)
 from embedq_shared.kafka.unreadable import (
     UNREADABLE,
     Polled,
@@ -56,6 +63,8 @@ __all__ = [
     "ConsumerRebalanceListener",
     "ConsumerRecord",
     "Evicted",
+    "FencedMember",
+    "FencedProducer",
     "Follower",
     "GroupMember",
     "GroupMemberOptions",
@@ -65,6 +74,8 @@ __all__ = [
     "KafkaConnectionError",
     "KafkaError",
     "KafkaOptions",
+    "KafkaTimeoutError",
+    "MemberFenced",
     "Membership",
     "OffsetAndMetadata",
     "PartitionwiseProducer",
@@ -86,6 +97,7 @@ __all__ = [
     "poll_partition",
     "position",
     "reason",
+    "stable_offsets",
     "step_over",
     "stop_client",
 ]

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, Final
 
 import msgspec
-from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka import TopicPartition
 from aiokafka.client import AIOKafkaClient, ConnectionGroup, CoordinationType
 from aiokafka.errors import (
     CoordinatorLoadInProgressError,
@@ -27,6 +27,7 @@ from aiokafka.errors import (
     NotCoordinatorError,
     ProducerFenced,
     RequestTimedOutError,
+    TopicAuthorizationFailedError,
     UnknownMemberIdError,
     UnknownTopicOrPartitionError,
     for_code,
@@ -45,6 +46,9 @@ from aiokafka.protocol.types import (
 )
 from aiokafka.structs import OffsetAndMetadata
 
+from embedq_shared.kafka.group_member import Membership
+from embedq_shared.kafka.producing import PartitionwiseProducer
+
 _FENCED_INSTANCE_ID: Final = 82
 _UNSTABLE_OFFSET_COMMIT: Final = 88
 """Error codes that aiokafka has no class for."""
@@ -52,13 +56,11 @@ _RETRY_S: Final = 0.05
 """Between two looks at an offset that an open transaction may still change."""
 
 
-class Generation(msgspec.Struct, frozen=True, kw_only=True):
+class FencedMember(msgspec.Struct, frozen=True, kw_only=True):
     """Who commits: one member of a consumer group, in one generation of it."""
 
     group: str
-    generation: int
-    member_id: str
-    instance_id: str | None = None
+    membership: Membership
 
 
 class MemberFenced(KafkaError):  # type: ignore[misc]  # aiokafka has no type information
@@ -140,7 +142,7 @@ class _FencedOffsets(TxnOffsetCommitHandler):  # type: ignore[misc]  # aiokafka 
     """aiokafka's own handler, but that the request names the member and its refusal aborts the transaction."""
 
     def __init__(
-        self, sender: Sender, offsets: dict[TopicPartition, OffsetAndMetadata], member: Generation
+        self, sender: Sender, offsets: dict[TopicPartition, OffsetAndMetadata], member: FencedMember
     ) -> None:
         super().__init__(sender, offsets, member.group)
         self._member = member
@@ -156,9 +158,9 @@ class _FencedOffsets(TxnOffsetCommitHandler):  # type: ignore[misc]  # aiokafka 
             self._member.group,
             manager.producer_id,
             manager.producer_epoch,
-            self._member.generation,
-            self._member.member_id,
-            self._member.instance_id,
+            self._member.membership.generation,
+            self._member.membership.member_id,
+            None,
             [(topic, partitions, {}) for topic, partitions in topics.items()],
             {},
         )
@@ -195,7 +197,7 @@ def _is_fenced(code: int) -> bool:
     return code == _FENCED_INSTANCE_ID or for_code(code) in (IllegalGenerationError, UnknownMemberIdError)
 
 
-class FencedProducer(AIOKafkaProducer):  # type: ignore[misc]  # aiokafka has no type information
+class FencedProducer(PartitionwiseProducer):
     """A transactional producer whose offsets are taken from the present generation of a group alone.
 
     `member` must be set before `send_offsets_to_transaction`, which raises `MemberFenced` if the group has gone on: then
@@ -204,8 +206,25 @@ class FencedProducer(AIOKafkaProducer):  # type: ignore[misc]  # aiokafka has no
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.member: Generation | None = None
+        self.member: FencedMember | None = None
         self._sender._do_txn_offset_commit = self._commit_offsets
+
+    def append(self, topic: str, partition: int, **record: Any) -> asyncio.Future[Any]:
+        """The same, within the transaction."""
+        self._txn_manager.maybe_add_partition_to_txn(TopicPartition(topic, partition))
+        return super().append(topic, partition, **record)
+
+    async def transaction_broken(self) -> None:
+        """Wait until the transaction can only be aborted, or the producer has ended."""
+        await asyncio.wait({self._txn_manager.wait_for_transaction_end()})
+
+    def refusal_of(self, topic: str) -> KafkaError | None:
+        """Why the transaction was broken for the sake of this topic, if it was."""
+        waiter = self._txn_manager.wait_for_transaction_end()
+        error = waiter.exception() if waiter is not None and waiter.done() else None
+        if isinstance(error, TopicAuthorizationFailedError) and topic in error.args[0]:
+            return TopicAuthorizationFailedError(topic)
+        return None
 
     async def _commit_offsets(self, offsets: dict[TopicPartition, OffsetAndMetadata], group_id: str) -> None:
         """In place of `Sender._do_txn_offset_commit`."""
@@ -276,20 +295,51 @@ class OffsetFetchRequest_v7(RequestStruct):  # type: ignore[misc]  # aiokafka ha
     )
 
 
-class _OffsetFetch(Request[OffsetFetchRequest_v7]):  # type: ignore[misc]  # aiokafka has no type information
+class StableOffsets(Request[OffsetFetchRequest_v7]):  # type: ignore[misc]  # aiokafka has no type information
+    """Asks for a group's offsets that no open transaction can change."""
+
     API_KEY = 9
 
-    def __init__(self, group: str, topics: list[tuple[str, list[int], dict[int, bytes]]]) -> None:
+    def __init__(self, group: str, partitions: Iterable[TopicPartition]) -> None:
         self._group = group
-        self._topics = topics
+        self._topics: dict[str, list[int]] = defaultdict(list)
+        for partition in partitions:
+            self._topics[partition.topic].append(partition.partition)
 
     def build(self, request_struct_class: type[OffsetFetchRequest_v7]) -> OffsetFetchRequest_v7:
-        return request_struct_class(self._group, self._topics, True, {})
+        """aiokafka: the request in the version that the broker knows."""
+        topics = [(topic, numbers, {}) for topic, numbers in self._topics.items()]
+        return request_struct_class(self._group, topics, True, {})
+
+
+class UnstableOffset(KafkaError):  # type: ignore[misc]  # aiokafka has no type information
+    """An open transaction may still change an offset: ask again."""
+
+    retriable = True
+
+
+def offsets_of(response: Any) -> dict[TopicPartition, OffsetAndMetadata | None]:
+    """What the coordinator answered, None where the group never committed.
+
+    Raises:
+        KafkaError: it does not say; `UnstableOffset` as long as a transaction is open.
+    """
+    found: dict[TopicPartition, OffsetAndMetadata | None] = {}
+    codes = {response.error_code}
+    for topic, answers, _ in response.topics:
+        for number, offset, _, metadata, code, _ in answers:
+            codes.add(code)
+            stored = None if offset < 0 else OffsetAndMetadata(offset, metadata or "")
+            found[TopicPartition(topic, number)] = stored
+    codes.discard(0)
+    for code in sorted(codes):
+        raise UnstableOffset if code == _UNSTABLE_OFFSET_COMMIT else for_code(code)()
+    return found
 
 
 async def stable_offsets(
     client: AIOKafkaClient, group: str, partitions: Iterable[TopicPartition]
-) -> Mapping[TopicPartition, int | None]:
+) -> dict[TopicPartition, OffsetAndMetadata | None]:
     """A group's committed offset of each partition, None where it never committed; waits for open transactions to end.
 
     Tries again for as long as the coordinator moves or loads: the caller sets the deadline.
@@ -297,29 +347,12 @@ async def stable_offsets(
     Raises:
         KafkaError: the broker refuses, for instance for want of a right.
     """
-    topics: dict[str, list[int]] = defaultdict(list)
-    for partition in partitions:
-        topics[partition.topic].append(partition.partition)
-    request = _OffsetFetch(group, [(topic, numbers, {}) for topic, numbers in topics.items()])
+    request = StableOffsets(group, partitions)
     while True:
         try:
             node = await client.coordinator_lookup(CoordinationType.GROUP, group)
-            response = await client.send(node, request, group=ConnectionGroup.COORDINATION)
+            return offsets_of(await client.send(node, request, group=ConnectionGroup.COORDINATION))
         except KafkaError as error:
             if not error.retriable:
                 raise
-            await asyncio.sleep(_RETRY_S)
-            continue
-        found: dict[TopicPartition, int | None] = {}
-        codes = {response.error_code}
-        for topic, answers, _ in response.topics:
-            for number, offset, _, _, code, _ in answers:
-                codes.add(code)
-                found[TopicPartition(topic, number)] = None if offset < 0 else offset
-        codes.discard(0)
-        if not codes:
-            return found
-        for code in codes:
-            if code != _UNSTABLE_OFFSET_COMMIT and not for_code(code).retriable:
-                raise for_code(code)(f"the offsets of {group}")
         await asyncio.sleep(_RETRY_S)

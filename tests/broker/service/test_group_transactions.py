@@ -11,7 +11,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.client import AIOKafkaClient
 
 from embedq_sdk.dev import DevStack
-from embedq_shared.kafka.transactions import FencedProducer, Generation, MemberFenced, stable_offsets
+from embedq_shared.kafka.transactions import FencedProducer, FencedMember, MemberFenced, stable_offsets
 from tests.helpers.service_process import fresh_prefix, make_topics
 from tests.helpers.support import patient
 
@@ -31,7 +31,7 @@ async def _producer(stack: DevStack, name: str) -> AsyncIterator[FencedProducer]
 @asynccontextmanager
 async def _member(
     stack: DevStack, group: str, topic: str
-) -> AsyncIterator[tuple[AIOKafkaConsumer, Generation]]:
+) -> AsyncIterator[tuple[AIOKafkaConsumer, FencedMember]]:
     consumer = AIOKafkaConsumer(topic, bootstrap_servers=stack.kafka_servers, group_id=group)
     await consumer.start()
     try:
@@ -41,7 +41,7 @@ async def _member(
         coordinator = consumer._coordinator
         yield (
             consumer,
-            Generation(group=group, generation=coordinator.generation, member_id=coordinator.member_id),
+            FencedMember(group=group, generation=coordinator.generation, member_id=coordinator.member_id),
         )
     finally:
         await consumer.stop()
@@ -85,7 +85,7 @@ async def test_a_member_of_an_older_generation_cannot_commit(stack: DevStack) ->
         _producer(stack, f"{group}.one") as producer,
         _client(stack) as client,
     ):
-        producer.member = Generation(
+        producer.member = FencedMember(
             group=group, generation=member.generation - 1, member_id=member.member_id
         )
         await producer.begin_transaction()

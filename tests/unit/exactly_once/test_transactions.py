@@ -11,10 +11,10 @@ from aiokafka.errors import KafkaConnectionError, KafkaError, MessageSizeTooLarg
 from embedq_consumer.delivery.outgoing import Outgoing
 from embedq_consumer.exactly_once.transactions import Transactions
 from embedq_shared.kafka import TopicPartition
-from embedq_shared.kafka.transactions import Generation, MemberFenced
+from embedq_shared.kafka.transactions import FencedMember, MemberFenced
 
 A = TopicPartition("jobs.bulk", 0)
-MEMBER = Generation(group="g", generation=3, member_id="m")
+MEMBER = FencedMember(group="g", generation=3, member_id="m")
 RECORD = Outgoing(topic="results", partition=None, key=None, value=b"x", headers=[])
 
 
@@ -53,7 +53,7 @@ class FakeProducer:
         reasons, self._broker.reasons = self._broker.reasons, []
         return reasons or [None] * len(records)
 
-    async def add_offsets(self, offsets: Mapping[TopicPartition, int], member: Generation) -> None:
+    async def add_offsets(self, offsets: Mapping[TopicPartition, int], member: FencedMember) -> None:
         await self._broker.step("offsets")
         self._offset = offsets[A]
 
