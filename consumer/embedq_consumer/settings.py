@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from embedq_consumer.cache import CacheOptions
 from embedq_consumer.engine import LoadOptions, Quantization
+from embedq_consumer.exactly_once import ExactlyOnceOptions
 from embedq_consumer.intake import AdmissionPolicy, IntakeOptions
 from embedq_consumer.lifecycle.served_model import BatchOptions, ModelOptions
 from embedq_shared.messages import DEFAULT_ALIAS, DEFAULT_MAX_INPUTS
@@ -273,6 +274,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             "do; after that its job is dead-lettered. The default leaves time to elect a leader after a broker was lost."
         ),
     ] = 15.0
+    bulk_delivery: Annotated[
+        Literal["at-least-once", "exactly-once"],
+        Meta(
+            description="`exactly-once`: results of the bulk lane are published in transactions, together with the offsets that "
+            "they answer. Readers that read committed records alone see each once, a little later. Needs Kafka 2.5 or newer."
+        ),
+    ] = "at-least-once"
+    transaction_interval_ms: Annotated[
+        PositiveFloat,
+        Meta(
+            description="Milliseconds between two transactions: what `exactly-once` adds to the time of a bulk job."
+        ),
+    ] = 100.0
     drain_timeout_s: Annotated[
         PositiveFloat,
         Meta(
@@ -387,6 +401,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             rebalance_timeout_ms=self.rebalance_timeout_ms,
             stuck_after_s=self.stuck_after_s,
             stuck_limit_s=self.stuck_limit_s,
+        )
+
+    @property
+    def exactly_once(self) -> ExactlyOnceOptions | None:
+        """How the bulk lane's results go out in transactions; None: they do not."""
+        if self.bulk_delivery == "at-least-once":
+            return None
+        return ExactlyOnceOptions(
+            group=self.group,
+            interval_s=self.transaction_interval_ms / 1000,
+            reply_timeout_s=self.reply_timeout_s,
         )
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Final, Protocol
 
@@ -17,7 +17,7 @@ from embedq_consumer.exactly_once.held_results import Concluded, Held, HeldResul
 from embedq_consumer.exactly_once.refusals import Refusals
 from embedq_consumer.exactly_once.transactions import Attempt, Offsets, Parcel, Transactions
 from embedq_shared.backoff import backoff
-from embedq_shared.kafka import FencedMember, KafkaError, TopicPartition
+from embedq_shared.kafka import FencedMember, KafkaError, Membership, TopicPartition
 
 log = structlog.get_logger()
 
@@ -33,18 +33,26 @@ class Committing(Protocol):
     def alone(self) -> AbstractAsyncContextManager[None]:
         """No other offsets are committed inside."""
 
-    def sealed(self, offsets: dict[TopicPartition, int]) -> tuple[FencedMember, Offsets] | None:
+    def sealed(self, offsets: Mapping[TopicPartition, int]) -> tuple[Membership, Offsets] | None:
         """These offsets as the group takes them, and who commits them; None while a rebalance is under way."""
 
-    def note_committed(self, offsets: dict[TopicPartition, int]) -> None:
+    def note_committed(self, offsets: Mapping[TopicPartition, int]) -> None:
         """The group has them."""
+
+
+class Topics(Protocol):
+    """What topics there are."""
+
+    def partitions(self, topic: str) -> int | None:
+        """How many partitions a topic has, None for one that is not known."""
 
 
 class Kafka(Protocol):
     """What is known of the brokers."""
 
-    def partitions(self, topic: str) -> int | None:
-        """How many a topic has."""
+    @property
+    def topics(self) -> Topics:
+        """The topics when last seen."""
 
     @property
     def away(self) -> bool:
@@ -70,6 +78,7 @@ class ReleaseLoop:
         refusals: Refusals,
         kafka: Kafka,
         *,
+        group: str,
         interval_s: float,
         hinder: Callable[[str | None], None],
     ) -> None:
@@ -79,6 +88,7 @@ class ReleaseLoop:
         self._answers = answers
         self._refusals = refusals
         self._kafka = kafka
+        self._group = group
         self._interval_s = interval_s
         self._hinder = hinder
         self._changed = asyncio.Event()
@@ -87,6 +97,10 @@ class ReleaseLoop:
         """These are complete; `concluded` hears of each once."""
         self._held.hold([self._answers.of(reply, concluded) for reply in replies])
         self._changed.set()
+
+    async def close(self) -> None:
+        """Disconnect. What is held was not committed, and is repeated."""
+        await self._transactions.close()
 
     async def run(self) -> None:
         """Publish until cancelled."""
@@ -114,7 +128,8 @@ class ReleaseLoop:
         sealed = self._committing.sealed(release.offsets)
         if sealed is None:
             return False
-        member, offsets = sealed
+        membership, offsets = sealed
+        member = FencedMember(group=self._group, membership=membership)
         parcels = list(self._parcels(release))
         attempt = await self._transactions.publish(parcels, offsets, member)
         committed = attempt.outcome == "committed"
@@ -134,7 +149,7 @@ class ReleaseLoop:
     def _parcels(self, release: Release) -> Iterator[Parcel]:
         for answer in release.answers:
             for record in answer.records:
-                place = self._refusals.place_for(record, self._kafka.partitions(record.topic) or 1)
+                place = self._refusals.place_for(record, self._kafka.topics.partitions(record.topic) or 1)
                 yield Parcel(record=record, place=place, alone=answer.alone)
 
     async def _resolved(self) -> bool:

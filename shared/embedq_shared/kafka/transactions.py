@@ -2,9 +2,7 @@
 
 aiokafka 0.14 sends offsets into a transaction without saying which member of which generation sends them, so that a
 broker cannot refuse those of a replica that lost its partitions; and it reads committed offsets without waiting for
-open transactions. Both need newer versions of two requests than aiokafka has: they are written out here, after the
-Kafka protocol guide (https://kafka.apache.org/protocol, `TxnOffsetCommit` 3 and `OffsetFetch` 7; brokers from 2.5 on
-have both). Everything else of a transaction is aiokafka's own.
+open transactions. Both need requests of `requests.py`; everything else of a transaction is aiokafka's own.
 """
 
 from __future__ import annotations
@@ -33,25 +31,14 @@ from aiokafka.errors import (
     for_code,
 )
 from aiokafka.producer.sender import Sender, TxnOffsetCommitHandler
-from aiokafka.protocol.api import Request, RequestStruct, Response
-from aiokafka.protocol.types import (
-    Boolean,
-    CompactArray,
-    CompactString,
-    Int16,
-    Int32,
-    Int64,
-    Schema,
-    TaggedFields,
-)
 from aiokafka.structs import OffsetAndMetadata
 
 from embedq_shared.kafka.group_member import Membership
 from embedq_shared.kafka.producing import PartitionwiseProducer
+from embedq_shared.kafka.requests import StableOffsets, TxnOffsetCommit, offsets_of
 
 _FENCED_INSTANCE_ID: Final = 82
-_UNSTABLE_OFFSET_COMMIT: Final = 88
-"""Error codes that aiokafka has no class for."""
+"""An error code that aiokafka has no class for."""
 _RETRY_S: Final = 0.05
 """Between two looks at an offset that an open transaction may still change."""
 
@@ -70,74 +57,6 @@ class MemberFenced(KafkaError):  # type: ignore[misc]  # aiokafka has no type in
 # -- offsets in a transaction ---------------------------------------------------------------------------------------------
 
 
-class TxnOffsetCommitResponse_v3(Response):  # type: ignore[misc]  # aiokafka has no type information
-    """The outcome for each partition."""
-
-    API_KEY = 28
-    API_VERSION = 3
-    SCHEMA = Schema(
-        ("throttle_time_ms", Int32),
-        (
-            "errors",
-            CompactArray(
-                ("topic", CompactString("utf-8")),
-                (
-                    "partition_errors",
-                    CompactArray(("partition", Int32), ("error_code", Int16), ("tags", TaggedFields)),
-                ),
-                ("tags", TaggedFields),
-            ),
-        ),
-        ("tags", TaggedFields),
-    )
-
-
-class TxnOffsetCommitRequest_v3(RequestStruct):  # type: ignore[misc]  # aiokafka has no type information
-    """Offsets into a transaction, with the member that sends them."""
-
-    API_KEY = 28
-    API_VERSION = 3
-    FLEXIBLE_VERSION = True
-    RESPONSE_TYPE = TxnOffsetCommitResponse_v3
-    SCHEMA = Schema(
-        ("transactional_id", CompactString("utf-8")),
-        ("group_id", CompactString("utf-8")),
-        ("producer_id", Int64),
-        ("producer_epoch", Int16),
-        ("generation_id", Int32),
-        ("member_id", CompactString("utf-8")),
-        ("group_instance_id", CompactString("utf-8")),
-        (
-            "topics",
-            CompactArray(
-                ("topic", CompactString("utf-8")),
-                (
-                    "partitions",
-                    CompactArray(
-                        ("partition", Int32),
-                        ("offset", Int64),
-                        ("leader_epoch", Int32),
-                        ("metadata", CompactString("utf-8")),
-                        ("tags", TaggedFields),
-                    ),
-                ),
-                ("tags", TaggedFields),
-            ),
-        ),
-        ("tags", TaggedFields),
-    )
-
-
-class _TxnOffsetCommit(Request[TxnOffsetCommitRequest_v3]):  # type: ignore[misc]  # aiokafka has no type information
-    API_KEY = 28
-
-    def __init__(self, *fields: Any) -> None:
-        self._fields = fields
-
-    def build(self, request_struct_class: type[TxnOffsetCommitRequest_v3]) -> TxnOffsetCommitRequest_v3:
-        return request_struct_class(*self._fields)
-
-
 class _FencedOffsets(TxnOffsetCommitHandler):  # type: ignore[misc]  # aiokafka has no type information
     """aiokafka's own handler, but that the request names the member and its refusal aborts the transaction."""
 
@@ -148,12 +67,12 @@ class _FencedOffsets(TxnOffsetCommitHandler):  # type: ignore[misc]  # aiokafka 
         self._member = member
         self._backoff_s: float = self._default_backoff
 
-    def create_request(self) -> _TxnOffsetCommit:
+    def create_request(self) -> TxnOffsetCommit:
         manager = self._sender._txn_manager
         topics: dict[str, list[tuple[int, int, int, str, dict[int, bytes]]]] = defaultdict(list)
         for partition, offset in sorted(self._offsets.items()):
             topics[partition.topic].append((partition.partition, offset.offset, -1, offset.metadata, {}))
-        return _TxnOffsetCommit(
+        return TxnOffsetCommit(
             manager.transactional_id,
             self._member.group,
             manager.producer_id,
@@ -238,103 +157,6 @@ class FencedProducer(PartitionwiseProducer):
             self._txn_manager.error_transaction(error)
             return
         await _FencedOffsets(self._sender, offsets, self.member).do(node)
-
-
-# -- offsets that stay --------------------------------------------------------------------------------------------------
-
-
-class OffsetFetchResponse_v7(Response):  # type: ignore[misc]  # aiokafka has no type information
-    """A group's offset for each partition, -1 where there is none."""
-
-    API_KEY = 9
-    API_VERSION = 7
-    SCHEMA = Schema(
-        ("throttle_time_ms", Int32),
-        (
-            "topics",
-            CompactArray(
-                ("topic", CompactString("utf-8")),
-                (
-                    "partitions",
-                    CompactArray(
-                        ("partition", Int32),
-                        ("offset", Int64),
-                        ("leader_epoch", Int32),
-                        ("metadata", CompactString("utf-8")),
-                        ("error_code", Int16),
-                        ("tags", TaggedFields),
-                    ),
-                ),
-                ("tags", TaggedFields),
-            ),
-        ),
-        ("error_code", Int16),
-        ("tags", TaggedFields),
-    )
-
-
-class OffsetFetchRequest_v7(RequestStruct):  # type: ignore[misc]  # aiokafka has no type information
-    """A group's offsets, or an error where an open transaction may still change one."""
-
-    API_KEY = 9
-    API_VERSION = 7
-    FLEXIBLE_VERSION = True
-    RESPONSE_TYPE = OffsetFetchResponse_v7
-    SCHEMA = Schema(
-        ("group_id", CompactString("utf-8")),
-        (
-            "topics",
-            CompactArray(
-                ("topic", CompactString("utf-8")),
-                ("partitions", CompactArray(Int32)),
-                ("tags", TaggedFields),
-            ),
-        ),
-        ("require_stable", Boolean),
-        ("tags", TaggedFields),
-    )
-
-
-class StableOffsets(Request[OffsetFetchRequest_v7]):  # type: ignore[misc]  # aiokafka has no type information
-    """Asks for a group's offsets that no open transaction can change."""
-
-    API_KEY = 9
-
-    def __init__(self, group: str, partitions: Iterable[TopicPartition]) -> None:
-        self._group = group
-        self._topics: dict[str, list[int]] = defaultdict(list)
-        for partition in partitions:
-            self._topics[partition.topic].append(partition.partition)
-
-    def build(self, request_struct_class: type[OffsetFetchRequest_v7]) -> OffsetFetchRequest_v7:
-        """aiokafka: the request in the version that the broker knows."""
-        topics = [(topic, numbers, {}) for topic, numbers in self._topics.items()]
-        return request_struct_class(self._group, topics, True, {})
-
-
-class UnstableOffset(KafkaError):  # type: ignore[misc]  # aiokafka has no type information
-    """An open transaction may still change an offset: ask again."""
-
-    retriable = True
-
-
-def offsets_of(response: Any) -> dict[TopicPartition, OffsetAndMetadata | None]:
-    """What the coordinator answered, None where the group never committed.
-
-    Raises:
-        KafkaError: it does not say; `UnstableOffset` as long as a transaction is open.
-    """
-    found: dict[TopicPartition, OffsetAndMetadata | None] = {}
-    codes = {response.error_code}
-    for topic, answers, _ in response.topics:
-        for number, offset, _, metadata, code, _ in answers:
-            codes.add(code)
-            stored = None if offset < 0 else OffsetAndMetadata(offset, metadata or "")
-            found[TopicPartition(topic, number)] = stored
-    codes.discard(0)
-    for code in sorted(codes):
-        raise UnstableOffset if code == _UNSTABLE_OFFSET_COMMIT else for_code(code)()
-    return found
 
 
 async def stable_offsets(
