@@ -32,6 +32,7 @@ from embedq_consumer.delivery.kafka_producer import KafkaProducers
 from embedq_consumer.delivery.publisher import Publisher
 from embedq_consumer.delivery.result_records import ResultEncoder
 from embedq_consumer.engine import default_batch_tokens, load_encoder
+from embedq_consumer.exactly_once import ReleaseLoop, make_release_loop, transactional_producers
 from embedq_consumer.intake import Intake, make_jobs_clients
 from embedq_consumer.lifecycle.control_topic import ControlTopic
 from embedq_consumer.lifecycle.served_model import ServedModel
@@ -59,6 +60,9 @@ _LONGEST_PAUSE_S: Final = 2.0
 """Between two tries to reach Kafka, which takes seconds itself to start."""
 _AWAY: Final = (BrokerUnreachable, KafkaConnectionError, TimeoutError)
 """Kafka is not there yet. A broker that is there and does not let us in says something else."""
+_TRANSACTION_TIMEOUT_MS: Final = 15_000
+"""How long the brokers leave a dead replica's transaction open: so long readers of its results wait, and the next owner of its
+partitions. Longer than the steps of one that lives."""
 _MAX_REQUEST_BYTES: Final = 16 * 1024 * 1024
 """Of one request to the broker, which may carry many results."""
 
@@ -118,8 +122,12 @@ async def _serve(settings: Settings, stop: asyncio.Event, leaving: Callable[[], 
         suspects = Suspects(settings.claimant())
         intake = await parts.enter_async_context(_intake(settings, suspects, metrics, health, stop))
         quarantine = Quarantine(suspects, intake.commits, intake.finish, metrics)
+        results = ResultEncoder(
+            settings.topics, settings.group, settings.max_result_bytes, replica=settings.replica
+        )
+        releases = await parts.enter_async_context(_releases(settings, publisher, intake, results, health))
         deliverer = await parts.enter_async_context(
-            _deliverer(settings, publisher, quarantine.finish, metrics)
+            _deliverer(settings, publisher, results, releases, quarantine.finish, metrics)
         )
         async with _tasks() as tasks:
             pipeline = Pipeline(settings.admission, model.encoder, cache, model.queue, deliverer, tasks)
@@ -135,6 +143,7 @@ async def _serve(settings: Settings, stop: asyncio.Event, leaving: Callable[[], 
                 "status": model.reporter.resend_forever(),
                 "delivery": publisher.watch(),
                 "heartbeat": _beat_forever(health, model, metrics),
+                "transactions": releases.run() if releases else _nothing(),
                 "ready": _ready_after(intake.joined, health),
             }
             running = [tasks.create_task(loop, name=name) for name, loop in loops.items()]
@@ -221,6 +230,10 @@ async def _drain(
 
 def _ended_well(task: asyncio.Task[Any]) -> bool:
     return not task.cancelled() and task.exception() is None
+
+
+async def _nothing() -> None:
+    """A loop that is switched off."""
 
 
 async def _ready_after(joined: asyncio.Event, health: Health) -> None:
@@ -423,19 +436,49 @@ async def _intake(
 
 
 @asynccontextmanager
-async def _deliverer(
-    settings: Settings, publisher: Publisher, finish: Finish, metrics: Metrics
-) -> AsyncIterator[Deliverer]:
-    results = ResultEncoder(
-        settings.topics, settings.group, settings.max_result_bytes, replica=settings.replica
+async def _releases(
+    settings: Settings, publisher: Publisher, intake: Intake, results: ResultEncoder, health: Health
+) -> AsyncIterator[ReleaseLoop | None]:
+    """Exactly-once delivery of the bulk lane, if it is switched on."""
+    if (options := settings.exactly_once) is None:
+        yield None
+        return
+    releases = make_release_loop(
+        options,
+        transactional_producers(
+            settings.kafka(),
+            f"{settings.group}.{settings.replica}",
+            timeout_ms=_TRANSACTION_TIMEOUT_MS,
+            max_bytes=_MAX_REQUEST_BYTES,
+        ),
+        positions=intake.positions,
+        committing=intake.committing,
+        encoder=results,
+        kafka=publisher,
+        hinder=partial(health.hinder, "transactions"),
     )
+    try:
+        yield releases
+    finally:
+        await releases.close()
+
+
+@asynccontextmanager
+async def _deliverer(
+    settings: Settings,
+    publisher: Publisher,
+    results: ResultEncoder,
+    releases: ReleaseLoop | None,
+    finish: Finish,
+    metrics: Metrics,
+) -> AsyncIterator[Deliverer]:
     memory = WeightedSemaphore(settings.max_pending_bytes)
     limits = DeliveryLimits(
         reply_timeout_s=settings.reply_timeout_s,
         # Half of what may stay uncommitted: with all of it, the partition's other jobs would wait for this one.
         max_behind=max(1, settings.max_uncommitted_jobs // 2),
     )
-    deliverer = Deliverer(results, publisher, finish, memory, metrics, limits)
+    deliverer = Deliverer(results, publisher, finish, memory, metrics, limits, bulk=releases)
     try:
         yield deliverer
     finally:

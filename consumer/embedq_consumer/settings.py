@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from embedq_consumer.cache import CacheOptions, RedisOptions, SecretSource
 from embedq_consumer.engine import LoadOptions, Quantization
+from embedq_consumer.exactly_once import ExactlyOnceOptions
 from embedq_consumer.intake import AdmissionPolicy, IntakeOptions
 from embedq_consumer.lifecycle.served_model import BatchOptions, ModelOptions
 from embedq_consumer.quarantine import Claimant
@@ -333,6 +334,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             "do; after that its job is dead-lettered. The default leaves time to elect a leader after a broker was lost."
         ),
     ] = 15.0
+    bulk_delivery: Annotated[
+        Literal["at-least-once", "exactly-once"],
+        Meta(
+            description="`exactly-once`: results of the bulk lane are published in transactions, together with the offsets that "
+            "they answer. Readers that read committed records alone see each once, a little later. Needs Kafka 2.5 or newer."
+        ),
+    ] = "at-least-once"
+    transaction_interval_ms: Annotated[
+        PositiveFloat,
+        Meta(
+            description="Milliseconds between two transactions: what `exactly-once` adds to the time of a bulk job."
+        ),
+    ] = 100.0
     drain_timeout_s: Annotated[
         PositiveFloat,
         Meta(
@@ -504,6 +518,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             owner=uuid.uuid4().hex[:16],
             replica=self.replica,
             span=self.max_uncommitted_jobs + self.max_poll_records,
+        )
+
+    @property
+    def exactly_once(self) -> ExactlyOnceOptions | None:
+        """How the bulk lane's results go out in transactions; None: they do not."""
+        if self.bulk_delivery == "at-least-once":
+            return None
+        return ExactlyOnceOptions(
+            group=self.group,
+            interval_s=self.transaction_interval_ms / 1000,
+            reply_timeout_s=self.reply_timeout_s,
         )
 
     @property

@@ -259,11 +259,12 @@ class Reader:
 
 
 @asynccontextmanager
-async def reader(stack: DevStack, *names: str) -> AsyncIterator[Reader]:
-    """A plain consumer of whole topics."""
+async def reader(stack: DevStack, *names: str, committed: bool = False) -> AsyncIterator[Reader]:
+    """A plain consumer of whole topics; with `committed`, of committed records alone."""
     consumer = AIOKafkaConsumer(
         bootstrap_servers=stack.kafka_servers,
         auto_offset_reset="earliest",
+        isolation_level="read_committed" if committed else "read_uncommitted",
         fetch_max_wait_ms=50,
         max_partition_fetch_bytes=16 * 1024 * 1024,
     )

@@ -75,6 +75,13 @@ class Sink(Protocol):
         """
 
 
+class Transactional(Protocol):
+    """What publishes answers together with the offsets that they answer."""
+
+    def hold(self, replies: Sequence[Reply], concluded: Callable[[Reply, bool], None]) -> None:
+        """Publish these, each once; `concluded` hears of each: False if another replica answers it."""
+
+
 class DeliveryLimits(msgspec.Struct, frozen=True, kw_only=True):
     """How long a result may wait for its reply address while that takes nothing."""
 
@@ -103,7 +110,10 @@ class Deliverer:
         memory: WeightedSemaphore,
         metrics: Metrics,
         limits: DeliveryLimits,
+        *,
+        bulk: Transactional | None = None,
     ) -> None:
+        """`bulk` takes the answers of the bulk lane, if they are not to go out by themselves."""
         self._encoder = encoder
         self._sink = sink
         self._finish = finish
@@ -112,6 +122,7 @@ class Deliverer:
         self._limits = limits
         self._furthest: dict[TopicPartition, tuple[int, int]] = {}
         """Epoch and highest finished offset of each partition."""
+        self._bulk = bulk
         self._job_seconds = {lane: metrics.job.labels(lane) for lane in LANES}
         # Threads of their own: results must not wait for the tokenizer.
         self._threads = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="deliver")
@@ -178,6 +189,18 @@ class Deliverer:
             await self._bury(reply)
             conclude([reply])
 
+        def concluded(reply: Reply, published: bool) -> None:
+            if published:
+                if reply.dead_letter is not None:
+                    self._metrics.dead_letters.labels(reply.dead_letter.code).inc()
+                conclude([reply])
+            else:
+                answered(reply)
+                self._finish(reply.record)
+
+        if self._bulk is not None:
+            self._bulk.hold([reply for reply in replies if reply.record.lane == "bulk"], concluded)
+            replies = [reply for reply in replies if reply.record.lane != "bulk"]
         batch = _Batch(self._sink, replies, self._timeout_s, self._urgency)
         async with asyncio.TaskGroup() as tasks:
             while settled := await batch.settled():
@@ -207,7 +230,7 @@ class Deliverer:
     async def _answer_with_error(self, reply: Reply, reason: Exception) -> Reply:
         """Say on the results topic that a result could not be delivered; the reply that is left."""
         log.warning("result_undeliverable", reason=name_of(reason))
-        error = self._encoder.of_undeliverable(reply, _undeliverable(reason))
+        error = self._encoder.of_undeliverable(reply, undeliverable(reason))
         outcomes = [await self._sent(record, _ERROR_S) for record in error.outgoing]
         delivered = all(outcome is None for outcome in outcomes)
         return error if delivered else msgspec.structs.replace(error, outgoing=[])
@@ -321,7 +344,7 @@ class _Batch:
         return settled
 
 
-def _undeliverable(reason: Exception) -> ErrorBody:
+def undeliverable(reason: Exception) -> ErrorBody:
     """The error of a job whose result cannot be delivered, with what an operator should know of the address."""
     if isinstance(reason, TOO_LARGE):
         return ErrorBody.of(

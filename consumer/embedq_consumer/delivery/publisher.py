@@ -123,6 +123,11 @@ class Publisher:
             refused = destination.undelivered(0.0 if failing is None else now - failing)
             asyncio.get_running_loop().call_soon(settled, refused)
 
+    @property
+    def away(self) -> bool:
+        """Whether Kafka takes nothing from us at all."""
+        return self._places.presence.away_since is not None
+
     async def publish(
         self, records: Sequence[Outgoing], *, timeout_s: float | None = None
     ) -> list[Exception | None]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from contextlib import AbstractAsyncContextManager
 from typing import Final, Protocol
 
 import structlog
@@ -13,7 +14,7 @@ from embedq_consumer.group.member import OffsetStore
 from embedq_consumer.group.offsets import OffsetLedger
 from embedq_consumer.group.ownership import Ownership
 from embedq_consumer.telemetry.metrics import Metrics
-from embedq_shared.kafka import FENCED, KafkaError, OffsetAndMetadata, TopicPartition
+from embedq_shared.kafka import FENCED, KafkaError, Membership, OffsetAndMetadata, TopicPartition
 
 log = structlog.get_logger()
 
@@ -129,6 +130,29 @@ class OffsetCommitter:
             )
             return True
 
+    # -- with a transaction --------------------------------------------------------------------------------------------
+
+    def alone(self) -> AbstractAsyncContextManager[None]:
+        """No commit of ours inside: the group would take the later of two, and the lower offset may be the later one."""
+        return self._committing
+
+    def sealed(
+        self, offsets: Mapping[TopicPartition, int]
+    ) -> tuple[Membership, dict[TopicPartition, OffsetAndMetadata]] | None:
+        """These offsets as the group takes them from somebody else than us, and what the commit must show.
+
+        None: not now, since a rebalance is under way or the custodian knows nothing of a partition yet.
+        """
+        membership = self._ownership.membership
+        due = {partition: self._stamped(partition, offset) for partition, offset in offsets.items()}
+        found = {partition: its for partition, its in due.items() if its is not None}
+        return None if membership is None or len(found) < len(due) else (membership, found)
+
+    def note_committed(self, offsets: Mapping[TopicPartition, int]) -> None:
+        """The group took these from somebody else."""
+        self._metrics.commits.labels("ok").inc()
+        self._ledger.note_committed(offsets)
+
     def _due(
         self, also: Collection[TopicPartition], release: Collection[TopicPartition]
     ) -> dict[TopicPartition, OffsetAndMetadata]:
@@ -137,16 +161,21 @@ class OffsetCommitter:
         for partition in (*also, *release) if self._custodian else ():
             if (safe := self._ledger.safe(partition)) is not None:
                 offsets[partition] = safe
-        due = {}
-        for partition, offset in offsets.items():
-            text = (
-                self._custodian.metadata(partition, release=partition in release) if self._custodian else ""
-            )
-            if text is not None:
-                due[partition] = OffsetAndMetadata(offset, text)
-            elif self._custodian and (epoch := self._ledger.epoch(partition)) is not None:
-                self._custodian.want(partition, epoch)
-        return due
+        due = {partition: self._stamped(partition, offset, release) for partition, offset in offsets.items()}
+        return {partition: its for partition, its in due.items() if its is not None}
+
+    def _stamped(
+        self, partition: TopicPartition, offset: int, release: Collection[TopicPartition] = ()
+    ) -> OffsetAndMetadata | None:
+        """The offset with what the custodian says of its partition; None if that is nothing yet."""
+        if self._custodian is None:
+            return OffsetAndMetadata(offset, "")
+        text = self._custodian.metadata(partition, release=partition in release)
+        if text is not None:
+            return OffsetAndMetadata(offset, text)
+        if (epoch := self._ledger.epoch(partition)) is not None:
+            self._custodian.want(partition, epoch)
+        return None
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:

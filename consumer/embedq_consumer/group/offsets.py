@@ -112,6 +112,11 @@ class OffsetLedger:
                 while state.repeatable and state.repeatable[0] < offset:
                     state.repeatable.popleft()
 
+    def unfinished(self, partition: TopicPartition) -> Iterable[int]:
+        """The offsets of records taken and not finished, in order."""
+        state = self._partitions.get(partition)
+        return () if state is None else state.open
+
     def position(self, partition: TopicPartition) -> int | None:
         """The next offset to take; None: the first one that there is."""
         state = self._partitions.get(partition)

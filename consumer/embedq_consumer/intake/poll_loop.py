@@ -240,6 +240,16 @@ class Intake:
         if reopened or self._limits.idle:
             self._changes.notify()
 
+    @property
+    def positions(self) -> OffsetLedger:
+        """Every record taken and not finished."""
+        return self._ledger
+
+    @property
+    def committing(self) -> OffsetCommitter:
+        """What brings offsets to the group, for those that are committed in a transaction instead."""
+        return self._committer
+
     def is_full(self, lane: Lane) -> bool:
         """Whether the lane takes no records now, since as much of it is in flight as may be."""
         return self._limits.is_full(lane)

@@ -12,6 +12,7 @@ from aiokafka.errors import (
     InvalidTopicError,
     KafkaConnectionError,
     KafkaError,
+    KafkaTimeoutError,
     MessageSizeTooLargeError,
     RecordListTooLargeError,
     TopicAuthorizationFailedError,
@@ -47,6 +48,12 @@ from embedq_shared.kafka.security.options import BadOption, KafkaOptions, SaslMe
 from embedq_shared.kafka.security.refusals import KafkaRefused, explain, is_permanent
 from embedq_shared.kafka.security.tokens import OAuthOptions
 from embedq_shared.kafka.stopping import stop_client
+from embedq_shared.kafka.transactions import (
+    FencedMember,
+    FencedProducer,
+    MemberFenced,
+    stable_offsets,
+)
 
 __all__ = [
     "DEFAULT_MAX_INFLATED_BYTES",
@@ -61,6 +68,8 @@ __all__ = [
     "ConsumerRebalanceListener",
     "ConsumerRecord",
     "Evicted",
+    "FencedMember",
+    "FencedProducer",
     "Follower",
     "GroupMember",
     "GroupMemberOptions",
@@ -71,6 +80,8 @@ __all__ = [
     "KafkaError",
     "KafkaOptions",
     "KafkaRefused",
+    "KafkaTimeoutError",
+    "MemberFenced",
     "Membership",
     "OAuthOptions",
     "OffsetAndMetadata",
@@ -98,6 +109,7 @@ __all__ = [
     "poll_partition",
     "position",
     "reason",
+    "stable_offsets",
     "start_client",
     "stop_client",
 ]

@@ -40,10 +40,11 @@ from aiokafka.errors import (
     for_code,
 )
 from aiokafka.protocol.admin import DescribeGroupsRequest
-from aiokafka.protocol.commit import OffsetCommitRequest, OffsetFetchRequest
+from aiokafka.protocol.commit import OffsetCommitRequest
 from aiokafka.protocol.group import LeaveGroupRequest
 from aiokafka.structs import OffsetAndMetadata
 
+from embedq_shared.kafka.requests import StableOffsets, offsets_of
 from embedq_shared.kafka.stopping import finished
 
 log = logging.getLogger(__name__)
@@ -175,20 +176,14 @@ class GroupMember:
     async def committed(
         self, partitions: Collection[TopicPartition]
     ) -> dict[TopicPartition, OffsetAndMetadata | None]:
-        """The stored offsets, None where there is none.
+        """The stored offsets, None where there is none, once no open transaction can change them.
 
         Raises:
-            KafkaError: the coordinator is not there, or still loads them: ask again.
+            KafkaError: the coordinator is not there, still loads them, or a transaction is open: ask again.
         """
-        request = OffsetFetchRequest(self._options.group, _by_topic((p, p.partition) for p in partitions))
-        response = await self._ask(request)
-        self._raise_for([getattr(response, "error_code", 0)])
-        found: dict[TopicPartition, OffsetAndMetadata | None] = {}
-        for topic, stored in response.topics:
-            for partition, offset, metadata, code in stored:
-                self._raise_for([code])
-                place = TopicPartition(topic, partition)
-                found[place] = None if offset < 0 else OffsetAndMetadata(offset, metadata)
+        response = await self._ask(StableOffsets(self._options.group, partitions))
+        self._note_if_moved(response.error_code)
+        found = offsets_of(response)
         return {partition: found.get(partition) for partition in partitions}
 
     async def close(self, within: float) -> str | None:
@@ -211,12 +206,14 @@ class GroupMember:
         return await self._joined().ask(request)
 
     def _raise_for(self, codes: Iterable[int]) -> None:
-        kinds = [kind for kind in map(for_code, codes) if kind is not NoError]
-        if not kinds:
-            return
-        if kinds[0] in (GroupCoordinatorNotAvailableError, NotCoordinatorForGroupError):
+        for code in codes:
+            self._note_if_moved(code)
+            if (kind := for_code(code)) is not NoError:
+                raise kind()
+
+    def _note_if_moved(self, code: int) -> None:
+        if for_code(code) in (GroupCoordinatorNotAvailableError, NotCoordinatorForGroupError):
             self._joined().coordinator_dead()
-        raise kinds[0]()
 
     def _joined(self) -> _Coordinator:
         if self._coordinator is None:
