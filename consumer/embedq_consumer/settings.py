@@ -331,9 +331,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         PositiveFloat,
         Meta(
             description="Seconds that a result may wait for a reply address that takes nothing, while other topics and partitions "
-            "do; after that its job is dead-lettered. The default leaves time to elect a leader after a broker was lost."
+            "do; after that its job is dead-lettered. The default leaves time to elect a leader after a broker was lost or has frozen."
         ),
-    ] = 15.0
+    ] = 30.0
     bulk_delivery: Annotated[
         Literal["at-least-once", "exactly-once"],
         Meta(

@@ -211,7 +211,7 @@ class Harness:
             # Longer than any fault here: only an address that is gone for good is to be given up.
             settings.setdefault("reply_timeout_s", _REPLY_TIMEOUT_S)
         if self._plan.mode == "exactly-once":
-            settings["delivery"] = "exactly-once"
+            settings["bulk_delivery"] = "exactly-once"
         return settings
 
     # -- faults -------------------------------------------------------------------------------------------------------

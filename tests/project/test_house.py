@@ -34,6 +34,7 @@ SERVICE: Final[Floors] = (
     ("cache", "intake"),
     ("batching", "quarantine"),
     ("delivery",),
+    ("exactly_once",),
     ("lifecycle",),
     ("pipeline",),
     ("settings",),

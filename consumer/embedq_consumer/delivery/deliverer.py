@@ -102,6 +102,7 @@ class Deliverer:
         - Memory that `reserve` acquired for a job's results is released once the job is finished.
     """
 
+    # More than six parameters: what every answer passes, handed in once by `service.py`.
     def __init__(
         self,
         encoder: ResultEncoder,

@@ -278,6 +278,11 @@ class Presence:
         self.away_since: float | None = None
         self._pending_since: float | None = None
 
+    @property
+    def away(self) -> bool:
+        """Whether Kafka takes nothing from us at all."""
+        return self.away_since is not None
+
     def note_taken(self, now: float) -> bool:
         """A record was taken. True if Kafka had been away."""
         self.taken_at = now

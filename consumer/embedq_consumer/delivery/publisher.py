@@ -69,6 +69,7 @@ class Publisher:
         self._lanes = Lanes(make, self._spawn, metrics)
         self.topics = topics or TopicDirectory()
         self._places = Places(self.topics.partitions, max_held=max_held, now=time.monotonic())
+        self.presence = self._places.presence
 
     # -- life -----------------------------------------------------------------------------------------------------------
 
@@ -122,11 +123,6 @@ class Publisher:
             failing = destination.failing_since
             refused = destination.undelivered(0.0 if failing is None else now - failing)
             asyncio.get_running_loop().call_soon(settled, refused)
-
-    @property
-    def away(self) -> bool:
-        """Whether Kafka takes nothing from us at all."""
-        return self._places.presence.away_since is not None
 
     async def publish(
         self, records: Sequence[Outgoing], *, timeout_s: float | None = None

@@ -47,6 +47,14 @@ class Topics(Protocol):
         """How many partitions a topic has, None for one that is not known."""
 
 
+class Presence(Protocol):
+    """Whether Kafka is there."""
+
+    @property
+    def away(self) -> bool:
+        """Whether it takes nothing from us at all."""
+
+
 class Kafka(Protocol):
     """What is known of the brokers."""
 
@@ -55,8 +63,8 @@ class Kafka(Protocol):
         """The topics when last seen."""
 
     @property
-    def away(self) -> bool:
-        """Whether they take nothing at all."""
+    def presence(self) -> Presence:
+        """Whether they are there."""
 
 
 class ReleaseLoop:
@@ -171,7 +179,7 @@ class ReleaseLoop:
     ) -> bool:
         """Change the answers that were refused; False if all are to be tried as they are."""
         now = time.monotonic()
-        if self._kafka.away:
+        if self._kafka.presence.away:
             self._refusals.forgive(now)
             return False
         self._refusals.note_taken(

@@ -100,12 +100,16 @@ async def test_another_broker_is_the_coordinator_now() -> None:
 
 
 async def test_stored_offsets_come_with_their_text_and_none_where_nothing_was_stored() -> None:
-    made, _ = member(Fetched([("jobs", [(0, 7, "text", 0)]), ("jobs.bulk", [(3, -1, "", 0)])], 0))
+    made, _ = member(
+        Fetched([("jobs", [(0, 7, -1, "text", 0, {})], {}), ("jobs.bulk", [(3, -1, -1, "", 0, {})], {})], 0)
+    )
     assert await made.committed([A, B]) == {A: OffsetAndMetadata(7, "text"), B: None}
 
 
 @pytest.mark.parametrize(
-    "answer", [Fetched([], 14), Fetched([("jobs", [(0, -1, "", 14)])], 0)], ids=["group", "partition"]
+    "answer",
+    [Fetched([], 14), Fetched([("jobs", [(0, -1, -1, "", 14, {})], {})], 0)],
+    ids=["group", "partition"],
 )
 async def test_offsets_that_are_not_loaded_yet_are_no_answer(answer: Fetched) -> None:
     """Else the partition would be read from its beginning."""
