@@ -25,7 +25,7 @@ from embedq_shared.kafka.connecting import BrokerUnreachable, connect, reason
 from embedq_shared.kafka.errors import InvalidRecordError, UnsupportedCompressionTypeError, error_kinds
 from embedq_shared.kafka.groups import committed_offsets, group_lag
 from embedq_shared.kafka.options import KafkaOptions, SecurityProtocol
-from embedq_shared.kafka.producing import Evicted, PartitionwiseProducer, partition_of
+from embedq_shared.kafka.producing import BatchFull, Evicted, PartitionwiseProducer, partition_of
 from embedq_shared.kafka.stopping import stop_client
 from embedq_shared.kafka.unreadable import (
     UNREADABLE,
@@ -43,6 +43,7 @@ __all__ = [
     "AIOKafkaAdminClient",
     "AIOKafkaConsumer",
     "AIOKafkaProducer",
+    "BatchFull",
     "BrokerUnreachable",
     "CommitFailedError",
     "ConsumerRebalanceListener",
