@@ -79,6 +79,7 @@ MEANINGS: Final = _table(
         "partition",
         "retry",
         {
+            "BatchFull": "were not asked: more than a batch waits",
             "BrokerNotAvailableError": "say that the partition's leader is not there",
             "CorruptRecordException": "received a damaged batch",
             "Evicted": "gave no answer",

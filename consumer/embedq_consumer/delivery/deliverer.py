@@ -153,10 +153,12 @@ class Deliverer:
 
     async def deliver(self, jobs: Sequence[JobState]) -> None:
         """Answer jobs whose every input has its outcome, and finish their records."""
-        held = {job.record.ticket: _bytes_of(job) for job in jobs}
         replies = await self.in_thread(self._encode, jobs)
+        held = {id(reply.record): _bytes_of(job) for reply, job in zip(replies, jobs, strict=True)}
         self._count_inputs(jobs)
-        await self._send(replies, lambda reply: self._memory.release(held[reply.record.ticket]))
+        await self._send(
+            replies, lambda done: self._memory.release(sum(held[id(one.record)] for one in done))
+        )
 
     def forget(self, jobs: Sequence[JobState]) -> None:
         """These need no answer any more; their memory is free."""
@@ -170,7 +172,7 @@ class Deliverer:
         return [self._encoder.of_job(job) for job in jobs]
 
     async def _send(
-        self, replies: Sequence[Reply], answered: Callable[[Reply], None] = lambda reply: None
+        self, replies: Sequence[Reply], answered: Callable[[Sequence[Reply]], None] = lambda done: None
     ) -> None:
         """Send results and finish each record as soon as the brokers have all of its own.
 
@@ -179,8 +181,7 @@ class Deliverer:
         started = time.monotonic()
 
         def conclude(done: Sequence[Reply]) -> None:
-            for reply in done:
-                answered(reply)
+            answered(done)
             self._metrics.publish.observe(time.monotonic() - started)
             self._conclude(done)
 
@@ -316,9 +317,14 @@ class _Batch:
         self._settled: list[tuple[Reply, Exception | None]] = []
         self._woken = asyncio.Event()
         for reply in replies:
-            settled, limit, urgent = self._counting(reply), timeout_s(reply), urgency(reply)
-            for record in reply.outgoing:
-                sink.send(record, settled, timeout_s=limit, urgent=urgent)
+            settled = self._counting(reply)
+            if (limit := timeout_s(reply)) is None:
+                for record in reply.outgoing:
+                    sink.send(record, settled, timeout_s=None)
+            else:
+                urgent = urgency(reply)
+                for record in reply.outgoing:
+                    sink.send(record, settled, timeout_s=limit, urgent=urgent)
 
     async def settled(self) -> list[tuple[Reply, Exception | None]]:
         """Those that were settled since the last call, and why those failed that did; waits for one. Empty at the end."""

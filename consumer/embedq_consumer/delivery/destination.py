@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection
 from heapq import heapify, heappop, heappush
 from typing import Final
@@ -42,7 +43,18 @@ class Parcel:
     while no producer has it: whatever another future says of it later does not count.
     """
 
-    __slots__ = ("alone", "record", "sending", "sent_at", "serial", "settled", "since", "timeout_s", "urgent")
+    __slots__ = (
+        "alone",
+        "record",
+        "sending",
+        "sent_at",
+        "serial",
+        "settled",
+        "since",
+        "size",
+        "timeout_s",
+        "urgent",
+    )
 
     def __init__(
         self,
@@ -54,6 +66,7 @@ class Parcel:
         urgent: Urgent = lambda: False,
     ) -> None:
         self.record = record
+        self.size = record.size
         self.settled = settled
         self.timeout_s = timeout_s
         self.urgent = urgent
@@ -73,7 +86,7 @@ class Destination:
 
     Invariants:
         - A parcel waits, is open (a producer has it) or is settled; open ones are in the order of `serial`.
-        - At most `MAX_BATCH_BYTES` are open, or one parcel: so a producer always has room for them.
+        - About `MAX_BATCH_BYTES` are open at most, or one parcel: so a producer has room for them.
         - A parcel that is sent alone shares no batch, since nothing else is open.
         - It fails (`failing_since`) from the first failure until a record is taken. `apart` begins with a failure, and ends
           after a probation that is twice as long each time.
@@ -81,7 +94,8 @@ class Destination:
 
     def __init__(self, place: Place) -> None:
         self.place = place
-        self._waiting: list[Parcel] = []  # a heap
+        self._waiting: deque[Parcel] = deque()  # as they came
+        self._returned: list[Parcel] = []  # a heap of what waited before, is older, and waits again
         self.apart = False
         self.failing_since: float | None = None
         self.error: BaseException | None = None
@@ -102,7 +116,7 @@ class Destination:
     @property
     def busy(self) -> bool:
         """Whether anything waits or is open."""
-        return bool(self._waiting or self._open)
+        return bool(self._waiting or self._returned or self._open)
 
     @property
     def idle(self) -> bool:
@@ -110,16 +124,16 @@ class Destination:
         return not self._open
 
     def __len__(self) -> int:
-        return len(self._waiting) + len(self._open)
+        return len(self._waiting) + len(self._returned) + len(self._open)
 
     @property
     def has_waiting(self) -> bool:
         """Whether anything waits for a producer."""
-        return bool(self._waiting)
+        return bool(self._waiting or self._returned)
 
     def waiting(self) -> list[Parcel]:
         """What no producer has, oldest first."""
-        return sorted(self._waiting)
+        return sorted([*self._returned, *self._waiting])
 
     def parcels(self) -> list[Parcel]:
         """Everything on its way here, oldest first."""
@@ -127,7 +141,10 @@ class Destination:
 
     def add(self, parcel: Parcel) -> None:
         """It waits here, behind older ones and before younger ones."""
-        heappush(self._waiting, parcel)
+        if self._waiting and parcel < self._waiting[-1]:
+            heappush(self._returned, parcel)
+        else:
+            self._waiting.append(parcel)
 
     def oldest_open(self) -> Parcel | None:
         """The parcel that a producer has had for longest."""
@@ -135,15 +152,16 @@ class Destination:
 
     def next_to_send(self, now: float) -> Parcel | None:
         """The parcel to hand to a producer now: it is taken out of those that wait. None: not now."""
-        if not self._waiting or now < self._retry_at:
+        if now < self._retry_at or not self.has_waiting:
             return None
-        parcel = self._waiting[0]
+        again = bool(self._returned) and not (self._waiting and self._waiting[0] < self._returned[0])
+        parcel = self._returned[0] if again else self._waiting[0]
         if self._open:
-            if parcel.alone or self._open_bytes + parcel.record.size > MAX_BATCH_BYTES:
+            if parcel.alone or self._open_bytes + parcel.size > MAX_BATCH_BYTES:
                 return None
             if next(iter(self._open.values())).alone:
                 return None
-        return heappop(self._waiting)
+        return heappop(self._returned) if again else self._waiting.popleft()
 
     def opened(self, parcel: Parcel, sending: object, now: float) -> None:
         """A producer has it."""
@@ -151,12 +169,12 @@ class Destination:
         parcel.sending = sending
         parcel.sent_at = now
         self._open[parcel.serial] = parcel
-        self._open_bytes += parcel.record.size
+        self._open_bytes += parcel.size
 
     def closed(self, parcel: Parcel) -> None:
         """The producer is done with it, in whatever way."""
         if self._open.pop(parcel.serial, None) is not None:
-            self._open_bytes -= parcel.record.size
+            self._open_bytes -= parcel.size
         parcel.sending = None
 
     def recall(self) -> None:
@@ -175,8 +193,9 @@ class Destination:
         for parcel in parcels:
             if parcel.serial in self._open:
                 self.closed(parcel)
-        self._waiting = [parcel for parcel in self._waiting if parcel.serial not in gone]
-        heapify(self._waiting)
+        self._waiting = deque(parcel for parcel in self._waiting if parcel.serial not in gone)
+        self._returned = [parcel for parcel in self._returned if parcel.serial not in gone]
+        heapify(self._returned)
 
     # -- how well it works ----------------------------------------------------------------------------------------------
 
@@ -255,12 +274,13 @@ class Destination:
             and now - self.failing_since >= CONFIRM_S
         )
 
-    def undelivered(self, seconds: float) -> Undelivered:
-        """Why its parcels are given up after this many seconds."""
-        if self.error is None:
-            return Undelivered(f"within {seconds:.0f} s they took less than was sent to them")
+    def undelivered(self, now: float, since: float | None = None) -> Undelivered:
+        """Why its parcels are given up; `since` is when the oldest came, which counts where the place does not fail."""
+        failing = self.failing_since
+        if failing is None or self.error is None:
+            return Undelivered(f"within {now - (since or now):.0f} s they took less than was sent to them")
         said = f"the brokers {meaning_of(self.error).text} ({name_of(self.error)})"
-        return Undelivered(f"for {seconds:.0f} s they took no record: {said}")
+        return Undelivered(f"for {now - failing:.0f} s they took no record: {said}")
 
 
 class Presence:

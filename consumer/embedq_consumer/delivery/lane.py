@@ -33,6 +33,10 @@ _APART_LANES: Final = 8
 _RENEW_S: Final = 60.0
 """Between two common producers that are made so that places can return to one."""
 
+_RENEWALS_S: Final = (1.0, 5.0, 10.0, 20.0, 30.0)
+"""Between two new producers while Kafka is away: what it takes then may be known to a new one alone. The first is the pause
+after a connection that failed; each one that connects lets the next one wait longer."""
+
 Spawn = Callable[[Coroutine[Any, Any, None]], None]
 
 
@@ -52,7 +56,7 @@ class Lane:
         self.users: set[Place] = set()
         self.closed_to: set[Place] = set()
 
-    async def connect(self) -> None:
+    async def connect(self) -> Producer:
         """One try.
 
         Raises:
@@ -65,6 +69,7 @@ class Lane:
             await producer.abandon()
             raise
         self.producer = producer
+        return producer
 
     async def connect_at_last(self) -> None:
         """Try until it works."""
@@ -115,6 +120,8 @@ class Lanes:
         self._retired: set[Lane] = set()
         self.common = self._new_common(0.0)
         self.renewing = False
+        self._renewals = 0
+        self._renew_at = 0.0
 
     async def close(self) -> None:
         """Disconnect all."""
@@ -190,6 +197,14 @@ class Lanes:
             self._spawn(lane.close())
         return stranded
 
+    def renew_if(self, away: bool, now: float, reason: str, renewed: Callable[[], None]) -> None:
+        """Another common producer where this one has ended, and now and then while Kafka is away."""
+        if not away:
+            self._renewals = 0
+        if self.common.broken or (away and now >= self._renew_at):
+            self._renew_at = now + _RENEWALS_S[0]
+            self.renew(reason, renewed)
+
     def renew(self, reason: str, renewed: Callable[[], None]) -> None:
         """A new common producer. Once it is connected `renewed` is called, and places change over as they come."""
         if self.renewing:
@@ -209,6 +224,9 @@ class Lanes:
             log.warning("producer_replaced", reason=reason)
             self._retired.add(self.common)
             self.common = lane
+            self._renewals += 1
+            pause = _RENEWALS_S[min(self._renewals, len(_RENEWALS_S) - 1)]
+            self._renew_at = time.monotonic() + pause
             renewed()
 
         self._spawn(renew())

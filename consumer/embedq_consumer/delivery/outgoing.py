@@ -31,10 +31,9 @@ class Outgoing(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     @property
     def size(self) -> int:
-        """Bytes that it takes in a batch, at most."""
-        headers = sum(len(name) + len(value) + 8 for name, value in self.headers)
-        return len(self.value or b"") + len(self.key or b"") + headers + _FRAME_BYTES
+        """Bytes that it takes in a batch, about."""
+        return len(self.value or b"") + len(self.key or b"") + _REST_BYTES
 
 
-_FRAME_BYTES = 64
-"""Of a record in a batch: lengths, offset, timestamp."""
+_REST_BYTES = 512
+"""Of a record in a batch: headers, which are not counted one by one, lengths, offset, timestamp."""

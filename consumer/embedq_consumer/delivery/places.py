@@ -43,20 +43,22 @@ class Places:
             found = self._places[place] = Destination(place)
         return found
 
-    def place_for(self, record: Outgoing, now: float) -> Place:
+    def destination_of(self, record: Outgoing, now: float) -> Destination:
         """The place that the record names, or that its key decides; or the next one that is in order."""
         topic, wanted = record.topic, record.partition
         if wanted is not None and not record.anywhere:
-            return topic, wanted
+            return self.at((topic, wanted))
         partitions = self._partitions(topic) or 1
         if wanted is None:
             wanted = 0 if record.key is None else partition_of(record.key, partitions)
-        for step in range(partitions):
-            place = topic, (wanted + step) % partitions
-            known = self._places.get(place)
-            if known is None or not known.avoided(now):
-                return place
-        return topic, wanted
+        first = found = self.at((topic, wanted))
+        if found.failing_since is None:
+            return found
+        for step in range(1, partitions):
+            if not found.avoided(now):
+                return found
+            found = self.at((topic, (wanted + step) % partitions))
+        return first if found.avoided(now) else found
 
     def withdraw(self, records: Sequence[Outgoing]) -> None:
         """Those of these records that no producer has will not be sent."""
@@ -119,8 +121,7 @@ class Places:
                 late = [parcel for parcel in timed if parcel.urgent()]
             if not late:
                 return []
-            since = min(parcel.since for parcel in late) if failing is None else failing
-            reason = destination.undelivered(now - since)
+            reason = destination.undelivered(now, min(parcel.since for parcel in late))
             ended = [(parcel, reason) for parcel in late]
         destination.remove([parcel for parcel, _ in ended])
         return ended
@@ -141,7 +142,7 @@ class Places:
             if excess <= 0:
                 break
             timed = [parcel for parcel in destination.parcels() if parcel.timeout_s is not None][:excess]
-            reason = destination.undelivered(now - (destination.failing_since or now))
+            reason = destination.undelivered(now)
             destination.remove(timed)
             ended += [(parcel, reason) for parcel in timed]
             excess -= len(timed)
@@ -155,11 +156,11 @@ class Places:
         for parcel in destination.waiting():
             if not parcel.record.movable:
                 continue
-            place = self.place_for(parcel.record, now)
-            if place != destination.place:
+            other = self.destination_of(parcel.record, now)
+            if other is not destination:
                 destination.remove([parcel])
                 parcel.alone = False
-                other = moved[place] = self.at(place)
+                moved[other.place] = other
                 other.add(parcel)
         return list(moved.values())
 

@@ -24,14 +24,11 @@ from embedq_consumer.delivery.outgoing import Outgoing, Place
 from embedq_consumer.delivery.places import Ended, Places
 from embedq_consumer.delivery.topic_directory import TopicDirectory
 from embedq_consumer.telemetry.metrics import Metrics
-from embedq_shared.kafka import Evicted, KafkaError
+from embedq_shared.kafka import BatchFull, Evicted, KafkaError
 
 log = structlog.get_logger()
 
 _TICK_S: Final = 0.1
-_RENEWALS_S: Final = (1.0, 5.0, 10.0, 20.0, 30.0)
-"""Between two new producers while Kafka is away: what it takes then may be known to a new one alone. The first one waits
-as long as a connection that was refused, and each one that connects lets the next one wait longer."""
 _TOPICS_AGE_S: Final = 10.0
 
 Answer = tuple[Destination, Parcel, "asyncio.Future[Any]"]
@@ -60,12 +57,12 @@ class Publisher:
         self._hinder = hinder
         self._running: set[asyncio.Task[None]] = set()
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._closed = False
         self._serial = count()
         self._answers: list[Answer] = []
+        self._fresh: dict[Place, Destination] = {}
         self._woken = asyncio.Event()
         self._looking: set[Place] = set()
-        self._renewals = 0
-        self._renew_at = 0.0
         self._lanes = Lanes(make, self._spawn, metrics)
         self.topics = topics or TopicDirectory()
         self._places = Places(self.topics.partitions, max_held=max_held, now=time.monotonic())
@@ -79,13 +76,11 @@ class Publisher:
         Raises:
             KafkaError, TimeoutError, OSError: no broker answers, or lets us in.
         """
-        common = self._lanes.common
-        await common.connect()
-        assert common.producer is not None
+        producer = await self._lanes.common.connect()
         try:
-            await self.topics.refresh(common.producer, since=time.monotonic())
+            await self.topics.refresh(producer, since=time.monotonic())
         except BaseException:
-            await common.close()
+            await self._lanes.common.close()
             raise
         self._spawn(self._run())
         self._spawn(self._keep_topics())
@@ -96,6 +91,7 @@ class Publisher:
 
     async def close(self) -> None:
         """Disconnect. What was not acknowledged was not committed either."""
+        self._closed = True
         for task in self._running:
             task.cancel()
         await self._lanes.close()
@@ -115,14 +111,14 @@ class Publisher:
         """
         now = time.monotonic()
         parcel = Parcel(record, settled, timeout_s, next(self._serial), now, urgent)
-        destination = self._places.at(self._places.place_for(record, now))
-        if destination.accepts(parcel, now):
+        destination = self._places.destination_of(record, now)
+        if not destination.given_up or destination.accepts(parcel, now):
+            # Its producer gets it in a moment, with the others of the same delivery.
             destination.add(parcel)
-            self._pump(destination, now)
+            self._fresh[destination.place] = destination
+            self._woken.set()
         else:
-            failing = destination.failing_since
-            refused = destination.undelivered(0.0 if failing is None else now - failing)
-            asyncio.get_running_loop().call_soon(settled, refused)
+            asyncio.get_running_loop().call_soon(settled, destination.undelivered(now))
 
     async def publish(
         self, records: Sequence[Outgoing], *, timeout_s: float | None = None
@@ -163,16 +159,19 @@ class Publisher:
         while (parcel := destination.next_to_send(now)) is not None:
             try:
                 sending = producer.send(parcel.record, partition)
+            except BatchFull:
+                destination.add(parcel)
+                return
             except KafkaError as error:
                 sending = _failed(error)
             destination.opened(parcel, sending, now)
             sending.add_done_callback(partial(self._note, destination, parcel))
 
     def _note(self, destination: Destination, parcel: Parcel, sending: asyncio.Future[Any]) -> None:
-        if not sending.cancelled():
-            sending.exception()  # it may never be looked at again, of which asyncio would complain
         self._answers.append((destination, parcel, sending))
         self._woken.set()
+        if self._closed and not sending.cancelled():
+            sending.exception()  # nobody will look at it again, of which asyncio would complain
 
     def _look_up(self, destination: Destination, lane: Lane) -> None:
         """Ask the brokers about a place that its producer does not know, or that has no leader."""
@@ -207,6 +206,9 @@ class Publisher:
             self._woken.clear()
             now = time.monotonic()
             self._take_answers(now)
+            fresh, self._fresh = self._fresh, {}
+            for destination in fresh.values():
+                self._pump(destination, now)
             if now >= next_tick:
                 self._tick(now)
                 next_tick = now + _TICK_S
@@ -214,33 +216,34 @@ class Publisher:
     def _take_answers(self, now: float) -> None:
         answers, self._answers = self._answers, []
         taken = size = 0
-        touched: dict[Place, Destination] = {}
+        touched: dict[Destination, bool] = {}  # whether the brokers took something there
         for destination, parcel, sending in answers:
             error = KafkaError("the producer was closed") if sending.cancelled() else sending.exception()
             if parcel.sending is not sending:
                 continue  # taken back meanwhile
-            shared = destination.shared(parcel)
-            destination.closed(parcel)
-            touched[destination.place] = destination
             if error is None:
+                destination.closed(parcel)
                 taken += 1
                 size += len(parcel.record.value or b"")
-                destination.note_taken(now)
+                if not touched.get(destination):
+                    touched[destination] = True
+                    destination.note_taken(now)
                 parcel.settled(None)
             else:
-                self._take_back(destination, parcel, error, shared=shared)
+                touched.setdefault(destination, False)
+                self._take_back(destination, parcel, error)
         if taken:
             self._metrics.results.inc(taken)
             self._metrics.result_bytes.inc(size)
             if self._places.note_taken(now):
                 log.info("kafka_back")
-        for destination in touched.values():
+        for destination in touched:
             self._pump(destination, now)
 
-    def _take_back(
-        self, destination: Destination, parcel: Parcel, error: BaseException, *, shared: bool
-    ) -> None:
+    def _take_back(self, destination: Destination, parcel: Parcel, error: BaseException) -> None:
         """A parcel failed: it is refused, or waits again."""
+        shared = destination.shared(parcel)
+        destination.closed(parcel)
         if isinstance(error, Evicted):
             destination.add(parcel)
         elif meaning_of(error).scope == "record":
@@ -274,7 +277,6 @@ class Publisher:
         presence = self._places.presence
         if self._places.just_went_away(now):
             log.warning("kafka_away", reason=self._lanes.said(presence.taken_at))
-            self._renewals, self._renew_at = 0, now
         for destination in self._places:
             if destination.busy:
                 self._look_at(destination, now)
@@ -285,10 +287,9 @@ class Publisher:
                 self._lanes.forget(place[0])
         for place in self._lanes.keep():
             self._lanes.strand(self._places.at(place))
-        if self._lanes.common.broken or (presence.away_since is not None and now >= self._renew_at):
-            self._renew_at = now + _RENEWALS_S[0]
-            self._lanes.renew(self._lanes.said(presence.taken_at), self._start_anew)
-        self._hinder(self._places.trouble(self._lanes.said(presence.taken_at), now))
+        said = self._lanes.said(presence.taken_at)
+        self._lanes.renew_if(presence.away_since is not None, now, said, self._start_anew)
+        self._hinder(self._places.trouble(said, now))
 
     def _look_at(self, destination: Destination, now: float) -> None:
         """One place: is it silent, are its records overdue, may they go elsewhere, may it return?"""
@@ -311,13 +312,10 @@ class Publisher:
 
     def _start_anew(self) -> None:
         """The common producer was replaced since nothing went through it: everything begins with the new one."""
-        self._renewals += 1
-        now = time.monotonic()
-        self._renew_at = now + _RENEWALS_S[min(self._renewals, len(_RENEWALS_S) - 1)]
         for destination in self._places:
             self._lanes.strand(destination)
             destination.rejoin()
-            self._pump(destination, now)
+            self._pump(destination, time.monotonic())
 
     # -- tasks --------------------------------------------------------------------------------------------------------------
 

@@ -33,7 +33,7 @@ from embedq_shared.kafka.group_member import (
     ReplacedMember,
 )
 from embedq_shared.kafka.groups import committed_offsets, delete_before, group_lag
-from embedq_shared.kafka.producing import Evicted, PartitionwiseProducer, partition_of
+from embedq_shared.kafka.producing import BatchFull, Evicted, PartitionwiseProducer, partition_of
 from embedq_shared.kafka.reading.consumer import BoundedConsumer
 from embedq_shared.kafka.reading.inflation import DEFAULT_MAX_INFLATED_BYTES
 from embedq_shared.kafka.reading.record_batches import Unreadable
@@ -64,6 +64,7 @@ __all__ = [
     "AIOKafkaProducer",
     "BadOption",
     "BoundedConsumer",
+    "BatchFull",
     "BrokerUnreachable",
     "ConsumerRebalanceListener",
     "ConsumerRecord",

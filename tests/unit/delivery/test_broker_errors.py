@@ -18,7 +18,7 @@ from aiokafka.errors import (
 from embedq_consumer.delivery.broker_errors import MEANINGS, meaning_of, name_of, page
 from embedq_shared.kafka import Evicted, InvalidRecordError, error_kinds
 
-NOT_AIOKAFKAS = {"Evicted", "OSError", "TimeoutError"}
+NOT_AIOKAFKAS = {"BatchFull", "Evicted", "OSError", "TimeoutError"}
 
 
 def test_every_error_that_aiokafka_has_stands_in_the_table_and_no_other() -> None:

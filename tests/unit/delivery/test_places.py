@@ -169,20 +169,20 @@ def test_its_probation_doubles_with_each_relapse() -> None:
 
 def test_a_record_goes_where_it_says_or_where_its_key_says() -> None:
     found = places(t=4)
-    assert found.place_for(record(partition=3), 0) == ("t", 3)
-    assert found.place_for(record(partition=None, key=b"abc"), 0) == ("t", partition_of(b"abc", 4))
-    assert found.place_for(record("unknown", None), 0) == ("unknown", 0)
+    assert found.destination_of(record(partition=3), 0).place == ("t", 3)
+    assert found.destination_of(record(partition=None, key=b"abc"), 0).place == ("t", partition_of(b"abc", 4))
+    assert found.destination_of(record("unknown", None), 0).place == ("unknown", 0)
 
 
 def test_a_record_that_may_go_elsewhere_avoids_a_place_that_fails() -> None:
     found = places(t=3)
     failing(found, ("t", 0))
-    assert found.place_for(record(partition=0), 0) == ("t", 0)
-    assert found.place_for(record(partition=0, anywhere=True), 0) == ("t", 1)
+    assert found.destination_of(record(partition=0), 0).place == ("t", 0)
+    assert found.destination_of(record(partition=0, anywhere=True), 0).place == ("t", 1)
     failing(found, ("t", 1))
-    assert found.place_for(record(partition=0, anywhere=True), 0) == ("t", 2)
+    assert found.destination_of(record(partition=0, anywhere=True), 0).place == ("t", 2)
     failing(found, ("t", 2))
-    assert found.place_for(record(partition=0, anywhere=True), 0) == ("t", 0)
+    assert found.destination_of(record(partition=0, anywhere=True), 0).place == ("t", 0)
 
 
 def test_what_waits_for_a_failing_place_moves_if_it_may() -> None:

@@ -183,7 +183,7 @@ class Opened:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that waits waits a fraction of it."""
     monkeypatch.setattr(publisher, "_TICK_S", 0.005)
-    monkeypatch.setattr(publisher, "_RENEWALS_S", (0.01,))
+    monkeypatch.setattr(lane, "_RENEWALS_S", (0.01,))
     monkeypatch.setattr(lane, "_COMMON_PATIENCE_S", 0.05)
     monkeypatch.setattr(lane, "_APART_PATIENCE_S", 0.1)
     monkeypatch.setattr(lane, "_FIRST_PAUSE_S", 0.001)

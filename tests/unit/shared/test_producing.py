@@ -11,19 +11,22 @@ from typing import Any
 import pytest
 from aiokafka.errors import (
     KafkaConnectionError,
-    KafkaTimeoutError,
     LeaderNotAvailableError,
     MessageSizeTooLargeError,
     NotEnoughReplicasError,
     TopicAuthorizationFailedError,
     UnknownTopicOrPartitionError,
 )
+from aiokafka.partitioner import DefaultPartitioner
 from aiokafka.protocol.metadata import MetadataRequest, MetadataResponse_v5
 from aiokafka.protocol.produce import ProduceRequest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from embedq_shared.kafka import (
     AIOKafkaConsumer,
     AIOKafkaProducer,
+    BatchFull,
     Evicted,
     PartitionwiseProducer,
     partition_of,
@@ -201,7 +204,7 @@ async def test_a_record_too_large_is_refused_and_a_full_batch_never_waits() -> N
             while True:
                 sent.append(append(producer, 0, bytes(900)))
 
-        with pytest.raises(KafkaTimeoutError):
+        with pytest.raises(BatchFull):
             fill()
         assert sent
         producer.evict("t", 0)
@@ -262,6 +265,11 @@ async def test_no_metadata_request_of_a_client_may_create_a_topic(
     (await connection_of(1)).send(MetadataRequest(["t"]))
     assert asked[0]._allow_auto_topic_creation is False
     await connected.stop()
+
+
+@given(st.binary(max_size=300), st.integers(1, 1000))
+def test_a_key_goes_where_aiokafka_would_put_it(key: bytes, partitions: int) -> None:
+    assert partition_of(key, partitions) == DefaultPartitioner()(key, list(range(partitions)), [])
 
 
 def test_a_key_goes_to_the_partition_where_kafkas_own_clients_put_it() -> None:
