@@ -149,6 +149,8 @@ def _from_transformers(directory: ModelDirectory, target: torch.device, timer: L
     with timer.step("device"):
         if model.device != target:
             model.to(target)
+        elif target.type == "cpu":
+            _copy_from_files(model)  # before it runs: afterwards some layers have made others of their weights
     with timer.step("reference"):
         sequences = _probe(model, limits.max_tokens)
         expected = _reference(model, sequences)
@@ -163,8 +165,6 @@ def _from_transformers(directory: ModelDirectory, target: torch.device, timer: L
             expected=expected,
         )
     if snapshot is None:
-        if model.device.type == "cpu":
-            _copy_from_files(model)
         return _Source(
             model=model, tokenizer=tokenizer, limits=limits, sequences=sequences, expected=expected
         )
