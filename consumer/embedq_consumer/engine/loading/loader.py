@@ -150,7 +150,8 @@ def _from_transformers(directory: ModelDirectory, target: torch.device, timer: L
         if model.device != target:
             model.to(target)
         elif target.type == "cpu":
-            _copy_from_files(model)  # before it runs: afterwards some layers have made others of their weights
+            # Before it runs: afterwards some layers have made others of their weights.
+            _copy_from_files(model)
     with timer.step("reference"):
         sequences = _probe(model, limits.max_tokens)
         expected = _reference(model, sequences)
