@@ -149,6 +149,9 @@ def _from_transformers(directory: ModelDirectory, target: torch.device, timer: L
     with timer.step("device"):
         if model.device != target:
             model.to(target)
+        elif target.type == "cpu":
+            # Before it runs: afterwards some layers have made others of their weights.
+            _copy_from_files(model)
     with timer.step("reference"):
         sequences = _probe(model, limits.max_tokens)
         expected = _reference(model, sequences)
@@ -163,8 +166,6 @@ def _from_transformers(directory: ModelDirectory, target: torch.device, timer: L
             expected=expected,
         )
     if snapshot is None:
-        if model.device.type == "cpu":
-            _copy_from_files(model)
         return _Source(
             model=model, tokenizer=tokenizer, limits=limits, sequences=sequences, expected=expected
         )
