@@ -28,6 +28,8 @@ _MOST: Final = 1 << 40
 """Of any count in a reply: far beyond a sensible one, and within what arrays and clocks hold."""
 _MOST_ARRAY_BYTES: Final = 1 << 30
 """Of the array that a reply becomes. Items without a vector take a row too, and cost the sender next to nothing."""
+_LARGEST_SCALE: Final = 1e30
+"""Of int8: below 0.01 for a vector of length 1; times 127 it must be a number that float32 has."""
 
 _NUMBERS: Final[dict[str, tuple[type, ...]]] = {
     "float32": (int, float),
@@ -140,8 +142,8 @@ def _checked_datum(datum: ReadDatum, part: ReadResult) -> ReadDatum:
     """The same with its vector as bytes; none if the input failed."""
     if datum.error is not None:
         return datum if datum.embedding is None else msgspec.structs.replace(datum, embedding=None)
-    if part.dtype == "int8" and (datum.scale is None or not 0 < datum.scale < float("inf")):
-        raise BadReply("int8 without a `scale` above 0")
+    if part.dtype == "int8" and (datum.scale is None or not 0 < datum.scale < _LARGEST_SCALE):
+        raise BadReply("int8 without a `scale` above 0, or with one that makes infinity")
     raw = _raw(datum.embedding, part.dtype)
     if len(raw) != vector_bytes(part.dimensions, part.dtype):
         raise BadReply("an `embedding` of another length than `dimensions` and `dtype` say")

@@ -3,13 +3,41 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 
 import pytest
+from aiokafka.errors import CorruptRecordException
 
 from embedq_consumer.engine import ModelError
 from embedq_consumer.engine.model_directory import read_directory
+from embedq_sdk.reply_checks import BadReply, read_checked
+from embedq_shared.kafka.reading.record_batches import BoundedRecords
 from tests.helpers.tiny_models import make_tiny_gemma3
+
+
+def test_an_int8_vector_whose_scale_makes_it_infinite_is_no_reply() -> None:
+    datum = {"index": 0, "embedding": [127] * 32, "tokens": 1, "scale": 1e300}
+    reply = {
+        "object": "list",
+        "id": "j",
+        "model": "m",
+        "model_version": "v",
+        "dimensions": 32,
+        "dtype": "int8",
+    }
+    with pytest.raises(BadReply, match="scale"):
+        read_checked(json.dumps(reply | {"data": [datum]}).encode(), None)
+
+
+@pytest.mark.parametrize("length", [-1, -11, -73, -(2**31)])
+def test_a_batch_of_negative_length_is_the_brokers_fault(length: int) -> None:
+    """The position went back, and then before the answer's beginning."""
+    batch = struct.pack(">qi", 0, length) + bytes(100)
+    found = BoundedRecords(batch, 1000)
+    assert found.has_next()
+    with pytest.raises(CorruptRecordException):
+        found.next_batch()
 
 
 @pytest.fixture

@@ -111,7 +111,8 @@ class BoundedRecords:
     def _end(self) -> int | None:
         if len(self._data) - self._at < _LENGTH.size:
             return None
-        end = self._at + _LENGTH.size + int(_LENGTH.unpack_from(self._data, self._at)[1])
+        # A negative length would take the position back, and a slice's end would count from the answer's end.
+        end = self._at + _LENGTH.size + max(0, int(_LENGTH.unpack_from(self._data, self._at)[1]))
         return end if end <= len(self._data) else None
 
     def _following(self) -> int | None:
