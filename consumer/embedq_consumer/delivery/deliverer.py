@@ -197,7 +197,7 @@ class Deliverer:
                     self._metrics.dead_letters.labels(reply.dead_letter.code).inc()
                 conclude([reply])
             else:
-                answered(reply)
+                answered([reply])
                 self._finish(reply.record)
 
         if self._bulk is not None:
