@@ -124,10 +124,9 @@ class Publisher:
         self, records: Sequence[Outgoing], *, timeout_s: float | None = None
     ) -> list[Exception | None]:
         """Send all and wait for all. For each record None, or why the brokers will not have it."""
-        outcomes: list[asyncio.Future[Exception | None]] = []
-        for record in records:
-            outcomes.append(asyncio.get_running_loop().create_future())
-            self.send(record, _into(outcomes[-1]), timeout_s=timeout_s)
+        outcomes = [_outcome() for _ in records]
+        for record, outcome in zip(records, outcomes, strict=True):
+            self.send(record, _into(outcome), timeout_s=timeout_s)
         return list(await asyncio.gather(*outcomes))
 
     async def announce(self, records: Sequence[Outgoing], *, within: float) -> None:
@@ -340,6 +339,10 @@ class Publisher:
 def _settle(ended: Sequence[Ended]) -> None:
     for parcel, reason in ended:
         parcel.settled(reason)
+
+
+def _outcome() -> asyncio.Future[Exception | None]:
+    return asyncio.get_running_loop().create_future()
 
 
 def _into(outcome: asyncio.Future[Exception | None]) -> Settled:
