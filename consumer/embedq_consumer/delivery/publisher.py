@@ -196,12 +196,9 @@ class Publisher:
     async def _run(self) -> None:
         """Take the producers' answers as they come, and look at every place now and then."""
         next_tick = 0.0
+        self._woken.set()
         while True:
-            try:
-                async with asyncio.timeout(_TICK_S):
-                    await self._woken.wait()
-            except TimeoutError:
-                pass
+            await self._woken.wait()
             self._woken.clear()
             now = time.monotonic()
             self._take_answers(now)
@@ -211,6 +208,7 @@ class Publisher:
             if now >= next_tick:
                 self._tick(now)
                 next_tick = now + _TICK_S
+                asyncio.get_running_loop().call_later(_TICK_S, self._woken.set)
 
     def _take_answers(self, now: float) -> None:
         answers, self._answers = self._answers, []
