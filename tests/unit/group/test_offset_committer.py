@@ -98,6 +98,19 @@ async def test_what_finishes_right_after_a_commit_waits_for_the_interval() -> No
     assert committing.member.commits == [{A: 1}]
 
 
+async def test_a_round_comes_often_although_a_commit_is_not_due_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(offset_committer, "_IDLE_S", 0.001)
+    committing = Committing(interval_s=3600)
+    committing.finish(0)
+    async with committing.running():
+        await committing.until_round(1)
+        committing.finish(1)
+        await committing.until_round(4)
+    assert committing.member.commits == [{A: 1}]
+
+
 async def test_nothing_finished_is_nothing_to_commit_and_a_round_comes_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
