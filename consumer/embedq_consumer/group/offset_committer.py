@@ -89,7 +89,8 @@ class OffsetCommitter:
         while True:
             now = time.monotonic()
             if now >= due or self._urgent.is_set():
-                due = now + self._interval_s
+                if self._ledger.committable():
+                    due = now + self._interval_s
                 # Before the commit: what finishes during it brings the next one forward.
                 self._wanted.clear()
                 self._urgent.clear()

@@ -98,6 +98,16 @@ async def test_what_finishes_right_after_a_commit_waits_for_the_interval() -> No
     assert committing.member.commits == [{A: 1}]
 
 
+async def test_the_first_thing_that_finishes_does_not_wait_for_an_interval_in_which_there_was_nothing() -> (
+    None
+):
+    committing = Committing(interval_s=3600)
+    async with committing.running():
+        await committing.until_round(1)
+        committing.finish(0)
+        await wait_until(lambda: bool(committing.member.commits), what="the commit")
+
+
 async def test_a_round_comes_often_although_a_commit_is_not_due_for_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
