@@ -21,6 +21,7 @@ from tests.helpers.delivery import (
     until_committed,
 )
 from tests.helpers.service_process import Replica, fresh_prefix, make_topics, producer, reader, replicas
+from tests.helpers.support import wait_until
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(180)]
 
@@ -70,11 +71,12 @@ async def test_a_job_that_was_not_committed_is_answered_again_and_from_the_cache
 ) -> None:
     """An hour between commits: everything that a killed replica answered is repeated, with the same vectors."""
     topics = await make_topics(stack, fresh_prefix())
-    ids = await preload(stack, topics.jobs, 50)
     async with reader(stack, topics.results) as results:
         answered = Answered(results)
         first = Replica(stack, topics, models / "a", tmp_path / "first", commit_interval_ms=3_600_000)
         async with replicas(first):
+            await wait_until(lambda: _has_committed(first), what="the first commit, of empty partitions")
+            ids = await preload(stack, topics.jobs, 50)
             await answered.until(ids)
             assert answered.duplicates() == 0
             first.kill()
@@ -85,11 +87,16 @@ async def test_a_job_that_was_not_committed_is_answered_again_and_from_the_cache
             await until_committed(stack, topics)
             assert await second.stop() == 0
         await answered.all()
+        assert set(answered.counts()) == set(ids)
         assert set(answered.counts().values()) == {2}
         before, again = answered.results[: len(ids)], answered.results[len(ids) :]
         vectors = {result["id"]: result["data"][0]["embedding"] for result in before}
         assert all(result["data"][0]["cached"] for result in again)
         assert all(result["data"][0]["embedding"] == vectors[result["id"]] for result in again)
+
+
+async def _has_committed(replica: Replica) -> bool:
+    return (await replica.metrics())['embedq_commits_total{outcome="ok"}'] > 0
 
 
 async def test_a_record_that_no_client_can_read_does_not_stop_its_partition(
