@@ -244,6 +244,20 @@ async def test_the_answers_of_a_lost_partition_are_given_up_and_not_published() 
     assert parts.kafka.alone == []
 
 
+async def test_answers_that_wait_for_another_one_are_given_up_once_their_partition_is_lost() -> None:
+    parts = Parts()
+    _, second = parts.replies(2)
+    parts.loop.hold([second], parts.conclude)
+    running = asyncio.create_task(parts.loop.run())
+    try:
+        await wait_until(lambda: not parts.loop._changed.is_set(), what="a look at what is held")
+        parts.ledger.drop([A])
+        await wait_until(lambda: parts.concluded == [(1, "ok", False)], what="the end of what is held")
+    finally:
+        running.cancel()
+        await asyncio.wait({running})
+
+
 async def test_a_record_that_is_refused_is_first_sent_alone() -> None:
     parts = Parts()
     parts.kafka.becomes = [refusing(MessageSizeTooLargeError(), TOPICS.results), committed]
