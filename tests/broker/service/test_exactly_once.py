@@ -39,6 +39,7 @@ def counts(records: list[ConsumerRecord]) -> Counter[str]:
     return Counter(json.loads(record.value)["id"] for record in records)
 
 
+@pytest.mark.slow
 async def test_kills_repeat_no_result_for_readers_of_committed_records(
     stack: DevStack, models: Path, tmp_path: Path
 ) -> None:
@@ -59,6 +60,7 @@ async def test_kills_repeat_no_result_for_readers_of_committed_records(
     assert answered.counts() == Counter(ids)
 
 
+@pytest.mark.slow
 async def test_a_replica_that_sleeps_through_the_loss_of_its_partitions_publishes_nothing_twice(
     stack: DevStack, models: Path, tmp_path: Path
 ) -> None:
