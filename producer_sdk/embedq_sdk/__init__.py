@@ -6,6 +6,7 @@ from embedq_sdk.client import EmbedClient
 from embedq_sdk.embeddings import Chunk, Embeddings
 from embedq_sdk.errors import (
     ClientClosed,
+    ClientNotOpened,
     DeadlineExceeded,
     EmbedError,
     Expired,
@@ -24,6 +25,7 @@ from embedq_sdk.errors import (
     TopicMissing,
     UnknownModel,
     UnreadableReply,
+    WrongEventLoop,
 )
 from embedq_sdk.job_options import JobArguments, late, mean
 from embedq_sdk.result_reader import JobResult, ResultCollector
@@ -32,6 +34,7 @@ from embedq_sdk.stream import Embedded
 __all__ = [
     "Chunk",
     "ClientClosed",
+    "ClientNotOpened",
     "DeadlineExceeded",
     "EmbedClient",
     "EmbedError",
@@ -56,6 +59,7 @@ __all__ = [
     "TopicMissing",
     "UnknownModel",
     "UnreadableReply",
+    "WrongEventLoop",
     "late",
     "mean",
 ]

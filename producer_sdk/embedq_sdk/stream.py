@@ -13,7 +13,7 @@ import msgspec
 from embedq_sdk.embeddings import FinishedJob, JobOutcome, Vectors, job_failed, vector
 from embedq_sdk.errors import ClientClosed, EmbedError, InvalidArgument, KafkaUnavailable
 from embedq_sdk.job_options import JobInputs, JobLimits, JobOptions, checked_count, checked_timeout, text_size
-from embedq_sdk.transport import Deadline, PendingJob
+from embedq_sdk.transport import Deadline, Lifetime, PendingJob
 from embedq_shared.weighted_semaphore import WeightedSemaphore
 
 _TEXTS_PER_TURN: Final = 64
@@ -100,6 +100,7 @@ class JobStarter(Protocol):
     """What a stream needs of a `JobRunner`."""
 
     in_flight: WeightedSemaphore
+    lifetime: Lifetime
 
     def begin(self, inputs: JobInputs, options: JobOptions, deadline: Deadline) -> PendingJob:
         """Send one job whose weight was acquired."""
@@ -154,8 +155,9 @@ class JobStream:
 
         Raises:
             InvalidArgument: the source is not iterable, or gave something that no job can carry.
-            ClientClosed.
+            ClientClosed, WrongEventLoop.
         """
+        self._runner.lifetime.check()
         if isinstance(source, (str, bytes)) or not isinstance(source, (Iterable, AsyncIterable)):
             raise InvalidArgument(
                 argument="texts", expected="an iterable of strings", got=type(source).__name__
