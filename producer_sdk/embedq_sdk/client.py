@@ -11,6 +11,7 @@ from embedq_sdk.embeddings import Chunk, Embeddings, Vectors, assemble
 from embedq_sdk.errors import ClientClosed, InvalidArgument
 from embedq_sdk.job_options import (
     MAX_JOB_BYTES,
+    Column,
     JobArguments,
     JobInputs,
     JobLimits,
@@ -20,6 +21,7 @@ from embedq_sdk.job_options import (
     checked_id,
     checked_timeout,
     late,
+    plain,
 )
 from embedq_sdk.result_reader import JobResult, read_results
 from embedq_sdk.stream import Embedded, JobStream, StreamOptions
@@ -175,7 +177,7 @@ class EmbedClient(_Life):
 
     async def embed(
         self,
-        texts: str | Sequence[str],
+        texts: str | Sequence[str] | Column,
         *,
         timeout: float = DEFAULT_TIMEOUT_S,
         **job: Unpack[JobArguments],
@@ -224,7 +226,7 @@ class EmbedClient(_Life):
 
     async def embed_detailed(
         self,
-        texts: str | Sequence[str],
+        texts: str | Sequence[str] | Column,
         *,
         timeout: float = DEFAULT_TIMEOUT_S,
         errors: Errors = "raise",
@@ -245,11 +247,11 @@ class EmbedClient(_Life):
 
     async def _embed_one(self, text: str, name: str, options: JobOptions, timeout: float) -> Embeddings:
         size = self._limits.size(text, name)
-        finished = await self._runner.run([JobInputs([text], size)], options, Deadline.after(timeout))
+        finished = await self._runner.run([JobInputs([plain(text)], size)], options, Deadline.after(timeout))
         return assemble(finished).checked()
 
     async def _embed(
-        self, texts: Sequence[str], options: JobOptions, timeout: float, *, allow_mixed: bool
+        self, texts: Sequence[str] | Column, options: JobOptions, timeout: float, *, allow_mixed: bool
     ) -> Embeddings:
         inputs = self._limits.split(texts)
         deadline = Deadline.after(timeout)
@@ -260,7 +262,7 @@ class EmbedClient(_Life):
 
     async def embed_many(
         self,
-        texts: Iterable[str],
+        texts: Iterable[str] | Column,
         *,
         timeout: float = DEFAULT_TIMEOUT_S,
         batch_size: int = 32,
@@ -287,7 +289,7 @@ class EmbedClient(_Life):
 
     async def stream(
         self,
-        texts: Iterable[str] | AsyncIterable[str],
+        texts: Iterable[str] | AsyncIterable[str] | Column,
         *,
         timeout: float = DEFAULT_TIMEOUT_S,
         batch_size: int = 32,
@@ -329,7 +331,7 @@ class EmbedClient(_Life):
 
     async def submit(
         self,
-        texts: str | Sequence[str],
+        texts: str | Sequence[str] | Column,
         *,
         id: str | None = None,
         timeout: float = DEFAULT_TIMEOUT_S,

@@ -48,7 +48,7 @@ SERVICE: Final[Floors] = (
 
 SDK: Final[Floors] = (
     ("errors",),
-    ("job_options",),
+    ("job_options", "shown"),
     ("embeddings",),
     ("reply_checks",),
     ("transport",),

@@ -352,6 +352,22 @@ async def test_many_texts_come_back_as_one_array_of_one_model(client: Clients, s
     assert len(side.service.received) == 13
 
 
+async def test_many_texts_of_a_column_become_one_array(client: Clients, side: Side) -> None:
+    async with client() as embedq:
+        found = await embedq.embed_many(np.array(["a", "b", "c"]), batch_size=2)
+        streamed = [item.text async for item in embedq.stream(np.array(["a", "b"]))]
+        tables: list[Any] = [{"text": ["a"]}, np.array([["a"], ["b"]])]
+        for table in tables:
+            with pytest.raises(InvalidArgument, match="`texts`"):
+                await embedq.embed_many(table)
+
+    array = np.asarray(found)
+    assert array.shape == (3, 64)
+    assert array.dtype == np.float32
+    assert np.array_equal(array, rows(["a", "b", "c"]))
+    assert streamed == ["a", "b"]
+
+
 async def test_many_texts_of_two_models_are_returned_only_if_allowed(client: Clients, side: Side) -> None:
     def torn(job: Received) -> list[Answer]:
         side.service.version = OLD if job.texts == ["a"] else NEW
