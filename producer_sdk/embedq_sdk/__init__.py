@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from embedq_sdk.client import EmbedClient
 from embedq_sdk.embeddings import Chunk, Embeddings
 from embedq_sdk.errors import (
@@ -63,3 +65,5 @@ __all__ = [
     "late",
     "mean",
 ]
+
+logging.getLogger("embedq_sdk").addHandler(logging.NullHandler())  # whoever wants our log configures logging

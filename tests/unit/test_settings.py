@@ -281,6 +281,10 @@ def test_the_process_ends_with_code_2_and_one_line_for_a_wrong_setting() -> None
     [
         ({"model": "/nowhere"}, "EMBEDQ_MODEL: expected a directory, /nowhere is not one"),
         ({"model_root": "/nowhere"}, "EMBEDQ_MODEL_ROOT: expected a directory, /nowhere is not one"),
+        (
+            {"kafka_servers": "kafka"},
+            "EMBEDQ_KAFKA_SERVERS: expected host:port.*got 'kafka', which has no port",
+        ),
         ({"redis_url": Secret("nonsense")}, "EMBEDQ_REDIS_URL: expected an address"),
         (
             {"redis_url": Secret("redis://r"), "redis_ssl_cafile": "/a"},

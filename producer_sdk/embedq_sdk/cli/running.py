@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import sys
 from collections.abc import Coroutine
 from typing import Any, Final
@@ -19,9 +18,6 @@ NO_KAFKA: Final = 3
 
 def run(work: Coroutine[Any, Any, int]) -> None:
     """Run a command and exit with its code. What a user can put right is reported in one line, never as a traceback."""
-    # aiokafka logs every connection that fails; our one line says it all.
-    logging.getLogger("aiokafka").addHandler(logging.NullHandler())
-    logging.getLogger("aiokafka").propagate = False
     try:
         code = asyncio.run(work)
     except KafkaUnavailable as error:

@@ -4,6 +4,7 @@ Service and SDK use aiokafka through it. The contract (messages, codec, headers,
 reading a record needs no Kafka client.
 """
 
+import logging
 from typing import Final
 
 from aiokafka import ConsumerRebalanceListener, ConsumerRecord, TopicPartition
@@ -117,3 +118,8 @@ __all__ = [
 
 TOO_LARGE: Final = (MessageSizeTooLargeError, RecordListTooLargeError)
 """What a broker says of a batch, or of a record, that is larger than it takes."""
+
+# aiokafka gives its loggers no handler, so that Python writes its warnings to the standard error of whoever has not
+# configured logging: hundreds of lines while a broker is away, beside an exception that says it all.
+for name in ("aiokafka", "embedq_shared"):
+    logging.getLogger(name).addHandler(logging.NullHandler())

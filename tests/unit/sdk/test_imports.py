@@ -36,3 +36,28 @@ def test_everything_in_all_is_there_and_documented() -> None:
 
     for name in embedq_sdk.__all__:
         assert getattr(embedq_sdk, name).__doc__, name
+
+
+def test_nothing_is_logged_to_a_screen_unless_logging_is_configured() -> None:
+    """aiokafka alone wrote 352 lines for one script whose broker was down."""
+    program = """
+import logging, sys
+import embedq_sdk, embedq_sdk.admin.control, embedq_sdk.transport
+if sys.argv[1:]:
+    logging.basicConfig(format="%(name)s %(message)s")
+for name in ("aiokafka.conn", "embedq_sdk.dev.stack", "embedq_shared.kafka.group_member"):
+    logging.getLogger(name).error("gone")
+"""
+
+    def logged(*more: str) -> list[str]:
+        done = subprocess.run(
+            [sys.executable, "-c", program, *more], capture_output=True, text=True, check=True
+        )
+        return done.stderr.splitlines()
+
+    assert logged() == []
+    assert logged("configured") == [
+        "aiokafka.conn gone",
+        "embedq_sdk.dev.stack gone",
+        "embedq_shared.kafka.group_member gone",
+    ]
