@@ -39,7 +39,14 @@ class OffsetStore(Protocol):
         """Store the next offsets to read; raises `KafkaError`, or one of `FENCED` where the membership is not the present one."""
 
 
-class Member(OffsetStore, Protocol):
+class TopicIdSource(Protocol):
+    """Tells topics of the same name apart."""
+
+    async def topic_ids(self, topics: Collection[str]) -> Mapping[str, str]:
+        """The id of each topic that is there and has one; raises `KafkaError` if nothing can be said now."""
+
+
+class Member(OffsetStore, TopicIdSource, Protocol):
     """The part of `GroupMember` that the service uses; a scripted one stands in for it in tests."""
 
     async def start(self) -> None:

@@ -44,7 +44,7 @@ from aiokafka.protocol.commit import OffsetCommitRequest
 from aiokafka.protocol.group import LeaveGroupRequest
 from aiokafka.structs import OffsetAndMetadata
 
-from embedq_shared.kafka.requests import StableOffsets, offsets_of
+from embedq_shared.kafka.requests import StableOffsets, TopicIds, offsets_of, topic_ids_of
 from embedq_shared.kafka.stopping import finished
 
 log = logging.getLogger(__name__)
@@ -185,6 +185,18 @@ class GroupMember:
         self._note_if_moved(response.error_code)
         found = offsets_of(response)
         return {partition: found.get(partition) for partition in partitions}
+
+    async def topic_ids(self, topics: Collection[str]) -> dict[str, str]:
+        """The id of each of these topics that is there; none from a broker older than 2.8. The coordinator is asked, as it
+        is for commits, so that no other broker's trouble delays these.
+
+        Raises:
+            KafkaError: nothing can be said now.
+        """
+        try:
+            return topic_ids_of(await self._ask(TopicIds(topics)))
+        except NotImplementedError:  # aiokafka: the broker has no such version
+            return {}
 
     async def close(self, within: float) -> str | None:
         """Leave the group at once, whatever it is doing, and disconnect: None, or why that was not heard, in one word.

@@ -20,6 +20,7 @@ from embedq_consumer.group import offset_committer
 from embedq_consumer.group.offset_committer import OffsetCommitter
 from embedq_consumer.group.offsets import OffsetLedger
 from embedq_consumer.group.ownership import Ownership
+from embedq_consumer.group.topic_watch import TopicWatch
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.kafka import Membership
 from tests.helpers.scripted_consumer import ScriptedMember
@@ -45,6 +46,7 @@ class Committing:
             self.member,
             self.ledger,
             self.ownership,
+            TopicWatch(self.member, self.ledger, self.metrics),
             self.metrics,
             interval_s=interval_s,
             max_uncommitted=max_uncommitted,
@@ -273,7 +275,7 @@ class Custodian:
     def __init__(self) -> None:
         self.wanted: list[tuple[TopicPartition, int]] = []
 
-    def metadata(self, partition: TopicPartition, *, release: bool) -> str | None:
+    def metadata(self, partition: TopicPartition, topic_id: str, *, release: bool) -> str | None:
         return None if partition == B else f"release={release}"
 
     def want(self, partition: TopicPartition, epoch: int) -> None:
@@ -293,6 +295,7 @@ async def test_a_custodian_says_what_goes_with_the_offsets_and_which_must_wait()
         Store(),
         committing.ledger,
         committing.ownership,
+        TopicWatch(committing.member, committing.ledger, committing.metrics),
         committing.metrics,
         custodian,
         interval_s=1.0,
