@@ -36,6 +36,8 @@ class ScriptedMember:
         self.ids: dict[str, str] = {}
         """Of the topics, as the brokers have them now."""
         self.id_errors: list[BaseException] = []
+        self.missing: frozenset[TopicPartition] = frozenset()
+        """Partitions of deleted topics."""
         self.topics: list[str] = []
         self.membership: Membership | None = None
         self.failure: BaseException | None = None
@@ -93,7 +95,7 @@ class ScriptedMember:
 
     async def commit(
         self, membership: Membership, offsets: Mapping[TopicPartition, OffsetAndMetadata]
-    ) -> None:
+    ) -> Collection[TopicPartition]:
         assert not self._committing, "two commits at a time"
         if self.commit_gate is not None:
             self._committing = True
@@ -105,11 +107,13 @@ class ScriptedMember:
             raise self.commit_errors.pop(0)
         if membership != self.membership:
             raise IllegalGenerationError
+        offsets = {partition: its for partition, its in offsets.items() if partition not in self.missing}
         plain = {partition: stored.offset for partition, stored in offsets.items()}
         self.commits.append(plain)
         self.stored |= plain
         self.metadata |= {partition: stored.metadata for partition, stored in offsets.items()}
         self.calls.append("commit")
+        return self.missing
 
     async def committed(
         self, partitions: Collection[TopicPartition]

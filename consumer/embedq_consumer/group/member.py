@@ -35,8 +35,10 @@ class OffsetStore(Protocol):
 
     async def commit(
         self, membership: Membership, offsets: Mapping[TopicPartition, OffsetAndMetadata]
-    ) -> None:
-        """Store the next offsets to read; raises `KafkaError`, or one of `FENCED` where the membership is not the present one."""
+    ) -> Collection[TopicPartition]:
+        """Store the next offsets to read; returned are partitions that are not there, whose offsets were not stored.
+
+        Raises `KafkaError`, or one of `FENCED` where the membership is not the present one."""
 
 
 class TopicIdSource(Protocol):

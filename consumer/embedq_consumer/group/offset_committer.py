@@ -124,7 +124,7 @@ class OffsetCommitter:
             epochs = {partition: self._ledger.epoch(partition) for partition in offsets}
             try:
                 async with asyncio.timeout(_COMMIT_S):
-                    await self._store.commit(membership, offsets)
+                    missing = await self._store.commit(membership, offsets)
             except FENCED:
                 # A rebalance is under way, or over and not heard of. What stays ours is committed after it; the rest is
                 # repeated by another replica.
@@ -134,11 +134,17 @@ class OffsetCommitter:
                 self._metrics.commits.labels("error").inc()
                 log.warning("commit_failed", reason=type(error).__name__)
                 return False
-            self._metrics.commits.labels("ok").inc()
+            self._metrics.commits.labels("error" if missing else "ok").inc()
+            if missing:
+                log.warning("commit_failed", reason="UnknownTopicOrPartitionError", partitions=len(missing))
             self._ledger.note_committed(
-                {p: its.offset for p, its in offsets.items() if self._ledger.epoch(p) == epochs[p]}
+                {
+                    partition: its.offset
+                    for partition, its in offsets.items()
+                    if partition not in missing and self._ledger.epoch(partition) == epochs[partition]
+                }
             )
-            return True
+            return not missing
 
     # -- with a transaction --------------------------------------------------------------------------------------------
 

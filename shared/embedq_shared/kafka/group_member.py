@@ -37,6 +37,7 @@ from aiokafka.errors import (
     NotCoordinatorForGroupError,
     RebalanceInProgressError,
     UnknownMemberIdError,
+    UnknownTopicOrPartitionError,
     for_code,
 )
 from aiokafka.protocol.admin import DescribeGroupsRequest
@@ -150,8 +151,8 @@ class GroupMember:
 
     async def commit(
         self, membership: Membership, offsets: Mapping[TopicPartition, OffsetAndMetadata]
-    ) -> None:
-        """Store the next offsets to read.
+    ) -> frozenset[TopicPartition]:
+        """Store the next offsets to read; returned are partitions that are not there, whose offsets were not stored.
 
         Raises:
             KafkaError: nothing is known of the outcome, or one of `FENCED`: nothing was stored.
@@ -164,14 +165,21 @@ class GroupMember:
             _by_topic((p, (p.partition, stored.offset, stored.metadata)) for p, stored in offsets.items()),
         )
         response = await self._ask(request)
-        codes = [code for _, partitions in response.topics for _, code in partitions]
+        codes = {
+            TopicPartition(topic, number): code
+            for topic, partitions in response.topics
+            for number, code in partitions
+        }
+        # A deleted topic must not hide what became of the others.
+        missing = {p for p, code in codes.items() if for_code(code) is UnknownTopicOrPartitionError}
         try:
-            self._raise_for(codes)
+            self._raise_for(code for partition, code in codes.items() if partition not in missing)
         except UnknownMemberIdError:
             coordinator = self._joined()
             if coordinator.member_id == membership.member_id:
                 coordinator.reset_generation()  # as the next heartbeat would
             raise
+        return frozenset(missing)
 
     async def committed(
         self, partitions: Collection[TopicPartition]

@@ -282,6 +282,18 @@ class Custodian:
         self.wanted.append((partition, epoch))
 
 
+async def test_a_deleted_topic_does_not_hide_what_became_of_the_others() -> None:
+    committing = Committing()
+    committing.finish(0)
+    committing.finish(0, B)
+    committing.member.missing = frozenset({B})
+    with capture_logs() as logs:
+        assert not await committing.committer.commit()
+    assert [line["event"] for line in logs] == ["commit_failed"]
+    assert (committing.ledger.committed(A), committing.ledger.committed(B)) == (1, None)
+    assert committing.ledger.repeatable(A) == 0, "else its lane would stand still, too"
+
+
 async def test_a_custodian_says_what_goes_with_the_offsets_and_which_must_wait() -> None:
     committing = Committing()
     custodian = Custodian()
@@ -290,6 +302,7 @@ async def test_a_custodian_says_what_goes_with_the_offsets_and_which_must_wait()
     class Store(ScriptedMember):
         async def commit(self, membership, offsets):  # type: ignore[no-untyped-def]
             stored.append({partition: its.metadata for partition, its in offsets.items()})
+            return ()
 
     committer = OffsetCommitter(
         Store(),
