@@ -251,7 +251,11 @@ class Control(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
-    """What one replica serves and does. `version` is the control record it speaks of; `at` is epoch milliseconds."""
+    """What one replica serves and does. `version` is the control record it speaks of; `at` is epoch milliseconds.
+
+    `state` says how that command stands, and `serving` whether a model serves: after a reload that failed, the old one does.
+    `serving` is null in records of replicas that do not say it.
+    """
 
     replica: str
     alias: str
@@ -262,3 +266,4 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None
     at: int
     command_id: str | None = None
+    serving: bool | None = None

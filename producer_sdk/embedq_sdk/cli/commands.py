@@ -332,7 +332,7 @@ def _conclude(last: RolloutUpdate, timeout: float) -> int:
             return 0
         case "failed":
             for replica in last.replicas:
-                if replica.state == "FAILED":
+                if replica.outcome == "FAILED":
                     say(f"{replica.replica} FAILED and keeps its old model: {replica.error}")
             return FAILED
         case "no_replicas":
