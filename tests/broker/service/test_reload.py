@@ -319,7 +319,11 @@ async def test_of_twenty_reloads_written_at_once_one_learns_that_it_worked_and_a
             return None
         return updates[-1]
 
-    async with replicas(one), reader(stack, topics.control) as control, reader(stack, topics.status) as status:
+    async with (
+        replicas(one),
+        reader(stack, topics.control) as control,
+        reader(stack, topics.status) as status,
+    ):
         ended = [update for update in await asyncio.gather(*map(reload, range(20))) if update is not None]
         # Not all of them need have met: who reads after another one has written takes the next version.
         last = max(ended, key=lambda update: update.version)
