@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -16,7 +16,8 @@ from embedq_consumer.engine import DeviceLost, ModelError
 from embedq_consumer.engine.loading import compile_cache
 from embedq_consumer.lifecycle import ModelRejected, NoModel
 from embedq_consumer.service import MissingTopics, Stalled, serve
-from embedq_consumer.settings import Settings, SettingsError
+from embedq_consumer.setting_words import described, help_text
+from embedq_consumer.settings import PREFIX, Settings, SettingsError
 from embedq_consumer.supervisor import supervise
 from embedq_consumer.telemetry import logs
 from embedq_shared.kafka import KafkaError, explain, is_permanent
@@ -34,6 +35,15 @@ _EXPECTED = (
     TimeoutError,
 )
 """What an operator can fix: logged in one line, without a traceback."""
+
+
+def explain_usage(arguments: Sequence[str]) -> int:
+    """Print the settings if asked to, and else that there are no arguments; the exit code."""
+    if set(arguments) <= {"-h", "--help"}:
+        print(help_text(described(Settings, PREFIX)))  # noqa: T201
+        return 0
+    print("embedq: expected no arguments; --help shows the settings", file=sys.stderr)  # noqa: T201
+    return 2
 
 
 def main(leave_within: Callable[[float], object] = lambda _: None) -> int:

@@ -8,7 +8,7 @@ import socket
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Final, Literal, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -19,6 +19,7 @@ from embedq_consumer.exactly_once import ExactlyOnceOptions
 from embedq_consumer.intake import AdmissionPolicy, IntakeOptions
 from embedq_consumer.lifecycle.served_model import BatchOptions, ModelOptions
 from embedq_consumer.quarantine import Claimant
+from embedq_consumer.setting_words import plain, wrong
 from embedq_shared.kafka import (
     DEFAULT_MAX_INFLATED_BYTES,
     BadOption,
@@ -122,6 +123,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         str,
         Meta(
             pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+            extra={"takes": "auto, cpu, cuda or cuda:N (a GPU is cuda)"},
             description="`cpu`, `cuda`, `cuda:N`, or `auto`: CUDA if there is a device, else the CPU.",
         ),
     ] = "auto"
@@ -129,6 +131,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         str,
         Meta(
             pattern=rf"^(all|{_DEVICE}(,{_DEVICE})*)?$",
+            extra={"takes": "all, or cpu, cuda and cuda:N separated by commas"},
             description="Devices that get a replica each, from one command: `all` GPUs, or names separated by commas; "
             "a device that is named twice gets two replicas. Replaces `EMBEDQ_DEVICE`. Empty: one replica.",
         ),
@@ -144,6 +147,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         str,
         Meta(
             pattern=r"^(-?\d+(,-?\d+)*)?$",
+            extra={"takes": "integers separated by commas"},
             description="Layers that `fp8` leaves in bf16: numbers separated by commas, negative ones from the end.",
         ),
     ] = ""
@@ -437,12 +441,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             for name, value in environ.items()
             if name.startswith(PREFIX) and name not in _OTHERS
         }
+        hints = get_type_hints(cls, include_extras=True)
         for field in _secrets(cls):
             _read_file(raw, field)
+        meant = {name: plain(hints[name], value) if name in hints else value for name, value in raw.items()}
         try:
-            return msgspec.convert(raw, cls, strict=False, dec_hook=lambda kind, value: kind(value))
+            return msgspec.convert(meant, cls, strict=False, dec_hook=lambda kind, value: kind(value))
         except msgspec.ValidationError as error:
-            raise SettingsError(_explain(str(error))) from None
+            raise SettingsError(_explain(str(error), raw)) from None
 
     def __post_init__(self) -> None:
         if self.rebalance_timeout_ms < self.session_timeout_ms:
@@ -660,17 +666,14 @@ def _read_file(raw: dict[str, str], field: str) -> None:
         raise SettingsError(f"{name}_FILE: expected a file with one secret; {path} {error}") from None
 
 
-def _explain(message: str) -> str:
-    """msgspec's sentence after the variable's name."""
+def _explain(message: str, raw: Mapping[str, str]) -> str:
+    """msgspec's sentence in plain words, after the variable's name."""
     if unknown := re.match(r"Object contains unknown field `(.*)`", message):
         close = difflib.get_close_matches(unknown[1], Settings.__struct_fields__, n=1)
         hint = f"; did you mean {PREFIX}{close[0].upper()}?" if close else ""
         return f"unknown setting {PREFIX}{unknown[1].upper()}{hint}"
     if missing := re.match(r"Object missing required field `(\w+)`", message):
         return f"{PREFIX}{missing[1].upper()} must be set"
-    if at := re.match(r"(.*) - at `\$\.(\w+)`", message):
-        if at[1].startswith("Invalid enum value"):
-            allowed = ", ".join(get_args(get_type_hints(Settings)[at[2]]))
-            return f"{PREFIX}{at[2].upper()}: expected one of {allowed}"
-        return f"{PREFIX}{at[2].upper()}: {at[1][0].lower()}{at[1][1:]}"
+    if at := re.search(r" - at `\$\.(\w+)`$", message):
+        return f"{PREFIX}{at[1].upper()}: {wrong(Settings, at[1], raw)}"
     return message

@@ -253,7 +253,11 @@ class Control(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
-    """What one replica serves and does. `version` is the control record it speaks of; `at` is epoch milliseconds."""
+    """What one replica serves and does. `version` is the control record it speaks of; `at` is epoch milliseconds.
+
+    `state` says how that command stands, and `serving` whether a model serves: after a reload that failed, the old one does.
+    `serving` is null in records of replicas that do not say it.
+    """
 
     replica: str
     alias: str
@@ -264,3 +268,4 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None
     at: Annotated[int, Meta(ge=0, le=MAX_INTEGER)]
     command_id: str | None = None
+    serving: bool | None = None

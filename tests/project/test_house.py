@@ -37,6 +37,7 @@ SERVICE: Final[Floors] = (
     ("exactly_once",),
     ("lifecycle",),
     ("pipeline",),
+    ("setting_words",),
     ("settings",),
     ("leaving",),
     ("service",),

@@ -332,7 +332,7 @@ def _conclude(last: RolloutUpdate, timeout: float) -> int:
             return 0
         case "failed":
             for replica in last.replicas:
-                if replica.state == "FAILED":
+                if replica.outcome == "FAILED":
                     say(f"{replica.replica} FAILED and keeps its old model: {replica.error}")
             return FAILED
         case "no_replicas":
@@ -457,8 +457,20 @@ def create(partitions: int, reply_partitions: int, replication: int | None, kafk
     type=click.Path(dir_okay=False, path_type=Path),
     help="The file that the replica's log is appended to. Default: standard output.",
 )
-def dev(model: str | None, topics: bool, brokers: int, consumer_log: Path | None) -> None:
-    """Run a real Kafka and a real Redis on this machine, until Ctrl-C."""
+@click.option(
+    "--http-port",
+    envvar="EMBEDQ_HTTP_PORT",
+    type=click.IntRange(0, 65535),
+    default=9464,
+    show_default=True,
+    show_envvar=True,
+    help="Where the replica serves its health pages and metrics; 0: any free port, which its log says.",
+)
+def dev(model: str | None, topics: bool, brokers: int, consumer_log: Path | None, http_port: int) -> None:
+    """Run a real Kafka and a real Redis on this machine, until Ctrl-C.
+
+    They have their usual ports, 9092 and 6379, or other ones if these are taken.
+    """
     from embedq_sdk.dev.command import run
 
-    sys.exit(run(model=model, topics=topics, brokers=brokers, consumer_log=consumer_log))
+    sys.exit(run(model=model, topics=topics, brokers=brokers, consumer_log=consumer_log, http_port=http_port))
