@@ -8,23 +8,17 @@ import socket
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_type_hints
 
 import msgspec
 from msgspec import Meta
 
-from embedq_consumer.cache import CacheOptions, RedisOptions, SecretSource
 from embedq_consumer.engine import LoadOptions, Quantization
-from embedq_consumer.exactly_once import ExactlyOnceOptions
-from embedq_consumer.intake import AdmissionPolicy, IntakeOptions
-from embedq_consumer.lifecycle.served_model import BatchOptions, ModelOptions
-from embedq_consumer.quarantine import Claimant
 from embedq_consumer.setting_words import plain, wrong
-from embedq_shared.kafka import (
+from embedq_shared.access import (
     DEFAULT_MAX_INFLATED_BYTES,
     BadOption,
     KafkaOptions,
-    OAuthOptions,
     SaslMechanism,
     SecurityProtocol,
 )
@@ -32,6 +26,13 @@ from embedq_shared.messages import DEFAULT_ALIAS, DEFAULT_MAX_INPUTS
 from embedq_shared.secret import Secret, read_secret
 from embedq_shared.topics import GROUP, Topics
 from embedq_shared.user_cache import user_cache
+
+if TYPE_CHECKING:
+    from embedq_consumer.cache import CacheOptions, SecretSource
+    from embedq_consumer.exactly_once import ExactlyOnceOptions
+    from embedq_consumer.intake import AdmissionPolicy, IntakeOptions
+    from embedq_consumer.lifecycle.served_model import ModelOptions
+    from embedq_consumer.quarantine import Claimant
 
 PREFIX: Final = "EMBEDQ_"
 _OTHERS: Final = frozenset({"EMBEDQ_CACHE_DIR", "EMBEDQ_KAFKA_VERSION"})
@@ -57,7 +58,8 @@ class SettingsError(Exception):
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Each field is the environment variable `EMBEDQ_<FIELD>`; its description is what the page of settings says.
 
-    The properties at the end group fields into the options that each room takes.
+    The properties at the end group fields into the options that each room takes. They import the rooms, and this file does
+    not: a wrong setting is named before anything heavy is loaded.
     """
 
     # Where
@@ -501,6 +503,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def intake(self) -> IntakeOptions:
         """How jobs are polled and their offsets committed."""
+        from embedq_consumer.intake import IntakeOptions
+
         return IntakeOptions(
             group=self.group,
             replica=self.replica,
@@ -520,6 +524,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def claimant(self) -> Claimant:
         """This process, as commits name it."""
+        from embedq_consumer.quarantine import Claimant
+
         return Claimant(
             owner=uuid.uuid4().hex[:16],
             replica=self.replica,
@@ -529,6 +535,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def exactly_once(self) -> ExactlyOnceOptions | None:
         """How the bulk lane's results go out in transactions; None: they do not."""
+        from embedq_consumer.exactly_once import ExactlyOnceOptions
+
         if self.bulk_delivery == "at-least-once":
             return None
         return ExactlyOnceOptions(
@@ -540,6 +548,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def cache(self) -> CacheOptions:
         """Where vectors are remembered, and for how long."""
+        from embedq_consumer.cache import CacheOptions, RedisOptions
+
         return CacheOptions(
             redis=RedisOptions(
                 url=self.redis_url.reveal(),
@@ -555,6 +565,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def cache_secret(self, environ: Mapping[str, str]) -> SecretSource:
         """What signs cache entries; `environ` says where the user's cache directory is."""
+        from embedq_consumer.cache import SecretSource
+
         try:
             kept = (Path(self.compile_cache) if self.compile_cache else user_cache(environ)) / "cache-key"
         except RuntimeError:  # there is no home directory
@@ -564,6 +576,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def admission(self) -> AdmissionPolicy:
         """Which jobs are accepted."""
+        from embedq_consumer.intake import AdmissionPolicy
+
         return AdmissionPolicy(
             topics=self.topics,
             alias=self.alias,
@@ -578,6 +592,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
         Blocks on the file system.
         """
+        from embedq_consumer.lifecycle.served_model import BatchOptions, ModelOptions
+
         return ModelOptions(
             alias=self.alias,
             replica=self.replica,
@@ -609,14 +625,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def _kafka_options(self) -> KafkaOptions:
         sasl = self.kafka_security_protocol.startswith("SASL")
-        oauth = OAuthOptions(
-            token_file=self.kafka_oauth_token_file,
-            token_url=self.kafka_oauth_token_url,
-            client_id=self.kafka_oauth_client_id,
-            client_secret=self.kafka_oauth_client_secret,
-            scope=self.kafka_oauth_scope,
-            cafile=self.kafka_oauth_cafile,
-        )
+        by_token = sasl and self.kafka_sasl_mechanism == "OAUTHBEARER"
         try:
             return KafkaOptions(
                 servers=self.kafka_servers,
@@ -627,12 +636,22 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 sasl_mechanism=self.kafka_sasl_mechanism if sasl else None,
                 sasl_plain_username=self.kafka_sasl_username if sasl else None,
                 sasl_plain_password=self.kafka_sasl_password if sasl else None,
-                sasl_oauth_token_provider=(
-                    oauth.provider() if sasl and self.kafka_sasl_mechanism == "OAUTHBEARER" else None
-                ),
+                sasl_oauth_token_provider=self._token_provider() if by_token else None,
             )
         except BadOption as error:
             raise _bad_kafka_setting(error) from error
+
+    def _token_provider(self) -> Any:
+        from embedq_shared.kafka import OAuthOptions
+
+        return OAuthOptions(
+            token_file=self.kafka_oauth_token_file,
+            token_url=self.kafka_oauth_token_url,
+            client_id=self.kafka_oauth_client_id,
+            client_secret=self.kafka_oauth_client_secret,
+            scope=self.kafka_oauth_scope,
+            cafile=self.kafka_oauth_cafile,
+        ).provider()
 
 
 def _bad_kafka_setting(error: BadOption) -> SettingsError:

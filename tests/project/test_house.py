@@ -39,6 +39,7 @@ SERVICE: Final[Floors] = (
     ("pipeline",),
     ("setting_words",),
     ("settings",),
+    ("usage",),
     ("leaving",),
     ("service",),
     ("supervisor",),

@@ -21,6 +21,7 @@ from embedq_sdk.dev.processes import Processes
 from embedq_sdk.dev.redis_server import RedisServer
 
 log = logging.getLogger(__name__)
+logging.getLogger("embedq_sdk").addHandler(logging.NullHandler())
 
 _PORT_ATTEMPTS: Final = 3
 _STOP_GRACE_S: Final = 10.0

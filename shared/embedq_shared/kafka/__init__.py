@@ -4,7 +4,6 @@ Service and SDK use aiokafka through it. The contract (messages, codec, headers,
 reading a record needs no Kafka client.
 """
 
-import logging
 from typing import Final
 
 from aiokafka import ConsumerRebalanceListener, ConsumerRecord, TopicPartition
@@ -22,6 +21,13 @@ from aiokafka.errors import (
 )
 from aiokafka.structs import OffsetAndMetadata
 
+from embedq_shared.access import (
+    DEFAULT_MAX_INFLATED_BYTES,
+    BadOption,
+    KafkaOptions,
+    SaslMechanism,
+    SecurityProtocol,
+)
 from embedq_shared.kafka.clients import AIOKafkaAdminClient, AIOKafkaConsumer, AIOKafkaProducer
 from embedq_shared.kafka.connecting import BrokerUnreachable, connect, reason, start_client
 from embedq_shared.kafka.errors import InvalidRecordError, UnsupportedCompressionTypeError, error_kinds
@@ -36,7 +42,6 @@ from embedq_shared.kafka.group_member import (
 from embedq_shared.kafka.groups import committed_offsets, delete_before, group_lag
 from embedq_shared.kafka.producing import BatchFull, Evicted, PartitionwiseProducer, partition_of
 from embedq_shared.kafka.reading.consumer import BoundedConsumer
-from embedq_shared.kafka.reading.inflation import DEFAULT_MAX_INFLATED_BYTES
 from embedq_shared.kafka.reading.record_batches import Unreadable
 from embedq_shared.kafka.reading.unreadable import (
     Polled,
@@ -45,7 +50,6 @@ from embedq_shared.kafka.reading.unreadable import (
     poll_partition,
     position,
 )
-from embedq_shared.kafka.security.options import BadOption, KafkaOptions, SaslMechanism, SecurityProtocol
 from embedq_shared.kafka.security.refusals import KafkaRefused, explain, is_permanent
 from embedq_shared.kafka.security.tokens import OAuthOptions
 from embedq_shared.kafka.stopping import stop_client
@@ -118,8 +122,3 @@ __all__ = [
 
 TOO_LARGE: Final = (MessageSizeTooLargeError, RecordListTooLargeError)
 """What a broker says of a batch, or of a record, that is larger than it takes."""
-
-# aiokafka gives its loggers no handler, so that Python writes its warnings to the standard error of whoever has not
-# configured logging: hundreds of lines while a broker is away, beside an exception that says it all.
-for name in ("aiokafka", "embedq_shared"):
-    logging.getLogger(name).addHandler(logging.NullHandler())

@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import ast
+import inspect
 import subprocess
 import sys
+from itertools import chain
+
+import pytest
 
 HEAVY = {"torch", "transformers", "tokenizers", "redis", "click", "rich", "embedq_consumer", "embedq_sdk.dev"}
 
@@ -36,13 +41,28 @@ def test_everything_in_all_is_there_and_documented() -> None:
 
     for name in embedq_sdk.__all__:
         assert getattr(embedq_sdk, name).__doc__, name
+    with pytest.raises(AttributeError, match="has no attribute 'EmbeddClient'"):
+        embedq_sdk.EmbeddClient  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_the_names_of_the_package_are_where_type_checkers_look_for_them() -> None:
+    """They are written down three times: for checkers, for `import *`, and for the interpreter."""
+    import embedq_sdk
+
+    for_checkers = {
+        node.module: tuple(alias.name for alias in node.names)
+        for node in ast.walk(ast.parse(inspect.getsource(embedq_sdk)))
+        if isinstance(node, ast.ImportFrom) and node.module not in ("__future__", "typing")
+    }
+    assert for_checkers == embedq_sdk._HOMES  # type: ignore[attr-defined]
+    assert sorted(chain.from_iterable(for_checkers.values())) == sorted(embedq_sdk.__all__)
 
 
 def test_nothing_is_logged_to_a_screen_unless_logging_is_configured() -> None:
     """aiokafka alone wrote 352 lines for one script whose broker was down."""
     program = """
 import logging, sys
-import embedq_sdk, embedq_sdk.admin.control, embedq_sdk.transport
+import embedq_sdk.admin.control, embedq_sdk.dev, embedq_sdk.transport
 if sys.argv[1:]:
     logging.basicConfig(format="%(name)s %(message)s")
 for name in ("aiokafka.conn", "embedq_sdk.dev.stack", "embedq_shared.kafka.group_member"):

@@ -1,4 +1,4 @@
-"""Where Kafka is and how to log in."""
+"""Where Kafka is and how to log in. Needs no Kafka client, so that a wrong option is named before one is imported."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import ssl
 from typing import Any, Final, Literal, get_args
 
 import msgspec
-from aiokafka.abc import AbstractTokenProvider
-from aiokafka.helpers import create_ssl_context
 
 from embedq_shared.secret import Secret
 
@@ -18,8 +16,16 @@ SaslMechanism = Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"
 
 _GSSAPI: Final = "GSSAPI"
 """aiokafka's only where its users install Kerberos, so neither the service nor the command line offers it."""
+_TOKEN_PROVIDER: Final = ("aiokafka.abc", "AbstractTokenProvider")
+"""What the client asks of a provider's class."""
 _FILES: Final = ("ssl_cafile", "ssl_certfile", "ssl_keyfile")
 """Fields that aiokafka has no argument for."""
+
+
+DEFAULT_MAX_INFLATED_BYTES: Final = 64 * 1024 * 1024
+"""Bytes that a compressed batch may inflate to. Sixty-four times what a broker takes in one batch by default. Texts shrink to
+a third or a fifth, a job of thousands of equal texts to a hundredth of a job that is allowed: nothing that a sender of jobs
+means to send comes near it."""
 
 
 class BadOption(ValueError):
@@ -146,8 +152,8 @@ class KafkaOptions(msgspec.Struct, frozen=True, kw_only=True):
         if mechanism not in known:
             raise BadOption("sasl_mechanism", f"one of {', '.join(known)}", repr(mechanism))
         if mechanism == "OAUTHBEARER":
-            if not isinstance(self.sasl_oauth_token_provider, AbstractTokenProvider):
-                kind = type(self.sasl_oauth_token_provider)
+            kind = type(self.sasl_oauth_token_provider)
+            if not any((each.__module__, each.__name__) == _TOKEN_PROVIDER for each in kind.__mro__):
                 raise BadOption(
                     "sasl_oauth_token_provider",
                     "an aiokafka.abc.AbstractTokenProvider for OAUTHBEARER",
@@ -178,9 +184,9 @@ class KafkaOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     def _context(self) -> ssl.SSLContext:
         try:
-            made: ssl.SSLContext = create_ssl_context(
-                cafile=self.ssl_cafile, certfile=self.ssl_certfile, keyfile=self.ssl_keyfile
-            )
+            made = ssl.create_default_context(cafile=self.ssl_cafile)
+            if self.ssl_certfile is not None:
+                made.load_cert_chain(self.ssl_certfile, self.ssl_keyfile)
         except OSError as error:
             files = {name: value for name in _FILES if (value := getattr(self, name)) is not None}
             # OpenSSL says neither which file it is nor much about why.
