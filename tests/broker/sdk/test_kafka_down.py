@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import time
@@ -205,3 +206,29 @@ asyncio.run(main())
     told, logged = run("log")
     assert told == "KafkaUnavailable\nKafkaUnavailable\n"
     assert "aiokafka" in logged
+
+
+async def test_a_command_whose_kafka_goes_away_ends_with_its_exit_code(own_stack: DevStack) -> None:
+    command = "from embedq_sdk.cli import main; main()"
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", command, "embed", "-", "--timeout", "5"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"EMBEDQ_KAFKA_SERVERS": own_stack.kafka_servers},
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    async with Responder(own_stack.kafka_servers):
+        process.stdin.write(b"one\n" * 32)
+        await process.stdin.drain()
+        await process.stdout.readline()
+    await asyncio.to_thread(own_stack.stop_kafka, kill=True)
+    try:
+        async with asyncio.timeout(patient(60)):
+            _, told = await process.communicate(b"two\n")
+    finally:
+        await asyncio.to_thread(own_stack.start_kafka)
+    assert process.returncode == 3, told
+    assert told.startswith(f"embedq: Kafka at {own_stack.kafka_servers} does not answer".encode())
+    assert told.count(b"\n") == 1

@@ -27,6 +27,65 @@ def test_the_sdk_imports_nothing_heavy() -> None:
     assert not loaded & HEAVY
 
 
+SLOW = HEAVY - {"click", "embedq_consumer"} | {
+    "numpy",
+    "aiokafka",
+    "asyncio",
+    "cramjam",
+    "prometheus_client",
+    "structlog",
+}
+"""What takes longer to import than the command line does to answer: only a command that needs it imports it."""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--help",
+        "--version",
+        "embed --help",
+        "reload --help",
+        "status --help",
+        "topics create --help",
+        "dev --help",
+        "dlq --help",
+        "dlq replay --help",
+        "verify --help",
+        "embed",  # wrong usage
+    ],
+)
+def test_help_imports_nothing_that_only_a_running_command_needs(arguments: str) -> None:
+    loaded = modules_after(
+        f"import sys\nsys.argv = ['embedq', *{arguments.split()!r}]\nfrom embedq_sdk.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass"
+    )
+    assert "click" in loaded
+    assert not loaded & SLOW
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environ"),
+    [
+        ("--help", {}),
+        ("", {}),
+        ("", {"EMBEDQ_KAFKA_SERVERS": "kafka:9092", "EMBEDQ_MODEL": "/m", "EMBEDQ_MODLE": "/m"}),
+        ("", {"EMBEDQ_KAFKA_SERVERS": "kafka", "EMBEDQ_MODEL": "/m"}),
+        ("", {"EMBEDQ_KAFKA_SERVERS": "kafka:9092", "EMBEDQ_MODEL": "/m", "EMBEDQ_FP8_KEEP": "1"}),
+    ],
+    ids=["help", "nothing", "mistyped", "no port", "does not fit"],
+)
+def test_a_wrong_setting_of_the_service_is_named_before_the_service_is_imported(
+    arguments: str, environ: dict[str, str]
+) -> None:
+    loaded = modules_after(
+        f"import os, runpy, sys\nos.environ |= {environ!r}\nsys.argv[1:] = {arguments.split()!r}\n"
+        "try:\n    runpy.run_module('embedq_consumer', run_name='__main__')\n"
+        "except SystemExit as end:\n    assert end.code == (0 if sys.argv[1:] else 2), end.code"
+    )
+    assert "embedq_consumer.settings" in loaded
+    assert not loaded & (SLOW - {"asyncio"})
+
+
 def test_the_command_line_says_what_to_install_when_click_is_missing() -> None:
     program = "import sys; sys.modules['click'] = None\nfrom embedq_sdk.cli import main\nmain()"
 
