@@ -40,7 +40,7 @@ from embedq_consumer.lifecycle.status_reporter import StatusReporter
 from embedq_consumer.pipeline import Pipeline
 from embedq_consumer.quarantine import Quarantine, Suspects
 from embedq_consumer.settings import Settings, SettingsError
-from embedq_consumer.telemetry.health import Health, HealthServer
+from embedq_consumer.telemetry.health import CannotListen, Health, HealthServer
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.backoff import backoff
 from embedq_shared.kafka import BrokerUnreachable, KafkaConnectionError, reason
@@ -329,7 +329,10 @@ async def _once_kafka_answers(open: Callable[[], Awaitable[T]], health: Health, 
 
 @asynccontextmanager
 async def _health_pages(settings: Settings, metrics: Metrics, health: Health) -> AsyncIterator[None]:
-    server = HealthServer(settings.http_port, metrics.registry, health, host=settings.http_host)
+    try:
+        server = HealthServer(settings.http_port, metrics.registry, health, host=settings.http_host)
+    except CannotListen as error:
+        raise SettingsError(f"EMBEDQ_{error}") from error
     try:
         log.info("starting", replica=settings.replica, http_port=server.port)
         yield

@@ -361,6 +361,21 @@ def decode_control(value: bytes) -> Control:
     return _control.decode(value)
 
 
+def read_command(key: bytes | None, value: bytes | None, alias: str) -> Control | None:
+    """The command for an alias in a record of the control topic; None if it is for another one. Replicas and the command
+    line read the topic by this one rule: compaction goes by the key, so the key says for which alias a record is.
+
+    Raises:
+        msgspec.DecodeError, UnicodeDecodeError, RecursionError: the record has the alias's key and is no command for it.
+    """
+    if key != alias.encode():
+        return None
+    command = decode_control(value or b"")
+    if command.alias != alias:
+        raise msgspec.ValidationError("the record's key and its alias differ")
+    return command
+
+
 def decode_status(value: bytes) -> Status:
     """A status record.
 
@@ -368,3 +383,15 @@ def decode_status(value: bytes) -> Status:
         msgspec.DecodeError, UnicodeDecodeError, RecursionError: it is not one.
     """
     return _status.decode(value)
+
+
+def read_status(key: bytes | None, value: bytes) -> Status:
+    """The status in a record of the status topic.
+
+    Raises:
+        msgspec.DecodeError, UnicodeDecodeError, RecursionError: it is none, or not that of the replica which the key names.
+    """
+    status = decode_status(value)
+    if key != status.replica.encode():
+        raise msgspec.ValidationError("the record's key and its replica differ")
+    return status

@@ -10,6 +10,11 @@ import msgspec
 GROUP: Final = "embedq"
 """The one consumer group, for both lanes."""
 
+DEFAULT_PARTITIONS: Final = 8
+"""Of the job, result and dead letter topics: replicas that can share a lane. More can be added later, but not taken away."""
+DEFAULT_REPLY_PARTITIONS: Final = 64
+"""Client instances spread over them, and each reads all of its partition."""
+
 JSON: Final = "application/json"
 MSGPACK: Final = "application/msgpack"
 MSGPACK_TYPES: Final = frozenset({MSGPACK, "application/x-msgpack", "application/vnd.msgpack"})

@@ -31,6 +31,13 @@ class ScriptedMember:
         """A question for stored offsets waits for it."""
         self.open_errors: list[BaseException] = []
         self.stored: dict[TopicPartition, int] = {}
+        self.metadata: dict[TopicPartition, str] = {}
+        """That came with them."""
+        self.ids: dict[str, str] = {}
+        """Of the topics, as the brokers have them now."""
+        self.id_errors: list[BaseException] = []
+        self.missing: frozenset[TopicPartition] = frozenset()
+        """Partitions of deleted topics."""
         self.topics: list[str] = []
         self.membership: Membership | None = None
         self.failure: BaseException | None = None
@@ -88,7 +95,7 @@ class ScriptedMember:
 
     async def commit(
         self, membership: Membership, offsets: Mapping[TopicPartition, OffsetAndMetadata]
-    ) -> None:
+    ) -> Collection[TopicPartition]:
         assert not self._committing, "two commits at a time"
         if self.commit_gate is not None:
             self._committing = True
@@ -100,16 +107,21 @@ class ScriptedMember:
             raise self.commit_errors.pop(0)
         if membership != self.membership:
             raise IllegalGenerationError
+        offsets = {partition: its for partition, its in offsets.items() if partition not in self.missing}
         plain = {partition: stored.offset for partition, stored in offsets.items()}
         self.commits.append(plain)
         self.stored |= plain
+        self.metadata |= {partition: stored.metadata for partition, stored in offsets.items()}
         self.calls.append("commit")
+        return self.missing
 
     async def committed(
         self, partitions: Collection[TopicPartition]
     ) -> Mapping[TopicPartition, OffsetAndMetadata | None]:
         found = {
-            partition: OffsetAndMetadata(self.stored[partition], "") if partition in self.stored else None
+            partition: OffsetAndMetadata(self.stored[partition], self.metadata.get(partition, ""))
+            if partition in self.stored
+            else None
             for partition in partitions
         }
         if self.open_gate is not None:
@@ -118,6 +130,12 @@ class ScriptedMember:
             raise self.open_errors.pop(0)
         self.calls.append("committed")
         return found
+
+    async def topic_ids(self, topics: Collection[str]) -> Mapping[str, str]:
+        self.calls.append("topic_ids")
+        if self.id_errors:
+            raise self.id_errors.pop(0)
+        return {topic: its for topic, its in self.ids.items() if topic in topics}
 
     async def close(self, within: float) -> str | None:
         self.calls.append("close")

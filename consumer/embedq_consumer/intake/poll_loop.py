@@ -23,6 +23,7 @@ from embedq_consumer.group import (
     Overtaken,
     Ownership,
     Ticket,
+    TopicWatch,
     WatermarkWatch,
 )
 from embedq_consumer.intake.flow_control import InFlightLimits, PollPlanner, ReadAhead
@@ -100,10 +101,12 @@ class Intake:
             max_poll_records=options.max_poll_records,
             max_uncommitted=options.max_uncommitted,
         )
+        topic_watch = TopicWatch(clients.member, self._ledger, metrics)
         self._committer = OffsetCommitter(
             clients.member,
             self._ledger,
             self._ownership,
+            topic_watch,
             metrics,
             custodian,
             interval_s=options.commit_interval_s,
@@ -116,6 +119,7 @@ class Intake:
             self._ledger,
             self._ownership,
             self._committer,
+            topic_watch,
             metrics,
             drain_s=min(_DRAIN_S, options.rebalance_timeout_ms / 1000 / 2),
         )

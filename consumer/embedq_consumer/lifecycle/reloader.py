@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -88,6 +88,9 @@ class Reloader:
                 await self._ignore(ignored)
             if decision.apply is not None:
                 await self._apply(decision.apply, hold)
+            else:
+                # What was said of the others must not stay the last word: the command in force has its outcome.
+                await self._reporter.resend()
 
     async def _first_candidate(
         self, desired: Control | None, configured: Path
@@ -109,9 +112,7 @@ class Reloader:
 
     async def _ignore(self, ignored: Ignored) -> None:
         self._metrics.reloads.labels("ignored").inc()
-        if ignored.reason is None:
-            await self._reporter.resend()
-        else:
+        if ignored.reason is not None:
             await self._reporter.reject(ignored.command, ignored.reason)
 
     async def _apply(self, command: Control, hold: Hold) -> None:
@@ -158,13 +159,14 @@ class Reloader:
 
     @asynccontextmanager
     async def _nothing_in_flight(self, hold: Hold) -> AsyncIterator[None]:
-        try:
-            async with hold(self._drain_timeout_s):
-                yield
-        except TimeoutError:
-            raise ModelRejected(
-                f"drain: the jobs in flight were not finished within {self._drain_timeout_s:g} s"
-            ) from None
+        async with AsyncExitStack() as held:
+            try:
+                await held.enter_async_context(hold(self._drain_timeout_s))
+            except TimeoutError:
+                raise ModelRejected(
+                    f"drain: the jobs in flight were not finished within {self._drain_timeout_s:g} s"
+                ) from None
+            yield
 
     def _serve(self, candidate: Candidate) -> Loaded | None:
         """The swap itself: this model serves from now on, within its budget. Returns the one before."""

@@ -89,7 +89,14 @@ class ServedModel:
         )
         self._budget = TokenBudget(self._batcher, metrics, show_facts)
         self.queue = TextQueue(self._flights, self._batcher, self._budget, metrics)
-        self.reporter = StatusReporter(options.topics, options.replica, options.alias, publish, metrics)
+        self.reporter = StatusReporter(
+            options.topics,
+            options.replica,
+            options.alias,
+            publish,
+            metrics,
+            serving=lambda: self.slot.serving is not None,
+        )
         trial = Trial(
             self.slot,
             ModelRoot(options.root),

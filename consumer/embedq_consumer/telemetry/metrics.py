@@ -70,6 +70,10 @@ class Metrics:
         )
         self.commits = counter("commits_total", "Offset commits: ok, error, fenced.", "outcome")
         self.rebalances = counter("rebalances_total", "Partition assignments received.")
+        self.topics_remade = counter(
+            "topics_remade_total",
+            "Jobs topics that were found to be deleted and made again under their name.",
+        )
         self.assigned = gauge("assigned_partitions", "Partitions that this replica reads.")
 
         # Quarantine

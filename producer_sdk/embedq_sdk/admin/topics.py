@@ -15,16 +15,12 @@ from embedq_sdk.errors import InvalidArgument
 from embedq_sdk.job_options import checked_count, checked_timeout
 from embedq_sdk.transport.kafka import KafkaConnection
 from embedq_shared.kafka import AIOKafkaAdminClient, KafkaError, is_permanent
-from embedq_shared.topics import Topics, is_topic_name
+from embedq_shared.topics import DEFAULT_PARTITIONS, DEFAULT_REPLY_PARTITIONS, Topics, is_topic_name
 
 _MINUTE: Final = 60_000
 _DAY: Final = 24 * 60 * _MINUTE
 _PAUSE_S: Final = 0.1
 
-DEFAULT_PARTITIONS: Final = 8
-"""Replicas that can share a lane: more can be added later, but not taken away."""
-DEFAULT_REPLY_PARTITIONS: Final = 64
-"""Client instances spread over them, and each reads all of its partition."""
 _MOST_COPIES: Final = 3
 """Copies of each topic if the cluster has as many brokers: one broker can fail while another is being restarted."""
 

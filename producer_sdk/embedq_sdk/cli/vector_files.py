@@ -24,7 +24,7 @@ class VectorWriter(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    def write(self, item: Embedded) -> None: ...
+    def write(self, item: Embedded, id: str | int | None = None) -> None: ...
 
 
 class JsonLines:
@@ -50,9 +50,11 @@ class JsonLines:
         if self._path is not None:
             self._target.close()
 
-    def write(self, item: Embedded) -> None:
-        """Write one line."""
+    def write(self, item: Embedded, id: str | int | None = None) -> None:
+        """Write one line; with the id of the text, if it has one."""
         line: dict[str, Any] = {"index": item.index}
+        if id is not None:
+            line["id"] = id
         if self._with_text:
             line["text"] = item.text
         if item.vector is None:
@@ -108,8 +110,8 @@ class NpyFile:
         else:
             self._part.unlink()
 
-    def write(self, item: Embedded) -> None:
-        """Write one row."""
+    def write(self, item: Embedded, id: str | int | None = None) -> None:
+        """Write one row. Rows have no ids: they are in the order of the texts."""
         if item.vector is None:
             self._gaps += 1
             if self._like is not None:

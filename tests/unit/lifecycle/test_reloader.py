@@ -295,7 +295,8 @@ async def test_a_command_that_is_not_newer_is_rejected_once_and_the_status_stays
     await b.model.start(command(5, "new"))
     b.sent.clear()
     await b.follow([command(4, "old")])
-    [rejected] = b.sent
+    rejected, standing = b.sent
+    assert (standing.version, standing.state) == (5, "READY"), "it is not the last word"
     assert (rejected.version, rejected.state, rejected.error) == (4, "FAILED", "expected a version above 5")
     assert (b.serving, b.model.reporter.status.version) == ("new", 5)
 

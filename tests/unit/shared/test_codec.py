@@ -479,3 +479,19 @@ def test_what_is_absent_is_left_out_or_null(format: Format) -> None:
 )
 def test_the_content_type_chooses_the_codec(content_type: bytes | None, format: Format | None) -> None:
     assert codec.format_of(content_type) == format
+
+
+@pytest.mark.parametrize("number", ["1" * 400, "1" * 5000, str(2**63), "-1"])
+@pytest.mark.parametrize("field", ["at", "version"])
+def test_times_and_versions_that_no_clock_and_no_encoder_takes_are_refused(field: str, number: str) -> None:
+    """One such record on a compacted topic ended `embedq status` with OverflowError for as long as it lay there."""
+    status = {"replica": "r", "alias": "a", "version": 1, "step": "serving", "state": "READY", "at": 1}
+    control = {"alias": "a", "version": 1, "path": "p", "command_id": "c"}
+    status |= {"model_version": None, "error": None}
+    assert codec.decode_status(json.dumps(status).encode()).version == 1
+    assert codec.decode_control(json.dumps(control).encode()).version == 1
+    for decode, record in ((codec.decode_status, status), (codec.decode_control, control)):
+        if field in record:
+            value = json.dumps(record).replace(f'"{field}": 1', f'"{field}": {number}').encode()
+            with pytest.raises(msgspec.DecodeError):
+                decode(value)
