@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 
 from benchmarks.corpora import LENGTHS, corpus
-from benchmarks.machine import write
+from benchmarks.machine import GPU_PACKAGES, write
 from benchmarks.peers import has_vllm, padded, reference, unit, vllm
 from benchmarks.qwen3_shapes import SHAPES, make
 from benchmarks.scheduled import scheduled
@@ -280,10 +280,9 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print and write the time of each kernel")
     parser.add_argument("--name", default="engine")
     arguments = parser.parse_args()
-    packages = ("torch", "transformers", "triton", "flash-attn-4", "vllm")
 
     def out(results: dict[str, Any]) -> None:
-        write(arguments.name, results, *packages)
+        write(arguments.name, results, *GPU_PACKAGES, "vllm")
 
     out(run(arguments, out))
 
