@@ -117,19 +117,21 @@ class Text(msgspec.Struct, frozen=True):
 class Tokens(msgspec.Struct, frozen=True):
     """What the model runs for one text: `ids` is int32 (n,), special tokens included.
 
-    The first `shared` ids are those of an instruction that other texts begin with too: their keys and values are computed
-    once. 0 where the model cannot share them, or there is nothing to share.
+    Keys and values of the first `shared` ids were on the device when the text was tokenized, since other texts begin like this
+    too: they are read, not computed. The engine looks again when the text runs, and may find more or less.
     """
 
     ids: npt.NDArray[np.int32]
     truncated: bool = False
     shared: int = 0
+    whole: bool = False
+    """All of it is computed, whatever it begins with: a trial of the device's memory needs to know what runs."""
     spans: tuple[tuple[int, int], ...] = ()
     """Ranges of `ids` that get a vector each; if empty, the whole text gets one."""
 
     @property
     def cost(self) -> int:
-        """Tokens computed for this text: what it takes of a micro-batch's budget."""
+        """Tokens that are to be computed for this text: what it takes of a micro-batch's budget."""
         return len(self.ids) - self.shared
 
     @property

@@ -46,6 +46,7 @@ __all__ = ["PackedEncoder", "release"]
 Ids = npt.NDArray[np.int32]
 Vectors = npt.NDArray[np.float32]
 
+_NONE: Ids = np.empty(0, dtype=np.int32)
 _CPU_TOKENS = 1024
 """Tokens run at once on a CPU: fewer leave the cores idle, many more fall out of the caches (benchmarks/encoder_cpu.py)."""
 _PROBE_COSINE = {torch.float32: 0.9999, torch.bfloat16: 0.99, torch.float16: 0.99}
@@ -140,8 +141,16 @@ class PackedEncoder:
             self._graphs = Graphs(built.pooled, deterministic=options.deterministic)
 
     def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong | Failed]:
-        share = self._graphs is not None and self._graphs.shares_prefixes
-        return self._tokenizer.tokenize(texts, share=share)
+        found = self._tokenizer.tokenize(texts)
+        if self._graphs is None or not self._graphs.shares_prefixes:
+            return found
+        known = self._graphs.known_prefixes(
+            [each.ids if isinstance(each, Tokens) else _NONE for each in found]
+        )
+        return [
+            msgspec.structs.replace(each, shared=shared) if shared and isinstance(each, Tokens) else each
+            for each, shared in zip(found, known, strict=True)
+        ]
 
     def chunk(self, texts: Sequence[Text]) -> list[Chunked | TextTooLong | Failed]:
         return self._tokenizer.chunk(texts, end_token=self._pooling.end_token)
@@ -160,7 +169,7 @@ class PackedEncoder:
 
     def encode(self, batch: Sequence[Ids]) -> Vectors:
         """A sequence of no tokens (an empty text, where the tokenizer adds none) gives zeros, as padding would."""
-        texts = [Tokens(ids) for ids in batch]
+        texts = [Tokens(ids, whole=True) for ids in batch]
         return translated(self._device, lambda: self._submit(texts)).result()
 
     def _submit(self, batch: Sequence[Tokens]) -> Pending:

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any, TypeVar
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer, normalizers
 
 from embedq_consumer.engine.api import Chunked, Failed, ModelError, Piece, Text, TextTooLong, Tokens
 from embedq_consumer.engine.model_directory import ModelDirectory
-from embedq_consumer.engine.prefix_cache import LONGEST_PREFIX
 from embedq_consumer.engine.safety.panics import first_line, panics_caught
 from embedq_consumer.engine.text.chunking import cut, spans_of, windows_of
 
 __all__ = ["TextTokenizer"]
 
-_LEAST_SHARED = 8
-"""The fewest tokens of a shared prefix: copying its keys to each text's own costs a little, too."""
-_PROMPTS = 64
-"""Prompts whose ids are cached."""
 _PROBES = (
     "",
     " ",
@@ -55,7 +48,6 @@ class TextTokenizer:
         self._before, self._after = _added_tokens(tokenizer)
         if self._before + self._after >= max_tokens:
             raise ModelError(f"the limit of {max_tokens} tokens leaves no room between the special tokens")
-        self._prefix = lru_cache(maxsize=_PROMPTS)(self._prefix_of)
 
     @classmethod
     def load(cls, directory: ModelDirectory, max_tokens: int) -> TextTokenizer:
@@ -109,34 +101,9 @@ class TextTokenizer:
         """The whole tokenizer, in the tokenizers library's own format."""
         return str(self._tokenizer.to_str())
 
-    def tokenize(self, texts: Sequence[Text], *, share: bool = False) -> list[Tokens | TextTooLong | Failed]:
-        """Tokens of each text, in order; with `share`, how many of the first are a shared prompt's.
-
-        Safe to call from many threads at once.
-        """
-
-        def tokens_of(text: Text, encoding: Encoding) -> Tokens | TextTooLong:
-            found = self._fit(text, encoding)
-            return self._sharing(text, found) if share and isinstance(found, Tokens) else found
-
-        return _each(self._tokenizer.encode_batch_fast, texts, tokens_of)
-
-    def _sharing(self, text: Text, tokens: Tokens) -> Tokens:
-        """The same tokens; `shared` says whether they begin with the prompt's, as they do unless these were cut."""
-        if not text.prompt:
-            return tokens
-        prefix = self._prefix(text.prompt)
-        begins = len(tokens.ids) > len(prefix) and np.array_equal(tokens.ids[: len(prefix)], prefix)
-        return msgspec.structs.replace(tokens, shared=len(prefix)) if begins else tokens
-
-    def _prefix_of(self, prompt: str) -> npt.NDArray[np.int32]:
-        """Ids that texts with this prompt begin with; none if they are too few to be worth sharing.
-
-        The prompt's last token is not among them: it may merge with the text into another one.
-        """
-        ids: npt.NDArray[np.int32] = np.array(self._tokenizer.encode(prompt).ids, dtype=np.int32)
-        prefix = ids[: len(ids) - self._after - 1][:LONGEST_PREFIX]
-        return prefix if len(prefix) >= _LEAST_SHARED else prefix[:0]
+    def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong | Failed]:
+        """Tokens of each text, in order. Safe to call from many threads at once."""
+        return _each(self._tokenizer.encode_batch_fast, texts, self._fit)
 
     def chunk(self, texts: Sequence[Text], *, end_token: bool) -> list[Chunked | TextTooLong | Failed]:
         """Windows of each text; see `Encoder.chunk`. With `end_token`, the last span of a window includes the special tokens
