@@ -16,7 +16,7 @@ from tests.helpers.tiny_models import QUERY_PROMPT
 
 @pytest.fixture(scope="module")
 def tokenizer(model_path: Callable[[str], Path]) -> TextTokenizer:
-    return TextTokenizer.load(read_directory(model_path("qwen3")), 512)
+    return TextTokenizer.load(read_directory(model_path("qwen3")), 512, rows=1000)
 
 
 def tokens_of(tokenizer: TextTokenizer, *texts: Text) -> list[Tokens]:
@@ -68,6 +68,6 @@ def test_a_text_that_lost_its_prompt_to_the_cut_shares_nothing(tokenizer: TextTo
 
 
 def test_of_a_prompt_beyond_the_limit_its_beginning_is_shared(model_path: Callable[[str], Path]) -> None:
-    tokenizer = TextTokenizer.load(read_directory(model_path("qwen3")), 4096)
+    tokenizer = TextTokenizer.load(read_directory(model_path("qwen3")), 4096, rows=1000)
     (found,) = tokens_of(tokenizer, Text("moon", "the stone wall " * 600))
     assert found.shared == LONGEST_PREFIX
