@@ -500,7 +500,7 @@ def odd_jobs(topics: Topics) -> list[Odd]:
             echoed=(("kafka_correlationId", b"\xff" * 100_000),)),
         one("an unknown header without a value", job(), headers=(("whatever", None),)),
         one("null in every header", job(), headers=tuple((name, None) for name in (
-            "content-type", "correlation-id", "kafka_correlationId", "reply-topic", "REPLY_TOPIC", "reply-partition",
+            "content-type", "kafka_correlationId", "reply-topic", "REPLY_TOPIC", "reply-partition",
             "deadline", "traceparent"))),
         one("a thousand headers", job(), headers=tuple((f"h{i}", b"x") for i in range(1000))),
     ]

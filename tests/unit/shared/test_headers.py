@@ -243,7 +243,7 @@ values = st.none() | st.binary(max_size=24) | st.sampled_from([b"1", b"embed.rep
 @given(st.lists(st.tuples(names, values), max_size=12))
 def test_no_headers_raise_and_every_echo_is_the_last_value(given: list[tuple[str, bytes | None]]) -> None:
     found = parse(given)
-    last = {name: value or b"" for name, value in given}
+    last = {name: value for name, value in dict(given).items() if value is not None}
     echoed = {name for name in (*topics.CORRELATION, *topics.TRACE) if name in last}
     assert dict(found.echo) == {name: last[name] for name in echoed}
     assert len(found.echo) == len(echoed)

@@ -1,6 +1,6 @@
 """What transformers says of a model directory, cached for the next start.
 
-A load needs transformers for the tokenizer, for the model's numbers, and for the hidden states of a few random tokens that
+A load needs transformers to compare the tokenizer, for the model's numbers, and for the hidden states of a few random tokens that
 our forward is proved against. All of it follows from the directory's bytes, the versions of a few libraries and the kind of
 device, so it is cached under a hash of those. A later load is proved against the same hidden states without importing
 transformers, which takes longer than reading most weights.

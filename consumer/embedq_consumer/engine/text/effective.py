@@ -40,6 +40,12 @@ _LISTS: Final = ("additional_special_tokens", "extra_special_tokens")
 _ADDED_FIELDS: Final = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
 _SPACE: Final = "▁"
 """What SentencePiece writes for a space."""
+_MISTRAL: Final = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Where words end, as transformers 4.57.6 has it."""
 
 Parts = dict[str, msgspec.Raw]
 """The file's top level. The vocabulary stays raw: Python's objects of it would take many times its size."""
@@ -123,6 +129,7 @@ class _Reading:
             )
         self._normalizer_flags()
         self._prefix_space()
+        self._mended_words()
         if self._directory.lower_case:
             rest = self._part("normalizer")
             lower = {"type": "Lowercase"}
@@ -217,6 +224,17 @@ class _Reading:
             self._put("normalizer", normalizer)
             self._put("pre_tokenizer", splitter)
             self._obeyed("add_prefix_space")
+
+    def _mended_words(self) -> None:
+        """`fix_mistral_regex`: Mistral's own pattern, in place of one that splits some words wrongly."""
+        splitter = self._part("pre_tokenizer")
+        steps = splitter.get("pretokenizers") if isinstance(splitter, dict) else None
+        if not self._flag("fix_mistral_regex") or not steps or steps[0].get("type") != "Split":
+            return
+        mended = {"type": "Split", "pattern": {"Regex": _MISTRAL}, "behavior": "Isolated", "invert": False}
+        if steps[0] != mended:
+            self._put("pre_tokenizer", {**splitter, "pretokenizers": [mended, *steps[1:]]})
+            self._obeyed("fix_mistral_regex")
 
     def _added_tokens(self, tokenizer: Tokenizer) -> None:
         """Tokens that the files beside `tokenizer.json` name. One that is new gets an id after all others."""

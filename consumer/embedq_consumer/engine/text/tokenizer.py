@@ -1,4 +1,4 @@
-"""Texts to token ids, exactly as sentence-transformers makes them, but in batches, off the GIL and from any thread."""
+"""Texts to token ids, as sentence-transformers makes them on transformers 4, but in batches, off the GIL and from any thread."""
 
 from __future__ import annotations
 
