@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from typing import Any, Final, Literal
 
 import msgspec
@@ -34,6 +35,8 @@ from embedq_shared.topics import JSON, MSGPACK, MSGPACK_TYPES
 Format = Literal["json", "msgpack"]
 
 CONTENT_TYPES: Final[dict[Format, str]] = {"json": JSON, "msgpack": MSGPACK}
+_LARGEST: Final = int(sys.float_info.max)
+"""JSON has no largest number, but most of its readers have a double."""
 _NIL: Final = msgspec.Raw(b"\xc0")
 
 EXPECTED: Final[dict[str, str]] = {
@@ -160,6 +163,10 @@ def _last_wins(value: bytes, format: Format) -> Job | None:
 
 def _check_job(job: Job, format: Format, max_inputs: int) -> None:
     """Check the rules that no type can express."""
+    if job.dimensions is not None and job.dimensions > _LARGEST:
+        raise _too_large_number("dimensions")
+    if job.chunk is not None and job.chunk.tokens is not None and job.chunk.tokens > _LARGEST:
+        raise _too_large_number("chunk.tokens")
     if isinstance(job.input, list):
         if not job.input:
             raise _invalid("input")
@@ -226,7 +233,10 @@ def _check_value(found: Any, name: str, depth: int) -> None:
     elif isinstance(found, float):
         if not math.isfinite(found):
             raise BadJob("malformed", "expected finite numbers, got NaN or Infinity", name)
-    elif not isinstance(found, (str, int, bool, type(None))):
+    elif isinstance(found, int):
+        if not -_LARGEST <= found <= _LARGEST:
+            raise _too_large_number(name)
+    elif not isinstance(found, (str, type(None))):
         raise _invalid(name)
 
 
@@ -238,6 +248,10 @@ def _invalid(field: str, suffix: str = "", *, envelope: Envelope | None = None) 
     return BadJob(
         "invalid_value", f"`{field}{suffix}`: expected {expected}", f"{field}{suffix}", envelope=envelope
     )
+
+
+def _too_large_number(name: str) -> BadJob:
+    return BadJob("malformed", "expected numbers that a double can hold", name)
 
 
 def _malformed(error: Exception, format: Format) -> BadJob:

@@ -172,10 +172,13 @@ class TextTooLong(msgspec.Struct, frozen=True):
 
 
 class Failed(msgspec.Struct, frozen=True):
-    """The tokenizer cannot read this text: it raised an error or panicked, and on no other text of the call."""
+    """The model cannot take this text, now or later: its tokenizer raised an error or panicked on it, and on no other text of
+    the call; or the text has a token that the model does not know."""
 
     reason: str
     """In the tokenizer's own words, which may quote the text."""
+    beyond: tuple[int, int] | None = None
+    """The token's id, and the rows of the embedding table, which has none for it."""
 
 
 class Pending(Protocol):
@@ -203,6 +206,8 @@ class Encoder(Protocol):
     """Prepended to a text without `input_type` or instruction; `""` for most models."""
     phases: Mapping[str, float]
     """Seconds of each step of the load, in order."""
+    notes: Sequence[str]
+    """What an operator should know of how the directory was read, a sentence each."""
 
     @property
     def kernels(self) -> Mapping[str, str]:

@@ -111,6 +111,7 @@ class PackedEncoder:
         self.prompts: Mapping[str, str] = directory.prompts
         self.default_prompt: str = directory.default_prompt
         self.phases: Mapping[str, float] = {}
+        self.notes: Sequence[str] = tokenizer.notes
         self._pooling: Pooling = POOLINGS[directory.pooling]
         self.late_chunks: bool = self._pooling.supports_spans
         self._tokenizer = tokenizer

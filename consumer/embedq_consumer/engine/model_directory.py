@@ -125,7 +125,9 @@ def read_directory(path: Path, root: Path | None = None) -> ModelDirectory:
         raise ModelError(f"{checkpoint / 'config.json'}: model_type: expected a string")
     _refuse_foreign_checkpoints(checkpoint, config)
     if not (checkpoint / "tokenizer.json").is_file():
-        raise ModelError(f"{checkpoint / 'tokenizer.json'}: missing; only fast tokenizers are served")
+        raise ModelError(
+            f"{checkpoint / 'tokenizer.json'}: missing; only fast tokenizers are served (AutoTokenizer's save_pretrained makes one)"
+        )
     _refuse_no_object(checkpoint / "tokenizer.json")
     tokenizer_config = _read_optional(checkpoint / "tokenizer_config.json")
     if problem := foreign_tokenizer(tokenizer_config):

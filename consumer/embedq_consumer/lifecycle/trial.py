@@ -222,6 +222,8 @@ class Trial:
             kernels=dict(encoder.kernels),
             seconds={name: round(taken, 3) for name, taken in phases.items()},
         )
+        for note in encoder.notes:
+            log.warning("model_note", model_version=encoder.model_version, note=note)
         return budget
 
     async def _tokens(self, encoder: Encoder, texts: Sequence[Text]) -> list[Tokens]:

@@ -131,7 +131,9 @@ def test_the_least_recently_used_ones_are_evicted(tmp_path: Path) -> None:
         last_norm_eps=None,
         max_tokens=1,
         position_offset=0,
-        tokenizer="{}",
+        tokenizer=b"{}",
+        split_special_tokens=False,
+        tokenizer_notes=(),
         sequences=((1,),),
         expected=b"\0\0\0\0",
     )

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import json
 import math
+import sys
 from typing import Any
 
 import msgspec
@@ -152,6 +153,13 @@ def nested(levels: int) -> bytes:
         b'{"input":"a","metadata":{"a":-Infinity}}',
         b'{"input":"a","metadata":{"a":1e999}}',
         b'{"input":"a","user":Infinity}',
+        b'{"input":"a","user":' + b"9" * 310 + b"}",
+        b'{"input":"a","user":-' + b"9" * 310 + b"}",
+        b'{"input":"a","user":' + b"9" * 4_300 + b"}",
+        b'{"input":"a","user":' + b"9" * 4_301 + b"}",
+        b'{"input":"a","metadata":{"a":[' + b"9" * 310 + b"]}}",
+        b'{"input":"a","dimensions":' + b"9" * 310 + b"}",
+        b'{"input":"a","chunk":{"mode":"mean","tokens":' + b"9" * 310 + b"}}",
         b'{"input":"a","user":' + nested(64) + b"}",
         b'{"input":"a","metadata":{"a":' + nested(63) + b"}}",
         b'{"input":"a","user":' + nested(5_000) + b"}",
@@ -186,6 +194,12 @@ def test_a_value_that_is_no_json_object_is_malformed(value: bytes | None) -> Non
 )
 def test_a_value_that_is_no_messagepack_map_is_malformed(value: bytes | None) -> None:
     assert refusal(value, "msgpack").error.code == "malformed"
+
+
+def test_the_largest_integers_that_a_double_holds_are_allowed() -> None:
+    largest = str(int(sys.float_info.max)).encode()
+    job = codec.decode_job(b'{"input":"a","metadata":{"a":' + largest + b',"b":-' + largest + b"}}", "json")
+    assert largest in bytes(job.metadata)
 
 
 def test_64_levels_of_nesting_are_allowed() -> None:

@@ -66,7 +66,10 @@ def _try(directory: ModelDirectory) -> None:
     """
     from embedq_consumer.engine.text.tokenizer import TextTokenizer
 
-    TextTokenizer.load(directory, directory.max_seq_length or sys.maxsize)
+    rows = directory.config.get("vocab_size")
+    TextTokenizer.load(
+        directory, directory.max_seq_length or sys.maxsize, rows if isinstance(rows, int) else sys.maxsize
+    )
     if directory.quantization_method is not None:
         return  # its layers have other shapes than its configuration says
     described = _parameters(directory)

@@ -29,6 +29,7 @@ from embedq_consumer.engine.model_directory import ModelDirectory, read_director
 from embedq_consumer.engine.models import registry
 from embedq_consumer.engine.models.traits import Limits
 from embedq_consumer.engine.safety.panics import first_line, panics_caught
+from embedq_consumer.engine.text.effective import EffectiveTokenizer
 from embedq_consumer.engine.text.tokenizer import TextTokenizer
 
 __all__ = ["kept_layers", "load"]
@@ -92,7 +93,11 @@ def _load(path: Path, target: torch.device, options: LoadOptions) -> PackedEncod
             source = _from_transformers(directory, target, timer)
         with timer.step("digest"):
             version = model_version(
-                directory, options, max_tokens=source.limits.max_tokens, digests=digests.result()
+                directory,
+                options,
+                tokenizer=source.tokenizer.effective.digest,
+                max_tokens=source.limits.max_tokens,
+                digests=digests.result(),
             )
     try:
         with timer.step("forward"):
@@ -145,7 +150,7 @@ def _from_transformers(directory: ModelDirectory, target: torch.device, timer: L
         model = _load_model(directory, target)
     limits = _limits(directory, model)
     with timer.step("tokenizer"), _quiet_transformers():
-        tokenizer = TextTokenizer.load(directory, limits.max_tokens)
+        tokenizer = TextTokenizer.load(directory, limits.max_tokens, int(model.config.vocab_size))
     with timer.step("device"):
         if model.device != target:
             model.to(target)
@@ -161,7 +166,7 @@ def _from_transformers(directory: ModelDirectory, target: torch.device, timer: L
             model,
             directory,
             limits,
-            tokenizer=tokenizer.to_json(),
+            tokenizer=tokenizer.effective,
             sequences=sequences,
             expected=expected,
         )
@@ -181,7 +186,12 @@ def _from_snapshot(
     with timer.step("weights"):
         model = CheckpointWeights(snapshot, directory, target)
     with timer.step("tokenizer"):
-        tokenizer = TextTokenizer.from_json(snapshot.tokenizer, snapshot.max_tokens)
+        effective = EffectiveTokenizer(
+            snapshot.tokenizer,
+            split_special_tokens=snapshot.split_special_tokens,
+            notes=snapshot.tokenizer_notes,
+        )
+        tokenizer = TextTokenizer(effective, snapshot.max_tokens, int(model.config.vocab_size))
     expected = np.frombuffer(snapshot.expected, np.float32).reshape(sum(map(len, snapshot.sequences)), -1)
     return _Source(
         model=model,

@@ -19,6 +19,7 @@ from embedq_consumer.engine.device import current
 from embedq_consumer.engine.loading.load_cache import ModelSnapshot, Rotary
 from embedq_consumer.engine.model_directory import ModelDirectory
 from embedq_consumer.engine.models.traits import Limits, architecture_of, last_norm_eps_of
+from embedq_consumer.engine.text.effective import EffectiveTokenizer
 
 __all__ = ["CheckpointWeights", "snapshot_of"]
 
@@ -74,13 +75,13 @@ def snapshot_of(
     directory: ModelDirectory,
     limits: Limits,
     *,
-    tokenizer: str,
+    tokenizer: EffectiveTokenizer,
     sequences: Sequence[npt.NDArray[np.int32]],
     expected: Tensor,
 ) -> ModelSnapshot | None:
     """The snapshot of transformers' `model`; None if the checkpoint's tensors are not exactly the model's parameters.
 
-    `tokenizer`, `sequences` and `expected` are as in `ModelSnapshot`.
+    `sequences` and `expected` are as in `ModelSnapshot`.
     """
     tensors = _tensor_names(model, directory)
     if tensors is None:
@@ -93,7 +94,9 @@ def snapshot_of(
         last_norm_eps=last_norm_eps_of(model),
         max_tokens=limits.max_tokens,
         position_offset=limits.position_offset,
-        tokenizer=tokenizer,
+        tokenizer=tokenizer.text,
+        split_special_tokens=tokenizer.split_special_tokens,
+        tokenizer_notes=tokenizer.notes,
         sequences=tuple(tuple(ids.tolist()) for ids in sequences),
         expected=expected.cpu().numpy().tobytes(),
     )
