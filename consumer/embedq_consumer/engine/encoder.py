@@ -35,9 +35,9 @@ from embedq_consumer.engine.device import memory, translated
 from embedq_consumer.engine.kernels.attention import Packing
 from embedq_consumer.engine.model_directory import ModelDirectory
 from embedq_consumer.engine.models import registry
-from embedq_consumer.engine.models.traits import ForwardOptions, Limits, last_norm_eps_of
+from embedq_consumer.engine.models.traits import ForwardOptions, Limits, Probe, last_norm_eps_of
 from embedq_consumer.engine.pooling import POOLINGS, Pooling
-from embedq_consumer.engine.row import HiddenForward
+from embedq_consumer.engine.row import HiddenForward, positions_of
 from embedq_consumer.engine.text.tokenizer import TextTokenizer
 from embedq_shared.grouping import batched_by
 
@@ -113,7 +113,7 @@ class PackedEncoder:
         self._pooling: Pooling = POOLINGS[directory.pooling]
         self.late_chunks: bool = self._pooling.supports_spans
         self._tokenizer = tokenizer
-        self._position_offset = limits.position_offset
+        self._limits = limits
         self._device: torch.device = model.device
         self._dense = DenseLayers(directory.dense, self._device)
         self._model = model
@@ -232,14 +232,22 @@ class PackedEncoder:
         pooled: Vectors = self._finish(self._pooling.pool_spans(hidden, spans)).cpu().numpy()
         return np.split(pooled, np.cumsum([tokens.rows for tokens in batch])[:-1])
 
-    def _hidden(self, sequences: Sequence[Ids]) -> tuple[Tensor, Packing]:
+    def _hidden(
+        self, sequences: Sequence[Ids], starts: Sequence[int] | None = None
+    ) -> tuple[Tensor, Packing]:
+        """Last hidden states of `sequences` in one row; `starts`, if given: their first tokens' positions, as if more went before."""
         if self._forward is None:
             raise RuntimeError("encode after close. This is a bug.")
-        lengths = [len(ids) for ids in sequences]
-        ids = np.concatenate(sequences, dtype=np.int64)
-        positions = np.concatenate([np.arange(n, dtype=np.int64) for n in lengths]) + self._position_offset
-        packing = Packing.of(lengths, self._device)
-        row, column = (torch.from_numpy(a).to(self._device, non_blocking=True) for a in (ids, positions))
+        lengths = np.array([len(ids) for ids in sequences], dtype=np.int32)
+        ids = np.concatenate(sequences, dtype=np.int32)
+        positions = positions_of(ids, lengths, self._limits.padding) + self._limits.row_offset
+        if starts is not None:
+            positions += np.repeat(np.array(starts, dtype=np.int32), lengths)
+        packing = Packing.of(lengths.tolist(), self._device, starts)
+        row, column = (
+            torch.from_numpy(each.astype(np.int64)).to(self._device, non_blocking=True)
+            for each in (ids, positions)
+        )
         return self._forward(row, column, packing), packing
 
     def _finish(self, pooled: Tensor) -> Tensor:
@@ -252,7 +260,7 @@ class PackedEncoder:
             self._graphs.capture()
 
     @torch.inference_mode()
-    def prove(self, sequences: Sequence[Ids], expected: Tensor) -> None:
+    def prove(self, probes: Sequence[Probe], expected: Tensor) -> None:
         """Compare each token's hidden state with `expected`, where that is finite.
 
         An architecture whose attention, positions or masks do not survive packing is refused here, before it gives vectors.
@@ -260,17 +268,23 @@ class PackedEncoder:
         Raises:
             NotImplementedError: they differ.
         """
-        hidden, packing = self._hidden(sequences)
+        hidden, _ = self._hidden([probe.ids for probe in probes], [probe.start for probe in probes])
         hidden = hidden.float()
         if self._last_norm is not None:
             hidden = self._last_norm(hidden)
         finite = expected.isfinite().all(dim=1)
         cosines = F.cosine_similarity(hidden[finite], expected[finite], dim=1)
         if self._graphs is not None:
+            # In a row every text begins at its first position.
+            parts = expected.split([len(probe.ids) for probe in probes])
+            whole = [n for n, probe in enumerate(probes) if probe.start == 0]
+            sequences = [probes[n].ids for n in whole]
+            ends = Packing.of([len(ids) for ids in sequences], self._device).cu_seqlens
+            pooled = self._pooling.pool(torch.cat([parts[n] for n in whole]), ends)
             # Few tokens and many take different kernels: the same sequences once, and many times over.
             for times in (1, 16):
-                vectors = torch.from_numpy(self._graphs.encode(list(sequences) * times)).to(expected)
-                wanted = self._pooling.pool(expected, packing.cu_seqlens).repeat(times, 1)
+                vectors = torch.from_numpy(self._graphs.encode(sequences * times)).to(expected)
+                wanted = pooled.repeat(times, 1)
                 known = wanted.isfinite().all(dim=1)
                 cosines = torch.cat([cosines, F.cosine_similarity(vectors[known], wanted[known], dim=1)])
         if not bool((cosines >= self._least_cosine).all()):

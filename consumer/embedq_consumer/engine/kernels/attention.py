@@ -49,9 +49,12 @@ class Packing(msgspec.Struct, frozen=True):
     cu_seqlens: Tensor
     """int32 (sequences + 1,) on the model's device: 0, then the end of each sequence."""
     longest: int
+    reaches: tuple[tuple[int, int], ...]
+    """For each sequence where it ends in the row, and its last token's position, counted from 1 on."""
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device) -> Packing:
+    def of(cls, lengths: Sequence[int], device: torch.device, starts: Sequence[int] | None = None) -> Packing:
+        """`starts`: the sequences' first positions, counted from 0 on; 0 by default."""
         runs: list[LengthRun] = []
         ends = [0]
         for length in lengths:
@@ -65,6 +68,10 @@ class Packing(msgspec.Struct, frozen=True):
             tuple(runs),
             torch.tensor(ends, dtype=torch.int32).to(device, non_blocking=True),
             max(lengths, default=0),
+            tuple(
+                (end, start + length)
+                for end, start, length in zip(ends[1:], starts or [0] * len(lengths), lengths, strict=True)
+            ),
         )
 
 

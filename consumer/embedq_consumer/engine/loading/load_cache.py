@@ -26,7 +26,7 @@ from embedq_consumer.engine.safety.files import read_bounded
 
 __all__ = ["LoadCache", "ModelSnapshot", "Rotary", "key_of"]
 
-_FORMAT: Final = "1"
+_FORMAT: Final = "2"
 """To be raised when the meaning of a field below changes."""
 _DIGEST_SIZE: Final = 32
 _LIBRARIES: Final = ("torch", "transformers", "tokenizers")
@@ -60,10 +60,14 @@ class ModelSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """Of an RMS norm after the last layer; None without one."""
     max_tokens: int
     position_offset: int
+    padding: int | None
+    """As in `models.traits.Limits`."""
     tokenizer: str
     """The whole tokenizer as JSON, in the tokenizers library's own format."""
     sequences: tuple[tuple[int, ...], ...]
     """Random tokens that a load is proved on."""
+    starts: tuple[int, ...]
+    """The position of the first token of each of `sequences`."""
     expected: bytes
     """Their hidden states after the last layer by transformers' own forward, each alone: float32 (tokens, hidden)."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -24,18 +23,16 @@ from embedq_consumer.engine.loading.load_cache import LoadCache, ModelSnapshot, 
 from embedq_consumer.engine.loading.load_timer import LoadTimer
 from embedq_consumer.engine.loading.memory_check import DeviceMemory, estimate_of, refuse_if_too_large
 from embedq_consumer.engine.loading.model_version import model_version, tensor_digests
+from embedq_consumer.engine.loading.probes import limits_of, probes_of, reference
 from embedq_consumer.engine.loading.weights import CheckpointWeights, snapshot_of
 from embedq_consumer.engine.model_directory import ModelDirectory, read_directory
 from embedq_consumer.engine.models import registry
-from embedq_consumer.engine.models.traits import Limits
+from embedq_consumer.engine.models.traits import Limits, Probe
 from embedq_consumer.engine.safety.panics import first_line, panics_caught
 from embedq_consumer.engine.text.tokenizer import TextTokenizer
 
 __all__ = ["kept_layers", "load"]
 
-Ids = npt.NDArray[np.int32]
-
-_PROBE_LENGTHS = (3, 1, 9, 3)
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
 
@@ -105,7 +102,7 @@ def _load(path: Path, target: torch.device, options: LoadOptions) -> PackedEncod
                 options=options,
             )
         with timer.step("proof"):
-            encoder.prove(source.sequences, source.expected)
+            encoder.prove(source.probes, source.expected)
         with timer.step("graphs"):
             encoder.capture()
     except NotImplementedError as error:
@@ -130,9 +127,9 @@ class _Source(msgspec.Struct, frozen=True, kw_only=True):
     model: Any
     tokenizer: TextTokenizer
     limits: Limits
-    sequences: list[Ids]
+    probes: list[Probe]
     expected: Tensor
-    """Hidden states of `sequences` by transformers' own code: float32 (tokens, hidden), on the model's device."""
+    """Hidden states of `probes` by transformers' own code: float32 (tokens, hidden), on the model's device."""
     new: ModelSnapshot | None = None
     """What lets the next load do without transformers."""
 
@@ -143,7 +140,7 @@ def _from_transformers(directory: ModelDirectory, target: torch.device, timer: L
         _import_transformers()
     with timer.step("weights"), _quiet_transformers():
         model = _load_model(directory, target)
-    limits = _limits(directory, model)
+    limits = limits_of(directory, model)
     with timer.step("tokenizer"), _quiet_transformers():
         tokenizer = TextTokenizer.load(directory, limits.max_tokens)
     with timer.step("device"):
@@ -153,8 +150,8 @@ def _from_transformers(directory: ModelDirectory, target: torch.device, timer: L
             # Before it runs: afterwards some layers have made others of their weights.
             _copy_from_files(model)
     with timer.step("reference"):
-        sequences = _probe(model, limits.max_tokens)
-        expected = _reference(model, sequences)
+        probes = probes_of(model, limits)
+        expected = reference(model, probes, limits)
     snapshot = None
     if directory.quantization_method is None and registry.is_written_out(model):
         snapshot = snapshot_of(
@@ -162,13 +159,11 @@ def _from_transformers(directory: ModelDirectory, target: torch.device, timer: L
             directory,
             limits,
             tokenizer=tokenizer.to_json(),
-            sequences=sequences,
+            probes=probes,
             expected=expected,
         )
     if snapshot is None:
-        return _Source(
-            model=model, tokenizer=tokenizer, limits=limits, sequences=sequences, expected=expected
-        )
+        return _Source(model=model, tokenizer=tokenizer, limits=limits, probes=probes, expected=expected)
     release(model)
     # What serves now is what the next start will serve, and so this start proves it.
     return msgspec.structs.replace(_from_snapshot(snapshot, directory, target, timer), new=snapshot)
@@ -186,8 +181,15 @@ def _from_snapshot(
     return _Source(
         model=model,
         tokenizer=tokenizer,
-        limits=Limits(max_tokens=snapshot.max_tokens, position_offset=snapshot.position_offset),
-        sequences=[np.array(ids, dtype=np.int32) for ids in snapshot.sequences],
+        limits=Limits(
+            max_tokens=snapshot.max_tokens,
+            position_offset=snapshot.position_offset,
+            padding=snapshot.padding,
+        ),
+        probes=[
+            Probe(np.array(ids, dtype=np.int32), start)
+            for ids, start in zip(snapshot.sequences, snapshot.starts, strict=True)
+        ],
         expected=torch.from_numpy(expected.copy()).to(target),
     )
 
@@ -331,42 +333,3 @@ def _load_model(directory: ModelDirectory, target: torch.device) -> Any:
         raise ModelError(f"{file}: layer_types: {', '.join(foreign)}: not served")
     model.config.use_cache = False
     return model.eval().requires_grad_(False)
-
-
-def _limits(directory: ModelDirectory, model: Any) -> Limits:
-    """RoBERTa and its relatives count positions from one after the padding's, so that fewer are left for tokens."""
-    offset = 0
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
-            offset = 0 if module.padding_idx is None else module.padding_idx + 1
-    positions = getattr(model.config, "max_position_embeddings", None)
-    limits = [directory.max_seq_length]
-    if isinstance(positions, int) and positions > 0:
-        limits.append(positions - offset)
-    known = [limit for limit in limits if limit is not None]
-    if not known:
-        raise ModelError(f"{directory.checkpoint / 'config.json'}: max_position_embeddings: missing")
-    return Limits(max_tokens=min(known), position_offset=offset)
-
-
-def _probe(model: Any, max_tokens: int) -> list[Ids]:
-    """A few sequences of random tokens, none of them padding, which some models skip when they count positions.
-
-    Where attention has a window, one sequence is longer than the window, unless no text can be.
-    """
-    window = getattr(model.config, "sliding_window", None)
-    lengths = list(_PROBE_LENGTHS)
-    if isinstance(window, int) and window < max_tokens:
-        lengths.append(min(2 * window + 3, window + 300, max_tokens))
-    random = np.random.default_rng(0)
-    vocabulary = np.arange(model.config.vocab_size, dtype=np.int32)
-    padding = getattr(model.config, "pad_token_id", None)
-    usable = vocabulary if padding is None else np.delete(vocabulary, padding)
-    return [random.choice(usable, n) for n in lengths]
-
-
-@torch.inference_mode()
-def _reference(model: Any, sequences: Sequence[Ids]) -> Tensor:
-    """Hidden states of each sequence alone, by transformers' own code: float32 (tokens, hidden)."""
-    rows = [torch.from_numpy(ids.astype(np.int64)).to(model.device).unsqueeze(0) for ids in sequences]
-    return torch.cat([model(input_ids=row).last_hidden_state[0].float() for row in rows])

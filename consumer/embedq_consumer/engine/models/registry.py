@@ -105,7 +105,7 @@ def build(model: Any, options: ForwardOptions, *, written_out: bool = True) -> B
 
     Raises:
         ModelError: `options.quantized`, and model or device cannot run in FP8.
-        NotImplementedError: the architecture's attention cannot be packed.
+        NotImplementedError: the architecture's attention or rotary positions cannot be packed.
     """
     device: torch.device = model.device
     if options.quantized:
@@ -117,7 +117,7 @@ def build(model: Any, options: ForwardOptions, *, written_out: bool = True) -> B
     if options.quantized:
         raise ModelError(f"quantization fp8: {architecture_of(model)} has no FP8 forward")
     attention = "torch_sdpa" if device.type == "cpu" else "packed"
-    return Built(hidden=packed_forward(model), kernels={"attention": attention})
+    return Built(hidden=packed_forward(model, options.limits.max_tokens), kernels={"attention": attention})
 
 
 def import_ahead(architecture: str, device: torch.device) -> None:
