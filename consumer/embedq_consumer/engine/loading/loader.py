@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from embedq_consumer.engine.api import DeviceLost, LoadOptions, ModelError, OutOfMemory, Quantization
-from embedq_consumer.engine.device import translate_errors
+from embedq_consumer.engine.device import means_out_of_memory, translate_errors
 from embedq_consumer.engine.encoder import PackedEncoder, release
 from embedq_consumer.engine.loading.dry_run import dry_run
 from embedq_consumer.engine.loading.load_cache import LoadCache, ModelSnapshot, key_of
@@ -25,9 +25,11 @@ from embedq_consumer.engine.loading.load_timer import LoadTimer
 from embedq_consumer.engine.loading.memory_check import DeviceMemory, estimate_of, refuse_if_too_large
 from embedq_consumer.engine.loading.model_version import model_version, tensor_digests
 from embedq_consumer.engine.loading.weights import CheckpointWeights, snapshot_of
-from embedq_consumer.engine.model_directory import ModelDirectory, read_directory
+from embedq_consumer.engine.model_directory import ENCODERS, ModelDirectory, read_directory
 from embedq_consumer.engine.models import registry
+from embedq_consumer.engine.models.any_transformers import hidden_states
 from embedq_consumer.engine.models.traits import Limits
+from embedq_consumer.engine.pooling import pooling_of
 from embedq_consumer.engine.safety.panics import first_line, panics_caught
 from embedq_consumer.engine.text.tokenizer import TextTokenizer
 
@@ -36,7 +38,6 @@ __all__ = ["kept_layers", "load"]
 Ids = npt.NDArray[np.int32]
 
 _PROBE_LENGTHS = (3, 1, 9, 3)
-_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
 
 def load(path: Path, options: LoadOptions) -> PackedEncoder:
@@ -153,8 +154,7 @@ def _from_transformers(directory: ModelDirectory, target: torch.device, timer: L
             # Before it runs: afterwards some layers have made others of their weights.
             _copy_from_files(model)
     with timer.step("reference"):
-        sequences = _probe(model, limits.max_tokens)
-        expected = _reference(model, sequences)
+        sequences, expected = _asked(directory, model, limits)
     snapshot = None
     if directory.quantization_method is None and registry.is_written_out(model):
         snapshot = snapshot_of(
@@ -284,14 +284,15 @@ def _load_model(directory: ModelDirectory, target: torch.device) -> Any:
     It lies on the CPU, but a quantized one where it will run, if accelerate is installed: GPTQ's and AWQ's layers, which
     need that package, are chosen for the device.
     """
-    from transformers import AutoModel
+    import transformers
 
     file = directory.checkpoint / "config.json"
     quantized = directory.quantization_method is not None
     in_place = quantized and target.type == "cuda" and importlib.util.find_spec("accelerate") is not None
     try:
         with panics_caught():
-            model, loading = AutoModel.from_pretrained(
+            kind: Any = getattr(transformers, ENCODERS.get(directory.config["model_type"], "AutoModel"))
+            model, loading = kind.from_pretrained(
                 str(directory.checkpoint),
                 dtype=torch.bfloat16 if target.type == "cuda" else torch.float32,
                 device_map={"": target} if in_place else None,
@@ -322,13 +323,16 @@ def _load_model(directory: ModelDirectory, target: torch.device) -> Any:
         raise ModelError(
             f"{file}: hidden_size is {hidden}, but the pooling's configuration expects {directory.pooling_dimension}"
         )
-    if directory.dense and directory.dense[0].width_in != hidden:
+    pooled = pooling_of(directory.pooling).width(hidden)
+    if directory.dense and directory.dense[0].width_in != pooled:
         raise ModelError(
-            f"{file}: hidden_size is {hidden}, but the first Dense module takes {directory.dense[0].width_in}"
+            f"{file}: hidden_size is {hidden}, so that {' and '.join(directory.pooling)} pooling gives {pooled} components, "
+            f"but the first Dense module takes {directory.dense[0].width_in}"
         )
-    foreign = sorted(set(getattr(model.config, "layer_types", None) or ()) - _LAYER_TYPES)
-    if foreign:
-        raise ModelError(f"{file}: layer_types: {', '.join(foreign)}: not served")
+    for module in model.modules():
+        # Only saves memory, and fails on lengths that it does not divide.
+        if getattr(module, "chunk_size_feed_forward", 0):
+            module.chunk_size_feed_forward = 0
     model.config.use_cache = False
     return model.eval().requires_grad_(False)
 
@@ -365,8 +369,33 @@ def _probe(model: Any, max_tokens: int) -> list[Ids]:
     return [random.choice(usable, n) for n in lengths]
 
 
+def _asked(directory: ModelDirectory, model: Any, limits: Limits) -> tuple[list[Ids], Tensor]:
+    """A few random sequences, and their hidden states by transformers' own code: float32 (tokens, hidden).
+
+    Raises:
+        ModelError: transformers' code does not make a hidden state of each token.
+    """
+    expectation = (
+        f"{directory.checkpoint / 'config.json'}: model_type {directory.config['model_type']}: expected a model that makes a "
+        f"hidden state of each token of a text of any length, but {type(model).__name__}"
+    )
+    try:
+        sequences = _probe(model, limits.max_tokens)
+        expected = _reference(model, sequences)
+    except Exception as error:  # an architecture may fail in any way
+        if means_out_of_memory(error):
+            raise
+        raise ModelError(f"{expectation} raises {type(error).__name__}: {first_line(error)}") from error
+    tokens, hidden = sum(map(len, sequences)), model.config.hidden_size
+    if expected.shape != (tokens, hidden):
+        raise ModelError(
+            f"{expectation} makes {tuple(expected.shape)} of {tokens} tokens and hidden_size {hidden}"
+        )
+    return sequences, expected
+
+
 @torch.inference_mode()
 def _reference(model: Any, sequences: Sequence[Ids]) -> Tensor:
     """Hidden states of each sequence alone, by transformers' own code: float32 (tokens, hidden)."""
     rows = [torch.from_numpy(ids.astype(np.int64)).to(model.device).unsqueeze(0) for ids in sequences]
-    return torch.cat([model(input_ids=row).last_hidden_state[0].float() for row in rows])
+    return torch.cat([hidden_states(model, row)[0].float() for row in rows])
