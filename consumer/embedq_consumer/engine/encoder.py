@@ -31,13 +31,14 @@ from embedq_consumer.engine.api import (
 )
 from embedq_consumer.engine.cuda_graphs import Graphs
 from embedq_consumer.engine.dense import DenseLayers
-from embedq_consumer.engine.device import memory, translated
+from embedq_consumer.engine.device import means_out_of_memory, memory, translated
 from embedq_consumer.engine.kernels.attention import Packing
 from embedq_consumer.engine.model_directory import ModelDirectory
 from embedq_consumer.engine.models import registry
 from embedq_consumer.engine.models.traits import ForwardOptions, Limits, Probe, last_norm_eps_of
-from embedq_consumer.engine.pooling import POOLINGS, Pooling
+from embedq_consumer.engine.pooling import Pooling, pooling_of
 from embedq_consumer.engine.row import HiddenForward, positions_of
+from embedq_consumer.engine.safety.panics import first_line
 from embedq_consumer.engine.text.tokenizer import TextTokenizer
 from embedq_shared.grouping import batched_by
 
@@ -95,7 +96,6 @@ class PackedEncoder:
 
         Raises:
             ModelError: model and device cannot run what `options` ask for.
-            NotImplementedError: the architecture's attention cannot be packed.
         """
         quantized = options.quantization != "none"
         if quantized and directory.quantization_method is not None:
@@ -105,12 +105,14 @@ class PackedEncoder:
             )
         self.model_version: str = version
         hidden = int(model.config.hidden_size)
-        self.hidden_size: int = directory.dense[-1].width_out if directory.dense else hidden
+        self._pooling: Pooling = pooling_of(directory.pooling)
+        self.hidden_size: int = (
+            directory.dense[-1].width_out if directory.dense else self._pooling.width(hidden)
+        )
         self.max_tokens: int = limits.max_tokens
         self.prompts: Mapping[str, str] = directory.prompts
         self.default_prompt: str = directory.default_prompt
         self.phases: Mapping[str, float] = {}
-        self._pooling: Pooling = POOLINGS[directory.pooling]
         self.late_chunks: bool = self._pooling.supports_spans
         self._tokenizer = tokenizer
         self._limits = limits
@@ -135,6 +137,8 @@ class PackedEncoder:
         )
         self.kernels: Mapping[str, str] = built.kernels
         self._forward: HiddenForward | None = built.hidden
+        self._takes_positions = built.takes_positions
+        self._slower = built.slower
         self._graphs: Graphs | None = None
         if built.pooled is not None and not directory.dense:
             self._graphs = Graphs(built.pooled, deterministic=options.deterministic)
@@ -259,36 +263,74 @@ class PackedEncoder:
         if self._graphs is not None:
             self._graphs.capture()
 
-    @torch.inference_mode()
     def prove(self, probes: Sequence[Probe], expected: Tensor) -> None:
         """Compare each token's hidden state with `expected`, where that is finite.
 
-        An architecture whose attention, positions or masks do not survive packing is refused here, before it gives vectors.
+        An architecture whose attention, positions or masks do not survive packing is found here, before it gives vectors: its
+        texts run by length from now on.
 
         Raises:
-            NotImplementedError: they differ.
+            NotImplementedError: they differ that way, too.
         """
+        problem = self._problem(probes, expected)
+        if problem is not None and self._slower is not None:
+            slower = self._slower()
+            self._forward, self._takes_positions = slower.hidden, slower.takes_positions
+            self.kernels = {**slower.kernels, "not_packed": problem}
+            problem = self._problem(probes, expected)
+        self._slower = None
+        if problem is not None:
+            raise NotImplementedError(problem)
+
+    def _problem(self, probes: Sequence[Probe], expected: Tensor) -> str | None:
+        """What speaks against the forward that serves; None if it gives what is `expected`."""
+        parts = expected.split([len(probe.ids) for probe in probes])
+        whole = [n for n, probe in enumerate(probes) if probe.start == 0]
+        of_whole = [probes[n] for n in whole], torch.cat([parts[n] for n in whole])
+        try:
+            asked = (probes, expected) if self._takes_positions else of_whole
+            problem = self._difference(*asked)
+            if problem is None and self._graphs is not None:
+                # In a row of a graph every text begins at its first position.
+                problem = self._difference_of_graphs(*of_whole)
+        except Exception as error:  # an architecture may fail in any way
+            if means_out_of_memory(error):
+                raise
+            return f"{type(error).__name__}: {first_line(error)}"
+        return problem
+
+    @torch.inference_mode()
+    def _difference(self, probes: Sequence[Probe], expected: Tensor) -> str | None:
         hidden, _ = self._hidden([probe.ids for probe in probes], [probe.start for probe in probes])
         hidden = hidden.float()
         if self._last_norm is not None:
             hidden = self._last_norm(hidden)
-        finite = expected.isfinite().all(dim=1)
-        cosines = F.cosine_similarity(hidden[finite], expected[finite], dim=1)
-        if self._graphs is not None:
-            # In a row every text begins at its first position.
-            parts = expected.split([len(probe.ids) for probe in probes])
-            whole = [n for n, probe in enumerate(probes) if probe.start == 0]
-            sequences = [probes[n].ids for n in whole]
-            ends = Packing.of([len(ids) for ids in sequences], self._device).cu_seqlens
-            pooled = self._pooling.pool(torch.cat([parts[n] for n in whole]), ends)
-            # Few tokens and many take different kernels: the same sequences once, and many times over.
-            for times in (1, 16):
-                vectors = torch.from_numpy(self._graphs.encode(sequences * times)).to(expected)
-                wanted = pooled.repeat(times, 1)
-                known = wanted.isfinite().all(dim=1)
-                cosines = torch.cat([cosines, F.cosine_similarity(vectors[known], wanted[known], dim=1)])
-        if not bool((cosines >= self._least_cosine).all()):
-            raise NotImplementedError("packed sequences do not give the same as each one alone")
+        if hidden.shape != expected.shape:
+            return f"hidden states of the shape {tuple(hidden.shape)}, expected {tuple(expected.shape)}"
+        return self._said(hidden, expected)
+
+    @torch.inference_mode()
+    def _difference_of_graphs(self, probes: Sequence[Probe], expected: Tensor) -> str | None:
+        """The same for pooled vectors: few tokens and many take different kernels, so the probes once, and many times over."""
+        assert self._graphs is not None
+        sequences = [probe.ids for probe in probes]
+        ends = Packing.of([len(ids) for ids in sequences], self._device).cu_seqlens
+        wanted = self._pooling.pool(expected, ends)
+        problems = (
+            self._said(
+                torch.from_numpy(self._graphs.encode(sequences * times)).to(expected),
+                wanted.repeat(times, 1),
+            )
+            for times in (1, 16)
+        )
+        return next((problem for problem in problems if problem is not None), None)
+
+    def _said(self, found: Tensor, wanted: Tensor) -> str | None:
+        finite = wanted.isfinite().all(dim=1)
+        cosines = F.cosine_similarity(found[finite], wanted[finite], dim=1)
+        if bool((cosines >= self._least_cosine).all()):
+            return None
+        return "packed sequences do not give the same as each one alone"
 
 
 def release(model: Any) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from embedq_consumer.engine.api import DeviceLost, LoadOptions, ModelError, OutOfMemory, Quantization
-from embedq_consumer.engine.device import translate_errors
+from embedq_consumer.engine.device import means_out_of_memory, translate_errors
 from embedq_consumer.engine.encoder import PackedEncoder, release
 from embedq_consumer.engine.loading.dry_run import dry_run
 from embedq_consumer.engine.loading.load_cache import LoadCache, ModelSnapshot, key_of
@@ -25,15 +25,14 @@ from embedq_consumer.engine.loading.memory_check import DeviceMemory, estimate_o
 from embedq_consumer.engine.loading.model_version import model_version, tensor_digests
 from embedq_consumer.engine.loading.probes import limits_of, probes_of, reference
 from embedq_consumer.engine.loading.weights import CheckpointWeights, snapshot_of
-from embedq_consumer.engine.model_directory import ModelDirectory, read_directory
+from embedq_consumer.engine.model_directory import ENCODERS, ModelDirectory, read_directory
 from embedq_consumer.engine.models import registry
 from embedq_consumer.engine.models.traits import Limits, Probe
+from embedq_consumer.engine.pooling import pooling_of
 from embedq_consumer.engine.safety.panics import first_line, panics_caught
 from embedq_consumer.engine.text.tokenizer import TextTokenizer
 
 __all__ = ["kept_layers", "load"]
-
-_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
 
 def load(path: Path, options: LoadOptions) -> PackedEncoder:
@@ -150,8 +149,7 @@ def _from_transformers(directory: ModelDirectory, target: torch.device, timer: L
             # Before it runs: afterwards some layers have made others of their weights.
             _copy_from_files(model)
     with timer.step("reference"):
-        probes = probes_of(model, limits)
-        expected = reference(model, probes, limits)
+        probes, expected = _asked(directory, model, limits)
     snapshot = None
     if directory.quantization_method is None and registry.is_written_out(model):
         snapshot = snapshot_of(
@@ -286,14 +284,15 @@ def _load_model(directory: ModelDirectory, target: torch.device) -> Any:
     It lies on the CPU, but a quantized one where it will run, if accelerate is installed: GPTQ's and AWQ's layers, which
     need that package, are chosen for the device.
     """
-    from transformers import AutoModel
+    import transformers
 
     file = directory.checkpoint / "config.json"
     quantized = directory.quantization_method is not None
     in_place = quantized and target.type == "cuda" and importlib.util.find_spec("accelerate") is not None
     try:
         with panics_caught():
-            model, loading = AutoModel.from_pretrained(
+            kind: Any = getattr(transformers, ENCODERS.get(directory.config["model_type"], "AutoModel"))
+            model, loading = kind.from_pretrained(
                 str(directory.checkpoint),
                 dtype=torch.bfloat16 if target.type == "cuda" else torch.float32,
                 device_map={"": target} if in_place else None,
@@ -324,12 +323,40 @@ def _load_model(directory: ModelDirectory, target: torch.device) -> Any:
         raise ModelError(
             f"{file}: hidden_size is {hidden}, but the pooling's configuration expects {directory.pooling_dimension}"
         )
-    if directory.dense and directory.dense[0].width_in != hidden:
+    pooled = pooling_of(directory.pooling).width(hidden)
+    if directory.dense and directory.dense[0].width_in != pooled:
         raise ModelError(
-            f"{file}: hidden_size is {hidden}, but the first Dense module takes {directory.dense[0].width_in}"
+            f"{file}: hidden_size is {hidden}, so that {' and '.join(directory.pooling)} pooling gives {pooled} components, "
+            f"but the first Dense module takes {directory.dense[0].width_in}"
         )
-    foreign = sorted(set(getattr(model.config, "layer_types", None) or ()) - _LAYER_TYPES)
-    if foreign:
-        raise ModelError(f"{file}: layer_types: {', '.join(foreign)}: not served")
+    for module in model.modules():
+        # Only saves memory, and fails on lengths that it does not divide.
+        if getattr(module, "chunk_size_feed_forward", 0):
+            module.chunk_size_feed_forward = 0
     model.config.use_cache = False
     return model.eval().requires_grad_(False)
+
+
+def _asked(directory: ModelDirectory, model: Any, limits: Limits) -> tuple[list[Probe], Tensor]:
+    """A few random texts, and their hidden states by transformers' own code: float32 (tokens, hidden).
+
+    Raises:
+        ModelError: transformers' code does not make a hidden state of each token.
+    """
+    expectation = (
+        f"{directory.checkpoint / 'config.json'}: model_type {directory.config['model_type']}: expected a model that makes a "
+        f"hidden state of each token of a text of any length, but {type(model).__name__}"
+    )
+    try:
+        probes = probes_of(model, limits)
+        expected = reference(model, probes, limits)
+    except Exception as error:  # an architecture may fail in any way
+        if means_out_of_memory(error):
+            raise
+        raise ModelError(f"{expectation} raises {type(error).__name__}: {first_line(error)}") from error
+    tokens, hidden = sum(len(probe.ids) for probe in probes), model.config.hidden_size
+    if expected.shape != (tokens, hidden):
+        raise ModelError(
+            f"{expectation} makes {tuple(expected.shape)} of {tokens} tokens and hidden_size {hidden}"
+        )
+    return probes, expected

@@ -68,7 +68,7 @@ def model_version(
     for name in ("special_tokens_map.json", "added_tokens.json"):
         file = checkpoint / name
         add(name, read_bounded(file) if file.exists() else b"")
-    add("pooling", directory.pooling.encode())
+    add("pooling", "+".join(directory.pooling).encode())
     add("prompts", _canonical({name: prompt for name, prompt in directory.prompts.items() if prompt}))
     add("default_prompt", directory.default_prompt.encode())
     add("lower_case", str(directory.lower_case).encode())

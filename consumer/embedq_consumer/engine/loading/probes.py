@@ -13,6 +13,7 @@ from torch import Tensor
 
 from embedq_consumer.engine.api import ModelError
 from embedq_consumer.engine.model_directory import ModelDirectory
+from embedq_consumer.engine.models.any_transformers import hidden_states
 from embedq_consumer.engine.models.rotary import scaled_length, thresholds
 from embedq_consumer.engine.models.traits import Limits, Probe
 
@@ -85,15 +86,11 @@ def reference(model: Any, probes: Sequence[Probe], limits: Limits) -> Tensor:
 
     Returns float32 (tokens, hidden).
     """
-    known = inspect.signature(model.forward).parameters
     hidden = []
     for probe in probes:
         ids = torch.from_numpy(probe.ids.astype(np.int64)).to(model.device).unsqueeze(0)
-        more = {"attention_mask": torch.ones_like(ids)} if "attention_mask" in known else {}
-        if probe.start:
-            positions = torch.arange(probe.start, probe.reach, device=model.device) + limits.position_offset
-            more["position_ids"] = positions.unsqueeze(0)
-        hidden.append(model(input_ids=ids, **more).last_hidden_state[0].float())
+        positions = torch.arange(probe.start, probe.reach, device=model.device) + limits.position_offset
+        hidden.append(hidden_states(model, ids, positions.unsqueeze(0) if probe.start else None)[0].float())
     return torch.cat(hidden)
 
 

@@ -244,6 +244,8 @@ def _flat(angles: Any) -> Tensor:
 
 def _rotary_modules(model: Any) -> Iterator[torch.nn.Module]:
     for module in model.modules():
+        if isinstance(module.forward, _RotaryByText):
+            continue
         takes = inspect.signature(module.forward).parameters
         if hasattr(module, "rope_type") and "position_ids" in takes and any(True for _ in module.buffers()):
             yield module
