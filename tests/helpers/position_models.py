@@ -6,16 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.tiny_models import (
-    _byte_level_bpe as byte_level_bpe,
-    _word_piece as word_piece,
-    _write_byte_level_bpe as write_byte_level_bpe,
-    _write_sentence_transformers as write_sentence_transformers,
-    _write_weights as write_weights,
-    _write_word_piece as write_word_piece,
-)
+from tests.helpers import tiny_models
 
 __all__ = ["LENGTH_DEPENDENT", "ORIGINAL", "ROBERTAS", "ROPE_TYPES", "ROTARY", "make_roberta", "make_rotary"]
+
+_tiny: Any = tiny_models
+"""Its parts, of which these models are made, too."""
 
 ORIGINAL = 64
 """Tokens after which rotary frequencies change, where they do."""
@@ -80,7 +76,7 @@ def make_rotary(path: Path, family: str, rope_type: str, *, seed: int = 0) -> Pa
     """
     import transformers
 
-    tokenizer = byte_level_bpe()
+    tokenizer = _tiny._byte_level_bpe()
     end = tokenizer.token_to_id("<|endoftext|>")
     rope = ROPE_TYPES[rope_type] | {"rope_type": rope_type, "rope_theta": 10_000.0}
     fields: dict[str, Any] = {
@@ -118,9 +114,9 @@ def make_rotary(path: Path, family: str, rope_type: str, *, seed: int = 0) -> Pa
         f"{family.removesuffix('Text')}TextModel" if family == "Gemma3Text" else f"{family}Model",
     )(config)
     path.mkdir(parents=True, exist_ok=True)
-    write_weights(path, model, seed)
-    write_byte_level_bpe(path, tokenizer)
-    write_sentence_transformers(path, hidden=_HIDDEN, pooling="lasttoken", normalize=True)
+    _tiny._write_weights(path, model, seed)
+    _tiny._write_byte_level_bpe(path, tokenizer)
+    _tiny._write_sentence_transformers(path, hidden=_HIDDEN, pooling="lasttoken", normalize=True)
     return path
 
 
@@ -128,7 +124,7 @@ def make_roberta(path: Path, family: str, *, seed: int = 0, max_tokens: int = 12
     """Write an embedding model of a `family` in ROBERTAS (mean, then normalize); its padding is the token [PAD]. Returns `path`."""
     import transformers
 
-    tokenizer = word_piece()
+    tokenizer = _tiny._word_piece()
     pad = tokenizer.token_to_id("[PAD]")
     assert pad is not None
     fields: dict[str, Any] = {
@@ -148,9 +144,9 @@ def make_roberta(path: Path, family: str, *, seed: int = 0, max_tokens: int = 12
     config = getattr(transformers, f"{family}Config")(**fields)
     maker: Callable[..., Any] = getattr(transformers, f"{family}Model")
     path.mkdir(parents=True, exist_ok=True)
-    write_weights(path, maker(config, add_pooling_layer=False), seed)
-    write_word_piece(path, tokenizer, max_tokens, tokenizer_class="PreTrainedTokenizerFast")
-    write_sentence_transformers(
+    _tiny._write_weights(path, maker(config, add_pooling_layer=False), seed)
+    _tiny._write_word_piece(path, tokenizer, max_tokens, tokenizer_class="PreTrainedTokenizerFast")
+    _tiny._write_sentence_transformers(
         path, hidden=_HIDDEN, pooling="mean", normalize=True, max_seq_length=max_tokens
     )
     return path
