@@ -29,7 +29,11 @@ class _NoPooler(nn.Module):
 def obstacle(model: Any) -> str | None:
     """Why texts of `model` cannot share a row, where that shows in long texts alone; None if nothing is known."""
     foreign = sorted(set(getattr(model.config, "layer_types", None) or ()) - _PACKED_LAYERS)
-    return f"layer_types: {', '.join(foreign)}" if foreign else None
+    if foreign:
+        return f"layer_types: {', '.join(foreign)}"
+    if getattr(model.config, "attn_temperature_tuning", False):
+        return "attn_temperature_tuning: by a token's place in the row, not in its text"  # Llama 4
+    return None
 
 
 def packed_forward(model: Any, longest: int) -> HiddenForward:
