@@ -50,6 +50,11 @@ def test_a_mixed_batch_gives_what_sentence_transformers_gives(encoder: Encoder, 
         assert difference <= TOLERANCE, dimensions
 
 
+def test_what_can_be_packed_is_packed(path: Path, encoder: Encoder) -> None:
+    # T5's attention cannot be replaced: its texts run by length.
+    assert encoder.kernels["attention"] == ("by_length" if path.name == "t5" else "torch_sdpa")
+
+
 def test_a_text_gives_the_same_alone_and_packed_in_every_position(encoder: Encoder) -> None:
     for text in ("the old stone wall", "the old stone wall " * 30):
         neighbors = (*LONG_TEXTS[:4], *LONG_TEXTS[-4:-1])
@@ -177,7 +182,9 @@ def test_the_first_dense_module_must_take_what_the_pooling_gives(tmp_path: Path)
     path = make_tiny_gemma3(tmp_path / "a", dense=[(64, "Identity", False)])
     other = make_tiny_gemma3(tmp_path / "b", dense=[(96, "Identity", False), (64, "Identity", False)])
     shutil.copytree(other / "3_Dense", path / "2_Dense", dirs_exist_ok=True)
-    with pytest.raises(ModelError, match="hidden_size is 128, but the first Dense module takes 96"):
+    with pytest.raises(
+        ModelError, match=r"mean pooling gives 128 components, but the first Dense module takes 96"
+    ):
         load_encoder(path, device="cpu")
 
 

@@ -160,6 +160,7 @@ class Graphs:
         self._run = forward.run
         self._hidden = forward.hidden_size
         self._device = device = forward.device
+        self._padding = forward.padding
         self.sizes = RowSizes(
             graph_limit(forward.attention, forward.longest), part_tokens, deterministic=deterministic
         )
@@ -321,7 +322,16 @@ class Graphs:
         size, slots = fitting
         graph = self._graph(size, slots, shared)
         staging = self._free_staging()
-        length = _lay_out(staging.inputs.numpy(), texts, lengths, size, slots, saved_rows, shared=shared)
+        length = _lay_out(
+            staging.inputs.numpy(),
+            texts,
+            lengths,
+            size,
+            slots,
+            saved_rows,
+            shared=shared,
+            padding=self._padding,
+        )
         outputs = staging.outputs.first(len(texts))
         with self._here():
             self._inputs[:length].copy_(staging.inputs[:length], non_blocking=True)
@@ -368,7 +378,7 @@ class Graphs:
         )
         length = shared_length(size, slots, keys) if shared else input_length(size, slots)
         host = torch.empty(length, dtype=torch.int32).pin_memory()
-        _lay_out(host.numpy(), texts, lengths, size, slots, saved_rows, shared=shared)
+        _lay_out(host.numpy(), texts, lengths, size, slots, saved_rows, shared=shared, padding=self._padding)
         outputs = _Outputs.empty(slots, self._hidden)
         with self._here():
             inputs = host.to(self._device, non_blocking=True)
@@ -437,10 +447,11 @@ def _lay_out(
     saved_rows: Ids | None,
     *,
     shared: bool,
+    padding: int | None,
 ) -> int:
     """Write one part's inputs; returns the length in use."""
     length = input_length(size, slots)
-    pack_row(inputs[:length], [text.own for text in texts], lengths, size, slots)
+    pack_row(inputs[:length], [text.own for text in texts], lengths, size, slots, padding)
     return (
         pack_prefixes(inputs, [text.prefix for text in texts], lengths, saved_rows, size, slots)
         if shared

@@ -45,7 +45,7 @@ def described(model: Any, directory: ModelDirectory) -> ModelSnapshot | None:
         directory,
         Limits(max_tokens=8, position_offset=0),
         tokenizer=EffectiveTokenizer(b"{}"),
-        sequences=[],
+        probes=[],
         expected=torch.empty(0),
     )
 

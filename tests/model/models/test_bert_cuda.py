@@ -85,18 +85,38 @@ def texts() -> list[torch.Tensor]:
     return [torch.randint(2, 60, (n,), generator=generator, dtype=torch.int32) for n in LENGTHS]
 
 
-def row_of(sequences: Sequence[torch.Tensor], size: int, slots: int) -> Row:
+def row_of(sequences: Sequence[torch.Tensor], size: int, slots: int, padding: int | None = None) -> Row:
     inputs = np.zeros(input_length(size, slots), dtype=np.int32)
     lengths = np.array([len(ids) for ids in sequences], dtype=np.int32)
-    pack_row(inputs, [ids.numpy() for ids in sequences], lengths, size, slots)
+    pack_row(inputs, [ids.numpy() for ids in sequences], lengths, size, slots, padding)
     return split_row(torch.from_numpy(inputs), size, slots, None, 0, 0)
 
 
+# More than six: what a forward is used for, each by its own name.
 def options(
-    pooling: str = "mean", max_tokens: int = LONGEST, offset: int = 0, **fields: Any
+    pooling: str = "mean",
+    max_tokens: int = LONGEST,
+    offset: int = 0,
+    padding: int | None = None,
+    **fields: Any,
 ) -> ForwardOptions:
-    limits = Limits(max_tokens=max_tokens, position_offset=offset)
+    limits = Limits(max_tokens=max_tokens, position_offset=offset, padding=padding)
     return ForwardOptions(pooling=POOLINGS[pooling], limits=limits, **fields)
+
+
+def test_a_text_that_spells_the_padding_is_what_transformers_makes_of_it() -> None:
+    """Such tokens stand at the padding's position, and those after them are counted without them."""
+    model = model_of("XLMRoberta", "gelu")
+    padding = int(model.config.pad_token_id)
+    spelled = [*texts(), torch.tensor([5, padding, 6, padding, padding, 7], dtype=torch.int32)]
+    spelled[2][-1] = padding
+    wanted = [model(input_ids=ids.long()[None]).last_hidden_state[0] for ids in spelled]
+    used = options("mean", offset=padding + 1, padding=padding)
+    forward = PackedBertCuda(model.bfloat16(), used, attention=attend)
+    out = torch.full((16, HIDDEN), float("nan"))
+    forward.pooled().run(row_of(spelled, 96, 16, padding), 96, out)
+    expected = torch.stack([x.mean(0) for x in wanted])
+    assert F.cosine_similarity(out[: len(spelled)], expected, dim=1).min() > 0.999
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)

@@ -66,6 +66,8 @@ class ModelSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """Of an RMS norm after the last layer; None without one."""
     max_tokens: int
     position_offset: int
+    padding: int | None
+    """As in `models.traits.Limits`."""
     tokenizer: bytes
     """The effective tokenizer as JSON, in the tokenizers library's own format."""
     split_special_tokens: bool
@@ -73,6 +75,8 @@ class ModelSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """As in `EffectiveTokenizer`."""
     sequences: tuple[tuple[int, ...], ...]
     """Random tokens that a load is proved on."""
+    starts: tuple[int, ...]
+    """The position of the first token of each of `sequences`."""
     expected: bytes
     """Their hidden states after the last layer by transformers' own forward, each alone: float32 (tokens, hidden)."""
 

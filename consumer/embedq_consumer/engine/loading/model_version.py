@@ -51,7 +51,7 @@ def model_version(
 
     add("config", _canonical(directory.config, _IDLE_CONFIG))
     add("tokenizer", tokenizer.encode())
-    add("pooling", directory.pooling.encode())
+    add("pooling", "+".join(directory.pooling).encode())
     add("prompts", _canonical({name: prompt for name, prompt in directory.prompts.items() if prompt}))
     add("default_prompt", directory.default_prompt.encode())
     add("max_tokens", str(max_tokens).encode())
