@@ -49,7 +49,11 @@ Vectors = npt.NDArray[np.float32]
 
 _CPU_TOKENS = 1024
 """Tokens run at once on a CPU: fewer leave the cores idle, many more fall out of the caches (benchmarks/encoder_cpu.py)."""
-_PROBE_COSINE = {torch.float32: 0.9999, torch.bfloat16: 0.99, torch.float16: 0.99}
+_PROBE_COSINE = {torch.float32: 1 - 1e-6, torch.bfloat16: 0.99, torch.float16: 0.99}
+"""In float32, a thousandth of a vector's length: a hundred times what rounding takes, and less than what a text sees of its
+neighbors where they are not kept apart."""
+_PROBE_COSINE_ROUNDED = 0.9999
+"""Of a checkpoint that is quantized: where activations are rounded, too, the last bit may decide between two steps."""
 _PROBE_COSINE_FP8 = 0.9
 """Far below what FP8 gives on trained weights, far above what a wrong forward gives on any."""
 
@@ -122,6 +126,8 @@ class PackedEncoder:
         self._vocabulary: int = int(model.config.vocab_size)
         self._deterministic = options.deterministic
         self._least_cosine = _PROBE_COSINE_FP8 if quantized else _PROBE_COSINE[model.dtype]
+        if directory.quantization_method is not None:
+            self._least_cosine = min(self._least_cosine, _PROBE_COSINE_ROUNDED)
         last_norm_weight, self._last_norm = _take_last_norm(model, self._pooling)
         built = registry.build(
             model,
@@ -268,7 +274,10 @@ class PackedEncoder:
             slower = self._slower()
             self._forward = slower.hidden
             self.kernels = {**slower.kernels, "not_packed": problem}
-            problem = self._problem(sequences, expected)
+            if (second := self._problem(sequences, expected)) is None:
+                problem = None
+            else:
+                problem = f"neither packed ({problem}) nor by length ({second})"
         self._slower = None
         if problem is not None:
             raise NotImplementedError(problem)
@@ -285,18 +294,19 @@ class PackedEncoder:
     @torch.inference_mode()
     def _difference(self, sequences: Sequence[Ids], expected: Tensor) -> str | None:
         hidden, packing = self._hidden(sequences)
-        hidden = hidden.float()
+        # In double precision: float32 would round the cosines themselves to what they are compared with.
+        hidden, expected = hidden.float(), expected.double()
         if self._last_norm is not None:
             hidden = self._last_norm(hidden)
         if hidden.shape != expected.shape:
             return f"hidden states of the shape {tuple(hidden.shape)}, expected {tuple(expected.shape)}"
         finite = expected.isfinite().all(dim=1)
-        cosines = F.cosine_similarity(hidden[finite], expected[finite], dim=1)
+        cosines = F.cosine_similarity(hidden[finite].double(), expected[finite], dim=1)
         if self._graphs is not None:
             # Few tokens and many take different kernels: the same sequences once, and many times over.
             for times in (1, 16):
                 vectors = torch.from_numpy(self._graphs.encode(list(sequences) * times)).to(expected)
-                wanted = self._pooling.pool(expected, packing.cu_seqlens).repeat(times, 1)
+                wanted = self._pooling.pool(expected, packing.cu_seqlens).repeat(times, 1).to(expected)
                 known = wanted.isfinite().all(dim=1)
                 cosines = torch.cat([cosines, F.cosine_similarity(vectors[known], wanted[known], dim=1)])
         if bool((cosines >= self._least_cosine).all()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ from embedq_consumer.engine.loading.model_version import model_version, tensor_d
 from embedq_consumer.engine.loading.weights import CheckpointWeights, snapshot_of
 from embedq_consumer.engine.model_directory import ENCODERS, ModelDirectory, read_directory
 from embedq_consumer.engine.models import registry
-from embedq_consumer.engine.models.any_transformers import hidden_states
+from embedq_consumer.engine.models.any_transformers import hidden_states, unsteady
 from embedq_consumer.engine.models.traits import Limits
 from embedq_consumer.engine.pooling import pooling_of
 from embedq_consumer.engine.safety.panics import first_line, panics_caught
@@ -147,6 +148,7 @@ def _from_transformers(directory: ModelDirectory, target: torch.device, timer: L
     limits = _limits(directory, model)
     with timer.step("tokenizer"), _quiet_transformers():
         tokenizer = TextTokenizer.load(directory, limits.max_tokens)
+    _refuse_token_types(directory, model, tokenizer)
     with timer.step("device"):
         if model.device != target:
             model.to(target)
@@ -316,6 +318,8 @@ def _load_model(directory: ModelDirectory, target: torch.device) -> Any:
         raise ModelError(
             f"{directory.tensors[0].file}: shapes differ from config.json's: {loading['mismatched_keys']}"
         )
+    if problem := unsteady(model.config):
+        raise ModelError(f"{file}: {problem}")
     hidden = getattr(model.config, "hidden_size", None)
     if not isinstance(hidden, int):
         raise ModelError(f"{file}: hidden_size: missing")
@@ -367,6 +371,24 @@ def _probe(model: Any, max_tokens: int) -> list[Ids]:
     padding = getattr(model.config, "pad_token_id", None)
     usable = vocabulary if padding is None else np.delete(vocabulary, padding)
     return [random.choice(usable, n) for n in lengths]
+
+
+def _refuse_token_types(directory: ModelDirectory, model: Any, tokenizer: TextTokenizer) -> None:
+    """Every token runs as type 0.
+
+    Raises:
+        ModelError: sentence-transformers would give the model others.
+    """
+    others = tokenizer.token_types() - {0}
+    names = directory.tokenizer_config.get("model_input_names", ["token_type_ids"])
+    if (
+        others
+        and "token_type_ids" in names
+        and "token_type_ids" in inspect.signature(model.forward).parameters
+    ):
+        raise ModelError(
+            f"{directory.checkpoint / 'tokenizer.json'}: post_processor: expected tokens of type 0 alone, got {min(others)}"
+        )
 
 
 def _asked(directory: ModelDirectory, model: Any, limits: Limits) -> tuple[list[Ids], Tensor]:
