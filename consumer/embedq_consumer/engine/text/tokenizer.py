@@ -121,6 +121,10 @@ class TextTokenizer:
             if isinstance(found, Failed) and found.beyond is None:
                 raise ModelError(f"{file}: the tokenizer does not take every text: {found.reason}")
 
+    def token_types(self) -> set[int]:
+        """The types (segments) that the post-processor gives the tokens of a text; 0 is what models take for granted."""
+        return set(self._tokenizer.encode("a").type_ids)
+
     def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong | Failed]:
         """Tokens of each text, in order. Safe to call from many threads at once."""
 
