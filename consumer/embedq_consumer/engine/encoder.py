@@ -49,7 +49,11 @@ Vectors = npt.NDArray[np.float32]
 
 _CPU_TOKENS = 1024
 """Tokens run at once on a CPU: fewer leave the cores idle, many more fall out of the caches (benchmarks/encoder_cpu.py)."""
-_PROBE_COSINE = {torch.float32: 0.9999, torch.bfloat16: 0.99, torch.float16: 0.99}
+_PROBE_COSINE = {torch.float32: 1 - 1e-6, torch.bfloat16: 0.99, torch.float16: 0.99}
+"""In float32, a thousandth of a vector's length: a hundred times what rounding takes, and less than what a text sees of its
+neighbors where they are not kept apart."""
+_PROBE_COSINE_ROUNDED = 0.9999
+"""Of a checkpoint that is quantized: where activations are rounded, too, the last bit may decide between two steps."""
 _PROBE_COSINE_FP8 = 0.9
 """Far below what FP8 gives on trained weights, far above what a wrong forward gives on any."""
 
@@ -122,6 +126,8 @@ class PackedEncoder:
         self._vocabulary: int = int(model.config.vocab_size)
         self._deterministic = options.deterministic
         self._least_cosine = _PROBE_COSINE_FP8 if quantized else _PROBE_COSINE[model.dtype]
+        if directory.quantization_method is not None:
+            self._least_cosine = min(self._least_cosine, _PROBE_COSINE_ROUNDED)
         last_norm_weight, self._last_norm = _take_last_norm(model, self._pooling)
         built = registry.build(
             model,
@@ -277,7 +283,10 @@ class PackedEncoder:
             slower = self._slower()
             self._forward, self._takes_positions = slower.hidden, slower.takes_positions
             self.kernels = {**slower.kernels, "not_packed": problem}
-            problem = self._problem(probes, expected)
+            if (second := self._problem(probes, expected)) is None:
+                problem = None
+            else:
+                problem = f"neither packed ({problem}) nor by length ({second})"
         self._slower = None
         if problem is not None:
             raise NotImplementedError(problem)
@@ -327,7 +336,8 @@ class PackedEncoder:
 
     def _said(self, found: Tensor, wanted: Tensor) -> str | None:
         finite = wanted.isfinite().all(dim=1)
-        cosines = F.cosine_similarity(found[finite], wanted[finite], dim=1)
+        # In double precision: float32 would round the cosines themselves to what they are compared with.
+        cosines = F.cosine_similarity(found[finite].double(), wanted[finite].double(), dim=1)
         if bool((cosines >= self._least_cosine).all()):
             return None
         return "packed sequences do not give the same as each one alone"

@@ -76,8 +76,9 @@ class PooledForward(msgspec.Struct, frozen=True, kw_only=True):
     """A forward that ends in pooled vectors, and can be captured as a CUDA graph."""
 
     run: Callable[[Row, int, Tensor], None]
-    """(row, longest, out): writes one pooled vector for each slot to `out`, float32 (slots, hidden)."""
+    """(row, longest, out): writes one pooled vector for each slot to `out`, float32 (slots, hidden_size)."""
     hidden_size: int
+    """Components of a pooled vector."""
     device: torch.device
     attention: Callable[..., Tensor]
     """The attention kernel that it calls."""

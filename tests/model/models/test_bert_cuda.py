@@ -5,7 +5,7 @@ Attention is the one part that has no kernel there: PyTorch's own takes its plac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,11 @@ from embedq_consumer.engine.kernels.attention import Packing
 from embedq_consumer.engine.kernels.fp8 import in_fp8
 from embedq_consumer.engine.models.bert_cuda import PackedBertCuda
 from embedq_consumer.engine.models.traits import ForwardOptions, Limits
-from embedq_consumer.engine.pooling import POOLINGS
+from embedq_consumer.engine.pooling import POOLINGS, pooling_of
 from embedq_consumer.engine.row import Row, input_length, pack_row, split_row
 from tests.helpers.encoders import normalized, tokens_of
 from tests.helpers.tiny_models import minilm_path
+from tests.model.test_pooling import DEFINITIONS
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu/test_bert.py runs it for real"),
@@ -101,7 +102,7 @@ def options(
     **fields: Any,
 ) -> ForwardOptions:
     limits = Limits(max_tokens=max_tokens, position_offset=offset, padding=padding)
-    return ForwardOptions(pooling=POOLINGS[pooling], limits=limits, **fields)
+    return ForwardOptions(pooling=pooling_of(pooling.split("+")), limits=limits, **fields)
 
 
 def test_a_text_that_spells_the_padding_is_what_transformers_makes_of_it() -> None:
@@ -119,7 +120,7 @@ def test_a_text_that_spells_the_padding_is_what_transformers_makes_of_it() -> No
     assert F.cosine_similarity(out[: len(spelled)], expected, dim=1).min() > 0.999
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("pooling", [*POOLINGS, "mean+lasttoken+weightedmean"])
 @pytest.mark.parametrize(
     ("kind", "activation", "offset"),
     [("Bert", "gelu", 0), ("XLMRoberta", "gelu", 2), ("Roberta", "gelu_new", 2)],
@@ -134,15 +135,10 @@ def test_pooled_and_hidden_states_are_those_of_transformers(
     hidden = forward(torch.cat(texts()), positions, Packing.of(LENGTHS, torch.device("cpu")))
     assert hidden.dtype == torch.float32
     assert F.cosine_similarity(hidden, torch.cat(wanted), dim=1).min() > 0.999
-    out = torch.full((16, HIDDEN), float("nan"))
-    forward.pooled().run(row_of(texts(), 80, 16), 80, out)
-    ways: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-        "mean": lambda x: x.mean(0),
-        "cls": lambda x: x[0],
-        "lasttoken": lambda x: x[-1],
-    }
-    chosen = ways[pooling]
-    expected = torch.stack([chosen(x) for x in wanted])
+    pooled = forward.pooled()
+    out = torch.full((16, pooled.hidden_size), float("nan"))
+    pooled.run(row_of(texts(), 80, 16), 80, out)
+    expected = torch.stack([torch.cat([DEFINITIONS[name](x) for name in pooling.split("+")]) for x in wanted])
     assert F.cosine_similarity(out[: len(LENGTHS)], expected, dim=1).min() > 0.9995
     assert out.isfinite().all()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,7 @@ from embedq_consumer.engine.loading.probes import limits_of, probes_of, referenc
 from embedq_consumer.engine.loading.weights import CheckpointWeights, snapshot_of
 from embedq_consumer.engine.model_directory import ENCODERS, ModelDirectory, read_directory
 from embedq_consumer.engine.models import registry
+from embedq_consumer.engine.models.any_transformers import unsteady
 from embedq_consumer.engine.models.traits import Limits, Probe
 from embedq_consumer.engine.pooling import pooling_of
 from embedq_consumer.engine.safety.panics import first_line, panics_caught
@@ -142,6 +144,7 @@ def _from_transformers(directory: ModelDirectory, target: torch.device, timer: L
     limits = limits_of(directory, model)
     with timer.step("tokenizer"), _quiet_transformers():
         tokenizer = TextTokenizer.load(directory, limits.max_tokens)
+    _refuse_token_types(directory, model, tokenizer)
     with timer.step("device"):
         if model.device != target:
             model.to(target)
@@ -316,6 +319,8 @@ def _load_model(directory: ModelDirectory, target: torch.device) -> Any:
         raise ModelError(
             f"{directory.tensors[0].file}: shapes differ from config.json's: {loading['mismatched_keys']}"
         )
+    if problem := unsteady(model.config):
+        raise ModelError(f"{file}: {problem}")
     hidden = getattr(model.config, "hidden_size", None)
     if not isinstance(hidden, int):
         raise ModelError(f"{file}: hidden_size: missing")
@@ -335,6 +340,24 @@ def _load_model(directory: ModelDirectory, target: torch.device) -> Any:
             module.chunk_size_feed_forward = 0
     model.config.use_cache = False
     return model.eval().requires_grad_(False)
+
+
+def _refuse_token_types(directory: ModelDirectory, model: Any, tokenizer: TextTokenizer) -> None:
+    """Every token runs as type 0.
+
+    Raises:
+        ModelError: sentence-transformers would give the model others.
+    """
+    others = tokenizer.token_types() - {0}
+    names = directory.tokenizer_config.get("model_input_names", ["token_type_ids"])
+    if (
+        others
+        and "token_type_ids" in names
+        and "token_type_ids" in inspect.signature(model.forward).parameters
+    ):
+        raise ModelError(
+            f"{directory.checkpoint / 'tokenizer.json'}: post_processor: expected tokens of type 0 alone, got {min(others)}"
+        )
 
 
 def _asked(directory: ModelDirectory, model: Any, limits: Limits) -> tuple[list[Probe], Tensor]:

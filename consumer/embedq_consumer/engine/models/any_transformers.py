@@ -14,7 +14,7 @@ from embedq_consumer.engine.kernels.attention import PACKED, Packing, register
 from embedq_consumer.engine.models.rotary import by_text
 from embedq_consumer.engine.row import HiddenForward
 
-__all__ = ["by_length_forward", "hidden_states", "obstacle", "own_attention", "packed_forward"]
+__all__ = ["by_length_forward", "hidden_states", "obstacle", "own_attention", "packed_forward", "unsteady"]
 
 _PACKED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
@@ -24,6 +24,16 @@ class _NoPooler(nn.Module):
 
     def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden
+
+
+def unsteady(config: Any) -> str | None:
+    """Why a text's hidden states depend on more than the text, where no short text shows it; None if nothing is known."""
+    match config.model_type:
+        case "big_bird" if config.attention_type != "original_full":
+            return "attention_type: expected original_full: any other one turns into it for good at the first short text"
+        case "reformer" if "lsh" in config.attn_layers:
+            return "attn_layers: expected local alone: lsh hashes the tokens of a long text at random"
+    return None
 
 
 def obstacle(model: Any) -> str | None:

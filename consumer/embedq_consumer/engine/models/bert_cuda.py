@@ -119,7 +119,7 @@ class PackedBertCuda:
         """Up to the pooled vector, with positions that start at `limits.row_offset` of the model's."""
         return PooledForward(
             run=self._pool,
-            hidden_size=self.hidden_size,
+            hidden_size=self._pooling.width(self.hidden_size),
             device=self.device,
             attention=self.attention,
             longest=self._max_tokens,

@@ -100,6 +100,10 @@ class TextTokenizer:
             if isinstance(found, Failed):
                 raise ModelError(f"{file}: the tokenizer does not take every text: {found.reason}")
 
+    def token_types(self) -> set[int]:
+        """The types (segments) that the post-processor gives the tokens of a text; 0 is what models take for granted."""
+        return set(self._tokenizer.encode("a").type_ids)
+
     @classmethod
     def from_json(cls, serialized: str, max_tokens: int) -> TextTokenizer:
         """The one that `to_json` came from."""
