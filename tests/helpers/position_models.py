@@ -8,7 +8,16 @@ from typing import Any
 
 from tests.helpers import tiny_models
 
-__all__ = ["LENGTH_DEPENDENT", "ORIGINAL", "ROBERTAS", "ROPE_TYPES", "ROTARY", "make_roberta", "make_rotary"]
+__all__ = [
+    "LENGTH_DEPENDENT",
+    "ORIGINAL",
+    "ROBERTAS",
+    "ROPE_TYPES",
+    "ROTARY",
+    "make_esm",
+    "make_roberta",
+    "make_rotary",
+]
 
 _tiny: Any = tiny_models
 """Its parts, of which these models are made, too."""
@@ -145,6 +154,33 @@ def make_roberta(path: Path, family: str, *, seed: int = 0, max_tokens: int = 12
     maker: Callable[..., Any] = getattr(transformers, f"{family}Model")
     path.mkdir(parents=True, exist_ok=True)
     _tiny._write_weights(path, maker(config, add_pooling_layer=False), seed)
+    _tiny._write_word_piece(path, tokenizer, max_tokens, tokenizer_class="PreTrainedTokenizerFast")
+    _tiny._write_sentence_transformers(
+        path, hidden=_HIDDEN, pooling="mean", normalize=True, max_seq_length=max_tokens
+    )
+    return path
+
+
+def make_esm(path: Path, *, seed: int = 0, max_tokens: int = 128) -> Path:
+    """Write an ESM embedding model (mean, then normalize), whose embeddings are scaled by the share of [MASK]. Returns `path`."""
+    from transformers import EsmConfig, EsmModel
+
+    tokenizer = _tiny._word_piece()
+    pad = tokenizer.token_to_id("[PAD]")
+    config = EsmConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        mask_token_id=tokenizer.token_to_id("[MASK]"),
+        pad_token_id=pad,
+        hidden_size=_HIDDEN,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=max_tokens + pad + 1,
+        position_embedding_type="rotary",
+        token_dropout=True,
+    )
+    path.mkdir(parents=True, exist_ok=True)
+    _tiny._write_weights(path, EsmModel(config, add_pooling_layer=False), seed)
     _tiny._write_word_piece(path, tokenizer, max_tokens, tokenizer_class="PreTrainedTokenizerFast")
     _tiny._write_sentence_transformers(
         path, hidden=_HIDDEN, pooling="mean", normalize=True, max_seq_length=max_tokens

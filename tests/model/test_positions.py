@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from embedq_consumer.engine import Chunked, Encoder, Text, Tokens, load_encoder
+from embedq_consumer.engine.models.any_transformers import obstacle
 from tests.helpers.encoders import normalized, tokens_of
 from tests.helpers.position_models import (
     LENGTH_DEPENDENT,
@@ -20,6 +22,7 @@ from tests.helpers.position_models import (
     ROBERTAS,
     ROPE_TYPES,
     ROTARY,
+    make_esm,
     make_roberta,
     make_rotary,
 )
@@ -40,6 +43,15 @@ TEXTS = [
     "stone " * 600,
     "",
 ]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models of this size gain nothing from two threads, which on a busy machine wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def alone_by_transformers(path: Path, ids: Sequence[Ids]) -> Vectors:
@@ -157,6 +169,16 @@ def test_the_proof_sees_frequencies_that_follow_the_longest_text_of_a_row(
     assert encoder.kernels["not_packed"] == "packed sequences do not give the same as each one alone"
 
 
+def test_what_goes_by_a_tokens_place_in_the_row_is_not_packed() -> None:
+    """Llama 4's attention counts the call's tokens, in steps of 8,192: no short probe could tell."""
+    from transformers import Llama4TextConfig
+
+    layers: Any = {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
+    for tuned in (True, False):
+        model = SimpleNamespace(config=Llama4TextConfig(attn_temperature_tuning=tuned, **layers))
+        assert (obstacle(model) is not None) == tuned
+
+
 # -- positions that skip padding ---------------------------------------------------------------------------------------
 
 SPELLED = [
@@ -179,9 +201,21 @@ def test_a_text_that_spells_the_padding_is_what_sentence_transformers_makes_of_i
     encoder = load_encoder(make_roberta(tmp_path, family), device="cpu")
     reference = SentenceTransformer(str(tmp_path), device="cpu", local_files_only=True)
     ids = tokens_of(encoder, [Text(text, truncate="end") for text in SPELLED])
-    assert sum(int((text == 0).sum()) for text in ids) >= 9
+    assert sum(int((text == 0).sum()) for text in ids) == 8
     wanted = np.stack([reference.encode([text])[0] for text in SPELLED])
     together = normalized(encoder.encode(ids))
     apart = normalized(np.concatenate([encoder.encode([text]) for text in ids]))
     assert np.abs(together - wanted).max() <= TOLERANCE
     assert np.abs(apart - wanted).max() <= TOLERANCE
+
+
+def test_special_tokens_that_change_what_stands_beside_them_are_seen_by_the_proof(tmp_path: Path) -> None:
+    """ESM scales a call's embeddings by its share of masked tokens, which a packed row mixes."""
+    from sentence_transformers import SentenceTransformer
+
+    encoder = load_encoder(make_esm(tmp_path), device="cpu")
+    assert "not_packed" in encoder.kernels
+    reference = SentenceTransformer(str(tmp_path), device="cpu", local_files_only=True)
+    ids = tokens_of(encoder, [Text(text, truncate="end") for text in SPELLED])
+    wanted = np.stack([reference.encode([text])[0] for text in SPELLED])
+    assert np.abs(normalized(encoder.encode(ids)) - wanted).max() <= TOLERANCE

@@ -147,13 +147,13 @@ class _RotaryByText:
             return original
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-        # As transformers calls them; a tensor on the host, since `dynamic` would wait for one on the device.
+        # As transformers calls them, but on the host, and copied from there: nothing waits for the device.
         kind = self._kinds[layer_type]
         length = torch.tensor(key) if kind == "dynamic" else key
         more = {} if layer_type is None else {"layer_type": layer_type}
         frequencies: Tensor
-        frequencies, _ = ROPE_INIT_FUNCTIONS[kind](module.config, original.device, seq_len=length, **more)
-        return frequencies
+        frequencies, _ = ROPE_INIT_FUNCTIONS[kind](module.config, torch.device("cpu"), seq_len=length, **more)
+        return frequencies.to(original.device, non_blocking=True)
 
 
 def _changed(module: torch.nn.Module, longest: int) -> _RotaryByText | None:
