@@ -25,7 +25,7 @@ _PROBES = (
     "The harbour pilot boards the ship two miles before the breakwater. 0123456789 " * 40,
     "Straße café naïve Łódź αβγ Москва עברית العربية हिन्दी ไทย 한국어 日本語 汉字 ነው ქართული",
     "👩\u200d👩\u200d👧 🛂 ﷽ ﬁ ½ ℵ 𝔘𝔫𝔦 𐍈 \U0010fffd",
-    "def f(x): return {x: [x ** 2]}  # <|im_end|> [MASK] </s> <pad>",
+    "def f(x): return {x: [x ** 2]}  # <|im_end|> [MASK] </s> <pad> <mask>",
     "".join(map(chr, (*range(0x20, 0xD800, 97), *range(0xE000, 0x20000, 997)))),
 )
 """Texts of every kind: nothing, controls, many scripts, emoji, code, what spells special tokens, and characters of all planes."""
