@@ -1,4 +1,4 @@
-"""Some of all architectures; `make architectures` sweeps the rest of them."""
+"""Some of all architectures, and, in the slow tier and with `make architectures`, all of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.architectures.sweep import judge
+from tests.architectures.sweep import judge, sweep
 from tests.architectures.tiny_configs import Unmade, every_kind, make
 
 PACKED = ("albert", "electra", "eurobert", "gte", "nomic_bert", "qwen2", "phi3", "cohere2", "olmo2")
@@ -57,6 +57,17 @@ def test_these_are_refused_in_one_line(kind: str, tmp_path: Path) -> None:
     assert found.verdict == "refused", found
     assert found.detail.startswith(f"{tmp_path}/config.json: ")
     assert re.search(message, found.detail)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("part", range(6))
+def test_no_architecture_escapes(part: int, tmp_path: Path) -> None:
+    """A sixth of all, each of which is served with transformers' own vectors, or refused in one line."""
+    found = sweep(every_kind()[part::6], tmp_path, lambda _: None)
+    assert [each for each in found if each.verdict in ("wrong", "escaped")] == []
+    # If most could not be made, this would show nothing.
+    assert sum(each.verdict == "served" for each in found) >= 20
 
 
 def test_every_name_here_is_an_architecture_of_transformers() -> None:

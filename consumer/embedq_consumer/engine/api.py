@@ -195,7 +195,7 @@ class Encoder(Protocol):
     """`sha256:` and 64 hex digits over weights, tokenizer, pooling, prompts and options: equal exactly when vectors are
     comparable."""
     hidden_size: int
-    """Components of a vector: the model's width, or that of its last Dense module."""
+    """Components of a vector: the model's width, times the number of poolings, or the width of its last Dense module."""
     max_tokens: int
     """Longest input, special tokens included."""
     prompts: Mapping[str, str]
