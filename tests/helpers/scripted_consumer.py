@@ -181,6 +181,11 @@ class ScriptedConsumer:
         self.ends[partition] = self.ends.get(partition, 0) + length
         self._arrived.set()
 
+    def make_anew(self, partition: TopicPartition) -> None:
+        """Its topic was deleted and made again: nothing is there."""
+        self._records[partition] = {}
+        self.ends[partition] = 0
+
     @property
     def latest(self) -> tuple[TopicPartition, ...]:
         """The partitions of the latest poll; none before the first."""
@@ -247,6 +252,8 @@ class ScriptedConsumer:
             log = self._records.get(partition, {})
             taken: list[ConsumerRecord] = []
             position = self.positions[partition]
+            if position > self.ends.get(partition, 0):
+                position = 0  # out of range, and so the earliest
             while position < self.ends.get(partition, 0) and len(taken) < limit:
                 if position in log:
                     taken.append(log[position])

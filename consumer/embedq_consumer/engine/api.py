@@ -88,11 +88,17 @@ class LoadArguments(TypedDict, total=False):
     dry_run_s: float | None
 
 
-class Memory(msgspec.Struct, frozen=True):
-    """A device's memory in bytes. `peak` is the most that this process used at once since the last call."""
+class Memory(msgspec.Struct, frozen=True, kw_only=True):
+    """A device's memory in bytes.
 
+    `used` is taken by anybody, `reserved` by this process, in use or not; what is reserved and not in use counts as `free`.
+    `peak` is the most that this process used at once so far.
+    """
+
+    used: int
     free: int
     total: int
+    reserved: int
     peak: int
 
 

@@ -71,14 +71,18 @@ def translate_errors(device: torch.device) -> Iterator[None]:
 
 
 def memory(device: torch.device) -> Memory | None:
-    """The device's memory; None for a CPU. What PyTorch holds without using it counts as free."""
+    """The device's memory; None for a CPU."""
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    peak = torch.cuda.max_memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    return Memory(free=free + held, total=total, peak=peak)
+    reserved = torch.cuda.memory_reserved(device)
+    return Memory(
+        used=total - free,
+        free=free + reserved - torch.cuda.memory_allocated(device),
+        total=total,
+        reserved=reserved,
+        peak=torch.cuda.max_memory_allocated(device),
+    )
 
 
 def _is_lost(device: torch.device) -> bool:

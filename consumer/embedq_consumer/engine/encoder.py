@@ -31,7 +31,7 @@ from embedq_consumer.engine.api import (
 )
 from embedq_consumer.engine.cuda_graphs import Graphs
 from embedq_consumer.engine.dense import DenseLayers
-from embedq_consumer.engine.device import memory, translated
+from embedq_consumer.engine.device import memory, translate_errors, translated
 from embedq_consumer.engine.kernels.attention import Packing
 from embedq_consumer.engine.model_directory import ModelDirectory
 from embedq_consumer.engine.models import registry
@@ -150,7 +150,8 @@ class PackedEncoder:
         return translated(self._device, lambda: self._start(batch))
 
     def memory(self) -> Memory | None:
-        return memory(self._device)
+        with translate_errors(self._device):
+            return memory(self._device)
 
     def _start(self, batch: Sequence[Tokens]) -> Pending:
         if any(tokens.spans for tokens in batch):

@@ -107,6 +107,13 @@ class HandOver:
         log.warning("expelled_from_group")
         self._apply(self._ownership.expelled())
 
+    def went_back(self, partition: TopicPartition) -> None:
+        """Its records begin below what was taken of it: where it begins is asked for again, and whose offsets they are."""
+        log.warning("partition_went_back", topic=partition.topic, partition=partition.partition)
+        self._ownership.reopen(partition)
+        self._committer.hurry()
+        self._changed()
+
     def _remade(self, partitions: frozenset[TopicPartition]) -> None:
         """Their topic is another one than that whose records were taken."""
         self._ledger.drop(partitions)

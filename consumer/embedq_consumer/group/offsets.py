@@ -99,6 +99,11 @@ class OffsetLedger:
         if state is not None and (known is None or position > known):
             state.next = position
 
+    def goes_back(self, partition: TopicPartition, offset: int) -> bool:
+        """Whether this offset is below what was taken: it is of another topic of the same name, or of one that lost its end."""
+        state = self._partitions.get(partition)
+        return state is not None and state.next is not None and offset < state.next
+
     def finish(self, ticket: Ticket) -> bool:
         """The record is answered. False if its epoch is over or it was finished before."""
         state = self._partitions.get(ticket.partition)

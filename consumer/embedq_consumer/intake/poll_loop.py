@@ -293,6 +293,10 @@ class Intake:
             if not self._reading.is_read(partition):
                 self._reading.start_over()
                 continue
+            if found and self._ledger.goes_back(partition, found[0].offset):
+                self._hand_over.went_back(partition)
+                self._reading.start_over()
+                continue
             lane = self._lane_of[partition.topic]
             for raw in found:
                 ticket = self._ledger.begin(partition, raw.offset)

@@ -58,7 +58,7 @@ class StatusReporter:
         """Change the status and publish it. What is not given of a command or a model stays as it was."""
         now = time.monotonic()
         if self.status.step != step:
-            self._metrics.reload_seconds.labels(self.status.step).observe(now - self._step_since)
+            self._metrics.reload_step_seconds.labels(self.status.step).observe(now - self._step_since)
             self._step_since = now
         self.status = msgspec.structs.replace(
             self.status,

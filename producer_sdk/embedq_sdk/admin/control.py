@@ -199,14 +199,18 @@ def _checked_command(
 def _next_command(command: Control, earlier: list[Control], live: list[Status]) -> Control:
     """The command with the next version, and with a fallback directory that is known to load.
 
+    What live replicas follow counts, too: the control topic may have been deleted and made again, and their versions only rise.
     The fallback is the current command's path if a live replica serves it, else that command's own fallback.
     """
+    followed = max((status.version or 0 for status in live), default=0)
     if not earlier:
-        return command
+        return msgspec.structs.replace(command, version=followed + 1)
     current = max(earlier, key=lambda record: record.version)
     served = any(s.version == current.version and s.state == "READY" for s in live)
     return msgspec.structs.replace(
-        command, version=current.version + 1, fallback=current.path if served else current.fallback
+        command,
+        version=max(current.version, followed) + 1,
+        fallback=current.path if served else current.fallback,
     )
 
 

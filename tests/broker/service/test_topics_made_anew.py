@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import for_code
 
@@ -89,6 +90,37 @@ async def test_each_job_of_the_new_topic_is_answered_although_jobs_of_the_old_on
         assert await replica.stop() == 0
 
 
+@pytest.mark.parametrize("settings", [{}, {"bulk_delivery": "exactly-once"}], ids=["bulk", "exactly-once"])
+async def test_a_replica_that_sleeps_while_the_new_topic_grows_longer_than_the_old_one_was_skips_none_of_it(
+    stack: DevStack, models: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """Where it would read on lies in the middle of the new topic, and nothing is out of range."""
+    topics = await make_topics(stack, fresh_prefix(), partitions=1)
+    old = await preload(stack, topics.bulk, _JOBS, long_job)
+    replica = Replica(stack, topics, models / "a", tmp_path / "log", redis=False, **settings)
+    async with (
+        replicas(replica),
+        reader(stack, topics.results, committed=settings != {}) as results,
+        administering(stack) as admin,
+    ):
+        answered = Answered(results)
+        await answered.some(1)
+        replica.kill(signal.SIGSTOP)
+        try:
+            await _make_anew(admin, topics.bulk, 1)
+            wanted = await preload(stack, topics.bulk, 2 * _JOBS, _new)
+        finally:
+            replica.kill(signal.SIGCONT)
+        await answered.until(wanted)
+        await until_committed(stack, topics)
+        assert await replica.stop() == 0
+        await answered.all()
+    if settings:
+        counts = answered.counts()
+        assert {job: counts[job] for job in wanted} == Counter(wanted)
+        assert max(counts[job] for job in old) == 1
+
+
 async def test_a_topic_made_anew_while_no_replica_runs_begins_at_its_beginning(
     stack: DevStack, models: Path, tmp_path: Path
 ) -> None:
@@ -113,8 +145,6 @@ async def test_a_broker_deletes_the_offsets_of_a_topic_with_it_and_takes_late_on
     """What Kafka itself does, on which all of this rests: the late commit would be the trap."""
     topics = await make_topics(stack, fresh_prefix(), partitions=1)
     await preload(stack, topics.jobs, 30)
-    from aiokafka import AIOKafkaConsumer, TopicPartition
-
     partition, group = TopicPartition(topics.jobs, 0), f"{topics.prefix}.plain"
     consumer = AIOKafkaConsumer(
         bootstrap_servers=stack.kafka_servers, group_id=group, enable_auto_commit=False
@@ -131,7 +161,7 @@ async def test_a_broker_deletes_the_offsets_of_a_topic_with_it_and_takes_late_on
                 return bool(found[partition].offset == -1)
 
             await wait_until(forgotten, what="a deleted offset")
-            await asyncio.wait_for(consumer.commit({partition: 30}), timeout=None)
+            await consumer.commit({partition: 30})
             found = await admin.list_consumer_group_offsets(group, partitions=[partition])
             assert found[partition].offset == 30
     finally:

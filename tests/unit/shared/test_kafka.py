@@ -426,8 +426,8 @@ async def test_other_errors_of_the_brokers_are_raised() -> None:
 
 
 async def test_lag_counts_what_is_there_and_not_committed() -> None:
-    """Committed within the topic, before its beginning, and never."""
-    cluster = Cluster({A: 18, TopicPartition("u", 0): 2})
+    """Committed within the topic, before its beginning, never, and beyond the end of a topic that was made anew."""
+    cluster = Cluster({A: 18, TopicPartition("u", 0): 2, TopicPartition("u", 1): 30})
 
     assert await group_lag(cluster, cluster, "mine", ["t", "u"]) == {"t": 2 + 15, "u": 15 + 15}
 

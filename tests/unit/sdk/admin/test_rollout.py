@@ -5,6 +5,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from embedq_sdk.admin.control import _next_command
 from embedq_sdk.admin.rollout import RolloutUpdate, RolloutView, StatusBoard, view_of
 from embedq_shared.codec import encode_record, read_command, read_status
 from embedq_shared.messages import Control, Status
@@ -125,8 +126,6 @@ def a_command(version: int = 1, **more: Any) -> Control:
 
 
 def test_the_next_command_falls_back_to_what_a_live_replica_serves() -> None:
-    from embedq_sdk.admin.control import _next_command
-
     new = a_command(path="/new")
 
     served = _next_command(new, [a_command(4), a_command(7, fallback="/old")], [a_status(version=7)])
@@ -138,6 +137,13 @@ def test_the_next_command_falls_back_to_what_a_live_replica_serves() -> None:
     assert (served.version, served.path, served.fallback) == (8, "/new", "/m7")
     assert (unproven.version, unproven.fallback) == (8, "/old")
     assert (first.version, first.fallback) == (1, None)
+
+
+def test_a_control_topic_that_was_made_anew_does_not_begin_below_what_replicas_follow() -> None:
+    new, live = a_command(path="/new"), [a_status(version=7), a_status("r2", version=None)]
+
+    assert _next_command(new, [], live).version == 8
+    assert _next_command(new, [a_command(2)], live).version == 8
 
 
 # -- of commands that were written at once ------------------------------------------------------------------------------
