@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -12,11 +12,13 @@ import click
 
 from embedq_sdk.cli.kafka_options import CONNECT_TIMEOUT_S, KafkaTarget, kafka_options
 from embedq_sdk.cli.running import FAILED, run, say
+from embedq_sdk.cli.standard_input import InputLines
 from embedq_sdk.cli.text_sources import STANDARD_INPUT, Format, SourceText, count_lines, open_texts
 
 if TYPE_CHECKING:
     from embedq_sdk.cli.vector_files import VectorWriter
     from embedq_sdk.client import EmbedClient
+    from embedq_sdk.stream import Embedded
     from embedq_shared.messages import Chunking
 
 
@@ -109,12 +111,18 @@ def embed(
 
     async def work() -> int:
         with contextlib.ExitStack() as stack:
-            found, total = _source(stack, texts, source, format)
+            typed = InputLines(0) if source == STANDARD_INPUT else None
+            found, total = _source(stack, texts, source, format, typed)
             client = await _connected(kafka)
             try:
                 writer = stack.enter_context(_writer(out, with_text))
                 advance = stack.enter_context(_progress(total))
-                return await _write_all(client, found, job, writer, advance)
+                ids: dict[int, str | int] = {}
+                noted = _noted(found, ids)
+                stream = client.stream(
+                    noted if typed is None else _waited(noted, typed), errors="return", **job
+                )
+                return await _write_all(stream, ids, writer, advance)
             finally:
                 await client.close()
 
@@ -140,18 +148,16 @@ async def _connected(kafka: KafkaTarget) -> EmbedClient:
 
 
 async def _write_all(
-    client: EmbedClient,
-    found: Iterator[SourceText],
-    job: dict[str, Any],
+    stream: AsyncGenerator[Embedded, None],
+    ids: dict[int, str | int],
     writer: VectorWriter,
     advance: Callable[[], None],
 ) -> int:
-    """Embed and write all texts; the exit code."""
+    """Write all vectors, each with its text's id, if there is one; the exit code."""
     from embedq_sdk.errors import KafkaUnavailable
 
-    ids: dict[int, str | int] = {}
     failed, last = 0, -1
-    async with contextlib.aclosing(client.stream(_noted(found, ids), errors="return", **job)) as items:
+    async with contextlib.aclosing(stream) as items:
         async for item in items:
             if item.index != last:
                 ids.pop(last, None)
@@ -176,14 +182,27 @@ def _noted(found: Iterable[SourceText], ids: dict[int, str | int]) -> Iterator[s
         yield one.text
 
 
+async def _waited(texts: Iterator[str], typed: InputLines) -> AsyncIterator[str]:
+    """The texts of standard input. Nothing else waits while none is there: vectors are written, and Kafka is heard."""
+    while True:
+        await typed.ready()
+        if (text := next(texts, None)) is None:
+            return
+        yield text
+
+
 def _source(
-    stack: contextlib.ExitStack, texts: tuple[str, ...], source: str | None, format: Format | None
+    stack: contextlib.ExitStack,
+    texts: tuple[str, ...],
+    source: str | None,
+    format: Format | None,
+    typed: InputLines | None,
 ) -> tuple[Iterator[SourceText], int | None]:
     """The texts, and how many they are at most, if that is known."""
     if source is None:
         return map(SourceText, texts), len(texts)
-    found = stack.enter_context(open_texts(source, format, sys.stdin.buffer))
-    return found, None if source == STANDARD_INPUT else count_lines(source)
+    found = stack.enter_context(open_texts(source, format, typed or sys.stdin.buffer))
+    return found, None if typed is not None else count_lines(source)
 
 
 def _writer(out: Path | None, with_text: bool) -> VectorWriter:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import PurePath
-from typing import BinaryIO, Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, Protocol
 
 import msgspec
 
@@ -47,6 +47,13 @@ _LONGEST_FIELD: Final = 16 << 20
 """Characters of a CSV field; more than a job carries, so that the client says what is wrong. Python's default is 131,072."""
 
 
+class Readable(Protocol):
+    """Lines of bytes, as a binary file has them."""
+
+    def readline(self, limit: int = -1, /) -> bytes: ...
+    def __iter__(self) -> Iterator[bytes]: ...
+
+
 class BadSource(Exception):
     """The texts cannot be read; the message says why, and what to do."""
 
@@ -64,7 +71,7 @@ class _Record(msgspec.Struct):
 
 
 @contextmanager
-def open_texts(path: str, format: Format | None, standard_input: BinaryIO) -> Iterator[Iterator[SourceText]]:
+def open_texts(path: str, format: Format | None, standard_input: Readable) -> Iterator[Iterator[SourceText]]:
     """The texts of a file, or of standard input for `-`, one after the other; `format` None: as the file is.
 
     Raises:
@@ -74,9 +81,10 @@ def open_texts(path: str, format: Format | None, standard_input: BinaryIO) -> It
     if format is None and suffix in _CONVERT:
         raise _unreadable(path, suffix)
     try:
-        file: BinaryIO = standard_input if path == STANDARD_INPUT else open(path, "rb")  # noqa: SIM115  # closed below
+        opened = None if path == STANDARD_INPUT else open(path, "rb")  # noqa: SIM115  # closed below
     except OSError as error:
         raise BadSource(f"{path}: {error.strerror}") from None
+    file: Readable = standard_input if opened is None else opened
     try:
         head = file.readline(_HEAD)
         if format is None:
@@ -89,8 +97,8 @@ def open_texts(path: str, format: Format | None, standard_input: BinaryIO) -> It
             format = _BY_SUFFIX.get(suffix) or _lines_unless_objects(path, head)
         yield _READERS[format](chain([head] if head else [], file), path)
     finally:
-        if path != STANDARD_INPUT:
-            file.close()
+        if opened is not None:
+            opened.close()
 
 
 def count_lines(path: str) -> int:

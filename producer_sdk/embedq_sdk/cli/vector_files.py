@@ -68,6 +68,8 @@ class JsonLines:
         if item.span is not None:
             line["span"] = item.span
         self._target.write(msgspec.json.encode(line) + b"\n")
+        if self._path is None:
+            self._target.flush()  # whoever reads it may wait for this line before giving us another text
 
 
 def _error_fields(error: EmbedError | None) -> dict[str, Any]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +20,7 @@ from tests.helpers.command_line import Run
 from tests.helpers.fake_replica import Replica, failing, silent
 from tests.helpers.fake_service import OLD, Answer, Received, changed, expected
 from tests.helpers.responder import Responder
+from tests.helpers.support import patient
 
 pytestmark = pytest.mark.kafka
 
@@ -95,6 +99,26 @@ async def test_a_dash_is_standard_input(embedq: Run, responder: Responders) -> N
     assert done.code == 0
     assert len(done.lines()) == 2
     assert [job.texts for job in other.received] == [["eins", "zwei"]]
+
+
+async def test_a_line_is_answered_while_the_next_one_is_still_awaited(
+    servers: str, prefix: str, responder: Responders
+) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", "from embedq_sdk.cli import main; main()", "embed", "-", "--with-text"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"EMBEDQ_KAFKA_SERVERS": servers, "EMBEDQ_TOPIC_PREFIX": prefix},
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    async with responder(), asyncio.timeout(patient(60)):
+        for text in ("one", "two"):
+            process.stdin.write(text.encode() + b"\n")
+            await process.stdin.drain()
+            assert msgspec.json.decode(await process.stdout.readline())["text"] == text
+        await process.communicate()
+    assert process.returncode == 0
 
 
 async def test_files_that_are_not_there_are_one_line(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -208,25 +209,25 @@ asyncio.run(main())
     assert "aiokafka" in logged
 
 
-async def test_a_command_whose_kafka_goes_away_ends_with_its_exit_code(own_stack: DevStack) -> None:
-    command = "from embedq_sdk.cli import main; main()"
+async def test_a_command_whose_kafka_goes_away_ends_with_its_exit_code(
+    own_stack: DevStack, tmp_path: Path
+) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("".join(f"text {n}\n" for n in range(5_000)))
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", command, "embed", "-", "--timeout", "5"),
-        stdin=subprocess.PIPE,
+        *(sys.executable, "-c", "from embedq_sdk.cli import main; main()"),
+        *("embed", "--file", str(texts), "--in-flight", "64", "--timeout", "3"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=os.environ | {"EMBEDQ_KAFKA_SERVERS": own_stack.kafka_servers},
     )
-    assert process.stdin is not None
     assert process.stdout is not None
     async with Responder(own_stack.kafka_servers):
-        process.stdin.write(b"one\n" * 32)
-        await process.stdin.drain()
         await process.stdout.readline()
     await asyncio.to_thread(own_stack.stop_kafka, kill=True)
     try:
         async with asyncio.timeout(patient(60)):
-            _, told = await process.communicate(b"two\n")
+            _, told = await process.communicate()
     finally:
         await asyncio.to_thread(own_stack.start_kafka)
     assert process.returncode == 3, told
