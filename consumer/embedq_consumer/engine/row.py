@@ -24,7 +24,9 @@ __all__ = [
     "PooledForward",
     "Row",
     "Shared",
+    "copy_plan",
     "input_length",
+    "key_seqlens",
     "pack_prefixes",
     "pack_row",
     "shared_length",
@@ -42,7 +44,7 @@ HiddenForward = Callable[[Tensor, Tensor, Packing], Tensor]
 
 
 class Shared(msgspec.Struct, frozen=True, kw_only=True):
-    """What a row with shared prefixes needs in addition, on the device; `_copy_plan` says what is copied where."""
+    """What a row with shared prefixes needs in addition, on the device; `copy_plan` says what is copied where."""
 
     pool: Tensor
     """(layers, rows, 2 · kv_heads · head_dim): keys and values of prefixes."""
@@ -155,21 +157,21 @@ def pack_prefixes(
     length = input_length(size, slots)
     cu_seqlens = inputs[length - slots - 1 : length]
     ends, count, space = _split_shared(inputs, size, slots)
-    copies = _copy_plan(cu_seqlens, prefixes, saved_rows)
-    ends[:] = _key_seqlens(cu_seqlens, prefixes)
+    copies = copy_plan(cu_seqlens, prefixes, saved_rows)
+    ends[:] = key_seqlens(cu_seqlens, prefixes)
     count[0] = len(copies)
     space[: copies.size] = copies.reshape(-1)
     return len(inputs) - len(space) + copies.size
 
 
-def _key_seqlens(cu_seqlens: Ids, prefixes: Sequence[Ids]) -> Ids:
+def key_seqlens(cu_seqlens: Ids, prefixes: Sequence[Ids]) -> Ids:
     """Cumulated lengths of the keys, prefix and own tokens: int32 like `cu_seqlens`, which cumulates own tokens alone."""
     lengths = np.zeros(len(cu_seqlens), dtype=np.int32)
     lengths[1 : len(prefixes) + 1] = [len(rows) for rows in prefixes]
     return cu_seqlens + np.cumsum(lengths, dtype=np.int32)
 
 
-def _copy_plan(cu_seqlens: Ids, prefixes: Sequence[Ids], saved_rows: Ids | None) -> Ids:
+def copy_plan(cu_seqlens: Ids, prefixes: Sequence[Ids], saved_rows: Ids | None) -> Ids:
     """What is copied in each layer so that each text's keys are contiguous: int32 (copies, 2) of source and target.
 
     `cu_seqlens`: where each text's own tokens end in the row, from 0 on. `prefixes`: the pool's rows of the first texts'
@@ -177,7 +179,7 @@ def _copy_plan(cu_seqlens: Ids, prefixes: Sequence[Ids], saved_rows: Ids | None)
     A source is a token of the row, or -1 - a row of the pool; a target is a row of the keys, or -1 - a row of the pool.
     Each target occurs once, and no row of the pool is both read and written.
     """
-    before = _key_seqlens(cu_seqlens, prefixes) - cu_seqlens
+    before = key_seqlens(cu_seqlens, prefixes) - cu_seqlens
     texts = len(prefixes)
     pooled = np.concatenate([*prefixes, np.empty(0, dtype=np.int32)], dtype=np.int32)
     own, total = int(cu_seqlens[-1]), int(cu_seqlens[-1]) + len(pooled)
