@@ -39,7 +39,6 @@ from embedq_consumer.pipeline import Pipeline
 from embedq_consumer.settings import Settings, SettingsError
 from embedq_consumer.telemetry.health import Health, HealthServer
 from embedq_consumer.telemetry.metrics import Metrics
-from embedq_shared.weighted_semaphore import WeightedSemaphore
 
 log = structlog.get_logger()
 
@@ -86,7 +85,9 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         intake = await parts.enter_async_context(_intake(settings, metrics, health))
         deliverer = await parts.enter_async_context(_deliverer(settings, publisher, intake.finish, metrics))
         async with _tasks() as tasks:
-            pipeline = Pipeline(settings.admission, model.encoder, cache, model.queue, deliverer, tasks)
+            pipeline = Pipeline(
+                settings.admission, model.encoder, cache, model.queue, deliverer, tasks, intake.weigh
+            )
             _expect_heartbeats(health, settings.stall_timeout_s)
             loops = {
                 "intake": intake.run(pipeline.take, pipeline.take_unreadable),
@@ -275,8 +276,7 @@ async def _deliverer(
     settings: Settings, publisher: Publisher, finish: Finish, metrics: Metrics
 ) -> AsyncIterator[Deliverer]:
     results = ResultEncoder(settings.topics, settings.group, settings.max_result_bytes)
-    memory = WeightedSemaphore(settings.max_pending_bytes)
-    deliverer = Deliverer(results, publisher, finish, memory, metrics)
+    deliverer = Deliverer(results, publisher, finish, metrics)
     try:
         yield deliverer
     finally:

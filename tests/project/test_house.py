@@ -28,7 +28,7 @@ MOST_PARAMETERS: Final = 6
 
 Floors = tuple[tuple[str, ...], ...]
 SERVICE: Final[Floors] = (
-    ("telemetry", "engine"),
+    ("telemetry", "engine", "fairness"),
     ("cache", "intake"),
     ("batching",),
     ("delivery",),

@@ -25,11 +25,11 @@ from embedq_consumer.delivery.deliverer import Deliverer
 from embedq_consumer.delivery.publisher import Outgoing
 from embedq_consumer.delivery.result_records import ResultEncoder
 from embedq_consumer.engine import DeviceLost, Text
+from embedq_consumer.fairness import Cost
 from embedq_consumer.intake.records import Record
 from embedq_consumer.pipeline import Pipeline
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.headers import value_of
-from embedq_shared.weighted_semaphore import WeightedSemaphore
 from tests.helpers.fake_parts import DictCache, Letters, ScriptedDevice, ScriptedSink
 from tests.helpers.in_flight import TOPICS, VERSION, record, rules
 from tests.helpers.support import wait_until
@@ -54,14 +54,18 @@ class Parts:
         budget = TokenBudget(batcher, self.metrics, lambda facts: None)
         flights = SingleFlight()
         encoder = ResultEncoder(TOPICS, "group", 900_000)
-        self.memory = WeightedSemaphore(1 << 30)
+        self.weighed: dict[int, Cost] = {}
         self.queue = TextQueue(flights, batcher, budget, self.metrics)
-        self.deliverer = Deliverer(encoder, self.sink, self.sink.finish, self.memory, self.metrics)
+        self.deliverer = Deliverer(encoder, self.sink, self.sink.finish, self.metrics)
         self.pipeline = Pipeline(
-            rules(**settings), lambda: self.model, self.cache, self.queue, self.deliverer, tasks
+            rules(**settings), lambda: self.model, self.cache, self.queue, self.deliverer, tasks, self.weigh
         )
         runner = BatchRunner(flights, device, budget, self.pipeline, self.metrics, tasks)
         self.loop = tasks.create_task(BatchLoop(batcher, runner.run, self.metrics, tasks).run())
+
+    def weigh(self, found: Record, cost: Cost) -> None:
+        assert found.ticket.offset not in self.weighed, "weighed twice"
+        self.weighed[found.ticket.offset] = cost
 
     async def finished(self, *offsets: int) -> None:
         """Wait until these records are finished, and no others."""
@@ -327,7 +331,6 @@ def test_whatever_comes_each_record_is_answered_and_then_finished_once(
                 parts.pipeline.take(records)
             await parts.finished(*range(offset))
             assert len([sent for sent in parts.sink.sent if sent.topic != TOPICS.dead_letters]) == offset
-            await wait_until(lambda: parts.memory.held == (0,), what="all memory released")
 
     asyncio.run(run())
 

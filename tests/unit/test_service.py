@@ -118,6 +118,8 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 
         def finish(self, record: object) -> None: ...
 
+        def weigh(self, record: object, cost: object) -> None: ...
+
         async def close(self) -> None:
             world.did.append("group left")
 

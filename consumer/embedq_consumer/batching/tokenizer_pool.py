@@ -1,37 +1,31 @@
-"""Threads that tokenize: few calls at a time, so that an interactive one never waits for many bulk ones."""
+"""Threads that tokenize."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from typing import Final
 
 from embedq_consumer.engine import Chunked, Encoder, Text, TextTooLong, Tokens
-from embedq_shared.topics import Lane
 
-__all__ = ["TokenizerPool"]
+__all__ = ["CALLS", "TokenizerPool"]
 
 _THREADS: Final = 2
 """The tokenizer uses all cores for one call; a second one runs while the first one's results become arrays."""
-_BULK_CALLS: Final = _THREADS + 1
-"""Bulk calls given to the threads: those that run and the next. More would only delay interactive texts."""
+CALLS: Final = _THREADS + 1
+"""Calls that should be given to the threads at once: those that run and the next. More would only delay texts that come."""
 
 
 class TokenizerPool:
-    """Tokenizes off the event loop. Calls of one lane run in their order."""
+    """Tokenizes off the event loop. Calls run in their order."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="tokenize")
-        self._bulk = asyncio.Semaphore(_BULK_CALLS)
 
-    async def run(
-        self, lane: Lane, encoder: Encoder, texts: Sequence[Text]
-    ) -> list[Tokens | Chunked | TextTooLong]:
-        """What the model is given for each text, in order. An interactive call waits for `_BULK_CALLS` others at most."""
-        async with self._bulk if lane == "bulk" else nullcontext():
-            return await asyncio.get_running_loop().run_in_executor(self._threads, _tokens_of, encoder, texts)
+    async def run(self, encoder: Encoder, texts: Sequence[Text]) -> list[Tokens | Chunked | TextTooLong]:
+        """What the model is given for each text, in order."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, _tokens_of, encoder, texts)
 
     def close(self) -> None:
         """End the threads."""

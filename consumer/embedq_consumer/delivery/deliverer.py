@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from operator import itemgetter
 from typing import Final, Protocol, TypeVar, TypeVarTuple
 
 import msgspec
@@ -15,21 +14,20 @@ import structlog
 
 from embedq_consumer.delivery.publisher import Outgoing
 from embedq_consumer.delivery.result_records import Reply, ResultEncoder
+from embedq_consumer.fairness import Turns
 from embedq_consumer.intake.admission import Rejection
 from embedq_consumer.intake.jobs import InputVector, JobState
 from embedq_consumer.intake.records import Record
-from embedq_consumer.intake.result_sizes import held_bytes
+from embedq_consumer.intake.result_sizes import cost_of
 from embedq_consumer.telemetry.metrics import Metrics
-from embedq_shared.grouping import batched_by
 from embedq_shared.kafka import TOO_LARGE
 from embedq_shared.messages import ErrorBody
 from embedq_shared.topics import LANES, Lane
-from embedq_shared.weighted_semaphore import WeightedSemaphore
 
 log = structlog.get_logger()
 
-_GROUP_BYTES: Final = 16 * 1024 * 1024
-"""Results that are started on together: a large poll begins before there is room for all of it."""
+_LARGE_BYTES: Final = 1024 * 1024
+"""Results that take some 10 ms to encode, as long as a micro-batch."""
 _THREADS: Final = 2
 """While a large result is encoded, the small ones after it go on."""
 
@@ -68,7 +66,7 @@ class Deliverer:
           result, and its copy among the dead letters if there is to be one.
         - A result that the brokers refuse at its reply address becomes an error on the results topic. If that is refused
           as well, the dead letter alone tells of the job.
-        - Memory that `reserve` acquired for a job's results is released by `deliver`.
+        - Large results are encoded one at a time, and their clients take turns: small ones never wait for several of them.
     """
 
     def __init__(
@@ -76,17 +74,16 @@ class Deliverer:
         encoder: ResultEncoder,
         sink: Sink,
         finish: Finish,
-        memory: WeightedSemaphore,
         metrics: Metrics,
     ) -> None:
         self._encoder = encoder
         self._sink = sink
         self._finish = finish
-        self._memory = memory
         self._metrics = metrics
         self._job_seconds = {lane: metrics.job.labels(lane) for lane in LANES}
         # Threads of their own: results must not wait for the tokenizer.
         self._threads = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="deliver")
+        self._large = Turns()
 
     def close(self) -> None:
         """End the threads."""
@@ -100,21 +97,18 @@ class Deliverer:
         """Look for topics that were made since."""
         await self._sink.refresh_topics()
 
-    async def reserve(self, jobs: Sequence[JobState]) -> AsyncIterator[list[JobState]]:
-        """Jobs in order, in groups, each once there is memory for its results."""
-        weighed = [(job, _bytes_of(job)) for job in jobs]
-        for group in batched_by(weighed, itemgetter(1), _GROUP_BYTES):
-            await self._memory.acquire(sum(size for _, size in group))
-            yield [job for job, _ in group]
-
     async def in_thread(self, work: Callable[[*Args], Returned], *args: *Args) -> Returned:
         """Run work on results off the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
 
     async def deliver(self, jobs: Sequence[JobState]) -> None:
-        """Answer jobs whose every input has its outcome, and finish their records."""
-        await self._send(await self.in_thread(self._encode, jobs))
-        self._memory.release(sum(map(_bytes_of, jobs)))
+        """Answer jobs whose every input has its outcome, and finish their records. One that is `large` comes alone."""
+        if large(jobs[0]):
+            async with self._large.turn(jobs[0].client, cost_of(jobs[0]).result_bytes):
+                replies = await self.in_thread(self._encode, jobs)
+        else:
+            replies = await self.in_thread(self._encode, jobs)
+        await self._send(replies)
         self._count_inputs(jobs)
 
     async def reject(self, rejections: Sequence[tuple[Record, Rejection]]) -> None:
@@ -200,9 +194,10 @@ class Deliverer:
         self._metrics.truncated.inc(cut)
 
 
-def _bytes_of(job: JobState) -> int:
-    """Bytes that a job's results may take in memory."""
-    return held_bytes(job.request, job.encoder.hidden_size)
+def large(job: JobState) -> bool:
+    """Whether encoding a job's results takes so long that others should not wait for several such ones."""
+    several = len(job.outcomes) > 1 or job.request.late
+    return several and cost_of(job).result_bytes > _LARGE_BYTES
 
 
 def _undeliverable(reason: Exception) -> ErrorBody:

@@ -13,10 +13,12 @@ from embedq_shared.topics import LANES, Lane
 
 _RESUME_AT: Final = 0.5
 """A full lane takes records again once this share is left: then whole polls, and not one record for each result."""
+_RESUME_JOBS: Final = 1024
+"""So many free places are enough in any case: two polls. Half of a large lane would come in one long burst."""
 
 
 class InFlightLimits:
-    """Counts jobs and bytes of each lane, and says which lanes are full.
+    """Counts jobs and bytes of each lane, waiting ones and started ones, and says which lanes are full.
 
     Invariants: every `add` has one `remove`; with nothing in flight all counts are zero and no lane is full.
     """
@@ -44,7 +46,7 @@ class InFlightLimits:
         if not self._full[lane]:
             return False
         reopened = (
-            self._jobs[lane] <= self._max_jobs * _RESUME_AT
+            self._jobs[lane] <= max(self._max_jobs * _RESUME_AT, self._max_jobs - _RESUME_JOBS)
             and self._bytes[lane] <= self._max_bytes * _RESUME_AT
         )
         self._full[lane] = not reopened
@@ -65,11 +67,6 @@ class InFlightLimits:
     def bytes(self, lane: Lane) -> int:
         """Bytes in flight."""
         return self._bytes[lane]
-
-    @property
-    def idle(self) -> bool:
-        """Whether nothing is in flight."""
-        return not any(self._jobs.values())
 
 
 class PartitionRotation:
@@ -113,10 +110,10 @@ class PollPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PollPlanner:
-    """Chooses the partitions of each poll, from what is in flight, what is uncommitted and whose turn it is.
+    """Chooses the partitions of each poll, from what is in flight and whose turn it is.
 
     Invariants:
-        - A partition is left out while its lane is full, or while a crash would repeat `max_uncommitted` of its records.
+        - A partition is left out while its lane is full.
         - A poll asks for no more records than the emptiest lane takes, and for one at least.
     """
 
@@ -127,25 +124,19 @@ class PollPlanner:
         lane_of: Mapping[str, Lane],
         *,
         max_poll_records: int,
-        max_uncommitted: int,
     ) -> None:
         self._ledger = ledger
         self._limits = limits
         self._lane_of = lane_of
         self._max_poll_records = max_poll_records
-        self._max_uncommitted = max_uncommitted
         self._rotation = PartitionRotation()
-        self.awaits_commit = False
-        """Whether the latest plan left out a partition that takes no more records before a commit."""
 
     def plan(self, *, held: bool) -> PollPlan:
         """The next poll. `held`: no partition may give records."""
         assigned = self._ledger.partitions
-        uncommitted = {partition for partition in assigned if self._repeats_too_much(partition)}
-        self.awaits_commit = bool(uncommitted)
         # Left out and not paused: the client throws away what it has fetched of a paused partition, and a lane that is
         # full many times a second would fetch its records as often.
-        pollable = [] if held else [p for p in assigned if not self._lane_is_full(p) and p not in uncommitted]
+        pollable = [] if held else [p for p in assigned if not self._lane_is_full(p)]
         due = self._rotation.next(pollable)
         complete = len(due) == len(pollable)
         return PollPlan(
@@ -165,6 +156,3 @@ class PollPlanner:
 
     def _lane_is_full(self, partition: TopicPartition) -> bool:
         return self._limits.is_full(self._lane_of[partition.topic])
-
-    def _repeats_too_much(self, partition: TopicPartition) -> bool:
-        return self._ledger.repeatable(partition) >= self._max_uncommitted

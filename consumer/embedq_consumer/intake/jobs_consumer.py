@@ -17,14 +17,19 @@ from embedq_shared.kafka import (
 
 
 class IntakeOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """The settings of the intake. Times as the name says; the limits of jobs and bytes in flight hold for each lane."""
+    """The settings of the intake. Times as the name says; the limits of jobs and bytes in flight hold for each lane,
+    and for what is started as well as for what waits."""
 
     group: str
     max_in_flight_jobs: int
     max_in_flight_bytes: int
+    max_started_texts: int
+    """Of each lane: texts of the jobs that are started and not answered."""
+    max_pending_bytes: int
+    """What the results of started jobs may take in memory."""
     max_poll_records: int
     max_uncommitted: int
-    """Records of a partition that a crash repeats at most."""
+    """Records of a partition that are started and not committed: a crash repeats these at most."""
     commit_interval_s: float
     session_timeout_ms: int
     rebalance_timeout_ms: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Mapping
 
 import msgspec
@@ -19,14 +18,12 @@ class Ticket(msgspec.Struct, frozen=True, gc=False):
 
 
 class _Partition:
-    __slots__ = ("committed", "epoch", "next", "open", "repeatable")
+    __slots__ = ("committed", "epoch", "next", "open")
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
         # In the order taken, which is the offsets' order: the first key is the lowest unfinished one.
         self.open: dict[int, None] = {}
-        # Everything taken and not known to be committed, finished or not, in the offsets' order.
-        self.repeatable: deque[int] = deque()
         self.next: int | None = None
         self.committed: int | None = None
 
@@ -61,7 +58,6 @@ class OffsetLedger:
         if state.next is not None and offset < state.next:
             raise ValueError(f"offset {offset} of {partition} taken twice. This is a bug.")
         state.open[offset] = None
-        state.repeatable.append(offset)
         state.next = offset + 1
         return Ticket(partition, state.epoch, offset)
 
@@ -96,8 +92,6 @@ class OffsetLedger:
             state = self._partitions.get(partition)
             if state is not None and (state.committed is None or offset > state.committed):
                 state.committed = offset
-                while state.repeatable and state.repeatable[0] < offset:
-                    state.repeatable.popleft()
 
     def position(self, partition: TopicPartition) -> int | None:
         """The next offset to take, None while none was taken in this epoch."""
@@ -108,11 +102,6 @@ class OffsetLedger:
         """The last offset that was given to `note_committed` in this epoch."""
         state = self._partitions.get(partition)
         return None if state is None else state.committed
-
-    def repeatable(self, partition: TopicPartition) -> int:
-        """Records that a crash would repeat: taken in this epoch, finished or not, and not known to be committed."""
-        state = self._partitions.get(partition)
-        return 0 if state is None else len(state.repeatable)
 
     @property
     def partitions(self) -> frozenset[TopicPartition]:

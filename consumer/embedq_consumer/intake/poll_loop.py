@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from itertools import chain
 from typing import Final
 
 import structlog
 
+from embedq_consumer.fairness import Cost, Limits, Parking
 from embedq_consumer.intake.flow_control import InFlightLimits, PollPlanner
 from embedq_consumer.intake.jobs_consumer import IntakeOptions, JobsConsumer
 from embedq_consumer.intake.offset_committer import OffsetCommitter
@@ -21,6 +23,7 @@ from embedq_consumer.intake.poll_state import PollState
 from embedq_consumer.intake.records import Record
 from embedq_consumer.intake.unreadable import POLL_MS, CarefulReader, PolledRecords
 from embedq_consumer.telemetry.metrics import Metrics
+from embedq_shared.headers import client_of
 from embedq_shared.kafka import UNREADABLE, ConsumerRebalanceListener, TopicPartition, position, stop_client
 from embedq_shared.topics import LANES, Lane, Topics
 
@@ -35,7 +38,11 @@ NOWHERE: Final = TopicPartition("", 0)
 """Dummy partition that is polled while no real one may give records: the poll keeps the group membership alive, and the
 client keeps what it has fetched."""
 
-Take = Callable[[Sequence[Record]], None]
+_STARTS: Final = 256
+"""Records that are started in one turn of the event loop: decoding them takes some milliseconds."""
+
+Take = Callable[[Iterable[Record]], None]
+"""Draws records and starts each before it draws the next: `Intake.weigh` says meanwhile what it takes."""
 Unreadable = Callable[[Record, Exception], None]
 
 
@@ -46,7 +53,8 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
         - A record is begun in the ledger in the same step in which it is polled, before anything can fail.
         - No poll runs between a revocation and the next assignment: so every record belongs to the current epoch.
         - Polling never stops for longer than that. A partition that is full or held is not among those polled.
-        - A crash repeats at most `max_uncommitted` records of a partition, and one poll.
+        - What is polled waits in `Parking` until it is started; nothing starts during a hold, a rebalance or a stop.
+        - A crash repeats at most `max_uncommitted` records of a partition: what was never started was never answered.
     """
 
     def __init__(
@@ -75,8 +83,18 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
             self._limits,
             self._lane_of,
             max_poll_records=options.max_poll_records,
-            max_uncommitted=options.max_uncommitted,
         )
+        self._parking = Parking[Record](
+            Limits(
+                texts=options.max_started_texts,
+                record_bytes=options.max_in_flight_bytes,
+                result_bytes=options.max_pending_bytes,
+                uncommitted=options.max_uncommitted,
+            ),
+            self._ledger.committed,
+        )
+        self._take: Take | None = None
+        self._start_is_due = False
         self._committer = OffsetCommitter(
             consumer,
             self._ledger,
@@ -101,7 +119,8 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
         self._consumer.subscribe(list(self._topics.lanes), listener=self)
 
     async def run(self, take: Take, unreadable: Unreadable) -> None:
-        """Poll until `stop`. `take` gets each poll's records; `unreadable` a record that the client cannot hand out."""
+        """Poll until `stop`. `take` gets records to start; `unreadable` a record that the client cannot hand out."""
+        self._take = take
         while (turn := self._state.next_turn()) != "end":
             self._changes.notify()
             self._beat()
@@ -109,7 +128,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
             if turn == "wait":
                 await self._changes.until(lambda: self._state.due != "wait")
             else:
-                await self._read(take, unreadable, held=turn == "poll_nothing")
+                await self._read(unreadable, held=turn == "poll_nothing")
         self._changes.notify()
 
     async def stop(self, within: float) -> bool:
@@ -119,6 +138,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
         try:
             async with asyncio.timeout(within):
                 await self._changes.until(lambda: self._state.ended)
+                self._drop(self._ledger.partitions)
                 await self._idle()
         except TimeoutError:
             return False
@@ -149,16 +169,23 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
         finally:
             self._state.release()
             self._changes.notify()
+            self._start_soon()
 
     def finish(self, record: Record) -> None:
         """A record is answered."""
         self._ledger.finish(record.ticket)
         self._committer.note_finished()
+        self._parking.finish(record)
         reopened = self._limits.remove(record.lane, record.size)
         if reopened:
             self._state.interrupt()
-        if reopened or self._limits.idle:
+        if reopened or self._parking.idle:
             self._changes.notify()
+        self._start_soon()
+
+    def weigh(self, record: Record, cost: Cost) -> None:
+        """A started record turned out to be a job that takes this."""
+        self._parking.weigh(record, cost)
 
     async def commit_forever(self) -> None:
         """Commit what is safe, again and again, and measure the lag."""
@@ -170,7 +197,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
 
     # -- polling ------------------------------------------------------------------------------------------------------
 
-    async def _read(self, take: Take, unreadable: Unreadable, *, held: bool) -> None:
+    async def _read(self, unreadable: Unreadable, *, held: bool) -> None:
         """One turn: a poll of the partitions that are due."""
         plan = self._planner.plan(held=held)
         self._show_limits()
@@ -186,11 +213,11 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
                 )
         except UNREADABLE as error:
             log.warning("poll_failed", reason=type(error).__name__)
-            await self._read_carefully(take, unreadable)
+            await self._read_carefully(unreadable)
             return
         self._planner.note(plan, polled, only_urgent=only_urgent)
-        if records := self._begin(polled):
-            take(records)
+        if self._begin(polled):
+            self._start()
         elif plan.complete:
             await self._step_over_gaps()
 
@@ -212,6 +239,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
         return {} if poll.cancelled() else poll.result()
 
     def _begin(self, polled: PolledRecords) -> list[Record]:
+        """Begin these records in the ledger, and park them."""
         now = time.monotonic()
         records = []
         for partition, found in polled.items():
@@ -226,17 +254,46 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
                     timestamp_ms=raw.timestamp,
                     timestamp_type=raw.timestamp_type,
                     polled_at=now,
+                    client=client_of(raw.headers),
                 )
                 self._limits.add(lane, record.size)
                 records.append(record)
             self._metrics.records.labels(lane).inc(len(found))
+        self._parking.put(records)
         return records
 
-    async def _read_carefully(self, take: Take, unreadable: Unreadable) -> None:
+    def _start_soon(self) -> None:
+        """Something that parked records wait for may have come true."""
+        if self._parking and not self._start_is_due:
+            self._start_is_due = True
+            asyncio.get_running_loop().call_soon(self._start)
+
+    def _start(self) -> None:
+        """Start parked records, as many as may be started now; after `_STARTS` of them other work has its turn."""
+        self._start_is_due = False
+        if self._take is None or self._state.phase != "running":
+            return
+        if (first := self._parking.next()) is not None:
+            self._take(chain([first], self._startable()))
+
+    def _startable(self) -> Iterator[Record]:
+        for _ in range(_STARTS - 1):
+            if (record := self._parking.next()) is None:
+                return
+            yield record
+        self._start_soon()
+
+    def _drop(self, partitions: Iterable[TopicPartition]) -> None:
+        """Forget what waits of these: it is read again, here or by another replica."""
+        for record in self._parking.drop(frozenset(partitions)):
+            self._limits.remove(record.lane, record.size)
+
+    async def _read_carefully(self, unreadable: Unreadable) -> None:
         """After a failed poll: hand over what can be read, one by one, and step over what cannot."""
 
         def hand_over(found: PolledRecords) -> bool:
-            take(self._begin(found))
+            self._begin(found)
+            self._start()
             return self._state.due != "end" and all(map(self._planner.may_read_on, found))
 
         def stepped_over(partition: TopicPartition, offset: int, error: Exception) -> None:
@@ -244,6 +301,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
                 self._ledger.begin(partition, offset), self._lane_of[partition.topic], time.monotonic()
             )
             self._limits.add(record.lane, record.size)
+            self._parking.start(record)
             unreadable(record, error)
 
         await self._careful.read(hand_over, stepped_over)
@@ -260,10 +318,8 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
                 self._ledger.advance(partition, offset)
 
     def _after_commit(self) -> None:
-        """Partitions that waited for this commit may give records again."""
-        if self._planner.awaits_commit:
-            self._state.interrupt()
-            self._changes.notify()
+        """Records that waited for this commit may start."""
+        self._start_soon()
 
     def _show_limits(self) -> None:
         for lane in LANES:
@@ -272,8 +328,8 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
             self._metrics.in_flight_bytes.labels(lane).set(self._limits.bytes(lane))
 
     async def _idle(self) -> None:
-        """Wait until nothing is in flight."""
-        await self._changes.until(lambda: self._limits.idle)
+        """Wait until nothing that was started is unanswered."""
+        await self._changes.until(lambda: self._parking.idle)
 
     # -- rebalance ----------------------------------------------------------------------------------------------------
 
@@ -283,6 +339,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
             self._state.revoke()
             self._changes.notify()
             await self._changes.until(lambda: self._state.parked)
+            self._drop(self._ledger.partitions)
             if self._ledger.partitions:
                 await self._drain()
                 await self._committer.commit()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
 from embedq_consumer.intake.offsets import Ticket
 from embedq_shared.topics import Lane
+
+_OBJECT_BYTES: Final = 256
+"""What the objects of a record take beside its bytes, and about as much for each header."""
 
 
 class Record(msgspec.Struct, frozen=True, gc=False, kw_only=True):
@@ -19,6 +24,8 @@ class Record(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     timestamp_ms: int
     timestamp_type: int
     polled_at: float
+    client: bytes = b""
+    """Whose record it is (`headers.client_of`): clients take turns."""
 
     @classmethod
     def unread(cls, ticket: Ticket, lane: Lane, polled_at: float) -> Record:
@@ -42,6 +49,6 @@ class Record(msgspec.Struct, frozen=True, gc=False, kw_only=True):
 
     @property
     def size(self) -> int:
-        """Bytes that it holds while in flight."""
-        headers = sum(len(name) + len(value or b"") for name, value in self.headers)
-        return len(self.value or b"") + len(self.key or b"") + headers
+        """Bytes of memory that it holds while in flight."""
+        headers = sum(_OBJECT_BYTES + len(name) + len(value or b"") for name, value in self.headers)
+        return _OBJECT_BYTES + len(self.value or b"") + len(self.key or b"") + headers

@@ -24,6 +24,8 @@ class Item:
     cost: int
     lane: Lane = "interactive"
     arrived: float = 0.0
+    client: bytes = b""
+    job: int = 0
 
 
 def policy(

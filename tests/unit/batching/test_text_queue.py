@@ -43,10 +43,10 @@ class Parts:
     async def add(self, *jobs: JobState) -> list[Settled]:
         """All inputs of these jobs."""
         settled: list[Settled] = []
-        inputs = [(job, index) for job in jobs for index in range(len(job.request.texts))]
-        for lane, first in self.queue.join(inputs):
-            assert {identity.lane for identity, _ in first} == {lane}
-            settled += await self.queue.tokenize(lane, first)
+        self.queue.join([(job, index) for job in jobs for index in job.distinct])
+        while (call := self.queue.next_call()) is not None:
+            assert len({identity.lane for identity, _ in call}) == 1
+            settled += await self.queue.tokenize(call)
         return settled
 
 
@@ -96,11 +96,11 @@ async def test_one_call_of_the_tokenizer_has_at_most_256_texts(parts: Parts) -> 
     assert [len(call) for call in model.calls] == [256, 256, 88]
 
 
-async def test_one_call_of_the_tokenizer_has_at_most_a_million_characters_with_their_prompts(
+async def test_one_call_of_the_tokenizer_has_at_most_250_000_characters_with_their_prompts(
     parts: Parts,
 ) -> None:
     model = Letters(1_000_000)
-    texts = [letter * 330_000 for letter in "abcd"]
+    texts = [letter * 83_000 for letter in "abcd"]
     await parts.add(admitted(input=texts, input_type="query", model=model))
     assert [len(call) for call in model.calls] == [3, 1]
 

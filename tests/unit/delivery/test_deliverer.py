@@ -23,15 +23,12 @@ from embedq_consumer.delivery.result_records import ResultEncoder
 from embedq_consumer.intake.admission import Rejection
 from embedq_consumer.intake.jobs import InputVector, JobState, Outcome, Spans
 from embedq_consumer.intake.records import Record
-from embedq_consumer.intake.result_sizes import held_bytes
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.codec import Envelope
 from embedq_shared.headers import JobHeaders, value_of
 from embedq_shared.messages import ErrorBody
-from embedq_shared.weighted_semaphore import WeightedSemaphore
 from tests.helpers.fake_parts import ScriptedSink
 from tests.helpers.in_flight import TOPICS, admitted, record
-from tests.helpers.support import wait_until
 
 ELSEWHERE = ("reply-topic", b"elsewhere")
 ERROR = ErrorBody.of("text_too_long", "`input`: expected less", "input")
@@ -49,17 +46,14 @@ def refusing(error: Exception, *topics: str, keep: Refusal = nothing) -> Refusal
 
 
 class Parts:
-    def __init__(self, refusal: Refusal = nothing, *, memory: int = 1 << 30, limit: int = 900_000) -> None:
+    def __init__(self, refusal: Refusal = nothing, *, limit: int = 900_000) -> None:
         self.metrics = Metrics()
         self.sink = ScriptedSink(refusal)
-        self.memory = WeightedSemaphore(memory)
         encoder = ResultEncoder(TOPICS, "group", limit)
-        self.deliverer = Deliverer(encoder, self.sink, self.sink.finish, self.memory, self.metrics)
+        self.deliverer = Deliverer(encoder, self.sink, self.sink.finish, self.metrics)
 
     async def deliver(self, *jobs: JobState) -> None:
-        """From the reservation on."""
-        async for group in self.deliverer.reserve(jobs):
-            await self.deliverer.deliver(group)
+        await self.deliverer.deliver(jobs)
 
     async def reject(self, found: Record, error: ErrorBody, *, dead_letter: bool) -> None:
         rejection = Rejection(
@@ -106,17 +100,16 @@ async def test_a_record_is_finished_after_the_brokers_have_its_result() -> None:
     async with delivering() as parts:
         parts.sink.gate.clear()
         delivery = asyncio.create_task(parts.deliver(answered(offset=1), answered(offset=2)))
-        await wait_until(lambda: parts.memory.held[0] > 0)
+        await asyncio.sleep(0)
         assert parts.sink.events == []
         parts.sink.gate.set()
         await delivery
         assert parts.sink.events == [TOPICS.results, TOPICS.results, 1, 2]
-        assert parts.memory.held == (0,)
 
 
 async def test_every_part_of_a_result_is_there_before_its_record_is_finished() -> None:
     async with delivering(limit=2_000) as parts:
-        await parts.deliver(answered(input=["a"] * 20, encoding_format="base64"))
+        await parts.deliver(answered(input=[*"abcdefghijklmnopqrst"], encoding_format="base64"))
         *parts_sent, finished = parts.sink.events
         assert len(parts_sent) > 1
         assert (set(parts_sent), finished) == ({TOPICS.results}, 7)
@@ -130,7 +123,6 @@ async def test_without_an_acknowledgement_nothing_is_finished_and_the_process_ma
         with pytest.raises(BrokerUnavailable):
             await parts.deliver(answered())
         assert parts.sink.events == []
-        assert parts.memory.held[0] > 0
         assert parts.sample("jobs_total", lane="interactive", status="ok") == 0
 
 
@@ -149,41 +141,6 @@ async def test_what_was_answered_is_counted() -> None:
         assert parts.sample("truncated_total") == 1
         assert parts.sample("job_seconds_count", lane="interactive") == 2
         assert parts.sample("publish_seconds_count") == 1
-
-
-# -- memory -----------------------------------------------------------------------------------------------------------
-
-
-async def test_jobs_are_started_on_while_there_is_memory_for_their_results() -> None:
-    jobs = [answered(input=["a"] * 100, dimensions=256, offset=offset) for offset in range(40)]
-    each = held_bytes(jobs[0].request, 256)
-    groups: list[list[int]] = []
-
-    async def reserve(parts: Parts) -> None:
-        async for group in parts.deliverer.reserve(jobs):
-            offsets = [job.record.ticket.offset for job in group]
-            groups.append(offsets)
-
-    async with delivering(memory=16 * 1024 * 1024) as parts:
-        reserving = asyncio.create_task(reserve(parts))
-        await wait_until(lambda: len(groups) == 1)
-        many = 16 * 1024 * 1024 // each
-        assert groups == [list(range(many))]
-        assert parts.memory.held == (many * each,)
-        await parts.deliverer.deliver(jobs[:many])
-        await reserving
-        assert groups == [list(range(many)), list(range(many, 40))]
-        assert parts.memory.held == ((40 - many) * each,)
-
-
-async def test_the_memory_that_is_reserved_depends_on_what_the_job_asks_for() -> None:
-    async with delivering() as parts:
-        small, large = answered(dimensions=32, dtype="binary"), answered(dimensions=256)
-        async for _ in parts.deliverer.reserve([small, large]):
-            pass
-        assert parts.memory.held == (held_bytes(small.request, 256) + held_bytes(large.request, 256),)
-        await parts.deliverer.deliver([small])
-        assert parts.memory.held == (held_bytes(large.request, 256),)
 
 
 # -- refused results --------------------------------------------------------------------------------------------------
@@ -221,7 +178,7 @@ async def test_one_refused_part_makes_the_whole_result_an_error() -> None:
         return MessageSizeTooLargeError() if parts.get("part") == 1 else None
 
     async with delivering(last_part, limit=2_000) as parts:
-        await parts.deliver(answered(ELSEWHERE, input=["a"] * 20, encoding_format="base64"))
+        await parts.deliver(answered(ELSEWHERE, input=[*"abcdefghijklmnopqrst"], encoding_format="base64"))
         [error] = parts.sink.to(TOPICS.results)
         assert body(error)["error"]["code"] == "result_too_large"
         assert parts.sink.finished == [7]

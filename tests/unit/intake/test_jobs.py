@@ -82,12 +82,12 @@ def test_what_the_model_sees_of_an_input_is_its_text_prompt_truncation_and_chunk
 
 def test_a_record_counts_its_value_key_and_headers() -> None:
     found = record(b"12345", ("name", b"123"), ("null", None), key=b"12")
-    assert found.size == 5 + 2 + 4 + 3 + 4
+    assert found.size == 5 + 2 + 4 + 3 + 4 + 3 * 256  # its own objects, and those of each header
     assert found.name == "t.jobs-3-7"
 
 
 def test_of_an_unreadable_record_nothing_is_known_but_its_place() -> None:
     ticket = record().ticket
     found = Record.unread(ticket, "bulk", polled_at=1.5)
-    assert (found.name, found.lane, found.polled_at, found.size) == ("t.jobs-3-7", "bulk", 1.5, 0)
+    assert (found.name, found.lane, found.polled_at, found.size) == ("t.jobs-3-7", "bulk", 1.5, 256)
     assert (found.key, found.value, found.headers, found.timestamp_ms) == (None, None, (), -1)

@@ -24,6 +24,8 @@ def options(**changes: Any) -> IntakeOptions:
     defaults: dict[str, Any] = {
         "group": "g",
         "max_in_flight_jobs": 1,
+        "max_started_texts": 1,
+        "max_pending_bytes": 1,
         "max_in_flight_bytes": 1,
         "max_poll_records": 1,
         "max_uncommitted": 1,
