@@ -52,8 +52,7 @@ class EmbedClient:
             beyond that waits for its turn within its own deadline.
         max_inputs, max_job_bytes: the most that one job holds; longer lists become several jobs.
         instance: a stable name of this process, which chooses its reply partition; random by default.
-        client_id: whose jobs these are, for fair shares: clients with one name share one client's turns. By default each
-            client instance counts for itself.
+        client_id: whose jobs these are: clients take turns, and those with one name take one's. Random by default.
         security: `security_protocol`, `ssl_context` and `sasl_…`, as aiokafka takes them; or, instead of a context,
             `ssl_cafile`, `ssl_certfile` and `ssl_keyfile`, paths of PEM files.
 
@@ -89,7 +88,6 @@ class EmbedClient:
             checked_count("max_in_flight_texts", max_in_flight_texts),
             checked_count("max_in_flight_bytes", max_in_flight_bytes),
         )
-        instance = instance or uuid.uuid4().hex
         self._transport = KafkaTransport(
             self._connection,
             self._topics,
@@ -97,7 +95,7 @@ class EmbedClient:
             deliver=lambda record: self._runner.deliver(record),
             broken=lambda fault: self._runner.break_down(fault),
         )
-        client = checked_client_id(instance if client_id is None else client_id)
+        client = checked_client_id(uuid.uuid4().hex if client_id is None else client_id)
         self._runner = JobRunner(self._transport, self._topics, in_flight, client=client)
         self._used = False
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -135,6 +136,76 @@ async def test_a_text_in_windows_is_answered_when_the_last_one_ran() -> None:
         assert [datum["span"] for datum in body(result)["data"]] == [[0, 4], [4, 7]]
         assert parts.cache.asked == []
         assert parts.cache.entries == {}
+
+
+async def test_equal_inputs_of_a_job_are_looked_up_tokenized_computed_and_kept_once() -> None:
+    async with running() as parts:
+        parts.pipeline.take([job(1, input=["a"] * 2048)])
+        await parts.finished(1)
+        assert parts.cache.asked == [key("a")]
+        assert parts.model.calls == [["a"]]
+        assert parts.device.ran == [["a"]]
+        found = [datum for sent in parts.sink.to(TOPICS.results) for datum in body(sent)["data"]]
+        assert [datum["index"] for datum in found] == list(range(2048))
+        assert len({json.dumps(datum["embedding"]) for datum in found}) == 1
+        assert parts.weighed[1].texts == 1
+        assert parts.sample("deduplicated_total") == 2047
+        assert parts.sample("inputs_total", lane="interactive") == 2048
+        await wait_until(lambda: list(parts.cache.entries) == [key("a")])
+
+
+async def test_a_job_is_weighed_before_the_next_record_is_drawn() -> None:
+    async with running() as parts:
+        weighed_at: list[list[int]] = []
+
+        def records() -> Iterator[Record]:
+            for offset in (1, 2, 3):
+                weighed_at.append(list(parts.weighed))
+                yield job(offset, input=["a", "b"])
+
+        parts.pipeline.take(records())
+        assert weighed_at == [[], [1], [1, 2]]
+        assert parts.weighed[3] == Cost(2, 2 * (192 + 32 * 16))
+        await parts.finished(1, 2, 3)
+
+
+async def test_a_record_that_is_no_job_weighs_nothing() -> None:
+    async with running() as parts:
+        parts.pipeline.take([record(b"junk", offset=1)])
+        await parts.finished(1)
+        assert parts.weighed == {}
+
+
+async def test_a_job_that_expires_before_it_is_tokenized_costs_no_tokenizing() -> None:
+    async with running() as parts:
+        later = b"%d" % int(time.time() * 1000 + 300)
+        parts.cache.readable.clear()
+        parts.pipeline.take([job(1, ("deadline", later), input=["a", "b"]), job(2, input="b")])
+        await wait_until(lambda: time.time() * 1000 > int(later), what="the deadline's passing")
+        parts.cache.readable.set()
+        await parts.finished(1, 2)
+        assert parts.model.calls == [["b"]]
+        [error] = [
+            body(sent)["error"] for sent in parts.sink.to(TOPICS.results) if body(sent)["id"] != "t.jobs-3-2"
+        ]
+        assert error["code"] == "expired"
+
+
+async def test_a_client_that_comes_is_tokenized_and_computed_beside_another_ones_flood() -> None:
+    async with running() as parts:
+        flood = [
+            msgspec.structs.replace(job(n, input=[f"f{n}.{at}" for at in range(60)]), client=b"flood")
+            for n in range(100)
+        ]
+        parts.pipeline.take(flood)
+        parts.pipeline.take([msgspec.structs.replace(job(1000, input="new"), client=b"new")])
+        await wait_until(lambda: 1000 in parts.sink.finished, what="the new client's answer")
+        before = sum(len(batch) for batch in parts.device.ran)
+        await parts.finished(*range(100), 1000)
+        assert (
+            before <= 4 * 256 + 4 * 25
+        )  # what calls of the tokenizer and micro-batches were under way, of 6,000
+        assert sum(len(batch) for batch in parts.device.ran) == 6001
 
 
 # -- the cache --------------------------------------------------------------------------------------------------------

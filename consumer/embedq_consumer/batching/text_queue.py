@@ -25,7 +25,7 @@ from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.topics import LANES
 
 _TEXTS_A_CALL: Final = 256
-_CHARACTERS_A_CALL: Final = 250_000
+_CHARACTERS_A_CALL: Final = 256_000
 """Limits of one call of the tokenizer: some 50 ms. The first micro-batch of a large poll need not wait for the last text, nor
 a text that comes for more than that, and a tokenizer needs many bytes for each character."""
 _TURNS_A_CALL: Final = 8
@@ -68,7 +68,7 @@ class TextQueue:
             identity = Identity.of(job, index)
             if self._flights.join(identity, (job, index)):
                 first = (identity, job)
-                self._waiting[identity.lane].put(job.client, first, _characters(first))
+                self._waiting[identity.lane].put(job.client, first, _cost(first))
             else:
                 shared += 1
             if job.copies:
@@ -83,12 +83,10 @@ class TextQueue:
         if waiting is None:
             return None
         texts = [waiting.pop()]
-        characters = _characters(texts[0])
-        while len(texts) < _TEXTS_A_CALL and (more := waiting.next_cost()) is not None:
-            characters += more
-            if characters > _CHARACTERS_A_CALL:
-                break
+        left = _CHARACTERS_A_CALL - _cost(texts[0])
+        while (cost := waiting.next_cost()) is not None and cost <= left:
             texts.append(waiting.pop())
+            left -= cost
         self._calls += 1
         return texts
 
@@ -134,9 +132,10 @@ class TextQueue:
         return errors
 
 
-def _characters(entry: First) -> int:
+def _cost(entry: First) -> int:
+    """A text's characters, but at least its place in a call."""
     text = entry[0].text
-    return len(text.text) + len(text.prompt)
+    return max(len(text.text) + len(text.prompt), _CHARACTERS_A_CALL // _TEXTS_A_CALL)
 
 
 def _queued(

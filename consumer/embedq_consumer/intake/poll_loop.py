@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from itertools import chain
 from typing import Final
 
 import structlog
 
-from embedq_consumer.fairness import Cost, Limits, Parking
+from embedq_consumer.fairness import Cost, Limits, Parking, Starter
 from embedq_consumer.intake.flow_control import InFlightLimits, PollPlanner
 from embedq_consumer.intake.jobs_consumer import IntakeOptions, JobsConsumer
 from embedq_consumer.intake.offset_committer import OffsetCommitter
@@ -37,9 +36,6 @@ _DRAIN_S: Final = 30.0
 NOWHERE: Final = TopicPartition("", 0)
 """Dummy partition that is polled while no real one may give records: the poll keeps the group membership alive, and the
 client keeps what it has fetched."""
-
-_STARTS: Final = 256
-"""Records that are started in one turn of the event loop: decoding them takes some milliseconds."""
 
 Take = Callable[[Iterable[Record]], None]
 """Draws records and starts each before it draws the next: `Intake.weigh` says meanwhile what it takes."""
@@ -93,8 +89,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
             ),
             self._ledger.committed,
         )
-        self._take: Take | None = None
-        self._start_is_due = False
+        self._starter = Starter(self._parking, lambda: self._state.phase == "running")
         self._committer = OffsetCommitter(
             consumer,
             self._ledger,
@@ -120,7 +115,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
 
     async def run(self, take: Take, unreadable: Unreadable) -> None:
         """Poll until `stop`. `take` gets records to start; `unreadable` a record that the client cannot hand out."""
-        self._take = take
+        self._starter.begin(take)
         while (turn := self._state.next_turn()) != "end":
             self._changes.notify()
             self._beat()
@@ -169,7 +164,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
         finally:
             self._state.release()
             self._changes.notify()
-            self._start_soon()
+            self._starter.soon()
 
     def finish(self, record: Record) -> None:
         """A record is answered."""
@@ -181,7 +176,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
             self._state.interrupt()
         if reopened or self._parking.idle:
             self._changes.notify()
-        self._start_soon()
+        self._starter.soon()
 
     def weigh(self, record: Record, cost: Cost) -> None:
         """A started record turned out to be a job that takes this."""
@@ -217,7 +212,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
             return
         self._planner.note(plan, polled, only_urgent=only_urgent)
         if self._begin(polled):
-            self._start()
+            self._starter.now()
         elif plan.complete:
             await self._step_over_gaps()
 
@@ -262,27 +257,6 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
         self._parking.put(records)
         return records
 
-    def _start_soon(self) -> None:
-        """Something that parked records wait for may have come true."""
-        if self._parking and not self._start_is_due:
-            self._start_is_due = True
-            asyncio.get_running_loop().call_soon(self._start)
-
-    def _start(self) -> None:
-        """Start parked records, as many as may be started now; after `_STARTS` of them other work has its turn."""
-        self._start_is_due = False
-        if self._take is None or self._state.phase != "running":
-            return
-        if (first := self._parking.next()) is not None:
-            self._take(chain([first], self._startable()))
-
-    def _startable(self) -> Iterator[Record]:
-        for _ in range(_STARTS - 1):
-            if (record := self._parking.next()) is None:
-                return
-            yield record
-        self._start_soon()
-
     def _drop(self, partitions: Iterable[TopicPartition]) -> None:
         """Forget what waits of these: it is read again, here or by another replica."""
         for record in self._parking.drop(frozenset(partitions)):
@@ -293,7 +267,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
 
         def hand_over(found: PolledRecords) -> bool:
             self._begin(found)
-            self._start()
+            self._starter.now()
             return self._state.due != "end" and all(map(self._planner.may_read_on, found))
 
         def stepped_over(partition: TopicPartition, offset: int, error: Exception) -> None:
@@ -319,13 +293,14 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
 
     def _after_commit(self) -> None:
         """Records that waited for this commit may start."""
-        self._start_soon()
+        self._starter.soon()
 
     def _show_limits(self) -> None:
         for lane in LANES:
             self._metrics.paused.labels(lane).set(self._limits.is_full(lane))
             self._metrics.in_flight_jobs.labels(lane).set(self._limits.jobs(lane))
             self._metrics.in_flight_bytes.labels(lane).set(self._limits.bytes(lane))
+            self._metrics.parked_jobs.labels(lane).set(self._parking.parked(lane))
 
     async def _idle(self) -> None:
         """Wait until nothing that was started is unanswered."""

@@ -17,7 +17,7 @@ from aiokafka.errors import (
     TopicAuthorizationFailedError,
 )
 
-from embedq_consumer.delivery.deliverer import Deliverer
+from embedq_consumer.delivery.deliverer import Deliverer, large
 from embedq_consumer.delivery.publisher import BrokerUnavailable, Outgoing
 from embedq_consumer.delivery.result_records import ResultEncoder
 from embedq_consumer.intake.admission import Rejection
@@ -141,6 +141,33 @@ async def test_what_was_answered_is_counted() -> None:
         assert parts.sample("truncated_total") == 1
         assert parts.sample("job_seconds_count", lane="interactive") == 2
         assert parts.sample("publish_seconds_count") == 1
+
+
+# -- large results ----------------------------------------------------------------------------------------------------
+
+
+def large_job(offset: int, client: bytes) -> JobState:
+    job = answered(input=[str(number) for number in range(600)], dimensions=256, offset=offset)
+    job.record = msgspec.structs.replace(job.record, client=client)
+    return job
+
+
+async def test_large_results_are_encoded_one_at_a_time_and_clients_take_turns() -> None:
+    flood, new = [large_job(offset, b"flood") for offset in range(8)], large_job(8, b"new")
+    assert all(map(large, [*flood, new]))
+    assert not large(answered(input=["a", "b"]))
+    async with delivering() as parts:
+        await asyncio.gather(*(parts.deliver(job) for job in [*flood, new]))
+        assert parts.sink.finished.index(8) <= 2
+
+
+async def test_a_small_result_does_not_wait_for_large_ones() -> None:
+    async with delivering() as parts:
+        await asyncio.gather(
+            *(parts.deliver(large_job(offset, b"flood")) for offset in range(4)),
+            parts.deliver(answered(offset=9)),
+        )
+        assert parts.sink.finished.index(9) <= 1
 
 
 # -- refused results --------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from embedq_consumer.fairness import Turns
+from tests.helpers.support import wait_until
 
 
 class Visits:
@@ -51,8 +52,7 @@ async def test_one_that_is_cancelled_as_it_is_let_in_lets_the_next_in() -> None:
     tasks = [asyncio.create_task(visits.visit(name)) for name in "abc"]
     await asyncio.sleep(0)
     visits.gate.set()
-    while not visits.order:
-        await asyncio.sleep(0)
+    await wait_until(lambda: bool(visits.order), what="the first visit")
     tasks[1].cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     assert visits.order[-1] == "c"

@@ -244,6 +244,60 @@ async def test_a_partition_with_too_much_uncommitted_starts_no_more_before_a_com
         assert running.consumer.commits[0][A] == 4
 
 
+async def test_a_client_that_comes_starts_beside_another_ones_flood_that_waits() -> None:
+    running = Harness(ScriptedConsumer(blocks=True), answer=False, max_started_texts=20, max_poll_records=7)
+    running.cost = Cost(1, 1000)
+    running.consumer.write(A, *values(100), client=b"flood")
+    running.consumer.write(A, b"late", client=b"new")
+    async with running.running(A):
+        await running.until_taken(11)
+        assert [record.value for record in running.taken].count(b"late") == 1
+        await wait_until(lambda: running.value("embedq_parked_jobs", lane="interactive") == 90)
+        assert running.value("embedq_in_flight_jobs", lane="interactive") == 101
+        running.finish(running.taken[0])
+        await running.until_taken(12)
+        assert running.names[11] == place(A, len(running.taken) - 2)
+
+
+async def test_a_poll_of_many_jobs_is_started_in_several_turns_of_the_event_loop() -> None:
+    running = Harness(ScriptedConsumer(), max_poll_records=1000)
+    running.consumer.write(A, *values(700))
+    async with running.running(A):
+        await running.until_taken(700)
+        assert running.names == [place(A, number) for number in range(700)]
+
+
+async def test_a_stop_leaves_what_waits_to_the_next_process() -> None:
+    running = Harness(ScriptedConsumer(), answer=False, max_started_texts=8)
+    running.cost = Cost(1, 1000)
+    running.consumer.write(A, *values(50))
+    async with running.running(A):
+        await running.until_taken(4)
+        stopping = asyncio.create_task(running.intake.stop(within=10))
+        await wait_until(lambda: running.consumer.polls != [], what="a poll")
+        running.finish(*running.taken)
+        assert await stopping
+    assert running.consumer.stored == {A: 4}
+    assert len(running.taken) == 4
+
+
+async def test_a_rebalance_forgets_what_waits_and_reads_it_again() -> None:
+    running = Harness(ScriptedConsumer(), answer=False, max_started_texts=8)
+    running.cost = Cost(1, 1000)
+    running.consumer.write(A, *values(6))
+    async with running.running(A):
+        await running.until_taken(4)
+        rebalance = asyncio.create_task(running.consumer.rebalance(A))
+        await asyncio.sleep(0)
+        running.finish(*running.taken)
+        await rebalance
+        await running.until_taken(6)
+        assert running.names == [place(A, number) for number in range(6)]
+        running.finish(*running.taken[4:])
+        await running.a_turn()
+        assert running.value("embedq_in_flight_jobs", lane="interactive") == 0
+
+
 async def test_interactive_records_are_asked_for_before_bulk_ones_that_are_ready_and_end_no_turn() -> None:
     running = Harness(ScriptedConsumer(), max_poll_records=2)
     running.consumer.write(BULK, *values(4))
