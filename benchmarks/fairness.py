@@ -2,7 +2,7 @@
 
 One machine, one replica, and its own broker: this client, the broker and the replica share its cores. Each flood lies in
 Kafka before the first of the other client's jobs is sent, so those stand behind it in their partitions. Waits are
-client to client, in seconds and in mean micro-batches of that time.
+client to client, in seconds, and in micro-batches that ended meanwhile.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from embedq_sdk.admin.topics import create_topics
 from embedq_sdk.dev import DevStack
 from embedq_shared.topics import Topics
 
+_ENDED = "embedq_compute_seconds_count"
 _WORDS = ("the tide turns twice a day and nobody asks why it does so while the harbor waits for boats",)
 
 
@@ -65,14 +66,16 @@ async def preload(stack: DevStack, topic: str, values: Iterable[bytes], client: 
     return count
 
 
-async def waits(client: EmbedClient, count: int, pause: float, name: str) -> list[float]:
-    """Seconds of each call: one text at a time, with a pause between them."""
+async def waits(client: EmbedClient, address: str, count: int, name: str) -> list[tuple[float, float]]:
+    """One text at a time: the seconds of each call, and the micro-batches that ended meanwhile, its own among them."""
     found = []
     for number in range(count):
+        before = await asyncio.to_thread(metrics, address)
         started = time.perf_counter()
         await client.embed(f"{name} {number}", timeout=300)
-        found.append(time.perf_counter() - started)
-        await asyncio.sleep(pause)
+        seconds = time.perf_counter() - started
+        after = await asyncio.to_thread(metrics, address)
+        found.append((seconds, after[_ENDED] - before[_ENDED]))
     return found
 
 
@@ -96,24 +99,26 @@ async def beside(
             jobs = await preload(stack, topic, values, b"flood")
             async with replica(stack, model, Path(scratch) / "log", prefix) as address:
                 before = await asyncio.to_thread(metrics, address)
-                found = await waits(client, count, 0.05, name)
+                found = await waits(client, address, count, name)
                 after = await asyncio.to_thread(metrics, address)
 
     def grew(sample: str) -> float:
         return after.get(sample, 0.0) - before.get(sample, 0.0)
 
-    batches = grew("embedq_compute_seconds_count")
+    batches = grew(_ENDED)
     mean = grew("embedq_compute_seconds_sum") / batches if batches else 0.0
     left = jobs + count - sum(value for key, value in after.items() if key.startswith("embedq_jobs_total"))
-    p50, p99 = np.percentile(found, [50, 99])
+    seconds, between = zip(*found, strict=True)
+    p50, p99 = np.percentile(seconds, [50, 99])
     return {
         "flood_jobs": jobs,
         "unanswered_at_the_end": round(left),
         "p50_s": round(float(p50), 4),
         "p99_s": round(float(p99), 4),
-        "max_s": round(max(found), 4),
+        "max_s": round(max(seconds), 4),
         "micro_batch_s": round(mean, 4),
-        "p99_micro_batches": round(float(p99) / mean, 1) if mean else None,
+        "micro_batches_p50": float(np.percentile(between, 50)),
+        "micro_batches_max": max(between),
         "resident_mb": round(after.get("process_resident_memory_bytes", 0.0) / 1e6),
     }
 
@@ -146,7 +151,8 @@ def show(results: dict[str, Any]) -> None:
         "p99_s",
         "max_s",
         "micro_batch_s",
-        "p99_micro_batches",
+        "micro_batches_p50",
+        "micro_batches_max",
         "resident_mb",
     )
     for column in ("beside", *columns):

@@ -48,8 +48,8 @@ class EmbedClient:
         servers: Kafka's address, "host:port", several separated by commas.
         topic_prefix: what the names of the service's topics begin with.
         connect_timeout: seconds that entering may take.
-        max_in_flight_texts, max_in_flight_bytes: how much this client has under way at once, over all calls; a call
-            beyond that waits for its turn within its own deadline.
+        max_in_flight_texts, max_in_flight_bytes: how much is under way at once, over all calls; a call beyond that waits,
+            within its own deadline, and then raises `Overloaded`.
         max_inputs, max_job_bytes: the most that one job holds; longer lists become several jobs.
         instance: a stable name of this process, which chooses its reply partition; random by default.
         client_id: whose jobs these are: clients take turns, and those with one name take one's. Random by default.
@@ -60,8 +60,7 @@ class EmbedClient:
         InvalidArgument: a setting is wrong.
     """
 
-    # More than six parameters: keyword-only settings of a public class, each with a default. An options struct would
-    # make every caller import and build one.
+    # More than six parameters: keyword-only settings of a public class, each with a default.
     def __init__(
         self,
         servers: str | list[str],
@@ -95,7 +94,7 @@ class EmbedClient:
             deliver=lambda record: self._runner.deliver(record),
             broken=lambda fault: self._runner.break_down(fault),
         )
-        client = checked_client_id(uuid.uuid4().hex if client_id is None else client_id)
+        client = checked_client_id(client_id or uuid.uuid4().hex)
         self._runner = JobRunner(self._transport, self._topics, in_flight, client=client)
         self._used = False
 

@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
+from operator import attrgetter
 from typing import Final, Generic, Protocol, TypeVar
 
 from embedq_consumer.fairness import Rounds
@@ -46,10 +47,13 @@ ItemT = TypeVar("ItemT", bound=Item)
 class _Entry(Generic[ItemT]):
     """A text that waits. `overtaken`: how many were picked past it to fill the end of a micro-batch."""
 
-    __slots__ = ("item", "number", "overtaken")
+    __slots__ = ("client", "cost", "item", "job", "number", "overtaken")
 
     def __init__(self, item: ItemT, number: int) -> None:
         self.item = item
+        self.cost = item.cost
+        self.client = item.client
+        self.job = item.job
         self.number = number
         self.overtaken = 0
 
@@ -58,34 +62,45 @@ class _Client(Generic[ItemT]):
     """One client's jobs, which take turns, and their texts in order of arrival."""
 
     def __init__(self, quantum: int) -> None:
-        self.jobs = Rounds[int](quantum)
+        self.jobs = Rounds[int](quantum, remembers=False)
         self.texts: dict[int, list[_Entry[ItemT]]] = {}
 
     def put(self, entry: _Entry[ItemT]) -> None:
-        job = entry.item.job
-        if texts := self.texts.get(job):
+        if texts := self.texts.get(entry.job):
             texts.append(entry)
         else:
-            self.texts[job] = [entry]
-            self.jobs.enter(job)
+            self.texts[entry.job] = [entry]
+            self.jobs.enter(entry.job)
 
     def upcoming(self, longest: float) -> Iterator[tuple[int, _Entry[ItemT]]]:
-        """What runs in which order, and its cost, without texts above `longest`."""
-
-        def texts_of(job: int) -> Iterator[tuple[int, _Entry[ItemT]]]:
-            return ((cost, entry) for entry in self.texts[job] if (cost := entry.item.cost) <= longest)
-
-        return self.jobs.simulate(texts_of)
+        """What runs in which order, and its cost, without texts above `longest`: `Rounds.simulate`, for lists."""
+        quantum = self.jobs.quantum
+        visits: Iterable[tuple[int, list[_Entry[ItemT]], int]]
+        visits = ((flow.credit, self.texts[flow.key], 0) for flow in self.jobs.waiting)
+        while True:
+            later: list[tuple[int, list[_Entry[ItemT]], int]] = []
+            for had, texts, first in visits:
+                credit, at, end = had, first, len(texts)
+                while credit > 0 and at < end:
+                    entry = texts[at]
+                    at += 1
+                    if entry.cost <= longest:
+                        yield entry.cost, entry
+                        credit -= entry.cost
+                if at < end:
+                    later.append((credit + quantum, texts, at))
+            if not later:
+                return
+            visits = later
 
     def remove(self, entry: _Entry[ItemT]) -> None:
         """This one runs."""
-        job = entry.item.job
-        texts = self.texts[job]
-        self.jobs.charge(job, entry.item.cost)
+        texts = self.texts[entry.job]
         if len(texts) == 1:
-            del self.texts[job]
-            self.jobs.leave(job)
+            del self.texts[entry.job]
+            self.jobs.leave(entry.job)
         else:
+            self.jobs.charge(entry.job, entry.cost)
             texts.remove(entry)  # it is near the front
 
 
@@ -115,11 +130,12 @@ class _LaneQueue(Generic[ItemT]):
         if client is None:
             client = self._clients[item.client] = _Client(self._rounds.quantum)
             self._rounds.enter(item.client)
-        client.put(_Entry(item, self._arrivals))
+        entry = _Entry(item, self._arrivals)
+        client.put(entry)
         self._waiting[self._arrivals] = item.arrived
         self._arrivals += 1
-        self.tokens += item.cost
-        self._long += item.cost > self._max_tokens
+        self.tokens += entry.cost
+        self._long += entry.cost > self._max_tokens
 
     def resize(self, max_tokens: int) -> None:
         """Another budget: which texts are over it changes, and how long a turn is."""
@@ -128,9 +144,7 @@ class _LaneQueue(Generic[ItemT]):
         self._long = 0
         for client in self._clients.values():
             client.jobs.quantum = self._rounds.quantum
-            self._long += sum(
-                entry.item.cost > max_tokens for texts in client.texts.values() for entry in texts
-            )
+            self._long += sum(entry.cost > max_tokens for texts in client.texts.values() for entry in texts)
 
     def oldest(self) -> float:
         """When the text that waits longest arrived."""
@@ -144,11 +158,11 @@ class _LaneQueue(Generic[ItemT]):
         """Whether a text over the budget is to run next: it is its turn, and shorter ones had theirs."""
         if not self._long or not self.has_short():
             return bool(self._long)
-        return not self.after_long and self._first(math.inf).item.cost > self._max_tokens
+        return not self.after_long and self._first(math.inf).cost > self._max_tokens
 
     def next_cost(self) -> int:
         """Tokens of the text that is to run next."""
-        return self._first(math.inf if self.long_is_next() else self._max_tokens).item.cost
+        return self._first(math.inf if self.long_is_next() else self._max_tokens).cost
 
     def take_long(self) -> ItemT:
         """Remove and return the next text over the budget, which `long_is_next`."""
@@ -186,13 +200,14 @@ class _LaneQueue(Generic[ItemT]):
         most = min(most, WINDOW - 1 - max(entry.overtaken for entry in near))
         chosen: dict[int, _Entry[ItemT]] = {}
         used: Counter[bytes | int] = Counter()
-        for entry in sorted(near, key=lambda entry: -entry.item.cost):
-            item = entry.item
-            if item.cost <= left and len(chosen) < most and self._may_run_early(item, used):
+        for entry in sorted(near, key=attrgetter("cost"), reverse=True):
+            if len(chosen) >= most or not left:
+                break
+            if entry.cost <= left and self._may_run_early(entry, used):
                 chosen[entry.number] = entry
-                left -= item.cost
-                used[item.client] += item.cost
-                used[item.job] += item.cost
+                left -= entry.cost
+                used[entry.client] += entry.cost
+                used[entry.job] += entry.cost
         passed_by = 0
         for entry in reversed(near):
             if entry.number in chosen:
@@ -201,15 +216,17 @@ class _LaneQueue(Generic[ItemT]):
                 entry.overtaken += passed_by
         return list(chosen.values())
 
-    def _may_run_early(self, item: ItemT, used: Mapping[bytes | int, int]) -> bool:
+    def _may_run_early(self, entry: _Entry[ItemT], used: Mapping[bytes | int, int]) -> bool:
         """Whether neither its client nor its job would be in debt by more than a micro-batch."""
-        client = self._rounds.flow(item.client).credit - used.get(item.client, 0)
-        job = self._clients[item.client].jobs.flow(item.job).credit - used.get(item.job, 0)
-        return min(client, job) - item.cost >= -self._max_tokens
+        client = self._rounds.flow(entry.client).credit - used.get(entry.client, 0)
+        job = self._clients[entry.client].jobs.flow(entry.job).credit - used.get(entry.job, 0)
+        return min(client, job) - entry.cost >= -self._max_tokens
 
     def _upcoming(self, longest: float) -> Iterator[tuple[int, _Entry[ItemT]]]:
         """All that waits, in fair order, without texts above `longest`."""
         self._rounds.turn()
+        if len(self._clients) == 1:
+            return next(iter(self._clients.values())).upcoming(longest)
         return self._rounds.simulate(lambda client: self._clients[client].upcoming(longest))
 
     def _first(self, longest: float) -> _Entry[ItemT]:
@@ -217,23 +234,20 @@ class _LaneQueue(Generic[ItemT]):
 
     def _remove(self, entries: Iterable[_Entry[ItemT]]) -> None:
         """These run."""
-        changed: set[bytes] = set()
+        used: Counter[bytes] = Counter()
         for entry in entries:
-            item = entry.item
-            client = self._clients[item.client]
-            client.remove(entry)
-            self._rounds.charge(item.client, item.cost)
+            self._clients[entry.client].remove(entry)
             del self._waiting[entry.number]
-            self.tokens -= item.cost
-            self._long -= item.cost > self._max_tokens
-            if client.texts:
-                changed.add(item.client)
+            used[entry.client] += entry.cost
+            self._long -= entry.cost > self._max_tokens
+        for key, cost in used.items():
+            self.tokens -= cost
+            self._rounds.charge(key, cost)
+            if self._clients[key].texts:
+                self._clients[key].jobs.turn()
             else:
-                changed.discard(item.client)
-                del self._clients[item.client]
-                self._rounds.leave(item.client)
-        for key in changed:
-            self._clients[key].jobs.turn()
+                del self._clients[key]
+                self._rounds.leave(key)
 
 
 class BatchPolicy(Generic[ItemT]):

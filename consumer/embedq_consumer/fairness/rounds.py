@@ -35,11 +35,13 @@ class Rounds(Generic[KeyT]):
           each other flow at most. None waits for more turns than that, however many enter after it.
         - Of two flows that wait all the while, neither uses more than the other by more than a quantum, the largest debt,
           and the largest single cost.
-        - A flow that went away in debt and comes back has paid what the turns of the others since then are worth.
+        - A flow that went away in debt and comes back has paid what the turns of the others since then are worth; without
+          `remembers`, for flows that do not come back, debts are forgotten.
     """
 
-    def __init__(self, quantum: int) -> None:
+    def __init__(self, quantum: int, *, remembers: bool = True) -> None:
         self.quantum = quantum
+        self._remembers = remembers
         self.waiting: deque[Flow[KeyT]] = deque()
         """Not to be changed while it is iterated; the first is the one whose turn it is, once `turn` was called."""
         self._flows: dict[KeyT, Flow[KeyT]] = {}
@@ -79,14 +81,14 @@ class Rounds(Generic[KeyT]):
             self.waiting.remove(flow)
         if not self._flows:
             self._debts.clear()  # nobody is owed anything: a new busy period begins
-        elif flow.credit < self.quantum:
+        elif self._remembers and flow.credit < self.quantum:
             self._owe(key, self.quantum - flow.credit)
 
     def charge(self, key: KeyT, cost: int) -> None:
         """This flow used this much, whether it waits for more or not."""
         if flow := self._flows.get(key):
             flow.credit -= cost
-        elif self._flows:
+        elif self._remembers and self._flows:
             self._owe(key, cost)
 
     def _owe(self, key: KeyT, cost: int) -> None:

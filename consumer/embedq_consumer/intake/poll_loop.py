@@ -184,7 +184,7 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
 
     async def commit_forever(self) -> None:
         """Commit what is safe, again and again, and measure the lag."""
-        await self._committer.run(self._state, self._after_commit)
+        await self._committer.run(self._state, self._starter.soon)  # records may have waited for a commit
 
     def is_full(self, lane: Lane) -> bool:
         """Whether the lane takes no records now, since as much of it is in flight as may be."""
@@ -290,10 +290,6 @@ class Intake(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka has n
             offset = await position(self._consumer, partition)
             if offset is not None:
                 self._ledger.advance(partition, offset)
-
-    def _after_commit(self) -> None:
-        """Records that waited for this commit may start."""
-        self._starter.soon()
 
     def _show_limits(self) -> None:
         for lane in LANES:

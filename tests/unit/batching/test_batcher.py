@@ -11,7 +11,7 @@ from itertools import pairwise
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedq_consumer.batching.batcher import OVERDUE_SHARE, WINDOW, Batcher, BatchPolicy
@@ -386,8 +386,9 @@ def test_a_text_over_the_budget_costs_its_client_the_turns_that_it_takes() -> No
 
 @given(
     st.lists(st.lists(st.integers(1, 100), min_size=1, max_size=6), min_size=2, max_size=5),
-    st.integers(1, 40),
+    st.integers(1, 25),
 )
+@settings(max_examples=30, deadline=None)
 def test_of_two_clients_that_wait_neither_runs_much_more_than_the_other(
     costs: list[list[int]], batches: int
 ) -> None:
@@ -461,7 +462,7 @@ class Simulated:
     `waits` are theirs, each until its micro-batch begins.
     """
 
-    def __init__(self, backlog: list[Item], *, seconds: int = 60_000) -> None:
+    def __init__(self, backlog: list[Item], *, seconds: int = 45_000) -> None:
         waiting = policy(max_tokens=400, max_items=1000, max_wait=0.0)
         waiting.put(backlog)
         random = Random(3)
