@@ -190,7 +190,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             description="Bytes that the results of started jobs may take, shared by clients as `max_started_texts` is; "
             "one job may exceed it."
         ),
-    ] = 256 * 1024 * 1024
+    ] = 512 * 1024 * 1024
     max_poll_records: Annotated[PositiveInt, Meta(description="Records of one poll.")] = 512
     max_inputs: Annotated[PositiveInt, Meta(description="Texts that a job may hold.")] = DEFAULT_MAX_INPUTS
     max_text_bytes: Annotated[PositiveInt, Meta(description="Bytes of UTF-8 that a text may hold.")] = (

@@ -94,8 +94,9 @@ class EmbedClient:
             deliver=lambda record: self._runner.deliver(record),
             broken=lambda fault: self._runner.break_down(fault),
         )
-        client = checked_client_id(client_id or uuid.uuid4().hex)
-        self._runner = JobRunner(self._transport, self._topics, in_flight, client=client)
+        self._runner = JobRunner(
+            self._transport, self._topics, in_flight, client=checked_client_id(client_id)
+        )
         self._used = False
 
     # -- life ---------------------------------------------------------------------------------------------------------

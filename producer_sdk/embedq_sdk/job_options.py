@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypedDict, get_args
 
@@ -224,7 +225,9 @@ def checked_id(value: object) -> str:
 
 
 def checked_client_id(value: object) -> bytes:
-    """Whose jobs these are, as their header says it."""
+    """Whose jobs these are, as their header says it; None: a random name."""
+    if value is None:
+        return uuid.uuid4().hex.encode()
     if not isinstance(value, str):
         raise _wrong("client_id", f"a string of 1 to {MAX_CLIENT_BYTES} bytes of UTF-8", value)
     size = _utf8_size(value, "client_id")

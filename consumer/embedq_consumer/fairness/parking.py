@@ -80,7 +80,7 @@ class Parking(Generic[RecordT]):
     """
 
     def __init__(self, limits: Limits, committed: Callable[[TopicPartition], int | None]) -> None:
-        self._lanes = {lane: _Lane[RecordT](limits) for lane in LANES}
+        self._lanes = {lane: _Lane[RecordT](lane, limits) for lane in LANES}
         self._results = Shares[tuple[Lane, bytes]](limits.result_bytes)
         self._partitions = _Partitions(limits.uncommitted, committed)
         self._costs: dict[Place, Cost] = {}
@@ -107,11 +107,10 @@ class Parking(Generic[RecordT]):
 
     def next(self) -> RecordT | None:
         """Start the next record that may start; None if none may. `weigh` it before the next one."""
-        for lane, waiting in self._lanes.items():
-            if (
-                self._results.free > 0
-                and (record := waiting.next(self._partitions, self._may_make(lane))) is not None
-            ):
+        if self._results.free <= 0:
+            return None
+        for lane in self._lanes.values():
+            if lane.parked and (record := lane.next(self._partitions, self._results)) is not None:
                 self._partitions.start(record.ticket)
                 self._started += 1
                 return record
@@ -144,9 +143,6 @@ class Parking(Generic[RecordT]):
         """Forget these partitions: their records that wait are returned, for another replica to read them."""
         self._partitions.forget(partitions)
         return [record for lane in self._lanes.values() for record in lane.drop(partitions)]
-
-    def _may_make(self, lane: Lane) -> Callable[[bytes], bool]:
-        return lambda client: self._results.may_take((lane, client))
 
 
 class _Partitions:
@@ -186,7 +182,8 @@ class _Partitions:
 class _Lane(Generic[RecordT]):
     """One lane's clients, their records that wait, and what they have under way."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, name: Lane, limits: Limits) -> None:
+        self._name = name
         self.rounds = Rounds[bytes](_QUANTUM_BYTES)
         self.texts = Shares[bytes](limits.texts)
         self.bytes = Shares[bytes](limits.record_bytes)
@@ -201,18 +198,22 @@ class _Lane(Generic[RecordT]):
         client.waiting.append(record)
         self.parked += 1
 
-    def next(self, partitions: _Partitions, may_make: Callable[[bytes], bool]) -> RecordT | None:
+    def next(self, partitions: _Partitions, results: Shares[tuple[Lane, bytes]]) -> RecordT | None:
         """Remove and return the next record that may start."""
         if self.texts.free <= 0 or self.bytes.free <= 0:
             return None
         passed: set[bytes] = set()
         while len(passed) < len(self.rounds) and (flow := self.rounds.turn()) is not None:
             key = flow.key
-            if key not in passed and self.texts.may_take(key) and self.bytes.may_take(key) and may_make(key):
-                record = self._clients[key].next(partitions)
-                if record is not None:
-                    self._take(record)
-                    return record
+            if (
+                key not in passed
+                and self.texts.may_take(key)
+                and self.bytes.may_take(key)
+                and results.may_take((self._name, key))
+                and (record := self._clients[key].next(partitions)) is not None
+            ):
+                self._take(record)
+                return record
             passed.add(key)
             self.rounds.skip()
         return None

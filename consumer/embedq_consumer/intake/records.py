@@ -26,6 +26,14 @@ class Record(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     polled_at: float
     client: bytes = b""
     """Whose record it is (`headers.client_of`): clients take turns."""
+    size: int = 0
+    """Bytes of memory that it holds while in flight. Found when the record is made, since it is asked for several times."""
+
+    def __post_init__(self) -> None:
+        size = _OBJECT_BYTES + len(self.value or b"") + len(self.key or b"")
+        for name, value in self.headers:
+            size += _OBJECT_BYTES + len(name) + len(value or b"")
+        msgspec.structs.force_setattr(self, "size", size)
 
     @classmethod
     def unread(cls, ticket: Ticket, lane: Lane, polled_at: float) -> Record:
@@ -46,9 +54,3 @@ class Record(msgspec.Struct, frozen=True, gc=False, kw_only=True):
         """`topic-partition-offset`: the id of a job that has none."""
         partition = self.ticket.partition
         return f"{partition.topic}-{partition.partition}-{self.ticket.offset}"
-
-    @property
-    def size(self) -> int:
-        """Bytes of memory that it holds while in flight."""
-        headers = sum(_OBJECT_BYTES + len(name) + len(value or b"") for name, value in self.headers)
-        return _OBJECT_BYTES + len(self.value or b"") + len(self.key or b"") + headers

@@ -27,6 +27,7 @@ def test_a_client_id_is_a_string_of_at_most_256_bytes(value: Any) -> None:
     with pytest.raises(InvalidArgument, match="client_id"):
         checked_client_id(value)
     assert checked_client_id("ü" * 128) == "ü".encode() * 128
+    assert checked_client_id(None) != checked_client_id(None)
 
 
 @pytest.mark.parametrize(
