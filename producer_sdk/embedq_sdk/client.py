@@ -48,8 +48,7 @@ class EmbedClient:
         servers: Kafka's address, "host:port", several separated by commas.
         topic_prefix: what the names of the service's topics begin with.
         connect_timeout: seconds that entering may take.
-        max_in_flight_texts, max_in_flight_bytes: how much is under way at once, over all calls; a call beyond that waits,
-            within its own deadline, and then raises `Overloaded`.
+        max_in_flight_texts, max_in_flight_bytes: at once, over all calls; a call beyond waits, and at its deadline raises Overloaded.
         max_inputs, max_job_bytes: the most that one job holds; longer lists become several jobs.
         instance: a stable name of this process, which chooses its reply partition; random by default.
         client_id: whose jobs these are: clients take turns, and those with one name take one's. Random by default.
@@ -94,9 +93,8 @@ class EmbedClient:
             deliver=lambda record: self._runner.deliver(record),
             broken=lambda fault: self._runner.break_down(fault),
         )
-        self._runner = JobRunner(
-            self._transport, self._topics, in_flight, client=checked_client_id(client_id)
-        )
+        client = checked_client_id(client_id)
+        self._runner = JobRunner(self._transport, self._topics, in_flight, client=client)
         self._used = False
 
     # -- life ---------------------------------------------------------------------------------------------------------

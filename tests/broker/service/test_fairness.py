@@ -76,7 +76,7 @@ async def test_behind_6000_jobs_of_one_client_another_ones_is_answered_among_the
     ]
     order, _ = await order_of(stack, models / "a", tmp_path / "log", flood, *others)
     # Reading 6,000 records takes a few micro-batches of some hundred short texts each.
-    assert max(order.index(job["id"]) for job in others) < 2500
+    assert max(order.index(str(job["id"])) for job in others) < 2500
 
 
 async def test_behind_60_jobs_of_2048_equal_inputs_another_ones_job_is_answered_among_the_first(
@@ -84,7 +84,7 @@ async def test_behind_60_jobs_of_2048_equal_inputs_another_ones_job_is_answered_
 ) -> None:
     flood = [{"id": f"flood-{number}", "input": [str(number % 10)] * 2048} for number in range(60)]
     assert len(json.dumps(flood[0], separators=(",", ":"))) < 9000
-    other = {"id": "other", "input": "a short one"}
+    other: dict[str, Any] = {"id": "other", "input": "a short one"}
     order, metrics = await order_of(stack, models / "a", tmp_path / "log", flood, other)
     assert order.index("other") <= 5
     assert metrics["embedq_tokens_total"] < 60 * 2048  # equal inputs are computed once

@@ -152,9 +152,9 @@ def test_a_fair_queue_gives_everything_once_and_each_clients_in_order(script: li
     assert len(queue) == len(script)
     found = []
     while queue:
-        cost = queue.next_cost()
+        next_cost = queue.next_cost()
         client, number = queue.pop()
-        assert cost == script[number][1]
+        assert next_cost == script[number][1]
         found.append((client, number))
     assert sorted(number for _, number in found) == list(range(len(script)))
     for client in "abc":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -304,7 +304,7 @@ async def test_interactive_records_are_asked_for_before_bulk_ones_that_are_ready
     running.consumer.write(OTHER_BULK, *values(4))
     take = running.take
 
-    def one_more_comes(records: Sequence[Record]) -> None:
+    def one_more_comes(records: Iterable[Record]) -> None:
         if not running.taken:
             running.consumer.write(A, b"urgent")
         take(records)
@@ -639,7 +639,7 @@ async def test_reading_carefully_ends_with_a_stop() -> None:
     stopping: list[asyncio.Task[bool]] = []
     take = running.take
 
-    def stop_at_the_first(records: Sequence[Record]) -> None:
+    def stop_at_the_first(records: Iterable[Record]) -> None:
         take(records)
         if not stopping:
             stopping.append(asyncio.create_task(running.intake.stop(within=5)))
