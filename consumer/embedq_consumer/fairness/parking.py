@@ -10,7 +10,6 @@ from typing import Final, Generic, Protocol, TypeVar
 import msgspec
 
 from embedq_consumer.fairness.rounds import Rounds
-from embedq_consumer.fairness.shares import Shares
 from embedq_shared.kafka import TopicPartition
 from embedq_shared.topics import LANES, Lane
 
@@ -63,6 +62,29 @@ class Cost(msgspec.Struct, frozen=True):
     result_bytes: int
 
 
+_NOTHING: Final = Cost(0, 0)
+
+
+class Share:
+    """A resource that clients share: each may take more while it holds less than is left free.
+
+    This is how switches share a memory (dynamic thresholds, Choudhury and Hahne 1998): one client alone gets half, n busy
+    ones 1 / (n + 1) each, and as much stays free for one that comes. What is taken need not be known before: more is
+    refused afterwards, so that the limit is passed by what the last one took at most.
+    """
+
+    __slots__ = ("limit", "used")
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+
+    @property
+    def free(self) -> int:
+        """What nobody holds; negative where the last one took more than was left."""
+        return self.limit - self.used
+
+
 class Parking(Generic[RecordT]):
     """Knows which polled records wait, and which are started.
 
@@ -71,8 +93,8 @@ class Parking(Generic[RecordT]):
 
     Invariants:
         - Within a lane clients take turns (`Rounds`), counted in bytes of records and results; interactive records go first.
-        - A client starts more while it has less under way than is left free (`Shares`): so one that has nothing under way
-          need not wait for what others have started.
+        - A client starts more while it has less of each resource under way than is left free of it (`Share`): so one that has
+          nothing under way need not wait for what others have started.
         - Of one client's records in one partition the first starts first.
         - A partition has at most `uncommitted` records started and not committed, and at most half of them behind one that
           waits: commits wait for that one, so there is always room for it.
@@ -80,10 +102,11 @@ class Parking(Generic[RecordT]):
     """
 
     def __init__(self, limits: Limits, committed: Callable[[TopicPartition], int | None]) -> None:
-        self._lanes = {lane: _Lane[RecordT](lane, limits) for lane in LANES}
-        self._results = Shares[tuple[Lane, bytes]](limits.result_bytes)
+        results = Share(limits.result_bytes)
+        self._lanes = {lane: _Lane[RecordT](limits, results) for lane in LANES}
         self._partitions = _Partitions(limits.uncommitted, committed)
         self._costs: dict[Place, Cost] = {}
+        self._waiting = 0
         self._started = 0
 
     @property
@@ -93,7 +116,7 @@ class Parking(Generic[RecordT]):
 
     def __bool__(self) -> bool:
         """Whether records wait."""
-        return any(lane.parked for lane in self._lanes.values())
+        return self._waiting > 0
 
     def parked(self, lane: Lane) -> int:
         """Records that wait."""
@@ -104,14 +127,14 @@ class Parking(Generic[RecordT]):
         for record in records:
             self._partitions.park(record.ticket)
             self._lanes[record.lane].put(record)
+            self._waiting += 1
 
     def next(self) -> RecordT | None:
         """Start the next record that may start; None if none may. `weigh` it before the next one."""
-        if self._results.free <= 0:
-            return None
         for lane in self._lanes.values():
-            if lane.parked and (record := lane.next(self._partitions, self._results)) is not None:
+            if lane.parked and (record := lane.next(self._partitions)) is not None:
                 self._partitions.start(record.ticket)
+                self._waiting -= 1
                 self._started += 1
                 return record
         return None
@@ -119,30 +142,24 @@ class Parking(Generic[RecordT]):
     def start(self, record: RecordT) -> None:
         """Start a record that was never parked: it costs nothing but its bytes."""
         self._started += 1
-        self._lanes[record.lane].bytes.take(record.client, record.size)
+        self._lanes[record.lane].take(record)
 
     def weigh(self, record: RecordT, cost: Cost) -> None:
         """A started record turned out to take this."""
-        lane = self._lanes[record.lane]
         self._costs[record.ticket] = cost
-        lane.texts.take(record.client, cost.texts)
-        self._results.take((record.lane, record.client), cost.result_bytes)
-        lane.rounds.charge(record.client, cost.result_bytes)
+        self._lanes[record.lane].weigh(record, cost)
 
     def finish(self, record: RecordT) -> None:
         """A started record is answered."""
-        lane = self._lanes[record.lane]
         self._started -= 1
-        lane.bytes.give_back(record.client, record.size)
-        cost = self._costs.pop(record.ticket, None)
-        if cost is not None:
-            lane.texts.give_back(record.client, cost.texts)
-            self._results.give_back((record.lane, record.client), cost.result_bytes)
+        self._lanes[record.lane].give_back(record, self._costs.pop(record.ticket, _NOTHING))
 
     def drop(self, partitions: Collection[TopicPartition]) -> list[RecordT]:
         """Forget these partitions: their records that wait are returned, for another replica to read them."""
         self._partitions.forget(partitions)
-        return [record for lane in self._lanes.values() for record in lane.drop(partitions)]
+        dropped = [record for lane in self._lanes.values() for record in lane.drop(partitions)]
+        self._waiting -= len(dropped)
+        return dropped
 
 
 class _Partitions:
@@ -155,11 +172,21 @@ class _Partitions:
         self._started: dict[TopicPartition, list[int]] = {}
 
     def park(self, place: Place) -> None:
-        self._parked.setdefault(place.partition, OrderedDict())[place.offset] = None
+        parked = self._parked.get(place.partition)
+        if parked is None:
+            parked = self._parked[place.partition] = OrderedDict()
+        parked[place.offset] = None
 
     def start(self, place: Place) -> None:
-        del self._parked[place.partition][place.offset]
-        insort(self._started.setdefault(place.partition, []), place.offset)
+        partition, offset = place.partition, place.offset
+        del self._parked[partition][offset]
+        started = self._started.get(partition)
+        if started is None:
+            started = self._started[partition] = []
+        if not started or offset > started[-1]:
+            started.append(offset)
+        else:
+            insort(started, offset)
 
     def may_start(self, place: Place) -> bool:
         started = self._started.get(place.partition)
@@ -180,75 +207,115 @@ class _Partitions:
 
 
 class _Lane(Generic[RecordT]):
-    """One lane's clients, their records that wait, and what they have under way."""
+    """One lane's clients, their records that wait, and what they have under way. `results` is shared by both lanes."""
 
-    def __init__(self, name: Lane, limits: Limits) -> None:
-        self._name = name
-        self.rounds = Rounds[bytes](_QUANTUM_BYTES)
-        self.texts = Shares[bytes](limits.texts)
-        self.bytes = Shares[bytes](limits.record_bytes)
+    def __init__(self, limits: Limits, results: Share) -> None:
+        self._rounds = Rounds[bytes](_QUANTUM_BYTES)
+        self._texts = Share(limits.texts)
+        self._bytes = Share(limits.record_bytes)
+        self._results = results
         self.parked = 0
         self._clients: dict[bytes, _Client[RecordT]] = {}
 
     def put(self, record: RecordT) -> None:
-        client = self._clients.get(record.client)
-        if client is None:
-            client = self._clients[record.client] = _Client()
-            self.rounds.enter(record.client)
+        client = self._client(record.client)
+        if not client.parked:
+            self._rounds.enter(record.client)
         client.waiting.append(record)
+        client.parked += 1
         self.parked += 1
 
-    def next(self, partitions: _Partitions, results: Shares[tuple[Lane, bytes]]) -> RecordT | None:
+    def next(self, partitions: _Partitions) -> RecordT | None:
         """Remove and return the next record that may start."""
-        if self.texts.free <= 0 or self.bytes.free <= 0:
+        texts, record_bytes, results = self._texts.free, self._bytes.free, self._results.free
+        if texts <= 0 or record_bytes <= 0 or results <= 0:
             return None
-        passed: set[bytes] = set()
-        while len(passed) < len(self.rounds) and (flow := self.rounds.turn()) is not None:
+        passed: set[bytes] | None = None
+        while (flow := self._rounds.turn()) is not None:
             key = flow.key
+            client = self._clients[key]
             if (
-                key not in passed
-                and self.texts.may_take(key)
-                and self.bytes.may_take(key)
-                and results.may_take((self._name, key))
-                and (record := self._clients[key].next(partitions)) is not None
+                client.texts < texts
+                and client.bytes < record_bytes
+                and client.results < results
+                and not (passed and key in passed)
+                and (record := client.next(partitions)) is not None
             ):
-                self._take(record)
+                self.parked -= 1
+                self.take(record)
+                flow.credit -= record.size
+                if not client.parked:
+                    self._rounds.leave(key)
                 return record
+            if passed is None:
+                passed = set()
             passed.add(key)
-            self.rounds.skip()
+            if len(passed) == len(self._rounds):
+                return None
+            self._rounds.skip()
         return None
 
-    def _take(self, record: RecordT) -> None:
-        key = record.client
-        self.parked -= 1
-        self.bytes.take(key, record.size)
-        self.rounds.charge(key, record.size)
-        if not self._clients[key]:
-            del self._clients[key]
-            self.rounds.leave(key)
+    def take(self, record: RecordT) -> None:
+        """This record is under way."""
+        self._client(record.client).bytes += record.size
+        self._bytes.used += record.size
+
+    def weigh(self, record: RecordT, cost: Cost) -> None:
+        client = self._clients[record.client]
+        client.texts += cost.texts
+        client.results += cost.result_bytes
+        self._texts.used += cost.texts
+        self._results.used += cost.result_bytes
+        self._rounds.charge(record.client, cost.result_bytes)
+
+    def give_back(self, record: RecordT, cost: Cost) -> None:
+        """It is answered."""
+        client = self._clients[record.client]
+        client.bytes -= record.size
+        client.texts -= cost.texts
+        client.results -= cost.result_bytes
+        if client.bytes < 0 or client.texts < 0 or client.results < 0:
+            raise RuntimeError("a client gave back more than it held. This is a bug.")
+        self._bytes.used -= record.size
+        self._texts.used -= cost.texts
+        self._results.used -= cost.result_bytes
+        if not client.bytes and not client.parked:
+            del self._clients[record.client]
 
     def drop(self, partitions: Collection[TopicPartition]) -> list[RecordT]:
         dropped: list[RecordT] = []
         for key, client in list(self._clients.items()):
-            dropped += client.drop(partitions)
-            if not client:
-                del self._clients[key]
-                self.rounds.leave(key)
+            found = client.drop(partitions)
+            dropped += found
+            if found and not client.parked:
+                self._rounds.leave(key)
+                if not client.bytes:
+                    del self._clients[key]
         self.parked -= len(dropped)
         return dropped
 
+    def _client(self, key: bytes) -> _Client[RecordT]:
+        client = self._clients.get(key)
+        if client is None:
+            client = self._clients[key] = _Client()
+        return client
+
 
 class _Client(Generic[RecordT]):
-    """One client's records that wait, in their order. Those of a partition that takes no more starts step aside."""
+    """One client's records that wait, in their order, and what it has under way.
 
-    __slots__ = ("aside", "waiting")
+    Records of a partition that takes no more starts step aside.
+    """
+
+    __slots__ = ("aside", "bytes", "parked", "results", "texts", "waiting")
 
     def __init__(self) -> None:
         self.waiting: deque[RecordT] = deque()
         self.aside: dict[TopicPartition, deque[RecordT]] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self.waiting or self.aside)
+        self.parked = 0
+        self.texts = 0
+        self.bytes = 0
+        self.results = 0
 
     def next(self, partitions: _Partitions) -> RecordT | None:
         """Remove and return the first record that may start."""
@@ -257,11 +324,13 @@ class _Client(Generic[RecordT]):
                 record = records.popleft()
                 if not records:
                     del self.aside[partition]
+                self.parked -= 1
                 return record
         while self.waiting:
             record = self.waiting.popleft()
             partition = record.ticket.partition
             if partition not in self.aside and partitions.may_start(record.ticket):
+                self.parked -= 1
                 return record
             self.aside.setdefault(partition, deque()).append(record)
         return None
@@ -271,4 +340,5 @@ class _Client(Generic[RecordT]):
         self.waiting = deque(record for record in self.waiting if record.ticket.partition not in partitions)
         for partition in [each for each in self.aside if each in partitions]:
             dropped += self.aside.pop(partition)
+        self.parked -= len(dropped)
         return dropped

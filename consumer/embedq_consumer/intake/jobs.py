@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Final, Literal
 
 import msgspec
 
@@ -15,6 +15,8 @@ from embedq_shared.headers import JobHeaders
 from embedq_shared.messages import Chunking, Dtype, EncodingFormat, ErrorBody, Truncate
 
 _NUMBERS = itertools.count(1)
+_ONE: Final = (0,)
+_NO_COPIES: Final[Mapping[int, Sequence[int]]] = {}
 
 
 class InputVector(msgspec.Struct, frozen=True, gc=False):
@@ -110,11 +112,12 @@ class JobState:
         self.headers = headers
         self.request = request
         self.encoder = encoder
-        self.copies = _copies(request.texts) if len(request.texts) > 1 else {}
+        self.copies: Mapping[int, Sequence[int]] = _NO_COPIES
         """The indices of later inputs that are equal to one, by the index of the first."""
-        repeated = {index for others in self.copies.values() for index in others}
-        self.distinct: Sequence[int] = [index for index in range(len(request.texts)) if index not in repeated]
+        self.distinct: Sequence[int] = _ONE
         """The index of the first of equal inputs, in order."""
+        if len(request.texts) > 1:
+            self.distinct, self.copies = _divided(request.texts)
         self.outcomes: list[Outcome | None] = [None] * len(request.texts)
         self.remaining = len(request.texts)
         self.spans = 0
@@ -164,8 +167,8 @@ class JobState:
         return None
 
 
-def _copies(texts: list[str]) -> dict[int, list[int]]:
-    """Which texts equal an earlier one. They become the same object, so that a thousand copies take no more memory."""
+def _divided(texts: list[str]) -> tuple[list[int], dict[int, list[int]]]:
+    """The first of equal texts, and the others by it. Equal ones become one object, so that a thousand take no memory."""
     first: dict[str, int] = {}
     copies: dict[int, list[int]] = {}
     for index, text in enumerate(texts):
@@ -173,7 +176,7 @@ def _copies(texts: list[str]) -> dict[int, list[int]]:
         if at != index:
             texts[index] = texts[at]
             copies.setdefault(at, []).append(index)
-    return copies
+    return list(first.values()), copies
 
 
 def _for_copy(outcome: Outcome, request: Request, index: int, other: int) -> Outcome:

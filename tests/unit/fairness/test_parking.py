@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 from aiokafka import TopicPartition
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -94,6 +95,27 @@ def test_shares_are_counted_in_texts_and_in_bytes_of_results_not_in_records() ->
         assert 2 <= len(lot.start(cost=cost)) <= 5
         lot.put(b"new")
         assert clients(lot.start()) == [b"new"]
+
+
+def test_of_several_busy_clients_each_has_the_same_under_way_and_as_much_stays_free() -> None:
+    lot = Lot(texts=1000)
+    names = (b"a", b"b", b"c", b"d")
+    for name in names:
+        lot.put(name, 2000)
+    started = lot.start(cost=Cost(1, 256 * 1024))  # a turn each
+    assert {name: clients(started).count(name) for name in names} == dict.fromkeys(names, 200)
+    lot.put(b"new", 500)
+    assert 90 <= clients(lot.start()).count(b"new") <= 200
+
+
+def test_giving_back_more_than_was_taken_is_an_error() -> None:
+    lot = Lot()
+    lot.put(b"a")
+    lot.put(b"a", size=1)
+    large, _ = lot.start()
+    lot.parking.finish(large)
+    with pytest.raises(RuntimeError, match="bug"):
+        lot.parking.finish(large)
 
 
 def test_bytes_of_records_are_shared_too() -> None:
