@@ -186,6 +186,8 @@ class _LaneQueue(Generic[ItemT]):
             near.append(entry)
             if left <= 0 or len(taken) >= most or len(near) == WINDOW or entry.overtaken >= WINDOW - 1:
                 break  # full, far enough, or a text that none may overtake any more
+            if cost == left:
+                break  # nothing fits better
         self._remove(taken)
         if near and len(taken) < most and left > 0:
             chosen = self._best_fit(near, left, most - len(taken))

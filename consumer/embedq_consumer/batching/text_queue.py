@@ -84,9 +84,9 @@ class TextQueue:
             return None
         texts = [waiting.pop()]
         left = _CHARACTERS_A_CALL - _cost(texts[0])
-        while (cost := waiting.next_cost()) is not None and cost <= left:
-            texts.append(waiting.pop())
-            left -= cost
+        while (text := waiting.pop_within(left)) is not None:
+            texts.append(text)
+            left -= _cost(text)
         self._calls += 1
         return texts
 
@@ -105,11 +105,16 @@ class TextQueue:
         now_ms = time.time() * 1000
         settled: list[Settled] = []
         texts: list[First] = []
-        for identity, job in call:
-            waiters, expired = self._flights.unexpired(identity, now_ms)
-            settled += [(waiter, index, EXPIRED_IN_QUEUE) for waiter, index in expired]
-            if waiters:
-                texts.append((identity, job))
+        for first in call:
+            identity, job = first
+            if job.expired(
+                now_ms
+            ):  # else it waits itself, and the others are asked when the micro-batch begins
+                waiters, expired = self._flights.unexpired(identity, now_ms)
+                settled += [(waiter, index, EXPIRED_IN_QUEUE) for waiter, index in expired]
+                if not waiters:
+                    continue
+            texts.append(first)
         return settled, texts
 
     async def _tokenize(self, first: Sequence[First]) -> list[Settled]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from typing import Generic, TypeVar
 
@@ -28,13 +29,11 @@ class FairQueue(Generic[KeyT, ItemT]):
 
     def put(self, client: KeyT, item: ItemT, cost: int) -> None:
         """Queue an item."""
-        self._items.setdefault(client, deque()).append((item, cost))
-        self._rounds.enter(client)
-
-    def next_cost(self) -> int | None:
-        """What the next item costs; None if none waits."""
-        flow = self._rounds.turn()
-        return None if flow is None else self._items[flow.key][0][1]
+        items = self._items.get(client)
+        if items is None:
+            items = self._items[client] = deque()
+            self._rounds.enter(client)
+        items.append((item, cost))
 
     def pop(self) -> ItemT:
         """Remove and return the next item.
@@ -42,12 +41,22 @@ class FairQueue(Generic[KeyT, ItemT]):
         Raises:
             IndexError: none waits.
         """
+        found = self.pop_within(math.inf)
+        if found is None:
+            raise IndexError("nothing waits")
+        return found
+
+    def pop_within(self, most: float) -> ItemT | None:
+        """Remove and return the next item; None if none waits, or if it costs more than this."""
         flow = self._rounds.turn()
         if flow is None:
-            raise IndexError("nothing waits")
+            return None
         items = self._items[flow.key]
-        item, cost = items.popleft()
-        self._rounds.charge(flow.key, cost)
+        item, cost = items[0]
+        if cost > most:
+            return None
+        items.popleft()
+        flow.credit -= cost
         if not items:
             del self._items[flow.key]
             self._rounds.leave(flow.key)

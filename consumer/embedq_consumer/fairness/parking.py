@@ -17,6 +17,10 @@ _QUANTUM_BYTES: Final = 256 * 1024
 """A turn in bytes of records and results: some hundred short jobs, so that one poll of several clients mixes well."""
 
 
+_RESUME_AT: Final = 0.75
+"""A client that had its share starts more once it has three quarters of it: then many at a time, in one look-up."""
+
+
 class Place(Protocol):
     """Where a record lies."""
 
@@ -234,10 +238,14 @@ class _Lane(Generic[RecordT]):
         while (flow := self._rounds.turn()) is not None:
             key = flow.key
             client = self._clients[key]
+            part = _RESUME_AT if client.full else 1.0
+            client.full = not (
+                client.texts < part * texts
+                and client.bytes < part * record_bytes
+                and client.results < part * results
+            )
             if (
-                client.texts < texts
-                and client.bytes < record_bytes
-                and client.results < results
+                not client.full
                 and not (passed and key in passed)
                 and (record := client.next(partitions)) is not None
             ):
@@ -307,12 +315,14 @@ class _Client(Generic[RecordT]):
     Records of a partition that takes no more starts step aside.
     """
 
-    __slots__ = ("aside", "bytes", "parked", "results", "texts", "waiting")
+    __slots__ = ("aside", "bytes", "full", "parked", "results", "texts", "waiting")
 
     def __init__(self) -> None:
         self.waiting: deque[RecordT] = deque()
         self.aside: dict[TopicPartition, deque[RecordT]] = {}
         self.parked = 0
+        self.full = False
+        """Whether it had its share under way, and has not answered a quarter of it since."""
         self.texts = 0
         self.bytes = 0
         self.results = 0

@@ -9,8 +9,8 @@ from typing import Final, Generic
 
 from embedq_consumer.fairness.parking import Parking, RecordT
 
-_STARTS: Final = 256
-"""Records that are started in one turn of the event loop: decoding them takes some milliseconds."""
+_STARTS: Final = 512
+"""Records that are started in one turn of the event loop, as many as a poll brings: decoding them takes some milliseconds."""
 
 
 class Starter(Generic[RecordT]):

@@ -108,6 +108,19 @@ def test_of_several_busy_clients_each_has_the_same_under_way_and_as_much_stays_f
     assert 90 <= clients(lot.start()).count(b"new") <= 200
 
 
+def test_a_client_that_had_its_share_starts_many_at_a_time_again() -> None:
+    lot = Lot(texts=1000)
+    lot.put(b"a", 2000)
+    started = lot.start()
+    assert len(started) == 500
+    for record in started[:70]:
+        lot.parking.finish(record)
+        assert lot.start() == []
+    for record in started[70:80]:
+        lot.parking.finish(record)
+    assert len(lot.start()) == 80
+
+
 def test_giving_back_more_than_was_taken_is_an_error() -> None:
     lot = Lot()
     lot.put(b"a")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Iterator
 from itertools import cycle, islice
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -152,15 +154,23 @@ def test_a_fair_queue_gives_everything_once_and_each_clients_in_order(script: li
     assert len(queue) == len(script)
     found = []
     while queue:
-        next_cost = queue.next_cost()
-        client, number = queue.pop()
-        assert next_cost == script[number][1]
-        found.append((client, number))
+        one = queue.pop_within(150) or queue.pop()
+        assert script[one[1]][1] <= 150 or queue.pop_within(-1) is None
+        found.append(one)
     assert sorted(number for _, number in found) == list(range(len(script)))
     for client in "abc":
         numbers = [number for other, number in found if other == client]
         assert numbers == sorted(numbers)
-    assert queue.next_cost() is None
+    assert queue.pop_within(math.inf) is None
+    with pytest.raises(IndexError):
+        queue.pop()
+
+
+def test_an_item_that_costs_more_than_may_be_taken_stays_the_next() -> None:
+    queue = FairQueue[str, int](QUANTUM)
+    queue.put("a", 1, 50)
+    queue.put("a", 2, 10)
+    assert [queue.pop_within(49), queue.pop_within(50), queue.pop_within(50)] == [None, 1, 2]
 
 
 def test_a_client_that_comes_to_a_queue_is_next_but_for_one_turn() -> None:
