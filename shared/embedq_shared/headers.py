@@ -1,4 +1,4 @@
-"""A job's headers: correlation, reply address, deadline, trace. The last header of a name counts."""
+"""A job's headers: correlation, reply address, deadline, client, trace. The last header of a name counts."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ Header = tuple[str, bytes]
 
 _PARTITION: Final = struct.Struct(">i")
 _MAX_DEADLINE: Final = 2**63 - 1
+MAX_CLIENT_BYTES: Final = 256
+"""Of a `client-id`; more is not looked at. Long enough for any name, short enough to be kept with each record."""
+_NAMES_OF_CLIENT: Final = frozenset({topics.CLIENT, *topics.REPLY_TOPIC, *topics.REPLY_PARTITION})
 
 
 class JobHeaders(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,6 +65,22 @@ def parse(headers: Iterable[tuple[str, bytes | None]]) -> JobHeaders:
         bad_address=bad_address,
         bad_deadline=bad_deadline,
     )
+
+
+def client_of(headers: Iterable[tuple[str, bytes | None]]) -> bytes:
+    """Whose job a record is, for fair shares: equal bytes, one client. Never raises, and reads nothing but headers.
+
+    The header `client-id`; without it the reply address, since each requester reads a partition of its own; without both
+    all senders are one client. The record's key says nothing of the sender: often it is the document's.
+    """
+    last = {name: value for name, value in headers if name in _NAMES_OF_CLIENT}
+    if client := last.get(topics.CLIENT):
+        return b"id " + client[:MAX_CLIENT_BYTES]
+    topic = next((last[name] for name in topics.REPLY_TOPIC if name in last), None)
+    partition = next((last[name] for name in topics.REPLY_PARTITION if name in last), None)
+    if topic is None and partition is None:
+        return b""
+    return b"to " + (topic or b"")[:MAX_CLIENT_BYTES] + b" " + (partition or b"")[:4]
 
 
 def reply_partition_bytes(partition: int) -> bytes:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
 from embedq_consumer.group import Ticket
 from embedq_shared.topics import Lane
+
+_OBJECT_BYTES: Final = 256
+"""What the objects of a record take beside its bytes, and about as much for each header."""
 
 
 class Death(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,6 +31,16 @@ class Record(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     timestamp_ms: int
     timestamp_type: int
     polled_at: float
+    client: bytes = b""
+    """Whose record it is (`headers.client_of`): clients take turns."""
+    size: int = 0
+    """Bytes of memory that it holds while in flight. Found when the record is made, since it is asked for several times."""
+
+    def __post_init__(self) -> None:
+        size = _OBJECT_BYTES + len(self.value or b"") + len(self.key or b"")
+        for name, value in self.headers:
+            size += _OBJECT_BYTES + len(name) + len(value or b"")
+        msgspec.structs.force_setattr(self, "size", size)
 
     @classmethod
     def unread(cls, ticket: Ticket, lane: Lane, polled_at: float) -> Record:
@@ -46,9 +61,3 @@ class Record(msgspec.Struct, frozen=True, gc=False, kw_only=True):
         """`topic-partition-offset`: the id of a job that has none."""
         partition = self.ticket.partition
         return f"{partition.topic}-{partition.partition}-{self.ticket.offset}"
-
-    @property
-    def size(self) -> int:
-        """Bytes that it holds while in flight."""
-        headers = sum(len(name) + len(value or b"") for name, value in self.headers)
-        return len(self.value or b"") + len(self.key or b"") + headers

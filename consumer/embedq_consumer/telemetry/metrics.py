@@ -57,6 +57,9 @@ class Metrics:
         self.in_flight_bytes = gauge(
             "in_flight_bytes", "Bytes of the jobs that are accepted and not yet finished.", "lane"
         )
+        self.parked_jobs = gauge(
+            "parked_jobs", "Of these, jobs that wait undecoded until their client may start them.", "lane"
+        )
         self.paused = gauge("paused", "1 while the lane is full and takes no records.", "lane")
         self.lag = gauge(
             "lag_records",
