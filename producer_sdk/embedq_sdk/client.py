@@ -52,8 +52,7 @@ class EmbedClient:
         max_inputs, max_job_bytes: the most that one job holds; longer lists become several jobs.
         instance: a stable name of this process, which chooses its reply partition; random by default.
         client_id: whose jobs these are: clients take turns, and those with one name take one's. Random by default.
-        security: `security_protocol`, `ssl_context` and `sasl_…`, as aiokafka takes them; or, instead of a context,
-            `ssl_cafile`, `ssl_certfile` and `ssl_keyfile`, paths of PEM files.
+        security: as aiokafka takes it; instead of `ssl_context` also PEM files (`ssl_cafile`, `ssl_certfile`, `ssl_keyfile`).
 
     Raises:
         InvalidArgument: a setting is wrong.

@@ -32,7 +32,6 @@ from embedq_consumer.intake.reading import POLL_MS, Changes, Reading
 from embedq_consumer.intake.records import Record
 from embedq_consumer.intake.workload import Take, Workload
 from embedq_consumer.telemetry.metrics import Metrics
-from embedq_shared.headers import client_of
 from embedq_shared.kafka import Unreadable, stop_client
 from embedq_shared.topics import LANES, Lane, Topics
 
@@ -332,17 +331,7 @@ class Intake:
                     record = Record.unread(ticket, lane, now)
                     unread.append((record, raw.value.reason))
                 else:
-                    record = Record(
-                        ticket=ticket,
-                        lane=lane,
-                        key=raw.key,
-                        value=raw.value,
-                        headers=raw.headers,
-                        timestamp_ms=raw.timestamp,
-                        timestamp_type=raw.timestamp_type,
-                        polled_at=now,
-                        client=client_of(raw.headers),
-                    )
+                    record = Record.read(ticket, lane, raw, now)
                     records.append(record)
                 self._work.add(record)
             self._metrics.records.labels(lane).inc(len(found))

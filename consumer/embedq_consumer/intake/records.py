@@ -7,6 +7,8 @@ from typing import Final
 import msgspec
 
 from embedq_consumer.group import Ticket
+from embedq_shared.headers import client_of
+from embedq_shared.kafka import ConsumerRecord
 from embedq_shared.topics import Lane
 
 _OBJECT_BYTES: Final = 256
@@ -41,6 +43,21 @@ class Record(msgspec.Struct, frozen=True, gc=False, kw_only=True):
         for name, value in self.headers:
             size += _OBJECT_BYTES + len(name) + len(value or b"")
         msgspec.structs.force_setattr(self, "size", size)
+
+    @classmethod
+    def read(cls, ticket: Ticket, lane: Lane, raw: ConsumerRecord, polled_at: float) -> Record:
+        """A record as the client hands it out."""
+        return cls(
+            ticket=ticket,
+            lane=lane,
+            key=raw.key,
+            value=raw.value,
+            headers=raw.headers,
+            timestamp_ms=raw.timestamp,
+            timestamp_type=raw.timestamp_type,
+            polled_at=polled_at,
+            client=client_of(raw.headers),
+        )
 
     @classmethod
     def unread(cls, ticket: Ticket, lane: Lane, polled_at: float) -> Record:
