@@ -15,7 +15,10 @@ from embedq_shared.kafka import TopicPartition
 
 GROUP: Final = 32
 """Suspects that run together, of all partitions: few enough that running each of them alone takes half a second, many enough
-that the two thousand records which a dead process may have read take about a second."""
+that the first hundreds, which were started first most likely, take little time."""
+_MOST_GROUP: Final = 512
+"""Each group that survives is followed by one of twice its size, up to this: so the thirty thousand records which a dead process
+may have read are some seventy groups. Running each of so many alone takes ten seconds, and is asked for by a second death only."""
 BURST_S: Final = 0.5
 """How long suspects may run one after the other before what waits for them gets its turn."""
 
@@ -86,6 +89,7 @@ class Suspects:
 
     def __init__(self, claimant: Claimant, *, group: int = GROUP, burst_s: float = BURST_S) -> None:
         self.claimant = claimant
+        self._least_group = group
         self._group_size = group
         self._burst_s = burst_s
         self._cases: dict[TopicPartition, _Case] = {}
@@ -273,8 +277,14 @@ class Suspects:
             for case, custody in self._known()
             if custody.alone_until <= case.held[0].offset and custody.has_suspects(case.held[0].offset)
         ]
-        share = max(1, self._group_size // max(1, len(cases)))
-        return [one for case in cases[: self._group_size] for one in self._on_trial(case, share)]
+        if not cases:
+            if not self.suspected:
+                self._group_size = self._least_group
+            return []
+        share = max(1, self._group_size // len(cases))
+        chosen = [one for case in cases[: self._group_size] for one in self._on_trial(case, share)]
+        self._group_size = min(2 * self._group_size, max(_MOST_GROUP, self._least_group))
+        return chosen
 
     def _on_trial(self, case: _Case, most: int, *, alone: bool = False) -> list[Polled]:
         """Take the next suspects of a partition, at most so many, and mark them."""

@@ -101,6 +101,17 @@ def test_after_one_death_records_run_in_groups_and_those_of_other_partitions_go_
     assert rest.marks[A] == Custody(owner="me", replica="me", span=10)
 
 
+def test_a_group_that_survives_is_followed_by_one_of_twice_its_size() -> None:
+    suspects = Suspects(ME, group=2)
+    suspects.take(polled(range(2000)))
+    claim(suspects, careful_until=2000, careful_left=2000)
+    sizes = []
+    while (step := do(suspects)).marks[A].trial_until:
+        sizes.append(len(step.run))
+        finish(suspects, step.run)
+    assert sizes == [2, 4, 8, 16, 32, 64, 128, 256, 512, 512, 466]
+
+
 def test_no_more_records_are_suspects_than_the_dead_process_may_have_read() -> None:
     suspects = Suspects(ME, group=4)
     suspects.take(polled(range(10)))
