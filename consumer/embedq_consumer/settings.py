@@ -521,6 +521,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             max_pending_bytes=self.max_pending_bytes,
             max_poll_records=self.max_poll_records,
             max_uncommitted=self.max_uncommitted_jobs,
+            bulk_in_order=self.exactly_once is not None,
             max_inflated_bytes=self.max_inflated_bytes,
             commit_interval_s=self.commit_interval_ms / 1000,
             session_timeout_ms=self.session_timeout_ms,

@@ -57,6 +57,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """Of both lanes together: what the results may take in memory."""
     uncommitted: int
     """Records of a partition that are started and not committed: what a crash answers again."""
+    ordered: frozenset[Lane] = frozenset()
+    """Lanes in which the records of a partition start in their order, whoever's they are."""
 
 
 class Cost(msgspec.Struct, frozen=True):
@@ -101,13 +103,16 @@ class Parking(Generic[RecordT]):
           nothing under way need not wait for what others have started.
         - Of one client's records in one partition the first starts first.
         - A partition has at most `uncommitted` records started and not committed, and at most half of them behind one that
-          waits: commits wait for that one, so there is always room for it.
+          waits: commits wait for that one, so there is always room for it. In an ordered lane none is: there a record that
+          waits may be what started ones wait for until they give back their share.
         - Every record is given out once, by `next` or by `drop`, and what a started one took is given back by `finish`.
     """
 
     def __init__(self, limits: Limits, committed: Callable[[TopicPartition], int | None]) -> None:
         results = Share(limits.result_bytes)
-        self._lanes = {lane: _Lane[RecordT](limits, results) for lane in LANES}
+        self._lanes = {
+            lane: _Lane[RecordT](limits, results, ordered=lane in limits.ordered) for lane in LANES
+        }
         self._partitions = _Partitions(limits.uncommitted, committed)
         self._costs: dict[Place, Cost] = {}
         self._waiting = 0
@@ -225,8 +230,10 @@ class _Partitions:
             del started[: bisect_left(started, done)]
         return started
 
-    def may_start(self, place: Place) -> bool:
+    def may_start(self, place: Place, *, ordered: bool) -> bool:
         if self.withheld and place.partition in self.withheld:
+            return False
+        if ordered and place.offset != next(iter(self._parked[place.partition])):
             return False
         started = self._started.get(place.partition)
         if started is None or len(started) < self._most // 2:
@@ -246,7 +253,8 @@ class _Partitions:
 class _Lane(Generic[RecordT]):
     """One lane's clients, their records that wait, and what they have under way. `results` is shared by both lanes."""
 
-    def __init__(self, limits: Limits, results: Share) -> None:
+    def __init__(self, limits: Limits, results: Share, *, ordered: bool) -> None:
+        self._ordered = ordered
         self._rounds = Rounds[bytes](_QUANTUM_BYTES)
         self._jobs = Share(limits.jobs)
         self._texts = Share(limits.texts)
@@ -286,7 +294,7 @@ class _Lane(Generic[RecordT]):
             if (
                 not client.full
                 and not (passed and key in passed)
-                and (record := client.next(partitions)) is not None
+                and (record := client.next(partitions, ordered=self._ordered)) is not None
             ):
                 self.parked -= 1
                 self.take(record)
@@ -372,10 +380,10 @@ class _Client(Generic[RecordT]):
         self.bytes = 0
         self.results = 0
 
-    def next(self, partitions: _Partitions) -> RecordT | None:
+    def next(self, partitions: _Partitions, *, ordered: bool) -> RecordT | None:
         """Remove and return the first record that may start."""
         for partition, records in self.aside.items():
-            if partitions.may_start(records[0].ticket):
+            if partitions.may_start(records[0].ticket, ordered=ordered):
                 record = records.popleft()
                 if not records:
                     del self.aside[partition]
@@ -384,7 +392,7 @@ class _Client(Generic[RecordT]):
         while self.waiting:
             record = self.waiting.popleft()
             partition = record.ticket.partition
-            if partition not in self.aside and partitions.may_start(record.ticket):
+            if partition not in self.aside and partitions.may_start(record.ticket, ordered=ordered):
                 self.parked -= 1
                 return record
             self.aside.setdefault(partition, deque()).append(record)

@@ -38,6 +38,8 @@ class IntakeOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_pending_bytes: int
     """What the results of started jobs may take in memory."""
     max_poll_records: int
+    bulk_in_order: bool = False
+    """Each partition of the bulk lane starts its jobs in their order, since its answers are published in it."""
     max_uncommitted: int
     """Records of a partition that are started and not committed: a crash repeats these at most."""
     commit_interval_s: float

@@ -50,6 +50,7 @@ class Workload:
                 record_bytes=options.max_in_flight_bytes,
                 result_bytes=options.max_pending_bytes,
                 uncommitted=options.max_uncommitted,
+                ordered=frozenset[Lane]({"bulk"} if options.bulk_in_order else ()),
             ),
             ledger.committed,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 import pytest
@@ -34,10 +35,10 @@ class Parked:
 class Lot:
     """A parking lot, with what is committed."""
 
-    def __init__(self, **limits: int) -> None:
+    def __init__(self, **limits: Any) -> None:
         self.committed: dict[TopicPartition, int] = {}
         self.ends: dict[TopicPartition, int] = {}
-        defaults = {"jobs": 10_000, "texts": 10_000, "record_bytes": 10**9}
+        defaults: dict[str, Any] = {"jobs": 10_000, "texts": 10_000, "record_bytes": 10**9}
         defaults |= {"result_bytes": 10**9, "uncommitted": 10_000}
         self.parking = Parking[Parked](Limits(**defaults | limits), self.committed.get)
 
@@ -255,6 +256,43 @@ def test_a_record_holds_others_back_once_half_of_the_bound_is_started_behind_it(
     assert [lot.parking.holds_back(record.ticket) for record in started] == [True, *[False] * 4]
     lot.committed[A] = 2
     assert not lot.parking.holds_back(started[2].ticket)
+
+
+def test_a_partition_in_order_starts_nothing_before_the_first_that_waits() -> None:
+    lot = Lot(texts=4, ordered=frozenset({"bulk"}))
+    lot.put(b"flood", 10, lane="bulk")
+    lot.put(b"new", 1, lane="bulk")
+    lot.put(b"new", 1, B, lane="bulk")
+    assert [(record.client, record.ticket.partition) for record in lot.start()] == [
+        (b"flood", A),
+        (b"flood", A),
+        (b"new", B),
+    ]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_answers_that_are_held_until_those_before_them_are_there_never_stop_an_ordered_lane(
+    seed: int,
+) -> None:
+    """A flood, and behind it in the same partition a thousand clients with a job each, computed in any order."""
+    lot = Lot(jobs=256, uncommitted=2048, ordered=frozenset({"bulk"}))
+    lot.committed[A] = 0
+    lot.put(b"flood", 600, lane="bulk")
+    for number in range(1000):
+        lot.put(b"%d" % number, lane="bulk")
+    random = Random(seed)
+    computing: list[Parked] = []
+    held: dict[int, Parked] = {}
+    while lot.committed[A] < 1600:
+        computing += lot.start()
+        assert computing, "stuck"
+        random.shuffle(computing)
+        for record in computing[:80]:
+            held[record.ticket.offset] = record
+        del computing[:80]
+        while record_at_front := held.pop(lot.committed[A], None):
+            lot.parking.finish(record_at_front)
+            lot.committed[A] += 1
 
 
 class ParkingMachine(RuleBasedStateMachine):
