@@ -185,7 +185,8 @@ async def read_results(
     idle: float | None,
 ) -> AsyncGenerator[JobResult, None]:
     """Every result of `topic`; see `EmbedClient.results`."""
-    settings: dict[str, Any] = {"fetch_max_wait_ms": _POLL_MS}
+    # A service that delivers exactly once publishes in transactions: what one of them undid is no result.
+    settings: dict[str, Any] = {"fetch_max_wait_ms": _POLL_MS, "isolation_level": "read_committed"}
     if group is not None:
         settings |= {
             "group_id": group,

@@ -279,7 +279,7 @@ class Harness:
                 if worker.order(step.point, step.passes, "SIGSTOP") and await worker.stands_still(_POINT_S):
                     await worker.freeze(step.seconds)
             case other:
-                raise NotImplementedError(f"fault {other}")
+                raise RuntimeError(f"no fault is called {other}. This is a bug.")
 
     async def _reload(self) -> None:
         """Change the model on all workers: a control record, as an operator without our command line would write it."""

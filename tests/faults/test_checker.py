@@ -137,9 +137,8 @@ def test_a_good_history_breaks_nothing(mode: Mode) -> None:
 
 
 def test_the_longest_pause_is_from_one_answer_to_the_next_while_a_job_waits() -> None:
-    assert checker.longest_pause(checker.History(good())) == pytest.approx(
-        1.8
-    )  # from 2.2 s to 4.0 s; d waited
+    # From c's answer at 2.1 s to d's at 4.0 s: d waited.
+    assert checker.longest_pause(checker.History(good())) == pytest.approx(1.9)
     late = Accepted(at=50.0, id="q", topic=JOBS, partition=2, offset=0, reply_topic=RESULTS)
     answer = Result(at=53.5, id="q", topic=RESULTS, partition=3, offset=0, status="ok", cosine=1.0)
     assert checker.longest_pause(checker.History([*good()[:-1], late, answer])) == pytest.approx(3.5)

@@ -13,9 +13,9 @@ from aiokafka.protocol.admin import CreateAclsRequest
 PAGE: Final = Path(__file__).parents[2] / "docs" / "security.md"
 
 _ROW: Final = re.compile(
-    r"\| (?P<role>[^|]*)\| (?P<kind>topic|group) \| `(?P<name>[^`]+)` \| (?P<operations>[\w, ]+) \|"
+    r"\| (?P<role>[^|]*)\| (?P<kind>topic|group|transactional id) \| `(?P<name>[^`]+)` \| (?P<operations>[\w, ]+) \|"
 )
-_KINDS: Final = {"topic": 2, "group": 3}
+_KINDS: Final = {"topic": 2, "group": 3, "transactional id": 5}
 _LITERAL, _PREFIXED = 3, 4
 _OPERATIONS: Final = {"Read": 3, "Write": 4, "Create": 5, "Describe": 8, "DescribeConfigs": 10}
 _ALLOW: Final = 3

@@ -6,10 +6,9 @@ import asyncio
 import base64
 import hashlib
 import json
-import os
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -30,6 +29,7 @@ from aiokafka.protocol.types import (
 )
 
 from embedq_sdk.dev import DevStack
+from embedq_sdk.dev.jars import KafkaFiles
 from embedq_sdk.dev.kafka_server import KafkaServer
 from embedq_sdk.dev.ports import HOST, free_ports
 from tests.helpers.certificates import make_certificates, openssl
@@ -115,10 +115,15 @@ def secured_kafka(directory: Path) -> Iterator[SecuredKafka]:
     def properties(server: KafkaServer, node: int) -> dict[str, str]:
         return _secured(plain_properties(server, node), ports, directory)
 
+    plain_command = KafkaFiles.command
+
+    def command(files: KafkaFiles, java_options: Sequence[str], home: Path) -> list[str]:
+        return plain_command(files, [*java_options, allowed], home)
+
     allowed = f"-Dorg.apache.kafka.sasl.oauthbearer.allowed.urls=file://{directory}/jwks.json"
     with (
         patch.object(KafkaServer, "_properties", properties),
-        patch.dict(os.environ, {"JAVA_TOOL_OPTIONS": allowed}),
+        patch.object(KafkaFiles, "command", command),
         DevStack(environ=own_environ()) as stack,
     ):
         asyncio.run(_add_users(stack.kafka_servers))

@@ -123,10 +123,9 @@ class Publisher:
         self, records: Sequence[Outgoing], *, timeout_s: float | None = None
     ) -> list[Exception | None]:
         """Send all and wait for all. For each record None, or why the brokers will not have it."""
-        outcomes: list[asyncio.Future[Exception | None]] = []
-        for record in records:
-            outcomes.append(asyncio.get_running_loop().create_future())
-            self.send(record, _into(outcomes[-1]), timeout_s=timeout_s)
+        outcomes = [_outcome() for _ in records]
+        for record, outcome in zip(records, outcomes, strict=True):
+            self.send(record, _into(outcome), timeout_s=timeout_s)
         return list(await asyncio.gather(*outcomes))
 
     async def announce(self, records: Sequence[Outgoing], *, within: float) -> None:
@@ -196,12 +195,9 @@ class Publisher:
     async def _run(self) -> None:
         """Take the producers' answers as they come, and look at every place now and then."""
         next_tick = 0.0
+        self._woken.set()
         while True:
-            try:
-                async with asyncio.timeout(_TICK_S):
-                    await self._woken.wait()
-            except TimeoutError:
-                pass
+            await self._woken.wait()
             self._woken.clear()
             now = time.monotonic()
             self._take_answers(now)
@@ -211,6 +207,7 @@ class Publisher:
             if now >= next_tick:
                 self._tick(now)
                 next_tick = now + _TICK_S
+                asyncio.get_running_loop().call_later(_TICK_S, self._woken.set)
 
     def _take_answers(self, now: float) -> None:
         answers, self._answers = self._answers, []
@@ -339,6 +336,10 @@ class Publisher:
 def _settle(ended: Sequence[Ended]) -> None:
     for parcel, reason in ended:
         parcel.settled(reason)
+
+
+def _outcome() -> asyncio.Future[Exception | None]:
+    return asyncio.get_running_loop().create_future()
 
 
 def _into(outcome: asyncio.Future[Exception | None]) -> Settled:

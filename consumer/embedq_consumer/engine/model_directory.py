@@ -407,6 +407,8 @@ def _shown(value: Any) -> str:
     match value:
         case dict():
             return "an object"
+        case [str() as only]:
+            return repr([only[:_SHOWN]])
         case list():
             return "a list"
         case str():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from typing import Final, Protocol
 
 import structlog
@@ -23,6 +23,8 @@ log = structlog.get_logger()
 
 _MAX_BYTES: Final = 16 * 1024 * 1024
 """Of one transaction: readers wait for its end, and an aborted one is sent again."""
+_LOOK_S: Final = 0.5
+"""Between two looks for partitions that were lost: a drain waits for what is held of them."""
 _FIRST_PAUSE_S: Final = 0.05
 _LONGEST_PAUSE_S: Final = 1.0
 
@@ -113,7 +115,9 @@ class ReleaseLoop:
     async def run(self) -> None:
         """Publish until cancelled."""
         while True:
-            await self._changed.wait()
+            with suppress(TimeoutError):  # an answer whose partition was lost brings no word of it
+                async with asyncio.timeout(_LOOK_S):
+                    await self._changed.wait()
             await asyncio.sleep(self._interval_s)
             self._changed.clear()
             await self._publish_all()

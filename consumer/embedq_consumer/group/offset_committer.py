@@ -85,16 +85,20 @@ class OffsetCommitter:
         self._urgent.set()
 
     async def run(self, after: Callable[[], Awaitable[None]]) -> None:
-        """Commit again and again; each round ends with `after`."""
+        """Commit again and again; each round ends with `after`, and most begin with a commit."""
+        due = time.monotonic()
         while True:
-            begun = time.monotonic()
-            # Before the commit: what finishes during it brings the next one forward.
-            self._wanted.clear()
-            self._urgent.clear()
-            await self.commit()
+            now = time.monotonic()
+            if now >= due or self._urgent.is_set():
+                if self._ledger.committable():
+                    due = now + self._interval_s
+                # Before the commit: what finishes during it brings the next one forward.
+                self._wanted.clear()
+                self._urgent.clear()
+                await self.commit()
             await after()
             await _wait(self._wanted, _IDLE_S)
-            await _wait(self._urgent, begun + self._interval_s - time.monotonic())
+            await _wait(self._urgent, min(_IDLE_S, due - time.monotonic()))
 
     async def commit(
         self, also: Collection[TopicPartition] = (), *, release: Collection[TopicPartition] = ()

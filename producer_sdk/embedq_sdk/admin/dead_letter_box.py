@@ -355,7 +355,7 @@ async def dead_letters(
     if not topic_prefix:
         raise InvalidArgument(argument="topic_prefix", expected="a prefix of topic names", got="nothing")
     async with connection.client(
-        lambda: connection.consumer(fetch_max_wait_ms=100), connect_timeout
+        lambda: connection.consumer(fetch_max_wait_ms=100, isolation_level="read_committed"), connect_timeout
     ) as consumer:
         yield DeadLetterBox(connection, consumer, Topics(topic_prefix), connect_timeout)
 

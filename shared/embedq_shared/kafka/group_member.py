@@ -217,7 +217,7 @@ class GroupMember:
 
     def _joined(self) -> _Coordinator:
         if self._coordinator is None:
-            raise RuntimeError("no member of the group. This is a bug.")
+            raise KafkaError("no member of the group any more")
         return self._coordinator
 
 

@@ -356,9 +356,14 @@ def _check_dead_letter(run: Run, name: str) -> None:
     assert letter.value == (case.value if case.whole else None)
     place = f"{sent.topic}-{sent.partition}-{sent.offset}".encode()
     assert letter.key == (place if not case.whole or (case.key is None and case.value is None) else case.key)
-    assert letter.timestamp == run.sent_at_ms
+    # One without its content is sent after the whole was refused, also for what may have been wrong with its time.
+    assert letter.timestamp == run.sent_at_ms if case.whole else letter.timestamp >= run.sent_at_ms
     assert list(letter.headers[: len(own)]) == own
-    assert dict(letter.headers[len(own) :]) == {
+    said = dict(letter.headers[len(own) :])
+    assert run.sent_at_ms <= int(said.pop("embedq-first-seen")) <= time.time() * 1000
+    assert said.pop("embedq-replica")
+    said.pop("embedq-model-version", None)  # of a job that was decoded
+    assert said == {
         "kafka_dlt-original-topic": sent.topic.encode(),
         "kafka_dlt-original-partition": struct.pack(">i", sent.partition),
         "kafka_dlt-original-offset": struct.pack(">q", sent.offset),
@@ -370,7 +375,10 @@ def _check_dead_letter(run: Run, name: str) -> None:
         "__connect.errors.topic": sent.topic.encode(),
         "__connect.errors.partition": str(sent.partition).encode(),
         "__connect.errors.offset": str(sent.offset).encode(),
-        "__connect.errors.stage": b"VALUE_CONVERTER",
+        "__connect.errors.connector.name": f"{run.topics.prefix}.embedq".encode(),
+        "__connect.errors.stage": b"HEADER_CONVERTER"
+        if case.code == "invalid_header"
+        else b"VALUE_CONVERTER",
         "__connect.errors.class.name": b"embedq_consumer",
         "__connect.errors.exception.class.name": f"embedq.{case.code}".encode(),
         "__connect.errors.exception.message": error["message"].encode(),

@@ -98,18 +98,6 @@ async def test_without_its_topics_it_ends_with_code_1_and_says_which_are_missing
     assert "embedq topics create" in failure["detail"]
 
 
-async def test_with_nobody_at_the_brokers_address_it_ends_with_code_1_and_one_line(
-    stack: DevStack, models: Path, tmp_path: Path
-) -> None:
-    topics = await make_topics(stack, fresh_prefix())
-    replica = Replica(stack, topics, models / "a", tmp_path / "log", kafka_servers="127.0.0.1:9")
-    await replica.start(ready=False)
-    assert await replica.ended() == 1
-    assert [event["reason"] for event in replica.events() if event["event"] == "failed"] == [
-        "KafkaConnectionError"
-    ]
-
-
 async def test_two_replicas_told_at_once_leave_nothing_uncommitted(
     stack: DevStack, models: Path, tmp_path: Path
 ) -> None:

@@ -259,6 +259,8 @@ async def _send_to(
 
 
 async def _has(admin: AIOKafkaAdminClient, topic: str, partitions: int) -> bool:
+    if topic not in await admin.list_topics():  # asking for it by name would create it
+        return partitions == 0
     [described] = await admin.describe_topics([topic])
     return len(described["partitions"]) == partitions
 

@@ -323,7 +323,7 @@ def test_a_tokenizer_that_asks_for_others_code_or_files_is_refused(
 
 
 def test_paths_that_a_tokenizer_kept_from_where_it_was_saved_pass() -> None:
-    saved = "/root/.cache/huggingface/abc"
+    saved = "/home/somebody/.cache/huggingface/abc"
     assert (
         foreign_tokenizer(
             {

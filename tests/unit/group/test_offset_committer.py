@@ -93,8 +93,30 @@ async def test_what_finishes_right_after_a_commit_waits_for_the_interval() -> No
     async with committing.running():
         await committing.until_round(1)
         committing.finish(1)
-        for _ in range(20):
-            await asyncio.sleep(0)
+        await _steps()
+    assert committing.member.commits == [{A: 1}]
+
+
+async def test_the_first_thing_that_finishes_does_not_wait_for_an_interval_in_which_there_was_nothing() -> (
+    None
+):
+    committing = Committing(interval_s=3600)
+    async with committing.running():
+        await committing.until_round(1)
+        committing.finish(0)
+        await wait_until(lambda: bool(committing.member.commits), what="the commit")
+
+
+async def test_a_round_comes_often_although_a_commit_is_not_due_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(offset_committer, "_IDLE_S", 0.001)
+    committing = Committing(interval_s=3600)
+    committing.finish(0)
+    async with committing.running():
+        await committing.until_round(1)
+        committing.finish(1)
+        await committing.until_round(4)
     assert committing.member.commits == [{A: 1}]
 
 
@@ -111,19 +133,19 @@ async def test_nothing_finished_is_nothing_to_commit_and_a_round_comes_all_the_s
 
 async def test_a_commit_comes_early_once_a_quarter_of_what_may_stay_uncommitted_is_finished() -> None:
     committing = Committing(interval_s=3600, max_uncommitted=8)
+    committing.finish(0)
     async with committing.running():
         await committing.until_round(1)
-        committing.finish(0)
-        await asyncio.sleep(0)
-        assert committing.rounds == 1
         committing.finish(1)
-        await committing.until_round(2)
-        assert committing.member.commits == [{A: 2}]
-        committing.finish(2)  # counted from the commit on
-        await asyncio.sleep(0)
-        assert committing.rounds == 2
-        committing.finish(3)
-        await committing.until_round(3)
+        await _steps()
+        assert committing.member.commits == [{A: 1}]
+        committing.finish(2)
+        await wait_until(lambda: committing.member.commits == [{A: 1}, {A: 3}], what="the early commit")
+        committing.finish(3)  # counted from the commit on
+        await _steps()
+        assert len(committing.member.commits) == 2
+        committing.finish(4)
+        await wait_until(lambda: len(committing.member.commits) == 3, what="the next early commit")
 
 
 async def test_what_finishes_during_a_commit_brings_the_next_one_forward_too() -> None:
@@ -237,6 +259,12 @@ async def test_the_answer_to_a_commit_of_an_earlier_epoch_is_not_noted_for_this_
     gate.set()
     await commit
     assert committing.ledger.committed(A) is None
+
+
+async def _steps() -> None:
+    """The event loop does all that it can do without time passing."""
+    for _ in range(20):
+        await asyncio.sleep(0)
 
 
 class Custodian:
