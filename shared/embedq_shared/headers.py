@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Final
 
 import msgspec
@@ -17,7 +18,8 @@ _PARTITION: Final = struct.Struct(">i")
 _MAX_DEADLINE: Final = 2**63 - 1
 MAX_CLIENT_BYTES: Final = 256
 """Of a `client-id`; more is not looked at. Long enough for any name, short enough to be kept with each record."""
-_NAMES_OF_CLIENT: Final = frozenset({topics.CLIENT, *topics.REPLY_TOPIC, *topics.REPLY_PARTITION})
+_ECHO: Final = (*topics.CORRELATION, *topics.TRACE)
+_CONTENT_TYPE_LENGTH: Final = len(topics.CONTENT_TYPE)
 
 
 class JobHeaders(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,11 +42,11 @@ def parse(headers: Iterable[tuple[str, bytes | None]]) -> JobHeaders:
     content_type: bytes | None = None
     for name, value in headers:
         last[name] = b"" if value is None else value
-        if name.lower() == topics.CONTENT_TYPE:
+        if len(name) == _CONTENT_TYPE_LENGTH and name.lower() == topics.CONTENT_TYPE:
             content_type = last[name]
     if not last:
         return JobHeaders()
-    echo = tuple((name, last[name]) for name in (*topics.CORRELATION, *topics.TRACE) if name in last)
+    echo = tuple([(name, last[name]) for name in _ECHO if name in last])
     address: tuple[str | None, int | None] = (None, None)
     deadline: int | None = None
     bad_address = bad_deadline = None
@@ -67,17 +69,21 @@ def parse(headers: Iterable[tuple[str, bytes | None]]) -> JobHeaders:
     )
 
 
-def client_of(headers: Iterable[tuple[str, bytes | None]]) -> bytes:
+def client_of(headers: Sequence[tuple[str, bytes | None]]) -> bytes:
     """Whose job a record is, for fair shares: equal bytes, one client. Never raises, and reads nothing but headers.
 
     The header `client-id`; without it the reply address, since each requester reads a partition of its own; without both
     all senders are one client. The record's key says nothing of the sender: often it is the document's.
     """
-    last = {name: value for name, value in headers if name in _NAMES_OF_CLIENT}
-    if client := last.get(topics.CLIENT):
+    client: bytes | None = None
+    for name, value in headers:
+        if name == topics.CLIENT:
+            client = value
+    if client:
         return b"id " + client[:MAX_CLIENT_BYTES]
-    topic = next((last[name] for name in topics.REPLY_TOPIC if name in last), None)
-    partition = next((last[name] for name in topics.REPLY_PARTITION if name in last), None)
+    last = dict(headers)
+    _, topic = _first(last, topics.REPLY_TOPIC)
+    _, partition = _first(last, topics.REPLY_PARTITION)
     if topic is None and partition is None:
         return b""
     return b"to " + (topic or b"")[:MAX_CLIENT_BYTES] + b" " + (partition or b"")[:4]
@@ -98,13 +104,21 @@ def _reply_topic(last: dict[str, bytes]) -> str | None:
     if raw is None:
         return None
     try:
-        topic = raw.decode()
+        return _topic_name(raw)
     except UnicodeDecodeError:
         raise ValueError(name, "a topic name in UTF-8") from None
-    if not topics.is_topic_name(topic):
+    except ValueError:
         raise ValueError(
             name, f"a topic name of 1 to {topics.MAX_TOPIC_LENGTH} letters, digits, '.', '_' or '-'"
-        )
+        ) from None
+
+
+@lru_cache(maxsize=1024)
+def _topic_name(raw: bytes) -> str:
+    """The name in these bytes. Jobs of a client name the same one again and again; what is no name is not remembered."""
+    topic = raw.decode()
+    if not topics.is_topic_name(topic):
+        raise ValueError(topic)
     return topic
 
 
@@ -129,8 +143,11 @@ def _deadline(raw: bytes | None) -> int | None:
     return int(raw)
 
 
-def _first(last: dict[str, bytes], family: tuple[str, ...]) -> tuple[str, bytes | None]:
-    return next(((name, last[name]) for name in family if name in last), (family[0], None))
+def _first(last: Mapping[str, bytes | None], family: tuple[str, ...]) -> tuple[str, bytes | None]:
+    for name in family:
+        if name in last:
+            return name, last[name]
+    return family[0], None
 
 
 def _bad(error: ValueError) -> ErrorBody:

@@ -138,8 +138,8 @@ class ScriptedSink:
                 self.events.append(record.topic)
                 settled(None)
 
-    def finish(self, record: Record) -> None:
-        self.events.append(record.ticket.offset)
+    def finish(self, *records: Record) -> None:
+        self.events += [record.ticket.offset for record in records]
 
     @property
     def finished(self) -> list[int]:

@@ -19,7 +19,7 @@ Settled = tuple[JobState, int, Outcome]
 """One input of a job, and what became of it."""
 
 
-class Identity(msgspec.Struct, frozen=True, gc=False):
+class Identity(msgspec.Struct, frozen=True, gc=False, cache_hash=True):
     """Deduplication key: everything that the model's vector of an input depends on, and the lane.
 
     The lane belongs to it so that no interactive text waits for a bulk one; the encoder, since windows of an expired

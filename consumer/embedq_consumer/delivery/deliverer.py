@@ -35,8 +35,8 @@ _THREADS: Final = 2
 _ERROR_S: Final = 5.0
 """For an error in place of a result that could not be delivered: its dead letter tells of it anyway."""
 
-Finish = Callable[[Record], None]
-"""Says that a record needs no more work: from here on its offset may be committed."""
+Finish = Callable[[*tuple[Record, ...]], None]
+"""Says that records need no more work: from here on their offsets may be committed."""
 Args = TypeVarTuple("Args")
 Returned = TypeVar("Returned")
 
@@ -255,7 +255,7 @@ class Deliverer:
             for error in reply.errors:
                 self._metrics.errors.labels(error.code).inc()
             self._job_seconds[reply.record.lane].observe(now - reply.record.polled_at)
-            self._finish(reply.record)
+        self._finish(*[reply.record for reply in replies])
 
     def _count_inputs(self, jobs: Iterable[JobState]) -> None:
         vectors: Counter[Lane] = Counter()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterable
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
+from itertools import groupby
+from operator import attrgetter
 from typing import Final, Generic, Protocol, TypeVar
 
 import msgspec
 
-from embedq_consumer.fairness.rounds import Rounds
+from embedq_consumer.fairness.rounds import Flow, Rounds
 from embedq_shared.kafka import TopicPartition
 from embedq_shared.topics import LANES, Lane
 
@@ -69,6 +71,7 @@ class Cost(msgspec.Struct, frozen=True):
 
 
 _NOTHING: Final = Cost(0, 0)
+_partition_of = attrgetter("ticket.partition")
 
 
 class Share:
@@ -101,27 +104,26 @@ class Parking(Generic[RecordT]):
         - Within a lane clients take turns (`Rounds`), counted in bytes of records and results; interactive records go first.
         - A client starts more while it has less of each resource under way than is left free of it (`Share`): so one that has
           nothing under way need not wait for what others have started.
-        - Of one client's records in one partition the first starts first.
+        - Of one client's records in one partition the first starts first; its partitions take turns.
         - A partition has at most `uncommitted` records started and not committed, and at most half of them behind one that
           waits: commits wait for that one, so there is always room for it. In an ordered lane none is: there a record that
           waits may be what started ones wait for until they give back their share.
-        - Every record is given out once, by `next` or by `drop`, and what a started one took is given back by `finish`.
+        - Every record is given out once, by `draw` or by `drop`, and what a started one took is given back by `finish`.
     """
 
     def __init__(self, limits: Limits, committed: Callable[[TopicPartition], int | None]) -> None:
         results = Share(limits.result_bytes)
-        self._lanes = {
-            lane: _Lane[RecordT](limits, results, ordered=lane in limits.ordered) for lane in LANES
-        }
         self._partitions = _Partitions(limits.uncommitted, committed)
+        self._lanes = {
+            lane: _Lane[RecordT](limits, results, self._partitions, ordered=lane in limits.ordered)
+            for lane in LANES
+        }
         self._costs: dict[Place, Cost] = {}
-        self._waiting = 0
-        self._started = 0
 
     @property
     def idle(self) -> bool:
         """Whether nothing is started."""
-        return not self._started
+        return not any(lane.started for lane in self._lanes.values())
 
     @property
     def partitions(self) -> frozenset[TopicPartition]:
@@ -142,119 +144,163 @@ class Parking(Generic[RecordT]):
 
     def __bool__(self) -> bool:
         """Whether records wait."""
-        return self._waiting > 0
+        return any(lane.parked for lane in self._lanes.values())
 
     def parked(self, lane: Lane) -> int:
         """Records that wait."""
         return self._lanes[lane].parked
 
     def put(self, records: Iterable[RecordT]) -> None:
-        """These were polled."""
-        for record in records:
-            self._partitions.park(record.ticket)
-            self._lanes[record.lane].put(record)
-            self._waiting += 1
+        """These were polled, those of each partition in order."""
+        for partition, group in groupby(records, key=_partition_of):
+            found = list(group)
+            self._partitions.park(partition, [record.ticket.offset for record in found])
+            self._lanes[found[0].lane].put(partition, found)
 
-    def next(self) -> RecordT | None:
-        """Start the next record that may start; None if none may. `weigh` it before the next one."""
+    def draw(self, most: int) -> Generator[RecordT, None, int]:
+        """Start up to `most` records that may start, each as it is drawn. `weigh` one before the next. Returns how many."""
+        drawn = 0
         for lane in self._lanes.values():
-            if lane.parked and (record := lane.next(self._partitions)) is not None:
-                self._partitions.start(record.ticket)
-                self._waiting -= 1
-                self._started += 1
-                return record
-        return None
+            if lane.parked:
+                drawn += yield from lane.draw(most - drawn)
+        return drawn
 
     def start(self, record: RecordT) -> None:
         """Start a record that was never parked: it costs nothing but its bytes."""
-        self._started += 1
-        self._lanes[record.lane].take(record)
+        self._lanes[record.lane].take(record.client, 1, record.size)
 
     def weigh(self, record: RecordT, cost: Cost) -> None:
         """A started record turned out to take this."""
         self._costs[record.ticket] = cost
-        self._lanes[record.lane].weigh(record, cost)
+        self._lanes[record.lane].weigh(record.client, cost)
 
     def finish(self, record: RecordT) -> None:
         """A started record is answered."""
-        self._started -= 1
-        self._lanes[record.lane].give_back(record, self._costs.pop(record.ticket, _NOTHING))
+        cost = self._costs.pop(record.ticket, _NOTHING)
+        self._lanes[record.lane].give_back(record.client, 1, record.size, cost)
 
     def drop(self, partitions: Collection[TopicPartition]) -> list[RecordT]:
         """Forget these partitions: their records that wait are returned, for another replica to read them."""
         self._partitions.forget(partitions)
-        dropped = [record for lane in self._lanes.values() for record in lane.drop(partitions)]
-        self._waiting -= len(dropped)
-        return dropped
+        return [record for lane in self._lanes.values() for record in lane.drop(partitions)]
+
+
+class _Partition:
+    """What waits in one partition, and what is started there and not committed."""
+
+    __slots__ = ("order", "parked", "started")
+
+    def __init__(self) -> None:
+        self.parked = 0
+        self.order: deque[int] = deque()
+        """Offsets that wait, in order, among them some that do so no more."""
+        self.started: list[int] = []
 
 
 class _Partitions:
-    """What waits in each partition and what is started there and not committed."""
+    """How many records of each partition may start."""
 
     def __init__(self, most: int, committed: Callable[[TopicPartition], int | None]) -> None:
         self._most = most
+        self._half = most // 2
         self._committed = committed
         self.withheld: frozenset[TopicPartition] = frozenset()
-        self._parked: dict[TopicPartition, OrderedDict[int, None]] = {}
-        self._started: dict[TopicPartition, list[int]] = {}
-
-    def park(self, place: Place) -> None:
-        parked = self._parked.get(place.partition)
-        if parked is None:
-            parked = self._parked[place.partition] = OrderedDict()
-        parked[place.offset] = None
-
-    def start(self, place: Place) -> None:
-        partition, offset = place.partition, place.offset
-        del self._parked[partition][offset]
-        started = self._started.get(partition)
-        if started is None:
-            started = self._started[partition] = []
-        if not started or offset > started[-1]:
-            started.append(offset)
-        else:
-            insort(started, offset)
+        self._known: dict[TopicPartition, _Partition] = {}
 
     @property
     def known(self) -> frozenset[TopicPartition]:
-        return frozenset(self._parked.keys() | self._started.keys())
+        return frozenset(self._known)
+
+    def park(self, partition: TopicPartition, offsets: Collection[int]) -> None:
+        state = self._known.get(partition)
+        if state is None:
+            state = self._known[partition] = _Partition()
+        order = state.order
+        if not state.parked:
+            order.clear()
+        done = self._committed(partition) or 0
+        while order and order[0] < done:
+            order.popleft()
+        order.extend(offsets)
+        state.parked += len(offsets)
+
+    def start(self, partition: TopicPartition, offsets: Sequence[int]) -> None:
+        """These, in their order, wait no more."""
+        state = self._known[partition]
+        started = state.started
+        if not started or offsets[0] > started[-1]:
+            started += offsets
+        else:
+            for offset in offsets:
+                insort(started, offset)
+        state.parked -= len(offsets)
+
+    def take_back(self, partition: TopicPartition, offsets: Sequence[int]) -> None:
+        """These, which were started last, wait again."""
+        state = self._known[partition]
+        at = bisect_left(state.started, offsets[0])
+        if state.started[at : at + len(offsets)] == offsets:
+            del state.started[at : at + len(offsets)]
+        else:
+            for offset in offsets:
+                state.started.remove(offset)
+        state.parked += len(offsets)
 
     def holds_back(self, place: Place) -> bool:
-        started = self._uncommitted(place.partition)
-        return len(started) - bisect_right(started, place.offset) >= self._most // 2
+        state = self._known.get(place.partition)
+        if state is None:
+            return False
+        self._forget_committed(place.partition, state)
+        return len(state.started) - bisect_right(state.started, place.offset) >= self._half
 
-    def _uncommitted(self, partition: TopicPartition) -> list[int]:
-        started = self._started.get(partition, [])
-        done = self._committed(partition)
-        if done is not None:
-            del started[: bisect_left(started, done)]
-        return started
-
-    def may_start(self, place: Place, *, ordered: bool) -> bool:
-        if self.withheld and place.partition in self.withheld:
-            return False
-        if ordered and place.offset != next(iter(self._parked[place.partition])):
-            return False
-        started = self._started.get(place.partition)
-        if started is None or len(started) < self._most // 2:
-            return True
-        started = self._uncommitted(place.partition)
-        if len(started) >= self._most:
-            return False
-        first = next(iter(self._parked[place.partition]))
-        return place.offset == first or len(started) - bisect_left(started, first) < self._most // 2
+    def room(self, partition: TopicPartition, waiting: Iterable[int], *, ordered: bool) -> int:
+        """How many of `waiting`, the offsets of one client's records that wait, may start."""
+        if self.withheld and partition in self.withheld:
+            return 0
+        state = self._known[partition]
+        if len(state.started) >= self._half:
+            self._forget_committed(partition, state)
+        started = len(state.started)
+        if ordered:
+            return min(self._first_ones(partition, state, waiting), self._most - started)
+        if started < self._half:
+            return self._half - started
+        if started >= self._most:
+            return 0
+        if first_ones := self._first_ones(partition, state, waiting):
+            return min(first_ones, self._most - started)
+        behind = started - bisect_left(state.started, state.order[0])
+        return min(self._half - behind, self._most - started)
 
     def forget(self, partitions: Collection[TopicPartition]) -> None:
         for partition in partitions:
-            self._parked.pop(partition, None)
-            self._started.pop(partition, None)
+            self._known.pop(partition, None)
+
+    def _forget_committed(self, partition: TopicPartition, state: _Partition) -> None:
+        done = self._committed(partition)
+        if done is not None and state.started and state.started[0] < done:
+            del state.started[: bisect_left(state.started, done)]
+
+    def _first_ones(self, partition: TopicPartition, state: _Partition, waiting: Iterable[int]) -> int:
+        """How many of these are the first ones that wait in the partition."""
+        order, started = state.order, state.started
+        done = self._committed(partition) or 0
+        while order[0] < done or ((at := bisect_left(started, order[0])) < len(started) and started[at] == order[0]):
+            order.popleft()
+        found = 0
+        for mine, first in zip(waiting, order, strict=False):
+            if mine != first:
+                break
+            found += 1
+        return found
 
 
 class _Lane(Generic[RecordT]):
     """One lane's clients, their records that wait, and what they have under way. `results` is shared by both lanes."""
 
-    def __init__(self, limits: Limits, results: Share, *, ordered: bool) -> None:
+    def __init__(self, limits: Limits, results: Share, partitions: _Partitions, *, ordered: bool) -> None:
         self._ordered = ordered
+        self._partitions = partitions
         self._rounds = Rounds[bytes](_QUANTUM_BYTES)
         self._jobs = Share(limits.jobs)
         self._texts = Share(limits.texts)
@@ -263,19 +309,64 @@ class _Lane(Generic[RecordT]):
         self.parked = 0
         self._clients: dict[bytes, _Client[RecordT]] = {}
 
+    @property
+    def started(self) -> int:
+        """Records under way."""
+        return self._jobs.used
+
     def allow(self, jobs: int) -> None:
         self._jobs.limit = jobs
 
-    def put(self, record: RecordT) -> None:
-        client = self._client(record.client)
-        if not client.parked:
-            self._rounds.enter(record.client)
-        client.waiting.append(record)
-        client.parked += 1
-        self.parked += 1
+    def put(self, partition: TopicPartition, records: Sequence[RecordT]) -> None:
+        """These wait from now on."""
+        by_client: dict[bytes, list[RecordT]] = {}
+        for record in records:
+            found = by_client.get(record.client)
+            if found is None:
+                by_client[record.client] = [record]
+            else:
+                found.append(record)
+        for key, its in by_client.items():
+            client = self._client(key)
+            if not client.parked:
+                self._rounds.enter(key)
+            client.put(partition, its)
+        self.parked += len(records)
 
-    def next(self, partitions: _Partitions) -> RecordT | None:
-        """Remove and return the next record that may start."""
+    def draw(self, most: int) -> Generator[RecordT, None, int]:
+        """Start up to `most` records that may start, each as it is drawn. Returns how many.
+
+        Jobs, bytes and places in their partition are taken for a run of a client's records at once; what these turn out to
+        take of the rest, as each is weighed, may end the run early.
+        """
+        drawn = 0
+        while drawn < most and (chosen := self._choose(most - drawn)) is not None:
+            flow, client, partition, run = chosen
+            self._begin(flow.key, client, partition, run)
+            done = 0
+            try:
+                for record in run:
+                    done += 1
+                    flow.credit -= record.size
+                    if done == len(run) and not client.parked:
+                        self._rounds.leave(flow.key)
+                    yield record
+                    if (
+                        flow.credit <= 0
+                        or client.texts + self._texts.used >= self._texts.limit
+                        or client.results + self._results.used >= self._results.limit
+                    ):
+                        break
+            finally:
+                drawn += done
+                if done < len(run):
+                    self._take_back(flow.key, client, partition, run[done:])
+        return drawn
+
+    def _choose(
+        self, most: int
+    ) -> tuple[Flow[bytes], _Client[RecordT], TopicPartition, list[RecordT]] | None:
+        """Whose turn it is, and which records it may start now as far as is known before they are weighed."""
         jobs, texts = self._jobs.free, self._texts.free
         record_bytes, results = self._bytes.free, self._results.free
         if jobs <= 0 or texts <= 0 or record_bytes <= 0 or results <= 0:
@@ -291,17 +382,13 @@ class _Lane(Generic[RecordT]):
                 and client.bytes < part * record_bytes
                 and client.results < part * results
             )
-            if (
-                not client.full
-                and not (passed and key in passed)
-                and (record := client.next(partitions, ordered=self._ordered)) is not None
-            ):
-                self.parked -= 1
-                self.take(record)
-                flow.credit -= record.size
-                if not client.parked:
-                    self._rounds.leave(key)
-                return record
+            if not client.full and not (passed and key in passed):
+                # Each that starts is one more for the client, and one less that is free.
+                most = min(most, (jobs - client.jobs + 1) // 2)
+                size = min(flow.credit, (record_bytes - client.bytes + 1) // 2)
+                found = client.next(self._partitions, most, size, ordered=self._ordered)
+                if found is not None:
+                    return flow, client, *found
             if passed is None:
                 passed = set()
             passed.add(key)
@@ -310,37 +397,54 @@ class _Lane(Generic[RecordT]):
             self._rounds.skip()
         return None
 
-    def take(self, record: RecordT) -> None:
-        """This record is under way."""
-        client = self._client(record.client)
-        client.jobs += 1
-        client.bytes += record.size
-        self._jobs.used += 1
-        self._bytes.used += record.size
+    def _begin(
+        self, key: bytes, client: _Client[RecordT], partition: TopicPartition, run: Sequence[RecordT]
+    ) -> None:
+        """A run is under way."""
+        self._partitions.start(partition, [record.ticket.offset for record in run])
+        self.parked -= len(run)
+        self.take(key, len(run), sum([record.size for record in run]))
 
-    def weigh(self, record: RecordT, cost: Cost) -> None:
-        client = self._clients[record.client]
+    def _take_back(
+        self, key: bytes, client: _Client[RecordT], partition: TopicPartition, rest: Sequence[RecordT]
+    ) -> None:
+        """These were not drawn: they wait again, where they were."""
+        self._partitions.take_back(partition, [record.ticket.offset for record in rest])
+        client.put_back(partition, rest)
+        self.parked += len(rest)
+        self.give_back(key, len(rest), sum([record.size for record in rest]), _NOTHING)
+
+    def take(self, key: bytes, jobs: int, size: int) -> None:
+        """A client's records are under way."""
+        client = self._client(key)
+        client.jobs += jobs
+        client.bytes += size
+        self._jobs.used += jobs
+        self._bytes.used += size
+
+    def weigh(self, key: bytes, cost: Cost) -> None:
+        client = self._clients[key]
         client.texts += cost.texts
         client.results += cost.result_bytes
         self._texts.used += cost.texts
         self._results.used += cost.result_bytes
-        self._rounds.charge(record.client, cost.result_bytes)
+        self._rounds.charge(key, cost.result_bytes)
 
-    def give_back(self, record: RecordT, cost: Cost) -> None:
-        """It is answered."""
-        client = self._clients[record.client]
-        client.jobs -= 1
-        client.bytes -= record.size
+    def give_back(self, key: bytes, jobs: int, size: int, cost: Cost) -> None:
+        """They are under way no more."""
+        client = self._clients[key]
+        client.jobs -= jobs
+        client.bytes -= size
         client.texts -= cost.texts
         client.results -= cost.result_bytes
         if client.jobs < 0 or client.bytes < 0 or client.texts < 0 or client.results < 0:
             raise RuntimeError("a client gave back more than it held. This is a bug.")
-        self._jobs.used -= 1
-        self._bytes.used -= record.size
+        self._jobs.used -= jobs
+        self._bytes.used -= size
         self._texts.used -= cost.texts
         self._results.used -= cost.result_bytes
         if not client.jobs and not client.parked:
-            del self._clients[record.client]
+            del self._clients[key]
 
     def drop(self, partitions: Collection[TopicPartition]) -> list[RecordT]:
         dropped: list[RecordT] = []
@@ -362,16 +466,13 @@ class _Lane(Generic[RecordT]):
 
 
 class _Client(Generic[RecordT]):
-    """One client's records that wait, in their order, and what it has under way.
+    """One client's records that wait, in each partition in their order, and what it has under way."""
 
-    Records of a partition that takes no more starts step aside.
-    """
-
-    __slots__ = ("aside", "bytes", "full", "jobs", "parked", "results", "texts", "waiting")
+    __slots__ = ("bytes", "full", "jobs", "parked", "results", "texts", "waiting")
 
     def __init__(self) -> None:
-        self.waiting: deque[RecordT] = deque()
-        self.aside: dict[TopicPartition, deque[RecordT]] = {}
+        self.waiting: dict[TopicPartition, deque[RecordT]] = {}
+        """By partition, in the order of their turns."""
         self.parked = 0
         self.full = False
         """Whether it had its share under way, and has not answered a quarter of it since."""
@@ -380,28 +481,48 @@ class _Client(Generic[RecordT]):
         self.bytes = 0
         self.results = 0
 
-    def next(self, partitions: _Partitions, *, ordered: bool) -> RecordT | None:
-        """Remove and return the first record that may start."""
-        for partition, records in self.aside.items():
-            if partitions.may_start(records[0].ticket, ordered=ordered):
-                record = records.popleft()
-                if not records:
-                    del self.aside[partition]
-                self.parked -= 1
-                return record
-        while self.waiting:
-            record = self.waiting.popleft()
-            partition = record.ticket.partition
-            if partition not in self.aside and partitions.may_start(record.ticket, ordered=ordered):
-                self.parked -= 1
-                return record
-            self.aside.setdefault(partition, deque()).append(record)
-        return None
+    def put(self, partition: TopicPartition, records: Sequence[RecordT]) -> None:
+        """These wait behind the others."""
+        waiting = self.waiting.get(partition)
+        if waiting is None:
+            self.waiting[partition] = deque(records)
+        else:
+            waiting.extend(records)
+        self.parked += len(records)
+
+    def put_back(self, partition: TopicPartition, records: Sequence[RecordT]) -> None:
+        """These wait before the others."""
+        self.waiting.setdefault(partition, deque()).extendleft(reversed(records))
+        self.parked += len(records)
+
+    def next(
+        self, partitions: _Partitions, most: int, size: int, *, ordered: bool
+    ) -> tuple[TopicPartition, list[RecordT]] | None:
+        """Remove and return the first records of one partition that may start: up to `most`, and of no more than `size` bytes
+        but for the last of them. The partition's next turn comes after those of the others."""
+        for partition, waiting in self.waiting.items():
+            room = partitions.room(
+                partition, (record.ticket.offset for record in waiting), ordered=ordered
+            )
+            if room > 0:
+                break
+        else:
+            return None
+        run: list[RecordT] = []
+        most = min(most, room, len(waiting))
+        while len(run) < most and size > 0:
+            record = waiting.popleft()
+            run.append(record)
+            size -= record.size
+        del self.waiting[partition]
+        if waiting:
+            self.waiting[partition] = waiting
+        self.parked -= len(run)
+        return partition, run
 
     def drop(self, partitions: Collection[TopicPartition]) -> list[RecordT]:
-        dropped = [record for record in self.waiting if record.ticket.partition in partitions]
-        self.waiting = deque(record for record in self.waiting if record.ticket.partition not in partitions)
-        for partition in [each for each in self.aside if each in partitions]:
-            dropped += self.aside.pop(partition)
+        dropped: list[RecordT] = []
+        for partition in [each for each in self.waiting if each in partitions]:
+            dropped += self.waiting.pop(partition)
         self.parked -= len(dropped)
         return dropped

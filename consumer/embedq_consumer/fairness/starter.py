@@ -38,12 +38,11 @@ class Starter(Generic[RecordT]):
     def now(self) -> None:
         """Start what may be started; after `_STARTS` records other work has its turn."""
         self._is_due = False
-        if self._take is not None and self._may_start() and (first := self._parking.next()) is not None:
-            self._take(chain([first], self._others()))
+        if self._take is not None and self._parking and self._may_start():
+            records = self._drawn()
+            if (first := next(records, None)) is not None:
+                self._take(chain([first], records))
 
-    def _others(self) -> Iterator[RecordT]:
-        for _ in range(_STARTS - 1):
-            if (record := self._parking.next()) is None:
-                return
-            yield record
-        self.soon()
+    def _drawn(self) -> Iterator[RecordT]:
+        if (yield from self._parking.draw(_STARTS)) == _STARTS:
+            self.soon()

@@ -9,7 +9,7 @@ import msgspec
 from embedq_shared.kafka import TopicPartition
 
 
-class Ticket(msgspec.Struct, frozen=True, gc=False):
+class Ticket(msgspec.Struct, frozen=True, gc=False, cache_hash=True):
     """One record taken during one assignment of its partition."""
 
     partition: TopicPartition

@@ -41,9 +41,9 @@ class InFlightLimits:
         if self._jobs[lane] >= self._max_jobs or self._bytes[lane] >= self._max_bytes:
             self._full[lane] = True
 
-    def remove(self, lane: Lane, size: int) -> bool:
-        """It is answered. True if the lane has just stopped being full."""
-        self._jobs[lane] -= 1
+    def remove(self, lane: Lane, size: int, jobs: int = 1) -> bool:
+        """Jobs of `size` bytes together are answered. True if the lane has just stopped being full."""
+        self._jobs[lane] -= jobs
         self._bytes[lane] -= size
         if self._jobs[lane] < 0 or self._bytes[lane] < 0:
             raise RuntimeError("more was removed than added. This is a bug.")
@@ -91,11 +91,11 @@ class ReadAhead:
         self._answered = 0
         self._rates: deque[float] = deque(maxlen=_SPANS)
 
-    def note_answered(self, now: float) -> bool:
-        """One more. True if `jobs` may have changed."""
+    def note_answered(self, now: float, jobs: int = 1) -> bool:
+        """So many more. True if `jobs` may have changed."""
         if self._begun is None:
             self._begun = now
-        self._answered += 1
+        self._answered += jobs
         elapsed = now - self._begun
         if elapsed < _SPAN_S:
             return False

@@ -257,15 +257,15 @@ class Intake:
         """Whether others of its partition wait soon, for the sake of this one that is not answered."""
         return self._work.holds_back(record)
 
-    def finish(self, record: Record) -> None:
-        """A record is answered. A second time changes nothing."""
-        reopened = self._work.finish(record)
-        if reopened is None:
+    def finish(self, *records: Record) -> None:
+        """These are answered. A second time changes nothing."""
+        finished, reopened = self._work.finish(records)
+        if not finished:
             return
-        partition = record.ticket.partition
-        if self._ownership.stage(partition) == "releasing" and not self._ledger.in_flight(partition):
-            self._committer.hurry()
-        self._committer.note_finished()
+        for partition in {record.ticket.partition for record in finished}:
+            if self._ownership.stage(partition) == "releasing" and not self._ledger.in_flight(partition):
+                self._committer.hurry()
+        self._committer.note_finished(len(finished))
         if reopened:
             self._state.interrupt()
         if reopened or self._work.idle:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import msgspec
@@ -35,14 +36,8 @@ class Record(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     polled_at: float
     client: bytes = b""
     """Whose record it is (`headers.client_of`): clients take turns."""
-    size: int = 0
-    """Bytes of memory that it holds while in flight. Found when the record is made, since it is asked for several times."""
-
-    def __post_init__(self) -> None:
-        size = _OBJECT_BYTES + len(self.value or b"") + len(self.key or b"")
-        for name, value in self.headers:
-            size += _OBJECT_BYTES + len(name) + len(value or b"")
-        msgspec.structs.force_setattr(self, "size", size)
+    size: int = _OBJECT_BYTES
+    """Bytes of memory that it holds while in flight (`size_of`)."""
 
     @classmethod
     def read(cls, ticket: Ticket, lane: Lane, raw: ConsumerRecord, polled_at: float) -> Record:
@@ -57,6 +52,7 @@ class Record(msgspec.Struct, frozen=True, gc=False, kw_only=True):
             timestamp_type=raw.timestamp_type,
             polled_at=polled_at,
             client=client_of(raw.headers),
+            size=size_of(raw.key, raw.value, raw.headers),
         )
 
     @classmethod
@@ -78,3 +74,17 @@ class Record(msgspec.Struct, frozen=True, gc=False, kw_only=True):
         """`topic-partition-offset`: the id of a job that has none."""
         partition = self.ticket.partition
         return f"{partition.topic}-{partition.partition}-{self.ticket.offset}"
+
+
+def size_of(key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes | None]]) -> int:
+    """Bytes of memory that a record holds."""
+    size = _OBJECT_BYTES * (1 + len(headers))
+    if value:
+        size += len(value)
+    if key:
+        size += len(key)
+    for name, content in headers:
+        size += len(name)
+        if content:
+            size += len(content)
+    return size

@@ -20,7 +20,9 @@ _DECIMAL_BYTES: Final = {"float32": 16, "float16": 16, "int8": 5, "binary": 4}
 
 def fixed_bytes(record: Record, headers: JobHeaders, request: Request) -> int:
     """Upper bound of what each part of a result holds in addition to its vectors."""
-    echoed = sum(len(name) + len(value) + 8 for name, value in headers.echo)
+    echoed = 0
+    for name, value in headers.echo:
+        echoed += len(name) + len(value) + 8
     key = len(record.key) if record.key is not None else 4 * len(request.id)
     # JSON writes a control character as six bytes.
     return (

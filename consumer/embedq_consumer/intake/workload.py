@@ -63,20 +63,33 @@ class Workload:
         self._in_flight[record.ticket] = record
         self.limits.add(record.lane, record.size)
 
-    def finish(self, record: Record) -> bool | None:
-        """It is answered. True if its lane has just stopped being full; None if it was answered or dropped before."""
-        if self._in_flight.pop(record.ticket, None) is None:
-            return None
-        self._ledger.finish(record.ticket)
-        started = self._started.pop(record.ticket, None)
-        if started is not None:
-            self._parking.finish(record)
-            lane = record.lane
-            self._newest_answered[lane] = max(self._newest_answered[lane], started)
-            if self._read_ahead[lane].note_answered(time.monotonic()):
-                self._parking.allow(lane, self._read_ahead[lane].jobs)
-        self._starter.soon()
-        return self.limits.remove(record.lane, record.size)
+    def finish(self, records: Iterable[Record]) -> tuple[list[Record], bool]:
+        """They are answered. Returned are those that were not answered or dropped before, and whether a lane has just stopped
+        being full."""
+        answered: dict[Lane, list[Record]] = {}
+        for record in records:
+            if self._in_flight.pop(record.ticket, None) is not None:
+                answered.setdefault(record.lane, []).append(record)
+        reopened = False
+        for lane, its in answered.items():
+            reopened |= self.limits.remove(lane, sum([record.size for record in its]), len(its))
+            self._note_answered(lane, its)
+        if answered:
+            self._starter.soon()
+        return [record for its in answered.values() for record in its], reopened
+
+    def _note_answered(self, lane: Lane, records: Iterable[Record]) -> None:
+        newest, count = self._newest_answered[lane], 0
+        for record in records:
+            ticket = record.ticket
+            self._ledger.finish(ticket)
+            if (started := self._started.pop(ticket, None)) is not None:
+                self._parking.finish(record)
+                count += 1
+                newest = max(newest, started)
+        self._newest_answered[lane] = newest
+        if count and self._read_ahead[lane].note_answered(time.monotonic(), count):
+            self._parking.allow(lane, self._read_ahead[lane].jobs)
 
     def follow(self, *, releasing: Collection[TopicPartition]) -> None:
         """Other partitions are ours. Of those that are to be given up nothing more starts; what waits of those that went is

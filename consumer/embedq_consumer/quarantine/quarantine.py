@@ -61,8 +61,8 @@ class Queue(Protocol):
     async def running(self) -> None:
         """Wait while nothing may be started: a model is swapped, or the process stops."""
 
-    def finish(self, record: Record) -> None:
-        """A record needs no more work here: from then on its offset may be committed."""
+    def finish(self, *records: Record) -> None:
+        """These need no more work here: from then on their offsets may be committed."""
 
 
 class Work(Protocol):
@@ -102,7 +102,10 @@ class Quarantine:
 
     def take(self, records: Sequence[Record]) -> None:
         """Records of a poll."""
-        self._take(map(Polled, records))
+        if self._suspects.all_free(records):
+            self._queue.park(records)
+        else:
+            self._take(map(Polled, records))
 
     def take_unreadable(self, record: Record, why: str) -> None:
         """A record, or a batch of them, that could not be read."""
@@ -112,11 +115,12 @@ class Quarantine:
         """Records whose turn it is, each started when it is drawn."""
         self._work_on(records)
 
-    def finish(self, record: Record) -> None:
-        """A record that was started is answered."""
-        self._queue.finish(record)
-        if self._suspects.finish(record.ticket):
-            self._changed.set()
+    def finish(self, *records: Record) -> None:
+        """Records that were started are answered."""
+        self._queue.finish(*records)
+        for record in records:
+            if self._suspects.finish(record.ticket):
+                self._changed.set()
 
     def _take(self, polled: Iterable[Polled]) -> None:
         at_once, held = self._suspects.take(polled)

@@ -113,6 +113,19 @@ class Suspects:
                 held = True
         return at_once, held
 
+    def all_free(self, records: Iterable[Record]) -> bool:
+        """Whether all these of a poll may be worked on at once: the usual case, in which they need not be looked at singly."""
+        if self._shut:
+            return False
+        partition: TopicPartition | None = None
+        for record in records:
+            ticket = record.ticket
+            if ticket.partition is not partition:
+                if not self._case(ticket).is_free:
+                    return False
+                partition = ticket.partition
+        return True
+
     def started(self, ticket: Ticket) -> None:
         """Work on a record that was let through begins."""
         self._started.add(ticket)

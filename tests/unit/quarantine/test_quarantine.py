@@ -54,8 +54,8 @@ class Parts:
         self.quarantine = Quarantine(self.suspects, self, self, self.metrics)
         self.quarantine.hand_to(self)
 
-    def finish(self, record: Record) -> None:
-        self.finished.append(record.ticket.offset)
+    def finish(self, *records: Record) -> None:
+        self.finished += [record.ticket.offset for record in records]
 
     def park(self, records: Iterable[Record]) -> None:
         self.parked += records
