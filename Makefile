@@ -1,6 +1,6 @@
 # Two commands do all the set-up on a machine that has Python 3.11+ and nothing else:
 #   make demo   the main job, end to end, on embedded Kafka and Redis
-#   make test   everything CI runs
+#   make test   the suite; in CI with the slow tests of faults, and coverage
 #
 # TORCH_BACKEND chooses PyTorch's build (cpu, cu128, …; see `uv pip install --torch-backend`).
 # Unset, it is PyPI's, which is the CUDA build on Linux and runs on a CPU too.
@@ -21,10 +21,13 @@ FUZZ_INPUTS ?= 1000000
 FUZZ_SEED ?= 1
 # Measuring every process, each replica's too, costs a quarter of the suite's time: CI does it, and whoever asks.
 COVERAGE ?= $(CI)
+# Tests of faults take half of the suite's time: CI runs them, and whoever changes what they are about.
+SLOW ?= $(CI)
 # Importing torch and transformers compiles thousands of files; keeping the result makes the next start seconds faster.
 unexport PYTHONDONTWRITEBYTECODE
 # A file's tests stay together, for what they share; files start in the order that tests/conftest.py gives.
 PARALLEL := $(if $(filter-out 0 1,$(WORKERS)),-n $(WORKERS) --dist loadfile --no-loadscope-reorder)
+TIER := $(if $(SLOW),,-m 'not slow')
 UV := UV_LINK_MODE=hardlink $(BIN)/uv
 
 .PHONY: help setup demo test unit matrix faults fuzz check format contract docs constraints pin-images sbom bench clean
@@ -54,12 +57,12 @@ check: setup ## lint, types, generated files
 	$(BIN)/python -m tools.broker_errors_page --check
 	$(BIN)/python -m tools.pin_images --check
 
-test: check ## everything CI runs (TESTS=path runs a part; COVERAGE=1 measures how much of the code it ran)
+test: check ## the suite (SLOW=1 with the faults that CI runs, too; TESTS=path a part of it; COVERAGE=1 how much of the code ran)
 ifeq ($(COVERAGE),)
-	$(BIN)/python -m pytest $(PARALLEL) $(TESTS)
+	$(BIN)/python -m pytest $(PARALLEL) $(TIER) $(TESTS)
 else
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m coverage run -m pytest $(PARALLEL) $(TESTS)
+	$(BIN)/python -m coverage run -m pytest $(PARALLEL) $(TIER) $(TESTS)
 	$(BIN)/python -m coverage combine -q
 	$(BIN)/python -m coverage report $(if $(filter tests,$(TESTS)),,--fail-under=0)
 endif

@@ -18,7 +18,7 @@ from tests.faults.run import Harness, Plan
 from tests.helpers.cluster import Cluster
 from tests.helpers.tiny_models import make_tiny_bert
 
-pytestmark = [pytest.mark.kafka, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.kafka, pytest.mark.slow, pytest.mark.timeout(900)]
 
 SHORT = ("kill", "kill_at", "broker_killed", "broker_cut", "redis_killed", "redis_frozen")
 

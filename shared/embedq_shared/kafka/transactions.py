@@ -58,7 +58,11 @@ class MemberFenced(KafkaError):  # type: ignore[misc]  # aiokafka has no type in
 
 
 class _FencedOffsets(TxnOffsetCommitHandler):  # type: ignore[misc]  # aiokafka has no type information
-    """aiokafka's own handler, but that the request names the member and its refusal aborts the transaction."""
+    """aiokafka's own handler, but that the request names the member, and that its refusal leaves the transaction as it is.
+
+    aiokafka's `error_transaction` forgets which partitions the transaction has, and an abort of one that has none is not sent
+    to the brokers: they would take what comes next for the same transaction, and commit both.
+    """
 
     def __init__(
         self, sender: Sender, offsets: dict[TopicPartition, OffsetAndMetadata], member: FencedMember
@@ -91,7 +95,8 @@ class _FencedOffsets(TxnOffsetCommitHandler):  # type: ignore[misc]  # aiokafka 
             for partition, code, _ in partitions
         }
         if fenced := next((code for code in codes.values() if _is_fenced(code)), None):
-            self._sender._txn_manager.error_transaction(MemberFenced(f"error {fenced}"))
+            _, _, sent = self._sender._txn_manager._pending_txn_offsets.popleft()
+            sent.set_exception(MemberFenced(f"error {fenced}"))
             return None
         for partition, code in codes.items():
             error = for_code(code)
@@ -120,7 +125,8 @@ class FencedProducer(PartitionwiseProducer):
     """A transactional producer whose offsets are taken from the present generation of a group alone.
 
     `member` must be set before `send_offsets_to_transaction`, which raises `MemberFenced` if the group has gone on: then
-    the transaction can only be aborted.
+    the transaction must be aborted. After any other failure in a transaction the producer must be replaced by another one
+    of its name, whose start ends the transaction: aiokafka's own abort does not reach the brokers then.
     """
 
     def __init__(self, **options: Any) -> None:

@@ -15,7 +15,7 @@ from tests.helpers.delivery import load, short_job, until_it_logged
 from tests.helpers.service_process import Replica, fresh_prefix, make_topics, producer, reader, replicas
 from tests.helpers.support import patient, wait_until
 
-pytestmark = [pytest.mark.kafka, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.kafka, pytest.mark.slow, pytest.mark.timeout(400)]
 
 BAD_LOADS: Final[dict[str, Any]] = {"python": ["-m", "tests.helpers.bad_loads"], "redis": False}
 """A service whose loads hang or crash where a directory says so."""

@@ -19,7 +19,7 @@ from tests.helpers.support import wait_until
 OUTAGE_S: Final = float(os.environ.get("EMBEDQ_TEST_OUTAGE_S", "0"))
 """How much longer than it takes to notice Kafka is away; 180 for the promise in full."""
 
-pytestmark = [pytest.mark.kafka, pytest.mark.timeout(240 + OUTAGE_S)]
+pytestmark = [pytest.mark.kafka, pytest.mark.slow, pytest.mark.timeout(240 + OUTAGE_S)]
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,12 @@ import pytest
 from aiokafka import ConsumerRecord
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
+from embedq_consumer.delivery.outgoing import Outgoing
+from embedq_consumer.exactly_once import transactional_producers
+from embedq_consumer.exactly_once.transactions import Parcel
 from embedq_sdk.dev import DevStack
 from embedq_shared.headers import value_of
+from embedq_shared.kafka import FencedMember, MemberFenced, Membership, OffsetAndMetadata, TopicPartition
 from tests.helpers.delivery import Answered, long_job, preload, short_job, until_committed, until_it_logged
 from tests.helpers.service_process import (
     Replica,
@@ -24,7 +28,7 @@ from tests.helpers.service_process import (
     reader,
     replicas,
 )
-from tests.helpers.support import wait_until
+from tests.helpers.support import patient, wait_until
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(240)]
 
@@ -35,6 +39,7 @@ def counts(records: list[ConsumerRecord]) -> Counter[str]:
     return Counter(json.loads(record.value)["id"] for record in records)
 
 
+@pytest.mark.slow
 async def test_kills_repeat_no_result_for_readers_of_committed_records(
     stack: DevStack, models: Path, tmp_path: Path
 ) -> None:
@@ -55,6 +60,7 @@ async def test_kills_repeat_no_result_for_readers_of_committed_records(
     assert answered.counts() == Counter(ids)
 
 
+@pytest.mark.slow
 async def test_a_replica_that_sleeps_through_the_loss_of_its_partitions_publishes_nothing_twice(
     stack: DevStack, models: Path, tmp_path: Path
 ) -> None:
@@ -109,6 +115,36 @@ async def test_an_address_that_refuses_its_result_costs_no_other_job_its_answer(
     said = [json.loads(record.value).get("error") for record in found]
     assert [error["code"] for error in said if error] == ["result_too_large"] * 4
     assert [value_of(letter.headers, "embedq-error-code") for letter in buried] == [b"result_too_large"] * 4
+
+
+async def test_what_a_fenced_transaction_sent_is_never_seen(stack: DevStack) -> None:
+    topics = await make_topics(stack, fresh_prefix(), partitions=1)
+    make = transactional_producers(
+        {"bootstrap_servers": stack.kafka_servers}, topics.prefix, timeout_ms=15_000, max_bytes=1_000_000
+    )
+    nobody = FencedMember(group=topics.prefix, membership=Membership("nobody", 7))
+    offsets = {TopicPartition(topics.bulk, 0): OffsetAndMetadata(1, "")}
+    producer = make()
+    await producer.start()
+    try:
+        for attempt in (b"first", b"second"):
+            await producer.begin()
+            assert await producer.send([_result(topics.results, attempt)], patient(10)) == [None]
+            with pytest.raises(MemberFenced):
+                await producer.add_offsets(offsets, nobody)
+            await producer.abort()
+        await producer.begin()
+        assert await producer.send([_result(topics.results, b"third")], patient(10)) == [None]
+        await producer.commit()
+    finally:
+        await producer.abandon()
+    async with reader(stack, topics.results, committed=True) as results:
+        assert [record.value for record in await results.all()] == [b"third"]
+
+
+def _result(topic: str, value: bytes) -> Parcel:
+    record = Outgoing(topic=topic, partition=0, key=None, value=value, headers=[])
+    return Parcel(record=record, place=(topic, 0), alone=False)
 
 
 async def _has(results: Any, count: int) -> bool:

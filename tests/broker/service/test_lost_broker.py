@@ -18,7 +18,7 @@ from tests.helpers.delivery import load, until_committed
 from tests.helpers.service_process import Replica, fresh_prefix, make_topics, producer, reader, replicas
 from tests.helpers.support import patient
 
-pytestmark = [pytest.mark.kafka, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.kafka, pytest.mark.slow, pytest.mark.timeout(400)]
 
 LOST = 3
 

@@ -27,7 +27,7 @@ from tests.helpers.service_process import (
 )
 from tests.helpers.support import patient, wait_until
 
-pytestmark = [pytest.mark.kafka, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.kafka, pytest.mark.slow, pytest.mark.timeout(400)]
 
 PARTITIONS = 4
 DEADLY = ["-m", "tests.helpers.deadly_model"]

@@ -21,7 +21,7 @@ from tests.helpers.groups import SteadyLoad, Worker, say, steady_load, workers
 from tests.helpers.service_process import fresh_prefix, make_topics
 from tests.helpers.support import patient, wait_until
 
-pytestmark = [pytest.mark.kafka, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.kafka, pytest.mark.slow, pytest.mark.timeout(240)]
 
 PAUSE_S = 1.0
 """What a joiner, a leaver or a killed replica may cost the others."""
