@@ -165,11 +165,13 @@ class Pipeline:
     async def _look_up(self, inputs: Sequence[JobInput]) -> list[JobInput]:
         """Settle the inputs whose vector the cache holds; the others. An input with several vectors is not cached."""
         cacheable = [(job, index) for job, index in inputs if not job.request.late]
-        entries = await self._cache.get_many([_key(job, index) for job, index in cacheable])
+        keys = [_key(job, index) for job, index in cacheable]
+        entries = await self._cache.get_many(keys)
         missing = [(job, index) for job, index in inputs if job.request.late]
         hits: list[Settled] = []
-        for (job, index), entry in zip(cacheable, entries, strict=True):
+        for (job, index), key, entry in zip(cacheable, keys, entries, strict=True):
             if (vector := _from_cache(job, entry)) is None:
+                job.keys[index] = key
                 missing.append((job, index))
             else:
                 hits.append((job, index, vector))
@@ -237,4 +239,4 @@ def _cacheable(job: JobState) -> Iterable[tuple[bytes, CachedVector]]:
                 scale=outcome.scale,
                 vector=outcome.vector,
             )
-            yield _key(job, index), entry
+            yield job.keys[index], entry

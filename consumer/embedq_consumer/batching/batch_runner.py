@@ -15,7 +15,7 @@ from embedq_consumer.batching.token_budget import TokenBudget
 from embedq_consumer.batching.windows import Vectors
 from embedq_consumer.engine import DeviceLost, Encoder, OutOfMemory, Tokens
 from embedq_consumer.telemetry.metrics import Metrics
-from embedq_shared.topics import LANES
+from embedq_shared.topics import Lane
 
 log = structlog.get_logger()
 
@@ -75,7 +75,6 @@ class BatchRunner:
         self._results = results
         self._metrics = metrics
         self._tasks = tasks
-        self._queue_seconds = {lane: metrics.queue.labels(lane) for lane in LANES}
 
     async def run(self, batch: Sequence[QueuedText]) -> None:
         """Compute one micro-batch and hand on its results; done when the device is done with it."""
@@ -101,10 +100,13 @@ class BatchRunner:
 
     def _note_queue(self, waiters: Iterable[JobInput], now: float) -> None:
         """How long jobs waited for their first micro-batch, which began `now`."""
+        waited: dict[Lane, list[float]] = {}
         for job, _ in waiters:
             if job.queue_s is None:
                 job.queue_s = now - job.record.polled_at
-                self._queue_seconds[job.record.lane].observe(job.queue_s)
+                waited.setdefault(job.record.lane, []).append(job.queue_s)
+        for lane, seconds in waited.items():
+            self._metrics.queue.observe(lane, seconds)
 
     async def _compute(self, batch: Sequence[QueuedText]) -> None:
         """Run it; if it fails, in halves, until the text that fails is alone."""

@@ -116,7 +116,10 @@ class SingleFlight:
     def unexpired(self, identity: Identity, now_ms: float) -> tuple[list[JobInput], list[JobInput]]:
         """The inputs that wait for this text, and those that did so until now and whose jobs have expired."""
         waiters = self._waiters.get(identity, [])
-        if not any(job.expired(now_ms) for job, _ in waiters):
+        for job, _ in waiters:
+            if job.headers.deadline_ms is not None and job.expired(now_ms):
+                break
+        else:
             return list(waiters), []
         expired = self.abandon(identity, lambda waiter: waiter[0].expired(now_ms))
         return self.waiters(identity), expired

@@ -118,7 +118,6 @@ class Deliverer:
         self._metrics = metrics
         self._limits = limits
         self._bulk = bulk
-        self._job_seconds = {lane: metrics.job.labels(lane) for lane in LANES}
         # Threads of their own: results must not wait for the tokenizer.
         self._threads = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="deliver")
         self._large = Turns()
@@ -251,10 +250,12 @@ class Deliverer:
         now = time.monotonic()
         for (lane, status), count in Counter((reply.record.lane, reply.status) for reply in replies).items():
             self._metrics.jobs.labels(lane, status).inc(count)
+        for lane in LANES:
+            if seconds := [now - reply.record.polled_at for reply in replies if reply.record.lane == lane]:
+                self._metrics.job.observe(lane, seconds)
         for reply in replies:
             for error in reply.errors:
                 self._metrics.errors.labels(error.code).inc()
-            self._job_seconds[reply.record.lane].observe(now - reply.record.polled_at)
         self._finish(*[reply.record for reply in replies])
 
     def _count_inputs(self, jobs: Iterable[JobState]) -> None:

@@ -285,7 +285,9 @@ class _Partitions:
         """How many of these are the first ones that wait in the partition."""
         order, started = state.order, state.started
         done = self._committed(partition) or 0
-        while order[0] < done or ((at := bisect_left(started, order[0])) < len(started) and started[at] == order[0]):
+        while order[0] < done or (
+            (at := bisect_left(started, order[0])) < len(started) and started[at] == order[0]
+        ):
             order.popleft()
         found = 0
         for mine, first in zip(waiting, order, strict=False):
@@ -501,9 +503,7 @@ class _Client(Generic[RecordT]):
         """Remove and return the first records of one partition that may start: up to `most`, and of no more than `size` bytes
         but for the last of them. The partition's next turn comes after those of the others."""
         for partition, waiting in self.waiting.items():
-            room = partitions.room(
-                partition, (record.ticket.offset for record in waiting), ordered=ordered
-            )
+            room = partitions.room(partition, (record.ticket.offset for record in waiting), ordered=ordered)
             if room > 0:
                 break
         else:

@@ -95,6 +95,7 @@ class JobState:
         "distinct",
         "encoder",
         "headers",
+        "keys",
         "number",
         "outcomes",
         "queue_s",
@@ -120,6 +121,8 @@ class JobState:
             self.distinct, self.copies = _divided(request.texts)
         self.outcomes: list[Outcome | None] = [None] * len(request.texts)
         self.remaining = len(request.texts)
+        self.keys: dict[int, bytes] = {}
+        """Under which the cache has not got an input's vector, by its index."""
         self.spans = 0
         self.queue_s: float | None = None
         self.tokenize_s: float | None = None

@@ -14,6 +14,7 @@ from prometheus_client import (
     ProcessCollector,
 )
 
+from embedq_consumer.telemetry.lane_seconds import LaneSeconds
 from embedq_shared.messages import ErrorCode, ResultStatus
 from embedq_shared.topics import LANES
 
@@ -40,6 +41,9 @@ class Metrics:
 
         def seconds(name: str, help: str, *labels: str) -> Histogram:
             return Histogram(f"embedq_{name}_seconds", help, labels, registry=registry, buckets=_SECONDS)
+
+        def lane_seconds(name: str, help: str) -> LaneSeconds:
+            return LaneSeconds(f"embedq_{name}_seconds", help, _SECONDS, registry)
 
         # Intake
         self.records = counter("records_total", "Job records polled.", "lane")
@@ -85,11 +89,11 @@ class Metrics:
         )
 
         # Stages of a job
-        self.queue = seconds("queue", "From the poll of a job to the start of its micro-batch.", "lane")
+        self.queue = lane_seconds("queue", "From the poll of a job to the start of its micro-batch.")
         self.tokenize = seconds("tokenize", "Tokenizing the texts of one poll.")
         self.compute = seconds("compute", "Running one micro-batch.")
         self.publish = seconds("publish", "From encoding results to the broker's acknowledgement.")
-        self.job = seconds("job", "From the poll of a job to its acknowledged result.", "lane")
+        self.job = lane_seconds("job", "From the poll of a job to its acknowledged result.")
 
         # Micro-batches
         self.batch_tokens = Histogram(
