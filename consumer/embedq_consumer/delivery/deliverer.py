@@ -16,7 +16,7 @@ from embedq_consumer.delivery.broker_errors import meaning_of, name_of
 from embedq_consumer.delivery.destination import Settled, Undelivered, Urgent
 from embedq_consumer.delivery.outgoing import Outgoing
 from embedq_consumer.delivery.result_records import Reply, ResultEncoder
-from embedq_consumer.fairness import Turns
+from embedq_consumer.fairness import Turns, TurnsByPlace
 from embedq_consumer.intake.admission import Rejection
 from embedq_consumer.intake.jobs import InputVector, JobState
 from embedq_consumer.intake.records import Record
@@ -30,6 +30,9 @@ log = structlog.get_logger()
 
 _LARGE_BYTES: Final = 1024 * 1024
 """Results that take some 10 ms to encode, as long as a micro-batch."""
+_LARGE_ON_THE_WAY: Final = 2
+"""Large results that are with the producers at once for one place, so that what comes behind them there waits for these and
+not for a client's whole flood: one is encoded while one is sent. A large result is some 10 MB, a tenth of a second."""
 _THREADS: Final = 2
 """While a large result is encoded, the small ones after it go on."""
 _ERROR_S: Final = 5.0
@@ -97,7 +100,8 @@ class Deliverer:
         - A result that the brokers refuse at its reply address, or do not take there within the limits, becomes an
           error on the results topic. If that cannot be delivered either, the dead letter alone tells of the job.
         - A result without a reply address and a dead letter wait for as long as it takes.
-        - Large results are encoded one at a time, and their clients take turns: small ones never wait for several of them.
+        - Large results are encoded one at a time, and at most two of them are with the producers for one place; their clients
+          take turns. So small ones never wait for more than these.
     """
 
     # More than six parameters: what every answer passes, handed in once by `service.py`.
@@ -120,7 +124,8 @@ class Deliverer:
         self._bulk = bulk
         # Threads of their own: results must not wait for the tokenizer.
         self._threads = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="deliver")
-        self._large = Turns()
+        self._encoding = Turns()
+        self._on_the_way = TurnsByPlace(_LARGE_ON_THE_WAY)
 
     def close(self) -> None:
         """End the threads."""
@@ -141,12 +146,25 @@ class Deliverer:
     async def deliver(self, jobs: Sequence[JobState]) -> None:
         """Answer jobs whose every input has its outcome, and finish their records. One that is `large` comes alone."""
         if large(jobs[0]):
-            async with self._large.turn(jobs[0].client, cost_of(jobs[0]).result_bytes):
-                replies = await self.in_thread(self._encode, jobs)
-        else:
-            replies = await self.in_thread(self._encode, jobs)
+            await self._deliver_large(jobs[0])
+            return
+        replies = await self.in_thread(self._encode, jobs)
         self._count_inputs(jobs)
         await self._send(replies)
+
+    async def _deliver_large(self, job: JobState) -> None:
+        """Encode it when its place has room for it, and keep that until the brokers have it.
+
+        What goes out in a transaction gives its room back at once: there an answer waits for those before it in its
+        partition, and one of these might wait for the room.
+        """
+        client, size, headers = job.client, cost_of(job).result_bytes, job.headers
+        place = (headers.reply_topic, headers.reply_partition)
+        async with self._on_the_way.turn(place, client, size):
+            async with self._encoding.turn(client, size):
+                replies = await self.in_thread(self._encode, [job])
+            self._count_inputs([job])
+            await self._send(replies)
 
     async def reject(self, rejections: Sequence[tuple[Record, Rejection]]) -> None:
         """Answer records that are no jobs of ours, and finish them."""

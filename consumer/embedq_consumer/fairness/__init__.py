@@ -8,6 +8,6 @@ from embedq_consumer.fairness.fair_queue import FairQueue
 from embedq_consumer.fairness.parking import Cost, Limits, Parking
 from embedq_consumer.fairness.rounds import Flow, Rounds
 from embedq_consumer.fairness.starter import Starter
-from embedq_consumer.fairness.turns import Turns
+from embedq_consumer.fairness.turns import Turns, TurnsByPlace
 
-__all__ = ["Cost", "FairQueue", "Flow", "Limits", "Parking", "Rounds", "Starter", "Turns"]
+__all__ = ["Cost", "FairQueue", "Flow", "Limits", "Parking", "Rounds", "Starter", "Turns", "TurnsByPlace"]

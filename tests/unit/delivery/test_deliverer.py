@@ -201,8 +201,8 @@ async def test_what_was_answered_is_counted() -> None:
 # -- large results ----------------------------------------------------------------------------------------------------
 
 
-def large_job(offset: int, client: bytes) -> JobState:
-    job = answered(input=[str(number) for number in range(600)], dimensions=256, offset=offset)
+def large_job(offset: int, client: bytes, *headers: tuple[str, bytes]) -> JobState:
+    job = answered(*headers, input=[str(number) for number in range(600)], dimensions=256, offset=offset)
     job.record = msgspec.structs.replace(job.record, client=client)
     return job
 
@@ -213,7 +213,7 @@ async def test_large_results_are_encoded_one_at_a_time_and_clients_take_turns() 
     assert not large(answered(input=["a", "b"]))
     async with delivering() as parts:
         await asyncio.gather(*(parts.deliver(job) for job in [*flood, new]))
-        assert parts.sink.finished.index(8) <= 2
+        assert parts.sink.finished.index(8) <= 3  # two were on their way
 
 
 async def test_a_small_result_does_not_wait_for_large_ones() -> None:
@@ -223,6 +223,24 @@ async def test_a_small_result_does_not_wait_for_large_ones() -> None:
             parts.deliver(answered(offset=9)),
         )
         assert parts.sink.finished.index(9) <= 1
+
+
+async def test_two_large_results_are_on_their_way_to_a_place_and_those_for_other_places_do_not_wait() -> None:
+    """So what comes behind them there waits for two, and not for a flood."""
+    async with delivering() as parts:
+        parts.sink.stuck.add("elsewhere")
+        async with asyncio.TaskGroup() as tasks:
+            for offset in range(6):
+                tasks.create_task(parts.deliver(large_job(offset, b"flood", ELSEWHERE)))
+            tasks.create_task(parts.deliver(large_job(8, b"other")))
+            await wait_until(lambda: parts.sink.finished == [8], what="the other place's result")
+            waiting = len(parts.sink.timeouts)
+            tasks.create_task(parts.deliver(answered(ELSEWHERE, offset=9)))
+            await wait_until(lambda: len(parts.sink.timeouts) > waiting, what="the small one behind them")
+            parts.sink.stuck.clear()
+            parts.sink.open()
+        assert parts.sink.finished.index(9) <= 3
+        assert sorted(parts.sink.finished) == [0, 1, 2, 3, 4, 5, 8, 9]
 
 
 # -- refused results --------------------------------------------------------------------------------------------------

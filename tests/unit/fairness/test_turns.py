@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from embedq_consumer.fairness import Turns
+from embedq_consumer.fairness import Turns, TurnsByPlace
 from tests.helpers.support import wait_until
 
 
@@ -58,3 +58,23 @@ async def test_one_that_is_cancelled_as_it_is_let_in_lets_the_next_in() -> None:
     assert visits.order[-1] == "c"
     async with visits.turns.turn("d", 1):
         pass
+
+
+async def test_each_place_has_its_own_turns_which_are_forgotten_when_nobody_wants_it() -> None:
+    turns = TurnsByPlace(2)
+    gate = asyncio.Event()
+    inside: list[str] = []
+
+    async def visit(place: str) -> None:
+        async with turns.turn(place, "client", 1):
+            inside.append(place)
+            await gate.wait()
+
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(3):
+            tasks.create_task(visit("a"))
+        tasks.create_task(visit("b"))
+        await wait_until(lambda: sorted(inside) == ["a", "a", "b"], what="two of one and one of the other")
+        gate.set()
+    assert sorted(inside) == ["a", "a", "a", "b"]
+    assert not turns._turns
