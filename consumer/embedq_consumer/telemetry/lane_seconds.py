@@ -20,7 +20,7 @@ class LaneSeconds(Collector):
 
     def __init__(self, name: str, help: str, bounds: Sequence[float], registry: CollectorRegistry) -> None:
         """`bounds` are upper bounds, in order."""
-        self._name = name
+        self.name = name
         self._help = help
         self._bounds = tuple(bounds)
         self._counts: dict[Lane, list[int]] = {lane: [0] * (len(bounds) + 1) for lane in LANES}
@@ -36,7 +36,7 @@ class LaneSeconds(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """What the metrics page shows."""
-        family = HistogramMetricFamily(self._name, self._help, labels=["lane"])
+        family = HistogramMetricFamily(self.name, self._help, labels=["lane"])
         for lane in LANES:
             total = 0
             buckets: list[tuple[str, float]] = []
