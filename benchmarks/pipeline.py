@@ -45,7 +45,7 @@ def minilm() -> Path:
 
 
 @asynccontextmanager
-async def replica(stack: DevStack, model: Path, log: Path) -> AsyncIterator[str]:
+async def replica(stack: DevStack, model: Path, log: Path, prefix: str = "embed") -> AsyncIterator[str]:
     """One service process that takes jobs; its metrics page's address."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("EMBEDQ_")} | {
         "EMBEDQ_KAFKA_SERVERS": stack.kafka_servers,
@@ -53,6 +53,7 @@ async def replica(stack: DevStack, model: Path, log: Path) -> AsyncIterator[str]
         "EMBEDQ_MODEL": str(model),
         "EMBEDQ_HTTP_HOST": "127.0.0.1",
         "EMBEDQ_HTTP_PORT": "0",
+        "EMBEDQ_TOPIC_PREFIX": prefix,
     }
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(

@@ -1,12 +1,12 @@
 """The path of a job, a step a line.
 
-take         the poll loop hands over what one poll returned
+take         the intake starts records that were polled and parked: in fair order by client, as far as there is room
 admit        is it a job that can run here? If not: rejected, which `Deliverer` answers
-reserve      wait until there is memory for its results
-check        texts over the size limit are settled with an error
+weigh        its texts and the size of its results count against its client's share
+check        texts over the size limit are settled with an error; of equal inputs of a job only the first goes on
 look up      what the cache holds is settled
 join         an input whose text is under way already waits for that one's vector
-tokenize     the first of equal texts becomes tokens and waits in its lane's queue
+tokenize     the first of equal texts becomes tokens and waits in its lane's queue; what expired meanwhile does not
              … `BatchLoop` takes a micro-batch, `BatchRunner` computes it and comes back with `computed` …
 postprocess  each input's own outcome: finite, cut to the dimensions, normalized, quantized
 settle       the job notes the outcome; with its last one it is complete
@@ -21,18 +21,23 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, Final, Protocol
 
-from embedq_consumer.batching import AssembledText, ComputedText, JobInput, Settled, TextQueue, Vectors
+from embedq_consumer.batching import AssembledText, ComputedText, First, JobInput, Settled, TextQueue, Vectors
 from embedq_consumer.cache import CachedVector, cache_key
-from embedq_consumer.delivery import Deliverer, assembled_outcomes_of, outcomes_of
+from embedq_consumer.delivery import Deliverer, assembled_outcomes_of, large, outcomes_of
 from embedq_consumer.engine import Encoder
+from embedq_consumer.fairness import Cost
 from embedq_consumer.group import Overtaken, Ticket
 from embedq_consumer.intake.admission import AdmissionPolicy, Rejection, UnknownAddress
 from embedq_consumer.intake.jobs import InputVector, JobState
 from embedq_consumer.intake.records import Death, Record
+from embedq_consumer.intake.result_sizes import cost_of
 from embedq_shared.codec import Envelope
+from embedq_shared.grouping import batched_by
 from embedq_shared.headers import JobHeaders
 from embedq_shared.messages import ErrorBody
 
+_TEXTS_A_LOOKUP: Final = 512
+"""Texts of jobs that are looked up together, in one round trip: a short job need not wait for those of several long ones."""
 _JOBS_A_DELIVERY: Final = 64
 """Jobs that are encoded and published together: the first answers of a large poll need not wait for the last."""
 
@@ -52,9 +57,10 @@ class Pipeline:
 
     Every record given to `take` or `take_unreadable` is finished exactly once, by the deliverer. Work goes on in tasks of
     `tasks`, so a failure here ends the process, and the next one reads the unfinished records again. `serving` returns the
-    encoder that accepts new jobs.
+    encoder that accepts new jobs; `weigh` is told what each job takes.
     """
 
+    # More than six parameters: each is another part of the path, and a struct of them would be made for this call alone.
     def __init__(
         self,
         policy: AdmissionPolicy,
@@ -63,6 +69,7 @@ class Pipeline:
         queue: TextQueue,
         deliverer: Deliverer,
         tasks: asyncio.TaskGroup,
+        weigh: Callable[[Record, Cost], None],
     ) -> None:
         self._policy = policy
         self._serving = serving
@@ -70,13 +77,19 @@ class Pipeline:
         self._queue = queue
         self._deliverer = deliverer
         self._tasks = tasks
+        self._weigh = weigh
         self._given_up: set[Ticket] = set()
 
     # -- from the poll to the queue ----------------------------------------------------------------------------------
 
-    def take(self, records: Sequence[Record]) -> None:
-        """Start on these records. Returns at once."""
-        self._spawn(self._take(records), "take")
+    def take(self, records: Iterable[Record]) -> None:
+        """Start on these records, each weighed before the next is drawn. Returns at once."""
+        jobs, rejected, unknown = self._admit(records)
+        if rejected:
+            self._spawn(self._deliverer.reject(rejected), "reject")
+        if unknown:
+            self._spawn(self._ask_for_topics(unknown), "ask_for_topics")
+        self._start(jobs)
 
     def take_unreadable(self, record: Record, why: str) -> None:
         """Reject a record, or a batch of them, that could not be read. Its position is all that is known of it."""
@@ -99,15 +112,6 @@ class Pipeline:
         )
         self._spawn(self._deliverer.reject([(record, self._policy.given_up(record, error))]), "give_up")
 
-    async def _take(self, records: Sequence[Record]) -> None:
-        jobs, rejected, unknown = self._admit(records)
-        if rejected:
-            self._spawn(self._deliverer.reject(rejected), "reject")
-        if unknown:
-            self._spawn(self._ask_for_topics(unknown), "ask_for_topics")
-        if jobs:
-            await self._start(jobs)
-
     def _admit(
         self, records: Iterable[Record]
     ) -> tuple[list[JobState], list[tuple[Record, Rejection]], list[tuple[Record, UnknownAddress]]]:
@@ -118,6 +122,7 @@ class Pipeline:
         for record in records:
             match self._policy.admit(record, encoder, now_ms, self._deliverer.partitions):
                 case JobState() as job:
+                    self._weigh(record, cost_of(job))
                     jobs.append(job)
                 case Rejection() as rejection:
                     rejected.append((record, rejection))
@@ -132,14 +137,24 @@ class Pipeline:
         rejected += [(record, self._policy.unknown_address(record, address)) for record, address in unknown]
         if rejected:
             await self._deliverer.reject(rejected)
-        await self._start(jobs)
+        self._start(jobs)
 
-    async def _start(self, jobs: Sequence[JobState]) -> None:
-        async for group in self._deliverer.reserve(jobs):
-            inputs = self._check([(job, index) for job in group for index in range(len(job.request.texts))])
-            missing = await self._look_up(inputs)
-            for lane, first in self._queue.join(missing):
-                self.settle(await self._queue.tokenize(lane, first))
+    def _start(self, jobs: Iterable[JobState]) -> None:
+        for group in batched_by(jobs, lambda job: len(job.distinct), _TEXTS_A_LOOKUP):
+            self._spawn(self._look_up_and_join(group), "look_up")
+
+    async def _look_up_and_join(self, jobs: Sequence[JobState]) -> None:
+        inputs = self._check([(job, index) for job in jobs for index in job.distinct])
+        self._queue.join(await self._look_up(inputs))
+        self._tokenize_more()
+
+    def _tokenize_more(self) -> None:
+        while (call := self._queue.next_call()) is not None:
+            self._spawn(self._tokenize(call), "tokenize")
+
+    async def _tokenize(self, call: Sequence[First]) -> None:
+        self.settle(await self._queue.tokenize(call))
+        self._tokenize_more()
 
     def _check(self, inputs: Sequence[JobInput]) -> list[JobInput]:
         """Settle the inputs that must not even be tokenized; the others."""
@@ -150,11 +165,13 @@ class Pipeline:
     async def _look_up(self, inputs: Sequence[JobInput]) -> list[JobInput]:
         """Settle the inputs whose vector the cache holds; the others. An input with several vectors is not cached."""
         cacheable = [(job, index) for job, index in inputs if not job.request.late]
-        entries = await self._cache.get_many([_key(job, index) for job, index in cacheable])
+        keys = [_key(job, index) for job, index in cacheable]
+        entries = await self._cache.get_many(keys)
         missing = [(job, index) for job, index in inputs if job.request.late]
         hits: list[Settled] = []
-        for (job, index), entry in zip(cacheable, entries, strict=True):
+        for (job, index), key, entry in zip(cacheable, keys, entries, strict=True):
             if (vector := _from_cache(job, entry)) is None:
+                job.keys[index] = key
                 missing.append((job, index))
             else:
                 hits.append((job, index, vector))
@@ -177,14 +194,19 @@ class Pipeline:
     def settle(self, outcomes: Iterable[Settled]) -> None:
         """Note what became of inputs. Jobs that have all of their outcomes are delivered."""
         complete = [job for job, index, outcome in outcomes if job.settle(index, outcome)]
-        for start in range(0, len(complete), _JOBS_A_DELIVERY):
-            self._spawn(self._deliver(complete[start : start + _JOBS_A_DELIVERY]), "deliver")
+        alone = [job for job in complete if large(job)]
+        small = [job for job in complete if not large(job)] if alone else complete
+        for start in range(0, len(small), _JOBS_A_DELIVERY):
+            self._spawn(self._deliver(small[start : start + _JOBS_A_DELIVERY]), "deliver")
+        for job in alone:
+            self._spawn(self._deliver([job]), "deliver")
 
     async def _deliver(self, jobs: Sequence[JobState]) -> None:
         if late := [job for job in jobs if job.record.ticket in self._given_up]:
             self._given_up -= {job.record.ticket for job in late}
-            self._deliverer.forget(late)
             jobs = [job for job in jobs if job not in late]
+            if not jobs:
+                return
         if fresh := [entry for job in jobs for entry in _cacheable(job)]:
             # In a task of its own, since a slow cache must not delay the results.
             self._spawn(self._cache.put_many(fresh), "cache_write")
@@ -208,7 +230,8 @@ def _from_cache(job: JobState, entry: CachedVector | None) -> InputVector | None
 
 def _cacheable(job: JobState) -> Iterable[tuple[bytes, CachedVector]]:
     """The vectors of a complete job that the cache does not have."""
-    for index, outcome in enumerate(job.outcomes):
+    for index in job.distinct:
+        outcome = job.outcomes[index]
         if isinstance(outcome, InputVector) and not outcome.cached:
             entry = CachedVector(
                 tokens=outcome.tokens,
@@ -216,4 +239,4 @@ def _cacheable(job: JobState) -> Iterable[tuple[bytes, CachedVector]]:
                 scale=outcome.scale,
                 vector=outcome.vector,
             )
-            yield _key(job, index), entry
+            yield job.keys[index], entry

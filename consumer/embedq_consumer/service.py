@@ -1,6 +1,6 @@
 """The whole story, start here: open the parts, load the model, run the loops until the stop, drain, close in reverse.
 
-A job's path is `pipeline.py`, from the poll loop's `take` to `finish`. Two facts are decided here and nowhere else:
+A job's path is `pipeline.py`, from the intake's `take` to `finish`. Two facts are decided here and nowhere else:
 
 - **Where a job's offset is committed.** The deliverer calls `quarantine.finish`, and that calls `intake.finish`, once the
   broker has acknowledged a job's result, and `intake.commit_forever` commits each partition up to its first record that is not finished. So when a process ends in
@@ -45,7 +45,6 @@ from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.backoff import backoff
 from embedq_shared.kafka import BrokerUnreachable, KafkaConnectionError, reason
 from embedq_shared.messages import STATUS_INTERVAL_S
-from embedq_shared.weighted_semaphore import WeightedSemaphore
 
 log = structlog.get_logger()
 
@@ -121,20 +120,22 @@ async def _serve(settings: Settings, stop: asyncio.Event, leaving: Callable[[], 
 
         suspects = Suspects(settings.claimant())
         intake = await parts.enter_async_context(_intake(settings, suspects, metrics, health, stop))
-        quarantine = Quarantine(suspects, intake.commits, intake.finish, metrics)
+        quarantine = Quarantine(suspects, intake.commits, intake, metrics)
         results = ResultEncoder(
             settings.topics, settings.group, settings.max_result_bytes, replica=settings.replica
         )
         releases = await parts.enter_async_context(_releases(settings, publisher, intake, results, health))
         deliverer = await parts.enter_async_context(
-            _deliverer(settings, publisher, results, releases, quarantine.finish, metrics)
+            _deliverer(settings, publisher, results, releases, intake, quarantine.finish, metrics)
         )
         async with _tasks() as tasks:
-            pipeline = Pipeline(settings.admission, model.encoder, cache, model.queue, deliverer, tasks)
+            pipeline = Pipeline(
+                settings.admission, model.encoder, cache, model.queue, deliverer, tasks, intake.weigh
+            )
             quarantine.hand_to(pipeline)
             _expect_heartbeats(health, settings.stall_timeout_s)
             loops = {
-                "intake": intake.run(quarantine.take, quarantine.take_unreadable),
+                "intake": intake.run(quarantine.start, quarantine.take_unreadable, quarantine),
                 "quarantine": quarantine.run(),
                 "commit": intake.commit_forever(),
                 "watermarks": intake.watch(pipeline.give_up, partial(health.hinder, "watermark")),
@@ -377,8 +378,8 @@ async def _publisher(
     publisher = Publisher(
         KafkaProducers(settings.kafka(), max_bytes=_MAX_REQUEST_BYTES),
         metrics,
-        # Half of a lane: the other half goes on with places that work.
-        max_held=max(1, settings.max_in_flight_jobs // 2),
+        # Half of a partition's jobs that are started: the other half goes on with places that work.
+        max_held=max(1, min(settings.max_in_flight_jobs, settings.max_uncommitted_jobs) // 2),
         hinder=partial(health.hinder, "delivery"),
     )
     try:
@@ -473,16 +474,12 @@ async def _deliverer(
     publisher: Publisher,
     results: ResultEncoder,
     releases: ReleaseLoop | None,
+    intake: Intake,
     finish: Finish,
     metrics: Metrics,
 ) -> AsyncIterator[Deliverer]:
-    memory = WeightedSemaphore(settings.max_pending_bytes)
-    limits = DeliveryLimits(
-        reply_timeout_s=settings.reply_timeout_s,
-        # Half of what may stay uncommitted: with all of it, the partition's other jobs would wait for this one.
-        max_behind=max(1, settings.max_uncommitted_jobs // 2),
-    )
-    deliverer = Deliverer(results, publisher, finish, memory, metrics, limits, bulk=releases)
+    limits = DeliveryLimits(reply_timeout_s=settings.reply_timeout_s, holds_back=intake.holds_back)
+    deliverer = Deliverer(results, publisher, finish, metrics, limits, bulk=releases)
     try:
         yield deliverer
     finally:

@@ -194,25 +194,41 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     # Bounds
 
     max_in_flight_jobs: Annotated[
-        PositiveInt, Meta(description="Jobs of a lane in flight; polling of that lane pauses at this number.")
-    ] = 2048
+        PositiveInt,
+        Meta(
+            description="Jobs of a lane that are polled and not answered; polling of that lane pauses at this number. "
+            "Most of them wait, undecoded, so that jobs of other clients behind them are seen."
+        ),
+    ] = 32_768
     max_in_flight_bytes: Annotated[
         PositiveInt,
-        Meta(description="Bytes of job records of a lane in flight; polling of that lane pauses there."),
-    ] = 32 * 1024 * 1024
+        Meta(
+            description="Bytes of memory that the records of a lane's jobs may take while they are not answered; "
+            "polling of that lane pauses there."
+        ),
+    ] = 64 * 1024 * 1024
     read_ahead_s: Annotated[
         PositiveFloat,
         Meta(
-            description="Seconds of work of a lane in flight: as many jobs as it answers in that time at its best of the last "
-            "seconds, 64 at least. More is of no use, and a stop, a reload or a partition that moves waits for it."
+            description="Seconds of work of a lane that is started: as many jobs as it answers in that time at its best of the "
+            "last seconds, 256 at least; a client alone gets half. More is of no use, and a stop, a reload or a partition "
+            "that moves waits for it."
         ),
     ] = 2.0
+    max_started_texts: Annotated[
+        PositiveInt,
+        Meta(
+            description="Texts of a lane's jobs that are started, past the queue of polled jobs. "
+            "A client may start more while it has less under way than is left free: one alone gets half."
+        ),
+    ] = 8192
     max_pending_bytes: Annotated[
         PositiveInt,
         Meta(
-            description="Bytes that the results being made may take; further jobs wait before they are started."
+            description="Bytes that the results of started jobs may take, shared by clients as `max_started_texts` is; "
+            "one job may exceed it."
         ),
-    ] = 256 * 1024 * 1024
+    ] = 512 * 1024 * 1024
     max_poll_records: Annotated[PositiveInt, Meta(description="Records of one poll.")] = 512
     max_inflated_bytes: Annotated[
         int,
@@ -292,8 +308,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_uncommitted_jobs: Annotated[
         PositiveInt,
         Meta(
-            description="Jobs of a partition that may be finished or in flight and not committed: "
-            "a crash repeats these and one poll at most."
+            description="Jobs of a partition that may be started and not committed: a crash repeats these at most."
         ),
     ] = 2048
     session_timeout_ms: Annotated[
@@ -512,8 +527,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             max_in_flight_jobs=self.max_in_flight_jobs,
             max_in_flight_bytes=self.max_in_flight_bytes,
             read_ahead_s=self.read_ahead_s,
+            max_started_texts=self.max_started_texts,
+            max_pending_bytes=self.max_pending_bytes,
             max_poll_records=self.max_poll_records,
             max_uncommitted=self.max_uncommitted_jobs,
+            bulk_in_order=self.exactly_once is not None,
             max_inflated_bytes=self.max_inflated_bytes,
             commit_interval_s=self.commit_interval_ms / 1000,
             session_timeout_ms=self.session_timeout_ms,
@@ -529,7 +547,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return Claimant(
             owner=uuid.uuid4().hex[:16],
             replica=self.replica,
-            span=self.max_uncommitted_jobs + self.max_poll_records,
+            # What it started may lie anywhere among what it polled, since clients take turns.
+            span=self.max_in_flight_jobs + self.max_poll_records,
         )
 
     @property

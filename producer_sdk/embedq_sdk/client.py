@@ -16,6 +16,7 @@ from embedq_sdk.job_options import (
     JobInputs,
     JobLimits,
     JobOptions,
+    checked_client_id,
     checked_count,
     checked_format,
     checked_id,
@@ -49,6 +50,7 @@ class _Life:
         instance: str | None,
         connect_timeout: float,
         in_flight: WeightedSemaphore,
+        client: bytes,
     ) -> None:
         self._connection = connection
         self._topics = topics
@@ -61,7 +63,7 @@ class _Life:
             broken=lambda fault: self._runner.break_down(fault),
             refused=lambda error: self._runner.refuse(error),
         )
-        self._runner = JobRunner(self._transport, topics, in_flight)
+        self._runner = JobRunner(self._transport, topics, in_flight, client=client)
 
     async def open(self) -> Self:
         """Connect, as `async with` does at its beginning; `close` belongs to it. Does nothing where it is open.
@@ -134,19 +136,17 @@ class EmbedClient(_Life):
         servers: Kafka's address, "host:port", several separated by commas.
         topic_prefix: what the names of the service's topics begin with.
         connect_timeout: seconds that entering may take.
-        max_in_flight_texts, max_in_flight_bytes: how much this client has under way at once, over all calls; a call
-            beyond that waits for its turn within its own deadline.
+        max_in_flight_texts, max_in_flight_bytes: at once, over all calls; a call beyond waits, and at its deadline raises Overloaded.
         max_inputs, max_job_bytes: the most that one job holds; longer lists become several jobs.
         instance: a stable name of this process, which chooses its reply partition; random by default.
-        security: `security_protocol`, `ssl_context` and `sasl_…`, as aiokafka takes them; or, instead of a context,
-            `ssl_cafile`, `ssl_certfile` and `ssl_keyfile`, paths of PEM files.
+        client_id: whose jobs these are: clients take turns, and those with one name take one's. Random by default.
+        security: as aiokafka takes it; instead of `ssl_context` also PEM files (`ssl_cafile`, `ssl_certfile`, `ssl_keyfile`).
 
     Raises:
         InvalidArgument: a setting is wrong.
     """
 
-    # More than six parameters: keyword-only settings of a public class, each with a default. An options struct would
-    # make every caller import and build one.
+    # More than six parameters: keyword-only settings of a public class, each with a default.
     def __init__(
         self,
         servers: str | list[str],
@@ -158,6 +158,7 @@ class EmbedClient(_Life):
         max_inputs: int = DEFAULT_MAX_INPUTS,
         max_job_bytes: int = MAX_JOB_BYTES,
         instance: str | None = None,
+        client_id: str | None = None,
         **security: Any,
     ) -> None:
         connection = KafkaConnection.of(servers, security)
@@ -171,7 +172,8 @@ class EmbedClient(_Life):
             checked_count("max_in_flight_bytes", max_in_flight_bytes),
         )
         timeout = checked_timeout("connect_timeout", connect_timeout)
-        super().__init__(connection, Topics(topic_prefix), instance, timeout, in_flight)
+        client = checked_client_id(client_id)
+        super().__init__(connection, Topics(topic_prefix), instance, timeout, in_flight, client)
 
     # -- embedding ----------------------------------------------------------------------------------------------------
 

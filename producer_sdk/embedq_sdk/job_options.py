@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, Protocol, TypedDict, get_args
 
@@ -11,6 +12,7 @@ import msgspec
 from embedq_sdk.errors import InvalidArgument
 from embedq_shared.codec import CONTENT_TYPES, Format, encode
 from embedq_shared.grouping import batched_by
+from embedq_shared.headers import MAX_CLIENT_BYTES
 from embedq_shared.messages import (
     DEFAULT_CHUNK_TOKENS,
     DEFAULT_MAX_INPUTS,
@@ -224,6 +226,22 @@ def checked_id(value: object) -> str:
         )
     _utf8_size(value, "id")
     return plain(value)
+
+
+def checked_client_id(value: object) -> bytes:
+    """Whose jobs these are, as their header says it; None: a random name."""
+    if value is None:
+        return uuid.uuid4().hex.encode()
+    if not isinstance(value, str):
+        raise _wrong("client_id", f"a string of 1 to {MAX_CLIENT_BYTES} bytes of UTF-8", value)
+    size = _utf8_size(value, "client_id")
+    if not 1 <= size <= MAX_CLIENT_BYTES:
+        raise InvalidArgument(
+            argument="client_id",
+            expected=f"a string of 1 to {MAX_CLIENT_BYTES} bytes of UTF-8",
+            got=f"{size:,} bytes",
+        )
+    return value.encode()
 
 
 def checked_format(value: object) -> Format:

@@ -1,9 +1,10 @@
-"""A job's headers: correlation, reply address, deadline, trace. The last header of a name counts."""
+"""A job's headers: correlation, reply address, deadline, client, trace. The last header of a name counts."""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Final
 
 import msgspec
@@ -15,6 +16,10 @@ Header = tuple[str, bytes]
 
 _PARTITION: Final = struct.Struct(">i")
 _MAX_DEADLINE: Final = 2**63 - 1
+MAX_CLIENT_BYTES: Final = 256
+"""Of a `client-id`; more is not looked at. Long enough for any name, short enough to be kept with each record."""
+_ECHO: Final = (*topics.CORRELATION, *topics.TRACE)
+_CONTENT_TYPE_LENGTH: Final = len(topics.CONTENT_TYPE)
 
 
 class JobHeaders(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,7 +52,7 @@ def parse(headers: Iterable[tuple[str, bytes | None]]) -> JobHeaders:
     last: dict[str, bytes] = {}
     content_type: bytes | None = None
     for name, value in headers:
-        if name.lower() == topics.CONTENT_TYPE:
+        if len(name) == _CONTENT_TYPE_LENGTH and name.lower() == topics.CONTENT_TYPE:
             content_type = value
         if value is None:
             last.pop(name, None)
@@ -55,7 +60,7 @@ def parse(headers: Iterable[tuple[str, bytes | None]]) -> JobHeaders:
             last[name] = value
     if not last:
         return JobHeaders()
-    echo = tuple((name, last[name]) for name in (*topics.CORRELATION, *topics.TRACE) if name in last)
+    echo = tuple([(name, last[name]) for name in _ECHO if name in last])
     topic: str | None = None
     partition: int | None = None
     topic_header, raw_topic = _first(last, topics.REPLY_TOPIC)
@@ -84,6 +89,26 @@ def parse(headers: Iterable[tuple[str, bytes | None]]) -> JobHeaders:
     )
 
 
+def client_of(headers: Sequence[tuple[str, bytes | None]]) -> bytes:
+    """Whose job a record is, for fair shares: equal bytes, one client. Never raises, and reads nothing but headers.
+
+    The header `client-id`; without it the reply address, since each requester reads a partition of its own; without both
+    all senders are one client. The record's key says nothing of the sender: often it is the document's.
+    """
+    client: bytes | None = None
+    for name, value in headers:
+        if name == topics.CLIENT:
+            client = value
+    if client:
+        return b"id " + client[:MAX_CLIENT_BYTES]
+    last = dict(headers)
+    _, topic = _first(last, topics.REPLY_TOPIC)
+    _, partition = _first(last, topics.REPLY_PARTITION)
+    if topic is None and partition is None:
+        return b""
+    return b"to " + (topic or b"")[:MAX_CLIENT_BYTES] + b" " + (partition or b"")[:4]
+
+
 def reply_partition_bytes(partition: int) -> bytes:
     """A reply partition as Spring, SmallRye and embedq write it: 4 bytes, big-endian."""
     return _PARTITION.pack(partition)
@@ -98,13 +123,21 @@ def _reply_topic(name: str | None, raw: bytes | None) -> str | None:
     if raw is None:
         return None
     try:
-        topic = raw.decode()
+        return _topic_name(raw)
     except UnicodeDecodeError:
         raise ValueError(name, "a topic name in UTF-8") from None
-    if not topics.is_topic_name(topic):
+    except ValueError:
         raise ValueError(
             name, f"a topic name of 1 to {topics.MAX_TOPIC_LENGTH} letters, digits, '.', '_' or '-'"
-        )
+        ) from None
+
+
+@lru_cache(maxsize=1024)
+def _topic_name(raw: bytes) -> str:
+    """The name in these bytes. Jobs of a client name the same one again and again; what is no name is not remembered."""
+    topic = raw.decode()
+    if not topics.is_topic_name(topic):
+        raise ValueError(topic)
     return topic
 
 
@@ -128,9 +161,12 @@ def _deadline(raw: bytes | None) -> int | None:
     return int(raw)
 
 
-def _first(last: dict[str, bytes], family: tuple[str, ...]) -> tuple[str | None, bytes | None]:
+def _first(last: Mapping[str, bytes | None], family: tuple[str, ...]) -> tuple[str | None, bytes | None]:
     """The header of a family that counts; two None without one."""
-    return next(((name, last[name]) for name in family if name in last), (None, None))
+    for name in family:
+        if last.get(name) is not None:
+            return name, last[name]
+    return None, None
 
 
 def _bad(error: ValueError) -> ErrorBody:

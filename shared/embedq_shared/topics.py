@@ -24,6 +24,7 @@ CORRELATION: Final = ("correlation-id", "kafka_correlationId", "REPLY_CORRELATIO
 REPLY_TOPIC: Final = ("reply-topic", "kafka_replyTopic", "REPLY_TOPIC")
 REPLY_PARTITION: Final = ("reply-partition", "kafka_replyPartition", "REPLY_PARTITION")
 DEADLINE: Final = "deadline"
+CLIENT: Final = "client-id"
 CONTENT_TYPE: Final = "content-type"
 TRACE: Final = ("traceparent", "tracestate")
 

@@ -138,8 +138,8 @@ class ScriptedSink:
                 self.events.append(record.topic)
                 settled(None)
 
-    def finish(self, record: Record) -> None:
-        self.events.append(record.ticket.offset)
+    def finish(self, *records: Record) -> None:
+        self.events += [record.ticket.offset for record in records]
 
     @property
     def finished(self) -> list[int]:
@@ -154,15 +154,18 @@ class ScriptedSink:
 
 
 class DictCache:
-    """Keeps everything. While `gate` is shut, writes wait."""
+    """Keeps everything. While `gate` is shut, writes wait; while `readable` is not set, look-ups do."""
 
     def __init__(self) -> None:
         self.entries: dict[bytes, CachedVector] = {}
         self.asked: list[bytes] = []
         self.gate = asyncio.Event()
         self.gate.set()
+        self.readable = asyncio.Event()
+        self.readable.set()
 
     async def get_many(self, keys: Sequence[bytes]) -> list[CachedVector | None]:
+        await self.readable.wait()
         self.asked += keys
         return [self.entries.get(key) for key in keys]
 

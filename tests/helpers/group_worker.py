@@ -15,7 +15,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import structlog
@@ -33,6 +33,8 @@ DEFAULTS: dict[str, Any] = {
     "static_membership": False,
     "max_in_flight_jobs": 2048,
     "max_in_flight_bytes": 32 * 1024 * 1024,
+    "max_started_texts": 8192,
+    "max_pending_bytes": 512 * 1024 * 1024,
     "read_ahead_s": 2.0,
     "max_poll_records": 512,
     "max_uncommitted": 2048,
@@ -75,7 +77,7 @@ async def work(servers: str, prefix: str, replica: str, seconds: float, swallow:
 
     async with asyncio.TaskGroup() as tasks:
 
-        def take(records: Sequence[Record]) -> None:
+        def take(records: Iterable[Record]) -> None:
             for record in records:
                 tasks.create_task(work_on(record))
 

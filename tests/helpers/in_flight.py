@@ -15,7 +15,7 @@ from embedq_consumer.engine import Chunked, Encoder, Memory, Pending, Piece, Tex
 from embedq_consumer.group import Ticket
 from embedq_consumer.intake.admission import AdmissionPolicy
 from embedq_consumer.intake.jobs import JobState
-from embedq_consumer.intake.records import Record
+from embedq_consumer.intake.records import Record, size_of
 from embedq_shared.topics import Topics
 
 TOPICS = Topics("t")
@@ -97,6 +97,7 @@ def record(
         timestamp_ms=timestamp_ms,
         timestamp_type=0,
         polled_at=0.0,
+        size=size_of(key, value, headers),
     )
 
 

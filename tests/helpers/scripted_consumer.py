@@ -166,13 +166,15 @@ class ScriptedConsumer:
 
     # -- the test's side ------------------------------------------------------------------------------------------------
 
-    def write(self, partition: TopicPartition, *values: bytes | None, at: int | None = None) -> None:
-        """Add records from offset `at` on; None is a record that the client cannot read."""
+    def write(
+        self, partition: TopicPartition, *values: bytes | None, at: int | None = None, client: bytes = b""
+    ) -> None:
+        """Add records of this client from offset `at` on; None is a record that the consumer cannot read."""
         log = self._records.setdefault(partition, {})
         offset = self.ends.get(partition, 0) if at is None else at
         for number, value in enumerate(values, offset):
             what = Unreadable(number, "why") if value is None else value
-            log[number] = _record(partition, number, what)
+            log[number] = _record(partition, number, what, client)
         self.ends[partition] = offset + len(values)
         self._arrived.set()
 
@@ -273,7 +275,7 @@ class _Connections:
         """There are none."""
 
 
-def _record(partition: TopicPartition, offset: int, value: bytes) -> ConsumerRecord:
+def _record(partition: TopicPartition, offset: int, value: bytes, client: bytes) -> ConsumerRecord:
     return ConsumerRecord(
         topic=partition.topic,
         partition=partition.partition,
@@ -285,5 +287,5 @@ def _record(partition: TopicPartition, offset: int, value: bytes) -> ConsumerRec
         checksum=None,
         serialized_key_size=3,
         serialized_value_size=len(value),
-        headers=(("name", b"header"),),
+        headers=(("name", b"header"), *([("client-id", client)] if client else [])),
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -26,17 +27,17 @@ from embedq_consumer.delivery.deliverer import Deliverer, DeliveryLimits
 from embedq_consumer.delivery.outgoing import Outgoing
 from embedq_consumer.delivery.result_records import ResultEncoder
 from embedq_consumer.engine import DeviceLost, Encoder, Text, Tokens
+from embedq_consumer.fairness import Cost
 from embedq_consumer.group import Overtaken
 from embedq_consumer.intake.records import Record
 from embedq_consumer.pipeline import Pipeline
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.headers import value_of
-from embedq_shared.weighted_semaphore import WeightedSemaphore
 from tests.helpers.fake_parts import DictCache, Letters, ScriptedDevice, ScriptedSink
 from tests.helpers.in_flight import TOPICS, VERSION, record, rules
 from tests.helpers.support import wait_until
 
-LIMITS = DeliveryLimits(reply_timeout_s=15, max_behind=10)
+LIMITS = DeliveryLimits(reply_timeout_s=15)
 Refusal = Callable[[Outgoing], Exception | None]
 
 
@@ -57,14 +58,18 @@ class Parts:
         budget = TokenBudget(batcher, self.metrics, lambda facts: None)
         flights = SingleFlight()
         encoder = ResultEncoder(TOPICS, "group", 900_000)
-        self.memory = WeightedSemaphore(1 << 30)
+        self.weighed: dict[int, Cost] = {}
         self.queue = TextQueue(flights, batcher, budget, self.metrics)
-        self.deliverer = Deliverer(encoder, self.sink, self.sink.finish, self.memory, self.metrics, LIMITS)
+        self.deliverer = Deliverer(encoder, self.sink, self.sink.finish, self.metrics, LIMITS)
         self.pipeline = Pipeline(
-            rules(**settings), lambda: self.model, self.cache, self.queue, self.deliverer, tasks
+            rules(**settings), lambda: self.model, self.cache, self.queue, self.deliverer, tasks, self.weigh
         )
         runner = BatchRunner(flights, device, budget, self.pipeline, self.metrics, tasks)
         self.loop = tasks.create_task(BatchLoop(batcher, runner.run, self.metrics, tasks).run())
+
+    def weigh(self, found: Record, cost: Cost) -> None:
+        assert found.ticket.offset not in self.weighed, "weighed twice"
+        self.weighed[found.ticket.offset] = cost
 
     async def finished(self, *offsets: int) -> None:
         """Wait until these records are finished, and no others."""
@@ -134,6 +139,74 @@ async def test_a_text_in_windows_is_answered_when_the_last_one_ran() -> None:
         assert [datum["span"] for datum in body(result)["data"]] == [[0, 4], [4, 7]]
         assert parts.cache.asked == []
         assert parts.cache.entries == {}
+
+
+async def test_equal_inputs_of_a_job_are_looked_up_tokenized_computed_and_kept_once() -> None:
+    async with running() as parts:
+        parts.pipeline.take([job(1, input=["a"] * 2048)])
+        await parts.finished(1)
+        assert parts.cache.asked == [key("a")]
+        assert parts.model.calls == [["a"]]
+        assert parts.device.ran == [["a"]]
+        found = [datum for sent in parts.sink.to(TOPICS.results) for datum in body(sent)["data"]]
+        assert [datum["index"] for datum in found] == list(range(2048))
+        assert len({json.dumps(datum["embedding"]) for datum in found}) == 1
+        assert parts.weighed[1].texts == 1
+        assert parts.sample("deduplicated_total") == 2047
+        assert parts.sample("inputs_total", lane="interactive") == 2048
+        await wait_until(lambda: list(parts.cache.entries) == [key("a")])
+
+
+async def test_a_job_is_weighed_before_the_next_record_is_drawn() -> None:
+    async with running() as parts:
+        weighed_at: list[list[int]] = []
+
+        def records() -> Iterator[Record]:
+            for offset in (1, 2, 3):
+                weighed_at.append(list(parts.weighed))
+                yield job(offset, input=["a", "b"])
+
+        parts.pipeline.take(records())
+        assert weighed_at == [[], [1], [1, 2]]
+        assert parts.weighed[3] == Cost(2, 2 * (192 + 32 * 16))
+        await parts.finished(1, 2, 3)
+
+
+async def test_a_record_that_is_no_job_weighs_nothing() -> None:
+    async with running() as parts:
+        parts.pipeline.take([record(b"junk", offset=1)])
+        await parts.finished(1)
+        assert parts.weighed == {}
+
+
+async def test_a_job_that_expires_before_it_is_tokenized_costs_no_tokenizing() -> None:
+    async with running() as parts:
+        later = b"%d" % int(time.time() * 1000 + 300)
+        parts.cache.readable.clear()
+        parts.pipeline.take([job(1, ("deadline", later), input=["a", "b"]), job(2, input="b")])
+        await wait_until(lambda: time.time() * 1000 > int(later), what="the deadline's passing")
+        parts.cache.readable.set()
+        await parts.finished(1, 2)
+        assert parts.model.calls == [["b"]]
+        [error] = [
+            body(sent)["error"] for sent in parts.sink.to(TOPICS.results) if body(sent)["id"] != "t.jobs-3-2"
+        ]
+        assert error["code"] == "expired"
+
+
+async def test_a_client_that_comes_is_tokenized_and_computed_beside_another_ones_flood() -> None:
+    async with running() as parts:
+        flood = [
+            msgspec.structs.replace(job(n, input=[f"f{n}.{at}" for at in range(60)]), client=b"flood")
+            for n in range(100)
+        ]
+        parts.pipeline.take(flood)
+        parts.pipeline.take([msgspec.structs.replace(job(1000, input="new"), client=b"new")])
+        await parts.finished(*range(100), 1000)
+        before = [text for batch in parts.device.ran for text in batch].index("new")
+        # What calls of the tokenizer and micro-batches were under way, of 6,000.
+        assert before <= 4 * 256 + 4 * 25
+        assert sum(len(batch) for batch in parts.device.ran) == 6001
 
 
 # -- the cache --------------------------------------------------------------------------------------------------------
@@ -330,7 +403,6 @@ def test_whatever_comes_each_record_is_answered_and_then_finished_once(
                 parts.pipeline.take(records)
             await parts.finished(*range(offset))
             assert len([sent for sent in parts.sink.sent if sent.topic != TOPICS.dead_letters]) == offset
-            await wait_until(lambda: parts.memory.held == (0,), what="all memory released")
 
     asyncio.run(run())
 
@@ -403,4 +475,3 @@ async def test_a_job_that_is_given_up_is_answered_and_dead_lettered_and_its_late
         device.gate.set()
         await parts.finished(1, 2)
         assert len(parts.sink.to(TOPICS.results)) == 2
-        assert parts.memory.held == (0,)

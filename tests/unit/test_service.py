@@ -125,6 +125,17 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 
         def finish(self, record: object) -> None: ...
 
+        def weigh(self, record: object, cost: object) -> None: ...
+
+        def holds_back(self, record: object) -> bool:
+            return False
+
+        async def running(self) -> None: ...
+
+        def start_more(self) -> None: ...
+
+        waits = False
+
         async def close(self) -> None:
             world.did.append("group left")
 

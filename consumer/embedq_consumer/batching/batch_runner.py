@@ -15,7 +15,7 @@ from embedq_consumer.batching.token_budget import TokenBudget
 from embedq_consumer.batching.windows import Vectors
 from embedq_consumer.engine import DeviceLost, Encoder, OutOfMemory, Tokens
 from embedq_consumer.telemetry.metrics import Metrics
-from embedq_shared.topics import LANES
+from embedq_shared.topics import Lane
 
 log = structlog.get_logger()
 
@@ -55,6 +55,7 @@ class BatchRunner:
 
     Invariants:
         - No input runs whose job expired before its micro-batch began.
+        - A text that several clients queued runs once in a micro-batch.
         - A text fails only after it failed alone: a micro-batch that fails is repeated in halves.
         - `DeviceLost` is no text's fault and ends the process: the next one repeats what is unfinished.
     """
@@ -74,14 +75,13 @@ class BatchRunner:
         self._results = results
         self._metrics = metrics
         self._tasks = tasks
-        self._queue_seconds = {lane: metrics.queue.labels(lane) for lane in LANES}
 
     async def run(self, batch: Sequence[QueuedText]) -> None:
         """Compute one micro-batch and hand on its results; done when the device is done with it."""
         now_ms, now = time.time() * 1000, time.monotonic()
         live: list[QueuedText] = []
         waiters: list[JobInput] = []
-        for text in batch:
+        for text in _once(batch):
             if waiting := self._waiters(text, now_ms):
                 live.append(text)
                 waiters += waiting
@@ -93,19 +93,20 @@ class BatchRunner:
 
     def _waiters(self, text: QueuedText, now_ms: float) -> list[JobInput]:
         """Who still waits for this text, after those whose deadline has passed are settled."""
-        waiters = self._flights.waiters(text.identity)
-        if any(job.expired(now_ms) for job, _ in waiters):
-            expired = self._flights.abandon(text.identity, lambda waiter: waiter[0].expired(now_ms))
+        waiters, expired = self._flights.unexpired(text.identity, now_ms)
+        if expired:
             self._results.settle((job, index, input_errors.EXPIRED_IN_QUEUE) for job, index in expired)
-            waiters = self._flights.waiters(text.identity)
         return waiters
 
     def _note_queue(self, waiters: Iterable[JobInput], now: float) -> None:
         """How long jobs waited for their first micro-batch, which began `now`."""
+        waited: dict[Lane, list[float]] = {}
         for job, _ in waiters:
             if job.queue_s is None:
                 job.queue_s = now - job.record.polled_at
-                self._queue_seconds[job.record.lane].observe(job.queue_s)
+                waited.setdefault(job.record.lane, []).append(job.queue_s)
+        for lane, seconds in waited.items():
+            self._metrics.queue.observe(lane, seconds)
 
     async def _compute(self, batch: Sequence[QueuedText]) -> None:
         """Run it; if it fails, in halves, until the text that fails is alone."""
@@ -167,3 +168,11 @@ class BatchRunner:
         if assembled:
             self._results.assembled(assembled)
         return plain, vectors[rows]
+
+
+def _once(batch: Sequence[QueuedText]) -> Sequence[QueuedText]:
+    """The texts of a micro-batch without those that another client queued too."""
+    if len({text.client for text in batch}) == 1:
+        return batch
+    found = {(text.identity, text.window and text.window.number): text for text in batch}
+    return list(found.values())

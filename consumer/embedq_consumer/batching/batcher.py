@@ -4,27 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import deque
-from collections.abc import Iterable
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from operator import attrgetter
 from typing import Final, Generic, Protocol, TypeVar
 
+from embedq_consumer.fairness import Rounds
 from embedq_shared.topics import LANES, Lane
 
 OVERDUE_SHARE: Final = 4
 """Overdue bulk texts get a quarter of what runs, so that neither lane can starve the other."""
-WINDOW: Final = 256
-"""How many texts a micro-batch looks at to fill the last of its budget: fewer than this ever overtake a text."""
+WINDOW: Final = 64
+"""How many texts a micro-batch looks at to fill the last of its budget: fewer than this are ever picked past a text. More of
+them fill it no better (99.9 % of 2,048 tokens and of 16,384), and each look costs time."""
+TURNS: Final = 8
+"""A turn of a client, and of a job within its client, is an eighth of a micro-batch: one that arrives is in the next
+micro-batch even beside several others, and a turn still holds some texts."""
 _LAST_PART: Final = 8
 """Texts are taken in order until an eighth of the budget is left; that is filled by best fit."""
 
 
 class Item(Protocol):
-    """What a micro-batch is made of: `cost` in tokens, `arrived` in seconds of any monotonic clock."""
+    """What a micro-batch is made of: `cost` in tokens, `arrived` in seconds of any monotonic clock.
+
+    Clients take turns, and so do the jobs of a client; `job` is a number that no two jobs share.
+    """
 
     @property
     def cost(self) -> int: ...
     @property
     def lane(self) -> Lane: ...
+    @property
+    def client(self) -> bytes: ...
+    @property
+    def job(self) -> int: ...
     @property
     def arrived(self) -> float: ...
 
@@ -32,92 +45,212 @@ class Item(Protocol):
 ItemT = TypeVar("ItemT", bound=Item)
 
 
-class _LaneQueue(Generic[ItemT]):
-    """What waits in one lane. A text is known by its number in order of arrival.
+class _Entry(Generic[ItemT]):
+    """A text that waits. `overtaken`: how many were picked past it to fill the end of a micro-batch."""
 
-    Texts over the budget run alone and have a queue of their own, so that shorter ones can run between two of them.
+    __slots__ = ("client", "cost", "item", "job", "number", "overtaken")
+
+    def __init__(self, item: ItemT, number: int) -> None:
+        self.item = item
+        self.cost = item.cost
+        self.client = item.client
+        self.job = item.job
+        self.number = number
+        self.overtaken = 0
+
+
+class _Client(Generic[ItemT]):
+    """One client's jobs, which take turns, and their texts in order of arrival."""
+
+    def __init__(self, quantum: int) -> None:
+        self.jobs = Rounds[int](quantum, remembers=False)
+        self.texts: dict[int, list[_Entry[ItemT]]] = {}
+
+    def put(self, entry: _Entry[ItemT]) -> None:
+        if texts := self.texts.get(entry.job):
+            texts.append(entry)
+        else:
+            self.texts[entry.job] = [entry]
+            self.jobs.enter(entry.job)
+
+    def upcoming(self, longest: float) -> Iterator[tuple[int, _Entry[ItemT]]]:
+        """What runs in which order, and its cost, without texts above `longest`: `Rounds.simulate`, for lists."""
+        quantum = self.jobs.quantum
+        visits: Iterable[tuple[int, list[_Entry[ItemT]], int]]
+        visits = ((flow.credit, self.texts[flow.key], 0) for flow in self.jobs.waiting)
+        while True:
+            later: list[tuple[int, list[_Entry[ItemT]], int]] = []
+            for had, texts, first in visits:
+                credit, at, end = had, first, len(texts)
+                while credit > 0 and at < end:
+                    entry = texts[at]
+                    at += 1
+                    if entry.cost <= longest:
+                        yield entry.cost, entry
+                        credit -= entry.cost
+                if at < end:
+                    later.append((credit + quantum, texts, at))
+            if not later:
+                return
+            visits = later
+
+    def remove(self, entry: _Entry[ItemT]) -> None:
+        """This one runs."""
+        texts = self.texts[entry.job]
+        if len(texts) == 1:
+            del self.texts[entry.job]
+            self.jobs.leave(entry.job)
+        else:
+            self.jobs.charge(entry.job, entry.cost)
+            texts.remove(entry)  # it is near the front
+
+
+class _LaneQueue(Generic[ItemT]):
+    """What waits in one lane: clients take turns, and within a client its jobs do. A turn is an eighth of the budget.
+
+    Texts over the budget run alone, and shorter ones run between two of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_tokens: int) -> None:
         self.tokens = 0
         self.after_long = False
         """Whether a text over the budget ran, and none of this lane's shorter ones since."""
         self._arrivals = 0
-        self._short: deque[tuple[int, ItemT]] = deque()
-        self._long: deque[tuple[int, ItemT]] = deque()
+        self._waiting: OrderedDict[int, float] = OrderedDict()  # when each arrived, in order
+        self._clients: dict[bytes, _Client[ItemT]] = {}
+        self._rounds = Rounds[bytes](1)
+        self._long = 0
+        self.resize(max_tokens)
 
     def __len__(self) -> int:
-        return len(self._short) + len(self._long)
+        return len(self._waiting)
 
-    def put(self, item: ItemT, max_tokens: int) -> None:
-        """Queue a text, as long or short by this budget."""
-        (self._long if item.cost > max_tokens else self._short).append((self._arrivals, item))
+    def put(self, item: ItemT) -> None:
+        """Queue a text."""
+        client = self._clients.get(item.client)
+        if client is None:
+            client = self._clients[item.client] = _Client(self._rounds.quantum)
+            self._rounds.enter(item.client)
+        entry = _Entry(item, self._arrivals)
+        client.put(entry)
+        self._waiting[self._arrivals] = item.arrived
         self._arrivals += 1
-        self.tokens += item.cost
+        self.tokens += entry.cost
+        self._long += entry.cost > self._max_tokens
 
-    def divide(self, max_tokens: int) -> None:
-        """Divide what waits into long and short by another budget."""
-        everything = sorted((*self._short, *self._long), key=lambda entry: entry[0])
-        self._short = deque(entry for entry in everything if entry[1].cost <= max_tokens)
-        self._long = deque(entry for entry in everything if entry[1].cost > max_tokens)
+    def resize(self, max_tokens: int) -> None:
+        """Another budget: which texts are over it changes, and how long a turn is."""
+        self._max_tokens = max_tokens
+        self._rounds.quantum = max(1, max_tokens // TURNS)
+        self._long = 0
+        for client in self._clients.values():
+            client.jobs.quantum = self._rounds.quantum
+            self._long += sum(entry.cost > max_tokens for texts in client.texts.values() for entry in texts)
 
     def oldest(self) -> float:
         """When the text that waits longest arrived."""
-        return min(queue[0][1].arrived for queue in (self._short, self._long) if queue)
+        return next(iter(self._waiting.values()))
 
     def has_short(self) -> bool:
         """Whether a text within the budget waits."""
-        return bool(self._short)
+        return self._long < len(self._waiting)
 
     def long_is_next(self) -> bool:
-        """Whether a text over the budget is to run next: it is the oldest, and shorter ones had their turn."""
-        if not self._long or not self._short:
+        """Whether a text over the budget is to run next: it is its turn, and shorter ones had theirs."""
+        if not self._long or not self.has_short():
             return bool(self._long)
-        return not self.after_long and self._long[0][0] < self._short[0][0]
+        return not self.after_long and self._first(math.inf).cost > self._max_tokens
 
     def next_cost(self) -> int:
         """Tokens of the text that is to run next."""
-        return (self._long if self.long_is_next() else self._short)[0][1].cost
+        return self._first(math.inf if self.long_is_next() else self._max_tokens).cost
 
     def take_long(self) -> ItemT:
-        """Remove and return the oldest text over the budget."""
-        item = self._long.popleft()[1]
-        self.tokens -= item.cost
-        return item
+        """Remove and return the next text over the budget, which `long_is_next`."""
+        entry = self._first(math.inf)
+        self._remove([entry])
+        return entry.item
 
-    def take_short(self, budget: int, most: int, last_part: int) -> list[ItemT]:
+    def take_short(self, budget: int, most: int) -> list[ItemT]:
         """Remove and return up to `most` texts that fill `budget` tokens.
 
-        In their order while more than `last_part` tokens are left, then the longest that fits of the next `WINDOW`.
+        In fair order while more than `_LAST_PART` of a micro-batch is left, then the longest that fits of the next `WINDOW`.
         """
-        queue, taken = self._short, list[ItemT]()
-        left = budget
-        while queue and len(taken) < most and left > last_part and queue[0][1].cost <= left:
-            taken.append(queue.popleft()[1])
-            left -= taken[-1].cost
-        if queue and len(taken) < most and left > 0:
-            chosen = self._best_fit(left, most - len(taken))
-            left -= sum(item.cost for item in chosen)
+        taken: list[_Entry[ItemT]] = []
+        near: list[_Entry[ItemT]] = []
+        left, last_part = budget, self._max_tokens // _LAST_PART
+        for cost, entry in self._upcoming(self._max_tokens):
+            if not near and len(taken) < most and left > last_part and cost <= left:
+                taken.append(entry)
+                left -= cost
+                continue
+            near.append(entry)
+            if left <= 0 or len(taken) >= most or len(near) == WINDOW or entry.overtaken >= WINDOW - 1:
+                break  # full, far enough, or a text that none may overtake any more
+            if cost == left:
+                break  # nothing fits better
+        self._remove(taken)
+        if near and len(taken) < most and left > 0:
+            chosen = self._best_fit(near, left, most - len(taken))
+            self._remove(chosen)
             taken += chosen
-        self.tokens -= budget - left
         if taken:
             self.after_long = False
-        return taken
+        return [entry.item for entry in taken]
 
-    def _best_fit(self, left: int, most: int) -> list[ItemT]:
-        queue = self._short
-        # By arrival numbers from the oldest on, not by what is left: else a text could be overtaken without end.
-        horizon = queue[0][0] + WINDOW
-        near: list[tuple[int, ItemT]] = []
-        while queue and queue[0][0] < horizon:
-            near.append(queue.popleft())
-        chosen: dict[int, ItemT] = {}
-        for number, item in sorted(near, key=lambda entry: -entry[1].cost):
-            if item.cost <= left and len(chosen) < most:
-                chosen[number] = item
-                left -= item.cost
-        queue.extendleft(entry for entry in reversed(near) if entry[0] not in chosen)
+    def _best_fit(self, near: list[_Entry[ItemT]], left: int, most: int) -> list[_Entry[ItemT]]:
+        """The longest that fit, of these in fair order; those that stay behind note how many overtook them."""
+        most = min(most, WINDOW - 1 - max(entry.overtaken for entry in near))
+        chosen: dict[int, _Entry[ItemT]] = {}
+        used: Counter[bytes | int] = Counter()
+        for entry in sorted(near, key=attrgetter("cost"), reverse=True):
+            if len(chosen) >= most or not left:
+                break
+            if entry.cost <= left and self._may_run_early(entry, used):
+                chosen[entry.number] = entry
+                left -= entry.cost
+                used[entry.client] += entry.cost
+                used[entry.job] += entry.cost
+        passed_by = 0
+        for entry in reversed(near):
+            if entry.number in chosen:
+                passed_by += 1
+            else:
+                entry.overtaken += passed_by
         return list(chosen.values())
+
+    def _may_run_early(self, entry: _Entry[ItemT], used: Mapping[bytes | int, int]) -> bool:
+        """Whether neither its client nor its job would be in debt by more than a micro-batch."""
+        client = self._rounds.flow(entry.client).credit - used.get(entry.client, 0)
+        job = self._clients[entry.client].jobs.flow(entry.job).credit - used.get(entry.job, 0)
+        return min(client, job) - entry.cost >= -self._max_tokens
+
+    def _upcoming(self, longest: float) -> Iterator[tuple[int, _Entry[ItemT]]]:
+        """All that waits, in fair order, without texts above `longest`."""
+        self._rounds.turn()
+        if len(self._clients) == 1:
+            return next(iter(self._clients.values())).upcoming(longest)
+        return self._rounds.simulate(lambda client: self._clients[client].upcoming(longest))
+
+    def _first(self, longest: float) -> _Entry[ItemT]:
+        return next(self._upcoming(longest))[1]
+
+    def _remove(self, entries: Iterable[_Entry[ItemT]]) -> None:
+        """These run."""
+        used: Counter[bytes] = Counter()
+        for entry in entries:
+            self._clients[entry.client].remove(entry)
+            del self._waiting[entry.number]
+            used[entry.client] += entry.cost
+            self._long -= entry.cost > self._max_tokens
+        for key, cost in used.items():
+            self.tokens -= cost
+            self._rounds.charge(key, cost)
+            if self._clients[key].texts:
+                self._clients[key].jobs.turn()
+            else:
+                del self._clients[key]
+                self._rounds.leave(key)
 
 
 class BatchPolicy(Generic[ItemT]):
@@ -125,8 +258,12 @@ class BatchPolicy(Generic[ItemT]):
 
     Invariants:
         - A micro-batch holds at most `max_tokens` tokens and `max_items` texts; a longer text runs alone.
-        - Within a lane texts run in order of arrival, except for those that fill the last eighth of a micro-batch: fewer
-          than `WINDOW` texts ever overtake one that is within the budget, and all of them arrived right after it.
+        - Within a lane clients take turns, and within a client its jobs do (`Rounds`): a turn is an eighth of the budget in
+          tokens, and a text. So a client, or a job, that arrives waits for one turn of each other one that waits, however
+          much they have queued; and while two wait, neither runs more than 1.25 micro-batches and two texts more than the
+          other.
+        - Texts of one job run in order of arrival, except for those that fill the last eighth of a micro-batch: fewer than
+          `WINDOW` texts are ever picked so past one that is within the budget.
         - Between two texts over the budget, shorter ones that wait in the same lane or in the interactive one get a
           micro-batch.
         - Interactive texts go before bulk ones; bulk texts that waited `bulk_max_wait` seconds get their share first. The
@@ -139,7 +276,7 @@ class BatchPolicy(Generic[ItemT]):
         self.max_items = max_items
         self.max_wait = max_wait
         self.bulk_max_wait = bulk_max_wait
-        self._lanes: dict[Lane, _LaneQueue[ItemT]] = {"interactive": _LaneQueue(), "bulk": _LaneQueue()}
+        self._lanes: dict[Lane, _LaneQueue[ItemT]] = {lane: _LaneQueue(max_tokens) for lane in LANES}
         self._owed = 0  # tokens that overdue bulk texts may run before interactive ones
 
     @property
@@ -151,12 +288,12 @@ class BatchPolicy(Generic[ItemT]):
         """Change the token budget, also for what waits."""
         self._max_tokens = max_tokens
         for queue in self._lanes.values():
-            queue.divide(max_tokens)
+            queue.resize(max_tokens)
 
     def put(self, items: Iterable[ItemT]) -> None:
         """Queue these texts."""
         for item in items:
-            self._lanes[item.lane].put(item, self._max_tokens)
+            self._lanes[item.lane].put(item)
 
     def due_in(self, now: float) -> float:
         """Seconds until a micro-batch should run: 0 for at once, infinity while nothing waits."""
@@ -218,7 +355,7 @@ class BatchPolicy(Generic[ItemT]):
             batch.append(queue.take_long())
             queue.after_long = self._lanes["interactive"].after_long = True
             return batch[0].cost
-        taken = queue.take_short(budget, most - len(batch), self._max_tokens // _LAST_PART)
+        taken = queue.take_short(budget, most - len(batch))
         batch += taken
         return sum(item.cost for item in taken)
 

@@ -19,7 +19,7 @@ Settled = tuple[JobState, int, Outcome]
 """One input of a job, and what became of it."""
 
 
-class Identity(msgspec.Struct, frozen=True, gc=False):
+class Identity(msgspec.Struct, frozen=True, gc=False, cache_hash=True):
     """Deduplication key: everything that the model's vector of an input depends on, and the lane.
 
     The lane belongs to it so that no interactive text waits for a bulk one; the encoder, since windows of an expired
@@ -44,12 +44,17 @@ class Window(msgspec.Struct, frozen=True, gc=False):
 
 
 class QueuedText(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """One text, or one window of it, that waits for a micro-batch. `arrived` is monotonic seconds."""
+    """One text, or one window of it, that waits for a micro-batch. `arrived` is monotonic seconds.
+
+    `client` and `job` (a `JobState.number`) are those of the input that it was queued for, in whose turns it runs.
+    """
 
     identity: Identity
     tokens: Tokens
     arrived: float
     window: Window | None = None
+    client: bytes = b""
+    job: int = 0
 
     @property
     def cost(self) -> int:
@@ -66,23 +71,31 @@ class SingleFlight:
     """Which inputs wait for which text's vector.
 
     Invariants:
-        - Of equal inputs the first to join starts the work, and no other does.
+        - Of a client's equal inputs the first to join starts the work, and no other does. Another client's first one is queued
+          in that client's own turns, so that it need not wait for the turns of the one before; whichever runs first
+          answers all.
         - Each input that joined is handed out exactly once, by `abandon` or by `resolve`.
         - Windows are kept only while an input waits for their text.
     """
 
     def __init__(self) -> None:
         self._waiters: dict[Identity, list[JobInput]] = {}
+        self._clients: dict[Identity, set[bytes]] = {}  # of the texts that several clients started
         self._assemblers: dict[Identity, WindowAssembler] = {}
 
     def join(self, identity: Identity, waiter: JobInput) -> bool:
-        """Wait for this text's vector. True for the first, who must start the work."""
+        """Wait for this text's vector. True for the first of its client, who must start the work."""
         waiters = self._waiters.get(identity)
         if waiters is None:
             self._waiters[identity] = [waiter]
             return True
+        client = waiter[0].client
+        clients = self._clients.get(identity) or {waiters[0][0].client}
         waiters.append(waiter)
-        return False
+        if client in clients:
+            return False
+        self._clients[identity] = clients | {client}
+        return True
 
     def waiters(self, identity: Identity) -> list[JobInput]:
         """The inputs that wait for this text's vector."""
@@ -100,9 +113,21 @@ class SingleFlight:
                 self.resolve(identity)
         return leaving
 
+    def unexpired(self, identity: Identity, now_ms: float) -> tuple[list[JobInput], list[JobInput]]:
+        """The inputs that wait for this text, and those that did so until now and whose jobs have expired."""
+        waiters = self._waiters.get(identity, [])
+        for job, _ in waiters:
+            if job.headers.deadline_ms is not None and job.expired(now_ms):
+                break
+        else:
+            return list(waiters), []
+        expired = self.abandon(identity, lambda waiter: waiter[0].expired(now_ms))
+        return self.waiters(identity), expired
+
     def resolve(self, identity: Identity) -> list[JobInput]:
         """The work is done: remove and return all who waited for it."""
         self._assemblers.pop(identity, None)
+        self._clients.pop(identity, None)
         return self._waiters.pop(identity, [])
 
     def assemble(self, text: QueuedText, rows: Vectors) -> Vectors | None:

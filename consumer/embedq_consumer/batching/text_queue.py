@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from embedq_consumer.batching.batcher import Batcher
-from embedq_consumer.batching.input_errors import error_of
+from embedq_consumer.batching.input_errors import EXPIRED_IN_QUEUE, error_of
 from embedq_consumer.batching.single_flight import (
     Identity,
     JobInput,
@@ -17,27 +17,34 @@ from embedq_consumer.batching.single_flight import (
     Window,
 )
 from embedq_consumer.batching.token_budget import TokenBudget
-from embedq_consumer.batching.tokenizer_pool import TokenizerPool
+from embedq_consumer.batching.tokenizer_pool import CALLS, TokenizerPool
 from embedq_consumer.engine import Chunked, Failed, TextTooLong, Tokens
+from embedq_consumer.fairness import FairQueue
 from embedq_consumer.intake.jobs import JobState
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_consumer.threads import CLOSE_S
-from embedq_shared.grouping import batched_by
-from embedq_shared.topics import LANES, Lane
+from embedq_shared.topics import LANES
 
 _TEXTS_A_CALL: Final = 256
-_CHARACTERS_A_CALL: Final = 1_000_000
-"""Limits of one call of the tokenizer: the first micro-batch of a large poll need not wait for the last text, and a
-tokenizer needs many bytes for each character."""
+_CHARACTERS_A_CALL: Final = 256_000
+"""Limits of one call of the tokenizer: some 50 ms. The first micro-batch of a large poll need not wait for the last text, nor
+a text that comes for more than that, and a tokenizer needs many bytes for each character."""
+_TURNS_A_CALL: Final = 8
+"""A client's turn at the tokenizer is an eighth of a call, and a text."""
 
 First = tuple[Identity, JobState]
 """The first of equal inputs: its identity, and the job that it is an input of."""
 
 
 class TextQueue:
-    """Where inputs wait for their vectors. `join`, then `tokenize` each group that `join` returned.
+    """Where inputs wait for their vectors: `join`, then `next_call` and `tokenize` as long as there is a call.
 
     The batch runner resolves what joined here: both are given the same `SingleFlight`.
+
+    Invariants:
+        - A text waits for `CALLS` calls of the tokenizer and its client's turn, interactive ones before bulk ones; a call is
+          short (`_TEXTS_A_CALL`).
+        - No text is tokenized for which nobody waits any more.
     """
 
     def __init__(
@@ -48,6 +55,8 @@ class TextQueue:
         self._budget = budget
         self._metrics = metrics
         self._tokenizers = TokenizerPool()
+        self._waiting = {lane: FairQueue[bytes, First](_CHARACTERS_A_CALL // _TURNS_A_CALL) for lane in LANES}
+        self._calls = 0
 
     @property
     def busy_since(self) -> float | None:
@@ -58,30 +67,66 @@ class TextQueue:
         """End the tokenizer's threads. A call that runs longer than this is left behind."""
         self._tokenizers.close(within_s)
 
-    def join(self, inputs: Sequence[JobInput]) -> list[tuple[Lane, list[First]]]:
-        """Let each input wait for its vector. Those whose text is not under way yet, in groups for `tokenize`."""
-        first: list[First] = []
+    def join(self, inputs: Sequence[JobInput]) -> None:
+        """Let each input wait for its vector, and those whose text their client has not under way for the tokenizer."""
+        shared = 0
         for job, index in inputs:
             identity = Identity.of(job, index)
             if self._flights.join(identity, (job, index)):
-                first.append((identity, job))
-        self._metrics.deduplicated.inc(len(inputs) - len(first))
-        return [
-            (lane, group)
-            for lane in LANES
-            for group in batched_by(
-                [entry for entry in first if entry[0].lane == lane],
-                _characters,
-                _CHARACTERS_A_CALL,
-                most=_TEXTS_A_CALL,
-            )
-        ]
+                first = (identity, job)
+                self._waiting[identity.lane].put(job.client, first, _cost(first))
+            else:
+                shared += 1
+            if job.copies:
+                shared += len(job.copies.get(index, ()))
+        self._metrics.deduplicated.inc(shared)
 
-    async def tokenize(self, lane: Lane, first: Sequence[First]) -> list[Settled]:
+    def next_call(self) -> list[First] | None:
+        """Texts for `tokenize`, of one lane; None if none wait, or if enough calls are under way: ask again after one."""
+        if self._calls >= CALLS:
+            return None
+        waiting = next((queue for queue in self._waiting.values() if queue), None)
+        if waiting is None:
+            return None
+        texts = [waiting.pop()]
+        left = _CHARACTERS_A_CALL - _cost(texts[0])
+        while (text := waiting.pop_within(left)) is not None:
+            texts.append(text)
+            left -= _cost(text)
+        self._calls += 1
+        return texts
+
+    async def tokenize(self, call: Sequence[First]) -> list[Settled]:
         """Queue these texts for a micro-batch. Returned is what is already settled: the inputs of texts that cannot run."""
+        try:
+            settled, texts = self._unexpired(call)
+            if texts:
+                settled += await self._tokenize(texts)
+        finally:
+            self._calls -= 1
+        return settled
+
+    def _unexpired(self, call: Sequence[First]) -> tuple[list[Settled], list[First]]:
+        """What the jobs that expired until now get, and the texts for which others wait."""
+        now_ms = time.time() * 1000
+        settled: list[Settled] = []
+        texts: list[First] = []
+        for first in call:
+            identity, job = first
+            if job.expired(
+                now_ms
+            ):  # else it waits itself, and the others are asked when the micro-batch begins
+                waiters, expired = self._flights.unexpired(identity, now_ms)
+                settled += [(waiter, index, EXPIRED_IN_QUEUE) for waiter, index in expired]
+                if not waiters:
+                    continue
+            texts.append(first)
+        return settled, texts
+
+    async def _tokenize(self, first: Sequence[First]) -> list[Settled]:
         encoder = first[0][0].encoder  # one for all: a swap waits until nothing is in flight
         started = time.monotonic()
-        found = await self._tokenizers.run(lane, encoder, [identity.text for identity, _ in first])
+        found = await self._tokenizers.run(encoder, [identity.text for identity, _ in first])
         now = time.monotonic()
         self._metrics.tokenize.observe(now - started)
         queued: list[QueuedText] = []
@@ -93,25 +138,34 @@ class TextQueue:
                 waiters = self._flights.resolve(identity)
                 errors += [(waiter, index, error(waiter.request, index)) for waiter, index in waiters]
             else:
-                queued += _queued(identity, text, now)
+                queued += _queued(identity, job, text, now)
         self._batcher.put(queued)
         return errors
 
 
-def _characters(entry: First) -> int:
+def _cost(entry: First) -> int:
+    """A text's characters, but at least its place in a call."""
     text = entry[0].text
-    return len(text.text) + len(text.prompt)
+    return max(len(text.text) + len(text.prompt), _CHARACTERS_A_CALL // _TEXTS_A_CALL)
 
 
 def _queued(
-    identity: Identity, found: Tokens | Chunked | TextTooLong | Failed, now: float
+    identity: Identity, job: JobState, found: Tokens | Chunked | TextTooLong | Failed, now: float
 ) -> Iterable[QueuedText]:
     """One text, or its windows."""
+    client, number = job.client, job.number
     if isinstance(found, Tokens):
-        return (QueuedText(identity=identity, tokens=found, arrived=now),)
+        return (QueuedText(identity=identity, tokens=found, arrived=now, client=client, job=number),)
     if isinstance(found, Chunked):
         return [
-            QueuedText(identity=identity, tokens=window, arrived=now, window=Window(found, number))
-            for number, window in enumerate(found.windows)
+            QueuedText(
+                identity=identity,
+                tokens=window,
+                arrived=now,
+                window=Window(found, at),
+                client=client,
+                job=number,
+            )
+            for at, window in enumerate(found.windows)
         ]
     raise RuntimeError("a text that cannot run was queued. This is a bug.")

@@ -1,39 +1,35 @@
-"""Threads that tokenize: few calls at a time, so that an interactive one never waits for many bulk ones."""
+"""Threads that tokenize."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Final
 
 from embedq_consumer.engine import Chunked, Encoder, Failed, Text, TextTooLong, Tokens
 from embedq_consumer.threads import CLOSE_S, WorkerThreads
-from embedq_shared.topics import Lane
 
-__all__ = ["TokenizerPool"]
+__all__ = ["CALLS", "TokenizerPool"]
 
 _THREADS: Final = 2
 """The tokenizer uses all cores for one call; a second one runs while the first one's results become arrays."""
-_BULK_CALLS: Final = _THREADS + 1
-"""Bulk calls given to the threads: those that run and the next. More would only delay interactive texts."""
+CALLS: Final = _THREADS + 1
+"""Calls that should be given to the threads at once: those that run and the next. More would only delay texts that come."""
 
 
 class TokenizerPool:
-    """Tokenizes off the event loop. Calls of one lane run in their order."""
+    """Tokenizes off the event loop. Calls run in their order."""
 
     def __init__(self) -> None:
         self._threads = WorkerThreads("tokenize", _THREADS)
         self._running: list[float] = []
-        self._bulk = asyncio.Semaphore(_BULK_CALLS)
 
     async def run(
-        self, lane: Lane, encoder: Encoder, texts: Sequence[Text]
+        self, encoder: Encoder, texts: Sequence[Text]
     ) -> list[Tokens | Chunked | TextTooLong | Failed]:
-        """What the model is given for each text, in order. An interactive call waits for `_BULK_CALLS` others at most."""
-        async with self._bulk if lane == "bulk" else nullcontext():
-            return await asyncio.wrap_future(self._threads.submit(self._tokens_of, encoder, texts))
+        """What the model is given for each text, in order."""
+        return await asyncio.wrap_future(self._threads.submit(self._tokens_of, encoder, texts))
 
     @property
     def busy_since(self) -> float | None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from operator import itemgetter
 from typing import Final, Protocol, TypeVar, TypeVarTuple
 
 import msgspec
@@ -17,29 +16,31 @@ from embedq_consumer.delivery.broker_errors import meaning_of, name_of
 from embedq_consumer.delivery.destination import Settled, Undelivered, Urgent
 from embedq_consumer.delivery.outgoing import Outgoing
 from embedq_consumer.delivery.result_records import Reply, ResultEncoder
+from embedq_consumer.fairness import Turns, TurnsByPlace
 from embedq_consumer.intake.admission import Rejection
 from embedq_consumer.intake.jobs import InputVector, JobState
 from embedq_consumer.intake.records import Record
-from embedq_consumer.intake.result_sizes import held_bytes
+from embedq_consumer.intake.result_sizes import cost_of
 from embedq_consumer.telemetry.metrics import Metrics
-from embedq_shared.grouping import batched_by
 from embedq_shared.headers import JobHeaders
-from embedq_shared.kafka import TOO_LARGE, TopicPartition
+from embedq_shared.kafka import TOO_LARGE
 from embedq_shared.messages import ErrorBody
 from embedq_shared.topics import LANES, Lane
-from embedq_shared.weighted_semaphore import WeightedSemaphore
 
 log = structlog.get_logger()
 
-_GROUP_BYTES: Final = 16 * 1024 * 1024
-"""Results that are started on together: a large poll begins before there is room for all of it."""
+_LARGE_BYTES: Final = 1024 * 1024
+"""Results that take some 10 ms to encode, as long as a micro-batch."""
+_LARGE_ON_THE_WAY: Final = 2
+"""Large results that are with the producers at once for one place, so that what comes behind them there waits for these and
+not for a client's whole flood: one is encoded while one is sent. A large result is some 10 MB, a tenth of a second."""
 _THREADS: Final = 2
 """While a large result is encoded, the small ones after it go on."""
 _ERROR_S: Final = 5.0
 """For an error in place of a result that could not be delivered: its dead letter tells of it anyway."""
 
-Finish = Callable[[Record], None]
-"""Says that a record needs no more work: from here on its offset may be committed."""
+Finish = Callable[[*tuple[Record, ...]], None]
+"""Says that records need no more work: from here on their offsets may be committed."""
 Args = TypeVarTuple("Args")
 Returned = TypeVar("Returned")
 
@@ -87,8 +88,8 @@ class DeliveryLimits(msgspec.Struct, frozen=True, kw_only=True):
     """How long a result may wait for its reply address while that takes nothing."""
 
     reply_timeout_s: float
-    max_behind: int
-    """It waits no longer once a record of its partition this many offsets further on is finished: neither may be committed."""
+    holds_back: Callable[[Record], bool] = lambda record: False
+    """Whether others of its partition wait soon, since none behind a record may be committed: then it waits no longer."""
 
 
 class Deliverer:
@@ -100,7 +101,8 @@ class Deliverer:
         - A result that the brokers refuse at its reply address, or do not take there within the limits, becomes an
           error on the results topic. If that cannot be delivered either, the dead letter alone tells of the job.
         - A result without a reply address and a dead letter wait for as long as it takes.
-        - Memory that `reserve` acquired for a job's results is released once the job is finished.
+        - Large results are encoded one at a time, and at most two of them are with the producers for one place; their clients
+          take turns. So small ones never wait for more than these.
     """
 
     # More than six parameters: what every answer passes, handed in once by `service.py`.
@@ -109,7 +111,6 @@ class Deliverer:
         encoder: ResultEncoder,
         sink: Sink,
         finish: Finish,
-        memory: WeightedSemaphore,
         metrics: Metrics,
         limits: DeliveryLimits,
         *,
@@ -119,15 +120,13 @@ class Deliverer:
         self._encoder = encoder
         self._sink = sink
         self._finish = finish
-        self._memory = memory
         self._metrics = metrics
         self._limits = limits
-        self._furthest: dict[TopicPartition, tuple[int, int]] = {}
-        """Epoch and highest finished offset of each partition."""
         self._bulk = bulk
-        self._job_seconds = {lane: metrics.job.labels(lane) for lane in LANES}
         # Threads of their own: results must not wait for the tokenizer.
         self._threads = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="deliver")
+        self._encoding = Turns()
+        self._on_the_way = TurnsByPlace(_LARGE_ON_THE_WAY)
 
     def close(self) -> None:
         """End the threads."""
@@ -141,29 +140,32 @@ class Deliverer:
         """Look for topics that were made since."""
         await self._sink.refresh_topics()
 
-    async def reserve(self, jobs: Sequence[JobState]) -> AsyncIterator[list[JobState]]:
-        """Jobs in order, in groups, each once there is memory for its results."""
-        weighed = [(job, _bytes_of(job)) for job in jobs]
-        for group in batched_by(weighed, itemgetter(1), _GROUP_BYTES):
-            await self._memory.acquire(sum(size for _, size in group))
-            yield [job for job, _ in group]
-
     async def in_thread(self, work: Callable[[*Args], Returned], *args: *Args) -> Returned:
         """Run work on results off the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
 
     async def deliver(self, jobs: Sequence[JobState]) -> None:
-        """Answer jobs whose every input has its outcome, and finish their records."""
+        """Answer jobs whose every input has its outcome, and finish their records. One that is `large` comes alone."""
+        if large(jobs[0]):
+            await self._deliver_large(jobs[0])
+            return
         replies = await self.in_thread(self._encode, jobs)
-        held = {id(reply.record): _bytes_of(job) for reply, job in zip(replies, jobs, strict=True)}
         self._count_inputs(jobs)
-        await self._send(
-            replies, lambda done: self._memory.release(sum(held[id(one.record)] for one in done))
-        )
+        await self._send(replies)
 
-    def forget(self, jobs: Sequence[JobState]) -> None:
-        """These need no answer any more; their memory is free."""
-        self._memory.release(sum(map(_bytes_of, jobs)))
+    async def _deliver_large(self, job: JobState) -> None:
+        """Encode it when its place has room for it, and keep that until the brokers have it.
+
+        What goes out in a transaction gives its room back at once: there an answer waits for those before it in its
+        partition, and one of these might wait for the room.
+        """
+        client, size, headers = job.client, cost_of(job).result_bytes, job.headers
+        place = (headers.reply_topic, headers.reply_partition)
+        async with self._on_the_way.turn(place, client, size):
+            async with self._encoding.turn(client, size):
+                replies = await self.in_thread(self._encode, [job])
+            self._count_inputs([job])
+            await self._send(replies)
 
     async def reject(self, rejections: Sequence[tuple[Record, Rejection]]) -> None:
         """Answer records that are no jobs of ours, and finish them."""
@@ -172,9 +174,7 @@ class Deliverer:
     def _encode(self, jobs: Sequence[JobState]) -> list[Reply]:
         return [self._encoder.of_job(job) for job in jobs]
 
-    async def _send(
-        self, replies: Sequence[Reply], answered: Callable[[Sequence[Reply]], None] = lambda done: None
-    ) -> None:
+    async def _send(self, replies: Sequence[Reply]) -> None:
         """Send results and finish each record as soon as the brokers have all of its own.
 
         One that needs more than its result, an error in its place or a dead letter, goes on in a task of its own.
@@ -182,7 +182,6 @@ class Deliverer:
         started = time.monotonic()
 
         def conclude(done: Sequence[Reply]) -> None:
-            answered(done)
             self._metrics.publish.observe(time.monotonic() - started)
             self._conclude(done)
 
@@ -198,7 +197,6 @@ class Deliverer:
                     self._metrics.dead_letters.labels(reply.dead_letter.code).inc()
                 conclude([reply])
             else:
-                answered([reply])
                 self._finish(reply.record)
 
         if self._bulk is not None:
@@ -221,14 +219,8 @@ class Deliverer:
         return self._limits.reply_timeout_s if addressed else None
 
     def _urgency(self, reply: Reply) -> Urgent:
-        """Whether so much after its record is finished that others would soon wait for it."""
-        ticket = reply.record.ticket
-
-        def holds_back() -> bool:
-            epoch, furthest = self._furthest.get(ticket.partition, (ticket.epoch, 0))
-            return epoch == ticket.epoch and furthest - ticket.offset >= self._limits.max_behind
-
-        return holds_back
+        """Whether others wait for it soon."""
+        return lambda: self._limits.holds_back(reply.record)
 
     async def _answer_with_error(self, reply: Reply, reason: Exception) -> Reply:
         """Say on the results topic that a result could not be delivered; the reply that is left."""
@@ -277,15 +269,13 @@ class Deliverer:
         now = time.monotonic()
         for (lane, status), count in Counter((reply.record.lane, reply.status) for reply in replies).items():
             self._metrics.jobs.labels(lane, status).inc(count)
+        for lane in LANES:
+            if seconds := [now - reply.record.polled_at for reply in replies if reply.record.lane == lane]:
+                self._metrics.job.observe(lane, seconds)
         for reply in replies:
             for error in reply.errors:
                 self._metrics.errors.labels(error.code).inc()
-            self._job_seconds[reply.record.lane].observe(now - reply.record.polled_at)
-            ticket = reply.record.ticket
-            self._furthest[ticket.partition] = max(
-                self._furthest.get(ticket.partition, (0, 0)), (ticket.epoch, ticket.offset)
-            )
-            self._finish(reply.record)
+        self._finish(*[reply.record for reply in replies])
 
     def _count_inputs(self, jobs: Iterable[JobState]) -> None:
         vectors: Counter[Lane] = Counter()
@@ -299,9 +289,10 @@ class Deliverer:
         self._metrics.truncated.inc(cut)
 
 
-def _bytes_of(job: JobState) -> int:
-    """Bytes that a job's results may take in memory."""
-    return held_bytes(job.request, job.encoder.hidden_size)
+def large(job: JobState) -> bool:
+    """Whether encoding a job's results takes so long that others should not wait for several such ones."""
+    several = len(job.outcomes) > 1 or job.request.late
+    return several and cost_of(job).result_bytes > _LARGE_BYTES
 
 
 class _Batch:

@@ -107,8 +107,7 @@ class Publisher:
         urgent: Urgent = lambda: False,
     ) -> None:
         """Send a record; `settled` is called once, later. Without a time-out it waits until its place works; with one, also
-        no longer for a place that fails once it is `urgent`.
-        """
+        no longer for a place that fails once it is `urgent`."""
         now = time.monotonic()
         parcel = Parcel(record, settled, timeout_s, next(self._serial), now, urgent)
         destination = self._places.destination_of(record, now)

@@ -32,6 +32,8 @@ _CONNECT_STAGES: Final = {
 }
 """Where a sink of Kafka Connect would have failed, by error code; everything else is in the value."""
 
+_Embedding = bytes | str | msgspec.Raw
+
 
 class EncodedResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="object", tag="list"):
     """A `messages.Result` whose data are encoded already, one by one; the same fields in the same order."""
@@ -94,8 +96,11 @@ class ResultEncoder:
             return self._failure(
                 job.record, job.headers, request.format, envelope, error, model_version=version
             )
+        made: dict[int, _Embedding] = {}
         data = [
-            datum for index, outcome in enumerate(job.outcomes) for datum in _data(request, index, outcome)
+            datum
+            for index, outcome in enumerate(job.outcomes)
+            for datum in _data(request, index, outcome, made)
         ]
         tokens = sum(outcome.tokens for outcome in job.outcomes if isinstance(outcome, InputVector | Spans))
         errors = tuple(outcome for outcome in job.outcomes if isinstance(outcome, ErrorBody))
@@ -306,15 +311,20 @@ def _size(outgoing: Outgoing) -> int:
     return len(outgoing.value or b"") + len(outgoing.key or b"") + headers
 
 
-def _data(request: Request, index: int, outcome: Outcome | None) -> Iterator[msgspec.Raw]:
-    """One input's outcome, encoded: a datum, or one for each of its spans."""
+def _data(
+    request: Request, index: int, outcome: Outcome | None, made: dict[int, _Embedding]
+) -> Iterator[msgspec.Raw]:
+    """One input's outcome, encoded: a datum, or one for each of its spans.
+
+    Equal inputs of a job have one outcome: `made` keeps its vectors' encoded forms, which cost most.
+    """
     if isinstance(outcome, Spans):
         for span in outcome.spans:
             yield _encoded(
                 request,
                 Datum(
                     index=index,
-                    embedding=_embedding(request, span.vector),
+                    embedding=_embedding(request, span.vector, made),
                     tokens=span.tokens,
                     truncated=False,
                     cached=False,
@@ -327,7 +337,7 @@ def _data(request: Request, index: int, outcome: Outcome | None) -> Iterator[msg
             request,
             Datum(
                 index=index,
-                embedding=_embedding(request, outcome.vector),
+                embedding=_embedding(request, outcome.vector, made),
                 tokens=outcome.tokens,
                 truncated=outcome.truncated is not None,
                 cached=outcome.cached,
@@ -344,9 +354,17 @@ def _encoded(request: Request, datum: Datum) -> msgspec.Raw:
     return msgspec.Raw(codec.encode(datum, request.format))
 
 
-def _embedding(request: Request, vector: bytes) -> bytes | str | msgspec.Raw:
+def _embedding(request: Request, vector: bytes, made: dict[int, _Embedding]) -> _Embedding:
+    """A vector as the result has it. All vectors of a job live as long as `made`, so that each has an address of its own."""
     if request.format == "msgpack":
         return vector
+    found = made.get(id(vector))
+    if found is None:
+        found = made[id(vector)] = _encoded_vector(request, vector)
+    return found
+
+
+def _encoded_vector(request: Request, vector: bytes) -> str | msgspec.Raw:
     if request.encoding == "base64":
         return b64encode(vector).decode("ascii")
     # orjson writes a float32 with the fewest digits that read back the same; msgspec knows float64 alone.

@@ -60,7 +60,8 @@ class HandOver:
         """Set once the group has given us our partitions, even if there are none."""
 
     def follow(self, topics: Iterable[str], changed: Callable[[], None]) -> None:
-        """Join the group; `changed` is called whenever other partitions are to be read than before."""
+        """Join the group; `changed` is called whenever other partitions are to be read than before, or
+        one is ours no more."""
         self._changed = changed
         names = list(topics)
         self._topics.follow(names, self._remade)
@@ -182,6 +183,7 @@ class HandOver:
             self._ledger.drop(gone)
             self._forget(gone)
             self._metrics.assigned.set(len(self._ownership))
+            self._changed()
         if self._ownership.take_rejoin():
             self._member.rejoin()
 

@@ -77,9 +77,9 @@ class OffsetCommitter:
         self._urgent = asyncio.Event()
         self._committing = asyncio.Lock()
 
-    def note_finished(self) -> None:
-        """One more record may be committable."""
-        self._finished += 1
+    def note_finished(self, records: int = 1) -> None:
+        """So many more may be committable."""
+        self._finished += records
         self._wanted.set()
         if self._finished >= self._early_at:
             self._urgent.set()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Mapping
 
 import msgspec
@@ -10,7 +9,7 @@ import msgspec
 from embedq_shared.kafka import TopicPartition
 
 
-class Ticket(msgspec.Struct, frozen=True, gc=False):
+class Ticket(msgspec.Struct, frozen=True, gc=False, cache_hash=True):
     """One record taken during one assignment of its partition."""
 
     partition: TopicPartition
@@ -19,15 +18,14 @@ class Ticket(msgspec.Struct, frozen=True, gc=False):
 
 
 class _Partition:
-    __slots__ = ("committed", "epoch", "next", "open", "repeatable", "start", "topic_id")
+    __slots__ = ("committed", "epoch", "next", "open", "start", "started", "topic_id")
 
     def __init__(self, epoch: int, start: int | None, topic_id: str) -> None:
         self.epoch = epoch
         self.topic_id = topic_id
-        # In the order taken, which is the offsets' order: the first key is the lowest unfinished one.
-        self.open: dict[int, None] = {}
-        # Everything taken and not known to be committed, finished or not, in the offsets' order.
-        self.repeatable: deque[int] = deque()
+        # In the order taken, which is the offsets' order: the first key is the lowest unfinished one. True once it is started.
+        self.open: dict[int, bool] = {}
+        self.started = 0
         self.start = start
         self.next: int | None = None
         self.committed = start
@@ -35,7 +33,7 @@ class _Partition:
 
 class OffsetLedger:
     """Knows every record taken and not yet finished, for each partition and epoch: the time from one assignment of it to us
-    until it is not ours any more.
+    until it is not ours any more. A record that was taken waits, until it is started.
 
     Invariants:
         - `committable()` never passes a record that is begun and not finished.
@@ -87,8 +85,7 @@ class OffsetLedger:
             raise ValueError(f"offset {offset} of {partition} taken twice. This is a bug.")
         if state.next is None and state.committed is not None and offset < state.committed:
             state.committed = None  # the topic was made anew
-        state.open[offset] = None
-        state.repeatable.append(offset)
+        state.open[offset] = False
         state.next = offset + 1
         return Ticket(partition, state.epoch, offset)
 
@@ -104,12 +101,19 @@ class OffsetLedger:
         state = self._partitions.get(partition)
         return state is not None and state.next is not None and offset < state.next
 
+    def start(self, ticket: Ticket) -> None:
+        """Work on it begins. Nothing if its epoch is over."""
+        state = self._partitions.get(ticket.partition)
+        if state is not None and state.epoch == ticket.epoch and state.open.get(ticket.offset) is False:
+            state.open[ticket.offset] = True
+            state.started += 1
+
     def finish(self, ticket: Ticket) -> bool:
         """The record is answered. False if its epoch is over or it was finished before."""
         state = self._partitions.get(ticket.partition)
         if state is None or state.epoch != ticket.epoch or ticket.offset not in state.open:
             return False
-        del state.open[ticket.offset]
+        state.started -= state.open.pop(ticket.offset)
         return True
 
     def committable(self) -> dict[TopicPartition, int]:
@@ -132,8 +136,6 @@ class OffsetLedger:
             state = self._partitions.get(partition)
             if state is not None and (state.committed is None or offset > state.committed):
                 state.committed = offset
-                while state.repeatable and state.repeatable[0] < offset:
-                    state.repeatable.popleft()
 
     def unfinished(self, partition: TopicPartition) -> Iterable[int]:
         """The offsets of records taken and not finished, in order."""
@@ -148,11 +150,13 @@ class OffsetLedger:
         return state.start if state.next is None else state.next
 
     def lowest(self, partition: TopicPartition) -> Ticket | None:
-        """The first record that is begun and not finished."""
+        """The first record that is started and not finished."""
         state = self._partitions.get(partition)
-        if state is None or not state.open:
+        if state is None or not state.started:
             return None
-        return Ticket(partition, state.epoch, next(iter(state.open)))
+        return Ticket(
+            partition, state.epoch, next(offset for offset, started in state.open.items() if started)
+        )
 
     def epoch(self, partition: TopicPartition) -> int | None:
         """Of the partition's present assignment; no other one has it."""
@@ -160,19 +164,14 @@ class OffsetLedger:
         return None if state is None else state.epoch
 
     def in_flight(self, partition: TopicPartition) -> int:
-        """Records begun and not finished."""
+        """Records started and not finished."""
         state = self._partitions.get(partition)
-        return 0 if state is None else len(state.open)
+        return 0 if state is None else state.started
 
     def committed(self, partition: TopicPartition) -> int | None:
         """The offset that the broker has, as far as is known."""
         state = self._partitions.get(partition)
         return None if state is None else state.committed
-
-    def repeatable(self, partition: TopicPartition) -> int:
-        """Records that a crash would repeat: taken in this epoch, finished or not, and not known to be committed."""
-        state = self._partitions.get(partition)
-        return 0 if state is None else len(state.repeatable)
 
     @property
     def partitions(self) -> frozenset[TopicPartition]:

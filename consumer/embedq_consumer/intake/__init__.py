@@ -5,7 +5,7 @@ from embedq_consumer.intake.jobs import InputVector, JobState, Outcome, Request,
 from embedq_consumer.intake.jobs_consumer import IntakeOptions, JobsClients, make_jobs_clients
 from embedq_consumer.intake.poll_loop import Intake
 from embedq_consumer.intake.records import Record
-from embedq_consumer.intake.result_sizes import datum_bytes, fixed_bytes, held_bytes
+from embedq_consumer.intake.result_sizes import cost_of, datum_bytes, fixed_bytes, held_bytes
 
 __all__ = [
     "AdmissionPolicy",
@@ -22,6 +22,7 @@ __all__ = [
     "Span",
     "Spans",
     "UnknownAddress",
+    "cost_of",
     "datum_bytes",
     "fixed_bytes",
     "held_bytes",

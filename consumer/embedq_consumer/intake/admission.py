@@ -89,9 +89,9 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
                 envelope=bad.envelope,
                 dead_letter=bad.error.code == "malformed",
             )
-        envelope = codec.envelope_of(job)
         request = _check_deadline(headers, now_ms) or self._request(record, headers, job, format, encoder)
         if isinstance(request, ErrorBody):
+            envelope = codec.envelope_of(job)
             return Rejection(error=request, format=format, headers=headers, envelope=envelope)
         return JobState(record, headers, request, encoder)
 
@@ -149,9 +149,11 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
 
     def _is_allowed(self, topic: str) -> bool:
         """Our own topics for answers, and what the setting allows: reserved names only where they stand in full."""
+        if topic in (self.topics.replies, self.topics.results):
+            return True
         if self.topics.is_internal(topic):
             return False
-        if topic in {self.topics.replies, self.topics.results} or topic in self.reply_patterns:
+        if topic in self.reply_patterns:
             return True
         return not is_reserved(topic) and any(
             fnmatch.fnmatchcase(topic, pattern) for pattern in self.reply_patterns

@@ -8,12 +8,13 @@ from typing import Final
 
 import msgspec
 
-from embedq_consumer.group import OffsetLedger
 from embedq_shared.kafka import TopicPartition
 from embedq_shared.topics import LANES, Lane
 
 _RESUME_AT: Final = 0.5
 """A full lane takes records again once this share is left: then whole polls, and not one record for each result."""
+_RESUME_JOBS: Final = 1024
+"""So many free places are enough in any case: two polls. Half of a large lane would come in one long burst."""
 _SPAN_S: Final = 0.5
 """A rate is measured over so long: a few micro-batches, of which each answers its jobs at once."""
 _SPANS: Final = 20
@@ -21,13 +22,13 @@ _SPANS: Final = 20
 
 
 class InFlightLimits:
-    """Counts jobs and bytes of each lane, and says which lanes are full.
+    """Counts jobs and bytes of each lane, waiting ones and started ones, and says which lanes are full.
 
     Invariants: every `add` has one `remove`; with nothing in flight all counts are zero and no lane is full.
     """
 
     def __init__(self, *, max_jobs: int, max_bytes: int) -> None:
-        self._max_jobs = dict.fromkeys(LANES, max_jobs)
+        self._max_jobs = max_jobs
         self._max_bytes = max_bytes
         self._jobs: dict[Lane, int] = dict.fromkeys(LANES, 0)
         self._bytes: dict[Lane, int] = dict.fromkeys(LANES, 0)
@@ -37,27 +38,23 @@ class InFlightLimits:
         """A job of `size` bytes is in flight."""
         self._jobs[lane] += 1
         self._bytes[lane] += size
-        if self._jobs[lane] >= self._max_jobs[lane] or self._bytes[lane] >= self._max_bytes:
+        if self._jobs[lane] >= self._max_jobs or self._bytes[lane] >= self._max_bytes:
             self._full[lane] = True
 
-    def remove(self, lane: Lane, size: int) -> bool:
-        """It is answered. True if the lane has just stopped being full."""
-        self._jobs[lane] -= 1
+    def remove(self, lane: Lane, size: int, jobs: int = 1) -> bool:
+        """Jobs of `size` bytes together are answered. True if the lane has just stopped being full."""
+        self._jobs[lane] -= jobs
         self._bytes[lane] -= size
         if self._jobs[lane] < 0 or self._bytes[lane] < 0:
             raise RuntimeError("more was removed than added. This is a bug.")
         if not self._full[lane]:
             return False
         reopened = (
-            self._jobs[lane] <= self._max_jobs[lane] * _RESUME_AT
+            self._jobs[lane] <= max(self._max_jobs * _RESUME_AT, self._max_jobs - _RESUME_JOBS)
             and self._bytes[lane] <= self._max_bytes * _RESUME_AT
         )
         self._full[lane] = not reopened
         return reopened
-
-    def allow(self, lane: Lane, max_jobs: int) -> None:
-        """As many jobs of a lane at most, from the next one on."""
-        self._max_jobs[lane] = max_jobs
 
     def is_full(self, lane: Lane) -> bool:
         """Whether the lane's partitions should give no records."""
@@ -65,9 +62,7 @@ class InFlightLimits:
 
     def headroom(self) -> int:
         """How many more jobs the emptiest lane that is not full takes."""
-        return max(
-            (self._max_jobs[lane] - self._jobs[lane] for lane in LANES if not self._full[lane]), default=0
-        )
+        return max((self._max_jobs - self._jobs[lane] for lane in LANES if not self._full[lane]), default=0)
 
     def jobs(self, lane: Lane) -> int:
         """Jobs in flight."""
@@ -77,16 +72,11 @@ class InFlightLimits:
         """Bytes in flight."""
         return self._bytes[lane]
 
-    @property
-    def idle(self) -> bool:
-        """Whether nothing is in flight."""
-        return not any(self._jobs.values())
-
 
 class ReadAhead:
-    """How many jobs of a lane should be in flight: as many as it answers in some seconds, at its best of late.
+    """How many jobs of a lane should be started: as many as it answers in some seconds, at its best of late.
 
-    What is in flight keeps the device busy, and no more of it is of use: it makes a stop, a reload and a partition's way
+    What is started keeps the device busy, and no more of it is of use: it makes a stop, a reload and a partition's way
     to another replica wait, and after a crash more of it may have been answered and not committed.
 
     Invariants: never fewer than `least`, never more than `most`. The best of the last spans counts, since a lull is no
@@ -101,11 +91,11 @@ class ReadAhead:
         self._answered = 0
         self._rates: deque[float] = deque(maxlen=_SPANS)
 
-    def note_answered(self, now: float) -> bool:
-        """One more. True if `jobs` may have changed."""
+    def note_answered(self, now: float, jobs: int = 1) -> bool:
+        """So many more. True if `jobs` may have changed."""
         if self._begun is None:
             self._begun = now
-        self._answered += 1
+        self._answered += jobs
         elapsed = now - self._begun
         if elapsed < _SPAN_S:
             return False
@@ -161,38 +151,30 @@ class PollPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PollPlanner:
-    """Chooses the partitions of each poll, from what is in flight, what is uncommitted and whose turn it is.
+    """Chooses the partitions of each poll, from what is in flight and whose turn it is.
 
     Invariants:
-        - A partition is left out while its lane is full, or while a crash would repeat `max_uncommitted` of its records.
+        - A partition is left out while its lane is full.
         - A poll asks for no more records than the emptiest lane takes, and for one at least.
     """
 
     def __init__(
         self,
-        ledger: OffsetLedger,
         limits: InFlightLimits,
         lane_of: Mapping[str, Lane],
         *,
         max_poll_records: int,
-        max_uncommitted: int,
     ) -> None:
-        self._ledger = ledger
         self._limits = limits
         self._lane_of = lane_of
         self._max_poll_records = max_poll_records
-        self._max_uncommitted = max_uncommitted
         self._rotation = PartitionRotation()
-        self.awaits_commit = False
-        """Whether the latest plan left out a partition that takes no more records before a commit."""
 
     def plan(self, readable: Collection[TopicPartition]) -> PollPlan:
         """The next poll, of those partitions that may give records."""
-        uncommitted = {partition for partition in readable if self._repeats_too_much(partition)}
-        self.awaits_commit = bool(uncommitted)
         # Left out and not paused: the client throws away what it has fetched of a paused partition, and a lane that is
         # full many times a second would fetch its records as often.
-        pollable = [p for p in readable if not self._lane_is_full(p) and p not in uncommitted]
+        pollable = [p for p in readable if not self._lane_is_full(p)]
         due = self._rotation.next(pollable)
         complete = len(due) == len(pollable)
         return PollPlan(
@@ -208,6 +190,3 @@ class PollPlanner:
 
     def _lane_is_full(self, partition: TopicPartition) -> bool:
         return self._limits.is_full(self._lane_of[partition.topic])
-
-    def _repeats_too_much(self, partition: TopicPartition) -> bool:
-        return self._ledger.repeatable(partition) >= self._max_uncommitted

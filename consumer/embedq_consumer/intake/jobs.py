@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Final, Literal
 
 import msgspec
 
@@ -11,6 +13,10 @@ from embedq_consumer.intake.records import Record
 from embedq_shared.codec import Format
 from embedq_shared.headers import JobHeaders
 from embedq_shared.messages import Chunking, Dtype, EncodingFormat, ErrorBody, Truncate
+
+_NUMBERS = itertools.count(1)
+_ONE: Final = (0,)
+_NO_COPIES: Final[Mapping[int, Sequence[int]]] = {}
 
 
 class InputVector(msgspec.Struct, frozen=True, gc=False):
@@ -78,13 +84,19 @@ class Request(msgspec.Struct, frozen=True):
 class JobState:
     """One job between the poll and its result. Touched on the event loop alone.
 
-    It keeps the encoder that it was accepted for, so that no job is ever split over two model versions.
+    It keeps the encoder that it was accepted for, so that no job is ever split over two model versions. Equal inputs are one
+    piece of work: only the first of them, those of `distinct`, is looked up, tokenized and computed, and `settle` gives its
+    outcome to its copies too.
     """
 
     __slots__ = (
         "compute_s",
+        "copies",
+        "distinct",
         "encoder",
         "headers",
+        "keys",
+        "number",
         "outcomes",
         "queue_s",
         "record",
@@ -95,23 +107,44 @@ class JobState:
     )
 
     def __init__(self, record: Record, headers: JobHeaders, request: Request, encoder: Encoder) -> None:
+        self.number = next(_NUMBERS)
+        """No other job of this process has it."""
         self.record = record
         self.headers = headers
         self.request = request
         self.encoder = encoder
+        self.copies: Mapping[int, Sequence[int]] = _NO_COPIES
+        """The indices of later inputs that are equal to one, by the index of the first."""
+        self.distinct: Sequence[int] = _ONE
+        """The index of the first of equal inputs, in order."""
+        if len(request.texts) > 1:
+            self.distinct, self.copies = _divided(request.texts)
         self.outcomes: list[Outcome | None] = [None] * len(request.texts)
         self.remaining = len(request.texts)
+        self.keys: dict[int, bytes] = {}
+        """Under which the cache has not got an input's vector, by its index."""
         self.spans = 0
         self.queue_s: float | None = None
         self.tokenize_s: float | None = None
         self.compute_s: float | None = None
 
+    @property
+    def client(self) -> bytes:
+        """Whose job it is."""
+        return self.record.client
+
     def settle(self, index: int, outcome: Outcome) -> bool:
-        """Give one input its outcome. True if that was the last one.
+        """Give one input and its copies their outcome. True if that was the last one.
 
         Raises:
             RuntimeError: it has one already.
         """
+        self._settle(index, outcome)
+        for other in self.copies.get(index, ()):
+            self._settle(other, _for_copy(outcome, self.request, index, other))
+        return self.remaining == 0
+
+    def _settle(self, index: int, outcome: Outcome) -> None:
         if self.outcomes[index] is not None:
             raise RuntimeError(f"input {index} settled twice. This is a bug.")
         if isinstance(outcome, Spans):
@@ -120,7 +153,6 @@ class JobState:
                 outcome = too_many_spans(self.request)
         self.outcomes[index] = outcome
         self.remaining -= 1
-        return self.remaining == 0
 
     def expired(self, now_ms: float) -> bool:
         """Whether the caller has given up by now."""
@@ -136,6 +168,28 @@ class JobState:
         if not self.request.listed or all(error.code == "expired" for error in errors):
             return errors[0]
         return None
+
+
+def _divided(texts: list[str]) -> tuple[list[int], dict[int, list[int]]]:
+    """The first of equal texts, and the others by it. Equal ones become one object, so that a thousand take no memory."""
+    first: dict[str, int] = {}
+    copies: dict[int, list[int]] = {}
+    for index, text in enumerate(texts):
+        at = first.setdefault(text, index)
+        if at != index:
+            texts[index] = texts[at]
+            copies.setdefault(at, []).append(index)
+    return list(first.values()), copies
+
+
+def _for_copy(outcome: Outcome, request: Request, index: int, other: int) -> Outcome:
+    """The outcome of the input `index` as that of an equal one: an error names the input that it is about."""
+    if not isinstance(outcome, ErrorBody) or outcome.param != input_param(request, index):
+        return outcome
+    param = input_param(request, other)
+    return msgspec.structs.replace(
+        outcome, param=param, message=outcome.message.replace(f"`{outcome.param}`", f"`{param}`", 1)
+    )
 
 
 def too_many_spans(request: Request) -> ErrorBody:

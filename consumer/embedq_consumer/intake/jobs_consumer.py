@@ -23,7 +23,8 @@ PolledRecords = Mapping[TopicPartition, Sequence[ConsumerRecord]]
 
 
 class IntakeOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """The settings of the intake. Times as the name says; the limits of jobs and bytes in flight hold for each lane."""
+    """The settings of the intake. Times as the name says; the limits of jobs and bytes in flight hold for each lane,
+    and for what is started as well as for what waits."""
 
     group: str
     replica: str
@@ -31,10 +32,16 @@ class IntakeOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_in_flight_jobs: int
     max_in_flight_bytes: int
     read_ahead_s: float
-    """Work in flight, in seconds of what the lane answers at its best of late."""
+    """Started work, in seconds of what the lane answers at its best of late."""
+    max_started_texts: int
+    """Of each lane: texts of the jobs that are started and not answered."""
+    max_pending_bytes: int
+    """What the results of started jobs may take in memory."""
     max_poll_records: int
+    bulk_in_order: bool = False
+    """Each partition of the bulk lane starts its jobs in their order, since its answers are published in it."""
     max_uncommitted: int
-    """Records of a partition that a crash repeats at most."""
+    """Records of a partition that are started and not committed: a crash repeats these at most."""
     commit_interval_s: float
     session_timeout_ms: int
     rebalance_timeout_ms: int

@@ -1,4 +1,4 @@
-"""The one loop that touches the jobs consumer: it polls, and begins records in the ledger.
+"""The one loop that touches the jobs consumer: it polls, and begins records in the ledger, where they wait for their turn.
 
 What it may do is decided by `PollState` and `PollPlanner`; which partitions are ours, and what is committed, is the room
 `group`.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from typing import Final
+from typing import Final, Protocol
 
 import structlog
 
+from embedq_consumer.fairness import Cost
 from embedq_consumer.group import (
     Custodian,
     GroupCommits,
@@ -22,15 +23,15 @@ from embedq_consumer.group import (
     OffsetLedger,
     Overtaken,
     Ownership,
-    Ticket,
     TopicWatch,
     WatermarkWatch,
 )
-from embedq_consumer.intake.flow_control import InFlightLimits, PollPlanner, ReadAhead
+from embedq_consumer.intake.flow_control import PollPlanner
 from embedq_consumer.intake.jobs_consumer import IntakeOptions, JobsClients, PolledRecords
 from embedq_consumer.intake.poll_state import PollState
 from embedq_consumer.intake.reading import POLL_MS, Changes, Reading
 from embedq_consumer.intake.records import Record
+from embedq_consumer.intake.workload import Take, Workload
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.kafka import Unreadable, stop_client
 from embedq_shared.topics import LANES, Lane, Topics
@@ -44,12 +45,23 @@ _LAST_COMMIT_S: Final = 5.0
 _RETRY_S: Final = 0.05
 _DRAIN_S: Final = 30.0
 """The longest that a partition which moves waits for what is in flight of it."""
-_LEAST_READ_AHEAD: Final = 64
-"""Jobs in flight that are no bound to anything: a first micro-batch."""
 
-Take = Callable[[Sequence[Record]], None]
 TakeUnreadable = Callable[[Record, str], None]
 GiveUp = Callable[[Record, Overtaken], None]
+
+
+class Gate(Protocol):
+    """What polled records pass before they wait for their turn: those that it lets through come back by `park` or `start`."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether records may be started in their turn."""
+
+    def take(self, records: Sequence[Record]) -> None:
+        """Records of a poll, in order."""
+
+    def take_unreadable(self, record: Record, why: str) -> None:
+        """One that cannot be read."""
 
 
 class Intake:
@@ -61,7 +73,9 @@ class Intake:
         - Where other partitions are to be read than before, each is read on from where the ledger is.
         - A partition that is full or held is not among those polled, and nothing is paused in the client.
         - Each record is answered once: what comes for one that was given up changes nothing.
-        - A crash repeats at most `max_uncommitted` records of a partition, and one poll.
+        - What is polled waits until it is started; nothing is started during a hold or after a stop, nor of a partition that
+          is to be given up. Of such a partition, and of one that was lost, what waits is left to the next owner.
+        - A crash repeats at most `max_uncommitted` records of a partition: what was never started was never answered.
     """
 
     def __init__(
@@ -84,22 +98,10 @@ class Intake:
         self._changes = Changes()
         self._ledger = OffsetLedger()
         self._ownership = Ownership()
-        self._in_flight: dict[Ticket, Record] = {}
-        self._limits = InFlightLimits(
-            max_jobs=options.max_in_flight_jobs, max_bytes=options.max_in_flight_bytes
-        )
-        self._read_ahead = {
-            lane: ReadAhead(options.read_ahead_s, least=_LEAST_READ_AHEAD, most=options.max_in_flight_jobs)
-            for lane in LANES
-        }
-        for lane, ahead in self._read_ahead.items():
-            self._limits.allow(lane, ahead.jobs)
+        self._gate: Gate | None = None
+        self._work = Workload(options, self._ledger, self._may_start)
         self._planner = PollPlanner(
-            self._ledger,
-            self._limits,
-            self._lane_of,
-            max_poll_records=options.max_poll_records,
-            max_uncommitted=options.max_uncommitted,
+            self._work.limits, self._lane_of, max_poll_records=options.max_poll_records
         )
         topic_watch = TopicWatch(clients.member, self._ledger, metrics)
         self._committer = OffsetCommitter(
@@ -126,10 +128,9 @@ class Intake:
         self._reading = Reading(
             clients.consumer, self._ledger, self._ownership, self._changes, lambda: self._state.interrupted
         )
-        self._newest_answered = dict.fromkeys(LANES, float("-inf"))
         self._watch = WatermarkWatch(
             self._ledger,
-            self._times,
+            self._work.times,
             metrics,
             stuck_after_s=options.stuck_after_s,
             limit_s=options.stuck_limit_s,
@@ -147,18 +148,20 @@ class Intake:
         """
         await self._consumer.start()
         await self._member.start()
-        self._hand_over.follow(self._topics.lanes, self._interrupt)
+        self._hand_over.follow(self._topics.lanes, self._follow)
 
-    async def run(self, take: Take, unreadable: TakeUnreadable) -> None:
-        """Poll until `stop`. `take` gets each poll's records; `unreadable` each record that cannot be read,
-        or the last one of a batch of which none can be, and why."""
+    async def run(self, take: Take, unreadable: TakeUnreadable, gate: Gate | None = None) -> None:
+        """Poll until `stop`. `take` gets records to start; `unreadable` each record that cannot be read, or the last one of a
+        batch of which none can be, and why. With a gate, all records pass it first, and it sees to the unreadable ones."""
+        self._gate = gate
+        self._work.begin(take)
         while (turn := self._state.next_turn()) != "end":
             self._changes.notify()
             self._beat()
             if turn == "rest":
                 await self._reading.rest()
             else:
-                await self._read(take, unreadable)
+                await self._read(unreadable)
         self._changes.notify()
 
     async def commit_forever(self) -> None:
@@ -172,10 +175,10 @@ class Intake:
     async def watch(self, give_up: GiveUp, tell: Callable[[str | None], None]) -> None:
         """Look for watermarks that stand still while others pass. `tell` hears why the service is not ready, or None;
         `give_up` gets a record that nobody should wait for any longer, and answers it."""
-        await self._watch.run(lambda ticket, its: give_up(self._in_flight[ticket], its), tell)
+        await self._watch.run(lambda ticket, its: give_up(self._work.record(ticket), its), tell)
 
     async def stop(self, within: float) -> bool:
-        """Take nothing more, wait for what is in flight, commit, leave the group. False if something was left, uncommitted."""
+        """Start nothing more, wait for what is started, commit, leave the group. False if something was left, uncommitted."""
         self._state.stop()
         self._changes.notify()
         try:
@@ -210,10 +213,10 @@ class Intake:
 
     @asynccontextmanager
     async def held(self, within: float) -> AsyncIterator[None]:
-        """Nothing in flight, and nothing new, inside; the group membership goes on.
+        """Nothing is started, and nothing unanswered, inside; the group membership goes on.
 
         Raises:
-            TimeoutError: what is in flight did not finish within `within` seconds; nothing is held then.
+            TimeoutError: what was started did not finish within `within` seconds; nothing is held then.
         """
         self._state.hold()
         self._changes.notify()
@@ -225,23 +228,51 @@ class Intake:
         finally:
             self._state.release()
             self._changes.notify()
+            self._work.soon()
 
-    def finish(self, record: Record) -> None:
-        """A record is answered. A second time changes nothing."""
-        if self._in_flight.pop(record.ticket, None) is None:
+    # -- records ------------------------------------------------------------------------------------------------------
+
+    def park(self, records: Iterable[Record]) -> None:
+        """Start these in their turn."""
+        self._work.park(records)
+
+    def start(self, record: Record) -> None:
+        """Whoever calls this starts a record out of turn."""
+        self._work.start(record)
+
+    def start_more(self) -> None:
+        """The gate is open: start what may be started."""
+        self._work.start_more()
+
+    @property
+    def waits(self) -> bool:
+        """Whether records wait for their turn."""
+        return self._work.waits
+
+    async def running(self) -> None:
+        """Wait while there is a hold or a stop: nothing may be started meanwhile."""
+        await self._changes.until(lambda: self._state.phase == "running")
+
+    def weigh(self, record: Record, cost: Cost) -> None:
+        """A started record turned out to be a job that takes this."""
+        self._work.weigh(record, cost)
+
+    def holds_back(self, record: Record) -> bool:
+        """Whether others of its partition wait soon, for the sake of this one that is not answered."""
+        return self._work.holds_back(record)
+
+    def finish(self, *records: Record) -> None:
+        """These are answered. A second time changes nothing."""
+        finished, reopened = self._work.finish(records)
+        if not finished:
             return
-        partition, lane = record.ticket.partition, record.lane
-        self._ledger.finish(record.ticket)
-        self._newest_answered[lane] = max(self._newest_answered[lane], record.polled_at)
-        if self._read_ahead[lane].note_answered(time.monotonic()):
-            self._limits.allow(lane, self._read_ahead[lane].jobs)
-        if self._ownership.stage(partition) == "releasing" and not self._ledger.in_flight(partition):
-            self._committer.hurry()
-        self._committer.note_finished()
-        reopened = self._limits.remove(lane, record.size)
+        for partition in {record.ticket.partition for record in finished}:
+            if self._ownership.stage(partition) == "releasing" and not self._ledger.in_flight(partition):
+                self._committer.hurry()
+        self._committer.note_finished(len(finished))
         if reopened:
             self._state.interrupt()
-        if reopened or self._limits.idle:
+        if reopened or self._work.idle:
             self._changes.notify()
 
     @property
@@ -256,15 +287,15 @@ class Intake:
 
     def is_full(self, lane: Lane) -> bool:
         """Whether the lane takes no records now, since as much of it is in flight as may be."""
-        return self._limits.is_full(lane)
+        return self._work.is_full(lane)
 
     # -- polling ------------------------------------------------------------------------------------------------------
 
-    async def _read(self, take: Take, unreadable: TakeUnreadable) -> None:
+    async def _read(self, unreadable: TakeUnreadable) -> None:
         """One turn: a poll of the partitions that are due."""
         self._reading.follow()
         plan = self._planner.plan(self._reading.partitions)
-        self._show_limits()
+        self._work.show(self._metrics)
         if not plan.partitions:
             await self._reading.rest()
             return
@@ -277,10 +308,14 @@ class Intake:
             polled = await self._reading.poll(plan.partitions, limit=plan.limit, timeout_ms=timeout_ms)
         self._planner.note(plan, polled, only_urgent=only_urgent)
         records, unread = self._begin(polled)
+        if self._gate is not None:
+            unreadable = self._gate.take_unreadable
         for record, why in unread:
+            if self._gate is None:
+                self.start(record)
             unreadable(record, why)
         if records:
-            take(records)
+            (self._gate.take if self._gate else self.park)(records)
         if plan.complete and not polled:
             await self._reading.step_over_gaps()
 
@@ -304,19 +339,9 @@ class Intake:
                     record = Record.unread(ticket, lane, now)
                     unread.append((record, raw.value.reason))
                 else:
-                    record = Record(
-                        ticket=ticket,
-                        lane=lane,
-                        key=raw.key,
-                        value=raw.value,
-                        headers=raw.headers,
-                        timestamp_ms=raw.timestamp,
-                        timestamp_type=raw.timestamp_type,
-                        polled_at=now,
-                    )
+                    record = Record.read(ticket, lane, raw, now)
                     records.append(record)
-                self._in_flight[ticket] = record
-                self._limits.add(lane, record.size)
+                self._work.add(record)
             self._metrics.records.labels(lane).inc(len(found))
         return records, unread
 
@@ -326,25 +351,17 @@ class Intake:
         await self._hand_over.step()
         for partition, records in self._reading.lag().items():
             self._metrics.lag.labels(partition.topic, partition.partition).set(records)
-        if self._planner.awaits_commit:
-            self._interrupt()
+        self._work.soon()  # records may have waited for a commit
 
-    def _interrupt(self) -> None:
-        """Other partitions may give records than those that the turn under way asked."""
+    def _follow(self) -> None:
+        """Other partitions are ours, or may give records, than those that the turn under way asked."""
+        self._work.follow(releasing=self._ownership.releasing)
         self._state.interrupt()
         self._changes.notify()
 
-    def _times(self, ticket: Ticket) -> tuple[float, float]:
-        """When a record in flight was polled, and when the newest answered one of its lane was."""
-        record = self._in_flight[ticket]
-        return record.polled_at, self._newest_answered[record.lane]
-
-    def _show_limits(self) -> None:
-        for lane in LANES:
-            self._metrics.paused.labels(lane).set(self._limits.is_full(lane))
-            self._metrics.in_flight_jobs.labels(lane).set(self._limits.jobs(lane))
-            self._metrics.in_flight_bytes.labels(lane).set(self._limits.bytes(lane))
+    def _may_start(self) -> bool:
+        return self._state.phase == "running" and (self._gate is None or self._gate.is_open)
 
     async def _idle(self) -> None:
-        """Wait until nothing is in flight."""
-        await self._changes.until(lambda: self._limits.idle)
+        """Wait until nothing that was started is unanswered."""
+        await self._changes.until(lambda: self._work.idle)

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Final
+
 import msgspec
 
 from embedq_consumer.group import Ticket
+from embedq_shared.headers import client_of
+from embedq_shared.kafka import ConsumerRecord
 from embedq_shared.topics import Lane
+
+_OBJECT_BYTES: Final = 256
+"""What the objects of a record take beside its bytes, and about as much for each header."""
 
 
 class Death(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,6 +34,26 @@ class Record(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     timestamp_ms: int
     timestamp_type: int
     polled_at: float
+    client: bytes = b""
+    """Whose record it is (`headers.client_of`): clients take turns."""
+    size: int = _OBJECT_BYTES
+    """Bytes of memory that it holds while in flight (`size_of`)."""
+
+    @classmethod
+    def read(cls, ticket: Ticket, lane: Lane, raw: ConsumerRecord, polled_at: float) -> Record:
+        """A record as the client hands it out."""
+        return cls(
+            ticket=ticket,
+            lane=lane,
+            key=raw.key,
+            value=raw.value,
+            headers=raw.headers,
+            timestamp_ms=raw.timestamp,
+            timestamp_type=raw.timestamp_type,
+            polled_at=polled_at,
+            client=client_of(raw.headers),
+            size=size_of(raw.key, raw.value, raw.headers),
+        )
 
     @classmethod
     def unread(cls, ticket: Ticket, lane: Lane, polled_at: float) -> Record:
@@ -47,8 +75,16 @@ class Record(msgspec.Struct, frozen=True, gc=False, kw_only=True):
         partition = self.ticket.partition
         return f"{partition.topic}-{partition.partition}-{self.ticket.offset}"
 
-    @property
-    def size(self) -> int:
-        """Bytes that it holds while in flight."""
-        headers = sum(len(name) + len(value or b"") for name, value in self.headers)
-        return len(self.value or b"") + len(self.key or b"") + headers
+
+def size_of(key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes | None]]) -> int:
+    """Bytes of memory that a record holds."""
+    size = _OBJECT_BYTES * (1 + len(headers))
+    if value:
+        size += len(value)
+    if key:
+        size += len(key)
+    for name, content in headers:
+        size += len(name)
+        if content:
+            size += len(content)
+    return size

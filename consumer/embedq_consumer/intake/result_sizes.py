@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from embedq_consumer.intake.jobs import Request
+from embedq_consumer.fairness import Cost
+from embedq_consumer.intake.jobs import JobState, Request
 from embedq_consumer.intake.records import Record
 from embedq_shared.headers import JobHeaders
 from embedq_shared.vectors import vector_bytes
@@ -19,7 +20,9 @@ _DECIMAL_BYTES: Final = {"float32": 16, "float16": 16, "int8": 5, "binary": 4}
 
 def fixed_bytes(record: Record, headers: JobHeaders, request: Request) -> int:
     """Upper bound of what each part of a result holds in addition to its vectors."""
-    echoed = sum(len(name) + len(value) + 8 for name, value in headers.echo)
+    echoed = 0
+    for name, value in headers.echo:
+        echoed += len(name) + len(value) + 8
     key = len(record.key) if record.key is not None else 4 * len(request.id)
     # JSON writes a control character as six bytes.
     return (
@@ -43,13 +46,26 @@ def datum_bytes(request: Request) -> int:
     return _DATUM_OVERHEAD + numbers * _DECIMAL_BYTES[request.dtype]
 
 
-def held_bytes(request: Request, hidden_size: int) -> int:
-    """What a job's vectors may take in memory, a generous estimate before anything is tokenized."""
+def cost_of(job: JobState) -> Cost:
+    """What a started job takes: its distinct texts, and a generous estimate of what its results take in memory.
+
+    Copies of an input cost no computing; but the result repeats their vectors, and is held until the brokers have it.
+    """
+    request = job.request
+    return Cost(len(job.distinct), held_bytes(request, job.encoder.hidden_size, len(job.distinct)))
+
+
+def held_bytes(request: Request, hidden_size: int, distinct: int | None = None) -> int:
+    """What a job's vectors may take in memory, before anything is tokenized; `distinct` of its texts differ, or all."""
+    distinct = len(request.texts) if distinct is None else distinct
+    wire = datum_bytes(request)
     if request.chunk is None:
-        return len(request.texts) * datum_bytes(request)
+        return len(request.texts) * wire
     # Windows run in different micro-batches, and the first ones' raw vectors wait in memory for the last one's.
-    each = max(datum_bytes(request), 8 * hidden_size)
-    return each * (min(request.max_spans, _most_spans(request)) if request.late else len(request.texts))
+    each = max(wire, 8 * hidden_size)
+    if request.late:
+        return each * min(request.max_spans, _most_spans(request))
+    return distinct * each + (len(request.texts) - distinct) * wire
 
 
 def _most_spans(request: Request) -> int:

@@ -1,10 +1,10 @@
-"""Between the poll loop and the pipeline: asks `Suspects` what may run, commits its marks, and hands records over."""
+"""Between the poll and the turns of clients: asks `Suspects` what may run, commits its marks, and lets records through."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Final, Protocol
 
 import structlog
@@ -42,11 +42,34 @@ class Commits(Protocol):
         """Where these partitions end; raises KafkaError."""
 
 
+class Queue(Protocol):
+    """Where records wait until clients' turns have them started: the intake."""
+
+    def park(self, records: Iterable[Record]) -> None:
+        """Start these in their turn."""
+
+    def start(self, record: Record) -> None:
+        """This one is started out of turn."""
+
+    def start_more(self) -> None:
+        """Start what may be started."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether records wait for their turn."""
+
+    async def running(self) -> None:
+        """Wait while nothing may be started: a model is swapped, or the process stops."""
+
+    def finish(self, *records: Record) -> None:
+        """These need no more work here: from then on their offsets may be committed."""
+
+
 class Work(Protocol):
     """What answers records. The methods return at once."""
 
-    def take(self, records: Sequence[Record]) -> None:
-        """Start on these."""
+    def take(self, records: Iterable[Record]) -> None:
+        """Start on these, each when it is drawn."""
 
     def take_unreadable(self, record: Record, why: str) -> None:
         """Reject a record, or a batch of them, that could not be read."""
@@ -56,42 +79,52 @@ class Work(Protocol):
 
 
 class Quarantine:
-    """Lets records through to the work as `Suspects` says."""
+    """Lets records through as `Suspects` says: suspects to the work, out of turn, and all others to the queue.
 
-    def __init__(
-        self,
-        suspects: Suspects,
-        commits: Commits,
-        finish: Callable[[Record], None],
-        metrics: Metrics,
-    ) -> None:
-        """`finish` says that a record needs no more work here: from then on its offset may be committed."""
+    It stands before the turns, since it needs the records of a partition in the order of their offsets.
+    """
+
+    def __init__(self, suspects: Suspects, commits: Commits, queue: Queue, metrics: Metrics) -> None:
         self._suspects = suspects
         self._commits = commits
-        self._finish = finish
+        self._queue = queue
         self._metrics = metrics
+        self._lent = False
         self._work: Work | None = None
         self._changed = asyncio.Event()
 
-    # -- the poll loop's and the deliverer's side -----------------------------------------------------------------------
+    # -- the intake's and the deliverer's side --------------------------------------------------------------------------
+
+    @property
+    def is_open(self) -> bool:
+        """Whether records may be started in their turn."""
+        return self._lent or self._suspects.may_start
 
     def take(self, records: Sequence[Record]) -> None:
         """Records of a poll."""
-        self._take(map(Polled, records))
+        if self._suspects.all_free(records):
+            self._queue.park(records)
+        else:
+            self._take(map(Polled, records))
 
     def take_unreadable(self, record: Record, why: str) -> None:
         """A record, or a batch of them, that could not be read."""
         self._take([Polled(record, why)])
 
-    def finish(self, record: Record) -> None:
-        """A record that was handed over is answered."""
-        self._finish(record)
-        if self._suspects.finish(record.ticket):
-            self._changed.set()
+    def start(self, records: Iterable[Record]) -> None:
+        """Records whose turn it is, each started when it is drawn."""
+        self._work_on(records)
+
+    def finish(self, *records: Record) -> None:
+        """Records that were started are answered."""
+        self._queue.finish(*records)
+        for record in records:
+            if self._suspects.finish(record.ticket):
+                self._changed.set()
 
     def _take(self, polled: Iterable[Polled]) -> None:
         at_once, held = self._suspects.take(polled)
-        self._start(at_once)
+        self._let_through(at_once)
         if held:
             self._changed.set()
 
@@ -118,14 +151,25 @@ class Quarantine:
         """Take over what is new, and do what is next. False if there is nothing to do but to wait."""
         self._drop_stale()
         await self._claim()
-        step = self._suspects.next(now)
+        await self._queue.running()
+        step = self._suspects.next(now, waiting=self._queue.waits)
         if step is None:
+            self._start_more()
             return False
         await self._mark(step.marks)
-        self._hand_over(step.run)
+        await self._queue.running()  # from here on nothing waits
+        self._let_through(self._current(step.run[: step.free]))
+        self._run(self._current(step.run[step.free :]))
         for record, deaths in step.condemned:
             self._condemn(record, deaths)
+        self._lent = step.others
+        self._start_more()
+        self._lent = False
         return True
+
+    def _start_more(self) -> None:
+        if self.is_open:
+            self._queue.start_more()
 
     async def _claim(self) -> None:
         """Read what the commits say of partitions that are new here, and take them over."""
@@ -170,30 +214,57 @@ class Quarantine:
 
     def _drop_stale(self) -> None:
         for polled in self._suspects.drop_stale(self._commits.is_current):
-            self._finish(polled.record)
+            self._queue.finish(polled.record)
 
-    def _hand_over(self, polled: Sequence[Polled]) -> None:
-        """Start on records that waited, but for those of partitions that are not ours any more."""
+    def _current(self, polled: Sequence[Polled]) -> list[Polled]:
+        """Of records that waited here, those of partitions that are still ours; the others are let go."""
         for each in polled:
             if not self._is_current(each.record):
                 self.finish(each.record)
-        self._start([each for each in polled if self._is_current(each.record)])
+        return [each for each in polled if self._is_current(each.record)]
 
-    def _start(self, polled: Sequence[Polled]) -> None:
-        if self._work is None:
-            raise RuntimeError("records came before there was anybody to take them. This is a bug.")
-        for each in polled:
-            if each.unread is not None:
-                self._work.take_unreadable(each.record, each.unread)
+    def _let_through(self, polled: Sequence[Polled]) -> None:
+        """They wait for their turn; those that cannot be read need none."""
+        self._reject([each for each in polled if each.unread is not None])
         if records := [each.record for each in polled if each.unread is None]:
-            self._work.take(records)
+            self._queue.park(records)
+
+    def _run(self, polled: Sequence[Polled]) -> None:
+        """Suspects, out of turn."""
+        self._reject([each for each in polled if each.unread is not None])
+        if records := [each.record for each in polled if each.unread is None]:
+            for record in records:
+                self._queue.start(record)
+            self._work_on(records)
+
+    def _work_on(self, records: Iterable[Record]) -> None:
+        self._worker.take(self._noted(records))
+
+    def _noted(self, records: Iterable[Record]) -> Iterator[Record]:
+        for record in records:
+            self._suspects.started(record.ticket)
+            yield record
+
+    def _reject(self, polled: Sequence[Polled]) -> None:
+        for each in polled:
+            self._queue.start(each.record)
+            self._suspects.started(each.record.ticket)
+            self._worker.take_unreadable(each.record, each.unread or "")
 
     def _condemn(self, record: Record, deaths: Sequence[Death]) -> None:
-        if self._work is None or not self._is_current(record):
+        if not self._is_current(record):
             self.finish(record)
             return
         log.error("record_condemned", record=record.name, deaths=len(deaths))
-        self._work.condemn(record, deaths)
+        self._queue.start(record)
+        self._suspects.started(record.ticket)
+        self._worker.condemn(record, deaths)
+
+    @property
+    def _worker(self) -> Work:
+        if self._work is None:
+            raise RuntimeError("records came before there was anybody to take them. This is a bug.")
+        return self._work
 
     def _is_current(self, record: Record) -> bool:
         return self._commits.is_current(record.ticket.partition, record.ticket.epoch)

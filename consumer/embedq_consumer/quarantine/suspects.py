@@ -15,7 +15,10 @@ from embedq_shared.kafka import TopicPartition
 
 GROUP: Final = 32
 """Suspects that run together, of all partitions: few enough that running each of them alone takes half a second, many enough
-that the two thousand records which a dead process may have read take about a second."""
+that the first hundreds, which were started first most likely, take little time."""
+_MOST_GROUP: Final = 512
+"""Each group that survives is followed by one of twice its size, up to this: so the thirty thousand records which a dead process
+may have read are some seventy groups. Running each of so many alone takes ten seconds, and is asked for by a second death only."""
 BURST_S: Final = 0.5
 """How long suspects may run one after the other before what waits for them gets its turn."""
 
@@ -34,24 +37,28 @@ class Polled(msgspec.Struct, frozen=True):
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
     """What to do next: commit `marks` (as `Suspects.metadata` says them); once the brokers have them, hand over `run`, and
-    `condemned` with their history.
+    `condemned` with their history. The first `free` of `run` are no suspects: they wait for their turn. With `others`, what
+    waits for its turn gets one.
     """
 
     marks: Mapping[TopicPartition, Custody]
     run: Sequence[Polled] = ()
+    free: int = 0
+    others: bool = False
     condemned: Sequence[tuple[Record, tuple[Death, ...]]] = ()
 
 
 class _Case:
     """One partition in one assignment."""
 
-    __slots__ = ("clear", "custody", "dirty", "epoch", "held", "on_trial", "released")
+    __slots__ = ("alone", "clear", "custody", "dirty", "epoch", "held", "on_trial", "released")
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
         self.custody: Custody | None = None  # what the commits say is not known yet
         self.clear = False  # no suspects
         self.dirty = False  # what `custody` says is not committed yet
+        self.alone = False  # the commits may say that one of its records runs alone
         self.held: deque[Polled] = deque()
         self.on_trial: set[int] = set()
         self.released = False  # given up: nothing more begins
@@ -68,12 +75,13 @@ class _Case:
 
 
 class Suspects:
-    """Holds records back until the commits say who works on them, and suspects until it is their turn.
+    """Holds records back until the commits say who works on them, and suspects until it is their turn. What it lets through
+    waits, unless it is a suspect, until clients' turns have it started.
 
     Invariants:
         - No record of a partition is worked on before a commit that names this process as its owner.
         - Suspects of a partition run in the order of their offsets, and the records after them wait.
-        - While a suspect runs alone, nothing else that was handed over is unfinished, of any partition.
+        - While a suspect runs alone, nothing else that was started is unfinished, of any partition, and nothing may start.
         - A trial begins once the brokers have its mark, and nothing else of its partition (of any, if it is alone) begins
           before they have the mark that it is over.
         - Records that wait for suspects that run alone get a turn each `burst_s`.
@@ -81,11 +89,12 @@ class Suspects:
 
     def __init__(self, claimant: Claimant, *, group: int = GROUP, burst_s: float = BURST_S) -> None:
         self.claimant = claimant
+        self._least_group = group
         self._group_size = group
         self._burst_s = burst_s
         self._cases: dict[TopicPartition, _Case] = {}
         self._stale: list[Polled] = []
-        self._handed_over: set[Ticket] = set()  # and not answered
+        self._started: set[Ticket] = set()  # and not answered
         self._shut = False  # a suspect has to run alone
         self._burst_ends: float | None = None
 
@@ -102,18 +111,34 @@ class Suspects:
             else:
                 case.held.append(each)
                 held = True
-        self._handed_over.update(each.record.ticket for each in at_once)
         return at_once, held
 
+    def all_free(self, records: Iterable[Record]) -> bool:
+        """Whether all these of a poll may be worked on at once: the usual case, in which they need not be looked at singly."""
+        if self._shut:
+            return False
+        partition: TopicPartition | None = None
+        for record in records:
+            ticket = record.ticket
+            if ticket.partition is not partition:
+                if not self._case(ticket).is_free:
+                    return False
+                partition = ticket.partition
+        return True
+
+    def started(self, ticket: Ticket) -> None:
+        """Work on a record that was let through begins."""
+        self._started.add(ticket)
+
     def finish(self, ticket: Ticket) -> bool:
-        """A record that was handed over is answered: it survived. True if that may let others run.
+        """A record that was started is answered: it survived. True if that may let others run.
 
         A second time, or of one that is still held (the intake may give up a record at any time), changes nothing.
         """
-        self._handed_over.discard(ticket)
+        self._started.discard(ticket)
         case = self._cases.get(ticket.partition)
         if case is None or case.epoch != ticket.epoch or ticket.offset not in case.on_trial:
-            return self._shut and not self._handed_over
+            return self._shut and not self._started
         case.on_trial.remove(ticket.offset)
         if not case.on_trial and case.custody is not None:
             case.change(msgspec.structs.replace(case.custody, trial_until=0, alone=False))
@@ -135,6 +160,7 @@ class Suspects:
             case = self._cases.get(partition)
             if case is not None and case.custody is custody:
                 case.dirty = False
+                case.alone = custody.alone
 
     def drop_stale(self, is_current: Callable[[TopicPartition, int], bool]) -> list[Polled]:
         """Forget partitions that were given up. Returned are their records that were held: another replica has them."""
@@ -175,20 +201,24 @@ class Suspects:
         """Partitions with suspects."""
         return sum(case.custody is not None and not case.clear for case in self._cases.values())
 
-    def next(self, now: float) -> Step | None:
-        """What to do at `now` (seconds of any monotonic clock); None: wait for what is under way."""
+    @property
+    def may_start(self) -> bool:
+        """Whether records that were let through and wait may be started."""
+        return not self._shut and not any(case.alone for case in self._cases.values())
+
+    def next(self, now: float, *, waiting: bool = False) -> Step | None:
+        """What to do at `now` (seconds of any monotonic clock); None: wait for what is under way. `waiting`: records that were
+        let through wait for their turn."""
         condemned = list(self._condemned())
-        run = [] if condemned else self._chosen(now)
+        free, trial, others = ([], [], False) if condemned else self._chosen(now, waiting=waiting)
         marks = {
             partition: case.custody
             for partition, case in self._cases.items()
             if case.dirty and case.custody is not None
         }
-        if not (marks or run or condemned):
+        if not (marks or free or trial or condemned or others):
             return None
-        self._handed_over.update(each.record.ticket for each in run)
-        self._handed_over.update(record.ticket for record, _ in condemned)
-        return Step(marks=marks, run=run, condemned=condemned)
+        return Step(marks=marks, run=[*free, *trial], free=len(free), others=others, condemned=condemned)
 
     # -- choosing -----------------------------------------------------------------------------------------------------
 
@@ -222,23 +252,25 @@ class Suspects:
                 case.on_trial.add(condemned.offset)  # the partition waits until it is among the dead letters
                 yield condemned.record, custody.deaths
 
-    def _chosen(self, now: float) -> list[Polled]:
+    def _chosen(self, now: float, *, waiting: bool) -> tuple[list[Polled], list[Polled], bool]:
+        """Those that are free, suspects whose trial begins, and whether what waits gets a turn."""
         if any(case.custody is not None and case.custody.alone for case in self._cases.values()):
-            return []
+            return [], [], False
         heads = [case for case, custody in self._known() if case.held[0].offset < custody.alone_until]
         self._shut = bool(heads)
         if not heads:
             self._burst_ends = None
-            return [*self._freed(), *self._group()]
-        if self._handed_over:
-            return []
+            return self._freed(), self._group(), False
+        if self._started:
+            return [], [], False
         if self._burst_ends is not None and now >= self._burst_ends:
             self._burst_ends = None
-            if others := [*self._freed(), *self._group()]:
-                return others
+            free, trial = self._freed(), self._group()
+            if free or trial or waiting:
+                return free, trial, True
         if self._burst_ends is None:
             self._burst_ends = now + self._burst_s
-        return self._on_trial(heads[0], 1, alone=True)
+        return [], self._on_trial(heads[0], 1, alone=True), False
 
     def _freed(self) -> list[Polled]:
         """Held records of partitions without suspects."""
@@ -258,8 +290,14 @@ class Suspects:
             for case, custody in self._known()
             if custody.alone_until <= case.held[0].offset and custody.has_suspects(case.held[0].offset)
         ]
-        share = max(1, self._group_size // max(1, len(cases)))
-        return [one for case in cases[: self._group_size] for one in self._on_trial(case, share)]
+        if not cases:
+            if not self.suspected:
+                self._group_size = self._least_group
+            return []
+        share = max(1, self._group_size // len(cases))
+        chosen = [one for case in cases[: self._group_size] for one in self._on_trial(case, share)]
+        self._group_size = min(2 * self._group_size, max(_MOST_GROUP, self._least_group))
+        return chosen
 
     def _on_trial(self, case: _Case, most: int, *, alone: bool = False) -> list[Polled]:
         """Take the next suspects of a partition, at most so many, and mark them."""
@@ -272,6 +310,7 @@ class Suspects:
         while case.held and len(chosen) < most and case.held[0].offset < until:
             chosen.append(case.held.popleft())
         case.on_trial = {one.offset for one in chosen}
+        case.alone = case.alone or alone
         left = custody.careful_left if alone else max(0, custody.careful_left - len(chosen))
         case.change(
             msgspec.structs.replace(

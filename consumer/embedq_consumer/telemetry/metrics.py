@@ -14,6 +14,7 @@ from prometheus_client import (
     ProcessCollector,
 )
 
+from embedq_consumer.telemetry.lane_seconds import LaneSeconds
 from embedq_shared.messages import ErrorCode, ResultStatus
 from embedq_shared.topics import LANES
 
@@ -45,6 +46,9 @@ class Metrics:
         def seconds(name: str, help: str, *labels: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
             return Histogram(f"embedq_{name}_seconds", help, labels, registry=registry, buckets=buckets)
 
+        def lane_seconds(name: str, help: str) -> LaneSeconds:
+            return LaneSeconds(f"embedq_{name}_seconds", help, _SECONDS, registry)
+
         # Intake
         self.records = counter("records_total", "Job records polled.", "lane")
         self.jobs = counter("jobs_total", "Jobs answered, by the status of their result.", "lane", "status")
@@ -60,6 +64,9 @@ class Metrics:
         self.in_flight_jobs = gauge("in_flight_jobs", "Jobs accepted and not yet finished.", "lane")
         self.in_flight_bytes = gauge(
             "in_flight_bytes", "Bytes of the jobs that are accepted and not yet finished.", "lane"
+        )
+        self.parked_jobs = gauge(
+            "parked_jobs", "Of these, jobs that wait undecoded until their client may start them.", "lane"
         )
         self.paused = gauge("paused", "1 while the lane is full and takes no records.", "lane")
         self.lag = gauge(
@@ -90,11 +97,11 @@ class Metrics:
         )
 
         # Stages of a job
-        self.queue = seconds("queue", "From the poll of a job to the start of its micro-batch.", "lane")
+        self.queue = lane_seconds("queue", "From the poll of a job to the start of its micro-batch.")
         self.tokenize = seconds("tokenize", "Tokenizing the texts of one poll.")
         self.compute = seconds("compute", "Running one micro-batch.")
         self.publish = seconds("publish", "From encoding results to the broker's acknowledgement.")
-        self.job = seconds("job", "From the poll of a job to its acknowledged result.", "lane")
+        self.job = lane_seconds("job", "From the poll of a job to its acknowledged result.")
 
         # Micro-batches
         self.batch_tokens = Histogram(

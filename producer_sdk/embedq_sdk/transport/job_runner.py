@@ -98,8 +98,11 @@ class JobRunner:
         topics: Topics,
         in_flight: WeightedSemaphore,
         pause: Callable[[int], float] = retry_pause,
+        client: bytes = b"",
     ) -> None:
+        """`client` says whose jobs these are, for fair shares; empty: the reply address does."""
         self._transport = transport
+        self._client: tuple[Header, ...] = ((names.CLIENT, client),) if client else ()
         self._topics = topics
         self.in_flight = in_flight
         """Weighs texts and their bytes; `JobStream` acquires from it text by text."""
@@ -122,6 +125,7 @@ class JobRunner:
             (names.REPLY_TOPIC[0], self._topics.replies.encode()),
             (names.REPLY_PARTITION[0], reply_partition_bytes(self._transport.reply_partition)),
             (names.CONTENT_TYPE, _MSGPACK_TYPE),
+            *self._client,
         )
 
     def close(self) -> None:
@@ -324,7 +328,11 @@ class JobRunner:
                 loop.create_future(),
                 topic=self._topic(options),
                 value=options.encode(texts, id, format),
-                headers=[(names.CONTENT_TYPE, CONTENT_TYPES[format].encode()), *_trace(options)],
+                headers=[
+                    (names.CONTENT_TYPE, CONTENT_TYPES[format].encode()),
+                    *self._client,
+                    *_trace(options),
+                ],
                 correlation=b"",
                 count=count,
                 size=size,

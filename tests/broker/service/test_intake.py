@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 import pytest
@@ -37,6 +37,8 @@ class Taken:
             max_in_flight_jobs=20,
             max_in_flight_bytes=1_000_000,
             read_ahead_s=60.0,
+            max_started_texts=1000,
+            max_pending_bytes=1_000_000,
             max_poll_records=10,
             max_uncommitted=2048,
             commit_interval_s=0.5,
@@ -69,7 +71,8 @@ class Taken:
                     await task
             await self._intake.close()
 
-    def _take(self, records: Sequence[Record]) -> None:
+    def _take(self, started: Iterable[Record]) -> None:
+        records = list(started)
         self.records += records
         self.times_full += self._intake.is_full("interactive")
         asyncio.get_running_loop().call_later(0.002, self._answer, records)

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from prometheus_client import Counter, Gauge, Histogram, Info
 
+from embedq_consumer.telemetry.lane_seconds import LaneSeconds
 from embedq_consumer.telemetry.metrics import Metrics
 from tests.helpers.support import patient
 
@@ -76,6 +77,8 @@ def labels() -> dict[str, set[str]]:
     for value in vars(Metrics()).values():
         if isinstance(value, Counter | Gauge | Histogram | Info):
             known[value._name] = set(value._labelnames)
+        elif isinstance(value, LaneSeconds):
+            known[value.name] = {"lane"}
     return known
 
 

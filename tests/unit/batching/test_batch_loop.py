@@ -22,6 +22,8 @@ class Item:
     cost: int
     lane: Lane = "interactive"
     arrived: float = 0.0
+    client: bytes = b""
+    job: int = 0
 
 
 def test_one_runs_and_one_is_prefetched() -> None:

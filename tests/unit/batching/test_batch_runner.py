@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -95,6 +96,17 @@ async def test_each_text_is_handed_on_with_its_vector_and_all_who_waited() -> No
     assert parts.flights.waiters(texts[1].identity) == []
     assert (parts.sample("compute_seconds_count"), parts.sample("compute_seconds_sum")) == (1, 0.5)
     assert parts.sample("tokens_total") == 2
+
+
+async def test_a_text_that_two_clients_queued_runs_once_in_a_micro_batch_and_not_again_in_the_next() -> None:
+    parts = Parts()
+    jobs = [admitted(input="a"), admitted(input="a")]
+    one, two = (msgspec.structs.replace(parts.queued(job), client=b"%d" % n) for n, job in enumerate(jobs))
+    await parts.run(one, two)
+    assert parts.device.ran == [["a"]]
+    assert parts.results.plain == [("a", [(jobs[0], 0), (jobs[1], 0)], ord("a"))]
+    await parts.run(two)
+    assert parts.device.ran == [["a"]]
 
 
 async def test_a_jobs_wait_and_compute_time_are_noted_once_for_each_micro_batch() -> None:

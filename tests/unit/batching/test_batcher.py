@@ -11,7 +11,7 @@ from itertools import pairwise
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedq_consumer.batching.batcher import OVERDUE_SHARE, WINDOW, Batcher, BatchPolicy
@@ -24,6 +24,8 @@ class Item:
     cost: int
     lane: Lane = "interactive"
     arrived: float = 0.0
+    client: bytes = b""
+    job: int = 0
 
 
 def policy(
@@ -330,6 +332,179 @@ def test_a_short_text_waits_for_what_arrived_before_it_and_at_most_one_long_one(
         worst = max([worst, *(end - item.arrived for item in batch if item.cost < 100)])
     # One long text; the micro-batch that was under way before it, and its own.
     assert long < worst <= long + 2 * 100
+
+
+# -- clients and jobs take turns ------------------------------------------------------------------------------------------
+
+
+def flood(count: int, cost: int, client: bytes = b"flood", *, job: int = 0, first: int = 0) -> list[Item]:
+    """Texts of one client, each a job of its own unless `job` is given."""
+    return [
+        Item(first + number, cost, client=client, job=job or 1_000_000 + first + number)
+        for number in range(count)
+    ]
+
+
+@pytest.mark.parametrize("cost", [1, 7, 40, 100])
+def test_a_client_that_comes_is_in_the_next_micro_batch_however_much_another_has_queued(cost: int) -> None:
+    waiting = policy(max_tokens=800, max_items=100_000)
+    waiting.put(flood(6000, cost))
+    for _ in range(3):
+        waiting.take(2.0)
+    waiting.put([Item(0, 100, client=b"new")])
+    assert b"new" in {item.client for item in waiting.take(2.0)}
+
+
+def test_a_short_text_behind_a_book_of_its_own_client_is_in_the_next_micro_batch() -> None:
+    waiting = policy(max_tokens=800, max_items=1000)
+    waiting.put(flood(400, 100, job=1))
+    waiting.take(2.0)
+    waiting.put([Item(7, 20, client=b"flood", job=2)])
+    assert 2 in {item.job for item in waiting.take(2.0)}
+
+
+def test_a_book_goes_on_while_short_texts_of_its_client_come_without_end() -> None:
+    waiting = policy(max_tokens=800, max_items=1000)
+    waiting.put(flood(100, 100, job=1))
+    ran = 0
+    for number in range(200):
+        waiting.put(flood(16, 50, first=16 * number))  # as much as a micro-batch holds
+        ran += sum(item.job == 1 for item in waiting.take(2.0))
+    assert ran >= 20
+
+
+def test_a_text_over_the_budget_costs_its_client_the_turns_that_it_takes() -> None:
+    waiting = policy(max_tokens=100, max_items=1000)
+    waiting.put(flood(50, 500, b"long"))
+    waiting.put(flood(5000, 10, b"short", first=50))
+    used = {b"long": 0, b"short": 0}
+    for _ in range(60):
+        for item in waiting.take(2.0):
+            used[item.client] += item.cost
+    assert abs(used[b"long"] - used[b"short"]) <= 1.25 * 100 + 500
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 100), min_size=1, max_size=6), min_size=2, max_size=5),
+    st.integers(1, 25),
+)
+@settings(max_examples=30, deadline=None)
+def test_of_two_clients_that_wait_neither_runs_much_more_than_the_other(
+    costs: list[list[int]], batches: int
+) -> None:
+    """Fair shares, also with best fit: 1.25 micro-batches and two texts apart at most."""
+    waiting = policy(max_tokens=400, max_items=1000)
+    used = dict.fromkeys(range(len(costs)), 0)
+    number = 0
+    for client, each in enumerate(costs):
+        for at in range(batches * 400 // min(each) // len(each) + 300):
+            for cost in each:
+                waiting.put([Item(number, cost, client=b"%d" % client, job=at)])
+                number += 1
+    for _ in range(batches):
+        batch = waiting.take(2.0)
+        assert sum(item.cost for item in batch) > 400 - 100  # nothing is held back for the sake of fairness
+        for item in batch:
+            used[int(item.client)] += item.cost
+        assert max(used.values()) - min(used.values()) <= 1.25 * 400 + 2 * 100
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 3), st.integers(1, 130)), max_size=200),
+    st.integers(1, 9),
+)
+def test_whoever_comes_each_text_runs_once_and_few_are_picked_past_one_of_its_job(
+    script: list[tuple[str, int, int]], many: int
+) -> None:
+    waiting = policy(max_tokens=100, max_items=7, max_wait=0.0)
+    put = [
+        Item(number, cost, client=client.encode(), job=ord(client) * 10 + job)
+        for number, (client, job, cost) in enumerate(script)
+    ]
+    ran: list[Item] = []
+    left = list(put)
+    while left or waiting.waiting_tokens():
+        waiting.put(left[:many])
+        left = left[many:]
+        batch = waiting.take(1.0)
+        assert batch
+        assert len(batch) <= 7
+        assert len(batch) == 1 or sum(item.cost for item in batch) <= 100
+        ran += batch
+    assert sorted(item.number for item in ran) == list(range(len(put)))
+    assert waiting.due_in(1.0) == math.inf
+
+
+def test_a_text_may_be_picked_past_only_so_often() -> None:
+    """A text that fits the end of no micro-batch is overtaken by fewer than a window's worth, also by later arrivals."""
+    waiting = policy(max_tokens=100, max_items=1000, max_wait=0.0)
+    waiting.put([Item(0, 60, job=1)])
+    overtook, number = 0, 1
+    for _ in range(200):
+        # The front is always one that leaves 40: room for four small ones, and none for the text behind it.
+        waiting.put(
+            [
+                Item(number, 61, job=2 + number),
+                *(Item(number + n, 9, job=2 + number + n) for n in range(1, 5)),
+            ]
+        )
+        number += 5
+        batch = waiting.take(1.0)
+        if any(item.number == 0 for item in batch):
+            break
+        overtook += len(batch)
+    assert overtook < WINDOW
+
+
+class Simulated:
+    """A lane whose micro-batches take their tokens' time, with one prefetched; texts of one client come now and then.
+
+    `waits` are theirs, each until its micro-batch begins.
+    """
+
+    def __init__(self, backlog: list[Item], *, seconds: int = 45_000) -> None:
+        waiting = policy(max_tokens=400, max_items=1000, max_wait=0.0)
+        waiting.put(backlog)
+        random = Random(3)
+        now, number, free_at = 0.0, 10_000_000, 0.0
+        due = 100.0
+        under_way: deque[tuple[float, list[Item]]] = deque()
+        self.waits: list[float] = []
+        while now < seconds:
+            while due <= now:
+                waiting.put([Item(number, 40, arrived=due, client=b"victim", job=number)])
+                number += 1
+                due += random.uniform(500, 900)
+            if len(under_way) < 2 and (batch := waiting.take(now)):
+                free_at = max(now, free_at) + sum(item.cost for item in batch)
+                under_way.append((free_at, batch))
+                continue
+            if not under_way:
+                now = due
+                continue
+            now, batch = under_way.popleft()
+            began = now - sum(item.cost for item in batch)
+            self.waits += [began - item.arrived for item in batch if item.number >= 10_000_000]
+
+    @property
+    def p99(self) -> float:
+        return sorted(self.waits)[len(self.waits) * 99 // 100]
+
+
+@pytest.mark.parametrize(
+    "backlog",
+    [
+        flood(20_000, 40),
+        flood(4_000, 40, job=1),
+        [*flood(9_000, 40), *flood(2_000, 400, job=1, first=9_000)],
+        flood(5_000, 100, b"victim", job=1),
+    ],
+    ids=["many jobs", "a large job", "jobs and a book", "its own book"],
+)
+def test_a_flood_moves_another_clients_p99_by_at_most_two_micro_batches(backlog: list[Item]) -> None:
+    alone, beside = Simulated([]), Simulated(backlog)
+    assert len(beside.waits) > 50
+    assert beside.p99 <= alone.p99 + 2 * 400
 
 
 async def test_the_queue_hands_out_a_batch_when_its_wait_is_over() -> None:

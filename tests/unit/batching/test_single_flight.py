@@ -29,6 +29,34 @@ def test_the_first_of_equal_inputs_starts_the_work_and_all_are_handed_out_once()
     assert flights.waiters(Identity.of(two, 0)) == [(two, 0)]
 
 
+def of_client(client: bytes, **fields: Any) -> JobState:
+    job = admitted(**fields)
+    job.record = msgspec.structs.replace(job.record, client=client)
+    return job
+
+
+def test_the_first_of_another_client_is_queued_in_that_clients_own_turns_and_answered_with_the_others() -> (
+    None
+):
+    flights = SingleFlight()
+    jobs = [of_client(client, input="a") for client in (b"one", b"one", b"two", b"two", b"one")]
+    identity = Identity.of(jobs[0], 0)
+    assert [flights.join(identity, (job, 0)) for job in jobs] == [True, False, True, False, False]
+    assert flights.resolve(identity) == [(job, 0) for job in jobs]
+    assert flights.join(identity, (jobs[3], 0))
+
+
+def test_who_has_expired_is_told_apart_from_who_still_waits() -> None:
+    flights = SingleFlight()
+    expired, live = admitted(("deadline", b"1000001"), input="a"), admitted(input="a")
+    identity = Identity.of(live, 0)
+    for job in (expired, live):
+        flights.join(identity, (job, 0))
+    assert flights.unexpired(identity, 1_000_000.0) == ([(expired, 0), (live, 0)], [])
+    assert flights.unexpired(identity, 1_000_002.0) == ([(live, 0)], [(expired, 0)])
+    assert flights.unexpired(identity, 1_000_002.0) == ([(live, 0)], [])
+
+
 @pytest.mark.parametrize(
     "other",
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 
@@ -44,10 +45,10 @@ class Parts:
     async def add(self, *jobs: JobState) -> list[Settled]:
         """All inputs of these jobs."""
         settled: list[Settled] = []
-        inputs = [(job, index) for job in jobs for index in range(len(job.request.texts))]
-        for lane, first in self.queue.join(inputs):
-            assert {identity.lane for identity, _ in first} == {lane}
-            settled += await self.queue.tokenize(lane, first)
+        self.queue.join([(job, index) for job in jobs for index in job.distinct])
+        while (call := self.queue.next_call()) is not None:
+            assert len({identity.lane for identity, _ in call}) == 1
+            settled += await self.queue.tokenize(call)
         return settled
 
 
@@ -97,13 +98,73 @@ async def test_one_call_of_the_tokenizer_has_at_most_256_texts(parts: Parts) -> 
     assert [len(call) for call in model.calls] == [256, 256, 88]
 
 
-async def test_one_call_of_the_tokenizer_has_at_most_a_million_characters_with_their_prompts(
+async def test_one_call_of_the_tokenizer_has_at_most_256_000_characters_with_their_prompts(
     parts: Parts,
 ) -> None:
     model = Letters(1_000_000)
-    texts = [letter * 330_000 for letter in "abcd"]
+    texts = [letter * 85_000 for letter in "abcd"]
     await parts.add(admitted(input=texts, input_type="query", model=model))
     assert [len(call) for call in model.calls] == [3, 1]
+
+
+class Gated(Letters):
+    """A tokenizer that notes which texts it begins with, and waits at a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+
+    def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong]:
+        found = super().tokenize(texts)
+        assert self.gate.wait(30)
+        return found
+
+
+def calls_of(parts: Parts) -> list[asyncio.Task[list[Settled]]]:
+    """As many calls as may be under way at once."""
+    found = []
+    while (call := parts.queue.next_call()) is not None:
+        found.append(asyncio.create_task(parts.queue.tokenize(call)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("lane", "client"), [("interactive", b"new"), ("bulk", b"new"), ("interactive", b"")]
+)
+async def test_a_text_that_comes_waits_for_few_calls_of_the_tokenizer(
+    parts: Parts, lane: Lane, client: bytes
+) -> None:
+    """Another client's, or an interactive one beside a backlog of bulk texts."""
+    model = Gated()
+    flooding: Lane = "bulk" if client == b"" else lane
+    flood = in_lane(admitted(input=[f"flood {number}" for number in range(2000)], model=model), flooding)
+    parts.queue.join([(flood, index) for index in flood.distinct])
+    under_way = calls_of(parts)
+    assert len(under_way) == 3
+    late = in_lane(admitted(input="late", model=model), lane)
+    late.record = msgspec.structs.replace(late.record, client=client)
+    parts.queue.join([(late, 0)])
+    model.gate.set()
+    await asyncio.gather(*under_way)
+    [call, *_] = calls_of(parts)
+    await call
+    place = next(at for at, texts in enumerate(model.calls) if "late" in texts)
+    assert place == 3
+
+
+async def test_a_text_for_which_nobody_waits_any_more_is_not_tokenized(parts: Parts) -> None:
+    model = Letters()
+    expired, live = (
+        admitted(("deadline", b"1000001"), input=["a", "b"], model=model),
+        admitted(input="b", model=model),
+    )
+    settled = await parts.add(expired, live)
+    assert model.calls == [["b"]]
+    assert [(job, index) for job, index, _ in settled] == [(expired, 0), (expired, 1)]
+    assert {outcome.code for _, _, outcome in settled if isinstance(outcome, ErrorBody)} == {"expired"}
+    assert await parts.add(admitted(("deadline", b"1000001"), input="c", model=model)) != []
+    assert model.calls == [["b"]]
+    assert parts.queue.next_call() is None
 
 
 async def test_a_text_that_is_too_long_settles_all_who_wait_for_it_and_is_not_queued(parts: Parts) -> None:

@@ -20,19 +20,17 @@ from aiokafka.errors import (
     TopicAuthorizationFailedError,
 )
 
-from embedq_consumer.delivery.deliverer import Deliverer, DeliveryLimits, undeliverable
+from embedq_consumer.delivery.deliverer import Deliverer, DeliveryLimits, large, undeliverable
 from embedq_consumer.delivery.destination import Undelivered
 from embedq_consumer.delivery.outgoing import Outgoing
 from embedq_consumer.delivery.result_records import ResultEncoder
 from embedq_consumer.intake.admission import Rejection
 from embedq_consumer.intake.jobs import InputVector, JobState, Outcome, Spans
 from embedq_consumer.intake.records import Record
-from embedq_consumer.intake.result_sizes import held_bytes
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.codec import Envelope
 from embedq_shared.headers import JobHeaders, parse, value_of
 from embedq_shared.messages import ErrorBody
-from embedq_shared.weighted_semaphore import WeightedSemaphore
 from tests.helpers.fake_parts import ScriptedSink
 from tests.helpers.in_flight import TOPICS, admitted, record
 from tests.helpers.support import wait_until
@@ -40,7 +38,6 @@ from tests.helpers.support import wait_until
 ELSEWHERE = ("reply-topic", b"elsewhere")
 ERROR = ErrorBody.of("text_too_long", "`input`: expected less", "input")
 MALFORMED = ErrorBody.of("malformed", "expected a job")
-LIMITS = DeliveryLimits(reply_timeout_s=15, max_behind=10)
 Refusal = Callable[[Outgoing], Exception | None]
 
 
@@ -54,17 +51,18 @@ def refusing(error: Exception, *topics: str, keep: Refusal = nothing) -> Refusal
 
 
 class Parts:
-    def __init__(self, refusal: Refusal = nothing, *, memory: int = 1 << 30, limit: int = 900_000) -> None:
+    def __init__(self, refusal: Refusal = nothing, *, limit: int = 900_000) -> None:
         self.metrics = Metrics()
         self.sink = ScriptedSink(refusal)
-        self.memory = WeightedSemaphore(memory)
         encoder = ResultEncoder(TOPICS, "group", limit)
-        self.deliverer = Deliverer(encoder, self.sink, self.sink.finish, self.memory, self.metrics, LIMITS)
+        self.behind: set[int] = set()
+        limits = DeliveryLimits(
+            reply_timeout_s=15, holds_back=lambda record: record.ticket.offset in self.behind
+        )
+        self.deliverer = Deliverer(encoder, self.sink, self.sink.finish, self.metrics, limits)
 
     async def deliver(self, *jobs: JobState) -> None:
-        """From the reservation on."""
-        async for group in self.deliverer.reserve(jobs):
-            await self.deliverer.deliver(group)
+        await self.deliverer.deliver(jobs)
 
     async def reject(self, found: Record, error: ErrorBody, *, dead_letter: bool) -> None:
         rejection = Rejection(
@@ -113,11 +111,9 @@ async def test_a_record_is_finished_after_the_brokers_have_its_result() -> None:
         delivery = asyncio.create_task(parts.deliver(answered(offset=1), answered(offset=2)))
         await wait_until(lambda: len(parts.sink.timeouts) == 2)
         assert parts.sink.events == []
-        assert parts.memory.held[0] > 0
         parts.sink.open()
         await delivery
         assert parts.sink.events == [TOPICS.results, TOPICS.results, 1, 2]
-        assert parts.memory.held == (0,)
 
 
 async def test_a_job_that_waits_for_its_address_delays_no_other_of_its_delivery() -> None:
@@ -127,13 +123,11 @@ async def test_a_job_that_waits_for_its_address_delays_no_other_of_its_delivery(
         delivery = asyncio.create_task(parts.deliver(*jobs))
         await wait_until(lambda: len(parts.sink.finished) == 2)
         assert parts.sink.finished == [1, 3]
-        assert parts.memory.held == (held_bytes(jobs[1].request, 256),)
         assert parts.sample("jobs_total", lane="interactive", status="ok") == 2
         parts.sink.stuck.clear()
         parts.sink.open()
         await delivery
         assert parts.sink.finished == [1, 3, 2]
-        assert parts.memory.held == (0,)
 
 
 async def test_a_job_that_is_answered_otherwise_delays_no_other_of_its_delivery() -> None:
@@ -163,16 +157,16 @@ async def test_only_a_result_at_an_address_of_the_callers_has_a_time_out() -> No
         ]
 
 
-async def test_a_result_is_urgent_once_much_after_it_is_finished() -> None:
+async def test_a_result_is_urgent_once_its_record_holds_others_back() -> None:
     async with delivering() as parts:
         parts.sink.stuck.add("elsewhere")
         delivery = asyncio.create_task(
-            parts.deliver(answered(ELSEWHERE, offset=5), answered(ELSEWHERE, offset=6), answered(offset=15))
+            parts.deliver(answered(ELSEWHERE, offset=5), answered(ELSEWHERE, offset=6))
         )
-        await wait_until(lambda: parts.sink.finished == [15])
-        fifth, sixth, _ = parts.sink.urgent
-        assert (fifth(), sixth()) == (True, False)
-        await parts.deliver(answered(offset=7))  # finished later, but not further on
+        await wait_until(lambda: len(parts.sink.timeouts) == 2)
+        fifth, sixth = parts.sink.urgent
+        assert (fifth(), sixth()) == (False, False)
+        parts.behind.add(5)
         assert (fifth(), sixth()) == (True, False)
         parts.sink.stuck.clear()
         parts.sink.open()
@@ -181,7 +175,7 @@ async def test_a_result_is_urgent_once_much_after_it_is_finished() -> None:
 
 async def test_every_part_of_a_result_is_there_before_its_record_is_finished() -> None:
     async with delivering(limit=2_000) as parts:
-        await parts.deliver(answered(input=["a"] * 20, encoding_format="base64"))
+        await parts.deliver(answered(input=[*"abcdefghijklmnopqrst"], encoding_format="base64"))
         *parts_sent, finished = parts.sink.events
         assert len(parts_sent) > 1
         assert (set(parts_sent), finished) == ({TOPICS.results}, 7)
@@ -204,39 +198,49 @@ async def test_what_was_answered_is_counted() -> None:
         assert parts.sample("publish_seconds_count") == 1
 
 
-# -- memory -----------------------------------------------------------------------------------------------------------
+# -- large results ----------------------------------------------------------------------------------------------------
 
 
-async def test_jobs_are_started_on_while_there_is_memory_for_their_results() -> None:
-    jobs = [answered(input=["a"] * 100, dimensions=256, offset=offset) for offset in range(40)]
-    each = held_bytes(jobs[0].request, 256)
-    groups: list[list[int]] = []
-
-    async def reserve(parts: Parts) -> None:
-        async for group in parts.deliverer.reserve(jobs):
-            offsets = [job.record.ticket.offset for job in group]
-            groups.append(offsets)
-
-    async with delivering(memory=16 * 1024 * 1024) as parts:
-        reserving = asyncio.create_task(reserve(parts))
-        await wait_until(lambda: len(groups) == 1)
-        many = 16 * 1024 * 1024 // each
-        assert groups == [list(range(many))]
-        assert parts.memory.held == (many * each,)
-        await parts.deliverer.deliver(jobs[:many])
-        await reserving
-        assert groups == [list(range(many)), list(range(many, 40))]
-        assert parts.memory.held == ((40 - many) * each,)
+def large_job(offset: int, client: bytes, *headers: tuple[str, bytes]) -> JobState:
+    job = answered(*headers, input=[str(number) for number in range(600)], dimensions=256, offset=offset)
+    job.record = msgspec.structs.replace(job.record, client=client)
+    return job
 
 
-async def test_the_memory_that_is_reserved_depends_on_what_the_job_asks_for() -> None:
+async def test_large_results_are_encoded_one_at_a_time_and_clients_take_turns() -> None:
+    flood, new = [large_job(offset, b"flood") for offset in range(8)], large_job(8, b"new")
+    assert all(map(large, [*flood, new]))
+    assert not large(answered(input=["a", "b"]))
     async with delivering() as parts:
-        small, large = answered(dimensions=32, dtype="binary"), answered(dimensions=256)
-        async for _ in parts.deliverer.reserve([small, large]):
-            pass
-        assert parts.memory.held == (held_bytes(small.request, 256) + held_bytes(large.request, 256),)
-        await parts.deliverer.deliver([small])
-        assert parts.memory.held == (held_bytes(large.request, 256),)
+        await asyncio.gather(*(parts.deliver(job) for job in [*flood, new]))
+        assert parts.sink.finished.index(8) <= 3  # two were on their way
+
+
+async def test_a_small_result_does_not_wait_for_large_ones() -> None:
+    async with delivering() as parts:
+        await asyncio.gather(
+            *(parts.deliver(large_job(offset, b"flood")) for offset in range(4)),
+            parts.deliver(answered(offset=9)),
+        )
+        assert parts.sink.finished.index(9) <= 1
+
+
+async def test_two_large_results_are_on_their_way_to_a_place_and_those_for_other_places_do_not_wait() -> None:
+    """So what comes behind them there waits for two, and not for a flood."""
+    async with delivering() as parts:
+        parts.sink.stuck.add("elsewhere")
+        async with asyncio.TaskGroup() as tasks:
+            for offset in range(6):
+                tasks.create_task(parts.deliver(large_job(offset, b"flood", ELSEWHERE)))
+            tasks.create_task(parts.deliver(large_job(8, b"other")))
+            await wait_until(lambda: parts.sink.finished == [8], what="the other place's result")
+            waiting = len(parts.sink.timeouts)
+            tasks.create_task(parts.deliver(answered(ELSEWHERE, offset=9)))
+            await wait_until(lambda: len(parts.sink.timeouts) > waiting, what="the small one behind them")
+            parts.sink.stuck.clear()
+            parts.sink.open()
+        assert parts.sink.finished.index(9) <= 3
+        assert sorted(parts.sink.finished) == [0, 1, 2, 3, 4, 5, 8, 9]
 
 
 # -- refused results --------------------------------------------------------------------------------------------------
@@ -277,7 +281,7 @@ async def test_one_refused_part_makes_the_whole_result_an_error() -> None:
         return MessageSizeTooLargeError() if parts.get("part") == 1 else None
 
     async with delivering(last_part, limit=2_000) as parts:
-        await parts.deliver(answered(ELSEWHERE, input=["a"] * 20, encoding_format="base64"))
+        await parts.deliver(answered(ELSEWHERE, input=[*"abcdefghijklmnopqrst"], encoding_format="base64"))
         [error] = parts.sink.to(TOPICS.results)
         assert body(error)["error"]["code"] == "result_too_large"
         assert parts.sink.finished == [7]

@@ -241,7 +241,7 @@ def test_the_longest_datum_of_a_span_is_within_its_bound() -> None:
         value = (msgspec.json if format == "json" else msgspec.msgpack).encode(fields)
         job = admitted(*headers, value=value)
         span = Span(999_990, 1_000_000, 1_000_000, bytes([128] * 256), 1.2345678901234567e-05)
-        [*_, datum] = _data(job.request, 2047, Spans((span,), 1_000_000))
+        [*_, datum] = _data(job.request, 2047, Spans((span,), 1_000_000), {})
         assert len(bytes(datum)) < datum_bytes(job.request)
 
 
@@ -252,7 +252,7 @@ def test_the_longest_datum_of_a_span_is_within_its_bound() -> None:
 @pytest.mark.parametrize(("inputs", "limit"), [(1, 4096), (40, 4096), (300, 20_000), (2048, 100_000)])
 def test_parts_are_contiguous_and_none_is_over_the_limit(form: str, inputs: int, limit: int) -> None:
     fields: dict[str, Any] = {
-        "input": ["a"] * inputs,
+        "input": [str(number) for number in range(inputs)],
         "dimensions": 64,
         "id": "x",
         "metadata": {"k": "v" * 500},
@@ -280,7 +280,7 @@ def test_no_part_is_over_the_limit_whatever_failed_in_it(
 ) -> None:
     """The caller's metadata leaves little more room than one vector needs."""
     fields: dict[str, Any] = {
-        "input": ["a"] * inputs,
+        "input": [str(number) for number in range(inputs)],
         "dimensions": 32,
         "dtype": "int8",
         "metadata": {"p": "x" * 5000},

@@ -72,6 +72,8 @@ async def test_all_that_is_released_is_gone_before_the_group_is_asked_for_one_re
     group.member.assign(A, B, C)
     await group.hand_over.step()
     slow = group.ledger.begin(A, 0)
+    group.ledger.start(slow)
+    group.ledger.begin(A, 1)  # which waits, and is its next owner's
     group.member.assign(C, release=[A, B])
     await group.hand_over.step()
     assert group.ownership.releasing == {A}
@@ -88,7 +90,7 @@ async def test_a_release_that_a_second_rebalance_asks_for_again_is_not_given_mor
     group = Group(drain_s=0.0)
     group.member.assign(A)
     await group.hand_over.step()
-    group.ledger.begin(A, 0)
+    group.ledger.start(group.ledger.begin(A, 0))
     group.member.assign(release=[A])
     group.member.assign(release=[A])
     with capture_logs() as logs:

@@ -31,6 +31,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.start: dict[TopicPartition, int | None] = {}
         self.taken: dict[TopicPartition, list[int]] = {}
         self.finished: dict[TopicPartition, set[int]] = {}
+        self.started: dict[TopicPartition, set[int]] = {}
         self.position: dict[TopicPartition, int | None] = {}
         self.noted: dict[TopicPartition, int] = {}
         self.seen: dict[TopicPartition, int] = {}
@@ -45,6 +46,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.start[partition] = start
         self.taken[partition] = []
         self.finished[partition] = set()
+        self.started[partition] = set()
         self.position[partition] = None
         if start is not None:
             self.noted[partition] = start
@@ -61,6 +63,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.start,
             self.taken,
             self.finished,
+            self.started,
             self.position,
             self.noted,
             self.seen,
@@ -98,6 +101,13 @@ class LedgerMachine(RuleBasedStateMachine):
             )
             if before is None or position > before:
                 self.position[partition] = position
+
+    @rule(ticket=tickets)
+    def begin_work(self, ticket: Ticket) -> None:
+        """On any ticket, in any order."""
+        self.ledger.start(ticket)
+        if ticket.epoch == self.epochs.get(ticket.partition):
+            self.started[ticket.partition].add(ticket.offset)
 
     @rule(ticket=tickets)
     def finish(self, ticket: Ticket) -> None:
@@ -152,8 +162,10 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.ledger.partitions == frozenset(self.taken)
         for partition in PARTITIONS:
             unfinished = sorted(set(self.taken.get(partition, ())) - self.finished.get(partition, set()))
-            assert self.ledger.in_flight(partition) == len(unfinished)
-            lowest = Ticket(partition, self.epochs[partition], unfinished[0]) if unfinished else None
+            assert list(self.ledger.unfinished(partition)) == unfinished
+            at_work = [offset for offset in unfinished if offset in self.started[partition]]
+            assert self.ledger.in_flight(partition) == len(at_work)
+            lowest = Ticket(partition, self.epochs[partition], at_work[0]) if at_work else None
             assert self.ledger.lowest(partition) == lowest
             assert self.ledger.epoch(partition) == self.epochs.get(partition)
             position = self.position.get(partition)
@@ -161,8 +173,6 @@ class LedgerMachine(RuleBasedStateMachine):
                 self.start.get(partition) if position is None else position
             )
             assert self.ledger.committed(partition) == self.noted.get(partition)
-            repeatable = [o for o in self.taken.get(partition, ()) if o >= self.noted.get(partition, 0)]
-            assert self.ledger.repeatable(partition) == len(repeatable)
 
 
 LedgerMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

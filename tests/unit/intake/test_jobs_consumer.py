@@ -21,6 +21,8 @@ def options(**changes: Any) -> IntakeOptions:
         "replica": "r",
         "static_membership": False,
         "max_in_flight_jobs": 1,
+        "max_started_texts": 1,
+        "max_pending_bytes": 1,
         "max_in_flight_bytes": 1,
         "read_ahead_s": 1.0,
         "max_poll_records": 1,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
+from embedq_consumer.fairness import Cost
 from embedq_consumer.group import Overtaken, topic_watch
 from embedq_consumer.group.assignor import Claim, decode_claim
-from embedq_consumer.intake import poll_loop
+from embedq_consumer.intake import poll_loop, workload
 from embedq_consumer.intake.jobs_consumer import IntakeOptions, JobsClients
-from embedq_consumer.intake.poll_loop import Intake
+from embedq_consumer.intake.poll_loop import Gate, Intake
 from embedq_consumer.intake.records import Record
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.topics import Topics
@@ -37,6 +38,9 @@ class Harness:
         self.consumer = consumer
         self.member = ScriptedMember()
         self.answer = answer
+        self.cost: Cost | None = None
+        """What each job turns out to take."""
+        self.gate: Gate | None = None
         self.taken: list[Record] = []
         self.unreadable: list[tuple[str, str]] = []
         self.beats = 0
@@ -46,7 +50,9 @@ class Harness:
             "replica": "r",
             "static_membership": False,
             "max_in_flight_jobs": 100,
-            "max_in_flight_bytes": 1_000_000,
+            "max_in_flight_bytes": 10_000_000,
+            "max_started_texts": 10_000,
+            "max_pending_bytes": 1_000_000_000,
             "read_ahead_s": 60.0,
             "max_poll_records": 10,
             "max_uncommitted": 1000,
@@ -72,7 +78,7 @@ class Harness:
     ) -> AsyncIterator[None]:
         """The loop runs, as a member that was given these partitions. `fails_with`: it ends itself, by this error."""
         await self.intake.open()
-        self.polling = asyncio.create_task(self.intake.run(self.take, self.step_over))
+        self.polling = asyncio.create_task(self.intake.run(self.take, self.step_over, self.gate))
         self.committing = asyncio.create_task(self.intake.commit_forever())
         try:
             await self.assign(*partitions)
@@ -96,10 +102,13 @@ class Harness:
     def _beat(self) -> None:
         self.beats += 1
 
-    def take(self, records: Sequence[Record]) -> None:
-        self.taken += records
-        if self.answer:
-            self.finish(*records)
+    def take(self, records: Iterable[Record]) -> None:
+        for record in records:
+            self.taken.append(record)
+            if self.cost is not None:
+                self.intake.weigh(record, self.cost)
+            if self.answer:
+                self.finish(record)
 
     def step_over(self, record: Record, why: str) -> None:
         self.unreadable.append((record.name, why))
@@ -242,7 +251,7 @@ async def test_with_every_lane_full_nothing_is_polled() -> None:
         await running.until_taken(4)
 
 
-async def test_a_partition_with_too_much_uncommitted_waits_for_a_commit_and_is_then_polled_at_once() -> None:
+async def test_a_partition_with_too_much_uncommitted_starts_no_more_before_a_commit() -> None:
     running = Harness(
         ScriptedConsumer(blocks=True), max_uncommitted=4, max_poll_records=4, commit_interval_s=0.01
     )
@@ -250,11 +259,145 @@ async def test_a_partition_with_too_much_uncommitted_waits_for_a_commit_and_is_t
     running.consumer.write(A, *values(8))
     async with running.running(A, B):
         await running.until_taken(4)
-        await wait_until(lambda: running.consumer.latest == (B,), what="a poll of the other partition")
-        assert len(running.taken) == 4
+        running.consumer.write(B, b"other")
+        await running.until_taken(5)
+        assert running.names[4] == place(B, 0)
         gate.set()
-        await running.until_taken(8)
-        assert running.member.commits[0] == {A: 4}
+        await running.until_taken(9)
+        assert running.member.commits[0][A] <= 4
+
+
+async def test_a_client_that_comes_starts_beside_another_ones_flood_that_waits() -> None:
+    running = Harness(
+        ScriptedConsumer(blocks=True),
+        answer=False,
+        max_started_texts=20,
+        max_poll_records=7,
+        max_in_flight_jobs=200,
+    )
+    running.cost = Cost(1, 1000)
+    running.consumer.write(A, *values(100), client=b"flood")
+    running.consumer.write(A, b"late", client=b"new")
+    async with running.running(A):
+        await running.until_taken(11)
+        assert [record.value for record in running.taken].count(b"late") == 1
+        await wait_until(lambda: running.value("embedq_parked_jobs", lane="interactive") == 90)
+        assert running.value("embedq_in_flight_jobs", lane="interactive") == 101
+        running.finish(*running.taken[:5])
+        await running.until_taken(12)
+        assert running.names[11] == place(A, 10)
+
+
+async def test_a_poll_of_many_jobs_is_started_in_several_turns_of_the_event_loop() -> None:
+    running = Harness(ScriptedConsumer(), max_poll_records=1000, max_in_flight_jobs=1000)
+    running.consumer.write(A, *values(700))
+    async with running.running(A):
+        await running.until_taken(700)
+        assert running.names == [place(A, number) for number in range(700)]
+
+
+async def test_a_stop_leaves_what_waits_to_the_next_process() -> None:
+    running = Harness(ScriptedConsumer(), answer=False, max_started_texts=8)
+    running.cost = Cost(1, 1000)
+    running.consumer.write(A, *values(50))
+    async with running.running(A):
+        await running.until_taken(4)
+        stopping = asyncio.create_task(running.intake.stop(within=10))
+        await _steps()
+        running.finish(*running.taken)
+        assert await stopping
+    assert running.member.stored == {A: 4}
+    assert len(running.taken) == 4
+
+
+async def test_what_waits_of_a_partition_that_moves_is_left_to_its_next_owner() -> None:
+    running = Harness(ScriptedConsumer(), answer=False, max_started_texts=8)
+    running.cost = Cost(1, 1000)
+    running.consumer.write(A, *values(6))
+    async with running.running(A, B):
+        await running.until_taken(4)
+        await wait_until(lambda: running.value("embedq_parked_jobs", lane="interactive") == 2)
+        await running.assign(B, release=[A])
+        running.finish(*running.taken)
+        await wait_until(lambda: "rejoin" in running.member.calls, what="the rejoin")
+        assert running.member.stored[A] == 4
+        await wait_until(lambda: running.value("embedq_in_flight_jobs", lane="interactive") == 0)
+        await running.assign(A, B)
+        await running.until_taken(6)
+        assert running.names == [place(A, number) for number in range(6)]
+        running.finish(*running.taken[4:])
+        await wait_until(lambda: running.member.stored[A] == 6, what="the commit")
+
+
+async def test_what_waits_of_a_release_that_is_taken_back_is_started_after_all() -> None:
+    running = Harness(ScriptedConsumer(), answer=False, max_started_texts=8)
+    running.cost = Cost(1, 1000)
+    running.consumer.write(A, *values(6))
+    async with running.running(A):
+        await running.until_taken(4)
+        await wait_until(lambda: running.value("embedq_parked_jobs", lane="interactive") == 2)
+        await running.assign(release=[A])
+        running.finish(*running.taken[:3])
+        await _steps()
+        assert len(running.taken) == 4
+        await running.assign(A)
+        await running.until_taken(6)
+        assert running.names == [place(A, number) for number in range(6)]
+
+
+async def test_of_a_lost_partition_what_waits_is_dropped() -> None:
+    running = Harness(ScriptedConsumer(), answer=False, max_started_texts=8)
+    running.cost = Cost(1, 1000)
+    running.consumer.write(A, *values(6))
+    async with running.running(A):
+        await running.until_taken(4)
+        await wait_until(lambda: running.value("embedq_parked_jobs", lane="interactive") == 2)
+        await running.assign(B)
+        running.finish(*running.taken)
+        await wait_until(lambda: running.value("embedq_in_flight_jobs", lane="interactive") == 0)
+        await _steps()
+        assert len(running.taken) == 4
+
+
+async def test_records_pass_the_gate_and_start_in_their_turn_once_it_is_open() -> None:
+    running = Harness(ScriptedConsumer())
+    running.gate = gate = _Gate()
+    running.consumer.write(A, b"0", None, b"2")
+    async with running.running(A):
+        await wait_until(lambda: len(gate.came) == 3, what="all of them")
+        first, second = [one for one in gate.came if one.value is not None]
+        running.intake.park([first])
+        await _steps()
+        assert (running.taken, running.intake.waits, running.unreadable) == ([], True, [])
+        gate.is_open = True
+        running.intake.start_more()
+        assert running.taken == [first]
+        running.intake.finish(second)  # its partition was lost before it passed
+        await wait_until(lambda: not running.intake.waits)
+
+
+class _Gate:
+    def __init__(self) -> None:
+        self.is_open = False
+        self.came: list[Record] = []
+
+    def take(self, records: Sequence[Record]) -> None:
+        self.came += records
+
+    def take_unreadable(self, record: Record, why: str) -> None:
+        self.came.append(record)
+
+
+async def test_a_record_holds_back_others_once_half_of_its_partitions_bound_is_started_behind_it() -> None:
+    running = Harness(ScriptedConsumer(), answer=False, max_uncommitted=8)
+    running.consumer.write(A, *values(9))
+    async with running.running(A):
+        await running.until_taken(5)
+        first = running.taken[0]
+        assert running.intake.holds_back(first)
+        assert not running.intake.holds_back(running.taken[-1])
+        running.finish(first)
+        await wait_until(lambda: running.member.stored.get(A) == 1, what="the commit")
 
 
 async def test_interactive_records_are_asked_for_before_bulk_ones_that_are_ready_and_end_no_turn() -> None:
@@ -263,7 +406,7 @@ async def test_interactive_records_are_asked_for_before_bulk_ones_that_are_ready
     running.consumer.write(OTHER_BULK, *values(4))
     take = running.take
 
-    def one_more_comes(records: Sequence[Record]) -> None:
+    def one_more_comes(records: Iterable[Record]) -> None:
         if not running.taken:
             running.consumer.write(A, b"urgent")
         take(records)
@@ -638,8 +781,9 @@ async def test_a_record_that_later_ones_overtake_for_too_long_is_a_trouble_and_t
 # -- reading ahead ------------------------------------------------------------------------------------------------------------
 
 
-async def test_no_more_is_read_than_is_answered_in_the_time_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(poll_loop, "_LEAST_READ_AHEAD", 3)
+async def test_no_more_is_started_than_is_answered_in_the_time_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that is alone has half of it."""
+    monkeypatch.setattr(workload, "_LEAST_READ_AHEAD", 6)
     running = Harness(ScriptedConsumer(), answer=False)
     running.consumer.write(A, *values(9))
     async with running.running(A):
@@ -679,22 +823,21 @@ async def test_inside_a_hold_nothing_is_in_flight_and_nothing_is_polled() -> Non
         await running.until_taken(3)
 
 
-async def test_a_hold_waits_for_the_records_of_a_poll_that_was_under_way() -> None:
+async def test_the_records_of_a_poll_that_was_under_way_wait_until_the_hold_is_over() -> None:
     """The poll has its records in the same step in which it is interrupted, and they are not lost."""
     running = Harness(ScriptedConsumer(blocks=True), answer=False)
     async with running.running(A):
         await wait_until(lambda: running.consumer.latest == (A,), what="a poll that blocks")
-        entering = asyncio.create_task(_enter(running.intake))
+        entering = asyncio.create_task(_enter(running))
         running.consumer.write(A, b"1")
+        assert await entering == []
         await running.until_taken(1)
-        assert not entering.done()
-        running.finish(*running.taken)
-        await entering
 
 
-async def _enter(intake: Intake) -> None:
-    async with intake.held(5):
-        pass
+async def _enter(running: Harness) -> list[str]:
+    """Which records were started when a hold was over."""
+    async with running.intake.held(5):
+        return list(running.names)
 
 
 async def test_a_hold_that_is_not_reached_in_time_holds_nothing() -> None:

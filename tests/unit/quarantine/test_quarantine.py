@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 
 from aiokafka.errors import KafkaConnectionError
@@ -47,11 +47,37 @@ class Parts:
         self.refusals = 0
         self.events: list[object] = []
         self.finished: list[int] = []
-        self.quarantine = Quarantine(self.suspects, self, self.note_finished, self.metrics)
+        self.parked: list[Record] = []
+        self.out_of_turn: list[int] = []
+        self.held = asyncio.Event()
+        self.held.set()
+        self.quarantine = Quarantine(self.suspects, self, self, self.metrics)
         self.quarantine.hand_to(self)
 
-    def note_finished(self, record: Record) -> None:
-        self.finished.append(record.ticket.offset)
+    def finish(self, *records: Record) -> None:
+        self.finished += [record.ticket.offset for record in records]
+
+    def park(self, records: Iterable[Record]) -> None:
+        self.parked += records
+        self.quarantine_may_start()
+
+    def quarantine_may_start(self) -> None:
+        if self.parked and self.quarantine.is_open:
+            records, self.parked = self.parked, []
+            self.quarantine.start(records)
+
+    def start(self, record: Record) -> None:
+        self.out_of_turn.append(record.ticket.offset)
+
+    def start_more(self) -> None:
+        self.quarantine_may_start()
+
+    @property
+    def waits(self) -> bool:
+        return bool(self.parked)
+
+    async def running(self) -> None:
+        await self.held.wait()
 
     def is_current(self, partition: TopicPartition, epoch: int) -> bool:
         return epoch == self.epoch
@@ -79,7 +105,7 @@ class Parts:
     async def ends(self, partitions: Collection[TopicPartition]) -> Mapping[TopicPartition, int]:
         return dict.fromkeys(partitions, 100)
 
-    def take(self, records: Sequence[Record]) -> None:
+    def take(self, records: Iterable[Record]) -> None:
         self.events.append([one.ticket.offset for one in records])
 
     def take_unreadable(self, record: Record, why: str) -> None:
@@ -129,6 +155,7 @@ async def test_after_a_death_suspects_run_in_groups_each_after_its_mark() -> Non
         parts.quarantine.finish(record(1))
         await parts.saw(("mark", 2, False), [0, 1], ("mark", 3, False), [2])
     assert parts.finished == [0, 1]
+    assert parts.out_of_turn == [0, 1, 2]
     assert parts.metrics.registry.get_sample_value("embedq_deaths_total") == 1
 
 
@@ -180,6 +207,35 @@ async def test_what_was_held_of_a_partition_that_is_given_up_is_let_go() -> None
         parts.refusals = 0
         parts.quarantine.take([record(1, epoch=2)])
         await parts.saw(("mark", 0, False), [1])
+
+
+async def test_while_nothing_may_be_started_no_suspect_is() -> None:
+    parts = Parts()
+    parts.stored[A] = (0, encode(DEAD))
+    parts.held.clear()
+    async with running(parts):
+        parts.quarantine.take([record(0)])
+        await wait_until(lambda: parts.suspects.suspected == 1)
+        assert parts.events == []
+        parts.held.set()
+        await parts.saw(("mark", 1, False), [0])
+
+
+async def test_what_waits_for_its_turn_waits_for_a_suspect_that_runs_alone() -> None:
+    parts = Parts()
+    parts.stored[B] = (0, encode(Custody(owner="dead", replica="one", span=10, alone_until=5)))
+    async with running(parts):
+        parts.quarantine.take([record(1)])
+        await parts.saw(("mark", 0, False), [1])
+        parts.quarantine.finish(record(1))
+        parts.quarantine.take([record(0, B)])
+        await parts.saw(("mark", 0, False), [1], ("mark", 1, True), [0])
+        assert not parts.quarantine.is_open
+        parts.park([record(2)])
+        assert parts.waits
+        parts.quarantine.finish(record(0, B))
+        await wait_until(lambda: not parts.waits, what="its turn")
+        assert parts.events[4:] == [("mark", 0, False), [2]]
 
 
 async def test_an_unreadable_record_is_rejected_as_such() -> None:

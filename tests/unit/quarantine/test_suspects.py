@@ -53,6 +53,8 @@ def do(suspects: Suspects, now: float = 0.0) -> Step:
     step = suspects.next(now)
     assert step is not None
     suspects.committed(step.marks)
+    for one in step.run:
+        suspects.started(one.record.ticket)
     return step
 
 
@@ -97,6 +99,17 @@ def test_after_one_death_records_run_in_groups_and_those_of_other_partitions_go_
     rest = do(suspects)
     assert offsets(rest.run) == [6, 7, 8, 9]
     assert rest.marks[A] == Custody(owner="me", replica="me", span=10)
+
+
+def test_a_group_that_survives_is_followed_by_one_of_twice_its_size() -> None:
+    suspects = Suspects(ME, group=2)
+    suspects.take(polled(range(2000)))
+    claim(suspects, careful_until=2000, careful_left=2000)
+    sizes = []
+    while (step := do(suspects)).marks[A].trial_until:
+        sizes.append(len(step.run))
+        finish(suspects, step.run)
+    assert sizes == [2, 4, 8, 16, 32, 64, 128, 256, 512, 512, 466]
 
 
 def test_no_more_records_are_suspects_than_the_dead_process_may_have_read() -> None:
@@ -281,6 +294,7 @@ class Process:
         self.ledger = OffsetLedger()
         for partition in world.sizes:
             self.ledger.add(partition, world.commits.get(partition, (None, ""))[0])
+        self.waiting: list[Record] = []
         self.running: list[Record] = []
         self.now = 0.0
 
@@ -294,21 +308,24 @@ class Process:
 
     def turn(self) -> None:
         self.now += 0.3
-        self.chance.choice(
-            [self.poll, self.poll, self.step, self.step, self.answer, self.answer, self.commit]
-        )()
+        self.chance.choice([*[self.poll, self.step, self.start, self.answer] * 2, self.commit])()
 
     def poll(self) -> None:
         for partition, size in self.world.sizes.items():
             start = self.ledger.position(partition)
             if start is None:
                 start = self.world.commits.get(partition, (0, ""))[0]
-            if self.ledger.repeatable(partition) >= 8:
+            if start - self.world.commits.get(partition, (0, ""))[0] >= 8:
                 continue
             found = [Polled(one.record) for one in polled(range(start, min(size, start + 4)), partition)]
             for one in found:
                 self.ledger.begin(partition, one.offset)
-            self.hand_over(self.suspects.take(found)[0])
+            self.waiting += [one.record for one in self.suspects.take(found)[0]]
+
+    def start(self) -> None:
+        """Clients take turns: in any order."""
+        if self.waiting and self.suspects.may_start:
+            self.hand_over([self.waiting.pop(self.chance.randrange(len(self.waiting)))])
 
     def step(self) -> None:
         for partition, epoch in self.suspects.unclaimed().items():
@@ -319,19 +336,25 @@ class Process:
             if has_died(before, self.claimant) and before.alone and before.trial_until > committed:
                 self.world.died_alone[partition, committed] += 1
             self.suspects.claim(partition, epoch, custody)
-        step = self.suspects.next(self.now)
+        step = self.suspects.next(self.now, waiting=bool(self.waiting))
         if step is None:
             return
         self.commit(*step.marks)
         self.suspects.committed(step.marks)
-        self.hand_over(step.run)
+        self.waiting += [one.record for one in step.run[: step.free]]
+        self.hand_over(one.record for one in step.run[step.free :])
+        if step.others:
+            self.hand_over(self.waiting)
+            self.waiting = []
         for record, deaths in step.condemned:
             place = (record.ticket.partition, record.ticket.offset)
             self.world.condemned[place] = len(deaths)
             self.finish(record)
 
-    def hand_over(self, found: Iterable[Polled]) -> None:
-        self.running += [one.record for one in found]
+    def hand_over(self, found: Iterable[Record]) -> None:
+        for started in found:
+            self.running.append(started)
+            self.suspects.started(started.ticket)
         custodies = {partition: decode(text) for partition, (_, text) in self.world.commits.items()}
         alone = [
             partition

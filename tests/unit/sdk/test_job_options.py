@@ -10,6 +10,7 @@ from embedq_sdk.job_options import (
     JobArguments,
     JobLimits,
     JobOptions,
+    checked_client_id,
     checked_count,
     checked_format,
     checked_id,
@@ -19,6 +20,14 @@ from embedq_sdk.job_options import (
 )
 from embedq_shared.codec import decode_job
 from embedq_shared.messages import Chunking
+
+
+@pytest.mark.parametrize("value", ["", "x" * 257, "ü" * 129, "\ud800", b"us", 7])
+def test_a_client_id_is_a_string_of_at_most_256_bytes(value: Any) -> None:
+    with pytest.raises(InvalidArgument, match="client_id"):
+        checked_client_id(value)
+    assert checked_client_id("ü" * 128) == "ü".encode() * 128
+    assert checked_client_id(None) != checked_client_id(None)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_the_consumer_group_is_the_default_one() -> None:
 @pytest.mark.parametrize("name", ["job", "jobMsgpack"])
 def test_a_jobs_headers_are_those_that_the_service_reads(name: str) -> None:
     families = (*topics.CORRELATION, *topics.REPLY_TOPIC, *topics.REPLY_PARTITION, *topics.TRACE)
-    assert header_names(name) == {*families, topics.DEADLINE, topics.CONTENT_TYPE}
+    assert header_names(name) == {*families, topics.DEADLINE, topics.CLIENT, topics.CONTENT_TYPE}
 
 
 @pytest.mark.parametrize("name", ["result", "resultMsgpack", "failure", "failureMsgpack"])

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedq_shared import headers, topics
-from embedq_shared.headers import parse, reply_partition_bytes, value_of
+from embedq_shared.headers import client_of, parse, reply_partition_bytes, value_of
 
 KNOWN = (
     *topics.CORRELATION,
@@ -15,6 +15,7 @@ KNOWN = (
     *topics.REPLY_PARTITION,
     *topics.TRACE,
     topics.DEADLINE,
+    topics.CLIENT,
     topics.CONTENT_TYPE,
 )
 SPRING_ID = bytes(range(240, 256))  # 16 raw bytes, not valid UTF-8
@@ -186,6 +187,30 @@ def test_a_partition_survives_its_encoding(partition: int) -> None:
     raw = reply_partition_bytes(partition)
     assert raw == partition.to_bytes(4, "big")
     assert parse([("kafka_replyPartition", raw)]).reply_partition == partition
+
+
+# -- whose job it is --------------------------------------------------------------------------------------------------
+
+
+def test_a_client_is_who_says_so_else_who_is_answered_at_one_address_else_everybody() -> None:
+    replies = [("reply-topic", b"replies"), ("reply-partition", reply_partition_bytes(1))]
+    spring = [("kafka_replyTopic", b"replies"), ("kafka_replyPartition", reply_partition_bytes(1))]
+    other = [("reply-topic", b"replies"), ("reply-partition", reply_partition_bytes(2))]
+    assert client_of([("client-id", b"me"), *replies]) == client_of([*other, ("client-id", b"me")])
+    assert client_of([("client-id", b"me")]) != client_of([("client-id", b"you")])
+    assert client_of(replies) == client_of(spring)
+    assert len({client_of(each) for each in (replies, other, [("client-id", b"replies")], [])}) == 4
+    assert client_of([("key", b"a")]) == client_of([("client-id", b"")]) == client_of([]) == b""
+
+
+def test_of_several_client_ids_the_last_counts_and_of_a_long_one_its_beginning() -> None:
+    assert client_of([("client-id", b"old"), ("client-id", b"new")]) == client_of([("client-id", b"new")])
+    assert len(client_of([("client-id", b"x" * 100_000)])) < 300
+
+
+@given(st.lists(st.tuples(st.sampled_from(KNOWN), st.one_of(st.none(), st.binary(max_size=300)))))
+def test_whatever_the_headers_are_there_is_a_client(found: list[tuple[str, bytes | None]]) -> None:
+    assert len(client_of(found)) < 600
 
 
 # -- deadline ---------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from embedq_sdk.errors import (
 from embedq_sdk.job_options import JobInputs, JobOptions
 from embedq_sdk.transport.job_runner import Deadline, JobRunner
 from embedq_shared.codec import decode_job
-from embedq_shared.headers import parse
+from embedq_shared.headers import client_of, parse
 from embedq_shared.messages import ErrorBody
 from embedq_shared.topics import Topics
 from embedq_shared.weighted_semaphore import WeightedSemaphore
@@ -53,7 +53,11 @@ class Machine:
         self.transport = FakeTransport()
         self.service = self.transport.service
         self.runner = JobRunner(
-            self.transport, Topics("t"), WeightedSemaphore(*limits), pause=lambda attempt: pause
+            self.transport,
+            Topics("t"),
+            WeightedSemaphore(*limits),
+            pause=lambda attempt: pause,
+            client=b"us",
         )
         self.transport.deliver = self.runner.deliver
         self.runner.open()
@@ -118,6 +122,14 @@ async def test_a_lane_is_a_topic_and_a_trace_is_a_header(machine: Machine) -> No
     assert (first.topic, second.topic) == ("t.jobs", "t.jobs.bulk")
     assert dict(second.headers)["traceparent"] == b"00-aa-bb-01"
     assert "traceparent" not in dict(first.headers)
+
+
+async def test_every_job_says_whose_it_is(machine: Machine) -> None:
+    await machine.run(["x"])
+    await machine.submit("x")
+    assert [client_of(job.headers) for job in machine.transport.sent] == [
+        client_of([("client-id", b"us")])
+    ] * 2
 
 
 async def test_one_text_is_sent_as_a_string_and_several_as_a_list(machine: Machine) -> None:

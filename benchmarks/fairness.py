@@ -1,0 +1,222 @@
+"""How long one client's short jobs wait beside another's flood: alone, beside each kind of flood, and beside a bulk backlog.
+
+One machine, one replica, and its own broker: this client, the broker and the replica share its cores. Each flood lies in
+Kafka before the first of the other client's jobs is sent, so those stand behind it in their partitions. Waits are
+client to client, in seconds, and in micro-batches that ended meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import tempfile
+import time
+import urllib.request
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from aiokafka import AIOKafkaProducer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.machine import write
+from benchmarks.pipeline import minilm, replica
+from embedq_sdk import EmbedClient
+from embedq_sdk.admin.topics import create_topics
+from embedq_sdk.dev import DevStack
+from embedq_shared.topics import Topics
+
+_ENDED = "embedq_compute_seconds_count"
+FLOODS = ("equal", "single", "books", "bulk")
+_BATCH_BYTES = 900_000
+_BATCH_RECORDS = 1000
+"""So that a flood of some thousand jobs lies in all partitions."""
+ALLOWANCE_BATCHES, ALLOWANCE_S = 2, 0.05
+"""What a bulk backlog may add to the p99 of an interactive job: the micro-batch that runs, and the one that is prefetched
+(ARCHITECTURE.md, invariant 9), and 50 ms for what the event loop does meanwhile: a poll, 64 answers, a turn of the tokenizer."""
+_WORDS = ("the tide turns twice a day and nobody asks why it does so while the harbor waits for boats",)
+
+
+def equal_inputs(jobs: int) -> Iterable[bytes]:
+    """Jobs of 8 KB, each of 2,048 equal texts."""
+    for number in range(jobs):
+        text = f"{number % 10}"
+        yield json.dumps({"input": [text] * 2048, "id": f"equal-{number}"}, separators=(",", ":")).encode()
+
+
+def single_texts(jobs: int) -> Iterable[bytes]:
+    """Jobs of one text of some 25 tokens, no two alike."""
+    for number in range(jobs):
+        yield json.dumps({"input": f"{number} {_WORDS[0]}", "id": f"single-{number}"}).encode()
+
+
+def small_texts(jobs: int) -> Iterable[bytes]:
+    """Jobs of one text of some 5 tokens, no two alike."""
+    for number in range(jobs):
+        yield b'{"input":"note %d","id":"bulk-%d"}' % (number, number)
+
+
+def books(jobs: int) -> Iterable[bytes]:
+    """Jobs of one text of 20,000 words, in windows."""
+    for number in range(jobs):
+        text = " ".join(f"{number}.{at} {_WORDS[0]}." for at in range(1000))
+        yield json.dumps({"input": text, "chunk": {"mode": "mean"}, "id": f"book-{number}"}).encode()
+
+
+async def preload(stack: DevStack, topic: str, values: Iterable[bytes], client: bytes) -> int:
+    """Put one client's jobs into a topic, over its partitions in turn; how many. Whole batches: a million takes some 10 s."""
+    producer = AIOKafkaProducer(bootstrap_servers=stack.kafka_servers, max_batch_size=_BATCH_BYTES)
+    await producer.start()
+    count = sent = 0
+    batch = producer.create_batch()
+
+    async def send() -> None:
+        nonlocal batch, sent
+        batch.close()
+        await producer.send_batch(batch, topic, partition=sent % 4)
+        batch, sent = producer.create_batch(), sent + 1
+
+    for value in values:
+        if batch.record_count() == _BATCH_RECORDS:
+            await send()
+        record = {"key": None, "value": value, "timestamp": None, "headers": [("client-id", client)]}
+        if batch.append(**record) is None:
+            await send()
+            batch.append(**record)
+        count += 1
+    if batch.record_count():
+        await send()
+    await producer.flush()
+    await producer.stop()
+    return count
+
+
+async def waits(client: EmbedClient, address: str, count: int, name: str) -> list[tuple[float, float]]:
+    """One text at a time: the seconds of each call, and the micro-batches that ended meanwhile, its own among them."""
+    found = []
+    for number in range(count):
+        before = await asyncio.to_thread(metrics, address)
+        started = time.perf_counter()
+        await client.embed(f"{name} {number}", timeout=300)
+        seconds = time.perf_counter() - started
+        after = await asyncio.to_thread(metrics, address)
+        found.append((seconds, after[_ENDED] - before[_ENDED]))
+    return found
+
+
+def metrics(address: str) -> dict[str, float]:
+    """The replica's samples."""
+    with urllib.request.urlopen(f"{address}/metrics") as page:
+        lines = page.read().decode().splitlines()
+    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines if line[:1] != "#"}
+
+
+async def beside(
+    stack: DevStack, model: Path, name: str, flood: tuple[str, Iterable[bytes]], count: int
+) -> dict[str, Any]:
+    """The waits of a client that comes to a flood; the replica starts when the flood lies in Kafka."""
+    prefix = f"f{abs(hash(name)):x}"  # topics of its own: what is left of one flood does not delay the next
+    await create_topics(stack.kafka_servers, prefix=prefix, partitions=4, reply_partitions=4)
+    lane, values = flood
+    topic = Topics(prefix).bulk if lane == "bulk" else Topics(prefix).jobs
+    with tempfile.TemporaryDirectory() as scratch:
+        async with EmbedClient(stack.kafka_servers, topic_prefix=prefix) as client:
+            jobs = await preload(stack, topic, values, b"flood")
+            async with replica(stack, model, Path(scratch) / "log", prefix) as address:
+                before = await asyncio.to_thread(metrics, address)
+                found = await waits(client, address, count, name)
+                after = await asyncio.to_thread(metrics, address)
+
+    def grew(sample: str) -> float:
+        return after.get(sample, 0.0) - before.get(sample, 0.0)
+
+    batches = grew(_ENDED)
+    mean = grew("embedq_compute_seconds_sum") / batches if batches else 0.0
+    left = jobs + count - sum(value for key, value in after.items() if key.startswith("embedq_jobs_total"))
+    seconds, between = zip(*found, strict=True)
+    p50, p99 = np.percentile(seconds, [50, 99])
+    return {
+        "flood_jobs": jobs,
+        "unanswered_at_the_end": round(left),
+        "p50_s": round(float(p50), 4),
+        "p99_s": round(float(p99), 4),
+        "max_s": round(max(seconds), 4),
+        "micro_batch_s": round(mean, 4),
+        "micro_batches_p50": float(np.percentile(between, 50)),
+        "micro_batches_max": max(between),
+        "resident_mb": round(after.get("process_resident_memory_bytes", 0.0) / 1e6),
+    }
+
+
+async def run(model: Path, count: int, bulk_jobs: int, only: Collection[str]) -> dict[str, Any]:
+    """Each kind of flood, one after the other, in one run; first none."""
+    floods: dict[str, tuple[str, str, Iterable[bytes]]] = {
+        "equal": ("60 jobs of 2,048 equal inputs", "interactive", equal_inputs(60)),
+        "single": ("6,000 jobs of one text", "interactive", single_texts(6000)),
+        "books": ("5 books of 20,000 words", "interactive", books(5)),
+        "bulk": (f"{bulk_jobs:,} bulk jobs", "bulk", small_texts(bulk_jobs)),
+    }
+    results: dict[str, Any] = {
+        "model": model.parent.name,
+        "calls": count,
+        "load_average": os.getloadavg(),
+        "allowance": {"micro_batches": ALLOWANCE_BATCHES, "s": ALLOWANCE_S},
+    }
+    with DevStack() as stack:
+        results["kafka"] = stack.kafka_description
+        alone = results["alone"] = await beside(stack, model, "alone", ("interactive", ()), count)
+        for name, lane, values in (flood for key, flood in floods.items() if key in only):
+            found = await beside(stack, model, name, (lane, values), count)
+            more = found["p99_s"] - alone["p99_s"]
+            found["p99_over_alone_s"] = round(more, 4)
+            allowed = ALLOWANCE_BATCHES * found["micro_batch_s"] + ALLOWANCE_S
+            found["within_the_allowance"] = more <= allowed
+            results[name] = found
+            print(name, found, flush=True)
+    return results
+
+
+def show(results: dict[str, Any]) -> None:
+    """Print the table."""
+    table = Table(title="one client's short jobs beside another's flood, client to client")
+    columns = (
+        "flood_jobs",
+        "unanswered_at_the_end",
+        "p50_s",
+        "p99_s",
+        "max_s",
+        "p99_over_alone_s",
+        "micro_batch_s",
+        "micro_batches_p50",
+        "micro_batches_max",
+        "resident_mb",
+    )
+    for column in ("beside", *columns):
+        table.add_column(column, justify="left" if column == "beside" else "right")
+    for name, value in results.items():
+        if isinstance(value, dict) and "p99_s" in value:
+            table.add_row(name, *(str(value.get(column, "")) for column in columns))
+    Console().print(table)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=None, help="a model directory; default: MiniLM")
+    parser.add_argument("--calls", type=int, default=60, help="short jobs beside each flood")
+    parser.add_argument("--bulk", type=int, default=20_000, help="jobs of the bulk backlog, such as 1000000")
+    parser.add_argument(
+        "--only", nargs="+", choices=FLOODS, default=FLOODS, help="these floods; default: all"
+    )
+    arguments = parser.parse_args()
+    results = asyncio.run(run(arguments.model or minilm(), arguments.calls, arguments.bulk, arguments.only))
+    show(results)
+    print(write("fairness", results, "embedq", "torch", "transformers", "aiokafka"))
+
+
+if __name__ == "__main__":
+    main()
