@@ -98,6 +98,10 @@ class Topics(msgspec.Struct, frozen=True):
         """Records that no result could answer completely."""
         return f"{self.prefix}.dlq"
 
+    def retry(self, tier: int) -> str:
+        """Bulk jobs that wait to be run again; tiers are numbered from 1."""
+        return f"{self.prefix}.retry.{tier}"
+
     @property
     def lanes(self) -> tuple[str, str]:
         """Both job topics, interactive first."""

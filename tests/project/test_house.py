@@ -31,6 +31,7 @@ SERVICE: Final[Floors] = (
     ("threads",),
     ("telemetry", "engine"),
     ("group",),
+    ("retries",),
     ("cache", "intake"),
     ("batching", "quarantine"),
     ("delivery",),

@@ -29,7 +29,7 @@ from embedq_consumer.intake.flow_control import InFlightLimits, PollPlanner, Rea
 from embedq_consumer.intake.jobs_consumer import IntakeOptions, JobsClients, PolledRecords
 from embedq_consumer.intake.poll_state import PollState
 from embedq_consumer.intake.reading import POLL_MS, Changes, Reading
-from embedq_consumer.intake.records import Record
+from embedq_consumer.intake.records import Record, run_before
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.kafka import Unreadable, stop_client
 from embedq_shared.topics import LANES, Lane, Topics
@@ -75,10 +75,11 @@ class Intake:
     ) -> None:
         self._consumer = clients.consumer
         self._member = clients.member
-        self._topics = topics
         self._metrics = metrics
         self._beat = beat
+        self._retry_topics = options.retries.topics
         self._lane_of: dict[str, Lane] = dict(zip(topics.lanes, LANES, strict=True))
+        self._lane_of |= dict.fromkeys(self._retry_topics, "bulk")
         self._state = PollState()
         self._changes = Changes()
         self._ledger = OffsetLedger()
@@ -143,7 +144,7 @@ class Intake:
         """
         await self._consumer.start()
         await self._member.start()
-        self._hand_over.follow(self._topics.lanes, self._interrupt)
+        self._hand_over.follow(self._lane_of, self._interrupt)
 
     async def run(self, take: Take, unreadable: TakeUnreadable) -> None:
         """Poll until `stop`. `take` gets each poll's records; `unreadable` each record that cannot be read,
@@ -306,6 +307,8 @@ class Intake:
                         timestamp_type=raw.timestamp_type,
                         polled_at=now,
                     )
+                    if partition.topic in self._retry_topics:
+                        record = run_before(record)
                     records.append(record)
                 self._in_flight[ticket] = record
                 self._limits.add(lane, record.size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from embedq_consumer.group import Ticket
+from embedq_consumer.retries import Past, past_of
 from embedq_shared.topics import Lane
 
 
@@ -16,7 +17,10 @@ class Death(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Record(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """One record of a job topic, as it was polled. `polled_at` is monotonic seconds, `timestamp_ms` Kafka's."""
+    """One record of a job topic, as it was polled. `polled_at` is monotonic seconds, `timestamp_ms` Kafka's.
+
+    `past`: it comes from a retry topic; then headers and timestamp are the job's own, as it came in.
+    """
 
     ticket: Ticket
     lane: Lane
@@ -26,6 +30,7 @@ class Record(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     timestamp_ms: int
     timestamp_type: int
     polled_at: float
+    past: Past | None = None
 
     @classmethod
     def unread(cls, ticket: Ticket, lane: Lane, polled_at: float) -> Record:
@@ -44,11 +49,39 @@ class Record(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     @property
     def name(self) -> str:
         """`topic-partition-offset`: the id of a job that has none."""
+        origin = self.origin
+        return f"{origin.topic}-{origin.partition}-{origin.offset}"
+
+    @property
+    def origin(self) -> Past:
+        """The record that the job came in by, itself unless it was run before."""
+        if self.past is not None:
+            return self.past
         partition = self.ticket.partition
-        return f"{partition.topic}-{partition.partition}-{self.ticket.offset}"
+        return Past(
+            topic=partition.topic,
+            partition=partition.partition,
+            offset=self.ticket.offset,
+            timestamp_ms=self.timestamp_ms,
+            timestamp_type=self.timestamp_type,
+        )
 
     @property
     def size(self) -> int:
         """Bytes that it holds while in flight."""
         headers = sum(len(name) + len(value or b"") for name, value in self.headers)
         return len(self.value or b"") + len(self.key or b"") + headers
+
+
+def run_before(record: Record) -> Record:
+    """A record of a retry topic as the job came in, with what became of it since."""
+    past, headers = past_of(record.headers)
+    if past is None:
+        return record
+    return msgspec.structs.replace(
+        record,
+        headers=headers,
+        timestamp_ms=past.timestamp_ms,
+        timestamp_type=past.timestamp_type,
+        past=past,
+    )

@@ -25,6 +25,10 @@ DEFAULT_PARTITIONS: Final = 8
 """Replicas that can share a lane: more can be added later, but not taken away."""
 DEFAULT_REPLY_PARTITIONS: Final = 64
 """Client instances spread over them, and each reads all of its partition."""
+DEFAULT_RETRY_TIERS: Final = 2
+"""As many as the service's setting `EMBEDQ_RETRY_DELAYS_S` has by default."""
+MAX_RETRY_TIERS: Final = 8
+"""The service looks for no more."""
 _MOST_COPIES: Final = 3
 """Copies of each topic if the cluster has as many brokers: one broker can fail while another is being restarted."""
 
@@ -46,7 +50,9 @@ class TopicReport(msgspec.Struct, kw_only=True):
     differences: list[str] = []
 
 
-def wanted_topics(prefix: str, *, partitions: int, reply_partitions: int) -> list[TopicSpec]:
+def wanted_topics(
+    prefix: str, *, partitions: int, reply_partitions: int, retry_tiers: int = DEFAULT_RETRY_TIERS
+) -> list[TopicSpec]:
     """Every topic of the wire contract, with its configuration."""
     topics = Topics(prefix)
     # Many clients share the reply topic and old replies are never read: small segments let Kafka delete them soon.
@@ -76,6 +82,7 @@ def wanted_topics(prefix: str, *, partitions: int, reply_partitions: int) -> lis
             (topics.control, 1, compacted),
             (topics.status, 1, compacted),
             (topics.dead_letters, partitions, forever),
+            *((topics.retry(tier), partitions, week) for tier in range(1, retry_tiers + 1)),
         )
     ]
 
@@ -87,6 +94,7 @@ async def create_topics(
     partitions: int = DEFAULT_PARTITIONS,
     reply_partitions: int = DEFAULT_REPLY_PARTITIONS,
     replication: int | None = None,
+    retry_tiers: int = DEFAULT_RETRY_TIERS,
     timeout: float = 30.0,
     connect_timeout: float = 10.0,
     **security: Any,
@@ -94,9 +102,10 @@ async def create_topics(
     """Create the topics that are missing, and report on all. Existing topics are never changed, so run it at any time.
 
     Args:
-        partitions: of the job, result and dead letter topics; no more replicas than this can share a lane.
+        partitions: of the job, retry, result and dead letter topics; no more replicas than this can share a lane.
         reply_partitions: of the reply topic; client instances spread over them.
         replication: copies of each topic. Default: 3, or one on each broker if there are fewer.
+        retry_tiers: retry topics, 0 to 8: as many as the service's setting `EMBEDQ_RETRY_DELAYS_S` has delays.
         timeout: seconds for creating and describing.
         security: as for `EmbedClient`.
 
@@ -109,6 +118,7 @@ async def create_topics(
         prefix,
         partitions=checked_count("partitions", partitions),
         reply_partitions=checked_count("reply_partitions", reply_partitions),
+        retry_tiers=_checked_tiers(retry_tiers),
     )
     if replication is not None:
         checked_count("replication", replication)
@@ -133,6 +143,14 @@ async def create_topics(
             raise connection.unavailable(f"creating the topics took more than {timeout:g} s") from None
         except (KafkaError, OSError) as error:
             raise connection.failed(error, "creating the topics") from error
+
+
+def _checked_tiers(count: int) -> int:
+    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MAX_RETRY_TIERS:
+        raise InvalidArgument(
+            argument="retry_tiers", expected=f"a number from 0 to {MAX_RETRY_TIERS}", got=repr(count)
+        )
+    return count
 
 
 async def _create(admin: AIOKafkaAdminClient, specs: list[TopicSpec], copies: int) -> list[TopicSpec]:
