@@ -13,6 +13,8 @@ from aiokafka.structs import OffsetAndMetadata
 from embedq_consumer.group.assignor import encode_release
 from embedq_shared.kafka import Follower, Membership, Unreadable
 
+Headers = Sequence[tuple[str, bytes | None]]
+
 
 class ScriptedMember:
     """A member of a group of which the test is the coordinator.
@@ -148,13 +150,19 @@ class ScriptedConsumer:
 
     # -- the test's side ------------------------------------------------------------------------------------------------
 
-    def write(self, partition: TopicPartition, *values: bytes | None, at: int | None = None) -> None:
+    def write(
+        self,
+        partition: TopicPartition,
+        *values: bytes | None,
+        at: int | None = None,
+        headers: Headers = (("name", b"header"),),
+    ) -> None:
         """Add records from offset `at` on; None is a record that the client cannot read."""
         log = self._records.setdefault(partition, {})
         offset = self.ends.get(partition, 0) if at is None else at
         for number, value in enumerate(values, offset):
             what = Unreadable(number, "why") if value is None else value
-            log[number] = _record(partition, number, what)
+            log[number] = _record(partition, number, what, headers)
         self.ends[partition] = offset + len(values)
         self._arrived.set()
 
@@ -248,7 +256,7 @@ class _Connections:
         """There are none."""
 
 
-def _record(partition: TopicPartition, offset: int, value: bytes) -> ConsumerRecord:
+def _record(partition: TopicPartition, offset: int, value: bytes, headers: Headers) -> ConsumerRecord:
     return ConsumerRecord(
         topic=partition.topic,
         partition=partition.partition,
@@ -260,5 +268,5 @@ def _record(partition: TopicPartition, offset: int, value: bytes) -> ConsumerRec
         checksum=None,
         serialized_key_size=3,
         serialized_value_size=len(value),
-        headers=(("name", b"header"),),
+        headers=headers,
     )

@@ -93,7 +93,9 @@ def make_jobs_clients(kafka: Mapping[str, Any], options: IntakeOptions) -> JobsC
         session_timeout_ms=options.session_timeout_ms,
         rebalance_timeout_ms=options.rebalance_timeout_ms,
     )
-    return JobsClients(TierConsumer(_make_consumer(kafka, options), options.retries), member)
+    consumer = _make_consumer(kafka, options)
+    tiers = options.retries
+    return JobsClients(TierConsumer(consumer, tiers) if tiers.topics else consumer, member)
 
 
 def _make_consumer(kafka: Mapping[str, Any], options: IntakeOptions) -> JobsConsumer:
