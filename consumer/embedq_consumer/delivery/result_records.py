@@ -253,10 +253,10 @@ class ResultEncoder:
             ("kafka_dlt-original-topic", origin.topic.encode()),
             ("kafka_dlt-original-partition", struct.pack(">i", origin.partition)),
             ("kafka_dlt-original-offset", struct.pack(">q", origin.offset)),
-            ("kafka_dlt-original-timestamp", struct.pack(">q", record.timestamp_ms)),
+            ("kafka_dlt-original-timestamp", struct.pack(">q", origin.timestamp_ms)),
             (
                 "kafka_dlt-original-timestamp-type",
-                b"LogAppendTime" if record.timestamp_type else b"CreateTime",
+                b"LogAppendTime" if origin.timestamp_type else b"CreateTime",
             ),
             ("kafka_dlt-original-consumer-group", self._group.encode()),
             ("kafka_dlt-exception-fqcn", f"embedq.{error.code}".encode()),
