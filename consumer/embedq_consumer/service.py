@@ -24,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Protocol, TypeVar
 
+import msgspec
 import structlog
 
 from embedq_consumer.cache import BadCacheSetting, EntryCodec, SecretSource, VectorCache, load_secret
@@ -39,6 +40,7 @@ from embedq_consumer.lifecycle.served_model import ServedModel
 from embedq_consumer.lifecycle.status_reporter import StatusReporter
 from embedq_consumer.pipeline import Pipeline
 from embedq_consumer.quarantine import Quarantine, Suspects
+from embedq_consumer.retries import RetryPolicy, RetryTiers, open_tiers
 from embedq_consumer.settings import Settings, SettingsError
 from embedq_consumer.telemetry.health import CannotListen, Health, HealthServer
 from embedq_consumer.telemetry.metrics import Metrics
@@ -119,10 +121,15 @@ async def _serve(settings: Settings, stop: asyncio.Event, leaving: Callable[[], 
         parts.enter_context(_long_lived_objects_frozen())
 
         suspects = Suspects(settings.claimant())
-        intake = await parts.enter_async_context(_intake(settings, suspects, metrics, health, stop))
+        tiers = open_tiers(settings.topics, settings.retry_delays, publisher.topics.partitions)
+        intake = await parts.enter_async_context(_intake(settings, tiers, suspects, metrics, health, stop))
         quarantine = Quarantine(suspects, intake.commits, intake, metrics)
         results = ResultEncoder(
-            settings.topics, settings.group, settings.max_result_bytes, replica=settings.replica
+            settings.topics,
+            settings.group,
+            settings.max_result_bytes,
+            replica=settings.replica,
+            retries=RetryPolicy(tiers, suspects.on_trial),
         )
         releases = await parts.enter_async_context(_releases(settings, publisher, intake, results, health))
         deliverer = await parts.enter_async_context(
@@ -423,11 +430,17 @@ async def _control(settings: Settings, metrics: Metrics) -> AsyncIterator[Contro
 
 @asynccontextmanager
 async def _intake(
-    settings: Settings, suspects: Suspects, metrics: Metrics, health: Health, stop: asyncio.Event
+    settings: Settings,
+    tiers: RetryTiers,
+    suspects: Suspects,
+    metrics: Metrics,
+    health: Health,
+    stop: asyncio.Event,
 ) -> AsyncIterator[Intake]:
+    options = msgspec.structs.replace(settings.intake, retries=tiers)
     intake = Intake(
-        make_jobs_clients(settings.kafka(), settings.intake),
-        settings.intake,
+        make_jobs_clients(settings.kafka(), options),
+        options,
         topics=settings.topics,
         metrics=metrics,
         beat=lambda: health.beat("intake", time.monotonic()),

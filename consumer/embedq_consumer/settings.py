@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from embedq_consumer.engine import LoadOptions, Quantization
+from embedq_consumer.retries.tiers import MAX_DELAY_S
 from embedq_consumer.setting_words import plain, wrong
 from embedq_shared.access import (
     DEFAULT_MAX_INFLATED_BYTES,
@@ -355,6 +356,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             "do; after that its job is dead-lettered. The default leaves time to elect a leader after a broker was lost or has frozen."
         ),
     ] = 30.0
+    retry_delays_s: Annotated[
+        str,
+        Meta(
+            pattern=r"^(\d+(\.\d+)?(,\d+(\.\d+)?){0,7})?$",
+            description="Seconds that a bulk job waits before it is run again, when its answer would be an error that may heal "
+            "(`internal`, `undeliverable`): one number for each tier, separated by commas, each with a topic `embed.retry.1`, "
+            "`embed.retry.2`, … After the last one it is answered with the error. Empty: no job is run again.",
+        ),
+    ] = "30,300"
     bulk_delivery: Annotated[
         Literal["at-least-once", "exactly-once"],
         Meta(
@@ -478,6 +488,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ValueError("EMBEDQ_FP8_KEEP: needs EMBEDQ_QUANTIZATION=fp8")
         if self.devices and self.device != "auto":
             raise ValueError("EMBEDQ_DEVICE: cannot be set together with EMBEDQ_DEVICES")
+        if any(delay > MAX_DELAY_S for delay in self.retry_delays):
+            raise ValueError(f"EMBEDQ_RETRY_DELAYS_S: expected at most {MAX_DELAY_S:.0f} each")
         self._kafka_options()  # what does not fit together is said now
 
     @property
@@ -494,6 +506,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def reply_patterns(self) -> tuple[str, ...]:
         """The shell patterns of allowed reply topics."""
         return tuple(pattern.strip() for pattern in self.reply_topics.split(",") if pattern.strip())
+
+    @property
+    def retry_delays(self) -> tuple[float, ...]:
+        """Of each retry tier, in seconds."""
+        return tuple(float(delay) for delay in self.retry_delays_s.split(",") if delay)
 
     def named(self) -> Settings:
         """These settings with a replica name that no other process has."""

@@ -14,6 +14,10 @@ DEFAULT_PARTITIONS: Final = 8
 """Of the job, result and dead letter topics: replicas that can share a lane. More can be added later, but not taken away."""
 DEFAULT_REPLY_PARTITIONS: Final = 64
 """Client instances spread over them, and each reads all of its partition."""
+DEFAULT_RETRY_TIERS: Final = 2
+"""As many as the service's setting `EMBEDQ_RETRY_DELAYS_S` has by default."""
+MAX_RETRY_TIERS: Final = 8
+"""The service looks for no more."""
 
 JSON: Final = "application/json"
 MSGPACK: Final = "application/msgpack"
@@ -103,6 +107,10 @@ class Topics(msgspec.Struct, frozen=True):
     def dead_letters(self) -> str:
         """Records that no result could answer completely."""
         return f"{self.prefix}.dlq"
+
+    def retry(self, tier: int) -> str:
+        """Bulk jobs that wait to be run again; tiers are numbered from 1."""
+        return f"{self.prefix}.retry.{tier}"
 
     @property
     def lanes(self) -> tuple[str, str]:

@@ -150,7 +150,11 @@ class Cluster(DevStack):
             proxy.heal()
 
     def _make_kafka(
-        self, processes: Processes, files: KafkaFiles, java_options: Sequence[str]
+        self,
+        processes: Processes,
+        files: KafkaFiles,
+        java_options: Sequence[str],
+        first_ports: Sequence[int],
     ) -> KafkaServer:
         if self._proxied is not None:  # of an attempt that found a port taken
             self._proxied.close_proxies()

@@ -13,6 +13,8 @@ from aiokafka.structs import OffsetAndMetadata
 from embedq_consumer.group.assignor import encode_release
 from embedq_shared.kafka import Follower, Membership, Unreadable
 
+Headers = Sequence[tuple[str, bytes | None]]
+
 
 class ScriptedMember:
     """A member of a group of which the test is the coordinator.
@@ -167,14 +169,21 @@ class ScriptedConsumer:
     # -- the test's side ------------------------------------------------------------------------------------------------
 
     def write(
-        self, partition: TopicPartition, *values: bytes | None, at: int | None = None, client: bytes = b""
+        self,
+        partition: TopicPartition,
+        *values: bytes | None,
+        at: int | None = None,
+        client: bytes = b"",
+        headers: Headers = (("name", b"header"),),
     ) -> None:
         """Add records of this client from offset `at` on; None is a record that the consumer cannot read."""
         log = self._records.setdefault(partition, {})
         offset = self.ends.get(partition, 0) if at is None else at
         for number, value in enumerate(values, offset):
             what = Unreadable(number, "why") if value is None else value
-            log[number] = _record(partition, number, what, client)
+            log[number] = _record(
+                partition, number, what, (*headers, ("client-id", client)) if client else headers
+            )
         self.ends[partition] = offset + len(values)
         self._arrived.set()
 
@@ -275,7 +284,7 @@ class _Connections:
         """There are none."""
 
 
-def _record(partition: TopicPartition, offset: int, value: bytes, client: bytes) -> ConsumerRecord:
+def _record(partition: TopicPartition, offset: int, value: bytes, headers: Headers) -> ConsumerRecord:
     return ConsumerRecord(
         topic=partition.topic,
         partition=partition.partition,
@@ -287,5 +296,5 @@ def _record(partition: TopicPartition, offset: int, value: bytes, client: bytes)
         checksum=None,
         serialized_key_size=3,
         serialized_value_size=len(value),
-        headers=(("name", b"header"), *([("client-id", client)] if client else [])),
+        headers=headers,
     )

@@ -31,6 +31,7 @@ SERVICE: Final[Floors] = (
     ("threads",),
     ("telemetry", "engine", "fairness"),
     ("group",),
+    ("retries",),
     ("cache", "intake"),
     ("batching", "quarantine"),
     ("delivery",),

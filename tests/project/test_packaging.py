@@ -90,7 +90,8 @@ def test_every_consumer_is_bounded() -> None:
 
 
 def test_records_are_polled_where_unreadable_ones_are_told_apart() -> None:
-    """A record that cannot be read has an `Unreadable` as its value: the Kafka room and the intake look at it."""
+    """A record that cannot be read has an `Unreadable` as its value: the Kafka room and the intake look at it. Between the two
+    stands what keeps records until they are due, and hands them on as they are."""
     polling = {
         f"{package}/{file.relative_to(folder).as_posix()}"
         for package, folder in PACKAGES.items()
@@ -99,7 +100,8 @@ def test_records_are_polled_where_unreadable_ones_are_told_apart() -> None:
         if isinstance(node, ast.Attribute) and node.attr in {"getmany", "getone"}
     }
     assert {name for name in polling if not name.startswith("embedq_consumer/intake/")} == {
-        "embedq_shared/kafka/reading/unreadable.py"
+        "embedq_shared/kafka/reading/unreadable.py",
+        "embedq_consumer/retries/tier_consumer.py",
     }
 
 

@@ -22,7 +22,7 @@ from embedq_consumer.setting_words import described, takes, wrong
 from embedq_consumer.settings import Settings, SettingsError
 from embedq_consumer.usage import explain_usage
 from embedq_shared.secret import Secret
-from embedq_shared.topics import Topics
+from embedq_shared.topics import DEFAULT_RETRY_TIERS, Topics
 from tests.helpers.support import patient
 
 NEEDED = {"EMBEDQ_KAFKA_SERVERS": "localhost:9092", "EMBEDQ_MODEL": "/models/one"}
@@ -233,6 +233,19 @@ def test_the_intake_gets_its_limits_and_its_interval_in_seconds() -> None:
     assert (found.max_in_flight_jobs, found.max_uncommitted) == (7, 9)
     assert (found.commit_interval_s, found.read_ahead_s) == (0.25, 3)
     assert (found.stuck_after_s, found.stuck_limit_s) == (4, 5)
+
+
+def test_retry_tiers_have_their_delays_in_seconds_and_may_be_none() -> None:
+    assert len(settings().retry_delays) == DEFAULT_RETRY_TIERS
+    assert settings(retry_delays_s="30,300").retry_delays == (30.0, 300.0)
+    assert settings(retry_delays_s="0.5").retry_delays == (0.5,)
+    assert settings(retry_delays_s="").retry_delays == ()
+
+
+@pytest.mark.parametrize("wrong", ["30;300", "-1", "30,", "inf", "1,2,3,4,5,6,7,8,9", "86401"])
+def test_a_delay_that_makes_no_sense_is_refused(wrong: str) -> None:
+    with pytest.raises(SettingsError, match="EMBEDQ_RETRY_DELAYS_S: expected"):
+        settings(retry_delays_s=wrong)
 
 
 def test_a_static_member_needs_a_name_that_it_keeps() -> None:

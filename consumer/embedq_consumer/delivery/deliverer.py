@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from typing import Final, Protocol, TypeVar, TypeVarTuple
 
 import msgspec
@@ -21,6 +22,7 @@ from embedq_consumer.intake.admission import Rejection
 from embedq_consumer.intake.jobs import InputVector, JobState
 from embedq_consumer.intake.records import Record
 from embedq_consumer.intake.result_sizes import cost_of
+from embedq_consumer.retries import HEALS
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.headers import JobHeaders
 from embedq_shared.kafka import TOO_LARGE
@@ -97,7 +99,7 @@ class Deliverer:
 
     Invariants:
         - A record is finished exactly once, and only after the brokers have all that is said about it: every part of its
-          result, and its copy among the dead letters if there is to be one.
+          result, and its copy among the dead letters if there is to be one; or its copy in a retry topic instead of both.
         - A result that the brokers refuse at its reply address, or do not take there within the limits, becomes an
           error on the results topic. If that cannot be delivered either, the dead letter alone tells of the job.
         - A result without a reply address and a dead letter wait for as long as it takes.
@@ -123,6 +125,8 @@ class Deliverer:
         self._metrics = metrics
         self._limits = limits
         self._bulk = bulk
+        for tier, code in product(encoder.tiers, HEALS):
+            metrics.retries.labels(tier.number, code)  # begins at 0
         # Threads of their own: results must not wait for the tokenizer.
         self._threads = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="deliver")
         self._encoding = Turns()
@@ -180,12 +184,17 @@ class Deliverer:
         One that needs more than its result, an error in its place or a dead letter, goes on in a task of its own.
         """
         started = time.monotonic()
+        replies = [self._encoder.or_retry(reply) for reply in replies]
 
         def conclude(done: Sequence[Reply]) -> None:
             self._metrics.publish.observe(time.monotonic() - started)
             self._conclude(done)
 
         async def conclude_later(reply: Reply, reason: Exception | None) -> None:
+            if reason is not None and reply.retry is not None:
+                log.warning("retry_refused", tier=reply.retry.tier, reason=name_of(reason))
+                reply = reply.retry.otherwise
+                reason = await self._sent_whole(reply)
             if reason is not None:
                 reply = await self._answer_with_error(reply, reason)
             await self._bury(reply)
@@ -213,19 +222,22 @@ class Deliverer:
                         tasks.create_task(conclude_later(reply, reason))
 
     def _timeout_s(self, reply: Reply) -> float | None:
-        """How long its result may wait: without end where the address is ours, and no caller's."""
+        """How long its result may wait: without end where the address is ours, and no caller's. A retry has another way out."""
         headers = reply.headers
         addressed = headers.reply_topic is not None or headers.reply_partition is not None
-        return self._limits.reply_timeout_s if addressed else None
+        return self._limits.reply_timeout_s if addressed or reply.retry is not None else None
 
     def _urgency(self, reply: Reply) -> Urgent:
         """Whether others wait for it soon."""
         return lambda: self._limits.holds_back(reply.record)
 
     async def _answer_with_error(self, reply: Reply, reason: Exception) -> Reply:
-        """Say on the results topic that a result could not be delivered; the reply that is left."""
+        """Run a job again whose result could not be delivered, or say so on the results topic; the reply that is left."""
         log.warning("result_undeliverable", reason=name_of(reason))
         error = self._encoder.of_undeliverable(reply, undeliverable(reason, reply.headers))
+        again = self._encoder.or_retry(error)
+        if again.retry is not None and await self._sent_whole(again) is None:
+            return again
         outcomes = [await self._sent(record, _ERROR_S) for record in error.outgoing]
         delivered = all(outcome is None for outcome in outcomes)
         return error if delivered else msgspec.structs.replace(error, outgoing=[])
@@ -248,6 +260,12 @@ class Deliverer:
             reasons.append(name_of(reason))
         log.error("dead_letter_refused", record=reply.record.name, reasons=reasons)
 
+    async def _sent_whole(self, reply: Reply) -> Exception | None:
+        """Send all of a reply and wait: None, or why the brokers will not have some of it."""
+        timeout_s = self._timeout_s(reply)
+        reasons = [await self._sent(record, timeout_s) for record in reply.outgoing]
+        return next((reason for reason in reasons if reason is not None), None)
+
     async def _sent(self, record: Outgoing, timeout_s: float | None) -> Exception | None:
         """Send one record and wait: None, or why the brokers will not have it."""
         outcome: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
@@ -265,16 +283,20 @@ class Deliverer:
         return origin if origin < (self.partitions(self._encoder.dead_letters) or 0) else None
 
     def _conclude(self, replies: Sequence[Reply]) -> None:
-        """Count what was answered, and finish the records: here their offsets become free to be committed."""
+        """Count what was answered or is run again, and finish the records: here their offsets become free to be committed."""
         now = time.monotonic()
-        for (lane, status), count in Counter((reply.record.lane, reply.status) for reply in replies).items():
+        answers = [reply for reply in replies if reply.retry is None]
+        for (lane, status), count in Counter((reply.record.lane, reply.status) for reply in answers).items():
             self._metrics.jobs.labels(lane, status).inc(count)
         for lane in LANES:
-            if seconds := [now - reply.record.polled_at for reply in replies if reply.record.lane == lane]:
+            if seconds := [now - reply.record.polled_at for reply in answers if reply.record.lane == lane]:
                 self._metrics.job.observe(lane, seconds)
-        for reply in replies:
+        for reply in answers:
             for error in reply.errors:
                 self._metrics.errors.labels(error.code).inc()
+        for reply in replies:
+            if reply.retry is not None:
+                self._metrics.retries.labels(reply.retry.tier, reply.retry.reason).inc()
         self._finish(*[reply.record for reply in replies])
 
     def _count_inputs(self, jobs: Iterable[JobState]) -> None:

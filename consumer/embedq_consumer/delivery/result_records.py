@@ -17,6 +17,8 @@ from embedq_consumer.intake.admission import Rejection
 from embedq_consumer.intake.jobs import InputVector, JobState, Outcome, Request, Spans
 from embedq_consumer.intake.records import Death, Record
 from embedq_consumer.intake.result_sizes import fixed_bytes
+from embedq_consumer.retries import HEALS, Attempt, RetryPolicy, RetryTiers, Tier, headers_of
+from embedq_consumer.retries.past import HISTORY, history_of
 from embedq_shared import codec
 from embedq_shared.codec import Envelope, Format
 from embedq_shared.headers import Header, JobHeaders
@@ -51,6 +53,15 @@ class EncodedResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="object
     parts: int
 
 
+class Retry(msgspec.Struct, frozen=True, kw_only=True):
+    """The job is run again instead of being answered. `otherwise` is the answer, if the tier's topic does not take it."""
+
+    tier: int
+    reason: str
+    """The error's code."""
+    otherwise: Reply
+
+
 class Reply(msgspec.Struct, frozen=True, kw_only=True):
     """The whole answer to one record: what to publish, in order, what to count, and what any answer to it repeats."""
 
@@ -66,25 +77,41 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
     """The processes that the record killed."""
     model_version: str | None = None
     """The model that the job was accepted for, where it came that far."""
+    retry: Retry | None = None
+    """`outgoing` is the record for a retry topic then, and not an answer."""
 
 
 class ResultEncoder:
     """Turns what became of jobs into records.
 
     `group` is the service's consumer group and `replica` its name, for dead letters. Each result record is kept within `max_result_bytes`:
-    results are split between vectors, and admission has made sure that one vector fits.
+    results are split between vectors, and admission has made sure that one vector fits. `retries` says which jobs are run again.
     """
 
-    def __init__(self, topics: Topics, group: str, max_result_bytes: int, *, replica: str = "") -> None:
+    def __init__(
+        self,
+        topics: Topics,
+        group: str,
+        max_result_bytes: int,
+        *,
+        replica: str = "",
+        retries: RetryPolicy | None = None,
+    ) -> None:
         self._topics = topics
         self._group = group
         self._replica = replica
         self._limit = max_result_bytes
+        self._retries = retries or RetryPolicy(RetryTiers())
 
     @property
     def dead_letters(self) -> str:
         """The topic of the dead letters."""
         return self._topics.dead_letters
+
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """The retry tiers in use."""
+        return self._retries.tiers.tiers
 
     def of_job(self, job: JobState) -> Reply:
         """The result of a job whose every input has its outcome."""
@@ -162,6 +189,39 @@ class ResultEncoder:
             dead_letter=True,
         )
 
+    def or_retry(self, reply: Reply) -> Reply:
+        """The same; or its job's way to the next retry tier, if its answer would be an error that may heal.
+
+        A job that was run again and still fails by such an error is for a person to look at: its answer goes out, and a copy
+        to the dead letters.
+        """
+        error = next((one for one in reply.errors if one.code in HEALS), None)
+        record, now_ms = reply.record, time.time() * 1000
+        if error is None or reply.status != "error" or reply.retry is not None or record.value is None:
+            return reply
+        codes = [one.code for one in reply.errors]
+        tier = self._retries.tier_for(record.ticket, record.lane, codes, reply.headers.deadline_ms, now_ms)
+        if tier is None:
+            exhausted = record.past is not None and reply.dead_letter is None
+            return msgspec.structs.replace(reply, dead_letter=error) if exhausted else reply
+        attempt = Attempt(at=int(now_ms), replica=self._replica, code=error.code, message=error.message)
+        due_ms = int(now_ms + tier.delay_s * 1000)
+        waiting = Outgoing(
+            topic=tier.topic,
+            # Not by the key: a job need not have one, and no order is promised.
+            partition=record.ticket.partition.partition % tier.partitions,
+            key=record.key,
+            value=record.value,
+            headers=headers_of(record.headers, record.origin.failed(attempt), due_ms),
+            anywhere=True,
+        )
+        return msgspec.structs.replace(
+            reply,
+            outgoing=[waiting],
+            dead_letter=None,
+            retry=Retry(tier=tier.number, reason=error.code, otherwise=reply),
+        )
+
     def dead_letter(self, reply: Reply, partition: int | None) -> Outgoing:
         """The record as it came, and headers of Spring, Kafka Connect and ours that say why; ours come last.
 
@@ -192,23 +252,23 @@ class ResultEncoder:
         record, error = reply.record, reply.dead_letter
         if error is None:
             raise RuntimeError("a reply without an error went to the dead letters. This is a bug.")
-        origin = record.ticket.partition
+        origin = record.origin
         text = error.message.encode()
         return [
             ("kafka_dlt-original-topic", origin.topic.encode()),
             ("kafka_dlt-original-partition", struct.pack(">i", origin.partition)),
-            ("kafka_dlt-original-offset", struct.pack(">q", record.ticket.offset)),
-            ("kafka_dlt-original-timestamp", struct.pack(">q", record.timestamp_ms)),
+            ("kafka_dlt-original-offset", struct.pack(">q", origin.offset)),
+            ("kafka_dlt-original-timestamp", struct.pack(">q", origin.timestamp_ms)),
             (
                 "kafka_dlt-original-timestamp-type",
-                b"LogAppendTime" if record.timestamp_type else b"CreateTime",
+                b"LogAppendTime" if origin.timestamp_type else b"CreateTime",
             ),
             ("kafka_dlt-original-consumer-group", self._group.encode()),
             ("kafka_dlt-exception-fqcn", f"embedq.{error.code}".encode()),
             ("kafka_dlt-exception-message", text),
             ("__connect.errors.topic", origin.topic.encode()),
             ("__connect.errors.partition", str(origin.partition).encode()),
-            ("__connect.errors.offset", str(record.ticket.offset).encode()),
+            ("__connect.errors.offset", str(origin.offset).encode()),
             ("__connect.errors.connector.name", self._group.encode()),
             ("__connect.errors.stage", _CONNECT_STAGES.get(error.code, b"VALUE_CONVERTER")),
             ("__connect.errors.class.name", b"embedq_consumer"),
@@ -216,11 +276,12 @@ class ResultEncoder:
             ("__connect.errors.exception.message", text),
             ("embedq-error-code", error.code.encode()),
             ("embedq-error-message", text),
-            ("embedq-attempts", str(len(reply.deaths) or 1).encode()),
+            ("embedq-attempts", str(len(origin.attempts) + (len(reply.deaths) or 1)).encode()),
             ("embedq-result-sent", b"true" if reply.outgoing else b"false"),
             ("embedq-replica", self._replica.encode()),
             ("embedq-first-seen", str(_first_seen_ms(reply)).encode()),
             *([("embedq-history", _history(reply.deaths))] if reply.deaths else []),
+            *([(HISTORY, history_of(origin))] if origin.attempts else []),
             *([(MODEL_VERSION, reply.model_version.encode())] if reply.model_version else []),
         ]
 
@@ -298,7 +359,8 @@ def _unaddressed(headers: JobHeaders) -> JobHeaders:
 def _first_seen_ms(reply: Reply) -> int:
     """When the service read the record for the first time, as far as is known, in epoch milliseconds."""
     now_ms = int((time.time() - time.monotonic() + reply.record.polled_at) * 1000)
-    return min([now_ms, *(death.at_ms for death in reply.deaths)])
+    runs = (attempt.at for attempt in reply.record.origin.attempts)
+    return min([now_ms, *(death.at_ms for death in reply.deaths), *runs])
 
 
 def _history(deaths: Iterable[Death]) -> bytes:

@@ -32,14 +32,21 @@ class Answers:
         return self._held(reply, concluded, letter_form=0)
 
     def mend(self, held: Held, reasons: Sequence[KafkaError | None]) -> Held:
-        """The same without the records that are given up for these reasons."""
+        """The same without the records that are given up for these reasons; what cannot be delivered may be run again."""
+        if held.reply.retry is not None:
+            log.warning("retry_refused", tier=held.reply.retry.tier)
+            return self._held(held.reply.retry.otherwise, held.concluded, letter_form=0)
         result = next((reason for reason in reasons[: held.results] if reason is not None), None)
         letter = next((reason for reason in reasons[held.results :] if reason is not None), None)
         reply, form = held.reply, held.letter_form
         if result is not None:
             refused_before = reply.dead_letter is not None and reply.headers.reply_topic is None
             error = self._encoder.of_undeliverable(reply, undeliverable(result, reply.headers))
-            reply = msgspec.structs.replace(error, outgoing=[]) if refused_before else error
+            reply = (
+                msgspec.structs.replace(error, outgoing=[])
+                if refused_before
+                else self._encoder.or_retry(error)
+            )
         if letter is not None:
             form += 1
             if form == _LETTER_FORMS:

@@ -207,8 +207,13 @@ class ReleaseLoop:
     def _judged(
         self, answer: Held, parcels: Sequence[Parcel], reasons: Sequence[KafkaError | None], now: float
     ) -> Held:
-        headers = answer.reply.headers
-        addressed = headers.reply_topic is not None or headers.reply_partition is not None
+        reply = answer.reply
+        # A record that cannot be run again has another way out, as one has whose caller's address fails.
+        addressed = (
+            reply.headers.reply_topic is not None
+            or reply.headers.reply_partition is not None
+            or reply.retry is not None
+        )
         verdicts = [
             "published"
             if reason is None

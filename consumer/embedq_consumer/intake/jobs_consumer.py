@@ -12,6 +12,7 @@ from typing import Any, Protocol, cast
 import msgspec
 
 from embedq_consumer.group import Member, make_member
+from embedq_consumer.retries import RetryTiers, TierConsumer
 from embedq_shared.kafka import (
     DEFAULT_MAX_INFLATED_BYTES,
     BoundedConsumer,
@@ -51,6 +52,7 @@ class IntakeOptions(msgspec.Struct, frozen=True, kw_only=True):
     """And after so long its record is given up."""
     max_inflated_bytes: int = DEFAULT_MAX_INFLATED_BYTES
     """Of one compressed batch of records."""
+    retries: RetryTiers = RetryTiers()
 
 
 class JobsConsumer(Protocol):
@@ -98,7 +100,9 @@ def make_jobs_clients(kafka: Mapping[str, Any], options: IntakeOptions) -> JobsC
         session_timeout_ms=options.session_timeout_ms,
         rebalance_timeout_ms=options.rebalance_timeout_ms,
     )
-    return JobsClients(_make_consumer(kafka, options), member)
+    consumer = _make_consumer(kafka, options)
+    tiers = options.retries
+    return JobsClients(TierConsumer(consumer, tiers) if tiers.topics else consumer, member)
 
 
 def _make_consumer(kafka: Mapping[str, Any], options: IntakeOptions) -> JobsConsumer:

@@ -30,7 +30,7 @@ from embedq_consumer.intake.flow_control import PollPlanner
 from embedq_consumer.intake.jobs_consumer import IntakeOptions, JobsClients, PolledRecords
 from embedq_consumer.intake.poll_state import PollState
 from embedq_consumer.intake.reading import POLL_MS, Changes, Reading
-from embedq_consumer.intake.records import Record
+from embedq_consumer.intake.records import Record, run_before
 from embedq_consumer.intake.workload import Take, Workload
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.kafka import Unreadable, stop_client
@@ -90,10 +90,11 @@ class Intake:
     ) -> None:
         self._consumer = clients.consumer
         self._member = clients.member
-        self._topics = topics
         self._metrics = metrics
         self._beat = beat
+        self._retry_topics = options.retries.topics
         self._lane_of: dict[str, Lane] = dict(zip(topics.lanes, LANES, strict=True))
+        self._lane_of |= dict.fromkeys(self._retry_topics, "bulk")
         self._state = PollState()
         self._changes = Changes()
         self._ledger = OffsetLedger()
@@ -148,7 +149,7 @@ class Intake:
         """
         await self._consumer.start()
         await self._member.start()
-        self._hand_over.follow(self._topics.lanes, self._follow)
+        self._hand_over.follow(self._lane_of, self._follow)
 
     async def run(self, take: Take, unreadable: TakeUnreadable, gate: Gate | None = None) -> None:
         """Poll until `stop`. `take` gets records to start; `unreadable` each record that cannot be read, or the last one of a
@@ -340,6 +341,8 @@ class Intake:
                     unread.append((record, raw.value.reason))
                 else:
                     record = Record.read(ticket, lane, raw, now)
+                    if partition.topic in self._retry_topics:
+                        record = run_before(record)
                     records.append(record)
                 self._work.add(record)
             self._metrics.records.labels(lane).inc(len(found))

@@ -135,10 +135,16 @@ class Reading:
                 self._ledger.advance(partition, offset)
 
     def lag(self) -> dict[TopicPartition, int]:
-        """Records between the committed offset and the end, of each partition where both are known."""
+        """Records between the committed offset and the end, of each partition where both are known.
+
+        Where none was ever committed, everything that is not finished counts: so a retry topic's first records show while
+        they wait.
+        """
         found = {}
         for partition in self.partitions:
             end, done = self._consumer.highwater(partition), self._ledger.committed(partition)
+            if done is None:
+                done = self._ledger.safe(partition)
             if end is not None and done is not None:
                 found[partition] = max(0, end - done)
         return found

@@ -8,6 +8,7 @@ from typing import Final
 import msgspec
 
 from embedq_consumer.group import Ticket
+from embedq_consumer.retries import Past, past_of
 from embedq_shared.headers import client_of
 from embedq_shared.kafka import ConsumerRecord
 from embedq_shared.topics import Lane
@@ -24,7 +25,10 @@ class Death(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Record(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """One record of a job topic, as it was polled. `polled_at` is monotonic seconds, `timestamp_ms` Kafka's."""
+    """One record of a job topic, as it was polled. `polled_at` is monotonic seconds, `timestamp_ms` Kafka's.
+
+    `past`: it comes from a retry topic; then headers and timestamp are the job's own, as it came in.
+    """
 
     ticket: Ticket
     lane: Lane
@@ -38,6 +42,8 @@ class Record(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """Whose record it is (`headers.client_of`): clients take turns."""
     size: int = _OBJECT_BYTES
     """Bytes of memory that it holds while in flight (`size_of`)."""
+
+    past: Past | None = None
 
     @classmethod
     def read(cls, ticket: Ticket, lane: Lane, raw: ConsumerRecord, polled_at: float) -> Record:
@@ -72,8 +78,22 @@ class Record(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     @property
     def name(self) -> str:
         """`topic-partition-offset`: the id of a job that has none."""
+        origin = self.origin
+        return f"{origin.topic}-{origin.partition}-{origin.offset}"
+
+    @property
+    def origin(self) -> Past:
+        """The record that the job came in by, itself unless it was run before."""
+        if self.past is not None:
+            return self.past
         partition = self.ticket.partition
-        return f"{partition.topic}-{partition.partition}-{self.ticket.offset}"
+        return Past(
+            topic=partition.topic,
+            partition=partition.partition,
+            offset=self.ticket.offset,
+            timestamp_ms=self.timestamp_ms,
+            timestamp_type=self.timestamp_type,
+        )
 
 
 def size_of(key: bytes | None, value: bytes | None, headers: Sequence[tuple[str, bytes | None]]) -> int:
@@ -88,3 +108,17 @@ def size_of(key: bytes | None, value: bytes | None, headers: Sequence[tuple[str,
         if content:
             size += len(content)
     return size
+
+
+def run_before(record: Record) -> Record:
+    """A record of a retry topic as the job came in, with what became of it since."""
+    past, headers = past_of(record.headers)
+    if past is None:
+        return record
+    return msgspec.structs.replace(
+        record,
+        headers=headers,
+        timestamp_ms=past.timestamp_ms,
+        timestamp_type=past.timestamp_type,
+        past=past,
+    )

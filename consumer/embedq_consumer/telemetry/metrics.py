@@ -61,6 +61,12 @@ class Metrics:
         self.dead_letters = counter(
             "dead_letters_total", "Records copied to the dead-letter topic, by error code.", "code"
         )
+        self.retries = counter(
+            "retries_total",
+            "Bulk jobs that wait in a retry topic instead of being answered, by tier and error code.",
+            "tier",
+            "reason",
+        )
         self.in_flight_jobs = gauge("in_flight_jobs", "Jobs accepted and not yet finished.", "lane")
         self.in_flight_bytes = gauge(
             "in_flight_bytes", "Bytes of the jobs that are accepted and not yet finished.", "lane"

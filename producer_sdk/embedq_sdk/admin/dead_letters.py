@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Sequence
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, TypeVar
 
 import msgspec
 
@@ -19,6 +19,7 @@ from embedq_shared.topics import DEADLINE
 
 NOTE: Final = "embedq-dlq-note"
 """Header of a record of the dead-letter topic that is no letter, but says which letters are settled, and how."""
+Listed = TypeVar("Listed", list["Death"], list["Run"])
 Fate = Literal["replayed", "dropped"]
 
 _FIRST: Final = "kafka_dlt-original-topic"
@@ -50,6 +51,15 @@ class Death(msgspec.Struct, frozen=True, kw_only=True):
     replica: str
 
 
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """A run of the job that failed before it went to a retry topic; `at` is epoch milliseconds."""
+
+    at: int
+    replica: str
+    code: str
+    message: str
+
+
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     """A dead letter without the record's own content. Times are epoch milliseconds; None is what it does not say."""
 
@@ -70,6 +80,8 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     model_version: str | None
     history: list[Death]
     """The processes that the record killed."""
+    retries: list[Run]
+    """The runs before the last one, oldest first."""
     value_bytes: int | None
     """None: the record's content is not here, only its place."""
     settled: Fate | None = None
@@ -119,6 +131,7 @@ def letter_of(
     """The letter in a record of the dead-letter topic, whoever wrote it. Never raises."""
     told = [(name, content or b"") for name, content in headers]
     own = original_headers(told)
+    ours = told[len(own) :]  # what is not in every letter must not be taken from the job's own headers
     code = _text(told, "embedq-error-code") or "unknown"
     return DeadLetter(
         partition=partition,
@@ -135,8 +148,9 @@ def letter_of(
         result_sent={b"true": True, b"false": False}.get(value_of(told, "embedq-result-sent") or b""),
         replica=_text(told, "embedq-replica"),
         first_seen=_decimal(told, "embedq-first-seen"),
-        model_version=_text(told, "embedq-model-version"),
-        history=_history(value_of(told, "embedq-history")),
+        model_version=_text(ours, "embedq-model-version"),
+        history=_list(value_of(ours, "embedq-history"), list[Death]),
+        retries=_list(value_of(ours, "embedq-retries"), list[Run]),
         value_bytes=None if value is None else len(value),
     )
 
@@ -201,8 +215,9 @@ def _binary(headers: Sequence[Header], name: str, size: int) -> int | None:
     return int.from_bytes(found, "big", signed=True) if found is not None and len(found) == size else None
 
 
-def _history(value: bytes | None) -> list[Death]:
+def _list(value: bytes | None, kind: type[Listed]) -> Listed:
+    """A JSON list of a header, empty if it is none."""
     try:
-        return msgspec.json.decode(value or b"[]", type=list[Death])
+        return msgspec.json.decode(value or b"[]", type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return []
+        return kind()

@@ -15,7 +15,14 @@ from embedq_sdk.errors import InvalidArgument
 from embedq_sdk.job_options import checked_count, checked_timeout
 from embedq_sdk.transport.kafka import KafkaConnection
 from embedq_shared.kafka import AIOKafkaAdminClient, KafkaError, is_permanent
-from embedq_shared.topics import DEFAULT_PARTITIONS, DEFAULT_REPLY_PARTITIONS, Topics, is_topic_name
+from embedq_shared.topics import (
+    DEFAULT_PARTITIONS,
+    DEFAULT_REPLY_PARTITIONS,
+    DEFAULT_RETRY_TIERS,
+    MAX_RETRY_TIERS,
+    Topics,
+    is_topic_name,
+)
 
 _MINUTE: Final = 60_000
 _DAY: Final = 24 * 60 * _MINUTE
@@ -42,7 +49,9 @@ class TopicReport(msgspec.Struct, kw_only=True):
     differences: list[str] = []
 
 
-def wanted_topics(prefix: str, *, partitions: int, reply_partitions: int) -> list[TopicSpec]:
+def wanted_topics(
+    prefix: str, *, partitions: int, reply_partitions: int, retry_tiers: int = DEFAULT_RETRY_TIERS
+) -> list[TopicSpec]:
     """Every topic of the wire contract, with its configuration."""
     topics = Topics(prefix)
     # Many clients share the reply topic and old replies are never read: small segments let Kafka delete them soon.
@@ -72,6 +81,7 @@ def wanted_topics(prefix: str, *, partitions: int, reply_partitions: int) -> lis
             (topics.control, 1, compacted),
             (topics.status, 1, compacted),
             (topics.dead_letters, partitions, forever),
+            *((topics.retry(tier), partitions, week) for tier in range(1, retry_tiers + 1)),
         )
     ]
 
@@ -83,6 +93,7 @@ async def create_topics(
     partitions: int = DEFAULT_PARTITIONS,
     reply_partitions: int = DEFAULT_REPLY_PARTITIONS,
     replication: int | None = None,
+    retry_tiers: int = DEFAULT_RETRY_TIERS,
     timeout: float = 30.0,
     connect_timeout: float = 10.0,
     **security: Any,
@@ -90,9 +101,10 @@ async def create_topics(
     """Create the topics that are missing, and report on all. Existing topics are never changed, so run it at any time.
 
     Args:
-        partitions: of the job, result and dead letter topics; no more replicas than this can share a lane.
+        partitions: of the job, retry, result and dead letter topics; no more replicas than this can share a lane.
         reply_partitions: of the reply topic; client instances spread over them.
         replication: copies of each topic. Default: 3, or one on each broker if there are fewer.
+        retry_tiers: retry topics, 0 to 8: as many as the service's setting `EMBEDQ_RETRY_DELAYS_S` has delays.
         timeout: seconds for creating and describing.
         security: as for `EmbedClient`.
 
@@ -105,6 +117,7 @@ async def create_topics(
         prefix,
         partitions=checked_count("partitions", partitions),
         reply_partitions=checked_count("reply_partitions", reply_partitions),
+        retry_tiers=_checked_tiers(retry_tiers),
     )
     if replication is not None:
         checked_count("replication", replication)
@@ -129,6 +142,14 @@ async def create_topics(
             raise connection.unavailable(f"creating the topics took more than {timeout:g} s") from None
         except (KafkaError, OSError) as error:
             raise connection.failed(error, "creating the topics") from error
+
+
+def _checked_tiers(count: int) -> int:
+    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MAX_RETRY_TIERS:
+        raise InvalidArgument(
+            argument="retry_tiers", expected=f"a number from 0 to {MAX_RETRY_TIERS}", got=repr(count)
+        )
+    return count
 
 
 async def _create(admin: AIOKafkaAdminClient, specs: list[TopicSpec], copies: int) -> list[TopicSpec]:

@@ -18,7 +18,13 @@ from embedq_sdk.cli.dlq import dlq
 from embedq_sdk.cli.embedding import embed
 from embedq_sdk.cli.kafka_options import CONNECT_TIMEOUT_S, KafkaTarget, kafka_options
 from embedq_sdk.cli.running import FAILED, NO_ANSWER, run, say
-from embedq_shared.topics import DEFAULT_PARTITIONS, DEFAULT_REPLY_PARTITIONS, GROUP
+from embedq_shared.topics import (
+    DEFAULT_PARTITIONS,
+    DEFAULT_REPLY_PARTITIONS,
+    DEFAULT_RETRY_TIERS,
+    GROUP,
+    MAX_RETRY_TIERS,
+)
 
 if TYPE_CHECKING:
     from embedq_sdk.admin.control import ServiceStatus
@@ -244,7 +250,7 @@ def topics() -> None:
     type=click.IntRange(1),
     default=DEFAULT_PARTITIONS,
     show_default=True,
-    help="Partitions of the job, result and dead letter topics: no more replicas than this can share a lane.",
+    help="Partitions of the job, retry, result and dead letter topics: no more replicas than this can share a lane.",
 )
 @click.option(
     "--reply-partitions",
@@ -258,8 +264,17 @@ def topics() -> None:
     type=click.IntRange(1),
     help="Copies of each topic. Default: 3, or one on each broker if there are fewer.",
 )
+@click.option(
+    "--retry-tiers",
+    type=click.IntRange(0, MAX_RETRY_TIERS),
+    default=DEFAULT_RETRY_TIERS,
+    show_default=True,
+    help="Retry topics: as many as the service's EMBEDQ_RETRY_DELAYS_S has delays.",
+)
 @kafka_options
-def create(partitions: int, reply_partitions: int, replication: int | None, kafka: KafkaTarget) -> None:
+def create(
+    partitions: int, reply_partitions: int, replication: int | None, retry_tiers: int, kafka: KafkaTarget
+) -> None:
     """Create the topics that are missing. Existing topics are not changed."""
 
     from embedq_sdk.admin.topics import create_topics
@@ -271,6 +286,7 @@ def create(partitions: int, reply_partitions: int, replication: int | None, kafk
             partitions=partitions,
             reply_partitions=reply_partitions,
             replication=replication,
+            retry_tiers=retry_tiers,
             connect_timeout=CONNECT_TIMEOUT_S,
             **kafka.security,
         )

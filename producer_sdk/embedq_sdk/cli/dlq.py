@@ -387,6 +387,8 @@ def _described(found: LetterContent) -> Iterator[str]:
         "first seen": _when(letter.first_seen),
         "attempts": str(letter.attempts or "-"),
         "history": ", ".join(f"{_when(death.at)} on {death.replica}" for death in letter.history) or "-",
+        "runs before": ", ".join(f"{_when(run.at)} {run.code} on {run.replica}" for run in letter.retries)
+        or "-",
         "replica": letter.replica or "-",
         "model": letter.model_version or "-",
         "result sent": {None: "-", True: "yes", False: "no"}[letter.result_sent],

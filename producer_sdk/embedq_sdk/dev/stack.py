@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -229,9 +229,7 @@ class DevStack:
             options += [f"-XX:AOTCache={files.startup_archive}", "-Xlog:aot=off", "-Xlog:cds=off"]
         for attempt in range(1, _PORT_ATTEMPTS + 1):
             usual = USUAL_KAFKA if self._usual_ports and attempt == 1 else ()
-            kafka = KafkaServer(
-                processes, files, self._brokers, self._kafka_properties, options, first_ports=usual
-            )
+            kafka = self._make_kafka(processes, files, options, usual)
             try:
                 kafka.start(kafka.nodes)
                 kafka.open_groups()
@@ -242,6 +240,18 @@ class DevStack:
             else:
                 break
         return kafka
+
+    def _make_kafka(
+        self,
+        processes: Processes,
+        files: KafkaFiles,
+        java_options: Sequence[str],
+        first_ports: Sequence[int],
+    ) -> KafkaServer:
+        """The cluster, not started yet."""
+        return KafkaServer(
+            processes, files, self._brokers, self._kafka_properties, java_options, first_ports=first_ports
+        )
 
     def _train(self, processes: Processes, files: KafkaFiles) -> None:
         """Start a broker once and have the JVM save what it loaded and linked, for all later starts."""

@@ -175,6 +175,8 @@ async def test_topics_are_created_once_and_differences_are_told(servers: str) ->
         "control": 1,
         "status": 1,
         "dlq": 3,
+        "retry.1": 3,
+        "retry.2": 3,
     }
     assert {d for report in other for d in report.differences} == {"has 3 partitions, not 5"}
 

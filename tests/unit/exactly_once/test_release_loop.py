@@ -13,6 +13,8 @@ from aiokafka.errors import (
     KafkaError,
     MessageSizeTooLargeError,
     NotEnoughReplicasError,
+    TopicAuthorizationFailedError,
+    UnknownTopicOrPartitionError,
 )
 
 from embedq_consumer.delivery.result_records import Reply, ResultEncoder
@@ -23,6 +25,7 @@ from embedq_consumer.exactly_once.release_loop import ReleaseLoop
 from embedq_consumer.exactly_once.transactions import Attempt, Offsets, Parcel
 from embedq_consumer.group import OffsetLedger
 from embedq_consumer.intake.records import Record
+from embedq_consumer.retries import RetryPolicy, RetryTiers, Tier
 from embedq_shared.codec import Envelope
 from embedq_shared.headers import JobHeaders
 from embedq_shared.kafka import FencedMember, Membership, OffsetAndMetadata, TopicPartition
@@ -123,11 +126,12 @@ class Group:
 
 
 class Parts:
-    def __init__(self, *, timeout_s: float = 0.0) -> None:
+    def __init__(self, *, timeout_s: float = 0.0, tiers: RetryTiers | None = None) -> None:
         self.kafka = Kafka()
         self.ledger = OffsetLedger()
         self.ledger.add(A, None)
-        self.encoder = ResultEncoder(TOPICS, "group", 900_000, replica="one")
+        retries = RetryPolicy(tiers or RetryTiers())
+        self.encoder = ResultEncoder(TOPICS, "group", 900_000, replica="one", retries=retries)
         self.concluded: list[tuple[int, str, bool]] = []
         self.loop = ReleaseLoop(
             HeldResults(self.ledger),
@@ -331,3 +335,45 @@ async def test_a_dead_letter_that_is_refused_goes_without_its_timestamp_then_bar
     assert await parts.until(1, guilty) == [(0, "error", True)]
     [places] = parts.kafka.published
     assert [topic for topic, _ in places] == [TOPICS.results]
+
+
+# -- jobs that are run again -----------------------------------------------------------------------------------------------
+
+TIERS = RetryTiers(tiers=(Tier(number=1, topic=TOPICS.retry(1), delay_s=30.0, partitions=3),))
+
+
+async def test_a_job_whose_address_takes_nothing_goes_to_a_retry_topic_in_the_transaction_of_its_offset() -> (
+    None
+):
+    parts = Parts(timeout_s=0.0, tiers=TIERS)
+    parts.kafka.becomes = [refusing(NotEnoughReplicasError(), "theirs")]
+    guilty = parts.replies(1, headers=JobHeaders(reply_topic="theirs"))
+    await parts.until(2, guilty, parts.replies(1, start=1))
+    [places] = parts.kafka.published
+    assert [topic for topic, _ in places] == [TOPICS.retry(1), TOPICS.results]
+    assert parts.kafka.offsets == [{A: 2}]
+
+
+@pytest.mark.parametrize(
+    "error", [MessageSizeTooLargeError(), TopicAuthorizationFailedError(), NotEnoughReplicasError()]
+)
+async def test_a_job_that_its_retry_topic_does_not_take_is_answered_with_its_error(error: KafkaError) -> None:
+    parts = Parts(timeout_s=0.0, tiers=TIERS)
+    parts.kafka.becomes = [refusing(error, "theirs", TOPICS.retry(1))]
+    guilty = parts.replies(1, headers=JobHeaders(reply_topic="theirs"))
+    assert await parts.until(1, guilty) == [(0, "error", True)]
+    [places] = parts.kafka.published
+    assert [topic for topic, _ in places] == [TOPICS.results, TOPICS.dead_letters]
+
+
+async def test_a_retry_topic_that_is_gone_stops_no_partition(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedq_consumer.exactly_once.refusals.CONFIRM_S", 0.0)
+    parts = Parts(timeout_s=60.0, tiers=TIERS)
+    parts.kafka.becomes = [refusing(UnknownTopicOrPartitionError(), TOPICS.retry(1))]
+    [reply] = parts.replies(1)
+    error = parts.encoder.of_undeliverable(reply, ErrorBody.of("undeliverable", "expected an address"))
+    again = parts.encoder.or_retry(error)
+    assert again.retry is not None
+    assert await parts.until(1, [again]) == [(0, "error", True)]
+    [places] = parts.kafka.published
+    assert [topic for topic, _ in places] == [TOPICS.results, TOPICS.dead_letters]

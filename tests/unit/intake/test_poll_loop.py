@@ -21,6 +21,7 @@ from embedq_consumer.intake import poll_loop, workload
 from embedq_consumer.intake.jobs_consumer import IntakeOptions, JobsClients
 from embedq_consumer.intake.poll_loop import Gate, Intake
 from embedq_consumer.intake.records import Record
+from embedq_consumer.retries import Past, RetryTiers, Tier, TierConsumer, headers_of
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.topics import Topics
 from tests.helpers.scripted_consumer import ScriptedConsumer, ScriptedMember
@@ -743,6 +744,87 @@ async def _rounds(running: Harness) -> None:
     for _ in range(3):
         running.intake._committer.hurry()
         await asyncio.sleep(0.005)
+
+
+# -- retry topics -----------------------------------------------------------------------------------------------------------
+
+TIER = TopicPartition(TOPICS.retry(1), 0)
+TIERS = RetryTiers(tiers=(Tier(number=1, topic=TIER.topic, delay_s=60.0),))
+PAST = Past(topic=BULK.topic, partition=4, offset=44, timestamp_ms=55, timestamp_type=1)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+
+def with_tiers(**options: Any) -> tuple[Harness, Clock]:
+    """An intake that reads a retry topic, too, and a clock for its records."""
+    clock = Clock()
+    running = Harness(ScriptedConsumer(), retries=TIERS, **options)
+    tiered = TierConsumer(running.consumer, TIERS, clock=lambda: clock.now, wall_clock=lambda: clock.now)
+    running.intake._consumer = running.intake._reading._consumer = tiered
+    return running, clock
+
+
+async def test_it_asks_for_the_retry_topics_that_there_are() -> None:
+    running, _ = with_tiers()
+    await running.intake.open()
+    assert running.member.topics == [*TOPICS.lanes, TIER.topic]
+
+
+async def test_a_job_that_is_run_again_is_a_bulk_job_as_it_came_in() -> None:
+    running, _ = with_tiers()
+    running.consumer.write(TIER, b"value", headers=headers_of([("own", b"1")], PAST, 0))
+    async with running.running(TIER):
+        await running.until_taken(1)
+        [record] = running.taken
+        assert (record.name, record.lane, record.ticket.partition) == (f"{BULK.topic}-4-44", "bulk", TIER)
+        assert (record.headers, record.timestamp_ms, record.timestamp_type) == ((("own", b"1"),), 55, 1)
+        assert record.past == PAST
+        await wait_until(lambda: running.member.stored == {TIER: 1}, what="the commit")
+
+
+async def test_the_same_headers_on_a_lane_mean_nothing() -> None:
+    running, _ = with_tiers()
+    forged = tuple(headers_of([], PAST, 10**15))
+    running.consumer.write(BULK, b"value", headers=forged)
+    async with running.running(BULK):
+        await running.until_taken(1)
+    [record] = running.taken
+    assert (record.name, record.past, record.headers) == (place(BULK, 0), None, forged)
+
+
+async def test_jobs_that_wait_are_lag_and_nothing_else_waits_for_them() -> None:
+    running, clock = with_tiers()
+    running.consumer.write(TIER, b"a", b"b", headers=headers_of([], PAST, 10**15))
+    async with running.running(BULK, TIER):
+        running.consumer.write(BULK, *values(20))
+        await running.until_taken(20)
+        await wait_until(
+            lambda: running.value("embedq_lag_records", topic=TIER.topic, partition="0") == 2,
+            what="the jobs that wait",
+        )
+        assert running.value("embedq_in_flight_jobs", lane="bulk") == 0
+        clock.now = 60.0
+        await running.until_taken(22)
+        await wait_until(lambda: running.member.stored.get(TIER) == 2, what="the commit")
+
+
+async def test_a_stop_and_a_move_leave_what_waits_to_the_next_owner() -> None:
+    running, clock = with_tiers()
+    running.consumer.write(TIER, b"a", b"b", headers=headers_of([], PAST, 10**15))
+    async with running.running(BULK, TIER):
+        await wait_until(lambda: list(running.consumer.latest) == [BULK], what="a poll without the tier")
+        await running.assign(BULK, release=[TIER])
+        clock.now = 60.0
+        await running.a_turn()
+        assert running.taken == []
+        assert running.member.stored.get(TIER, 0) == 0
+        await running.assign(BULK, TIER)
+        clock.now = 120.0
+        await running.until_taken(2)
+        assert [record.ticket.offset for record in running.taken] == [0, 1]
 
 
 # -- watermarks -------------------------------------------------------------------------------------------------------------

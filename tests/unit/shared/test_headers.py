@@ -307,6 +307,7 @@ def test_the_topics_below_a_prefix() -> None:
         ("embed.dlq", True),
         ("embed.retry", True),
         ("embed.retry.30s", True),
+        (topics.Topics().retry(1), True),
         ("__consumer_offsets", True),
         ("__", True),
         ("embed.results", False),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from embedq_consumer.delivery.result_records import ResultEncoder
 from embedq_consumer.intake.admission import Rejection
 from embedq_consumer.intake.records import Death
+from embedq_consumer.retries import Attempt, Past
 from embedq_sdk.admin.dead_letters import (
     NOTE,
     DeadLetter,
@@ -32,10 +33,14 @@ OWN = (("correlation-id", b"c"), ("reply-topic", b"elsewhere"), ("deadline", b"5
 
 
 def buried(
-    *headers: Header, code: str = "crashed", deaths: tuple[Death, ...] = (), **job: Any
+    *headers: Header,
+    code: str = "crashed",
+    deaths: tuple[Death, ...] = (),
+    past: Past | None = None,
+    **job: Any,
 ) -> tuple[bytes | None, list[Header]]:
     """Value and headers of a letter, as the service writes it."""
-    found = record(None, *headers, offset=77, **job)
+    found = msgspec.structs.replace(record(None, *headers, offset=77, **job), past=past)
     error = ErrorBody.of(code, "expected something else")  # type: ignore[arg-type]
     rejection = Rejection(
         error=error,
@@ -67,6 +72,32 @@ def test_a_letter_says_what_the_service_wrote_into_it() -> None:
     assert (found.first_seen, found.result_sent) == (5, True)
     assert [(death.at, death.replica) for death in found.history] == [(5, "a"), (9, "b")]
     assert found.settled is None
+
+
+def test_a_letter_of_a_job_that_was_run_again_names_its_first_record_and_all_of_its_runs() -> None:
+    run = Attempt(at=3, replica="a", code="undeliverable", message="they took no record")
+    past = Past(
+        topic=TOPICS.bulk, partition=2, offset=9, timestamp_ms=8, timestamp_type=0, attempts=(run, run)
+    )
+    value, headers = buried(*OWN, code="internal", past=past, input="a")
+    found = letter_of(1, 42, value, headers)
+    assert (found.original_topic, found.original_partition, found.original_offset) == (TOPICS.bulk, 2, 9)
+    assert (found.attempts, found.first_seen, found.original_timestamp) == (3, 3, 8)
+    assert [(one.at, one.replica, one.code, one.message) for one in found.retries] == [
+        (3, "a", "undeliverable", "they took no record")
+    ] * 2
+    assert original_headers(headers) == list(OWN)
+
+
+def test_a_job_cannot_lend_its_letter_a_history() -> None:
+    forged = (
+        ("embedq-retries", b'[{"at": 1, "replica": "x", "code": "internal", "message": ""}]'),
+        ("embedq-history", b'[{"at": 1, "replica": "x"}]'),
+        ("embedq-model-version", b"mine"),
+    )
+    value, headers = buried(*forged, code="internal", input="a")
+    found = letter_of(1, 42, value, headers)
+    assert (found.retries, found.history, found.model_version) == ([], [], None)
 
 
 def test_the_records_own_headers_come_back_even_from_a_letter_that_was_one_before() -> None:
@@ -106,6 +137,7 @@ def test_the_id_of_a_job_with_another_fault_is_what_a_decoder_finds() -> None:
                     "embedq-error-code",
                     "embedq-attempts",
                     "embedq-history",
+                    "embedq-retries",
                     "embedq-first-seen",
                     "embedq-result-sent",
                     "content-type",
