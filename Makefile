@@ -19,6 +19,7 @@ FAULTS_MODE ?= at-least-once
 FAULTS_SEED ?=
 FUZZ_INPUTS ?= 1000000
 FUZZ_SEED ?= 1
+KINDS ?=
 # Measuring every process, each replica's too, costs a quarter of the suite's time: CI does it, and whoever asks.
 COVERAGE ?= $(CI)
 # Tests of faults take half of the suite's time: CI runs them, and whoever changes what they are about.
@@ -30,7 +31,7 @@ PARALLEL := $(if $(filter-out 0 1,$(WORKERS)),-n $(WORKERS) --dist loadfile --no
 TIER := $(if $(SLOW),,-m 'not slow')
 UV := UV_LINK_MODE=hardlink $(BIN)/uv
 
-.PHONY: help setup demo test unit matrix faults fuzz check format contract docs constraints pin-images sbom bench clean
+.PHONY: help setup demo test unit matrix faults fuzz architectures check format contract docs constraints pin-images sbom bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1 \t/' | expand -t 20
@@ -78,6 +79,9 @@ faults: setup ## a long mix of faults on three brokers, with a checker's verdict
 
 fuzz: setup ## each decoder against a million inputs (FUZZ_INPUTS, FUZZ_SEED)
 	$(BIN)/python -m tests.fuzz --decoder all --inputs $(FUZZ_INPUTS) --seed $(FUZZ_SEED)
+
+architectures: setup ## each architecture of transformers in a tiny form: served with its vectors, or refused (KINDS="mpnet t5")
+	$(BIN)/python -m tests.architectures $(KINDS)
 
 format: setup ## format the code
 	$(BIN)/ruff check --fix .

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from benchmarks.machine import write
+from benchmarks.machine import GPU_PACKAGES, write
 from benchmarks.texts import varied
 from embedq_consumer.engine import ModelError, Quantization, Text, Tokens, load_encoder
 from embedq_consumer.verify.similarity import agreements, nearest
@@ -66,15 +66,17 @@ def reference(path: Path, texts: list[str]) -> Vectors:
     return vectors.astype(np.float32)
 
 
-def ours(path: Path, texts: list[str], device: str, quantization: Quantization) -> Vectors:
-    """The engine's, all texts in one call."""
+def ours(
+    path: Path, texts: list[str], device: str, quantization: Quantization
+) -> tuple[Vectors, Mapping[str, str]]:
+    """The engine's, all texts in one call; and which kernels ran."""
     encoder = load_encoder(path, device=device, quantization=quantization)
     default = encoder.default_prompt
     tokens = encoder.tokenize([Text(text, prompt=default, truncate="end") for text in texts])
     vectors = encoder.encode([found.ids for found in tokens if isinstance(found, Tokens)])
     encoder.close()
     unit: Vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    return unit
+    return unit, encoder.kernels
 
 
 def compare(found: Vectors, wanted: Vectors) -> dict[str, float]:
@@ -105,12 +107,13 @@ def measure(
         if engine not in wanted_engines:
             continue
         try:
-            found = ours(path, texts, device, quantization)
+            found, kernels = ours(path, texts, device, quantization)
         except ModelError as error:
             rows[engine] = {"refused": str(error).rpartition(": ")[2]}
             print(f"{name:24} {engine:8} refused: {rows[engine]['refused']}", flush=True)
             continue
-        row = rows[engine] = compare(found, wanted)
+        row = compare(found, wanted)
+        rows[engine] = {**row, "kernels": dict(kernels)}
         print(
             f"{name:24} {engine:8} {row['cosine_min']:.6f} {row['cosine_p1']:.6f} {row['cosine_mean']:.6f} "
             f"{row['largest_difference']:.1e} {row['top10_agreement']:.4f}",
@@ -142,7 +145,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             texts = varied(min(500, arguments.texts))
             results[name] = measure(name, make(Path(folder) / "model"), texts, wanted, trained=False)
-    print(write(arguments.name, results, "torch", "transformers", "sentence-transformers", "embedq-consumer"))
+    print(write(arguments.name, results, *GPU_PACKAGES, "sentence-transformers"))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,10 @@ from embedq_consumer.engine import Tokens
 
 INSTRUCTION = 25
 """Tokens of the instruction before each query; its last one may merge with the text, so it is not shared."""
+COMMON = 40
+"""Tokens that the instructions of all tenants begin with; `NAMED` more, with the tenant's name, are its own."""
+NAMED = 20
+TENANTS = 1000
 LONGEST = 32_768
 
 
@@ -25,6 +29,8 @@ LENGTHS: dict[str, Callable[[], Sequence[int]]] = {
     "log-normal": lambda: _log_normal(3000),
     "queries": lambda: [INSTRUCTION + 15] * 16_000,
     "queries apart": lambda: [INSTRUCTION + 15] * 8000,
+    "tenants": lambda: [COMMON + NAMED + 40] * 8000,
+    "tenants apart": lambda: [COMMON + NAMED + 40] * 4000,
     "forty": lambda: [40] * 12_000,
     "512": lambda: [512] * 1000,
     "duplicates": lambda: _log_normal(3000),
@@ -32,7 +38,7 @@ LENGTHS: dict[str, Callable[[], Sequence[int]]] = {
     "32k": lambda: [LONGEST] * 6,
     "mixed 32k": lambda: _mixed(),
 }
-"""By name; `queries` share an instruction, `queries apart` are the same texts without sharing it."""
+"""By name; `queries` share an instruction, `tenants` the first tokens of one; `… apart` are such texts without sharing them."""
 
 
 def _mixed(batches: int = 200, budget: int = 16_384) -> list[int]:
@@ -61,8 +67,17 @@ def corpus(name: str, vocabulary: int) -> list[Tokens]:
             distinct[i] if i < len(distinct) else distinct[random.integers(len(distinct))]
             for i in range(len(ids))
         ]
+    shared = 0
     if name.startswith("queries"):
+        shared = INSTRUCTION - 1
         for text in ids:
             text[:INSTRUCTION] = ids[0][:INSTRUCTION]
-    shared = INSTRUCTION - 1 if name == "queries" else 0
-    return [Tokens(text, shared=shared) for text in ids]
+    if name.startswith("tenants"):
+        shared = COMMON
+        names = random.integers(3, vocabulary, (TENANTS, NAMED)).astype(np.int32)
+        for text in ids:
+            text[:COMMON] = ids[0][:COMMON]
+            text[COMMON : COMMON + NAMED] = names[random.integers(TENANTS)]
+    # `shared` is what the service's tokenizer finds once a few of them have run.
+    apart = name.endswith("apart")
+    return [Tokens(text, shared=0 if apart else shared, whole=apart) for text in ids]

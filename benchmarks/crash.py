@@ -37,7 +37,7 @@ def job(number: int) -> dict[str, Any]:
 
 def bounds(in_flight: int | None) -> tuple[dict[str, Any], int]:
     """Settings, and how many records one killed replica may have taken and not committed under them."""
-    defaults = Settings(kafka_servers="-", model="-")
+    defaults = Settings(kafka_servers="kafka:9092", model="-")
     if in_flight is None:
         return {}, _PARTITIONS * defaults.max_uncommitted_jobs + defaults.max_poll_records
     uncommitted = in_flight // _PARTITIONS

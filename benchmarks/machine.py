@@ -12,6 +12,22 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+GPU_PACKAGES = (
+    "embedq",
+    "torch",
+    "triton",
+    "flash-attn-4",
+    "quack-kernels",
+    "nvidia-cutlass-dsl",
+    "nvidia-cutlass-dsl-libs-cu13",
+    "apache-tvm-ffi",
+    "torch-c-dlpack-ext",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+)
+"""Everything whose version can change a figure of the GPU path; which of their kernels ran, `Encoder.kernels` says."""
 
 
 def machine(*packages: str) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from embedq_shared.grouping import batched_by
 
 Vectors = npt.NDArray[np.float32]
 
-_DEFAULTS = Settings(kafka_servers="none", model="none")
+_DEFAULTS = Settings(kafka_servers="none:1", model="none")
 
 
 def scheduled(

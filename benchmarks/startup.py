@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import write
+from benchmarks.machine import GPU_PACKAGES, write
 from benchmarks.qwen3_shapes import SHAPES, make
 from embedq_consumer.engine import Quantization, Text, Tokens, count_gpus, default_batch_tokens, load_encoder
 from embedq_consumer.engine.loading import compile_cache
@@ -155,7 +155,7 @@ def main() -> None:
                 name = "warm" if number else "cold"
                 starts.append({"start": name} | start(model, quantization, Path(kept)))
                 print(f"{starts[-1]['engine']} {name}: ready after {starts[-1]['ready']:.1f} s", flush=True)
-                path = write(arguments.name, results, "torch", "transformers", "triton", "flash-attn-4")
+                path = write(arguments.name, results, *GPU_PACKAGES)
     show(starts)
     print(f"written to {path}")
 

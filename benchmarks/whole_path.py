@@ -34,7 +34,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from benchmarks.bert_shapes import make_minilm
 from benchmarks.corpora import LENGTHS
-from benchmarks.machine import write
+from benchmarks.machine import GPU_PACKAGES, write
 from benchmarks.qwen3_shapes import SHAPES, make
 from benchmarks.sized_texts import sized_texts
 from benchmarks.unpacked_kafka import unpacked_kafka
@@ -290,6 +290,7 @@ async def through_kafka(
         "gpus": seen,
         "cores_busy": _cores(looks),
         "load_seconds": [event["seconds"] for event in service.events("model_loaded")],
+        "kernels": [event["kernels"] for event in service.events("model_loaded")],
         "vectors": vectors,
     }
     if stats is not None:
@@ -401,7 +402,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             found["of_bare"] = round(found["tokens_per_s"] / results["bare"]["tokens_per_s"], 4)
             results["service"].append(found)
             show(f"{devices} {format}{' profiled' if profile else ''}", found, results["bare"])
-            write(arguments.name, results, "torch", "transformers", "aiokafka", "msgspec", "flash-attn-4")
+            write(arguments.name, results, *GPU_PACKAGES, "aiokafka", "msgspec")
     if arguments.bare_again:
         again = engine()
         again.pop("vectors")
@@ -448,7 +449,7 @@ def main() -> None:
     parser.add_argument("--name", default="whole-path")
     arguments = parser.parse_args()
     results = run(arguments)
-    path = write(arguments.name, results, "torch", "transformers", "aiokafka", "msgspec", "flash-attn-4")
+    path = write(arguments.name, results, *GPU_PACKAGES, "aiokafka", "msgspec")
     print(f"written to {path}")
 
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
+from typing import Final
 
-import msgspec
-
-from embedq_consumer.settings import Settings
-from embedq_shared.secret import Secret
+from embedq_consumer.setting_words import Described, described
+from embedq_consumer.settings import PREFIX, Settings
 
 PAGE: Final = Path(__file__).parents[1] / "docs" / "settings.md"
 
@@ -31,47 +29,13 @@ a message that names the variable.
 
 def page() -> str:
     """The whole page, in Markdown."""
-    hints = get_type_hints(Settings, include_extras=True)
-    rows = [_row(field, hints[field.name]) for field in msgspec.structs.fields(Settings)]
-    return _HEAD + "\n".join(rows) + "\n"
+    return _HEAD + "\n".join(_row(setting) for setting in described(Settings, PREFIX)) + "\n"
 
 
-def _row(field: msgspec.structs.FieldInfo, hint: Any) -> str:
-    kind, metas = _unwrap(hint)
-    description = next((meta.description for meta in reversed(metas) if meta.description), "")
-    default = "required" if field.required else _value(field.default)
-    cells = (f"`EMBEDQ_{field.name.upper()}`", _kind(kind, metas), default, description)
+def _row(setting: Described) -> str:
+    default = "required" if setting.default is None else setting.default and f"`{setting.default}`"
+    cells = (f"`{setting.name}`", setting.takes, default, setting.meaning)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def _unwrap(hint: Any) -> tuple[Any, list[msgspec.Meta]]:
-    metas = [item for item in getattr(hint, "__metadata__", ()) if isinstance(item, msgspec.Meta)]
-    return getattr(hint, "__origin__", hint) if metas else hint, metas
-
-
-def _kind(kind: Any, metas: list[msgspec.Meta]) -> str:
-    """What may be set, in words."""
-    if get_origin(kind) is Literal:
-        return ", ".join(f"`{choice}`" for choice in get_args(kind))
-    if kind is bool:
-        return "`true`, `false`"
-    words = {int: "integer", float: "number", str: "text", Secret: "text, or a file's path in `…_FILE`"}[kind]
-    for meta in metas:
-        if meta.ge is not None:
-            words += f", at least {meta.ge:,}"
-        if meta.gt is not None:
-            words += f", above {meta.gt:,}"
-        if meta.le is not None and meta.le < 1e9:
-            words += f", at most {meta.le:,}"
-    return words
-
-
-def _value(value: object) -> str:
-    if value == "":
-        return ""
-    if isinstance(value, bool):
-        return f"`{str(value).lower()}`"
-    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
 
 
 def main() -> int:

@@ -5,20 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
-import msgspec
 import structlog
 
 from embedq_consumer.engine import DeviceLost, ModelError
-from embedq_consumer.engine.loading import compile_cache
 from embedq_consumer.lifecycle import ModelRejected, NoModel
 from embedq_consumer.service import MissingTopics, Stalled, serve
 from embedq_consumer.settings import Settings, SettingsError
 from embedq_consumer.supervisor import supervise
 from embedq_consumer.telemetry import logs
+from embedq_consumer.usage import settings_from
 from embedq_shared.kafka import KafkaError, explain, is_permanent
 
 _EXPECTED = (
@@ -37,15 +34,16 @@ _EXPECTED = (
 
 
 def main(leave_within: Callable[[float], object] = lambda _: None) -> int:
+    """Read the settings and `run`; the exit code is 2 if one of them is wrong."""
+    settings = settings_from(os.environ)
+    return 2 if settings is None else run(settings, leave_within)
+
+
+def run(settings: Settings, leave_within: Callable[[float], object] = lambda _: None) -> int:
     """The exit code: 0 after a clean stop, 1 after a failure, 2 for a wrong setting or a Kafka that refuses us.
 
     `leave_within` is told, in seconds, by when the process is to have ended; it may be told again.
     """
-    try:
-        settings = _keep_compiled(Settings.from_env(os.environ).named())
-    except SettingsError as error:
-        print(f"embedq: {error}", file=sys.stderr)  # noqa: T201  # the logs are not set up yet
-        return 2
     logs.configure(settings.log_level, replica=settings.replica)
     failures: list[BaseException] = []
     try:
@@ -60,27 +58,6 @@ def main(leave_within: Callable[[float], object] = lambda _: None) -> int:
     if any(isinstance(failure, SettingsError) or is_permanent(failure) for failure in failures):
         return 2
     return 1 if failures else 0
-
-
-def _keep_compiled(settings: Settings) -> Settings:
-    """`settings` with the full path of the compile cache, or with none. Must run before anything imports PyTorch.
-
-    A directory that was asked for must be usable; the default one may be missing.
-
-    Raises:
-        SettingsError: the directory that was asked for cannot be made.
-    """
-    chosen = settings.compile_cache
-    try:
-        place = Path(chosen) if chosen else compile_cache.default_directory(os.environ)
-        compile_cache.enable(place, os.environ)
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
-        if chosen:
-            raise SettingsError(
-                f"EMBEDQ_COMPILE_CACHE: cannot make {chosen} ({type(error).__name__})"
-            ) from error
-        return settings
-    return msgspec.structs.replace(settings, compile_cache=str(place))
 
 
 async def _run(settings: Settings, leave_within: Callable[[float], object]) -> None:

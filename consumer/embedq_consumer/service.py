@@ -42,7 +42,7 @@ from embedq_consumer.pipeline import Pipeline
 from embedq_consumer.quarantine import Quarantine, Suspects
 from embedq_consumer.retries import RetryPolicy, RetryTiers, open_tiers
 from embedq_consumer.settings import Settings, SettingsError
-from embedq_consumer.telemetry.health import Health, HealthServer
+from embedq_consumer.telemetry.health import CannotListen, Health, HealthServer
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.backoff import backoff
 from embedq_shared.kafka import BrokerUnreachable, KafkaConnectionError, reason
@@ -148,6 +148,7 @@ async def _serve(settings: Settings, stop: asyncio.Event, leaving: Callable[[], 
                 "batches": model.run_batches(pipeline, tasks),
                 "control": model.follow(control, intake.held),
                 "status": model.reporter.resend_forever(),
+                "memory": model.watch_memory(),
                 "delivery": publisher.watch(),
                 "heartbeat": _beat_forever(health, model, metrics),
                 "transactions": releases.run() if releases else _nothing(),
@@ -336,7 +337,10 @@ async def _once_kafka_answers(open: Callable[[], Awaitable[T]], health: Health, 
 
 @asynccontextmanager
 async def _health_pages(settings: Settings, metrics: Metrics, health: Health) -> AsyncIterator[None]:
-    server = HealthServer(settings.http_port, metrics.registry, health, host=settings.http_host)
+    try:
+        server = HealthServer(settings.http_port, metrics.registry, health, host=settings.http_host)
+    except CannotListen as error:
+        raise SettingsError(f"EMBEDQ_{error}") from error
     try:
         log.info("starting", replica=settings.replica, http_port=server.port)
         yield

@@ -8,23 +8,17 @@ import socket
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_type_hints
 
 import msgspec
 from msgspec import Meta
 
-from embedq_consumer.cache import CacheOptions, RedisOptions, SecretSource
 from embedq_consumer.engine import LoadOptions, Quantization
-from embedq_consumer.exactly_once import ExactlyOnceOptions
-from embedq_consumer.intake import AdmissionPolicy, IntakeOptions
-from embedq_consumer.lifecycle.served_model import BatchOptions, ModelOptions
-from embedq_consumer.quarantine import Claimant
-from embedq_consumer.retries.tiers import MAX_DELAY_S
-from embedq_shared.kafka import (
+from embedq_consumer.setting_words import plain, wrong
+from embedq_shared.access import (
     DEFAULT_MAX_INFLATED_BYTES,
     BadOption,
     KafkaOptions,
-    OAuthOptions,
     SaslMechanism,
     SecurityProtocol,
 )
@@ -33,6 +27,13 @@ from embedq_shared.secret import Secret, read_secret
 from embedq_shared.topics import GROUP, Topics
 from embedq_shared.user_cache import user_cache
 
+if TYPE_CHECKING:
+    from embedq_consumer.cache import CacheOptions, SecretSource
+    from embedq_consumer.exactly_once import ExactlyOnceOptions
+    from embedq_consumer.intake import AdmissionPolicy, IntakeOptions
+    from embedq_consumer.lifecycle.served_model import ModelOptions
+    from embedq_consumer.quarantine import Claimant
+
 PREFIX: Final = "EMBEDQ_"
 _OTHERS: Final = frozenset({"EMBEDQ_CACHE_DIR", "EMBEDQ_KAFKA_VERSION"})
 """The local stack's own variables begin alike and reach a service that it starts."""
@@ -40,6 +41,8 @@ _LARGEST: Final = 1e9
 """Some 30 years in seconds. "inf" reads as a float too, and is not a time to wait."""
 _DRY_RUN_S: Final = 180.0
 """Importing transformers takes 5 s on a quiet machine, and the rest of a dry run one."""
+_LONGEST_RETRY_S: Final = 24 * 3600.0
+"""Of one tier: a record must not be older than the topic's retention, a week, before it is read."""
 _DEVICE: Final = r"(cpu|cuda(:\d+)?)"
 
 PositiveInt = Annotated[int, Meta(ge=1)]
@@ -57,7 +60,8 @@ class SettingsError(Exception):
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Each field is the environment variable `EMBEDQ_<FIELD>`; its description is what the page of settings says.
 
-    The properties at the end group fields into the options that each room takes.
+    The properties at the end group fields into the options that each room takes. They import the rooms, and this file does
+    not: a wrong setting is named before anything heavy is loaded.
     """
 
     # Where
@@ -123,6 +127,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         str,
         Meta(
             pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+            extra={"takes": "auto, cpu, cuda or cuda:N (a GPU is cuda)"},
             description="`cpu`, `cuda`, `cuda:N`, or `auto`: CUDA if there is a device, else the CPU.",
         ),
     ] = "auto"
@@ -130,6 +135,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         str,
         Meta(
             pattern=rf"^(all|{_DEVICE}(,{_DEVICE})*)?$",
+            extra={"takes": "all, or cpu, cuda and cuda:N separated by commas"},
             description="Devices that get a replica each, from one command: `all` GPUs, or names separated by commas; "
             "a device that is named twice gets two replicas. Replaces `EMBEDQ_DEVICE`. Empty: one replica.",
         ),
@@ -145,6 +151,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         str,
         Meta(
             pattern=r"^(-?\d+(,-?\d+)*)?$",
+            extra={"takes": "integers separated by commas"},
             description="Layers that `fp8` leaves in bf16: numbers separated by commas, negative ones from the end.",
         ),
     ] = ""
@@ -447,12 +454,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             for name, value in environ.items()
             if name.startswith(PREFIX) and name not in _OTHERS
         }
+        hints = get_type_hints(cls, include_extras=True)
         for field in _secrets(cls):
             _read_file(raw, field)
+        meant = {name: plain(hints[name], value) if name in hints else value for name, value in raw.items()}
         try:
-            return msgspec.convert(raw, cls, strict=False, dec_hook=lambda kind, value: kind(value))
+            return msgspec.convert(meant, cls, strict=False, dec_hook=lambda kind, value: kind(value))
         except msgspec.ValidationError as error:
-            raise SettingsError(_explain(str(error))) from None
+            raise SettingsError(_explain(str(error), raw)) from None
 
     def __post_init__(self) -> None:
         if self.rebalance_timeout_ms < self.session_timeout_ms:
@@ -465,8 +474,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ValueError("EMBEDQ_FP8_KEEP: needs EMBEDQ_QUANTIZATION=fp8")
         if self.devices and self.device != "auto":
             raise ValueError("EMBEDQ_DEVICE: cannot be set together with EMBEDQ_DEVICES")
-        if any(delay > MAX_DELAY_S for delay in self.retry_delays):
-            raise ValueError(f"EMBEDQ_RETRY_DELAYS_S: expected at most {MAX_DELAY_S:.0f} each")
+        if any(delay > _LONGEST_RETRY_S for delay in self.retry_delays):
+            raise ValueError(f"EMBEDQ_RETRY_DELAYS_S: expected at most {_LONGEST_RETRY_S:.0f} each")
         self._kafka_options()  # what does not fit together is said now
 
     @property
@@ -512,6 +521,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def intake(self) -> IntakeOptions:
         """How jobs are polled and their offsets committed."""
+        from embedq_consumer.intake import IntakeOptions
+
         return IntakeOptions(
             group=self.group,
             replica=self.replica,
@@ -531,6 +542,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def claimant(self) -> Claimant:
         """This process, as commits name it."""
+        from embedq_consumer.quarantine import Claimant
+
         return Claimant(
             owner=uuid.uuid4().hex[:16],
             replica=self.replica,
@@ -540,6 +553,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def exactly_once(self) -> ExactlyOnceOptions | None:
         """How the bulk lane's results go out in transactions; None: they do not."""
+        from embedq_consumer.exactly_once import ExactlyOnceOptions
+
         if self.bulk_delivery == "at-least-once":
             return None
         return ExactlyOnceOptions(
@@ -551,6 +566,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def cache(self) -> CacheOptions:
         """Where vectors are remembered, and for how long."""
+        from embedq_consumer.cache import CacheOptions, RedisOptions
+
         return CacheOptions(
             redis=RedisOptions(
                 url=self.redis_url.reveal(),
@@ -566,6 +583,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def cache_secret(self, environ: Mapping[str, str]) -> SecretSource:
         """What signs cache entries; `environ` says where the user's cache directory is."""
+        from embedq_consumer.cache import SecretSource
+
         try:
             kept = (Path(self.compile_cache) if self.compile_cache else user_cache(environ)) / "cache-key"
         except RuntimeError:  # there is no home directory
@@ -575,6 +594,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def admission(self) -> AdmissionPolicy:
         """Which jobs are accepted."""
+        from embedq_consumer.intake import AdmissionPolicy
+
         return AdmissionPolicy(
             topics=self.topics,
             alias=self.alias,
@@ -589,6 +610,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
         Blocks on the file system.
         """
+        from embedq_consumer.lifecycle.served_model import BatchOptions, ModelOptions
+
         return ModelOptions(
             alias=self.alias,
             replica=self.replica,
@@ -620,14 +643,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def _kafka_options(self) -> KafkaOptions:
         sasl = self.kafka_security_protocol.startswith("SASL")
-        oauth = OAuthOptions(
-            token_file=self.kafka_oauth_token_file,
-            token_url=self.kafka_oauth_token_url,
-            client_id=self.kafka_oauth_client_id,
-            client_secret=self.kafka_oauth_client_secret,
-            scope=self.kafka_oauth_scope,
-            cafile=self.kafka_oauth_cafile,
-        )
+        by_token = sasl and self.kafka_sasl_mechanism == "OAUTHBEARER"
         try:
             return KafkaOptions(
                 servers=self.kafka_servers,
@@ -638,12 +654,22 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 sasl_mechanism=self.kafka_sasl_mechanism if sasl else None,
                 sasl_plain_username=self.kafka_sasl_username if sasl else None,
                 sasl_plain_password=self.kafka_sasl_password if sasl else None,
-                sasl_oauth_token_provider=(
-                    oauth.provider() if sasl and self.kafka_sasl_mechanism == "OAUTHBEARER" else None
-                ),
+                sasl_oauth_token_provider=self._token_provider() if by_token else None,
             )
         except BadOption as error:
             raise _bad_kafka_setting(error) from error
+
+    def _token_provider(self) -> Any:
+        from embedq_shared.kafka import OAuthOptions
+
+        return OAuthOptions(
+            token_file=self.kafka_oauth_token_file,
+            token_url=self.kafka_oauth_token_url,
+            client_id=self.kafka_oauth_client_id,
+            client_secret=self.kafka_oauth_client_secret,
+            scope=self.kafka_oauth_scope,
+            cafile=self.kafka_oauth_cafile,
+        ).provider()
 
 
 def _bad_kafka_setting(error: BadOption) -> SettingsError:
@@ -677,17 +703,14 @@ def _read_file(raw: dict[str, str], field: str) -> None:
         raise SettingsError(f"{name}_FILE: expected a file with one secret; {path} {error}") from None
 
 
-def _explain(message: str) -> str:
-    """msgspec's sentence after the variable's name."""
+def _explain(message: str, raw: Mapping[str, str]) -> str:
+    """msgspec's sentence in plain words, after the variable's name."""
     if unknown := re.match(r"Object contains unknown field `(.*)`", message):
         close = difflib.get_close_matches(unknown[1], Settings.__struct_fields__, n=1)
         hint = f"; did you mean {PREFIX}{close[0].upper()}?" if close else ""
         return f"unknown setting {PREFIX}{unknown[1].upper()}{hint}"
     if missing := re.match(r"Object missing required field `(\w+)`", message):
         return f"{PREFIX}{missing[1].upper()} must be set"
-    if at := re.match(r"(.*) - at `\$\.(\w+)`", message):
-        if at[1].startswith("Invalid enum value"):
-            allowed = ", ".join(get_args(get_type_hints(Settings)[at[2]]))
-            return f"{PREFIX}{at[2].upper()}: expected one of {allowed}"
-        return f"{PREFIX}{at[2].upper()}: {at[1][0].lower()}{at[1][1:]}"
+    if at := re.search(r" - at `\$\.(\w+)`$", message):
+        return f"{PREFIX}{at[1].upper()}: {wrong(Settings, at[1], raw)}"
     return message

@@ -11,6 +11,7 @@ from embedq_sdk.embeddings import Chunk, Embeddings, Vectors, assemble
 from embedq_sdk.errors import ClientClosed, InvalidArgument
 from embedq_sdk.job_options import (
     MAX_JOB_BYTES,
+    Column,
     JobArguments,
     JobInputs,
     JobLimits,
@@ -20,6 +21,7 @@ from embedq_sdk.job_options import (
     checked_id,
     checked_timeout,
     late,
+    plain,
 )
 from embedq_sdk.result_reader import JobResult, read_results
 from embedq_sdk.stream import Embedded, JobStream, StreamOptions
@@ -37,8 +39,93 @@ Errors = Literal["raise", "return"]
 DEFAULT_TIMEOUT_S: Final = 30.0
 
 
-class EmbedClient:
-    """Sends jobs and awaits their results. Use it as an async context manager, in one event loop.
+class _Life:
+    """How a client is opened and closed, and what it has in hand."""
+
+    def __init__(
+        self,
+        connection: KafkaConnection,
+        topics: Topics,
+        instance: str | None,
+        connect_timeout: float,
+        in_flight: WeightedSemaphore,
+    ) -> None:
+        self._connection = connection
+        self._topics = topics
+        self._connect_timeout = connect_timeout
+        self._transport = KafkaTransport(
+            connection,
+            topics,
+            instance,
+            deliver=lambda record: self._runner.deliver(record),
+            broken=lambda fault: self._runner.break_down(fault),
+            refused=lambda error: self._runner.refuse(error),
+        )
+        self._runner = JobRunner(self._transport, topics, in_flight)
+
+    async def open(self) -> Self:
+        """Connect, as `async with` does at its beginning; `close` belongs to it. Does nothing where it is open.
+
+        A client that could not be opened may be opened later; one that was closed may not.
+
+        Raises:
+            KafkaUnavailable, KafkaRefused, TopicMissing, ClientClosed, WrongEventLoop.
+        """
+        lifetime = self._runner.lifetime
+        lifetime.claim()
+        async with lifetime.turn:
+            lifetime.claim()  # who had the turn before may have failed, or closed it
+            if lifetime.is_open:
+                return self
+            try:
+                await self._transport.open(self._connect_timeout)
+            except BaseException:
+                lifetime.failed()
+                raise
+            try:
+                self._runner.open()
+            except ClientClosed:
+                await self._transport.close()
+                raise
+        return self
+
+    async def __aenter__(self) -> Self:
+        return await self.open()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Stop; calls that still wait end with ClientClosed. Takes a few seconds at most, whatever Kafka does.
+
+        Raises nothing that Kafka or its client say, so that leaving the block never hides the error that caused it.
+
+        Raises:
+            WrongEventLoop: the client is open in another event loop, where alone it can be closed.
+        """
+        self._runner.close()
+        await self._transport.close()
+
+    @property
+    def in_flight(self) -> int:
+        """Number of jobs that await a reply now."""
+        return self._runner.awaiting_reply
+
+    @property
+    def unclaimed_replies(self) -> int:
+        """Number of replies so far that no call waited for: late ones, repeats, and other clients' on our partition."""
+        return self._runner.unclaimed_replies
+
+    @property
+    def reply_partition(self) -> int:
+        """The partition of the reply topic that this client reads."""
+        return self._transport.reply_partition
+
+
+class EmbedClient(_Life):
+    """Sends jobs and awaits their results. Use it as an async context manager, or with `open` and `close`; in one event loop.
 
     What a job may ask for (`model`, `dimensions`, `dtype`, `input_type`, `instruction`, `truncate`, `chunk`, `metadata`,
     `lane`, `trace`) are keyword arguments of every call: see `JobArguments`.
@@ -73,69 +160,24 @@ class EmbedClient:
         instance: str | None = None,
         **security: Any,
     ) -> None:
-        self._connection = KafkaConnection.of(servers, security)
+        connection = KafkaConnection.of(servers, security)
         if not isinstance(topic_prefix, str) or not is_topic_name(f"{topic_prefix}.jobs.bulk"):
             raise InvalidArgument(
                 argument="topic_prefix", expected="the beginning of a topic name", got=repr(topic_prefix)
             )
-        self._topics = Topics(topic_prefix)
-        self._connect_timeout = checked_timeout("connect_timeout", connect_timeout)
         self._limits = JobLimits(max_inputs=max_inputs, max_job_bytes=max_job_bytes)
         in_flight = WeightedSemaphore(
             checked_count("max_in_flight_texts", max_in_flight_texts),
             checked_count("max_in_flight_bytes", max_in_flight_bytes),
         )
-        self._transport = KafkaTransport(
-            self._connection,
-            self._topics,
-            instance,
-            deliver=lambda record: self._runner.deliver(record),
-            broken=lambda fault: self._runner.break_down(fault),
-            refused=lambda error: self._runner.refuse(error),
-        )
-        self._runner = JobRunner(self._transport, self._topics, in_flight)
-        self._used = False
-
-    # -- life ---------------------------------------------------------------------------------------------------------
-
-    async def __aenter__(self) -> Self:
-        if self._used:
-            raise ClientClosed()
-        self._used = True
-        await self._transport.open(self._connect_timeout)
-        self._runner.open()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        """Stop; calls that still wait end with ClientClosed. Takes a few seconds at most, whatever Kafka does."""
-        self._runner.close()
-        await self._transport.close()
-
-    @property
-    def in_flight(self) -> int:
-        """Number of jobs that await a reply now."""
-        return self._runner.awaiting_reply
-
-    @property
-    def unclaimed_replies(self) -> int:
-        """Number of replies so far that no call waited for: late ones, repeats, and other clients' on our partition."""
-        return self._runner.unclaimed_replies
-
-    @property
-    def reply_partition(self) -> int:
-        """The partition of the reply topic that this client reads."""
-        return self._transport.reply_partition
+        timeout = checked_timeout("connect_timeout", connect_timeout)
+        super().__init__(connection, Topics(topic_prefix), instance, timeout, in_flight)
 
     # -- embedding ----------------------------------------------------------------------------------------------------
 
     async def embed(
         self,
-        texts: str | Sequence[str],
+        texts: str | Sequence[str] | Column,
         *,
         timeout: float = DEFAULT_TIMEOUT_S,
         **job: Unpack[JobArguments],
@@ -151,7 +193,8 @@ class EmbedClient:
             InvalidArgument: before anything was sent.
             JobFailed: the service refused the text, or all of them.
             PartialFailure: some texts failed; it holds the vectors of the others.
-            DeadlineExceeded, KafkaUnavailable, KafkaRefused, Overloaded, MixedModelVersions, ClientClosed.
+            DeadlineExceeded, KafkaUnavailable, KafkaRefused, Overloaded, MixedModelVersions, UnreadableReply.
+            ClientClosed, ClientNotOpened, WrongEventLoop: the client cannot be used, or not here.
         """
         options = JobOptions(**job)
         if options.late:
@@ -183,7 +226,7 @@ class EmbedClient:
 
     async def embed_detailed(
         self,
-        texts: str | Sequence[str],
+        texts: str | Sequence[str] | Column,
         *,
         timeout: float = DEFAULT_TIMEOUT_S,
         errors: Errors = "raise",
@@ -204,11 +247,11 @@ class EmbedClient:
 
     async def _embed_one(self, text: str, name: str, options: JobOptions, timeout: float) -> Embeddings:
         size = self._limits.size(text, name)
-        finished = await self._runner.run([JobInputs([text], size)], options, Deadline.after(timeout))
+        finished = await self._runner.run([JobInputs([plain(text)], size)], options, Deadline.after(timeout))
         return assemble(finished).checked()
 
     async def _embed(
-        self, texts: Sequence[str], options: JobOptions, timeout: float, *, allow_mixed: bool
+        self, texts: Sequence[str] | Column, options: JobOptions, timeout: float, *, allow_mixed: bool
     ) -> Embeddings:
         inputs = self._limits.split(texts)
         deadline = Deadline.after(timeout)
@@ -219,7 +262,7 @@ class EmbedClient:
 
     async def embed_many(
         self,
-        texts: Iterable[str],
+        texts: Iterable[str] | Column,
         *,
         timeout: float = DEFAULT_TIMEOUT_S,
         batch_size: int = 32,
@@ -246,7 +289,7 @@ class EmbedClient:
 
     async def stream(
         self,
-        texts: Iterable[str] | AsyncIterable[str],
+        texts: Iterable[str] | AsyncIterable[str] | Column,
         *,
         timeout: float = DEFAULT_TIMEOUT_S,
         batch_size: int = 32,
@@ -288,7 +331,7 @@ class EmbedClient:
 
     async def submit(
         self,
-        texts: str | Sequence[str],
+        texts: str | Sequence[str] | Column,
         *,
         id: str | None = None,
         timeout: float = DEFAULT_TIMEOUT_S,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -22,6 +22,7 @@ from embedq_sdk.errors import (
     TextTooLong,
     UnknownModel,
 )
+from embedq_sdk.shown import Shown
 from embedq_shared.messages import Dtype, Timings, Usage
 from embedq_shared.vectors import NUMPY, dequantize
 
@@ -74,7 +75,7 @@ class ReadDatum(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     error: ReadError | None = None
 
 
-class Chunk(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+class Chunk(Shown, frozen=True, kw_only=True, eq=False):
     """One span of a text and its vector: `[start, end)` in characters, as Python counts and slices them.
 
     `vector` is float32 (dimensions,), or uint8 (dimensions / 8,) with dtype "binary"; `tokens` is the length of the
@@ -89,6 +90,10 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     def of(self, text: str) -> str:
         """The span's part of `text`, the text that was sent."""
         return text[self.start : self.end]
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Vectors:
+        """The vector, so that numpy takes a list of chunks as (chunks, dimensions)."""
+        return as_array(self.vector, dtype, copy)
 
 
 class ReadResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="object", tag="list"):
@@ -168,8 +173,19 @@ def vector(datum: ReadDatum, dtype: Dtype) -> Vectors:
     return dequantize(datum.embedding, dtype, datum.scale)
 
 
-class Embeddings(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+def as_array(vectors: Vectors, dtype: npt.DTypeLike | None, copy: bool | None) -> Vectors:
+    """What `__array__` returns, by numpy's rules for `dtype` and `copy`: the same array if it can be."""
+    if dtype is None or np.dtype(dtype) == vectors.dtype:
+        return vectors.copy() if copy else vectors
+    if copy is False:
+        raise ValueError(f"vectors of {vectors.dtype} are not {np.dtype(dtype)} without a copy")
+    return vectors.astype(dtype)
+
+
+class Embeddings(Shown, frozen=True, kw_only=True, eq=False):
     """The vectors of one call, and where they came from.
+
+    numpy takes it as `vectors`: `np.asarray(found)`, `len(found)`, `found[0]`, `found[2:5]` and iteration mean their rows.
 
     Arrays have one row for each input, in the order of the inputs; with late chunking one row for each span, in the
     order of inputs and text, and `inputs` and `spans` say which.
@@ -201,6 +217,37 @@ class Embeddings(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 
     def __len__(self) -> int:
         return len(self.vectors)
+
+    def __iter__(self) -> Iterator[Vectors]:
+        return iter(self.vectors)
+
+    def __getitem__(self, rows: Any) -> Any:
+        """Rows, as of an array."""
+        return self.vectors[rows]
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Vectors:
+        """The vectors, (rows, dimensions)."""
+        return as_array(self.vectors, dtype, copy)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of `vectors`."""
+        return self.vectors.shape
+
+    def _facts(self) -> Iterator[tuple[str, Any]]:
+        """What is worth seeing: the vectors, who made them, and counts."""
+        yield "vectors", self.vectors
+        yield "model", self.model
+        versions = sorted({version for version in self.model_versions if version is not None})
+        yield ("model_version", versions[0]) if len(versions) == 1 else ("model_versions", versions)
+        if self.spans is not None:
+            yield "inputs", self.count
+        yield "total_tokens", self.total_tokens
+        for name, rows in (("truncated", self.truncated), ("cached", self.cached)):
+            if rows.any():
+                yield name, int(rows.sum())
+        if self.errors:
+            yield "errors", self.errors
 
     @property
     def model_version(self) -> str:

@@ -2,7 +2,9 @@
 
     EmbedError
     ├── InvalidArgument (ValueError)     refused before anything was sent
-    ├── ClientClosed                     the client is closed, or was never entered
+    ├── ClientClosed                     the client is closed
+    │   └── ClientNotOpened              it was never opened
+    ├── WrongEventLoop (RuntimeError)    the client was opened in another event loop, or in another thread's
     ├── Overloaded                       too much in flight here, for longer than the deadline
     ├── KafkaUnavailable                 no broker answers
     │   └── KafkaRefused                 one answers, and lets us not in, or not do this: trying again will not help
@@ -57,7 +59,17 @@ class InvalidArgument(EmbedError, ValueError):
 
 
 class ClientClosed(EmbedError):
-    """This EmbedClient is not open: use it inside `async with EmbedClient(...) as client`"""
+    """This EmbedClient is closed: make a new one"""
+
+
+class ClientNotOpened(ClientClosed):
+    """This EmbedClient is not opened yet: use it inside `async with EmbedClient(...) as client`, or call `await client.open()`"""
+
+
+class WrongEventLoop(EmbedError, RuntimeError):
+    """This EmbedClient belongs to another event loop, {where}. Make and open one client in each loop, and use it there"""
+
+    where: str
 
 
 class Overloaded(EmbedError):

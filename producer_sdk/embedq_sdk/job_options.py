@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Final, TypedDict, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, Protocol, TypedDict, get_args
 
 import msgspec
 
@@ -66,6 +66,10 @@ class JobOptions(msgspec.Struct, frozen=True, kw_only=True):
     trace: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("model", "dtype", "input_type", "instruction", "truncate", "lane", "trace"):
+            value = getattr(self, name)
+            if isinstance(value, str) and type(value) is not str:
+                msgspec.structs.force_setattr(self, name, plain(value))
         _text("model", self.model, 1)
         _choice("dtype", self.dtype, get_args(Dtype))
         _choice("input_type", self.input_type, get_args(InputType))
@@ -219,7 +223,7 @@ def checked_id(value: object) -> str:
             got=f"{len(value)} characters",
         )
     _utf8_size(value, "id")
-    return value
+    return plain(value)
 
 
 def checked_format(value: object) -> Format:
@@ -243,6 +247,55 @@ def _utf8_size(text: str, name: str) -> int:
         ) from None
 
 
+class _ToList(Protocol):
+    def to_list(self) -> Any: ...
+
+
+class _Tolist(Protocol):
+    def tolist(self) -> Any: ...
+
+
+class _ToPylist(Protocol):
+    def to_pylist(self) -> Any: ...
+
+
+Column = _ToList | _Tolist | _ToPylist
+"""A column of strings: of pandas or polars (Series, Index), numpy (one dimension) or pyarrow. None of them is needed."""
+
+
+def listed_column(texts: Any, name: str) -> Any:
+    """A column as a list of what it holds. What is no column comes back as it is.
+
+    Raises:
+        InvalidArgument: a whole table, which iterates over its names and not over its texts; an array of several
+            dimensions.
+    """
+    kind = type(texts)
+    if isinstance(texts, (str, bytes)):
+        return texts
+    if hasattr(kind, "columns") or hasattr(kind, "column_names"):
+        raise InvalidArgument(
+            argument=name,
+            expected="one column, such as table['text']; a table has several",
+            got=kind.__name__,
+        )
+    if getattr(texts, "ndim", 1) != 1:
+        raise InvalidArgument(
+            argument=name,
+            expected="an array of one dimension, such as array.ravel()",
+            got=f"{kind.__name__} of {texts.ndim}",
+        )
+    for to_list in ("to_pylist", "to_list", "tolist"):
+        if hasattr(kind, to_list):
+            return getattr(texts, to_list)()
+    return texts
+
+
+def plain(text: str) -> str:
+    """The same as exactly a `str`, which is what encoders take: numpy's strings, enums and others are subclasses."""
+    return text if type(text) is str else str.__str__(text)
+
+
 def text_size(text: object, name: str, limit: int) -> int:
     """A text's bytes as UTF-8.
 
@@ -250,7 +303,8 @@ def text_size(text: object, name: str, limit: int) -> int:
         InvalidArgument: it is not a string, not valid Unicode, or larger than `limit`, the most that one job carries.
     """
     if not isinstance(text, str):
-        raise _wrong(name, "a string", text)
+        missing = text is None or isinstance(text, float) or type(text).__name__ == "NAType"
+        raise _wrong(name, "a string; drop or fill missing values first" if missing else "a string", text)
     size = _utf8_size(text, name)
     if size > limit:
         raise InvalidArgument(
@@ -263,11 +317,16 @@ def text_size(text: object, name: str, limit: int) -> int:
 
 def checked_texts(texts: object, limit: int, name: str = "texts") -> tuple[list[str], list[int]]:
     """The texts as a list, and the bytes of each as UTF-8."""
+    texts = listed_column(texts, name)
     if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Sequence):
-        raise _wrong(name, "a string or a sequence of strings", texts)
+        expected = "a string or a sequence of strings"
+        if isinstance(texts, Iterable) and not isinstance(texts, (bytes, Mapping)):
+            expected += ", such as list(…) of it; embed_many and stream take any iterable"
+        raise _wrong(name, expected, texts)
     if not texts:
         raise InvalidArgument(argument=name, expected="at least one text", got="none")
-    return list(texts), [text_size(text, f"{name}[{n}]", limit) for n, text in enumerate(texts)]
+    sizes = [text_size(text, f"{name}[{n}]", limit) for n, text in enumerate(texts)]
+    return [plain(text) for text in texts], sizes
 
 
 class JobInputs(msgspec.Struct, frozen=True):
@@ -300,7 +359,7 @@ class JobLimits(msgspec.Struct, frozen=True, kw_only=True):
         """The bytes of a text that one job can carry; see `text_size`."""
         return text_size(text, name, self.max_job_bytes)
 
-    def split(self, texts: Sequence[str]) -> list[JobInputs]:
+    def split(self, texts: Sequence[str] | Column) -> list[JobInputs]:
         """The texts of a call as jobs, in order.
 
         Raises:
@@ -314,14 +373,14 @@ class JobLimits(msgspec.Struct, frozen=True, kw_only=True):
         spans = [slice(group[0], group[-1] + 1) for group in groups]
         return [JobInputs(listed[span], sum(sizes[span])) for span in spans]
 
-    def one_job(self, texts: str | Sequence[str]) -> tuple[str | list[str], int]:
+    def one_job(self, texts: str | Sequence[str] | Column) -> tuple[str | list[str], int]:
         """The texts of one job as they are sent, and their bytes.
 
         Raises:
             InvalidArgument: there is no text, one is wrong, or one job cannot carry them all.
         """
         if isinstance(texts, str):
-            return texts, self.size(texts, "texts")
+            return plain(texts), self.size(texts, "texts")
         listed, sizes = checked_texts(texts, self.max_job_bytes)
         total = sum(sizes)
         if len(listed) > self.max_inputs or total > self.max_job_bytes:

@@ -26,8 +26,10 @@ _MOST_PARTS: Final = 1 << 20
 """Each part has an item, and so many items are more than a service answers at once."""
 _MOST: Final = 1 << 40
 """Of any count in a reply: far beyond a sensible one, and within what arrays and clocks hold."""
-_MOST_ARRAY_BYTES: Final = 1 << 30
-"""Of the array that a reply becomes. Items without a vector take a row too, and cost the sender next to nothing."""
+_MOST_EMPTY_BYTES: Final = 128 << 20
+"""Of the rows of inputs without a vector, which cost the sender next to nothing: 2,048 of 16,384 dimensions each."""
+_LONGEST_NAME: Final = 4096
+"""Characters of `id`, `model` and `model_version`, which are remembered: far beyond what the contract allows for an id."""
 _LARGEST_SCALE: Final = 1e30
 """Of int8: below 0.01 for a vector of length 1; times 127 it must be a number that float32 has."""
 
@@ -68,6 +70,8 @@ def read_checked(value: bytes | None, content_type: bytes | None) -> ReadResult 
         reply = read_reply(value or b"", msgpack=format == "msgpack")
     except _UNDECODABLE as error:
         raise BadReply(type(error).__name__) from None
+    if any(len(name or "") > _LONGEST_NAME for name in (reply.id, reply.model, reply.model_version)):
+        raise BadReply(f"a name of more than {_LONGEST_NAME} characters")
     return reply if isinstance(reply, ReadFailure) else _checked_part(reply)
 
 
@@ -85,9 +89,9 @@ def check_whole(parts: Sequence[ReadResult], asked: Asked) -> None:
     if asked.dimensions not in (None, head.dimensions):
         raise BadReply("another number of `dimensions` than was asked for")
     data = [datum for part in parts for datum in part.data]
-    width = max(4 * head.dimensions, 1) if head.dtype != "binary" else head.dimensions // 8
-    if len(data) * width > _MOST_ARRAY_BYTES:
-        raise BadReply("more data than its bytes could hold")
+    width = 4 * head.dimensions if head.dtype != "binary" else head.dimensions // 8
+    if sum(datum.error is not None for datum in data) * width > _MOST_EMPTY_BYTES:
+        raise BadReply("more inputs without a vector than anybody could have sent")
     spanned = [datum.span is not None for datum in data if datum.error is None]
     chunked = any(spanned)
     if chunked and (asked.late is False or not all(spanned)):

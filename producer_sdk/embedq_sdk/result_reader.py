@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, Iterable
 from typing import Any, Final
 
-import msgspec
+import numpy.typing as npt
 
 from embedq_sdk.embeddings import (
     Embeddings,
@@ -15,11 +15,14 @@ from embedq_sdk.embeddings import (
     PartJoiner,
     ReadFailure,
     ReadResult,
+    Vectors,
+    as_array,
     assemble,
     job_failed,
 )
 from embedq_sdk.errors import EmbedError, UnreadableReply
 from embedq_sdk.reply_checks import Asked, BadReply, check_whole, read_checked
+from embedq_sdk.shown import Shown
 from embedq_sdk.transport.kafka import KafkaConnection, close, require_topics
 from embedq_shared import topics as names
 from embedq_shared.headers import value_of
@@ -47,7 +50,7 @@ _MOST_HELD_BYTES: Final = 256 << 20
 _UNKNOWN: Final = Asked()
 
 
-class JobResult(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+class JobResult(Shown, frozen=True, kw_only=True, eq=False):
     """The outcome of one submitted job: either `embeddings` or `error` is set.
 
     `embeddings.errors` has the inputs that failed on their own. `id` is None if the record names no job that could be
@@ -58,6 +61,16 @@ class JobResult(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     embeddings: Embeddings | None
     error: EmbedError | None
     metadata: Any = None
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Vectors:
+        """The vectors.
+
+        Raises:
+            EmbedError: there are none, for this reason.
+        """
+        if self.embeddings is None:
+            raise self.error or EmbedError()
+        return as_array(self.embeddings.vectors, dtype, copy)
 
 
 class _OpenJob:

@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Iterator, Mapping
 from contextlib import aclosing
 from typing import Final, Protocol
 
 import msgspec
+import numpy.typing as npt
 
-from embedq_sdk.embeddings import FinishedJob, JobOutcome, Vectors, job_failed, vector
+from embedq_sdk.embeddings import FinishedJob, JobOutcome, Vectors, as_array, job_failed, vector
 from embedq_sdk.errors import ClientClosed, EmbedError, InvalidArgument, KafkaUnavailable
-from embedq_sdk.job_options import JobInputs, JobLimits, JobOptions, checked_count, checked_timeout, text_size
-from embedq_sdk.transport import Deadline, PendingJob
+from embedq_sdk.job_options import (
+    Column,
+    JobInputs,
+    JobLimits,
+    JobOptions,
+    checked_count,
+    checked_timeout,
+    listed_column,
+    plain,
+    text_size,
+)
+from embedq_sdk.shown import Shown
+from embedq_sdk.transport import Deadline, Lifetime, PendingJob
 from embedq_shared.weighted_semaphore import WeightedSemaphore
 
 _TEXTS_PER_TURN: Final = 64
 """Texts pulled from a plain iterable before other tasks get their turn: a fast source must not keep the loop to itself."""
 
 
-class Embedded(msgspec.Struct, frozen=True, kw_only=True):
+class Embedded(Shown, frozen=True, kw_only=True, eq=False):
     """One text of a stream, or with late chunking one span of it. Either `vector` or `error` is there.
 
     `vector` is float32 (dimensions,), or uint8 (dimensions / 8,) with dtype "binary". `span` is there with late chunking
@@ -36,6 +48,16 @@ class Embedded(msgspec.Struct, frozen=True, kw_only=True):
     cached: bool | None = None
     error: EmbedError | None = None
     span: tuple[int, int] | None = None
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Vectors:
+        """The vector.
+
+        Raises:
+            EmbedError: there is none, for this reason.
+        """
+        if self.vector is None:
+            raise self.error or EmbedError()
+        return as_array(self.vector, dtype, copy)
 
 
 class StreamedJob(msgspec.Struct, frozen=True, eq=False):
@@ -100,6 +122,7 @@ class JobStarter(Protocol):
     """What a stream needs of a `JobRunner`."""
 
     in_flight: WeightedSemaphore
+    lifetime: Lifetime
 
     def begin(self, inputs: JobInputs, options: JobOptions, deadline: Deadline) -> PendingJob:
         """Send one job whose weight was acquired."""
@@ -149,14 +172,18 @@ class JobStream:
         self._news = asyncio.Event()
         self._source_ended = False
 
-    async def jobs(self, source: Iterable[str] | AsyncIterable[str]) -> AsyncGenerator[StreamedJob, None]:
+    async def jobs(
+        self, source: Iterable[str] | AsyncIterable[str] | Column
+    ) -> AsyncGenerator[StreamedJob, None]:
         """The jobs of a source as they end. A source that raises does so here, after the outcomes of what it gave before.
 
         Raises:
             InvalidArgument: the source is not iterable, or gave something that no job can carry.
-            ClientClosed.
+            ClientClosed, WrongEventLoop.
         """
-        if isinstance(source, (str, bytes)) or not isinstance(source, (Iterable, AsyncIterable)):
+        self._runner.lifetime.check()
+        source = listed_column(source, "texts")
+        if isinstance(source, (str, bytes, Mapping)) or not isinstance(source, (Iterable, AsyncIterable)):
             raise InvalidArgument(
                 argument="texts", expected="an iterable of strings", got=type(source).__name__
             )
@@ -182,7 +209,7 @@ class JobStream:
             for job in self._entries:
                 job.drop()  # `_job_ended` then gives its weight back
 
-    async def collect(self, source: Iterable[str]) -> tuple[list[JobInputs], list[FinishedJob]]:
+    async def collect(self, source: Iterable[str] | Column) -> tuple[list[JobInputs], list[FinishedJob]]:
         """All jobs of a source that ends.
 
         Raises:
@@ -238,7 +265,7 @@ class JobStream:
         if not self._in_flight.try_acquire(1, size):
             self._flush()
             await self._in_flight.acquire(1, size)
-        self._batch.append(text)
+        self._batch.append(plain(text))
         self._batch_bytes += size
         self._pulled += 1
         self._texts += 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from typing import Any, Final, Literal
 
 import msgspec
@@ -34,6 +35,8 @@ from embedq_shared.topics import JSON, MSGPACK, MSGPACK_TYPES
 Format = Literal["json", "msgpack"]
 
 CONTENT_TYPES: Final[dict[Format, str]] = {"json": JSON, "msgpack": MSGPACK}
+_LARGEST: Final = int(sys.float_info.max)
+"""JSON has no largest number, but most of its readers have a double."""
 _NIL: Final = msgspec.Raw(b"\xc0")
 
 EXPECTED: Final[dict[str, str]] = {
@@ -160,6 +163,10 @@ def _last_wins(value: bytes, format: Format) -> Job | None:
 
 def _check_job(job: Job, format: Format, max_inputs: int) -> None:
     """Check the rules that no type can express."""
+    if job.dimensions is not None and job.dimensions > _LARGEST:
+        raise _too_large_number("dimensions")
+    if job.chunk is not None and job.chunk.tokens is not None and job.chunk.tokens > _LARGEST:
+        raise _too_large_number("chunk.tokens")
     if isinstance(job.input, list):
         if not job.input:
             raise _invalid("input")
@@ -226,7 +233,10 @@ def _check_value(found: Any, name: str, depth: int) -> None:
     elif isinstance(found, float):
         if not math.isfinite(found):
             raise BadJob("malformed", "expected finite numbers, got NaN or Infinity", name)
-    elif not isinstance(found, (str, int, bool, type(None))):
+    elif isinstance(found, int):
+        if not -_LARGEST <= found <= _LARGEST:
+            raise _too_large_number(name)
+    elif not isinstance(found, (str, type(None))):
         raise _invalid(name)
 
 
@@ -238,6 +248,10 @@ def _invalid(field: str, suffix: str = "", *, envelope: Envelope | None = None) 
     return BadJob(
         "invalid_value", f"`{field}{suffix}`: expected {expected}", f"{field}{suffix}", envelope=envelope
     )
+
+
+def _too_large_number(name: str) -> BadJob:
+    return BadJob("malformed", "expected numbers that a double can hold", name)
 
 
 def _malformed(error: Exception, format: Format) -> BadJob:
@@ -361,6 +375,21 @@ def decode_control(value: bytes) -> Control:
     return _control.decode(value)
 
 
+def read_command(key: bytes | None, value: bytes | None, alias: str) -> Control | None:
+    """The command for an alias in a record of the control topic; None if it is for another one. Replicas and the command
+    line read the topic by this one rule: compaction goes by the key, so the key says for which alias a record is.
+
+    Raises:
+        msgspec.DecodeError, UnicodeDecodeError, RecursionError: the record has the alias's key and is no command for it.
+    """
+    if key != alias.encode():
+        return None
+    command = decode_control(value or b"")
+    if command.alias != alias:
+        raise msgspec.ValidationError("the record's key and its alias differ")
+    return command
+
+
 def decode_status(value: bytes) -> Status:
     """A status record.
 
@@ -368,3 +397,15 @@ def decode_status(value: bytes) -> Status:
         msgspec.DecodeError, UnicodeDecodeError, RecursionError: it is not one.
     """
     return _status.decode(value)
+
+
+def read_status(key: bytes | None, value: bytes) -> Status:
+    """The status in a record of the status topic.
+
+    Raises:
+        msgspec.DecodeError, UnicodeDecodeError, RecursionError: it is none, or not that of the replica which the key names.
+    """
+    status = decode_status(value)
+    if key != status.replica.encode():
+        raise msgspec.ValidationError("the record's key and its replica differ")
+    return status

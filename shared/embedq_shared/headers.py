@@ -24,29 +24,47 @@ class JobHeaders(msgspec.Struct, frozen=True, kw_only=True):
     echo: tuple[Header, ...] = ()
     reply_topic: str | None = None
     reply_partition: int | None = None
+    topic_header: str | None = None
+    """The name of the header that `reply_topic` came in, for errors: no other client would know it by embedq's."""
+    partition_header: str | None = None
     deadline_ms: int | None = None
     bad_address: ErrorBody | None = None
     """Why the reply address can't be used. The job is then not computed, and this error goes to the results topic."""
     bad_deadline: ErrorBody | None = None
     """Why the deadline can't be read."""
 
+    @property
+    def address_header(self) -> str | None:
+        """The name of the header that says where the result goes; None without one."""
+        return self.topic_header or self.partition_header
+
 
 def parse(headers: Iterable[tuple[str, bytes | None]]) -> JobHeaders:
-    """Read the headers of one record. Never raises: errors are in `bad_address` and `bad_deadline`."""
+    """Read the headers of one record. Never raises: errors are in `bad_address` and `bad_deadline`.
+
+    A null value counts as no header, like a null field: outbox connectors write it for a column without a value.
+    """
     last: dict[str, bytes] = {}
     content_type: bytes | None = None
     for name, value in headers:
-        last[name] = b"" if value is None else value
         if name.lower() == topics.CONTENT_TYPE:
-            content_type = last[name]
+            content_type = value
+        if value is None:
+            last.pop(name, None)
+        else:
+            last[name] = value
     if not last:
         return JobHeaders()
     echo = tuple((name, last[name]) for name in (*topics.CORRELATION, *topics.TRACE) if name in last)
-    address: tuple[str | None, int | None] = (None, None)
+    topic: str | None = None
+    partition: int | None = None
+    topic_header, raw_topic = _first(last, topics.REPLY_TOPIC)
+    partition_header, raw_partition = _first(last, topics.REPLY_PARTITION)
     deadline: int | None = None
     bad_address = bad_deadline = None
     try:
-        address = (_reply_topic(last), _reply_partition(last))
+        found = _reply_topic(topic_header, raw_topic), _reply_partition(partition_header, raw_partition)
+        topic, partition = found
     except ValueError as error:
         bad_address = _bad(error)
     try:
@@ -56,8 +74,10 @@ def parse(headers: Iterable[tuple[str, bytes | None]]) -> JobHeaders:
     return JobHeaders(
         content_type=content_type,
         echo=echo,
-        reply_topic=address[0],
-        reply_partition=address[1],
+        reply_topic=topic,
+        reply_partition=partition,
+        topic_header=topic_header,
+        partition_header=partition_header,
         deadline_ms=deadline,
         bad_address=bad_address,
         bad_deadline=bad_deadline,
@@ -74,8 +94,7 @@ def value_of(headers: Sequence[Header], name: str) -> bytes | None:
     return next((value for found, value in reversed(headers) if found == name), None)
 
 
-def _reply_topic(last: dict[str, bytes]) -> str | None:
-    name, raw = _first(last, topics.REPLY_TOPIC)
+def _reply_topic(name: str | None, raw: bytes | None) -> str | None:
     if raw is None:
         return None
     try:
@@ -89,8 +108,7 @@ def _reply_topic(last: dict[str, bytes]) -> str | None:
     return topic
 
 
-def _reply_partition(last: dict[str, bytes]) -> int | None:
-    name, raw = _first(last, topics.REPLY_PARTITION)
+def _reply_partition(name: str | None, raw: bytes | None) -> int | None:
     if raw is None:
         return None
     if len(raw) != _PARTITION.size:
@@ -110,8 +128,9 @@ def _deadline(raw: bytes | None) -> int | None:
     return int(raw)
 
 
-def _first(last: dict[str, bytes], family: tuple[str, ...]) -> tuple[str, bytes | None]:
-    return next(((name, last[name]) for name in family if name in last), (family[0], None))
+def _first(last: dict[str, bytes], family: tuple[str, ...]) -> tuple[str | None, bytes | None]:
+    """The header of a family that counts; two None without one."""
+    return next(((name, last[name]) for name in family if name in last), (None, None))
 
 
 def _bad(error: ValueError) -> ErrorBody:

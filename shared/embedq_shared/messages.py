@@ -40,6 +40,8 @@ MAX_INSTRUCTION_BYTES: Final = 16 * 1024
 """It is put before every input of its job: without a limit, a job of 1 MB could ask for 2 GB of text."""
 MAX_NESTING: Final = 64
 DEFAULT_MAX_INPUTS: Final = 2048
+MAX_INTEGER: Final = 2**63 - 1
+"""Of versions and times: JSON has larger ones, which no clock and no encoder of ours takes."""
 MIN_CHUNK_TOKENS: Final = 8
 """The smallest span or window that a job may ask for: it bounds the number of vectors for one text."""
 DEFAULT_CHUNK_TOKENS: Final = 256
@@ -233,7 +235,7 @@ class Control(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     alias: Annotated[str, Meta(min_length=1, max_length=256)]
-    version: Annotated[int, Meta(ge=1)]
+    version: Annotated[int, Meta(ge=1, le=MAX_INTEGER)]
     path: Annotated[str, Meta(min_length=1, description="A model directory below the configured root.")]
     command_id: Annotated[str, Meta(min_length=1, max_length=256)]
     digest: Annotated[str, Meta(description="The model version that must come out; absent: any.")] | None = (
@@ -251,14 +253,19 @@ class Control(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
-    """What one replica serves and does. `version` is the control record it speaks of; `at` is epoch milliseconds."""
+    """What one replica serves and does. `version` is the control record it speaks of; `at` is epoch milliseconds.
+
+    `state` says how that command stands, and `serving` whether a model serves: after a reload that failed, the old one does.
+    `serving` is null in records of replicas that do not say it.
+    """
 
     replica: str
     alias: str
-    version: int | None
+    version: Annotated[int, Meta(ge=1, le=MAX_INTEGER)] | None
     step: Step
     state: State
     model_version: str | None
     error: str | None
-    at: int
+    at: Annotated[int, Meta(ge=0, le=MAX_INTEGER)]
     command_id: str | None = None
+    serving: bool | None = None

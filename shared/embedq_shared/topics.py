@@ -10,6 +10,15 @@ import msgspec
 GROUP: Final = "embedq"
 """The one consumer group, for both lanes."""
 
+DEFAULT_PARTITIONS: Final = 8
+"""Of the job, result and dead letter topics: replicas that can share a lane. More can be added later, but not taken away."""
+DEFAULT_REPLY_PARTITIONS: Final = 64
+"""Client instances spread over them, and each reads all of its partition."""
+DEFAULT_RETRY_TIERS: Final = 2
+"""As many as the service's setting `EMBEDQ_RETRY_DELAYS_S` has by default."""
+MAX_RETRY_TIERS: Final = 8
+"""As many retry topics are looked for: with delays that double it is a span from a minute to hours."""
+
 JSON: Final = "application/json"
 MSGPACK: Final = "application/msgpack"
 MSGPACK_TYPES: Final = frozenset({MSGPACK, "application/x-msgpack", "application/vnd.msgpack"})

@@ -10,8 +10,10 @@ import torch
 
 from embedq_consumer.engine import Text, load_encoder
 from embedq_consumer.engine.kernels.attention import Packing, attend_runs, cuda_kernel
+from embedq_consumer.engine.pooling import POOLINGS
 from tests.helpers.architectures import LONG_TEXTS, MAKERS
 from tests.helpers.encoders import normalized, tokens_of
+from tests.helpers.tiny_models import make_tiny_bert
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,6 +32,19 @@ def test_bf16_on_cuda_is_close_to_float32_on_the_cpu(tmp_path: Path, name: str) 
     assert (wanted * vectors).sum(axis=1).min() >= 0.999
     alone = np.concatenate([normalized(cuda.encode([i])) for i in ids])
     assert (vectors * alone).sum(axis=1).min() >= 0.9999
+
+
+def test_every_pooling_in_cuda_graphs_is_that_of_the_cpu(tmp_path: Path) -> None:
+    path = make_tiny_bert(tmp_path, pooling=list(POOLINGS))
+    encoder = load_encoder(path, device="cpu")
+    cuda = load_encoder(path, device="cuda")
+    assert cuda.hidden_size == encoder.hidden_size == len(POOLINGS) * 128
+    ids = tokens_of(encoder, [Text(text, truncate="end") for text in LONG_TEXTS])
+    wanted, vectors = encoder.encode(ids), cuda.encode(ids)
+    for part, (one, other) in enumerate(
+        zip(np.split(wanted, 6, axis=1), np.split(vectors, 6, axis=1), strict=True)
+    ):
+        assert (normalized(one) * normalized(other)).sum(axis=1).min() >= 0.999, part
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from benchmarks.qwen3_shapes import make
+from embedq_consumer.engine import load_encoder
 from embedq_consumer.engine.kernels.fused_ops import silu_and_mul_reference
 from embedq_consumer.engine.kernels.gated_gemm import gated_linear, interleaved, obstacle
 from tests.model.kernels.test_gated_gemm import INNER, WIDTH, weights
@@ -58,3 +63,11 @@ def test_a_product_that_gates_can_be_captured(device: str) -> None:
     graph.replay()
     torch.cuda.synchronize(device)
     assert torch.equal(found, wanted)
+
+
+def test_what_embedq_cuda_installs_is_what_runs(tmp_path: Path) -> None:
+    """A kernel that is refused is replaced by a slower one, and nothing else fails."""
+    if torch.cuda.get_device_capability() != (9, 0) or find_spec("flash_attn") is None:
+        pytest.skip("no Hopper GPU, or without embedq[cuda]")
+    encoder = load_encoder(make(tmp_path, "tiny"), device="cuda")
+    assert encoder.kernels == {"attention": "flash_attn_4", "gate": "fused_epilogue"}

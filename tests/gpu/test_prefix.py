@@ -29,11 +29,11 @@ def ids_of(random: np.random.Generator, length: int) -> Ids:
 
 
 def with_prefix(prefix: Ids, own: list[Ids]) -> list[Tokens]:
-    return [Tokens(np.concatenate([prefix, ids]), shared=len(prefix)) for ids in own]
+    return [Tokens(np.concatenate([prefix, ids])) for ids in own]
 
 
 def whole(texts: list[Tokens]) -> list[Tokens]:
-    return [Tokens(text.ids) for text in texts]
+    return [Tokens(text.ids, whole=True) for text in texts]
 
 
 def cosines(found: Vectors, wanted: Vectors) -> Vectors:
@@ -65,13 +65,41 @@ def deterministic(path: Path, quantization: Quantization) -> Encoder:
 def test_queries_after_one_instruction_have_the_vectors_of_whole_texts(
     encoder: Encoder, quantization: Quantization
 ) -> None:
-    texts = [Text(f"how far is the moon from {place}?", QUERY_PROMPT) for place in "abcdefghijklmnop"]
-    found = [tokens for tokens in encoder.tokenize(texts) if isinstance(tokens, Tokens)]
+    places = [one + other for one in "abcdefgh" for other in "ijklmnop"]
+    texts = [Text(f"how far is the moon from {place}?", QUERY_PROMPT) for place in places]
+
+    def tokens_of() -> list[Tokens]:
+        return [tokens for tokens in encoder.tokenize(texts) if isinstance(tokens, Tokens)]
+
+    found = tokens_of()
     assert len(found) == len(texts)
-    assert all(tokens.shared > 8 for tokens in found)
+    assert [tokens.cost for tokens in found] == [len(tokens.ids) for tokens in found]
     wanted = encoder.submit(whole(found)).result()
     for _ in range(3):
         assert cosines(encoder.submit(found).result(), wanted).min() >= LEAST[quantization]
+    # Now it is known that they cost less.
+    assert all(tokens.shared > 8 for tokens in tokens_of())
+
+
+def test_instructions_that_differ_in_their_last_words_share_the_first_ones(
+    encoder: Encoder, quantization: Quantization
+) -> None:
+    random = np.random.default_rng(8)
+    common, tenants = ids_of(random, 40), [ids_of(random, 20) for _ in range(6)]
+    texts = [
+        text
+        for number, tenant in enumerate(tenants)
+        for text in with_prefix(
+            np.concatenate([common, tenant]), [ids_of(random, 15) for _ in range(2 if number else 40)]
+        )
+    ]
+    wanted = encoder.submit(whole(texts)).result()
+    for order in (list(range(len(texts))), random.permutation(len(texts)).tolist()):
+        found = encoder.submit([texts[i] for i in order]).result()
+        assert cosines(found, wanted[order]).min() >= LEAST[quantization]
+    # The tenant of many texts has its own words shared, too, which were computed behind the common ones.
+    known = encoder._graphs.known_prefixes([texts[0].ids, texts[-1].ids])  # type: ignore[attr-defined]
+    assert known == [60, 40]
 
 
 def test_no_position_among_other_prefixes_changes_a_vector(

@@ -157,7 +157,7 @@ def _nested(levels: int) -> Any:
 
 
 def bad_inputs(topics: Topics, poison: str) -> list[Bad]:
-    """The table. `poison` is a text that makes the model under test raise."""
+    """The table. `poison` is a text with a token that the model under test does not know."""
     table = _Table()
     job, raw, packed, address = table.job, table.raw, table.packed, table.address
     replies = ("reply-topic", topics.replies.encode())
@@ -237,7 +237,7 @@ def bad_inputs(topics: Topics, poison: str) -> list[Bad]:
     for mode in ("late", "mean"):
         job(f"NaN in one chunk, mode {mode}", "non_finite", "input", chunk=late | {"mode": mode},
             input=f"a b c d {NAN_TOKEN} {CANARY} " * 9, answer=_RAN)
-        job(f"a chunk that the model cannot run, mode {mode}", "internal", "input", chunk=late | {"mode": mode},
+        job(f"a chunk that the model cannot run, mode {mode}", "invalid_value", "input", chunk=late | {"mode": mode},
             input="a b c d e f g h i j k l m " + poison, answer=_RAN)
     job("metadata a list", "invalid_value", "metadata", metadata=[CANARY], answer={"metadata": None})
     job("metadata text", "invalid_value", "metadata", metadata=CANARY, answer={"metadata": None})
@@ -284,6 +284,9 @@ def bad_inputs(topics: Topics, poison: str) -> list[Bad]:
     raw("-Infinity in user", b'{"input": "a", "user": -Infinity}')
     raw("a number that no double holds", b'{"input": "a", "id": "n", "metadata": {"a": 1e999}}',
         param="metadata", id="n")
+    for digits in (310, 4300):
+        raw(f"an integer of {digits} digits", b'{"input": "a", "id": "n", "metadata": {"a": ' + b"9" * digits + b"}}",
+            param="metadata", id="n")
     raw("bytes after the object", b'{"input": "a"} ' + CANARY.encode())
     raw("two objects", b'{"input": "a"}{"input": "a"}')
     raw("top level a list", b'[{"input": "a"}]')
@@ -323,12 +326,10 @@ def bad_inputs(topics: Topics, poison: str) -> list[Bad]:
         b"application/avro",
         b"\xff\xfe",
         b"x" * 10_000,
-        None,
     ):
-        shown = "null" if kind is None else ascii(kind[:20])
-        job(f"content type {shown}", "unsupported_content_type", "content-type",
+        job(f"content type {kind[:20]!a}", "unsupported_content_type", "content-type",
             headers=(("content-type", kind),), answer=_UNREAD | _BURIED)
-    for deadline in (b"soon", b"-1", b"1.5", b"", b"9" * 20, b" 1", "٣".encode(), b"0x10", None):
+    for deadline in (b"soon", b"-1", b"1.5", b"", b"9" * 20, b" 1", "٣".encode(), b"0x10"):
         job(f"deadline {deadline!r}", "invalid_header", "deadline", headers=(("deadline", deadline),))
     job("deadline invalid, with a reply address", "invalid_header", "deadline",
         headers=(replies, ("deadline", CANARY.encode())), answer={"to": "replies"})
@@ -344,15 +345,19 @@ def bad_inputs(topics: Topics, poison: str) -> list[Bad]:
         address(f"reply to {topic.removeprefix(topics.prefix)}", ("reply-topic", topic.encode()))
     address("reply to an unknown topic", ("reply-topic", f"{topics.prefix}.{CANARY}".encode()))
     address("reply topic empty", ("reply-topic", b""))
-    address("reply topic null", ("reply-topic", None))
+    for name in ("kafka_replyTopic", "REPLY_TOPIC"):
+        address(f"{name} of an unknown topic", (name, f"{topics.prefix}.{CANARY}".encode()), param=name)
+        address(f"{name} of a topic that is not allowed", (name, topics.control.encode()), param=name)
+    for name in ("kafka_replyPartition", "REPLY_PARTITION"):
+        address(f"{name} out of range", replies, (name, struct.pack(">i", PARTITIONS)), param=name)
     address("reply topic of 300 characters", ("reply-topic", b"t" * 300))
     address("reply topic with a blank", ("reply-topic", b"a b"))
     address("reply topic of two dots", ("reply-topic", b".."))
     address("reply topic that is not UTF-8", ("reply-topic", b"\xff\xfe"))
     address("Spring's reply topic that is not UTF-8", ("kafka_replyTopic", b"\xff"), param="kafka_replyTopic")
     address("a good reply topic, and a bad one after it", replies, ("reply-topic", b"\xff"))
-    wrong: dict[str, bytes | None] = {
-        "of 3 bytes": b"\0\0\0", "of 5 bytes": bytes(5), "empty": b"", "in ASCII": b"0", "null": None,
+    wrong: dict[str, bytes] = {
+        "of 3 bytes": b"\0\0\0", "of 5 bytes": bytes(5), "empty": b"", "in ASCII": b"0",
         "negative": struct.pack(">i", -1), "out of range": struct.pack(">i", PARTITIONS),
         "of 2**31 - 1": struct.pack(">i", 2**31 - 1),
     }
@@ -394,8 +399,8 @@ def bad_inputs(topics: Topics, poison: str) -> list[Bad]:
     job("NaN from the model", "non_finite", "input", input=f"{NAN_TOKEN} {CANARY}", answer=_RAN)
     job("NaN from the model in a list", "non_finite", "input[1]", input=["a", f"b {NAN_TOKEN}", "c"],
         answer=_RAN | {"input": 1})
-    job("a text that the model cannot run", "internal", "input", input=poison, answer=_RAN)
-    job("a text in a list that the model cannot run", "internal", "input[2]", input=["a", "b", poison],
+    job("a text that the model cannot run", "invalid_value", "input", input=poison, answer=_RAN)
+    job("a text in a list that the model cannot run", "invalid_value", "input[2]", input=["a", "b", poison],
         answer=_RAN | {"input": 2})
     names = [case.name for case in table.cases]
     assert len(set(names)) == len(names)
@@ -494,5 +499,8 @@ def odd_jobs(topics: Topics) -> list[Odd]:
         one("a correlation id of 100 KB", job(), headers=(("kafka_correlationId", b"\xff" * 100_000),),
             echoed=(("kafka_correlationId", b"\xff" * 100_000),)),
         one("an unknown header without a value", job(), headers=(("whatever", None),)),
+        one("null in every header", job(), headers=tuple((name, None) for name in (
+            "content-type", "kafka_correlationId", "reply-topic", "REPLY_TOPIC", "reply-partition",
+            "deadline", "traceparent"))),
         one("a thousand headers", job(), headers=tuple((f"h{i}", b"x") for i in range(1000))),
     ]

@@ -56,6 +56,7 @@ class FakeModel(Encoder):
         self.prompts: Mapping[str, str] = {}
         self.late_chunks = False
         self.default_prompt = ""
+        self.notes: Sequence[str] = ()
         self.phases: Mapping[str, float] = {"read": 0.5}
         self.closed = False
         self.batches: list[list[int]] = []

@@ -46,8 +46,13 @@ class FakeTransport:
         self.broken = broken
         self.refused = refused
         self.fails_to_open: Exception | None = None
+        self.opened = 0
+        self.may_open = asyncio.Event()
+        self.may_open.set()
 
     async def open(self, timeout: float) -> None:
+        self.opened += 1
+        await self.may_open.wait()
         if self.fails_to_open is not None:
             raise self.fails_to_open
 

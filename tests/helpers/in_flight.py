@@ -31,6 +31,7 @@ class Model:
         self.model_version = VERSION
         self.max_tokens = 512
         self.prompts: Mapping[str, str] = {"query": "Q: ", "document": "D: "}
+        self.notes: Sequence[str] = ()
         self.phases: Mapping[str, float] = {}
         self.hidden_size = hidden_size
         self.default_prompt = default_prompt

@@ -33,7 +33,7 @@ class SmallDevice:
         return self._encoder.submit(batch)
 
     def memory(self) -> Memory | None:
-        return Memory(free=self._most(), total=self._most(), peak=0)
+        return Memory(used=0, free=self._most(), total=self._most(), reserved=0, peak=0)
 
 
 def main(file: Path) -> int:

@@ -33,6 +33,13 @@ class ScriptedMember:
         """A question for stored offsets waits for it."""
         self.open_errors: list[BaseException] = []
         self.stored: dict[TopicPartition, int] = {}
+        self.metadata: dict[TopicPartition, str] = {}
+        """That came with them."""
+        self.ids: dict[str, str] = {}
+        """Of the topics, as the brokers have them now."""
+        self.id_errors: list[BaseException] = []
+        self.missing: frozenset[TopicPartition] = frozenset()
+        """Partitions of deleted topics."""
         self.topics: list[str] = []
         self.membership: Membership | None = None
         self.failure: BaseException | None = None
@@ -90,7 +97,7 @@ class ScriptedMember:
 
     async def commit(
         self, membership: Membership, offsets: Mapping[TopicPartition, OffsetAndMetadata]
-    ) -> None:
+    ) -> Collection[TopicPartition]:
         assert not self._committing, "two commits at a time"
         if self.commit_gate is not None:
             self._committing = True
@@ -102,16 +109,21 @@ class ScriptedMember:
             raise self.commit_errors.pop(0)
         if membership != self.membership:
             raise IllegalGenerationError
+        offsets = {partition: its for partition, its in offsets.items() if partition not in self.missing}
         plain = {partition: stored.offset for partition, stored in offsets.items()}
         self.commits.append(plain)
         self.stored |= plain
+        self.metadata |= {partition: stored.metadata for partition, stored in offsets.items()}
         self.calls.append("commit")
+        return self.missing
 
     async def committed(
         self, partitions: Collection[TopicPartition]
     ) -> Mapping[TopicPartition, OffsetAndMetadata | None]:
         found = {
-            partition: OffsetAndMetadata(self.stored[partition], "") if partition in self.stored else None
+            partition: OffsetAndMetadata(self.stored[partition], self.metadata.get(partition, ""))
+            if partition in self.stored
+            else None
             for partition in partitions
         }
         if self.open_gate is not None:
@@ -120,6 +132,12 @@ class ScriptedMember:
             raise self.open_errors.pop(0)
         self.calls.append("committed")
         return found
+
+    async def topic_ids(self, topics: Collection[str]) -> Mapping[str, str]:
+        self.calls.append("topic_ids")
+        if self.id_errors:
+            raise self.id_errors.pop(0)
+        return {topic: its for topic, its in self.ids.items() if topic in topics}
 
     async def close(self, within: float) -> str | None:
         self.calls.append("close")
@@ -170,6 +188,11 @@ class ScriptedConsumer:
         """Offsets that are no records, as transactions' markers and compaction leave them."""
         self.ends[partition] = self.ends.get(partition, 0) + length
         self._arrived.set()
+
+    def make_anew(self, partition: TopicPartition) -> None:
+        """Its topic was deleted and made again: nothing is there."""
+        self._records[partition] = {}
+        self.ends[partition] = 0
 
     @property
     def latest(self) -> tuple[TopicPartition, ...]:
@@ -237,6 +260,8 @@ class ScriptedConsumer:
             log = self._records.get(partition, {})
             taken: list[ConsumerRecord] = []
             position = self.positions[partition]
+            if position > self.ends.get(partition, 0):
+                position = 0  # out of range, and so the earliest
             while position < self.ends.get(partition, 0) and len(taken) < limit:
                 if position in log:
                     taken.append(log[position])

@@ -18,11 +18,15 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 __all__ = [
     "QUERY_PROMPT",
     "make_tiny_bert",
+    "make_tiny_deberta",
+    "make_tiny_gemma2",
     "make_tiny_gemma3",
     "make_tiny_llama",
     "make_tiny_mistral",
     "make_tiny_modernbert",
+    "make_tiny_mpnet",
     "make_tiny_qwen3",
+    "make_tiny_t5",
     "make_tiny_xlm_roberta",
     "minilm_path",
     "nan_weights",
@@ -43,6 +47,16 @@ def embed(text: str) -> list[float]: return model.encode(text)  # 0123456789
 
 DenseShape = tuple[int, Literal["Identity", "Tanh"], bool]
 """A Dense module's width, activation, and whether it has a bias."""
+
+_POOLING_FLAGS = {
+    "cls": "cls_token",
+    "max": "max_tokens",
+    "mean": "mean_tokens",
+    "mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "weightedmean": "weightedmean_tokens",
+    "lasttoken": "lasttoken",
+}
+"""As sentence-transformers names them until its release 5."""
 
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
@@ -105,10 +119,11 @@ def make_tiny_bert(
     path: Path,
     *,
     seed: int = 0,
-    pooling: Literal["cls", "mean"] = "mean",
+    pooling: str | Sequence[str] = "mean",
     hidden: int = 128,
     layers: int = 2,
     max_tokens: int = 128,
+    dense: Sequence[DenseShape] = (),
 ) -> Path:
     """Write a BERT embedding model (lower-casing WordPiece, [CLS] … [SEP], no prompts) and return `path`."""
     from transformers import BertConfig, BertModel
@@ -127,7 +142,7 @@ def make_tiny_bert(
     _write_weights(path, BertModel(config, add_pooling_layer=False), seed)
     _write_word_piece(path, tokenizer, max_tokens, tokenizer_class="BertTokenizer", do_lower_case=True)
     _write_sentence_transformers(
-        path, hidden=hidden, pooling=pooling, normalize=True, max_seq_length=max_tokens
+        path, hidden=hidden, pooling=pooling, normalize=True, max_seq_length=max_tokens, dense=dense
     )
     return path
 
@@ -168,6 +183,90 @@ def make_tiny_xlm_roberta(
     return path
 
 
+def make_tiny_mpnet(path: Path, *, seed: int = 0, max_tokens: int = 512) -> Path:
+    """Write an MPNet embedding model as all-mpnet-base-v2 is one (mean, then normalize) and return `path`.
+
+    Its padding is token 1, and positions start after it.
+    """
+    from transformers import MPNetConfig, MPNetModel
+
+    path.mkdir(parents=True, exist_ok=True)
+    tokenizer = _word_piece(first=("[CLS]", "[PAD]", "[UNK]", "[SEP]", "[MASK]"))
+    config = MPNetConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=max_tokens + 2,
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=3,
+    )
+    _write_weights(path, MPNetModel(config, add_pooling_layer=False), seed)
+    _write_word_piece(path, tokenizer, max_tokens, tokenizer_class="PreTrainedTokenizerFast")
+    _write_sentence_transformers(path, hidden=96, pooling="mean", normalize=True, max_seq_length=max_tokens)
+    return path
+
+
+def make_tiny_deberta(path: Path, *, seed: int = 0, max_tokens: int = 512, **fields: Any) -> Path:
+    """Write a DeBERTa-v2 embedding model as DeBERTa-v3 is one (mean, then normalize) and return `path`.
+
+    Its distances are in 32 buckets, so that a text is longer than these reach without widening. `fields` are the
+    configuration's.
+    """
+    from transformers import DebertaV2Config, DebertaV2Model
+
+    path.mkdir(parents=True, exist_ok=True)
+    tokenizer = _word_piece()
+    shape: dict[str, Any] = {
+        "vocab_size": tokenizer.get_vocab_size(),
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": max_tokens,
+        "relative_attention": True,
+        "position_buckets": 16,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_biased_input": False,
+        "pad_token_id": tokenizer.token_to_id("[PAD]"),
+    }
+    _write_weights(path, DebertaV2Model(DebertaV2Config(**(shape | fields))), seed)
+    _write_word_piece(path, tokenizer, max_tokens, tokenizer_class="PreTrainedTokenizerFast")
+    _write_sentence_transformers(path, hidden=96, pooling="mean", normalize=True, max_seq_length=max_tokens)
+    return path
+
+
+def make_tiny_t5(path: Path, *, seed: int = 0, whole: bool = False) -> Path:
+    """Write a T5 embedding model as sentence-t5 is one (mean, Dense, then normalize) and return `path`.
+
+    The checkpoint holds the encoder alone, or, if `whole`, the decoder too.
+    """
+    from transformers import T5Config, T5EncoderModel, T5Model
+
+    path.mkdir(parents=True, exist_ok=True)
+    tokenizer = _byte_level_bpe()
+    config = T5Config(
+        vocab_size=tokenizer.get_vocab_size(),
+        d_model=96,
+        d_kv=24,
+        d_ff=192,
+        num_layers=2,
+        num_heads=4,
+        relative_attention_max_distance=64,
+        feed_forward_proj="gated-gelu",
+    )
+    _write_weights(path, T5Model(config) if whole else T5EncoderModel(config), seed)
+    _write_byte_level_bpe(path, tokenizer)
+    _write_sentence_transformers(
+        path, hidden=96, pooling="mean", normalize=True, max_seq_length=256, dense=[(64, "Identity", False)]
+    )
+    return path
+
+
 def make_tiny_modernbert(
     path: Path, *, seed: int = 0, local_attention: int = 16, max_tokens: int = 512
 ) -> Path:
@@ -197,6 +296,40 @@ def make_tiny_modernbert(
     _write_weights(path, ModernBertModel(config), seed)
     _write_word_piece(path, tokenizer, max_tokens, tokenizer_class="PreTrainedTokenizerFast")
     _write_sentence_transformers(path, hidden=128, pooling="cls", normalize=True, max_seq_length=max_tokens)
+    return path
+
+
+def make_tiny_gemma2(path: Path, *, seed: int = 0, sliding_window: int = 16, max_tokens: int = 512) -> Path:
+    """Write a Gemma 2 embedding model as bge-multilingual-gemma2 is one (last token, then normalize) and return `path`.
+
+    Every other layer has a window; a cap of 2 is far below many scores.
+    """
+    from transformers import Gemma2Config, Gemma2Model
+
+    path.mkdir(parents=True, exist_ok=True)
+    tokenizer = _byte_level_bpe()
+    end = tokenizer.token_to_id("<|endoftext|>")
+    config = Gemma2Config(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        query_pre_attn_scalar=24,
+        max_position_embeddings=max_tokens,
+        sliding_window=sliding_window,
+        attn_logit_softcapping=2.0,
+        pad_token_id=None,
+        bos_token_id=end,
+        eos_token_id=end,
+    )
+    _write_weights(path, Gemma2Model(config), seed)
+    _write_byte_level_bpe(path, tokenizer)
+    _write_sentence_transformers(
+        path, hidden=96, pooling="lasttoken", normalize=True, max_seq_length=max_tokens
+    )
     return path
 
 
@@ -325,14 +458,13 @@ def _byte_level_bpe() -> Tokenizer:
     return tokenizer
 
 
-def _word_piece() -> Tokenizer:
+def _word_piece(first: Sequence[str] = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")) -> Tokenizer:
+    """One whose first ids are `first`."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=500, show_progress=False, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    )
+    trainer = trainers.WordPieceTrainer(vocab_size=500, show_progress=False, special_tokens=list(first))
     tokenizer.train_from_iterator(_CORPUS, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
@@ -419,14 +551,18 @@ def _write_weights(path: Path, model: Any, seed: int) -> None:
                 parameter.copy_(noise / parameter.shape[1] ** 0.5)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(path)
-    save_file(model.state_dict(), path / "model.safetensors", metadata={"format": "pt"})
+    # Of weights under two names, as T5 has them, one is written.
+    twice = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    twice -= {name for name, _ in model.named_parameters()}
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in twice}
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
 
 
 def _write_sentence_transformers(
     path: Path,
     *,
     hidden: int,
-    pooling: str,
+    pooling: str | Sequence[str],
     normalize: bool,
     prompts: dict[str, str] | None = None,
     default_prompt_name: str | None = None,
@@ -442,19 +578,16 @@ def _write_sentence_transformers(
             for i, (folder, kind) in enumerate(zip(folders, kinds, strict=True))
         ],
     )
-    modes = {"cls": "cls_token", "mean": "mean_tokens", "lasttoken": "lasttoken"}
+    chosen = [pooling] if isinstance(pooling, str) else list(pooling)
     _write_json(
         path / "1_Pooling" / "config.json",
         {
             "word_embedding_dimension": hidden,
-            **{f"pooling_mode_{mode}": key == pooling for key, mode in modes.items()},
-            "pooling_mode_max_tokens": False,
-            "pooling_mode_mean_sqrt_len_tokens": False,
-            "pooling_mode_weightedmean_tokens": False,
+            **{f"pooling_mode_{flag}": mode in chosen for mode, flag in _POOLING_FLAGS.items()},
             "include_prompt": True,
         },
     )
-    width = hidden
+    width = hidden * len(chosen)
     for folder, shape in zip(folders[2:], dense, strict=False):
         _write_dense(path / folder, width, *shape)
         width = shape[0]

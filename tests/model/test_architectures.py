@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from embedq_consumer.engine import Encoder, ModelError, Text, load_encoder
 from embedq_consumer.engine.kernels.attention import Packing, attend_runs
+from tests.architectures.sweep import judge
 from tests.helpers.architectures import LONG_TEXTS, MAKERS, make_embeddinggemma
 from tests.helpers.encoders import normalized, tokens_of
-from tests.helpers.tiny_models import make_tiny_gemma3
+from tests.helpers.tiny_models import make_tiny_bert, make_tiny_gemma3, make_tiny_t5
 from tests.model.test_parity import TOLERANCE
 
 
@@ -50,6 +51,11 @@ def test_a_mixed_batch_gives_what_sentence_transformers_gives(encoder: Encoder, 
         assert difference <= TOLERANCE, dimensions
 
 
+def test_what_can_be_packed_is_packed(path: Path, encoder: Encoder) -> None:
+    # T5's attention cannot be replaced: its texts run by length.
+    assert encoder.kernels["attention"] == ("by_length" if path.name == "t5" else "torch_sdpa")
+
+
 def test_a_text_gives_the_same_alone_and_packed_in_every_position(encoder: Encoder) -> None:
     for text in ("the old stone wall", "the old stone wall " * 30):
         neighbors = (*LONG_TEXTS[:4], *LONG_TEXTS[-4:-1])
@@ -76,7 +82,9 @@ def test_prompts_give_what_sentence_transformers_gives(tmp_path: Path) -> None:
 # -- attention in a window --------------------------------------------------------------------------------------------
 
 
-def everything_at_once(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, window: int) -> Any:
+def everything_at_once(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, window: int, softcap: float | None
+) -> Any:
     """Attention of one text (tokens, heads, head_dim) with its whole matrix of scores."""
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     distance = torch.arange(len(q)).unsqueeze(1) - torch.arange(len(q))
@@ -84,6 +92,8 @@ def everything_at_once(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal
     if causal:
         hidden |= distance < 0
     scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
 
 
@@ -92,17 +102,18 @@ def everything_at_once(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal
     lengths=st.lists(st.integers(1, 700) | st.integers(1, 40), min_size=1, max_size=4),
     window=st.integers(1, 300) | st.sampled_from([1, 2, 255, 256, 257]),
     causal=st.booleans(),
+    softcap=st.none() | st.sampled_from([0.5, 50.0]),
 )
 def test_attention_by_bands_is_attention_with_the_whole_mask(
-    lengths: list[int], window: int, causal: bool
+    lengths: list[int], window: int, causal: bool, softcap: float | None
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(sum(lengths), heads, 8, generator=generator) for heads in (4, 2, 2))
     out = torch.empty_like(q)
     packing = Packing.of(lengths, torch.device("cpu"))
-    attend_runs(q, k, v, out, packing.runs, causal=causal, scale=8**-0.5, window=window)
+    attend_runs(q, k, v, out, packing.runs, causal=causal, scale=8**-0.5, window=window, softcap=softcap)
     texts = zip(torch.split(q, lengths), torch.split(k, lengths), torch.split(v, lengths), strict=True)
-    expected = torch.cat([everything_at_once(*text, causal, window) for text in texts])
+    expected = torch.cat([everything_at_once(*text, causal, window, softcap) for text in texts])
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -177,7 +188,9 @@ def test_the_first_dense_module_must_take_what_the_pooling_gives(tmp_path: Path)
     path = make_tiny_gemma3(tmp_path / "a", dense=[(64, "Identity", False)])
     other = make_tiny_gemma3(tmp_path / "b", dense=[(96, "Identity", False), (64, "Identity", False)])
     shutil.copytree(other / "3_Dense", path / "2_Dense", dirs_exist_ok=True)
-    with pytest.raises(ModelError, match="hidden_size is 128, but the first Dense module takes 96"):
+    with pytest.raises(
+        ModelError, match=r"mean pooling gives 128 components, but the first Dense module takes 96"
+    ):
         load_encoder(path, device="cpu")
 
 
@@ -190,8 +203,57 @@ def test_a_dense_module_after_the_normalizing_is_refused(tmp_path: Path) -> None
         load_encoder(path, device="cpu")
 
 
-def test_layers_of_another_kind_are_refused_by_name(tmp_path: Path) -> None:
+# -- what cannot be packed ---------------------------------------------------------------------------------------------
+
+
+def test_layers_of_an_unknown_kind_are_refused_by_name(tmp_path: Path) -> None:
     path = make_tiny_gemma3(tmp_path)
     edit(path / "config.json", layer_types=["chunked_attention"] * 4)
-    with pytest.raises(ModelError, match="chunked_attention"):
+    with pytest.raises(ModelError, match=r"config\.json: .*chunked_attention"):
         load_encoder(path, device="cpu")
+
+
+def test_layers_that_mix_tokens_in_another_way_than_attention_run_by_length(tmp_path: Path) -> None:
+    found = judge("lfm2", tmp_path, layer_types=["conv", "full_attention", "conv"])
+    assert found.verdict == "served"
+    assert "'not_packed': 'layer_types: conv'" in found.detail
+
+
+def test_token_types_that_the_model_would_not_get_are_refused(tmp_path: Path) -> None:
+    path = make_tiny_bert(tmp_path)
+    file = path / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    tokenizer["post_processor"]["single"][0]["SpecialToken"]["type_id"] = 1
+    file.write_text(json.dumps(tokenizer))
+    edit(path / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    with pytest.raises(
+        ModelError, match=r"tokenizer\.json: post_processor: expected tokens of type 0 alone, got 1"
+    ):
+        load_encoder(path, device="cpu")
+    edit(path / "tokenizer_config.json", model_input_names=["input_ids", "attention_mask"])
+    load_encoder(path, device="cpu").close()
+
+
+def test_an_encoder_is_taken_out_of_a_whole_encoder_decoder(tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    path = make_tiny_t5(tmp_path, whole=True)
+    encoder = load_encoder(path, device="cpu", dry_run_s=100)
+    reference = SentenceTransformer(str(path), device="cpu", local_files_only=True)
+    found = normalized(encoder.encode(tokens_of(encoder, ["the moon", "a stone wall"])))
+    assert np.abs(found - reference.encode(["the moon", "a stone wall"])).max() <= TOLERANCE
+
+
+def test_a_checkpoint_of_the_encoder_alone_passes_the_dry_run(tmp_path: Path) -> None:
+    load_encoder(make_tiny_t5(tmp_path), device="cpu", dry_run_s=100).close()
+
+
+def test_how_much_of_a_text_is_fed_forward_at_once_changes_nothing(tmp_path: Path) -> None:
+    """transformers fails on a text whose length that number does not divide."""
+    path = make_tiny_bert(tmp_path)
+    before = load_encoder(path, device="cpu")
+    ids = tokens_of(before, LONG_TEXTS[:4])
+    for activation, wanted in (("gelu", before.encode(ids)), ("gelu_new", None)):
+        edit(path / "config.json", chunk_size_feed_forward=7, hidden_act=activation)
+        found = load_encoder(path, device="cpu").encode(ids)
+        assert wanted is None or np.abs(normalized(found) - normalized(wanted)).max() <= TOLERANCE

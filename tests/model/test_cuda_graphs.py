@@ -165,21 +165,60 @@ def test_a_shared_prefix_runs_once_and_counts_for_every_text() -> None:
     graphs = CpuGraphs(forward.pooled(pool=True), part_tokens=512)
     assert graphs.shares_prefixes
     prompt = np.arange(100, 140, dtype=np.int32)
-    batch = [Tokens(np.concatenate([prompt, text_of(5, n).ids]), shared=len(prompt)) for n in range(8)]
-    plain = text_of(30)
+    batch = [Tokens(np.concatenate([prompt, text_of(5, 9 * n).ids])) for n in range(8)]
+    plain = text_of(30, 400)
     assert np.array_equal(graphs.submit([*batch, plain]).result(), wanted([*batch, plain]))
     assert forward.rows == [(1, 64), (9, 128)]  # the prompt's 40 tokens, then 8 · 5 + 30
     assert np.array_equal(graphs.submit(batch).result(), wanted(batch))
     assert forward.rows[2:] == [(8, 64)]
+    assert graphs.known_prefixes([batch[0].ids, plain.ids]) == [40, 0]
 
 
 def test_a_batch_that_saves_too_little_shares_nothing() -> None:
     forward = Forward()
     graphs = CpuGraphs(forward.pooled(pool=True), part_tokens=512)
     prompt = np.arange(100, 110, dtype=np.int32)
-    batch = [Tokens(np.concatenate([prompt, text_of(5, n).ids]), shared=len(prompt)) for n in range(4)]
+    batch = [Tokens(np.concatenate([prompt, text_of(7, 9 * n).ids])) for n in range(4)]
     assert np.array_equal(graphs.submit(batch).result(), wanted(batch))
-    assert forward.rows == [(4, 64)]
+    assert forward.rows == [(4, 128)]
+
+
+def test_instructions_that_begin_alike_share_what_they_have_in_common_and_each_what_is_its_own() -> None:
+    forward = Forward()
+    graphs = CpuGraphs(forward.pooled(pool=True), part_tokens=4096)
+    common = np.arange(100, 140, dtype=np.int32)
+    tenants = [np.arange(first, first + 20, dtype=np.int32) for first in (200, 300)]
+    batch = [
+        Tokens(np.concatenate([common, tenant, text_of(5, 9 * n).ids]))
+        for tenant in tenants
+        for n in range(20)
+    ]
+    few = [Tokens(np.concatenate([common, text_of(25, 400 + 9 * n).ids])) for n in range(3)]
+    assert np.array_equal(graphs.submit([*batch, *few]).result(), wanted([*batch, *few]))
+    # 60 tokens, the 20 of the other tenant behind the common 40, and then 40 · 5 + 3 · 25 of the texts' own.
+    assert forward.rows == [(1, 64), (1, 64), (43, 512)]
+    assert np.array_equal(graphs.submit(few).result(), wanted(few))
+
+
+def test_where_sharing_leaves_a_row_of_the_same_size_texts_run_whole() -> None:
+    forward = Forward()
+    graphs = CpuGraphs(forward.pooled(pool=True), part_tokens=4096)
+    prompt = np.arange(100, 140, dtype=np.int32)
+    batch = [Tokens(np.concatenate([prompt, text_of(5, 9 * n).ids])) for n in range(8)]
+    graphs.submit(batch).result()
+    forward.rows.clear()
+    mixed = [batch[0], text_of(900, 200)]
+    assert np.array_equal(graphs.submit(mixed).result(), wanted(mixed))
+    assert forward.rows == [(2, 1024)]
+
+
+def test_a_trial_of_the_memory_runs_every_token() -> None:
+    forward = Forward()
+    graphs = CpuGraphs(forward.pooled(pool=True), part_tokens=2048)
+    texts = [Tokens(text_of(200).ids, whole=True)] * 10
+    assert np.array_equal(graphs.submit(texts).result(), wanted(texts))
+    assert np.array_equal(graphs.encode([text.ids for text in texts]), wanted(texts))
+    assert forward.rows == [(10, 2048)] * 2
 
 
 def test_the_deterministic_mode_shares_no_prefixes() -> None:

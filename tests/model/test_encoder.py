@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from embedq_consumer.engine import ModelError, Text, load_encoder
+from embedq_consumer.engine.models import registry
 from embedq_consumer.engine.models.bert_cpu import PackedBert
 from tests.helpers.encoders import normalized, tokens_of
 from tests.helpers.tiny_models import make_tiny_bert, make_tiny_qwen3, nan_weights
@@ -63,11 +64,26 @@ def test_positions_that_start_after_the_padding_give_what_sentence_transformers_
 
 
 @pytest.mark.usefixtures("quiet")
-def test_an_architecture_that_packing_would_break_is_refused(tmp_path: Path) -> None:
-    from transformers import MPNetConfig
+def test_an_architecture_that_packing_would_break_runs_by_length_or_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sentence_transformers import SentenceTransformer
+    from transformers import FNetConfig
 
-    path = make_other(tmp_path, MPNetConfig(**small(max_position_embeddings=80, pad_token_id=1)))
-    with pytest.raises(ModelError, match=r"config\.json"):
+    fields = small(max_position_embeddings=512, pad_token_id=0, tpu_short_seq_length=512)
+    path = make_other(tmp_path, FNetConfig(**{k: v for k, v in fields.items() if k != "num_attention_heads"}))
+    encoder = load_encoder(path, device="cpu")
+    assert encoder.kernels["attention"] == "by_length"
+    assert encoder.kernels["not_packed"]
+    found = normalized(encoder.encode(tokens_of(encoder, [Text(t, truncate="end") for t in TEXTS])))
+    # One text a call: of a padded batch, FNet mixes the padding into every token.
+    reference = SentenceTransformer(str(path), device="cpu", local_files_only=True)
+    expected = np.concatenate([reference.encode([text]) for text in TEXTS])
+    assert np.abs(found - normalized(expected)).max() <= TOLERANCE
+    monkeypatch.setattr(registry, "by_length_forward", lambda *_: lambda ids, *_: torch.zeros(len(ids), 128))
+    with pytest.raises(
+        ModelError, match=r"config\.json: model_type fnet: neither packed \(.*\) nor by length"
+    ):
         load_encoder(path, device="cpu")
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedq_consumer.engine.prefix_cache import MARGIN
-from embedq_consumer.engine.row import input_length, pack_prefixes, pack_row, shared_length
+from embedq_consumer.engine.row import input_length, pack_prefixes, pack_row, positions_of, shared_length
 
 Ids = npt.NDArray[np.int32]
 
@@ -30,6 +30,26 @@ def test_a_row_holds_its_sequences_and_a_tail_that_belongs_to_sequences_too(leng
         assert ids[last[i]] == text[-1]
     assert not ids[sum(lengths) :].any()
     assert not positions[sum(lengths) :].any()
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 3), max_size=6), min_size=1, max_size=6), st.sampled_from([None, 0, 1])
+)
+def test_positions_are_those_that_transformers_counts_for_each_text_alone(
+    texts: list[list[int]], padding: int | None
+) -> None:
+    ids = np.array([token for text in texts for token in text], dtype=np.int32)
+    lengths = np.array([len(text) for text in texts], dtype=np.int32)
+    wanted: list[int] = []
+    for text in texts:
+        if padding is None:
+            wanted += range(len(text))
+        else:
+            counts = [token != padding for token in text]
+            wanted += [sum(counts[: n + 1]) * count for n, count in enumerate(counts)]
+    found = positions_of(ids, lengths, padding)
+    assert found.dtype == np.int32
+    assert found.tolist() == wanted
 
 
 TEXTS = st.lists(st.tuples(st.integers(1, 9), st.integers(0, 6)), min_size=1, max_size=12)

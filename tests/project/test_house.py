@@ -38,7 +38,9 @@ SERVICE: Final[Floors] = (
     ("exactly_once",),
     ("lifecycle",),
     ("pipeline",),
+    ("setting_words",),
     ("settings",),
+    ("usage",),
     ("leaving",),
     ("service",),
     ("supervisor",),
@@ -49,7 +51,7 @@ SERVICE: Final[Floors] = (
 
 SDK: Final[Floors] = (
     ("errors",),
-    ("job_options",),
+    ("job_options", "shown"),
     ("embeddings",),
     ("reply_checks",),
     ("transport",),

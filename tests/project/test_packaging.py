@@ -163,7 +163,10 @@ def test_a_plain_install_is_light() -> None:
     assert needed(requirements) == LIGHT
     assert {"torch", "transformers", "redis"} <= needed(requirements, "consumer")
     assert needed(requirements, "cli") == {"click", "rich"}
-    assert needed(requirements, "cuda") == needed(requirements, "consumer") | {"flash-attn-4"}
+    assert needed(requirements, "cuda") == needed(requirements, "consumer") | {
+        "flash-attn-4",
+        "quack-kernels",
+    }
     for extra in ("cli", "consumer", "dev", None):
         assert "flash-attn-4" not in needed(
             requirements, extra

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from embedq_consumer.engine.loading import compile_cache
 from embedq_consumer.lifecycle import NoModel
 from embedq_consumer.process import main
 from embedq_consumer.settings import Settings, SettingsError
+from tests.helpers.support import patient
 
 Serve = Callable[[Settings, asyncio.Event, Callable[[], object]], Awaitable[None]]
 
@@ -146,3 +149,26 @@ def test_the_default_compile_cache_may_be_missing(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(compile_cache, "enable", refuse)
     monkeypatch.setattr(process, "serve", serve)
     assert main() == 0
+
+
+@pytest.mark.parametrize("imported", ["structlog", "embedq_consumer.process"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_while_the_process_still_imports_is_a_clean_stop(
+    imported: str, number: signal.Signals, tmp_path: Path
+) -> None:
+    """Whenever the signal comes: Kafka is away, so that the process is not ready either when it comes late."""
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", "embedq_consumer"],
+        env=os.environ | {"EMBEDQ_HTTP_PORT": "0"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stderr is not None
+    with process.stderr as said:
+        for line in said:
+            if line.rstrip().endswith(f" {imported}".encode()):
+                process.send_signal(number)
+                break
+        for _ in said:  # a full pipe would stop it
+            pass
+    assert process.wait(timeout=patient(60)) == 0

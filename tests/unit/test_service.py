@@ -160,7 +160,7 @@ def settings(tmp_path: Path) -> Settings:
     for name in ("old", "new"):
         (tmp_path / name).mkdir()
     return Settings(
-        kafka_servers="-",
+        kafka_servers="kafka:9092",
         model=str(tmp_path / "old"),
         device="cpu",
         http_host="127.0.0.1",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +18,11 @@ from embedq_consumer.engine import LoadOptions
 from embedq_consumer.intake.admission import AdmissionPolicy
 from embedq_consumer.lifecycle import BatchOptions
 from embedq_consumer.service import serve
+from embedq_consumer.setting_words import described, takes, wrong
 from embedq_consumer.settings import Settings, SettingsError
-from embedq_sdk.admin.topics import DEFAULT_RETRY_TIERS
+from embedq_consumer.usage import explain_usage
 from embedq_shared.secret import Secret
-from embedq_shared.topics import Topics
+from embedq_shared.topics import DEFAULT_RETRY_TIERS, Topics
 from tests.helpers.support import patient
 
 NEEDED = {"EMBEDQ_KAFKA_SERVERS": "localhost:9092", "EMBEDQ_MODEL": "/models/one"}
@@ -46,25 +49,28 @@ def test_a_missing_one_is_named(missing: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "expected"),
     [
-        ("max_batch_tokens", "-1", "expected `int` >= 0"),
-        ("max_batch_tokens", "many", "expected `int`, got `str`"),
-        ("max_batch_items", "0", "expected `int` >= 1"),
-        ("max_wait_ms", "-0.5", "expected `float` >= 0.0"),
-        ("bulk_max_wait_s", "soon", "expected `float`, got `str`"),
-        ("max_in_flight_jobs", "0", "expected `int` >= 1"),
-        ("max_in_flight_bytes", "1MB", "expected `int`, got `str`"),
-        ("max_poll_records", "2.5", "expected `int`, got `str`"),
-        ("max_result_bytes", "100", "expected `int` >= 4096"),
-        ("http_port", "65536", "expected `int` <= 65535"),
-        ("reply_timeout_s", "0", "expected `float` > 0.0"),
-        ("session_timeout_ms", "999", "expected `int` >= 1000"),
-        ("log_level", "verbose", "expected one of debug, info, warning, error"),
-        ("device", "gpu", r"expected `str` matching regex '^(auto|cpu|cuda(:\\d+)?)$'"),
-        ("kafka_security_protocol", "TLS", "expected one of PLAINTEXT, SSL, SASL_PLAINTEXT, SASL_SSL"),
-        ("topic_prefix", "", "expected `str` of length >= 1"),
-        ("group", "", "expected `str` of length >= 1"),
-        ("model", "", "expected `str` of length >= 1"),
-        ("replica", "x" * 257, "expected `str` of length <= 256"),
+        ("max_batch_tokens", "-1", "an integer, at least 0, got '-1'"),
+        ("max_batch_tokens", "many", "an integer, at least 0, got 'many'"),
+        ("max_batch_items", "0", "an integer, at least 1, got '0'"),
+        ("max_wait_ms", "-0.5", "a number, at least 0, got '-0.5'"),
+        ("bulk_max_wait_s", "soon", "a number, at least 0, got 'soon'"),
+        ("max_in_flight_jobs", "0", "an integer, at least 1, got '0'"),
+        ("max_in_flight_bytes", "1MB", "an integer, at least 1, got '1MB'"),
+        ("max_poll_records", "2.5", "an integer, at least 1, got '2.5'"),
+        ("max_result_bytes", "100", "an integer, at least 4,096, got '100'"),
+        ("http_port", "65536", "an integer, at least 0, at most 65,535, got '65536'"),
+        ("reply_timeout_s", "0", "a number, above 0, got '0'"),
+        ("session_timeout_ms", "999", "an integer, at least 1,000, got '999'"),
+        ("log_level", "verbose", "one of debug, info, warning, error, got 'verbose'"),
+        ("device", "gpu", "auto, cpu, cuda or cuda:N (a GPU is cuda), got 'gpu'"),
+        ("devices", "gpu", "all, or cpu, cuda and cuda:N separated by commas, got 'gpu'"),
+        ("deterministic", "perhaps", "true or false, got 'perhaps'"),
+        ("static_membership", "2", "true or false, got '2'"),
+        ("kafka_security_protocol", "TLS", "one of PLAINTEXT, SSL, SASL_PLAINTEXT, SASL_SSL, got 'TLS'"),
+        ("topic_prefix", "", "text, not empty, got nothing"),
+        ("group", "", "text, not empty, got nothing"),
+        ("model", "", "text, not empty, got nothing"),
+        ("replica", "x" * 257, f"text of at most 256 characters, got '{'x' * 80}…'"),
     ],
 )
 def test_a_value_out_of_range_names_its_variable_and_what_was_expected(
@@ -72,7 +78,51 @@ def test_a_value_out_of_range_names_its_variable_and_what_was_expected(
 ) -> None:
     with pytest.raises(SettingsError) as caught:
         settings(**{name: value})
-    assert str(caught.value) == f"EMBEDQ_{name.upper()}: {expected}"
+    assert str(caught.value) == f"EMBEDQ_{name.upper()}: expected {expected}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "meant"),
+    [
+        ("log_level", "INFO", "info"),
+        ("kafka_security_protocol", "ssl", "SSL"),
+        ("quantization", "None", "none"),
+        ("deterministic", "yes", True),
+        ("deterministic", "No", False),
+        ("deterministic", "ON", True),
+        ("deterministic", "off", False),
+        ("deterministic", "True", True),
+        ("deterministic", "0", False),
+    ],
+)
+def test_choices_are_read_in_any_case_of_letters_and_yes_and_no_as_everybody_does(
+    name: str, value: str, meant: object
+) -> None:
+    assert getattr(settings(**{name: value}), name) == meant
+
+
+def test_no_setting_is_explained_in_the_words_of_a_library() -> None:
+    for name, hint in get_type_hints(Settings, include_extras=True).items():
+        said = f"{takes(hint)} {wrong(Settings, name, {name: 'x'})}"
+        assert not re.search(r"`(int|str|bool|float)`|regex|\\d|\^", said), name
+
+
+def test_a_secret_that_cannot_be_used_is_not_shown() -> None:
+    assert "hidden" not in wrong(Settings, "cache_key", {"cache_key": "hidden"})
+
+
+def test_help_names_every_setting_what_it_takes_and_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert explain_usage(["--help"]) == 0
+    written = capsys.readouterr().out
+    for one in described(Settings, "EMBEDQ_"):
+        assert f"{one.name}  ({one.takes}; " in written
+    assert "EMBEDQ_KAFKA_SERVERS  (text, not empty; required)" in written
+    assert "default: 9464" in written
+
+
+def test_an_argument_is_a_mistake_that_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert explain_usage(["--port", "1"]) == 2
+    assert capsys.readouterr().err == "embedq: expected no arguments; --help shows the settings\n"
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
@@ -287,7 +337,19 @@ def test_the_process_ends_with_code_2_and_one_line_for_a_wrong_setting() -> None
     )
     assert ended.returncode == 2
     assert ended.stdout == ""
-    assert ended.stderr.splitlines() == ["embedq: EMBEDQ_MAX_WAIT_MS: expected `float`, got `str`"]
+    assert ended.stderr.splitlines() == [
+        "embedq: EMBEDQ_MAX_WAIT_MS: expected a number, at least 0, got 'never'"
+    ]
+
+
+async def test_a_port_that_is_taken_is_named_before_anything_is_connected(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        wanted = Settings(kafka_servers="127.0.0.1:1", model=str(tmp_path), http_port=port)
+        with pytest.raises(
+            SettingsError, match=f"^EMBEDQ_HTTP_PORT: expected a port that is free, {port} is in use"
+        ):
+            await serve(wanted, asyncio.Event())
 
 
 @pytest.mark.parametrize(
@@ -295,7 +357,15 @@ def test_the_process_ends_with_code_2_and_one_line_for_a_wrong_setting() -> None
     [
         ({"model": "/nowhere"}, "EMBEDQ_MODEL: expected a directory, /nowhere is not one"),
         ({"model_root": "/nowhere"}, "EMBEDQ_MODEL_ROOT: expected a directory, /nowhere is not one"),
+        (
+            {"kafka_servers": "kafka"},
+            "EMBEDQ_KAFKA_SERVERS: expected host:port.*got 'kafka', which has no port",
+        ),
         ({"redis_url": Secret("nonsense")}, "EMBEDQ_REDIS_URL: expected an address"),
+        (
+            {"http_host": "192.0.2.1"},
+            "EMBEDQ_HTTP_HOST: expected an address of this machine, 192.0.2.1 is none",
+        ),
         (
             {"redis_url": Secret("redis://r"), "redis_ssl_cafile": "/a"},
             "EMBEDQ_REDIS_SSL_CAFILE: needs an address",

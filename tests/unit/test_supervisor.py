@@ -63,7 +63,9 @@ def test_replicas_on_gpus_leave_the_threads_of_the_cpu_to_pytorch() -> None:
 
 
 def test_a_health_port_beyond_the_last_is_refused_before_anything_starts() -> None:
-    with pytest.raises(SettingsError, match="EMBEDQ_HTTP_PORT: expected `int` <= 65535"):
+    with pytest.raises(
+        SettingsError, match="EMBEDQ_HTTP_PORT: expected an integer, at least 0, at most 65,535"
+    ):
         given("cpu,cpu", EMBEDQ_HTTP_PORT="65535")
 
 

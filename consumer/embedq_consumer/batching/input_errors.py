@@ -22,7 +22,7 @@ def error_of(
 ) -> ErrorOf | None:
     """Why a tokenized text is not run, if it is not; `longest` is how many tokens of one text fit into memory."""
     if isinstance(found, Failed):
-        return unreadable
+        return lambda request, index: unreadable(request, index, found)
     if isinstance(found, TextTooLong):
         return lambda request, index: too_long(request, index, found)
     windows = found.windows if isinstance(found, Chunked) else (found,)
@@ -34,10 +34,20 @@ def error_of(
     return None
 
 
-def unreadable(request: Request, index: int) -> ErrorBody:
-    """A text that the model's tokenizer raises on, or panics. Its own words stay here: they may quote another job's text."""
+def unreadable(request: Request, index: int, found: Failed) -> ErrorBody:
+    """A text that the model cannot take, whoever sends it and however often. The tokenizer's own words stay here: they may
+    quote another job's text."""
     param = input_param(request, index)
-    return ErrorBody.of("internal", f"`{param}`: the model's tokenizer could not read this input", param)
+    if found.beyond is None:
+        return ErrorBody.of(
+            "invalid_value", f"`{param}`: expected a text that the model's tokenizer can read", param
+        )
+    number, rows = found.beyond
+    return ErrorBody.of(
+        "invalid_value",
+        f"`{param}`: expected tokens that the model has embeddings for, which are those below {rows}; one has the id {number}",
+        param,
+    )
 
 
 def too_long(request: Request, index: int, found: TextTooLong) -> ErrorBody:

@@ -51,7 +51,7 @@ async def find_budget(
     longest = len(ids)
     before = encoder.memory()
     if before is not None:
-        while not await _fits(run, [Tokens(ids[:longest])], longest):
+        while not await _fits(run, [Tokens(ids[:longest], whole=True)], longest):
             longest = max(LEAST, longest * 3 // 4)
     while not await _all_fit(run, ids[: min(tokens, longest)], tokens, max_items):
         tokens = max(LEAST, tokens // 2)
@@ -76,7 +76,7 @@ async def _all_fit(
     """Whether full micro-batches fit: one of the longest texts that it can hold, and one of short texts."""
     for length in (len(ids), min(len(ids), _SHORT)):
         count = max(1, min(tokens // max(1, length), max_items))
-        if not await _fits(run, [Tokens(ids[:length])] * count, tokens):
+        if not await _fits(run, [Tokens(ids[:length], whole=True)] * count, tokens):
             return False
     return True
 

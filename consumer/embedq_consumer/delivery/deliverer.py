@@ -25,6 +25,7 @@ from embedq_consumer.intake.result_sizes import held_bytes
 from embedq_consumer.retries import HEALS
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.grouping import batched_by
+from embedq_shared.headers import JobHeaders
 from embedq_shared.kafka import TOO_LARGE, TopicPartition
 from embedq_shared.messages import ErrorBody
 from embedq_shared.topics import LANES, Lane
@@ -241,7 +242,7 @@ class Deliverer:
     async def _answer_with_error(self, reply: Reply, reason: Exception) -> Reply:
         """Run a job again whose result could not be delivered, or say so on the results topic; the reply that is left."""
         log.warning("result_undeliverable", reason=name_of(reason))
-        error = self._encoder.of_undeliverable(reply, undeliverable(reason))
+        error = self._encoder.of_undeliverable(reply, undeliverable(reason, reply.headers))
         again = self._encoder.or_retry(error)
         if again.retry is not None and await self._sent_whole(again) is None:
             return again
@@ -373,21 +374,23 @@ class _Batch:
         return settled
 
 
-def undeliverable(reason: Exception) -> ErrorBody:
+def undeliverable(reason: Exception, headers: JobHeaders) -> ErrorBody:
     """The error of a job whose result cannot be delivered, with what an operator should know of the address."""
     if isinstance(reason, TOO_LARGE):
         return ErrorBody.of(
             "result_too_large", "expected a result that the reply topic takes; its broker refused the size"
         )
+    header = headers.address_header
+    named = "the results topic" if header is None else f"header `{header}`"
     if isinstance(reason, Undelivered):
         return ErrorBody.of(
             "undeliverable",
-            f"header `reply-topic`: expected a topic and partition that take results; {reason.args[0]}",
-            "reply-topic",
+            f"{named}: expected a topic and partition that take results; {reason.args[0]}",
+            header,
         )
     return ErrorBody.of(
         "invalid_header",
-        "header `reply-topic`: expected a topic that takes results from this service; the brokers "
+        f"{named}: expected a topic that takes results from this service; the brokers "
         f"{meaning_of(reason).text} ({name_of(reason)})",
-        "reply-topic",
+        header,
     )

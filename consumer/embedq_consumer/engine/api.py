@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol, TypedDict
+from typing import TYPE_CHECKING, Literal, Protocol, TypedDict
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from embedq_shared.messages import Chunking
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 __all__ = [
     "Chunked",
@@ -86,11 +88,17 @@ class LoadArguments(TypedDict, total=False):
     dry_run_s: float | None
 
 
-class Memory(msgspec.Struct, frozen=True):
-    """A device's memory in bytes. `peak` is the most that this process used at once since the last call."""
+class Memory(msgspec.Struct, frozen=True, kw_only=True):
+    """A device's memory in bytes.
 
+    `used` is taken by anybody, `reserved` by this process, in use or not; what is reserved and not in use counts as `free`.
+    `peak` is the most that this process used at once so far.
+    """
+
+    used: int
     free: int
     total: int
+    reserved: int
     peak: int
 
 
@@ -109,19 +117,21 @@ class Text(msgspec.Struct, frozen=True):
 class Tokens(msgspec.Struct, frozen=True):
     """What the model runs for one text: `ids` is int32 (n,), special tokens included.
 
-    The first `shared` ids are those of an instruction that other texts begin with too: their keys and values are computed
-    once. 0 where the model cannot share them, or there is nothing to share.
+    Keys and values of the first `shared` ids were on the device when the text was tokenized, since other texts begin like this
+    too: they are read, not computed. The engine looks again when the text runs, and may find more or less.
     """
 
     ids: npt.NDArray[np.int32]
     truncated: bool = False
     shared: int = 0
+    whole: bool = False
+    """All of it is computed, whatever it begins with: a trial of the device's memory needs to know what runs."""
     spans: tuple[tuple[int, int], ...] = ()
     """Ranges of `ids` that get a vector each; if empty, the whole text gets one."""
 
     @property
     def cost(self) -> int:
-        """Tokens computed for this text: what it takes of a micro-batch's budget."""
+        """Tokens that are to be computed for this text: what it takes of a micro-batch's budget."""
         return len(self.ids) - self.shared
 
     @property
@@ -162,10 +172,13 @@ class TextTooLong(msgspec.Struct, frozen=True):
 
 
 class Failed(msgspec.Struct, frozen=True):
-    """The tokenizer cannot read this text: it raised an error or panicked, and on no other text of the call."""
+    """The model cannot take this text, now or later: its tokenizer raised an error or panicked on it, and on no other text of
+    the call; or the text has a token that the model does not know."""
 
     reason: str
     """In the tokenizer's own words, which may quote the text."""
+    beyond: tuple[int, int] | None = None
+    """The token's id, and the rows of the embedding table, which has none for it."""
 
 
 class Pending(Protocol):
@@ -182,7 +195,7 @@ class Encoder(Protocol):
     """`sha256:` and 64 hex digits over weights, tokenizer, pooling, prompts and options: equal exactly when vectors are
     comparable."""
     hidden_size: int
-    """Components of a vector: the model's width, or that of its last Dense module."""
+    """Components of a vector: the model's width, times the number of poolings, or the width of its last Dense module."""
     max_tokens: int
     """Longest input, special tokens included."""
     prompts: Mapping[str, str]
@@ -193,6 +206,8 @@ class Encoder(Protocol):
     """Prepended to a text without `input_type` or instruction; `""` for most models."""
     phases: Mapping[str, float]
     """Seconds of each step of the load, in order."""
+    notes: Sequence[str]
+    """What an operator should know of how the directory was read, a sentence each."""
 
     @property
     def kernels(self) -> Mapping[str, str]:

@@ -7,7 +7,7 @@ come back in another, and the host waits for a part only when it wants the vecto
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock, RLock
 
@@ -43,8 +43,6 @@ _POOL_ROWS = 2048
 """Tokens of shared prefixes that are held at once; one takes 147 KB of the device in the shape of Qwen3-Embedding-4B."""
 _WHOLE_TOKENS = 64
 """Up to this many tokens take no longer than reading the weights, prefixes and all: sharing gains nothing."""
-_LEAST_SAVED = 64
-"""Sharing has to save one token in 64: laying out the keys takes a hundredth of a token's time for each of them."""
 _SLOTS_MATTER = 2048
 """Rows of up to this many tokens take other kernels for few slots than for many."""
 _IN_FLIGHT = 4
@@ -162,6 +160,7 @@ class Graphs:
         self._run = forward.run
         self._hidden = forward.hidden_size
         self._device = device = forward.device
+        self._padding = forward.padding
         self.sizes = RowSizes(
             graph_limit(forward.attention, forward.longest), part_tokens, deterministic=deterministic
         )
@@ -169,6 +168,8 @@ class Graphs:
         if forward.prefix_pool is not None and not deterministic:  # a shared prefix rounds as its batch does
             self._pool = forward.prefix_pool(_POOL_ROWS)
         self._prefixes = None if self._pool is None else PrefixCache(_POOL_ROWS)
+        # Held while `_prefixes` is looked at, as the tokenizer's threads do, too.
+        self._finding = Lock()
         idle = [stream for stream in _idle_streams if stream.device == device]
         self._stream = idle[-1] if idle else _new_stream(device)
         if idle:
@@ -201,6 +202,11 @@ class Graphs:
     def shares_prefixes(self) -> bool:
         return self._pool is not None
 
+    def known_prefixes(self, texts: Iterable[Ids]) -> list[int]:
+        """How many of each text's first tokens would not run if it ran now. From any thread."""
+        with self._finding:
+            return [0 if self._prefixes is None else self._prefixes.known(ids) for ids in texts]
+
     def capture(self) -> None:
         """Capture every size, largest first: the smaller ones then find their memory in the pool."""
         for shared in (False, True) if self.shares_prefixes else (False,):
@@ -226,8 +232,8 @@ class Graphs:
         return PendingBatch(self, vectors, started)
 
     def encode(self, batch: Sequence[Ids]) -> Vectors:
-        """`submit`, and wait, for plain ids."""
-        return self.submit([Tokens(ids) for ids in batch]).result()
+        """`submit`, and wait, for plain ids, all of which are computed."""
+        return self.submit([Tokens(ids, whole=True) for ids in batch]).result()
 
     def finish(self, part: _Part) -> None:
         """Wait for one part, put its vectors in place, and compute again those that are not finite."""
@@ -269,24 +275,40 @@ class Graphs:
 
         A part may read rows that a later part overwrites: the device does both in the order in which they were started.
         """
-        tokens, saved = sum(len(text.ids) for text in batch), sum(text.shared for text in batch)
-        if self._prefixes is None or tokens <= _WHOLE_TOKENS or saved * _LEAST_SAVED < tokens:
-            return [_Sequence(text.ids, _NONE) for text in batch]
-        rows, new = self._prefixes.assign(batch)
+        texts = [_Sequence(text.ids, _NONE) for text in batch]
+        able = [index for index, text in enumerate(batch) if not text.whole]
+        tokens = sum(len(text.ids) for text in batch)
+        if self._prefixes is None or tokens <= _WHOLE_TOKENS or not able:
+            return texts
+        with self._finding:
+            rows, new = self._prefixes.assign([batch[index].ids for index in able])
+        if not new and not self._smaller(
+            tokens, sum(len(found) for found in rows if found is not None), len(batch)
+        ):
+            return texts
         try:
             while new:
                 self._save(new[0])
                 del new[0]
         finally:
-            for prefix in new:
-                self._prefixes.forget(prefix)
-        return [
-            _Sequence(text.ids, _NONE if own is None else own) for text, own in zip(batch, rows, strict=True)
-        ]
+            with self._finding:
+                for prefix in new:
+                    self._prefixes.forget(prefix)
+        for index, found in zip(able, rows, strict=True):
+            if found is not None:
+                texts[index] = _Sequence(batch[index].ids, found)
+        return texts
+
+    def _smaller(self, tokens: int, saved: int, texts: int) -> bool:
+        """Whether less runs where `saved` tokens are read: rows with shared prefixes come in fewer sizes."""
+        whole = self.sizes.fitting(tokens, texts, shared=False)
+        own = self.sizes.fitting(tokens - saved, texts, shared=True)
+        return bool(saved) and (whole is None or own is None or own[0] < whole[0])
 
     def _save(self, prefix: Prefix) -> None:
         """Compute one prefix into the pool, alone: a NaN of another one must not stay in its rows."""
-        self._start([_Sequence(prefix.ids, _NONE)], [0], np.empty((1, self._hidden), np.float32), prefix.rows)
+        text = _Sequence(prefix.ids, prefix.read)
+        self._start([text], [0], np.empty((1, self._hidden), np.float32), prefix.written)
 
     def _start(
         self, texts: list[_Sequence], indices: list[int], vectors: Vectors, saved_rows: Ids | None = None
@@ -300,7 +322,16 @@ class Graphs:
         size, slots = fitting
         graph = self._graph(size, slots, shared)
         staging = self._free_staging()
-        length = _lay_out(staging.inputs.numpy(), texts, lengths, size, slots, saved_rows, shared=shared)
+        length = _lay_out(
+            staging.inputs.numpy(),
+            texts,
+            lengths,
+            size,
+            slots,
+            saved_rows,
+            shared=shared,
+            padding=self._padding,
+        )
         outputs = staging.outputs.first(len(texts))
         with self._here():
             self._inputs[:length].copy_(staging.inputs[:length], non_blocking=True)
@@ -347,7 +378,7 @@ class Graphs:
         )
         length = shared_length(size, slots, keys) if shared else input_length(size, slots)
         host = torch.empty(length, dtype=torch.int32).pin_memory()
-        _lay_out(host.numpy(), texts, lengths, size, slots, saved_rows, shared=shared)
+        _lay_out(host.numpy(), texts, lengths, size, slots, saved_rows, shared=shared, padding=self._padding)
         outputs = _Outputs.empty(slots, self._hidden)
         with self._here():
             inputs = host.to(self._device, non_blocking=True)
@@ -416,10 +447,11 @@ def _lay_out(
     saved_rows: Ids | None,
     *,
     shared: bool,
+    padding: int | None,
 ) -> int:
     """Write one part's inputs; returns the length in use."""
     length = input_length(size, slots)
-    pack_row(inputs[:length], [text.own for text in texts], lengths, size, slots)
+    pack_row(inputs[:length], [text.own for text in texts], lengths, size, slots, padding)
     return (
         pack_prefixes(inputs, [text.prefix for text in texts], lengths, saved_rows, size, slots)
         if shared

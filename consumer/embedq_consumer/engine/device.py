@@ -13,7 +13,7 @@ import torch
 
 from embedq_consumer.engine.api import DeviceLost, Memory, OutOfMemory, Pending
 
-__all__ = ["current", "memory", "translate_errors", "translated"]
+__all__ = ["current", "means_out_of_memory", "memory", "translate_errors", "translated"]
 
 _OUT_OF_MEMORY = ("out of memory", "alloc_failed", "can't allocate memory", "not enough memory")
 """How CUDA, its libraries and PyTorch's CPU allocator word it where they raise no specific exception."""
@@ -61,7 +61,7 @@ def translate_errors(device: torch.device) -> Iterator[None]:
     except Exception as error:
         if device.type == "cuda" and _is_lost(device):
             raise DeviceLost(f"{device}: {_first_line(error)}") from error
-        if not _means_out_of_memory(error):
+        if not means_out_of_memory(error):
             raise
         # The frames below hold tensors for as long as the exception lives.
         traceback.clear_frames(error.__traceback__)
@@ -71,14 +71,18 @@ def translate_errors(device: torch.device) -> Iterator[None]:
 
 
 def memory(device: torch.device) -> Memory | None:
-    """The device's memory; None for a CPU. What PyTorch holds without using it counts as free."""
+    """The device's memory; None for a CPU."""
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    peak = torch.cuda.max_memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    return Memory(free=free + held, total=total, peak=peak)
+    reserved = torch.cuda.memory_reserved(device)
+    return Memory(
+        used=total - free,
+        free=free + reserved - torch.cuda.memory_allocated(device),
+        total=total,
+        reserved=reserved,
+        peak=torch.cuda.max_memory_allocated(device),
+    )
 
 
 def _is_lost(device: torch.device) -> bool:
@@ -86,11 +90,12 @@ def _is_lost(device: torch.device) -> bool:
     try:
         torch.cuda.synchronize(device)
     except RuntimeError as error:
-        return not _means_out_of_memory(error)
+        return not means_out_of_memory(error)
     return False
 
 
-def _means_out_of_memory(error: BaseException) -> bool:
+def means_out_of_memory(error: BaseException) -> bool:
+    """Whether the device, and not what it was asked to compute, made the call fail."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     message = str(error).lower()

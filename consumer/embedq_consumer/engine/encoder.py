@@ -31,13 +31,14 @@ from embedq_consumer.engine.api import (
 )
 from embedq_consumer.engine.cuda_graphs import Graphs
 from embedq_consumer.engine.dense import DenseLayers
-from embedq_consumer.engine.device import memory, translated
+from embedq_consumer.engine.device import means_out_of_memory, memory, translate_errors, translated
 from embedq_consumer.engine.kernels.attention import Packing
 from embedq_consumer.engine.model_directory import ModelDirectory
 from embedq_consumer.engine.models import registry
-from embedq_consumer.engine.models.traits import ForwardOptions, Limits, last_norm_eps_of
-from embedq_consumer.engine.pooling import POOLINGS, Pooling
-from embedq_consumer.engine.row import HiddenForward
+from embedq_consumer.engine.models.traits import ForwardOptions, Limits, Probe, last_norm_eps_of
+from embedq_consumer.engine.pooling import Pooling, pooling_of
+from embedq_consumer.engine.row import HiddenForward, positions_of
+from embedq_consumer.engine.safety.panics import first_line
 from embedq_consumer.engine.text.tokenizer import TextTokenizer
 from embedq_shared.grouping import batched_by
 
@@ -46,9 +47,14 @@ __all__ = ["PackedEncoder", "release"]
 Ids = npt.NDArray[np.int32]
 Vectors = npt.NDArray[np.float32]
 
+_NONE: Ids = np.empty(0, dtype=np.int32)
 _CPU_TOKENS = 1024
 """Tokens run at once on a CPU: fewer leave the cores idle, many more fall out of the caches (benchmarks/encoder_cpu.py)."""
-_PROBE_COSINE = {torch.float32: 0.9999, torch.bfloat16: 0.99, torch.float16: 0.99}
+_PROBE_COSINE = {torch.float32: 1 - 1e-6, torch.bfloat16: 0.99, torch.float16: 0.99}
+"""In float32, a thousandth of a vector's length: a hundred times what rounding takes, and less than what a text sees of its
+neighbors where they are not kept apart."""
+_PROBE_COSINE_ROUNDED = 0.9999
+"""Of a checkpoint that is quantized: where activations are rounded, too, the last bit may decide between two steps."""
 _PROBE_COSINE_FP8 = 0.9
 """Far below what FP8 gives on trained weights, far above what a wrong forward gives on any."""
 
@@ -95,7 +101,6 @@ class PackedEncoder:
 
         Raises:
             ModelError: model and device cannot run what `options` ask for.
-            NotImplementedError: the architecture's attention cannot be packed.
         """
         quantized = options.quantization != "none"
         if quantized and directory.quantization_method is not None:
@@ -105,21 +110,26 @@ class PackedEncoder:
             )
         self.model_version: str = version
         hidden = int(model.config.hidden_size)
-        self.hidden_size: int = directory.dense[-1].width_out if directory.dense else hidden
+        self._pooling: Pooling = pooling_of(directory.pooling)
+        self.hidden_size: int = (
+            directory.dense[-1].width_out if directory.dense else self._pooling.width(hidden)
+        )
         self.max_tokens: int = limits.max_tokens
         self.prompts: Mapping[str, str] = directory.prompts
         self.default_prompt: str = directory.default_prompt
         self.phases: Mapping[str, float] = {}
-        self._pooling: Pooling = POOLINGS[directory.pooling]
+        self.notes: Sequence[str] = tokenizer.notes
         self.late_chunks: bool = self._pooling.supports_spans
         self._tokenizer = tokenizer
-        self._position_offset = limits.position_offset
+        self._limits = limits
         self._device: torch.device = model.device
         self._dense = DenseLayers(directory.dense, self._device)
         self._model = model
         self._vocabulary: int = int(model.config.vocab_size)
         self._deterministic = options.deterministic
         self._least_cosine = _PROBE_COSINE_FP8 if quantized else _PROBE_COSINE[model.dtype]
+        if directory.quantization_method is not None:
+            self._least_cosine = min(self._least_cosine, _PROBE_COSINE_ROUNDED)
         last_norm_weight, self._last_norm = _take_last_norm(model, self._pooling)
         built = registry.build(
             model,
@@ -135,13 +145,23 @@ class PackedEncoder:
         )
         self.kernels: Mapping[str, str] = built.kernels
         self._forward: HiddenForward | None = built.hidden
+        self._takes_positions = built.takes_positions
+        self._slower = built.slower
         self._graphs: Graphs | None = None
         if built.pooled is not None and not directory.dense:
             self._graphs = Graphs(built.pooled, deterministic=options.deterministic)
 
     def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong | Failed]:
-        share = self._graphs is not None and self._graphs.shares_prefixes
-        return self._tokenizer.tokenize(texts, share=share)
+        found = self._tokenizer.tokenize(texts)
+        if self._graphs is None or not self._graphs.shares_prefixes:
+            return found
+        known = self._graphs.known_prefixes(
+            [each.ids if isinstance(each, Tokens) else _NONE for each in found]
+        )
+        return [
+            msgspec.structs.replace(each, shared=shared) if shared and isinstance(each, Tokens) else each
+            for each, shared in zip(found, known, strict=True)
+        ]
 
     def chunk(self, texts: Sequence[Text]) -> list[Chunked | TextTooLong | Failed]:
         return self._tokenizer.chunk(texts, end_token=self._pooling.end_token)
@@ -150,7 +170,8 @@ class PackedEncoder:
         return translated(self._device, lambda: self._start(batch))
 
     def memory(self) -> Memory | None:
-        return memory(self._device)
+        with translate_errors(self._device):
+            return memory(self._device)
 
     def _start(self, batch: Sequence[Tokens]) -> Pending:
         if any(tokens.spans for tokens in batch):
@@ -159,7 +180,7 @@ class PackedEncoder:
 
     def encode(self, batch: Sequence[Ids]) -> Vectors:
         """A sequence of no tokens (an empty text, where the tokenizer adds none) gives zeros, as padding would."""
-        texts = [Tokens(ids) for ids in batch]
+        texts = [Tokens(ids, whole=True) for ids in batch]
         return translated(self._device, lambda: self._submit(texts)).result()
 
     def _submit(self, batch: Sequence[Tokens]) -> Pending:
@@ -232,14 +253,22 @@ class PackedEncoder:
         pooled: Vectors = self._finish(self._pooling.pool_spans(hidden, spans)).cpu().numpy()
         return np.split(pooled, np.cumsum([tokens.rows for tokens in batch])[:-1])
 
-    def _hidden(self, sequences: Sequence[Ids]) -> tuple[Tensor, Packing]:
+    def _hidden(
+        self, sequences: Sequence[Ids], starts: Sequence[int] | None = None
+    ) -> tuple[Tensor, Packing]:
+        """Last hidden states of `sequences` in one row; `starts`, if given: their first tokens' positions, as if more went before."""
         if self._forward is None:
             raise RuntimeError("encode after close. This is a bug.")
-        lengths = [len(ids) for ids in sequences]
-        ids = np.concatenate(sequences, dtype=np.int64)
-        positions = np.concatenate([np.arange(n, dtype=np.int64) for n in lengths]) + self._position_offset
-        packing = Packing.of(lengths, self._device)
-        row, column = (torch.from_numpy(a).to(self._device, non_blocking=True) for a in (ids, positions))
+        lengths = np.array([len(ids) for ids in sequences], dtype=np.int32)
+        ids = np.concatenate(sequences, dtype=np.int32)
+        positions = positions_of(ids, lengths, self._limits.padding) + self._limits.row_offset
+        if starts is not None:
+            positions += np.repeat(np.array(starts, dtype=np.int32), lengths)
+        packing = Packing.of(lengths.tolist(), self._device, starts)
+        row, column = (
+            torch.from_numpy(each.astype(np.int64)).to(self._device, non_blocking=True)
+            for each in (ids, positions)
+        )
         return self._forward(row, column, packing), packing
 
     def _finish(self, pooled: Tensor) -> Tensor:
@@ -251,30 +280,78 @@ class PackedEncoder:
         if self._graphs is not None:
             self._graphs.capture()
 
-    @torch.inference_mode()
-    def prove(self, sequences: Sequence[Ids], expected: Tensor) -> None:
+    def prove(self, probes: Sequence[Probe], expected: Tensor) -> None:
         """Compare each token's hidden state with `expected`, where that is finite.
 
-        An architecture whose attention, positions or masks do not survive packing is refused here, before it gives vectors.
+        An architecture whose attention, positions or masks do not survive packing is found here, before it gives vectors: its
+        texts run by length from now on.
 
         Raises:
-            NotImplementedError: they differ.
+            NotImplementedError: they differ that way, too.
         """
-        hidden, packing = self._hidden(sequences)
+        problem = self._problem(probes, expected)
+        if problem is not None and self._slower is not None:
+            slower = self._slower()
+            self._forward, self._takes_positions = slower.hidden, slower.takes_positions
+            self.kernels = {**slower.kernels, "not_packed": problem}
+            if (second := self._problem(probes, expected)) is None:
+                problem = None
+            else:
+                problem = f"neither packed ({problem}) nor by length ({second})"
+        self._slower = None
+        if problem is not None:
+            raise NotImplementedError(problem)
+
+    def _problem(self, probes: Sequence[Probe], expected: Tensor) -> str | None:
+        """What speaks against the forward that serves; None if it gives what is `expected`."""
+        parts = expected.split([len(probe.ids) for probe in probes])
+        whole = [n for n, probe in enumerate(probes) if probe.start == 0]
+        of_whole = [probes[n] for n in whole], torch.cat([parts[n] for n in whole])
+        try:
+            asked = (probes, expected) if self._takes_positions else of_whole
+            problem = self._difference(*asked)
+            if problem is None and self._graphs is not None:
+                # In a row of a graph every text begins at its first position.
+                problem = self._difference_of_graphs(*of_whole)
+        except Exception as error:  # an architecture may fail in any way
+            if means_out_of_memory(error):
+                raise
+            return f"{type(error).__name__}: {first_line(error)}"
+        return problem
+
+    @torch.inference_mode()
+    def _difference(self, probes: Sequence[Probe], expected: Tensor) -> str | None:
+        hidden, _ = self._hidden([probe.ids for probe in probes], [probe.start for probe in probes])
         hidden = hidden.float()
         if self._last_norm is not None:
             hidden = self._last_norm(hidden)
-        finite = expected.isfinite().all(dim=1)
-        cosines = F.cosine_similarity(hidden[finite], expected[finite], dim=1)
-        if self._graphs is not None:
-            # Few tokens and many take different kernels: the same sequences once, and many times over.
-            for times in (1, 16):
-                vectors = torch.from_numpy(self._graphs.encode(list(sequences) * times)).to(expected)
-                wanted = self._pooling.pool(expected, packing.cu_seqlens).repeat(times, 1)
-                known = wanted.isfinite().all(dim=1)
-                cosines = torch.cat([cosines, F.cosine_similarity(vectors[known], wanted[known], dim=1)])
-        if not bool((cosines >= self._least_cosine).all()):
-            raise NotImplementedError("packed sequences do not give the same as each one alone")
+        if hidden.shape != expected.shape:
+            return f"hidden states of the shape {tuple(hidden.shape)}, expected {tuple(expected.shape)}"
+        return self._said(hidden, expected)
+
+    @torch.inference_mode()
+    def _difference_of_graphs(self, probes: Sequence[Probe], expected: Tensor) -> str | None:
+        """The same for pooled vectors: few tokens and many take different kernels, so the probes once, and many times over."""
+        assert self._graphs is not None
+        sequences = [probe.ids for probe in probes]
+        ends = Packing.of([len(ids) for ids in sequences], self._device).cu_seqlens
+        wanted = self._pooling.pool(expected, ends)
+        problems = (
+            self._said(
+                torch.from_numpy(self._graphs.encode(sequences * times)).to(expected),
+                wanted.repeat(times, 1),
+            )
+            for times in (1, 16)
+        )
+        return next((problem for problem in problems if problem is not None), None)
+
+    def _said(self, found: Tensor, wanted: Tensor) -> str | None:
+        finite = wanted.isfinite().all(dim=1)
+        # In double precision: float32 would round the cosines themselves to what they are compared with.
+        cosines = F.cosine_similarity(found[finite].double(), wanted[finite].double(), dim=1)
+        if bool((cosines >= self._least_cosine).all()):
+            return None
+        return "packed sequences do not give the same as each one alone"
 
 
 def release(model: Any) -> None:

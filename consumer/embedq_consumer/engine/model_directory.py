@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 
@@ -21,9 +21,17 @@ from embedq_consumer.engine.safety.files import confines_of, read_bounded, surve
 from embedq_consumer.engine.safety.foreign import foreign_config, foreign_tokenizer
 from embedq_consumer.engine.safety.headers import TensorSlice, read_header
 
-__all__ = ["Activation", "Dense", "ModelDirectory", "read_directory"]
+__all__ = ["ENCODERS", "Activation", "Dense", "ModelDirectory", "read_directory"]
 
 Activation = Literal["identity", "tanh"]
+
+ENCODERS: Final[Mapping[str, str]] = {
+    "t5": "T5EncoderModel",
+    "mt5": "MT5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+}
+"""transformers' class of the encoder alone, for the encoder-decoder models that are served as sentence-transformers does: without
+their decoder."""
 
 _TRANSFORMER_CONFIGS = (
     "sentence_bert_config.json",
@@ -87,8 +95,8 @@ class ModelDirectory(msgspec.Struct, frozen=True, kw_only=True):
     config: dict[str, Any]
     """`config.json` as it is."""
     tokenizer_config: dict[str, Any]
-    pooling: str
-    """A name in `POOLINGS`."""
+    pooling: tuple[str, ...]
+    """Names in `POOLINGS`: the vectors of several are put one after the other."""
     pooling_dimension: int | None
     """The vector's length according to the pooling's configuration; None if it does not say."""
     dense: tuple[Dense, ...]
@@ -125,7 +133,9 @@ def read_directory(path: Path, root: Path | None = None) -> ModelDirectory:
         raise ModelError(f"{checkpoint / 'config.json'}: model_type: expected a string")
     _refuse_foreign_checkpoints(checkpoint, config)
     if not (checkpoint / "tokenizer.json").is_file():
-        raise ModelError(f"{checkpoint / 'tokenizer.json'}: missing; only fast tokenizers are served")
+        raise ModelError(
+            f"{checkpoint / 'tokenizer.json'}: missing; only fast tokenizers are served (AutoTokenizer's save_pretrained makes one)"
+        )
     _refuse_no_object(checkpoint / "tokenizer.json")
     tokenizer_config = _read_optional(checkpoint / "tokenizer_config.json")
     if problem := foreign_tokenizer(tokenizer_config):
@@ -232,8 +242,11 @@ def _refuse_foreign_checkpoints(checkpoint: Path, config: Mapping[str, Any]) -> 
     file = checkpoint / "config.json"
     if not isinstance(config.get("quantization_config") or {}, dict):
         raise ModelError(f"{file}: quantization_config: expected an object")
-    if config.get("is_encoder_decoder"):
-        raise ModelError(f"{file}: is_encoder_decoder: encoder-decoder models are not served")
+    if config.get("is_encoder_decoder") and config["model_type"] not in ENCODERS:
+        raise ModelError(
+            f"{file}: is_encoder_decoder: of encoder-decoder models, embedq serves the encoders of {', '.join(ENCODERS)}, "
+            f"got model_type {_shown(config['model_type'])}"
+        )
     if problem := foreign_config(config) or too_large(config):
         raise ModelError(f"{file}: {problem}")
 
@@ -282,7 +295,7 @@ def _transformer_settings(checkpoint: Path) -> tuple[bool, int | None]:
     return _flag(file, settings, "do_lower_case", False), next((n for n in limits if n is not None), None)
 
 
-def _pooling(file: Path) -> tuple[str, int | None]:
+def _pooling(file: Path) -> tuple[tuple[str, ...], int | None]:
     settings = _read_object(file)
     if not _flag(file, settings, "include_prompt", True):
         raise ModelError(f"{file}: include_prompt: false is not supported")
@@ -294,19 +307,27 @@ def _pooling(file: Path) -> tuple[str, int | None]:
         field = ", ".join(flags)
         modes = [_LEGACY_POOLING[name] for name in flags] or ["mean"]
     modes = [modes] if isinstance(modes, str) else modes
-    if not isinstance(modes, list) or len(modes) != 1 or modes[0] not in POOLINGS:
-        raise ModelError(f"{file}: {field}: expected one of {', '.join(POOLINGS)}, got {_shown(modes)}")
+    if (
+        not isinstance(modes, list)
+        or not modes
+        or not all(isinstance(mode, str) and mode in POOLINGS for mode in modes)
+    ):
+        raise ModelError(
+            f"{file}: {field}: expected one or more of {', '.join(POOLINGS)}, got {_shown(modes)}"
+        )
+    if len(set(modes)) < len(modes):
+        raise ModelError(f"{file}: {field}: expected each pooling once, got {', '.join(modes)}")
     names = ("embedding_dimension", "word_embedding_dimension")
     dimension = next((_positive(file, settings, name) for name in names if name in settings), None)
-    return str(modes[0]), dimension
+    return tuple(modes), dimension
 
 
-def _bare_pooling(config: Mapping[str, Any]) -> str:
+def _bare_pooling(config: Mapping[str, Any]) -> tuple[str]:
     """Without `modules.json`: the last token for a causal language model, else the mean, as sentence-transformers does."""
     architectures = config.get("architectures")
     first = architectures[0] if isinstance(architectures, list) and architectures else ""
     causal = str(first).endswith("ForCausalLM") and config.get("is_causal", True)
-    return "lasttoken" if causal else "mean"
+    return ("lasttoken",) if causal else ("mean",)
 
 
 def _prompts(file: Path) -> tuple[dict[str, str], str]:

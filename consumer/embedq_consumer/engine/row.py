@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from embedq_consumer.engine.kernels.attention import Packing
-from embedq_consumer.engine.prefix_cache import copy_plan, key_seqlens
+from embedq_consumer.engine.prefix_cache import MARGIN, ZEROS
 
 __all__ = [
     "PART_TOKENS",
@@ -24,9 +24,12 @@ __all__ = [
     "PooledForward",
     "Row",
     "Shared",
+    "copy_plan",
     "input_length",
+    "key_seqlens",
     "pack_prefixes",
     "pack_row",
+    "positions_of",
     "shared_length",
     "split_row",
 ]
@@ -42,7 +45,7 @@ HiddenForward = Callable[[Tensor, Tensor, Packing], Tensor]
 
 
 class Shared(msgspec.Struct, frozen=True, kw_only=True):
-    """What a row with shared prefixes needs in addition, on the device; `prefix_cache.copy_plan` says what is copied where."""
+    """What a row with shared prefixes needs in addition, on the device; `copy_plan` says what is copied where."""
 
     pool: Tensor
     """(layers, rows, 2 · kv_heads · head_dim): keys and values of prefixes."""
@@ -62,7 +65,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     ids: Tensor
     """(size,)"""
     positions: Tensor
-    """(size,): each token's position in its text, from 0 on."""
+    """(size,): each token's position in its text, as `positions_of` counts."""
     cu_seqlens: Tensor
     """(slots + 1,): 0, then where each text ends."""
     last: Tensor
@@ -75,11 +78,14 @@ class PooledForward(msgspec.Struct, frozen=True, kw_only=True):
     """A forward that ends in pooled vectors, and can be captured as a CUDA graph."""
 
     run: Callable[[Row, int, Tensor], None]
-    """(row, longest, out): writes one pooled vector for each slot to `out`, float32 (slots, hidden)."""
+    """(row, longest, out): writes one pooled vector for each slot to `out`, float32 (slots, hidden_size)."""
     hidden_size: int
+    """Components of a pooled vector."""
     device: torch.device
     attention: Callable[..., Tensor]
     """The attention kernel that it calls."""
+    padding: int | None = None
+    """As in `models.traits.Limits`: the token that positions do not count."""
     longest: int | None = None
     """The longest text in tokens, where attention is given this bound; None where it is given the row's size."""
     prefix_pool: Callable[[int], Tensor] | None = None
@@ -115,7 +121,25 @@ def split_row(
     return Row(ids=ids, positions=positions, cu_seqlens=cu_seqlens, last=last, shared=shared)
 
 
-def pack_row(inputs: Ids, sequences: Sequence[Ids], lengths: Ids, size: int, slots: int) -> None:
+def positions_of(ids: Ids, lengths: Ids, padding: int | None) -> Ids:
+    """The position of each token of `ids`, texts of `lengths` side by side: from 0 on in each text.
+
+    With `padding`, that token has 0 wherever it stands, and each text's others are counted from 1 on.
+    """
+    begins = np.cumsum(lengths, dtype=np.int32) - lengths
+    if padding is None or not (skipped := ids == padding).any():
+        first = 0 if padding is None else 1
+        return np.arange(first, len(ids) + first, dtype=np.int32) - np.repeat(begins, lengths)
+    counted = np.cumsum(~skipped, dtype=np.int32)
+    before = np.concatenate([np.zeros(1, dtype=np.int32), counted])[begins]
+    counted -= np.repeat(before, lengths)
+    counted[skipped] = 0
+    return counted
+
+
+def pack_row(
+    inputs: Ids, sequences: Sequence[Ids], lengths: Ids, size: int, slots: int, padding: int | None = None
+) -> None:
     """Lay one row out in `inputs`. The unused tail is token 0 in short sequences, one for each slot that is left.
 
     The tail has to belong to sequences, because attention must write every row: a row that is never written may hold NaN,
@@ -126,7 +150,7 @@ def pack_row(inputs: Ids, sequences: Sequence[Ids], lengths: Ids, size: int, slo
     ends = np.cumsum(lengths, dtype=np.int32)
     np.concatenate(sequences, out=ids[:tokens])
     ids[tokens:] = 0
-    np.subtract(np.arange(tokens, dtype=np.int32), np.repeat(ends - lengths, lengths), out=positions[:tokens])
+    positions[:tokens] = positions_of(ids[:tokens], lengths, padding)
     positions[tokens:] = 0
     last[:count] = ends - 1
     last[count:] = 0
@@ -160,6 +184,42 @@ def pack_prefixes(
     count[0] = len(copies)
     space[: copies.size] = copies.reshape(-1)
     return len(inputs) - len(space) + copies.size
+
+
+def key_seqlens(cu_seqlens: Ids, prefixes: Sequence[Ids]) -> Ids:
+    """Cumulated lengths of the keys, prefix and own tokens: int32 like `cu_seqlens`, which cumulates own tokens alone."""
+    lengths = np.zeros(len(cu_seqlens), dtype=np.int32)
+    lengths[1 : len(prefixes) + 1] = [len(rows) for rows in prefixes]
+    return cu_seqlens + np.cumsum(lengths, dtype=np.int32)
+
+
+def copy_plan(cu_seqlens: Ids, prefixes: Sequence[Ids], saved_rows: Ids | None) -> Ids:
+    """What is copied in each layer so that each text's keys are contiguous: int32 (copies, 2) of source and target.
+
+    `cu_seqlens`: where each text's own tokens end in the row, from 0 on. `prefixes`: the pool's rows of the first texts'
+    prefixes, none for the others. `saved_rows`: the pool's rows that the row's first tokens are saved in.
+    A source is a token of the row, or -1 - a row of the pool; a target is a row of the keys, or -1 - a row of the pool.
+    Each target occurs once, and no row of the pool is both read and written.
+    """
+    before = key_seqlens(cu_seqlens, prefixes) - cu_seqlens
+    texts = len(prefixes)
+    pooled = np.concatenate([*prefixes, np.empty(0, dtype=np.int32)], dtype=np.int32)
+    own, total = int(cu_seqlens[-1]), int(cu_seqlens[-1]) + len(pooled)
+    saved = 0 if saved_rows is None else len(saved_rows)
+    copies = np.empty((total + MARGIN + saved, 2), dtype=np.int32)
+    source, target = copies[:, 0], copies[:, 1]
+    source[:own] = np.arange(own, dtype=np.int32)
+    target[:own] = source[:own] + np.repeat(before[1:], np.diff(cu_seqlens))
+    source[own:total] = -1 - pooled
+    target[own:total] = np.arange(len(pooled), dtype=np.int32) + np.repeat(
+        cu_seqlens[:texts], [len(rows) for rows in prefixes]
+    )
+    source[total : total + MARGIN] = -1 - ZEROS
+    target[total : total + MARGIN] = np.arange(total, total + MARGIN, dtype=np.int32)
+    if saved_rows is not None:
+        source[total + MARGIN :] = np.arange(saved, dtype=np.int32)
+        target[total + MARGIN :] = -1 - saved_rows
+    return copies
 
 
 def _aligned(length: int) -> int:

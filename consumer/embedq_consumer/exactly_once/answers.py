@@ -41,7 +41,7 @@ class Answers:
         reply, form = held.reply, held.letter_form
         if result is not None:
             refused_before = reply.dead_letter is not None and reply.headers.reply_topic is None
-            error = self._encoder.of_undeliverable(reply, undeliverable(result))
+            error = self._encoder.of_undeliverable(reply, undeliverable(result, reply.headers))
             reply = (
                 msgspec.structs.replace(error, outgoing=[])
                 if refused_before

@@ -35,8 +35,9 @@ class Committing(Protocol):
     def alone(self) -> AbstractAsyncContextManager[None]:
         """No other offsets are committed inside."""
 
-    def sealed(self, offsets: Mapping[TopicPartition, int]) -> tuple[Membership, Offsets] | None:
-        """These offsets as the group takes them, and who commits them; None while a rebalance is under way."""
+    async def sealed(self, offsets: Mapping[TopicPartition, int]) -> tuple[Membership, Offsets] | None:
+        """These offsets as the group takes them, and who commits them; None while a rebalance is under way, or if they are
+        of a topic that was made anew. Raises KafkaError or TimeoutError if that cannot be said now."""
 
     def note_committed(self, offsets: Mapping[TopicPartition, int]) -> None:
         """The group has them."""
@@ -137,7 +138,11 @@ class ReleaseLoop:
 
     async def _publish(self, release: Release) -> bool:
         """One transaction; False if it is to be tried again after a pause."""
-        sealed = self._committing.sealed(release.offsets)
+        try:
+            sealed = await self._committing.sealed(release.offsets)
+        except (KafkaError, TimeoutError) as error:
+            self._tell(Attempt(outcome="failed", error=error))
+            return False
         if sealed is None:
             return False
         membership, offsets = sealed

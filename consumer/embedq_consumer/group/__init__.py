@@ -6,6 +6,7 @@ from embedq_consumer.group.member import Member, OffsetStore, make_member
 from embedq_consumer.group.offset_committer import Custodian, OffsetCommitter
 from embedq_consumer.group.offsets import OffsetLedger, Ticket
 from embedq_consumer.group.ownership import Ownership
+from embedq_consumer.group.topic_watch import TopicWatch
 from embedq_consumer.group.watch import WatermarkWatch
 from embedq_consumer.group.watermark import Overtaken
 
@@ -20,6 +21,7 @@ __all__ = [
     "Overtaken",
     "Ownership",
     "Ticket",
+    "TopicWatch",
     "WatermarkWatch",
     "make_member",
 ]

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping
 from embedq_consumer.group.member import OffsetStore
 from embedq_consumer.group.offset_committer import OffsetCommitter
 from embedq_consumer.group.offsets import OffsetLedger
+from embedq_consumer.group.topic_watch import start_of
 from embedq_shared.kafka import TopicPartition
 
 Ends = Callable[[Collection[TopicPartition]], Awaitable[Mapping[TopicPartition, int]]]
@@ -35,7 +36,8 @@ class GroupCommits:
     async def read(
         self, partitions: Collection[TopicPartition]
     ) -> Mapping[TopicPartition, tuple[int | None, str]]:
-        """The stored offset of each partition and the text that came with it.
+        """The stored offset of each partition and the text that came with it; neither where that is of another topic of the
+        same name.
 
         Raises:
             KafkaError: what the brokers say.
@@ -44,6 +46,7 @@ class GroupCommits:
         return {
             partition: (None, "")
             if (stored := found.get(partition)) is None
+            or start_of(stored, self._ledger.topic_id(partition)).is_new
             else (stored.offset, stored.metadata)
             for partition in partitions
         }

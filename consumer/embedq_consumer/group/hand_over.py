@@ -14,6 +14,7 @@ from embedq_consumer.group.member import Member
 from embedq_consumer.group.offset_committer import OffsetCommitter
 from embedq_consumer.group.offsets import OffsetLedger
 from embedq_consumer.group.ownership import Change, Ownership
+from embedq_consumer.group.topic_watch import TopicWatch
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.kafka import KafkaError, Membership, TopicPartition
 
@@ -31,14 +32,17 @@ class HandOver:
           that was committed when it was opened.
         - A released partition is drained and committed, or `drain_s` is over. Nobody else has it before.
         - Of a lost partition nothing is committed any more. What is in flight is answered all the same.
+        - A partition whose topic was deleted and made again is lost, and opened again, in the same step.
     """
 
+    # More than six parameters: a rebalance changes whatever is kept of a partition.
     def __init__(
         self,
         member: Member,
         ledger: OffsetLedger,
         ownership: Ownership,
         committer: OffsetCommitter,
+        topics: TopicWatch,
         metrics: Metrics,
         *,
         drain_s: float,
@@ -47,6 +51,7 @@ class HandOver:
         self._ledger = ledger
         self._ownership = ownership
         self._committer = committer
+        self._topics = topics
         self._metrics = metrics
         self._drain_s = drain_s
         self._releasing_since: dict[TopicPartition, float] = {}
@@ -57,7 +62,9 @@ class HandOver:
     def follow(self, topics: Iterable[str], changed: Callable[[], None]) -> None:
         """Join the group; `changed` is called whenever other partitions are to be read than before."""
         self._changed = changed
-        self._member.join(topics, self)
+        names = list(topics)
+        self._topics.follow(names, self._remade)
+        self._member.join(names, self)
 
     # -- what the group says, and asks --------------------------------------------------------------------------------
 
@@ -100,6 +107,22 @@ class HandOver:
         log.warning("expelled_from_group")
         self._apply(self._ownership.expelled())
 
+    def went_back(self, partition: TopicPartition) -> None:
+        """Its records begin below what was taken of it: where it begins is asked for again, and whose offsets they are."""
+        log.warning("partition_went_back", topic=partition.topic, partition=partition.partition)
+        self._ownership.reopen(partition)
+        self._committer.hurry()
+        self._changed()
+
+    def _remade(self, partitions: frozenset[TopicPartition]) -> None:
+        """Their topic is another one than that whose records were taken."""
+        self._ledger.drop(partitions)
+        self._forget(partitions)
+        for partition in partitions:
+            self._ownership.reopen(partition)
+        self._committer.hurry()
+        self._changed()
+
     def _apply(self, change: Change) -> None:
         self._ledger.drop(change.lost)
         self._forget(change.lost)
@@ -129,7 +152,8 @@ class HandOver:
             return
         try:
             async with asyncio.timeout(_OPEN_S):
-                starts = await self._member.committed(opening)
+                await self._topics.look()
+                stored = await self._member.committed(opening)
         except (KafkaError, TimeoutError) as error:
             log.warning("committed_offsets_unknown", reason=type(error).__name__)
             self._committer.note_finished()  # so that the next round comes after one interval
@@ -138,8 +162,8 @@ class HandOver:
             self._committer.hurry()  # a partition may have been another replica's since
             return
         for partition in opening:
-            stored = starts[partition]
-            self._ledger.add(partition, None if stored is None else stored.offset)
+            start = self._topics.start(partition, stored[partition])
+            self._ledger.add(partition, start.offset, topic_id=start.topic_id, is_new=start.is_new)
             self._ownership.opened(partition)
         self._changed()
 

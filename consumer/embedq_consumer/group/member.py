@@ -35,11 +35,20 @@ class OffsetStore(Protocol):
 
     async def commit(
         self, membership: Membership, offsets: Mapping[TopicPartition, OffsetAndMetadata]
-    ) -> None:
-        """Store the next offsets to read; raises `KafkaError`, or one of `FENCED` where the membership is not the present one."""
+    ) -> Collection[TopicPartition]:
+        """Store the next offsets to read; returned are partitions that are not there, whose offsets were not stored.
+
+        Raises `KafkaError`, or one of `FENCED` where the membership is not the present one."""
 
 
-class Member(OffsetStore, Protocol):
+class TopicIdSource(Protocol):
+    """Tells topics of the same name apart."""
+
+    async def topic_ids(self, topics: Collection[str]) -> Mapping[str, str]:
+        """The id of each topic that is there and has one; raises `KafkaError` if nothing can be said now."""
+
+
+class Member(OffsetStore, TopicIdSource, Protocol):
     """The part of `GroupMember` that the service uses; a scripted one stands in for it in tests."""
 
     async def start(self) -> None:

@@ -13,6 +13,7 @@ import structlog
 from embedq_consumer.group.member import OffsetStore
 from embedq_consumer.group.offsets import OffsetLedger
 from embedq_consumer.group.ownership import Ownership
+from embedq_consumer.group.topic_watch import TopicWatch, mark
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.kafka import FENCED, KafkaError, Membership, OffsetAndMetadata, TopicPartition
 
@@ -29,8 +30,9 @@ _COMMITS_A_SPAN: Final = 4
 class Custodian(Protocol):
     """Says of each partition what its commits shall carry besides the offset."""
 
-    def metadata(self, partition: TopicPartition, *, release: bool) -> str | None:
-        """At most 4,096 bytes; None: the partition must not be committed yet. `release`: it is given up by this commit."""
+    def metadata(self, partition: TopicPartition, topic_id: str, *, release: bool) -> str | None:
+        """At most 4,096 bytes, JSON with `topic_id` in it; None: the partition must not be committed yet. `release`: it is
+        given up by this commit."""
 
     def want(self, partition: TopicPartition, epoch: int) -> None:
         """It shall be committed."""
@@ -42,18 +44,20 @@ class OffsetCommitter:
     Invariants:
         - Offsets come from the ledger alone, so no commit passes an unfinished record.
         - One commit at a time, so that none is overtaken by an older one.
+        - Each offset says of which topic it is, so that it counts for no other one of the same name.
         - Each shows the membership under which its partitions are ours, so the broker takes none of a partition that
           another replica may have by now.
         - A finished record is committed at once, or `interval_s` after the commit before; sooner if much is finished.
         - A failed commit costs repeated work at most, so it never ends the process.
     """
 
-    # More than six parameters: the four parts that meet in a commit, what it carries, and two bounds.
+    # More than six parameters: the five parts that meet in a commit, what it carries, and two bounds.
     def __init__(
         self,
         store: OffsetStore,
         ledger: OffsetLedger,
         ownership: Ownership,
+        topics: TopicWatch,
         metrics: Metrics,
         custodian: Custodian | None = None,
         *,
@@ -63,6 +67,7 @@ class OffsetCommitter:
         self._store = store
         self._ledger = ledger
         self._ownership = ownership
+        self._topics = topics
         self._metrics = metrics
         self._custodian = custodian
         self._interval_s = interval_s
@@ -109,6 +114,7 @@ class OffsetCommitter:
         `release` are given up by this commit.
         """
         async with self._committing:
+            await self._topics.look_now_and_then()
             self._finished = 0
             offsets, membership = self._due(also, release), self._ownership.membership
             if not offsets:
@@ -118,7 +124,7 @@ class OffsetCommitter:
             epochs = {partition: self._ledger.epoch(partition) for partition in offsets}
             try:
                 async with asyncio.timeout(_COMMIT_S):
-                    await self._store.commit(membership, offsets)
+                    missing = await self._store.commit(membership, offsets)
             except FENCED:
                 # A rebalance is under way, or over and not heard of. What stays ours is committed after it; the rest is
                 # repeated by another replica.
@@ -128,11 +134,17 @@ class OffsetCommitter:
                 self._metrics.commits.labels("error").inc()
                 log.warning("commit_failed", reason=type(error).__name__)
                 return False
-            self._metrics.commits.labels("ok").inc()
+            self._metrics.commits.labels("error" if missing else "ok").inc()
+            if missing:
+                log.warning("commit_failed", reason="UnknownTopicOrPartitionError", partitions=len(missing))
             self._ledger.note_committed(
-                {p: its.offset for p, its in offsets.items() if self._ledger.epoch(p) == epochs[p]}
+                {
+                    partition: its.offset
+                    for partition, its in offsets.items()
+                    if partition not in missing and self._ledger.epoch(partition) == epochs[partition]
+                }
             )
-            return True
+            return not missing
 
     # -- with a transaction --------------------------------------------------------------------------------------------
 
@@ -140,17 +152,27 @@ class OffsetCommitter:
         """No commit of ours inside: the group would take the later of two, and the lower offset may be the later one."""
         return self._committing
 
-    def sealed(
+    async def sealed(
         self, offsets: Mapping[TopicPartition, int]
     ) -> tuple[Membership, dict[TopicPartition, OffsetAndMetadata]] | None:
         """These offsets as the group takes them from somebody else than us, and what the commit must show.
 
-        None: not now, since a rebalance is under way or the custodian knows nothing of a partition yet.
+        None: not now, since a rebalance is under way, the custodian knows nothing of a partition yet, or a topic was made
+        anew: what was taken before is known to be of the topic that is there now.
+
+        Raises:
+            KafkaError, TimeoutError: the brokers do not say which topics there are.
         """
         membership = self._ownership.membership
         due = {partition: self._stamped(partition, offset) for partition, offset in offsets.items()}
+        epochs = {partition: self._ledger.epoch(partition) for partition in offsets}
         found = {partition: its for partition, its in due.items() if its is not None}
-        return None if membership is None or len(found) < len(due) else (membership, found)
+        if membership is None or len(found) < len(due):
+            return None
+        await self._topics.look()
+        if any(self._ledger.epoch(partition) != epoch for partition, epoch in epochs.items()):
+            return None
+        return membership, found
 
     def note_committed(self, offsets: Mapping[TopicPartition, int]) -> None:
         """The group took these from somebody else."""
@@ -172,9 +194,10 @@ class OffsetCommitter:
         self, partition: TopicPartition, offset: int, release: Collection[TopicPartition] = ()
     ) -> OffsetAndMetadata | None:
         """The offset with what the custodian says of its partition; None if that is nothing yet."""
+        topic_id = self._ledger.topic_id(partition)
         if self._custodian is None:
-            return OffsetAndMetadata(offset, "")
-        text = self._custodian.metadata(partition, release=partition in release)
+            return OffsetAndMetadata(offset, mark(topic_id))
+        text = self._custodian.metadata(partition, topic_id, release=partition in release)
         if text is not None:
             return OffsetAndMetadata(offset, text)
         if (epoch := self._ledger.epoch(partition)) is not None:

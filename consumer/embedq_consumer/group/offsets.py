@@ -19,10 +19,11 @@ class Ticket(msgspec.Struct, frozen=True, gc=False):
 
 
 class _Partition:
-    __slots__ = ("committed", "epoch", "next", "open", "repeatable", "start")
+    __slots__ = ("committed", "epoch", "next", "open", "repeatable", "start", "topic_id")
 
-    def __init__(self, epoch: int, start: int | None) -> None:
+    def __init__(self, epoch: int, start: int | None, topic_id: str) -> None:
         self.epoch = epoch
+        self.topic_id = topic_id
         # In the order taken, which is the offsets' order: the first key is the lowest unfinished one.
         self.open: dict[int, None] = {}
         # Everything taken and not known to be committed, finished or not, in the offsets' order.
@@ -47,10 +48,27 @@ class OffsetLedger:
         self._partitions: dict[TopicPartition, _Partition] = {}
         self._epoch = 0
 
-    def add(self, partition: TopicPartition, start: int | None) -> None:
-        """It is ours from now on, a new epoch; `start` is its committed offset, None if there is none."""
+    def add(
+        self, partition: TopicPartition, start: int | None, *, topic_id: str = "", is_new: bool = False
+    ) -> None:
+        """It is ours from now on, a new epoch; `start` is its committed offset, None if there is none.
+
+        `topic_id` is "" if it is not known. `is_new`: nothing is committed of this topic, whatever the brokers have under its
+        name, so `start` is to be committed even if no record comes.
+        """
         self._epoch += 1
-        self._partitions[partition] = _Partition(self._epoch, start)
+        state = self._partitions[partition] = _Partition(self._epoch, start, topic_id)
+        if is_new:
+            state.next, state.committed = start, None
+
+    def name_topic(self, partition: TopicPartition, topic_id: str) -> None:
+        """The id of its topic is known now."""
+        self._partitions[partition].topic_id = topic_id
+
+    def topic_id(self, partition: TopicPartition) -> str:
+        """Of the topic that its offsets are of; "" if that is not known."""
+        state = self._partitions.get(partition)
+        return "" if state is None else state.topic_id
 
     def drop(self, partitions: Iterable[TopicPartition]) -> None:
         """These are not ours any more."""
@@ -80,6 +98,11 @@ class OffsetLedger:
         known = self.position(partition)
         if state is not None and (known is None or position > known):
             state.next = position
+
+    def goes_back(self, partition: TopicPartition, offset: int) -> bool:
+        """Whether this offset is below what was taken: it is of another topic of the same name, or of one that lost its end."""
+        state = self._partitions.get(partition)
+        return state is not None and state.next is not None and offset < state.next
 
     def finish(self, ticket: Ticket) -> bool:
         """The record is answered. False if its epoch is over or it was finished before."""

@@ -80,6 +80,11 @@ class Ownership:
         if self._stages.get(partition) == "opening":
             self._stages[partition] = "reading"
 
+    def reopen(self, partition: TopicPartition) -> None:
+        """Its topic is another one than before: where it begins is asked for again, unless it is to be given up anyway."""
+        if self._stages.get(partition) == "reading":
+            self._stages[partition] = "opening"
+
     def released(self, partition: TopicPartition) -> None:
         """Nothing of it is left to do."""
         if self._stages.get(partition) != "releasing":

@@ -135,19 +135,16 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
                 return None
             topic = self.topics.results
         elif not self._is_allowed(topic):
-            return ErrorBody.of(
-                "invalid_header",
-                f"header `reply-topic`: expected `{self.topics.replies}`, `{self.topics.results}` or a topic that the "
-                "service's setting `reply_topics` allows",
-                "reply-topic",
+            return _bad_address(
+                headers.topic_header,
+                f"`{self.topics.replies}`, `{self.topics.results}` or a topic that the service's setting `reply_topics` allows",
             )
         count = partitions(topic)
         if count is None:
-            error = "header `reply-topic`: expected a topic that exists"
-            return UnknownAddress(headers, ErrorBody.of("invalid_header", error, "reply-topic"))
+            return UnknownAddress(headers, _bad_address(headers.address_header, "a topic that exists"))
         if headers.reply_partition is not None and headers.reply_partition >= count:
-            error = f"header `reply-partition`: expected a number less than {count}, the number of partitions of its topic"
-            return UnknownAddress(headers, ErrorBody.of("invalid_header", error, "reply-partition"))
+            expected = f"a number less than {count}, the number of partitions of its topic"
+            return UnknownAddress(headers, _bad_address(headers.partition_header, expected))
         return None
 
     def _is_allowed(self, topic: str) -> bool:
@@ -243,6 +240,11 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
 EXPIRED: Final = ErrorBody.of(
     "expired", "header `deadline`: expected a time in the future when the job is read", "deadline"
 )
+
+
+def _bad_address(header: str | None, expected: str) -> ErrorBody:
+    """The error of a reply address that cannot be used, by the name under which it came."""
+    return ErrorBody.of("invalid_header", f"header `{header}`: expected {expected}", header)
 
 
 def _check_deadline(headers: JobHeaders, now_ms: float) -> ErrorBody | None:

@@ -23,6 +23,7 @@ from embedq_consumer.group import (
     Overtaken,
     Ownership,
     Ticket,
+    TopicWatch,
     WatermarkWatch,
 )
 from embedq_consumer.intake.flow_control import InFlightLimits, PollPlanner, ReadAhead
@@ -101,10 +102,12 @@ class Intake:
             max_poll_records=options.max_poll_records,
             max_uncommitted=options.max_uncommitted,
         )
+        topic_watch = TopicWatch(clients.member, self._ledger, metrics)
         self._committer = OffsetCommitter(
             clients.member,
             self._ledger,
             self._ownership,
+            topic_watch,
             metrics,
             custodian,
             interval_s=options.commit_interval_s,
@@ -117,6 +120,7 @@ class Intake:
             self._ledger,
             self._ownership,
             self._committer,
+            topic_watch,
             metrics,
             drain_s=min(_DRAIN_S, options.rebalance_timeout_ms / 1000 / 2),
         )
@@ -288,6 +292,10 @@ class Intake:
         unread: list[tuple[Record, str]] = []
         for partition, found in polled.items():
             if not self._reading.is_read(partition):
+                self._reading.start_over()
+                continue
+            if found and self._ledger.goes_back(partition, found[0].offset):
+                self._hand_over.went_back(partition)
                 self._reading.start_over()
                 continue
             lane = self._lane_of[partition.topic]

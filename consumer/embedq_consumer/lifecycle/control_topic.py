@@ -10,7 +10,7 @@ import msgspec
 import structlog
 
 from embedq_consumer.telemetry.metrics import Metrics
-from embedq_shared.codec import decode_control
+from embedq_shared.codec import read_command
 from embedq_shared.kafka import (
     AIOKafkaConsumer,
     BoundedConsumer,
@@ -101,16 +101,11 @@ class ControlTopic:
         if isinstance(record, UnreadableRecord):
             self._ignore(record.offset, record.reason)
             return None
-        if record.key != self._alias.encode():
-            return None
         try:
-            command = decode_control(record.value or b"")
-            if command.alias != self._alias:
-                raise msgspec.ValidationError("the record's key and its alias differ")
+            return read_command(record.key, record.value, self._alias)
         except _UNDECODABLE as error:
             self._ignore(record.offset, type(error).__name__)
             return None
-        return command
 
     def _ignore(self, offset: int, reason: str) -> None:
         self._metrics.reloads.labels("ignored").inc()

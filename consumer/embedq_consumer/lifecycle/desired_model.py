@@ -12,7 +12,7 @@ from embedq_shared.messages import Control
 class Ignored(msgspec.Struct, frozen=True):
     """A command that is not applied, and why not.
 
-    `reason` is None for a repeat of the command in force: that one has its outcome already.
+    `reason` is None for a repeat of the command in force, or of the one that is to be applied: that has an outcome of its own.
     """
 
     command: Control
@@ -42,17 +42,16 @@ class DesiredModel:
     def decide(self, commands: Sequence[Control]) -> Decision:
         """What to do about these commands, in the order in which they were written; at least one."""
         newest = max(commands, key=lambda command: command.version)
-        ignored = [
-            self._ignore(command, f"superseded by version {newest.version}")
+        before = self._in_force
+        if before is not None and newest.version <= before.version:
+            applied, reason = None, f"expected a version above {before.version}"
+        else:
+            applied = self._in_force = newest
+            reason = f"superseded by version {newest.version}"
+        answered = {command.command_id for command in (before, applied) if command is not None}
+        ignored = tuple(
+            Ignored(command, None if command.command_id in answered else reason)
             for command in commands
-            if command is not newest
-        ]
-        if self._in_force is not None and newest.version <= self._in_force.version:
-            ignored.append(self._ignore(newest, f"expected a version above {self._in_force.version}"))
-            return Decision(None, tuple(ignored))
-        self._in_force = newest
-        return Decision(newest, tuple(ignored))
-
-    def _ignore(self, command: Control, reason: str) -> Ignored:
-        repeated = self._in_force is not None and command.command_id == self._in_force.command_id
-        return Ignored(command, None if repeated else reason)
+            if command is not applied
+        )
+        return Decision(applied, ignored)

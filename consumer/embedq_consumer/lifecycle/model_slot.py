@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 
-from embedq_consumer.engine import Encoder, Pending, Tokens
+from embedq_consumer.engine import Encoder, Memory, Pending, Tokens
 from embedq_consumer.engine.safety.panics import panics_caught
 from embedq_consumer.lifecycle.checks import ModelRejected
 from embedq_consumer.threads import CLOSE_S, WorkerThreads
@@ -133,6 +133,17 @@ class ModelSlot:
         finally:
             self._running -= 1
             self.busy_since = time.monotonic() if self._running else None
+
+    async def memory(self) -> Memory | None:
+        """The device's memory; None on a CPU, and while no model serves.
+
+        Raises:
+            DeviceLost: the device does not answer any more.
+        """
+        if self.serving is None:
+            return None
+        # Between two micro-batches: while a CUDA graph is captured, no other thread may ask.
+        return await asyncio.wrap_future(self._compute.submit(self.serving.encoder.memory))
 
     def install(self, new: Loaded) -> Loaded | None:
         """Serve this model from now on; returns the one before, to be discarded, for which nothing may be in flight."""

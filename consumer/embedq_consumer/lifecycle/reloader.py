@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -60,6 +61,8 @@ class Reloader:
         self._metrics = metrics
         self._drain_timeout_s = drain_timeout_s
         self._desired = DesiredModel()
+        self._since: float | None = None
+        metrics.reload_running.set_function(self._running_s)
 
     async def start(self, desired: Control | None, configured: Path) -> None:
         """Load the first model: the desired one, else the one before it, else the configured one.
@@ -88,6 +91,9 @@ class Reloader:
                 await self._ignore(ignored)
             if decision.apply is not None:
                 await self._apply(decision.apply, hold)
+            else:
+                # What was said of the others must not stay the last word: the command in force has its outcome.
+                await self._reporter.resend()
 
     async def _first_candidate(
         self, desired: Control | None, configured: Path
@@ -109,12 +115,11 @@ class Reloader:
 
     async def _ignore(self, ignored: Ignored) -> None:
         self._metrics.reloads.labels("ignored").inc()
-        if ignored.reason is None:
-            await self._reporter.resend()
-        else:
+        if ignored.reason is not None:
             await self._reporter.reject(ignored.command, ignored.reason)
 
     async def _apply(self, command: Control, hold: Hold) -> None:
+        self._since = begin = time.monotonic()
         with structlog.contextvars.bound_contextvars(command=command.command_id, version=command.version):
             try:
                 if command.policy == "availability_preserving":
@@ -122,8 +127,10 @@ class Reloader:
                 else:
                     await self._unload_then_load(command, hold)
             except (ModelError, ModelRejected) as error:
+                self._note_ended("failed", begin)
                 await self._note_failure(command, str(error))
             else:
+                self._note_ended("ready", begin)
                 await self._note_success(command)
 
     async def _load_then_swap(self, command: Control, hold: Hold) -> None:
@@ -139,6 +146,18 @@ class Reloader:
         await self._reporter.update("swap", "LOADING", command=command)
         if old is not None:
             await self._slot.discard(old)  # while jobs flow again: freeing gigabytes takes its time
+            await self._measure_again(candidate, hold)
+
+    async def _measure_again(self, candidate: Candidate, hold: Hold) -> None:
+        """Both models were in memory when the budget was found. If that made it smaller, it is found anew now, while nothing
+        else runs: what is in flight would take memory from the trial, and the trial from it."""
+        if self._trial.is_whole(candidate):
+            return
+        try:
+            async with self._nothing_in_flight(hold):
+                self._budget.serve(await self._trial.measure(candidate.loaded.encoder))
+        except ModelRejected as error:  # it serves all the same, within the budget that was found first
+            log.warning("batch_budget_not_measured_again", reason=str(error))
 
     async def _unload_then_load(self, command: Control, hold: Hold) -> None:
         """Resource-preserving: one model in memory at a time; jobs wait for the whole load, and the old model comes back if
@@ -158,13 +177,14 @@ class Reloader:
 
     @asynccontextmanager
     async def _nothing_in_flight(self, hold: Hold) -> AsyncIterator[None]:
-        try:
-            async with hold(self._drain_timeout_s):
-                yield
-        except TimeoutError:
-            raise ModelRejected(
-                f"drain: the jobs in flight were not finished within {self._drain_timeout_s:g} s"
-            ) from None
+        async with AsyncExitStack() as held:
+            try:
+                await held.enter_async_context(hold(self._drain_timeout_s))
+            except TimeoutError:
+                raise ModelRejected(
+                    f"drain: the jobs in flight were not finished within {self._drain_timeout_s:g} s"
+                ) from None
+            yield
 
     def _serve(self, candidate: Candidate) -> Loaded | None:
         """The swap itself: this model serves from now on, within its budget. Returns the one before."""
@@ -178,8 +198,17 @@ class Reloader:
         except Exception as error:
             raise NoModel(f"neither the new model nor the old one at {path} can be loaded") from error
 
+    def _note_ended(self, outcome: str, begin: float) -> None:
+        self._metrics.reloads.labels(outcome).inc()
+        self._metrics.reload_seconds.labels(outcome).observe(time.monotonic() - begin)
+        self._since = None
+
+    def _running_s(self) -> float:
+        """Seconds of the reload under way. Any thread may ask."""
+        since = self._since
+        return 0.0 if since is None else time.monotonic() - since
+
     async def _note_failure(self, command: Control, reason: str) -> None:
-        self._metrics.reloads.labels("failed").inc()
         log.warning("reload_failed", reason=reason)
         await self._reporter.update(
             self._reporter.status.step,
@@ -192,7 +221,6 @@ class Reloader:
     async def _note_success(self, command: Control) -> None:
         encoder = self._slot.loaded.encoder
         self._publish_info(encoder)
-        self._metrics.reloads.labels("ready").inc()
         log.info("reload_done", model_version=encoder.model_version)
         await self._reporter.update("serving", "READY", command=command, model_version=encoder.model_version)
 

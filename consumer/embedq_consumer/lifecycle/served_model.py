@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -26,6 +27,9 @@ from embedq_consumer.telemetry.metrics import Metrics
 from embedq_consumer.threads import CLOSE_S
 from embedq_shared.messages import Control
 from embedq_shared.topics import Topics
+
+_MEMORY_EVERY_S: Final = 5.0
+"""Well within the minutes that an alert waits; a look takes a fraction of a millisecond between two micro-batches."""
 
 
 class BatchOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,7 +93,14 @@ class ServedModel:
         )
         self._budget = TokenBudget(self._batcher, metrics, show_facts)
         self.queue = TextQueue(self._flights, self._batcher, self._budget, metrics)
-        self.reporter = StatusReporter(options.topics, options.replica, options.alias, publish, metrics)
+        self.reporter = StatusReporter(
+            options.topics,
+            options.replica,
+            options.alias,
+            publish,
+            metrics,
+            serving=lambda: self.slot.serving is not None,
+        )
         trial = Trial(
             self.slot,
             ModelRoot(options.root),
@@ -134,6 +145,16 @@ class ServedModel:
     async def follow(self, commands: Commands, hold: Hold) -> None:
         """Reload as commands say, until cancelled. The swap runs inside `hold`, where nothing is in flight."""
         await self._reloader.follow(commands, hold)
+
+    async def watch_memory(self) -> None:
+        """Measure the device's memory again and again, until cancelled."""
+        while (memory := await self.slot.memory()) is not None or self.slot.serving is None:
+            if memory is not None:
+                self._metrics.gpu_used.set(memory.used)
+                self._metrics.gpu_total.set(memory.total)
+                self._metrics.gpu_reserved.set(memory.reserved)
+                self._metrics.gpu_peak.set(memory.peak)
+            await asyncio.sleep(_MEMORY_EVERY_S)
 
     @property
     def busy_since(self) -> dict[str, float | None]:

@@ -20,10 +20,20 @@ Publish = Callable[[list[Outgoing]], Awaitable[object]]
 class StatusReporter:
     """Owns the replica's status. Key of each record: the replica, so that compaction keeps the last one."""
 
-    def __init__(self, topics: Topics, replica: str, alias: str, publish: Publish, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        topics: Topics,
+        replica: str,
+        alias: str,
+        publish: Publish,
+        metrics: Metrics,
+        serving: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`serving` says whether a model serves."""
         self._topic = topics.status
         self._publish = publish
         self._metrics = metrics
+        self._serving = serving
         self._step_since = time.monotonic()
         self.status = Status(
             replica=replica,
@@ -48,7 +58,7 @@ class StatusReporter:
         """Change the status and publish it. What is not given of a command or a model stays as it was."""
         now = time.monotonic()
         if self.status.step != step:
-            self._metrics.reload_seconds.labels(self.status.step).observe(now - self._step_since)
+            self._metrics.reload_step_seconds.labels(self.status.step).observe(now - self._step_since)
             self._step_since = now
         self.status = msgspec.structs.replace(
             self.status,
@@ -62,7 +72,7 @@ class StatusReporter:
         await self._send(self.status)
 
     async def reject(self, command: Control, error: str) -> None:
-        """Say once that a command was not applied, without changing the status."""
+        """Say once that a command was not applied, without changing the status, which should be sent again after it."""
         await self._send(
             msgspec.structs.replace(
                 self.status,
@@ -85,7 +95,9 @@ class StatusReporter:
             await self.resend()
 
     async def _send(self, status: Status) -> None:
-        sent = msgspec.structs.replace(status, at=int(time.time() * 1000))
+        sent = msgspec.structs.replace(
+            status, at=int(time.time() * 1000), serving=self._serving() and status.state != "STOPPED"
+        )
         record = Outgoing(
             topic=self._topic,
             partition=None,

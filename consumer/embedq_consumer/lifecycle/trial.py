@@ -188,18 +188,21 @@ class Trial:
         except Exception as error:  # a command must not end the process, whatever its files hold
             raise ModelRejected(f"{directory} cannot be loaded: {type(error).__name__}") from error
 
-    async def _warm_up(self, encoder: Encoder) -> Budget:
+    def is_whole(self, candidate: Candidate) -> bool:
+        """Whether its budget is all that was wished for: there is nothing that more memory could add."""
+        whole = candidate.budget.tokens >= self._limits.batch_tokens
+        return whole and candidate.budget.longest >= candidate.loaded.encoder.max_tokens
+
+    async def measure(self, encoder: Encoder) -> Budget:
         """The largest micro-batches that fit, found by running them, so that memory runs out now or never.
 
-        Limitation: in an availability-preserving reload the old model still holds its memory meanwhile. The budget that
-        is found then may be lower than what fits once the old model is gone, and it is not measured again before the next
-        reload or restart.
+        Raises:
+            ModelRejected: none does.
         """
         words = min(encoder.max_tokens, _MOST_WORDS)
         [tokens] = await self._tokens(encoder, [Text("warm up " * words, truncate="end")])
-        begin = time.monotonic()
         try:
-            budget = await find_budget(
+            return await find_budget(
                 encoder,
                 lambda batch: self._encode(encoder, batch),
                 tokens.ids,
@@ -208,6 +211,10 @@ class Trial:
             )
         except OutOfMemory as error:
             raise _too_little_memory() from error
+
+    async def _warm_up(self, encoder: Encoder) -> Budget:
+        begin = time.monotonic()
+        budget = await self.measure(encoder)
         phases = dict(encoder.phases) | {"warm_up": time.monotonic() - begin}
         log.info(
             "model_loaded",
@@ -215,6 +222,8 @@ class Trial:
             kernels=dict(encoder.kernels),
             seconds={name: round(taken, 3) for name, taken in phases.items()},
         )
+        for note in encoder.notes:
+            log.warning("model_note", model_version=encoder.model_version, note=note)
         return budget
 
     async def _tokens(self, encoder: Encoder, texts: Sequence[Text]) -> list[Tokens]:

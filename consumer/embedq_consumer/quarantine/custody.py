@@ -70,9 +70,11 @@ class Custody(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return msgspec.structs.replace(self, owner="", replica="", span=0, trial_until=0, alone=False)
 
 
-def encode(custody: Custody) -> str:
-    """As the metadata of a commit; "" if there is nothing to say."""
-    return "" if custody == Custody() else msgspec.json.encode(custody).decode()
+def encode(custody: Custody, topic_id: str = "") -> str:
+    """As the metadata of a commit, which also says of which topic it is (`group/topic_watch.py`); "" if there is nothing to
+    say."""
+    said = msgspec.to_builtins(custody) | ({"topic_id": topic_id} if topic_id else {})
+    return msgspec.json.encode(said).decode() if said else ""
 
 
 def decode(metadata: str) -> Custody:

@@ -164,7 +164,7 @@ class Suspects:
             if (case := self._cases.get(partition)) is not None and case.custody is custody
         ]
 
-    def metadata(self, partition: TopicPartition, *, release: bool) -> str | None:
+    def metadata(self, partition: TopicPartition, topic_id: str = "", *, release: bool) -> str | None:
         """What a commit of this partition says besides the offset; None: it must not be committed yet.
 
         `release`: the partition is given up, for good: what is held of it stays held.
@@ -173,7 +173,7 @@ class Suspects:
         if case is None or case.custody is None:
             return None
         case.released = case.released or release
-        return encode(case.custody.released() if case.released else case.custody)
+        return encode(case.custody.released() if case.released else case.custody, topic_id)
 
     @property
     def suspected(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import socket
 import sys
@@ -122,6 +123,10 @@ class Health:
         return Report(False, {"status": "not ready", "reason": reason or facts["reason"]})
 
 
+class CannotListen(Exception):
+    """The pages cannot be served there; the message begins with the setting to change, without its prefix."""
+
+
 class HealthServer:
     """Serves `/metrics`, `/livez` and `/readyz` from the moment it is made until `close`.
 
@@ -129,7 +134,7 @@ class HealthServer:
     slow, silent or many cost a bounded number of threads and keep nobody else from an answer.
 
     Raises:
-        OSError: the port is taken, or the address is not this machine's.
+        CannotListen: the port is taken, or the address is not this machine's.
     """
 
     def __init__(
@@ -142,7 +147,10 @@ class HealthServer:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         server = _DualStackServer if ":" in host else _Server
-        self._server = server((host, port), partial(_RequestHandler, registry, health, clock))
+        try:
+            self._server = server((host, port), partial(_RequestHandler, registry, health, clock))
+        except OSError as error:
+            raise CannotListen(_why(error, host, port)) from error
         self.port: int = self._server.server_address[1]
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(_POLL_S,), name="http", daemon=True
@@ -154,6 +162,14 @@ class HealthServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+def _why(error: OSError, host: str, port: int) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"HTTP_PORT: expected a port that is free, {port} is in use (0: any free one)"
+    if error.errno == errno.EACCES:
+        return f"HTTP_PORT: expected a port that this user may have, {port} is not one"
+    return f"HTTP_HOST: expected an address of this machine, {host} is none ({error.strerror or error})"
 
 
 class Connections:

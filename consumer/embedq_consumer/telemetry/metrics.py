@@ -20,6 +20,10 @@ from embedq_shared.topics import LANES
 _SECONDS = (
     0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0,
 )  # fmt: skip
+_RELOAD_SECONDS = (
+    0.5, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 30.0, 45.0, 60.0, 90.0, 120.0, 180.0, 300.0, 600.0, 900.0,
+)  # fmt: skip
+"""From a small model on a warm disk to the default of EMBEDQ_LOAD_TIMEOUT_S; 15 s is what an alert watches."""
 _TOKENS = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 _ITEMS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -38,8 +42,8 @@ class Metrics:
         def gauge(name: str, help: str, *labels: str) -> Gauge:
             return Gauge(f"embedq_{name}", help, labels, registry=registry)
 
-        def seconds(name: str, help: str, *labels: str) -> Histogram:
-            return Histogram(f"embedq_{name}_seconds", help, labels, registry=registry, buckets=_SECONDS)
+        def seconds(name: str, help: str, *labels: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
+            return Histogram(f"embedq_{name}_seconds", help, labels, registry=registry, buckets=buckets)
 
         # Intake
         self.records = counter("records_total", "Job records polled.", "lane")
@@ -76,6 +80,10 @@ class Metrics:
         )
         self.commits = counter("commits_total", "Offset commits: ok, error, fenced.", "outcome")
         self.rebalances = counter("rebalances_total", "Partition assignments received.")
+        self.topics_remade = counter(
+            "topics_remade_total",
+            "Jobs topics that were found to be deleted and made again under their name.",
+        )
         self.assigned = gauge("assigned_partitions", "Partitions that this replica reads.")
 
         # Quarantine
@@ -150,7 +158,29 @@ class Metrics:
         # Model
         self.model = Info("embedq_model", "The model that the replica serves.", registry=registry)
         self.reloads = counter("reloads_total", "Control records applied: ready, failed, ignored.", "outcome")
-        self.reload_seconds = seconds("reload_step", "Time spent in each step of a reload.", "step")
+        self.reload_seconds = seconds(
+            "reload",
+            "A whole reload, from its command to its outcome: ready, failed.",
+            "outcome",
+            buckets=_RELOAD_SECONDS,
+        )
+        self.reload_running = gauge(
+            "reload_running_seconds",
+            "For how long the reload under way has been running; 0 while there is none.",
+        )
+        self.reload_step_seconds = seconds(
+            "reload_step", "Time spent in each step of a reload.", "step", buckets=_RELOAD_SECONDS
+        )
+        self.gpu_used = gauge(
+            "gpu_memory_used_bytes", "Memory of the GPU that is taken, by anybody; 0 on a CPU."
+        )
+        self.gpu_total = gauge("gpu_memory_total_bytes", "Memory of the GPU; 0 on a CPU.")
+        self.gpu_reserved = gauge(
+            "gpu_memory_reserved_bytes", "Memory of the GPU that this process holds, in use or not."
+        )
+        self.gpu_peak = gauge(
+            "gpu_memory_peak_bytes", "The most memory of the GPU that this process had in use at once."
+        )
         self.ready = gauge("ready", "1 while the replica takes jobs.")
         self.heartbeat_age = gauge(
             "loop_heartbeat_age_seconds", "Age of the last heartbeat of the slowest loop."
@@ -166,6 +196,8 @@ class Metrics:
             self.dead_letters.labels(code)
         for outcome in ("ready", "failed", "ignored"):
             self.reloads.labels(outcome)
+        for outcome in ("ready", "failed"):
+            self.reload_seconds.labels(outcome)
         for outcome in ("ok", "error", "fenced"):
             self.commits.labels(outcome)
         for outcome in ("hit", "miss", "corrupt", "error", "bypass"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from typing import Any, Final, get_args
 
 import msgspec
@@ -14,7 +14,7 @@ from embedq_sdk.admin.rollout import ReplicaView, RolloutUpdate, RolloutView, St
 from embedq_sdk.errors import EmbedError, InvalidArgument
 from embedq_sdk.job_options import checked_timeout
 from embedq_sdk.transport.kafka import KafkaConnection, require_topics
-from embedq_shared.codec import decode_control, decode_status, encode_record
+from embedq_shared.codec import encode_record, read_command, read_status
 from embedq_shared.kafka import (
     AIOKafkaConsumer,
     KafkaError,
@@ -96,9 +96,13 @@ async def reload_model(
         await require_topics(connection, consumer, [topics.control, topics.status], connect_timeout)
         reader = _ControlPlaneReader(connection, consumer, topics, alias)
         commands = await reader.read_to_end([topics.control, topics.status])
-        command = _next_command(command, commands, reader.board.live(time.time(), alias))
-        offset = await _write(connection, topics.control, command, connect_timeout)
-        await _check_race(reader, command, offset)
+        earlier = [found.command for found in commands]
+        command = _next_command(command, earlier, reader.board.live(time.time(), alias))
+
+        async def write(command: Control) -> int:
+            return await _write(connection, topics.control, command, connect_timeout)
+
+        await _take_part(reader, command, write)
         rollout = RolloutView(
             reader.board,
             alias=alias,
@@ -195,19 +199,30 @@ def _checked_command(
 def _next_command(command: Control, earlier: list[Control], live: list[Status]) -> Control:
     """The command with the next version, and with a fallback directory that is known to load.
 
+    What live replicas follow counts, too: the control topic may have been deleted and made again, and their versions only rise.
     The fallback is the current command's path if a live replica serves it, else that command's own fallback.
     """
+    followed = max((status.version or 0 for status in live), default=0)
     if not earlier:
-        return command
+        return msgspec.structs.replace(command, version=followed + 1)
     current = max(earlier, key=lambda record: record.version)
     served = any(s.version == current.version and s.state == "READY" for s in live)
     return msgspec.structs.replace(
-        command, version=current.version + 1, fallback=current.path if served else current.fallback
+        command,
+        version=max(current.version, followed) + 1,
+        fallback=current.path if served else current.fallback,
     )
 
 
+class FoundCommand(msgspec.Struct, frozen=True):
+    """A command, and where it is on the control topic."""
+
+    offset: int
+    command: Control
+
+
 class _ControlPlaneReader:
-    """Reads the control and status topics: statuses go to `board`, commands for `alias` are returned.
+    """Reads the control and status topics: statuses go to `board`, commands for `alias` are returned, in their order.
 
     What cannot be read or decoded is passed: it is neither a status nor a command, and other programs may write here too.
     """
@@ -225,7 +240,7 @@ class _ControlPlaneReader:
         self._alias = alias
         self.board = StatusBoard()
 
-    async def read_to_end(self, topics: Iterable[str]) -> list[Control]:
+    async def read_to_end(self, topics: Iterable[str]) -> list[FoundCommand]:
         """Read topics of one partition from their beginning to their present end; the commands for the alias.
 
         Raises:
@@ -239,7 +254,7 @@ class _ControlPlaneReader:
         ends = await self._connection.call(_STEP_S, "finding the end", self._consumer.end_offsets(partitions))
         return await self._read_to(ends, _READ_S, "reading the control and status topics")
 
-    async def read_back(self, offset: int) -> list[Control]:
+    async def read_back(self, offset: int) -> list[FoundCommand]:
         """Read until the control topic's record at `offset` was read; the commands for the alias.
 
         Raises:
@@ -247,8 +262,10 @@ class _ControlPlaneReader:
         """
         return await self._read_to({self._control: offset + 1}, _STEP_S, "reading the command back")
 
-    async def _read_to(self, ends: Mapping[TopicPartition, int], within: float, what: str) -> list[Control]:
-        commands: list[Control] = []
+    async def _read_to(
+        self, ends: Mapping[TopicPartition, int], within: float, what: str
+    ) -> list[FoundCommand]:
+        commands: list[FoundCommand] = []
         deadline = time.monotonic() + within
         # The position counts, not the last record's offset: compaction may have removed the last records.
         while any([await self._consumer.position(tp) < end for tp, end in ends.items()]):
@@ -257,7 +274,7 @@ class _ControlPlaneReader:
             commands += await self.poll()
         return commands
 
-    async def poll(self) -> list[Control]:
+    async def poll(self) -> list[FoundCommand]:
         """Read what is there, waiting for it a quarter of a second at most; the commands for the alias.
 
         Raises:
@@ -268,7 +285,7 @@ class _ControlPlaneReader:
         except (KafkaError, OSError) as error:
             raise self._connection.failed(error) from error
         self._check_silence(time.time())
-        return [command for record in records if (command := self._take(record)) is not None]
+        return [found for record in records if (found := self._take(record)) is not None]
 
     def _check_silence(self, now: float) -> None:
         for tp in self._consumer.assignment():
@@ -276,7 +293,7 @@ class _ControlPlaneReader:
             if last is not None and now - last / 1000 > _SILENCE_S:
                 raise self._connection.unavailable(f"nothing came for {_SILENCE_S:g} s")
 
-    def _take(self, record: Polled) -> Control | None:
+    def _take(self, record: Polled) -> FoundCommand | None:
         if isinstance(record, UnreadableRecord):
             return None
         is_command = record.topic == self._control.topic
@@ -286,9 +303,10 @@ class _ControlPlaneReader:
             return None
         try:
             if is_command:
-                command = decode_control(record.value)
-                return command if command.alias == self._alias else None
-            self.board.see(decode_status(record.value))
+                alias = self._alias
+                command = None if alias is None else read_command(record.key, record.value, alias)
+                return None if command is None else FoundCommand(record.offset, command)
+            self.board.see(read_status(record.key, record.value))
         except _UNDECODABLE:
             return None
         return None
@@ -305,14 +323,23 @@ async def _write(connection: KafkaConnection, topic: str, command: Control, time
         return int(sent.offset)
 
 
-async def _check_race(reader: _ControlPlaneReader, command: Control, offset: int) -> None:
-    """Replicas follow the first command of a version: read up to ours and see whether it is the first.
+async def _take_part(
+    reader: _ControlPlaneReader, command: Control, write: Callable[[Control], Awaitable[int]]
+) -> None:
+    """Write the command, and see what else was written meanwhile: replicas follow the highest version, and of equal ones the
+    first. Compaction keeps the last record, so that must be this one, too: whoever lost writes it once more.
 
     Raises:
-        LostRace: it is not.
+        LostRace: it is another one than ours.
     """
-    for found in await reader.read_back(offset):
-        if found.command_id == command.command_id:
-            return
-        if found.version >= command.version:
-            raise LostRace(alias=command.alias)
+    found: list[FoundCommand] = []
+    written = command
+    while True:
+        offset = await write(written)
+        found += await reader.read_back(offset)
+        first = max((one for one in found if one.offset <= offset), key=lambda one: one.command.version)
+        if first.command.command_id == written.command_id:
+            break
+        written = first.command
+    if written.command_id != command.command_id:
+        raise LostRace(alias=command.alias)

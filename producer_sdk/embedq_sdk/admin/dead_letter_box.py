@@ -24,6 +24,7 @@ from embedq_sdk.admin.dead_letters import (
     original_headers,
 )
 from embedq_sdk.errors import EmbedError, InvalidArgument
+from embedq_sdk.shown import Shown
 from embedq_sdk.transport.kafka import KafkaConnection, require_topics
 from embedq_shared.kafka import (
     AIOKafkaConsumer,
@@ -53,7 +54,7 @@ class NoSuchLetter(EmbedError):
     position: str
 
 
-class LetterContent(msgspec.Struct, frozen=True, kw_only=True):
+class LetterContent(Shown, frozen=True, kw_only=True):
     """A letter with the record as it was."""
 
     letter: DeadLetter

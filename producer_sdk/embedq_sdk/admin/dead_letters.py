@@ -164,7 +164,7 @@ def note_of(
         return None
     try:
         note = msgspec.json.decode(value or b"", type=Note)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     return ("replayed" if fate == b"replayed" else "dropped"), note.offsets
 

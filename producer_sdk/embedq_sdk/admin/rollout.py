@@ -15,13 +15,19 @@ NO_REPLICAS_AFTER_S: Final = 2 * STATUS_INTERVAL_S
 
 
 class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
-    """One replica, as its last status describes it."""
+    """One replica, as its last status describes it.
+
+    `state` is the replica's: READY as long as a model serves, whatever became of a reload. `outcome` is that of its last
+    command, `version`: None before the first, else LOADING, READY or FAILED, with the `step` that it has come to and the
+    `error` that ended it there.
+    """
 
     replica: str
     alias: str
     state: State
     step: Step
     version: int | None
+    outcome: State | None = None
     model_version: str | None
     error: str | None
     age_s: float
@@ -86,14 +92,23 @@ def view_of(status: Status, now: float, *, answered: bool = False) -> ReplicaVie
     return ReplicaView(
         replica=status.replica,
         alias=status.alias,
-        state=status.state,
+        state=_state_of(status),
         step=status.step,
         version=status.version,
+        outcome=None if status.version is None else status.state,
         model_version=status.model_version,
         error=status.error,
         age_s=max(0.0, now - status.at / 1000),
         answered=answered,
     )
+
+
+def _state_of(status: Status) -> State:
+    """The replica's, apart from its command's. One that does not say whether it serves does so once a command has failed."""
+    if status.state == "STOPPED":
+        return "STOPPED"
+    serves = status.state in ("READY", "FAILED") if status.serving is None else status.serving
+    return "READY" if serves else "LOADING"
 
 
 class RolloutView:
@@ -102,7 +117,8 @@ class RolloutView:
     Invariants:
         - A replica has answered once it says READY or FAILED for this command, by version and id.
         - Replicas that start meanwhile count; one that falls silent counts until its last status is stale.
-        - A status of a later command, or of another command with the same version, ends the reload as "superseded".
+        - A replica that follows a later command, or another one with the same version, ends the reload as "superseded".
+          That it refuses another one of the same version, which came later, does not.
     """
 
     def __init__(
@@ -150,4 +166,6 @@ class RolloutView:
     def _is_of_another(self, status: Status) -> bool:
         if status.version is None or status.version < self._version:
             return False
-        return status.version > self._version or status.command_id not in (None, self._command_id)
+        if status.version > self._version:
+            return True
+        return status.command_id not in (None, self._command_id) and status.state != "FAILED"

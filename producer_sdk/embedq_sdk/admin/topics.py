@@ -15,20 +15,19 @@ from embedq_sdk.errors import InvalidArgument
 from embedq_sdk.job_options import checked_count, checked_timeout
 from embedq_sdk.transport.kafka import KafkaConnection
 from embedq_shared.kafka import AIOKafkaAdminClient, KafkaError, is_permanent
-from embedq_shared.topics import Topics, is_topic_name
+from embedq_shared.topics import (
+    DEFAULT_PARTITIONS,
+    DEFAULT_REPLY_PARTITIONS,
+    DEFAULT_RETRY_TIERS,
+    MAX_RETRY_TIERS,
+    Topics,
+    is_topic_name,
+)
 
 _MINUTE: Final = 60_000
 _DAY: Final = 24 * 60 * _MINUTE
 _PAUSE_S: Final = 0.1
 
-DEFAULT_PARTITIONS: Final = 8
-"""Replicas that can share a lane: more can be added later, but not taken away."""
-DEFAULT_REPLY_PARTITIONS: Final = 64
-"""Client instances spread over them, and each reads all of its partition."""
-DEFAULT_RETRY_TIERS: Final = 2
-"""As many as the service's setting `EMBEDQ_RETRY_DELAYS_S` has by default."""
-MAX_RETRY_TIERS: Final = 8
-"""The service looks for no more."""
 _MOST_COPIES: Final = 3
 """Copies of each topic if the cluster has as many brokers: one broker can fail while another is being restarted."""
 

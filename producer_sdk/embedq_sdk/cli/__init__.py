@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 
 
 def main() -> None:
     """Run the command line."""
-    try:
-        import click  # noqa: F401
-        import rich  # noqa: F401
-    except ImportError:
+    if any(importlib.util.find_spec(package) is None for package in ("click", "rich")):
         sys.stderr.write("embedq: the command line needs click and rich: pip install 'embedq[cli]'\n")
         sys.exit(1)
     from embedq_sdk.cli.commands import cli

@@ -1,40 +1,34 @@
-"""The commands of `embedq`."""
+"""The commands of `embedq`.
+
+What a command works with it imports when it runs: this file and those of the commands are loaded for each of them, and for
+`--help`, and Kafka's client, numpy and rich take longer than all else.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import importlib.metadata
 import sys
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 import click
-import msgspec
-from rich.console import Console
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from embedq_sdk.admin.control import LostRace, ServiceStatus, reload_model, service_status
-from embedq_sdk.admin.rollout import RolloutUpdate
-from embedq_sdk.admin.topics import (
+from embedq_sdk.cli.dlq import dlq
+from embedq_sdk.cli.embedding import embed
+from embedq_sdk.cli.kafka_options import CONNECT_TIMEOUT_S, KafkaTarget, kafka_options
+from embedq_sdk.cli.running import FAILED, NO_ANSWER, run, say
+from embedq_shared.topics import (
     DEFAULT_PARTITIONS,
     DEFAULT_REPLY_PARTITIONS,
     DEFAULT_RETRY_TIERS,
+    GROUP,
     MAX_RETRY_TIERS,
-    create_topics,
 )
-from embedq_sdk.cli.dlq import dlq
-from embedq_sdk.cli.kafka_options import CONNECT_TIMEOUT_S, KafkaTarget, kafka_options
-from embedq_sdk.cli.running import FAILED, NO_ANSWER, run, say
-from embedq_sdk.cli.tables import replica_lines, replica_table, status_lines
-from embedq_sdk.cli.vector_files import JsonLines, NpyFile, VectorWriter
-from embedq_sdk.client import EmbedClient
-from embedq_sdk.errors import InvalidArgument, KafkaUnavailable
-from embedq_sdk.job_options import late, mean
-from embedq_shared.messages import Chunking
-from embedq_shared.topics import GROUP
+
+if TYPE_CHECKING:
+    from embedq_sdk.admin.control import ServiceStatus
+    from embedq_sdk.admin.rollout import RolloutUpdate
 
 _WATCH_S: Final = 1.0
 
@@ -49,10 +43,11 @@ class Commands(click.Group):
         return sorted({*super().list_commands(ctx), *_offered()})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        command = super().get_command(ctx, cmd_name)
-        entry = _offered().get(cmd_name)
-        if command is not None or entry is None:
+        if (command := super().get_command(ctx, cmd_name)) is not None:
             return command
+        entry = _offered().get(cmd_name)  # looks through everything that is installed
+        if entry is None:
+            return None
         try:
             loaded: click.Command = entry.load()
         except ModuleNotFoundError as missing:
@@ -81,181 +76,13 @@ def _not_installed(name: str, package: str) -> click.Command:
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(importlib.metadata.version("embedq"), prog_name="embedq")
+@click.version_option(package_name="embedq", prog_name="embedq")
 def cli() -> None:
     """Text embeddings over Kafka."""
 
 
-@cli.command()
-@click.argument("texts", nargs=-1)
-@click.option(
-    "--file",
-    "source",
-    type=click.Path(dir_okay=False, allow_dash=True),
-    help="A file with one text per line; - is standard input.",
-)
-@click.option(
-    "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="The file to write, .jsonl or .npy. Default: JSON lines on standard output.",
-)
-@click.option("--model", help="The model's alias. Default: the service's own.")
-@click.option("--dimensions", type=int, help="Length of each vector. Default: the model's own.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "float16", "int8", "binary"]),
-    help="How vectors are sent; all but binary are written as float32. Default: float32.",
-)
-@click.option("--query", "input_type", flag_value="query", help="The texts are search queries.")
-@click.option("--document", "input_type", flag_value="document", help="The texts are documents to be found.")
-@click.option("--instruction", help="The task that a query serves, for models that take instructions.")
-@click.option(
-    "--truncate",
-    type=click.Choice(["error", "start", "end"]),
-    help="Where to cut a text that is too long for the model: its start or its end. Default: error, the text fails.",
-)
-@click.option(
-    "--chunk",
-    type=click.Choice(["late", "mean"]),
-    help="late: one line for each span of a text; mean: one vector for a text of any length, the mean over its windows.",
-)
-@click.option("--chunk-tokens", type=int, help="Tokens in each span or window.")
-@click.option(
-    "--lane",
-    type=click.Choice(["interactive", "bulk"]),
-    default="interactive",
-    show_default=True,
-    help="Bulk jobs wait while there are interactive ones.",
-)
-@click.option("--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Texts per job.")
-@click.option(
-    "--in-flight", type=click.IntRange(1), default=1024, show_default=True, help="Texts in flight at once."
-)
-@click.option(
-    "--timeout", type=float, default=120.0, show_default=True, help="Seconds that each job may take."
-)
-@click.option("--with-text", is_flag=True, help="Repeat each text in its JSON line.")
-@kafka_options
-def embed(
-    texts: tuple[str, ...],
-    source: str | None,
-    out: Path | None,
-    with_text: bool,
-    chunk: str | None,
-    chunk_tokens: int | None,
-    kafka: KafkaTarget,
-    **job: Any,
-) -> None:
-    """Embed TEXTS, the lines of a file, or standard input."""
-    if bool(texts) == bool(source):
-        raise click.UsageError("give either TEXTS or --file")
-    if out is not None and out.suffix not in (".jsonl", ".npy"):
-        raise click.BadParameter("expected a name that ends with .jsonl or .npy", param_hint="--out")
-    if chunk is None and chunk_tokens is not None:
-        raise click.UsageError("--chunk-tokens is for --chunk late or --chunk mean")
-    if chunk == "late" and out is not None and out.suffix == ".npy":
-        raise click.BadParameter("spans need a .jsonl file, which says where each begins", param_hint="--out")
-    try:
-        job["chunk"] = _chunking(chunk, chunk_tokens)
-    except InvalidArgument as error:
-        raise click.BadParameter(str(error), param_hint="--chunk-tokens") from None
-
-    async def work() -> int:
-        with contextlib.ExitStack() as stack:
-            lines, total = _source(texts, source)
-            client = await _connected(kafka)
-            try:
-                writer = stack.enter_context(_writer(out, with_text))
-                advance = stack.enter_context(_progress(total))
-                return await _write_all(client, lines, job, writer, advance)
-            finally:
-                await client.close()
-
-    run(work())
-
-
-def _chunking(mode: str | None, tokens: int | None) -> Chunking | None:
-    if mode == "late":
-        return late() if tokens is None else late(tokens)
-    return mean(tokens) if mode == "mean" else None
-
-
-async def _connected(kafka: KafkaTarget) -> EmbedClient:
-    """Entered here, before any file is opened, so that a run without Kafka leaves no empty output."""
-    client = EmbedClient(
-        kafka.servers, topic_prefix=kafka.prefix, connect_timeout=CONNECT_TIMEOUT_S, **kafka.security
-    )
-    return await client.__aenter__()
-
-
-async def _write_all(
-    client: EmbedClient,
-    lines: Iterator[str],
-    job: dict[str, Any],
-    writer: VectorWriter,
-    advance: Callable[[], None],
-) -> int:
-    """Embed and write all lines; the exit code."""
-    failed, last = 0, -1
-    async with contextlib.aclosing(client.stream(lines, errors="return", **job)) as items:
-        async for item in items:
-            writer.write(item)
-            if item.index == last:  # another span of the same text
-                continue
-            last = item.index
-            if isinstance(item.error, KafkaUnavailable):
-                raise item.error
-            if item.error is not None:
-                failed += 1
-                say(f"text {item.index}: {item.error}")
-            advance()
-    return FAILED if failed else 0
-
-
-def _source(texts: tuple[str, ...], source: str | None) -> tuple[Iterator[str], int | None]:
-    """The texts, and their number if it is known."""
-    if source is None:
-        return iter(texts), len(texts)
-    if source == "-":
-        return _lines(sys.stdin.buffer), None
-    with open(source, "rb") as counted:
-        total = sum(1 for _ in counted)
-    return _lines_of(source), total
-
-
-def _lines_of(path: str) -> Iterator[str]:
-    with open(path, "rb") as file:
-        yield from _lines(file)
-
-
-def _lines(file: Iterable[bytes]) -> Iterator[str]:
-    """A file's lines. Only a line feed ends one: a text may contain any other kind of line break."""
-    for number, line in enumerate(file, start=1):
-        try:
-            yield line.decode().rstrip("\r\n")
-        except UnicodeDecodeError:
-            raise InvalidArgument(
-                argument="--file", expected="UTF-8", got=f"other bytes in line {number}"
-            ) from None
-
-
-def _writer(out: Path | None, with_text: bool) -> VectorWriter:
-    if out is not None and out.suffix == ".npy":
-        return NpyFile(out)
-    return JsonLines(out, sys.stdout.buffer, with_text=with_text)
-
-
-@contextlib.contextmanager
-def _progress(total: int | None) -> Iterator[Callable[[], None]]:
-    """A progress bar on standard error, if that is a terminal."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda: None
-        return
-    columns = (TextColumn("embedding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("embedding", total=total)
-        yield lambda: bar.advance(task)
+cli.add_command(embed)
+cli.add_command(dlq)
 
 
 @cli.command()
@@ -292,6 +119,9 @@ def reload(
     Exit code 0: every live replica is READY. 1: at least one FAILED and keeps its old model. 2: there is no live replica,
     time ran out, or a later command took its place.
     """
+    from embedq_sdk.admin.control import LostRace, reload_model
+    from embedq_sdk.cli.tables import replica_lines, replica_table
+
     updates = reload_model(
         kafka.servers,
         path,
@@ -306,6 +136,9 @@ def reload(
     )
 
     async def follow() -> int:
+        from rich.console import Console
+        from rich.live import Live
+
         console = Console()
         last: RolloutUpdate | None = None
         with contextlib.ExitStack() as stack:
@@ -338,7 +171,7 @@ def _conclude(last: RolloutUpdate, timeout: float) -> int:
             return 0
         case "failed":
             for replica in last.replicas:
-                if replica.state == "FAILED":
+                if replica.outcome == "FAILED":
                     say(f"{replica.replica} FAILED and keeps its old model: {replica.error}")
             return FAILED
         case "no_replicas":
@@ -370,6 +203,14 @@ def _conclude(last: RolloutUpdate, timeout: float) -> int:
 def status(as_json: bool, watch: bool, group: str, kafka: KafkaTarget) -> None:
     """Show the live replicas, and how many jobs wait in each lane."""
 
+    import asyncio
+
+    import msgspec
+    from rich.console import Console
+
+    from embedq_sdk.admin.control import service_status
+    from embedq_sdk.cli.tables import status_lines
+
     async def look() -> ServiceStatus:
         return await service_status(
             kafka.servers,
@@ -396,9 +237,6 @@ def status(as_json: bool, watch: bool, group: str, kafka: KafkaTarget) -> None:
 
     with contextlib.suppress(KeyboardInterrupt):
         run(show())
-
-
-cli.add_command(dlq)
 
 
 @cli.group()
@@ -439,6 +277,8 @@ def create(
 ) -> None:
     """Create the topics that are missing. Existing topics are not changed."""
 
+    from embedq_sdk.admin.topics import create_topics
+
     async def work() -> int:
         reports = await create_topics(
             kafka.servers,
@@ -473,8 +313,20 @@ def create(
     type=click.Path(dir_okay=False, path_type=Path),
     help="The file that the replica's log is appended to. Default: standard output.",
 )
-def dev(model: str | None, topics: bool, brokers: int, consumer_log: Path | None) -> None:
-    """Run a real Kafka and a real Redis on this machine, until Ctrl-C."""
+@click.option(
+    "--http-port",
+    envvar="EMBEDQ_HTTP_PORT",
+    type=click.IntRange(0, 65535),
+    default=9464,
+    show_default=True,
+    show_envvar=True,
+    help="Where the replica serves its health pages and metrics; 0: any free port, which its log says.",
+)
+def dev(model: str | None, topics: bool, brokers: int, consumer_log: Path | None, http_port: int) -> None:
+    """Run a real Kafka and a real Redis on this machine, until Ctrl-C.
+
+    They have their usual ports, 9092 and 6379, or other ones if these are taken.
+    """
     from embedq_sdk.dev.command import run
 
-    sys.exit(run(model=model, topics=topics, brokers=brokers, consumer_log=consumer_log))
+    sys.exit(run(model=model, topics=topics, brokers=brokers, consumer_log=consumer_log, http_port=http_port))

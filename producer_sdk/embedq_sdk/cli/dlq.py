@@ -8,20 +8,18 @@ import functools
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any, Final, get_args
+from typing import TYPE_CHECKING, Any, Final, get_args
 
 import click
 import msgspec
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from embedq_sdk.admin.dead_letter_box import DeadLetterBox, LetterContent, ReplayProgress, dead_letters
-from embedq_sdk.admin.dead_letters import DeadLetter, LetterFilter, Position
 from embedq_sdk.cli.kafka_options import CONNECT_TIMEOUT_S, KafkaTarget, kafka_options
 from embedq_sdk.cli.running import FAILED, run, say
 from embedq_shared.messages import ErrorCode
+
+if TYPE_CHECKING:
+    from embedq_sdk.admin.dead_letter_box import DeadLetterBox, LetterContent
+    from embedq_sdk.admin.dead_letters import DeadLetter, LetterFilter, Position
 
 _AGO: Final = re.compile(r"(\d+)([smhd])")
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
@@ -52,6 +50,8 @@ def _position(ctx: click.Context, param: click.Parameter, value: str) -> Positio
         raise click.BadParameter(
             "expected PARTITION:OFFSET, as `embedq dlq list` shows it", ctx=ctx, param=param
         )
+    from embedq_sdk.admin.dead_letters import Position
+
     return Position(int(found[1]), int(found[2]))
 
 
@@ -74,6 +74,8 @@ def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
         until: int | None,
         **rest: Any,
     ) -> Any:
+        from embedq_sdk.admin.dead_letters import LetterFilter
+
         where = LetterFilter(
             codes=codes,
             topics=topics,
@@ -204,6 +206,8 @@ def replay(
     A letter that was sent is settled, and no longer listed. Interrupted, the same command goes on where it was.
     Exit code 1: some could not be sent; they are named.
     """
+    from embedq_sdk.admin.dead_letter_box import ReplayProgress
+
     _check_choice(where, everything)
 
     async def work() -> int:
@@ -291,6 +295,8 @@ def _check_choice(where: LetterFilter, everything: bool) -> None:
 
 @contextlib.asynccontextmanager
 async def _box(kafka: KafkaTarget) -> AsyncIterator[DeadLetterBox]:
+    from embedq_sdk.admin.dead_letter_box import dead_letters
+
     async with dead_letters(
         kafka.servers, topic_prefix=kafka.prefix, connect_timeout=CONNECT_TIMEOUT_S, **kafka.security
     ) as box:
@@ -300,6 +306,9 @@ async def _box(kafka: KafkaTarget) -> AsyncIterator[DeadLetterBox]:
 @contextlib.contextmanager
 def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar on standard error, if that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda done: None
@@ -322,6 +331,10 @@ def _lines(letters: list[DeadLetter], *, as_json: bool) -> Iterator[Any]:
         for letter in letters:
             yield msgspec.json.encode(letter)
         return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
     console = Console()
     if console.is_terminal and letters:
         table = Table()

@@ -9,7 +9,7 @@ from typing import Any, Final, get_args
 import click
 import msgspec
 
-from embedq_shared.kafka import BadOption, OAuthOptions, SaslMechanism, SecurityProtocol
+from embedq_shared.access import BadOption, SaslMechanism, SecurityProtocol
 from embedq_shared.secret import Secret, read_secret
 
 CONNECT_TIMEOUT_S: Final = 5.0
@@ -59,6 +59,8 @@ def _secret(given: dict[str, Any], name: str) -> Secret | None:
 
 
 def _provider(given: dict[str, Any]) -> Any:
+    from embedq_shared.kafka import OAuthOptions
+
     options = OAuthOptions(
         token_file=given["oauth_token_file"] or "",
         token_url=given["oauth_token_url"] or "",

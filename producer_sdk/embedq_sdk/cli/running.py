@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import sys
 from collections.abc import Coroutine
 from typing import Any, Final
 
 import click
 
+from embedq_sdk.cli.text_sources import BadSource
 from embedq_sdk.errors import EmbedError, InvalidArgument, KafkaUnavailable
 
 FAILED: Final = 1
@@ -19,19 +18,23 @@ NO_KAFKA: Final = 3
 
 def run(work: Coroutine[Any, Any, int]) -> None:
     """Run a command and exit with its code. What a user can put right is reported in one line, never as a traceback."""
-    # aiokafka logs every connection that fails; our one line says it all.
-    logging.getLogger("aiokafka").addHandler(logging.NullHandler())
-    logging.getLogger("aiokafka").propagate = False
+    import asyncio
+
     try:
         code = asyncio.run(work)
     except KafkaUnavailable as error:
         say(str(error))
         code = NO_KAFKA
-    except InvalidArgument as error:
+    except (InvalidArgument, BadSource) as error:
         say(str(error))
         code = NO_ANSWER
     except EmbedError as error:
         say(str(error))
+        code = FAILED
+    except BrokenPipeError:
+        raise  # whoever read our output has enough; click ends quietly
+    except OSError as error:
+        say(f"{error.filename}: {error.strerror}" if error.filename else str(error))
         code = FAILED
     sys.exit(code)
 

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from embedq_sdk.admin.control import ServiceStatus
 from embedq_sdk.admin.rollout import ReplicaView, RolloutUpdate
+from embedq_shared.messages import State, Step
 
 _COLORS: Final = {"READY": "green", "FAILED": "red", "LOADING": "yellow", "STOPPED": "dim"}
 
@@ -19,21 +20,25 @@ def short(model_version: str | None) -> str:
     return "-" if model_version is None else model_version[:19]
 
 
+def _colored(state: State) -> str:
+    return f"[{_COLORS[state]}]{state}[/]"
+
+
 def replica_table(replicas: Iterable[ReplicaView], title: str) -> Table:
-    """One row for each replica."""
+    """One row for each replica: itself, then its last command."""
     table = Table(title=title, title_justify="left")
-    for column in ("replica", "alias", "state", "step", "version", "model", "age", "error"):
+    for column in ("replica", "alias", "state", "model", "age", "version", "step", "outcome", "error"):
         table.add_column(column)
     for replica in replicas:
-        color = _COLORS[replica.state]
         table.add_row(
             escape(replica.replica),
             escape(replica.alias),
-            f"[{color}]{replica.state}[/]",
-            replica.step,
-            "-" if replica.version is None else str(replica.version),
+            _colored(replica.state),
             short(replica.model_version),
             f"{replica.age_s:.0f} s",
+            "-" if replica.version is None else str(replica.version),
+            replica.step,
+            "-" if replica.outcome is None else _colored(replica.outcome),
             escape(replica.error or ""),
         )
     return table
@@ -41,14 +46,14 @@ def replica_table(replicas: Iterable[ReplicaView], title: str) -> Table:
 
 def replica_lines(before: RolloutUpdate | None, now: RolloutUpdate) -> Iterator[str]:
     """A line for each replica that changed between two updates."""
-    known = {r.replica: (r.state, r.step, r.version) for r in before.replicas} if before else {}
+    known = {r.replica: _standing(r) for r in before.replicas} if before else {}
     if before is None:
         yield f"{now.alias} version {now.version}: {len(now.replicas)} live replicas"
     for replica in now.replicas:
-        if known.pop(replica.replica, None) != (replica.state, replica.step, replica.version):
+        if known.pop(replica.replica, None) != (standing := _standing(replica)):
             error = f": {replica.error}" if replica.error else ""
             version = "-" if replica.version is None else replica.version
-            yield f"{replica.replica}: {replica.state} {replica.step} (version {version}){error}"
+            yield f"{replica.replica}: {standing[0]} {replica.step} (version {version}){error}"
     for replica_id in known:
         yield f"{replica_id}: gone"
 
@@ -61,9 +66,14 @@ def status_lines(status: ServiceStatus, *, plain: bool) -> Sequence[Table | str]
     if not plain:
         return [replica_table(status.replicas, "replicas"), *lag]
     rows = [
-        f"{escape(r.replica)} {escape(r.alias)} {r.state} {r.step} "
-        f"version={'-' if r.version is None else r.version} model={short(r.model_version)} age={r.age_s:.0f}s"
+        f"{escape(r.replica)} {escape(r.alias)} {r.state} model={short(r.model_version)} age={r.age_s:.0f}s "
+        f"version={'-' if r.version is None else r.version} step={r.step} outcome={r.outcome or '-'}"
         + (f" error={escape(r.error)}" if r.error else "")
         for r in status.replicas
     ]
     return [*rows, *lag]
+
+
+def _standing(replica: ReplicaView) -> tuple[State, Step, int | None]:
+    """How a replica stands with its command."""
+    return replica.outcome or replica.state, replica.step, replica.version

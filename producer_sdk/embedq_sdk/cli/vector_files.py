@@ -24,7 +24,7 @@ class VectorWriter(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    def write(self, item: Embedded) -> None: ...
+    def write(self, item: Embedded, id: str | int | None = None) -> None: ...
 
 
 class JsonLines:
@@ -50,9 +50,11 @@ class JsonLines:
         if self._path is not None:
             self._target.close()
 
-    def write(self, item: Embedded) -> None:
-        """Write one line."""
+    def write(self, item: Embedded, id: str | int | None = None) -> None:
+        """Write one line; with the id of the text, if it has one."""
         line: dict[str, Any] = {"index": item.index}
+        if id is not None:
+            line["id"] = id
         if self._with_text:
             line["text"] = item.text
         if item.vector is None:
@@ -66,6 +68,8 @@ class JsonLines:
         if item.span is not None:
             line["span"] = item.span
         self._target.write(msgspec.json.encode(line) + b"\n")
+        if self._path is None:
+            self._target.flush()  # whoever reads it may wait for this line before giving us another text
 
 
 def _error_fields(error: EmbedError | None) -> dict[str, Any]:
@@ -108,8 +112,8 @@ class NpyFile:
         else:
             self._part.unlink()
 
-    def write(self, item: Embedded) -> None:
-        """Write one row."""
+    def write(self, item: Embedded, id: str | int | None = None) -> None:
+        """Write one row. Rows have no ids: they are in the order of the texts."""
         if item.vector is None:
             self._gaps += 1
             if self._like is not None:

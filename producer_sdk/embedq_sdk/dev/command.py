@@ -15,6 +15,7 @@ from typing import BinaryIO, Final
 
 from embedq_sdk.admin.topics import create_topics
 from embedq_sdk.dev.errors import DevStackError
+from embedq_sdk.dev.ports import HOST, is_free
 from embedq_sdk.dev.processes import Processes
 from embedq_sdk.dev.stack import DevStack
 from embedq_sdk.errors import EmbedError
@@ -23,6 +24,10 @@ _CONSUMER: Final = "consumer"
 _CHECK_EVERY_S: Final = 0.2
 _DRAIN_GRACE_S: Final = 60.0
 """For the replica to finish what it accepted: twice its default drain timeout."""
+_LOST_GRACE_S: Final = 2.0
+"""Without Kafka there is nothing that it could finish."""
+DEFAULT_HTTP_PORT: Final = 9464
+"""The service's own default."""
 
 
 def run(
@@ -31,6 +36,7 @@ def run(
     *,
     brokers: int = 1,
     consumer_log: Path | None = None,
+    http_port: int = DEFAULT_HTTP_PORT,
     echo: Callable[[str], None] | None = None,
 ) -> int:
     """Run Kafka and Redis until Ctrl-C or SIGTERM. Must be called from the main thread, since it handles signals.
@@ -40,6 +46,7 @@ def run(
         topics: whether to create embedq's topics.
         brokers: nodes of the Kafka cluster.
         consumer_log: the file that the replica's log is appended to; None: standard output.
+        http_port: where the replica serves `/livez`, `/readyz` and `/metrics`; 0: any free port.
         echo: called with each line for the user; None: standard output.
 
     Returns:
@@ -49,10 +56,13 @@ def run(
     if model is not None and not Path(model).is_dir():
         say(f"{model} is not a directory")
         return 1
+    if model is not None and http_port and not is_free(http_port, os.environ.get("EMBEDQ_HTTP_HOST", HOST)):
+        say(f"port {http_port} is in use: choose another one with --http-port, or 0 for any free one")
+        return 1
     try:
         with (
             _on_signals(signal.default_int_handler),  # so that SIGTERM interrupts the start as Ctrl-C does
-            DevStack(brokers=brokers, report=say) as stack,
+            DevStack(brokers=brokers, report=say, usual_ports=True) as stack,
             Processes() as consumers,
         ):
             _introduce(stack, say)
@@ -60,14 +70,19 @@ def run(
                 _create_topics(stack.kafka_servers)
                 say("embedq's topics exist.")
             if model is not None:
-                _start_consumer(consumers, stack, Path(model))
+                _start_consumer(consumers, stack, Path(model), http_port)
                 say(f"A replica is loading {model}.")
             say("Press Ctrl-C to stop.")
             with _following(consumers.log(_CONSUMER), consumer_log) as copy_log:
+                grace_s = _DRAIN_GRACE_S
                 try:
                     _watch(stack, consumers if model is not None else None, copy_log)
+                except DevStackError as error:
+                    say(str(error))  # now, since ending takes a while
+                    grace_s = _LOST_GRACE_S
+                    return 1
                 finally:  # while Kafka still runs, to take the replica's last results
-                    consumers.stop(_CONSUMER, grace_s=_DRAIN_GRACE_S)
+                    consumers.stop(_CONSUMER, grace_s=grace_s)
     except KeyboardInterrupt:
         pass
     except (DevStackError, EmbedError) as error:
@@ -89,7 +104,7 @@ def _create_topics(servers: str) -> None:
     asyncio.run(create_topics(servers))
 
 
-def _start_consumer(consumers: Processes, stack: DevStack, model: Path) -> None:
+def _start_consumer(consumers: Processes, stack: DevStack, model: Path, http_port: int) -> None:
     consumers.start(
         _CONSUMER,
         [sys.executable, "-m", "embedq_consumer"],
@@ -97,6 +112,7 @@ def _start_consumer(consumers: Processes, stack: DevStack, model: Path) -> None:
             "EMBEDQ_KAFKA_SERVERS": stack.kafka_servers,
             "EMBEDQ_REDIS_URL": stack.redis_url,
             "EMBEDQ_MODEL": str(model.absolute()),
+            "EMBEDQ_HTTP_PORT": str(http_port),
             # It runs in another directory, and must find a checkout that is not installed there too.
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         },

@@ -35,12 +35,15 @@ class KafkaServer:
         brokers: int,
         properties: Mapping[str, str],
         java_options: Sequence[str],
+        first_ports: Sequence[int] = (),
     ) -> None:
+        """Clients' ports are those of `first_ports`, as far as they are free."""
         self._processes = processes
         self._files = files
         self._java_options = java_options
         self._cluster = random_id()
-        ports = free_ports(2 * brokers)
+        ports = free_ports(brokers, first_ports)
+        ports += [port for port in free_ports(3 * brokers) if port not in ports][:brokers]
         self._ports = dict(enumerate(ports[:brokers], start=1))
         self._controllers = dict(enumerate(ports[brokers:], start=1))
         self.pids: dict[int, int] = {}

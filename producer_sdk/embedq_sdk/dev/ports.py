@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import socket
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
@@ -17,8 +19,25 @@ _LINUX_RANGE: Final = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _TRIES: Final = 500
 
 
-def free_ports(count: int) -> list[int]:
-    """`count` distinct ports that are free now. Another process may take one before it is used: then try others.
+USUAL_KAFKA: Final = (9092, 19092, 29092)
+USUAL_REDIS: Final = (6379, 16379, 26379)
+"""Where clients look first, and where the next start will look again if that is taken."""
+
+
+def is_free(port: int, host: str = HOST) -> bool:
+    """Whether a server could listen there now."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+        return True
+
+
+def free_ports(count: int, first: Sequence[int] = ()) -> list[int]:
+    """`count` distinct ports that are free now, those of `first` before others. Another process may take one before it is
+    used: then try others.
 
     Raises:
         OSError: there are not as many.
@@ -27,13 +46,10 @@ def free_ports(count: int) -> list[int]:
     if _LINUX_RANGE.exists():
         highest = min(highest, int(_LINUX_RANGE.read_text().split()[0]))
     ports: list[int] = []
-    for port in random.sample(range(_LOWEST, max(highest, _LOWEST + 5_000)), _TRIES):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((HOST, port))
-            except OSError:
-                continue
+    others = random.sample(range(_LOWEST, max(highest, _LOWEST + 5_000)), _TRIES)
+    for port in chain(first, others):
+        if port in ports or not is_free(port):
+            continue
         ports.append(port)
         if len(ports) == count:
             return ports

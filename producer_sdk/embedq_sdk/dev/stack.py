@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -16,11 +16,12 @@ from embedq_sdk.dev import jars, redis_server
 from embedq_sdk.dev.errors import DevStackError, PortTakenError
 from embedq_sdk.dev.jars import KafkaFiles
 from embedq_sdk.dev.kafka_server import KafkaServer
-from embedq_sdk.dev.ports import free_ports
+from embedq_sdk.dev.ports import USUAL_KAFKA, USUAL_REDIS, free_ports
 from embedq_sdk.dev.processes import Processes
 from embedq_sdk.dev.redis_server import RedisServer
 
 log = logging.getLogger(__name__)
+logging.getLogger("embedq_sdk").addHandler(logging.NullHandler())
 
 _PORT_ATTEMPTS: Final = 3
 _STOP_GRACE_S: Final = 10.0
@@ -51,6 +52,8 @@ class DevStack:
         kafka_properties: added to every broker's configuration, e.g. {"message.max.bytes": "10485760"}.
         environ: where the EMBEDQ_* variables are looked up; None: the environment of this process.
         report: called with a line for the user when something takes long, such as the first download.
+        usual_ports: take the ports that Kafka and Redis usually have, if they are free, so that they are the same after the
+            next start; else any free ones, so that many stacks get along.
 
     Raises:
         MissingPackagesError: the extra `embedq[dev]` is not installed.
@@ -65,7 +68,9 @@ class DevStack:
         kafka_properties: Mapping[str, str] | None = None,
         environ: Mapping[str, str] | None = None,
         report: Callable[[str], None] = log.info,
+        usual_ports: bool = False,
     ) -> None:
+        self._usual_ports = usual_ports
         self._brokers = brokers
         self._kafka_properties = dict(kafka_properties or {})
         self._environ = os.environ if environ is None else environ
@@ -206,7 +211,7 @@ class DevStack:
 
     def _started_redis(self, processes: Processes) -> RedisServer:
         for attempt in range(1, _PORT_ATTEMPTS + 1):
-            (port,) = free_ports(1)
+            (port,) = free_ports(1, USUAL_REDIS if self._usual_ports and attempt == 1 else ())
             redis = RedisServer(processes, port)
             try:
                 redis.start()
@@ -223,7 +228,10 @@ class DevStack:
             # If it does not fit, as with another build of Java, the JVM starts without it; it need not warn.
             options += [f"-XX:AOTCache={files.startup_archive}", "-Xlog:aot=off", "-Xlog:cds=off"]
         for attempt in range(1, _PORT_ATTEMPTS + 1):
-            kafka = self._make_kafka(processes, files, options)
+            usual = USUAL_KAFKA if self._usual_ports and attempt == 1 else ()
+            kafka = KafkaServer(
+                processes, files, self._brokers, self._kafka_properties, options, first_ports=usual
+            )
             try:
                 kafka.start(kafka.nodes)
                 kafka.open_groups()
@@ -234,12 +242,6 @@ class DevStack:
             else:
                 break
         return kafka
-
-    def _make_kafka(
-        self, processes: Processes, files: KafkaFiles, java_options: Sequence[str]
-    ) -> KafkaServer:
-        """The cluster, not started yet."""
-        return KafkaServer(processes, files, self._brokers, self._kafka_properties, java_options)
 
     def _train(self, processes: Processes, files: KafkaFiles) -> None:
         """Start a broker once and have the JVM save what it loaded and linked, for all later starts."""

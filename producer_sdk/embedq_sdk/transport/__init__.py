@@ -5,6 +5,15 @@ from __future__ import annotations
 from embedq_sdk.transport.job_runner import Deadline, JobRunner, JobTransport
 from embedq_sdk.transport.kafka import KafkaConnection
 from embedq_sdk.transport.kafka_transport import KafkaTransport
+from embedq_sdk.transport.lifetime import Lifetime
 from embedq_sdk.transport.pending_jobs import PendingJob
 
-__all__ = ["Deadline", "JobRunner", "JobTransport", "KafkaConnection", "KafkaTransport", "PendingJob"]
+__all__ = [
+    "Deadline",
+    "JobRunner",
+    "JobTransport",
+    "KafkaConnection",
+    "KafkaTransport",
+    "Lifetime",
+    "PendingJob",
+]

@@ -20,7 +20,6 @@ from embedq_sdk.embeddings import (
 from embedq_sdk.errors import (
     ClientClosed,
     DeadlineExceeded,
-    EmbedError,
     JobFailed,
     KafkaRefused,
     KafkaUnavailable,
@@ -29,6 +28,7 @@ from embedq_sdk.errors import (
 )
 from embedq_sdk.job_options import JobInputs, JobOptions
 from embedq_sdk.reply_checks import Asked, BadReply, read_checked
+from embedq_sdk.transport.lifetime import Lifetime
 from embedq_sdk.transport.pending_jobs import PendingJob, PendingReplies, retry_pause, settle, worth_retrying
 from embedq_shared import topics as names
 from embedq_shared.codec import CONTENT_TYPES, Format
@@ -106,30 +106,37 @@ class JobRunner:
         self._pause = pause
         self._replies = PendingReplies()
         self._submitted: set[PendingJob] = set()
-        self._open = False
-        self._fault: BaseException | None = None
+        self.lifetime = Lifetime()
         self._reply_headers: tuple[Header, ...] = ()
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Accept jobs. The transport must be connected, since each job names the reply partition."""
+        """Accept jobs. The transport must be connected, since each job names the reply partition.
+
+        Raises:
+            ClientClosed: it was closed while the transport connected.
+        """
+        self.lifetime.opened()
         self._reply_headers = (
             (names.REPLY_TOPIC[0], self._topics.replies.encode()),
             (names.REPLY_PARTITION[0], reply_partition_bytes(self._transport.reply_partition)),
             (names.CONTENT_TYPE, _MSGPACK_TYPE),
         )
-        self._open = True
 
     def close(self) -> None:
-        """End all jobs with ClientClosed and accept no more."""
-        self._open = False
+        """End all jobs with ClientClosed and accept no more.
+
+        Raises:
+            WrongEventLoop.
+        """
+        self.lifetime.close()
         self._fail_all(ClientClosed)
 
     def break_down(self, fault: BaseException) -> None:
         """The transport stopped by itself, which is our bug: every call, now and later, ends with `fault` as cause."""
-        self._fault = fault
-        self._fail_all(self._closed_error)
+        self.lifetime.break_down(fault)
+        self._fail_all(self.lifetime.ended)
 
     def refuse(self, error: KafkaRefused) -> None:
         """Kafka lets us read no replies, and says that it will not: the jobs of now end with `error`."""
@@ -138,18 +145,6 @@ class JobRunner:
     def _fail_all(self, error: Callable[[], Exception]) -> None:
         for job in (*self._replies.jobs(), *self._submitted):
             job.fail(error())
-
-    def _check_open(self) -> None:
-        if not self._open or self._fault is not None:
-            raise self._closed_error()
-
-    def _closed_error(self) -> Exception:
-        if self._fault is None:
-            return ClientClosed()
-        broken = EmbedError()
-        broken.__cause__ = self._fault
-        broken.add_note(f"the client stopped working ({self._fault!r}). This is a bug.")
-        return broken
 
     @property
     def awaiting_reply(self) -> int:
@@ -169,8 +164,9 @@ class JobRunner:
         """The outcomes of one call's jobs, in order. What the service says about a job is an outcome.
 
         Raises:
-            DeadlineExceeded, KafkaUnavailable, Overloaded, UnreadableReply, ClientClosed.
+            DeadlineExceeded, KafkaUnavailable, Overloaded, UnreadableReply, ClientClosed, WrongEventLoop.
         """
+        self.lifetime.check()
         jobs: list[PendingJob] = []
         try:
             for each in inputs:
@@ -215,9 +211,9 @@ class JobRunner:
         """Send one job and expect its reply. The caller has acquired its weight, and calls `finish` in the end.
 
         Raises:
-            ClientClosed.
+            ClientClosed, WrongEventLoop.
         """
-        self._check_open()
+        self.lifetime.check()
         loop = asyncio.get_running_loop()
         correlation = os.urandom(16)
         texts = inputs.texts
@@ -314,13 +310,15 @@ class JobRunner:
         """Publish one job of `size` bytes that has no deadline and no reply address; return when Kafka has it.
 
         Raises:
-            KafkaUnavailable, Overloaded, ClientClosed, InvalidArgument: the broker takes no record of this size.
+            KafkaUnavailable, Overloaded, ClientClosed, WrongEventLoop.
+            InvalidArgument: the broker takes no record of this size.
         """
+        self.lifetime.check()
         deadline = Deadline.after(timeout)
         count = 1 if isinstance(texts, str) else len(texts)
         await self._acquire(count, size, deadline)
         try:
-            self._check_open()
+            self.lifetime.check()
             loop = asyncio.get_running_loop()
             job = PendingJob(
                 loop.create_future(),

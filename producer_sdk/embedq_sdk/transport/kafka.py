@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 from embedq_sdk.errors import InvalidArgument, KafkaRefused, KafkaUnavailable, TopicMissing
@@ -52,16 +52,18 @@ class KafkaConnection:
             self._options = options.client_options()
 
     @classmethod
-    def of(cls, servers: str | list[str], security: Mapping[str, Any]) -> KafkaConnection:
+    def of(cls, servers: str | Sequence[str], security: Mapping[str, Any]) -> KafkaConnection:
         """From the arguments of a public function.
 
         Raises:
-            InvalidArgument: no address, an unknown option, or a certificate file that cannot be loaded.
+            InvalidArgument: no address or a wrong one, an unknown option, or a certificate file that cannot be loaded.
         """
-        address = ",".join(servers) if isinstance(servers, list) else servers
-        if not isinstance(address, str) or not address.strip(", "):
+        several = [servers] if isinstance(servers, str) else servers
+        if not isinstance(several, (list, tuple)) or not all(isinstance(each, str) for each in several):
             raise InvalidArgument(
-                argument="servers", expected="host:port, several separated by commas", got=repr(servers)
+                argument="servers",
+                expected="host:port, several separated by commas or in a list",
+                got=type(servers).__name__,
             )
         for name in security:
             if name not in SECURITY:
@@ -70,7 +72,7 @@ class KafkaConnection:
                 )
         given = {name: value for name, value in security.items() if value is not None}
         with _arguments():
-            return cls(KafkaOptions(servers=address, **given))
+            return cls(KafkaOptions(servers=",".join(several), **given))
 
     def unavailable(self, reason: str) -> KafkaUnavailable:
         """The error that names these servers."""

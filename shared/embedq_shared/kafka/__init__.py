@@ -21,6 +21,13 @@ from aiokafka.errors import (
 )
 from aiokafka.structs import OffsetAndMetadata
 
+from embedq_shared.access import (
+    DEFAULT_MAX_INFLATED_BYTES,
+    BadOption,
+    KafkaOptions,
+    SaslMechanism,
+    SecurityProtocol,
+)
 from embedq_shared.kafka.clients import AIOKafkaAdminClient, AIOKafkaConsumer, AIOKafkaProducer
 from embedq_shared.kafka.connecting import BrokerUnreachable, connect, reason, start_client
 from embedq_shared.kafka.errors import InvalidRecordError, UnsupportedCompressionTypeError, error_kinds
@@ -35,7 +42,6 @@ from embedq_shared.kafka.group_member import (
 from embedq_shared.kafka.groups import committed_offsets, delete_before, group_lag
 from embedq_shared.kafka.producing import BatchFull, Evicted, PartitionwiseProducer, partition_of
 from embedq_shared.kafka.reading.consumer import BoundedConsumer
-from embedq_shared.kafka.reading.inflation import DEFAULT_MAX_INFLATED_BYTES
 from embedq_shared.kafka.reading.record_batches import Unreadable
 from embedq_shared.kafka.reading.unreadable import (
     Polled,
@@ -44,7 +50,6 @@ from embedq_shared.kafka.reading.unreadable import (
     poll_partition,
     position,
 )
-from embedq_shared.kafka.security.options import BadOption, KafkaOptions, SaslMechanism, SecurityProtocol
 from embedq_shared.kafka.security.refusals import KafkaRefused, explain, is_permanent
 from embedq_shared.kafka.security.tokens import OAuthOptions
 from embedq_shared.kafka.stopping import stop_client

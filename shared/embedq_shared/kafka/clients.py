@@ -1,12 +1,16 @@
-"""aiokafka's clients, without the permission to create topics.
+"""aiokafka's clients, without the permission to create topics, and without a word on the screen.
 
 A metadata request that names a topic creates it, with the broker's defaults, where `auto.create.topics.enable` is on, which
 it is unless somebody turned it off: so a producer would bring a deleted topic back with one partition and call its records
 delivered. aiokafka always gives that permission. These clients never do, and no others leave the Kafka room.
+
+aiokafka gives its loggers no handler, so that Python writes their warnings to the standard error of whoever has not configured
+logging: hundreds of lines while a broker is away, beside an exception that says it all.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import aiokafka
@@ -14,6 +18,9 @@ import aiokafka.admin
 from aiokafka.client import AIOKafkaClient
 from aiokafka.conn import AIOKafkaConnection
 from aiokafka.protocol.metadata import MetadataRequest
+
+for _library in ("aiokafka", "embedq_shared"):
+    logging.getLogger(_library).addHandler(logging.NullHandler())
 
 
 class AIOKafkaProducer(aiokafka.AIOKafkaProducer):  # type: ignore[misc]  # aiokafka has no type information

@@ -37,6 +37,7 @@ from aiokafka.errors import (
     NotCoordinatorForGroupError,
     RebalanceInProgressError,
     UnknownMemberIdError,
+    UnknownTopicOrPartitionError,
     for_code,
 )
 from aiokafka.protocol.admin import DescribeGroupsRequest
@@ -44,7 +45,7 @@ from aiokafka.protocol.commit import OffsetCommitRequest
 from aiokafka.protocol.group import LeaveGroupRequest
 from aiokafka.structs import OffsetAndMetadata
 
-from embedq_shared.kafka.requests import StableOffsets, offsets_of
+from embedq_shared.kafka.requests import StableOffsets, TopicIds, offsets_of, topic_ids_of
 from embedq_shared.kafka.stopping import finished
 
 log = logging.getLogger(__name__)
@@ -150,8 +151,8 @@ class GroupMember:
 
     async def commit(
         self, membership: Membership, offsets: Mapping[TopicPartition, OffsetAndMetadata]
-    ) -> None:
-        """Store the next offsets to read.
+    ) -> frozenset[TopicPartition]:
+        """Store the next offsets to read; returned are partitions that are not there, whose offsets were not stored.
 
         Raises:
             KafkaError: nothing is known of the outcome, or one of `FENCED`: nothing was stored.
@@ -164,14 +165,21 @@ class GroupMember:
             _by_topic((p, (p.partition, stored.offset, stored.metadata)) for p, stored in offsets.items()),
         )
         response = await self._ask(request)
-        codes = [code for _, partitions in response.topics for _, code in partitions]
+        codes = {
+            TopicPartition(topic, number): code
+            for topic, partitions in response.topics
+            for number, code in partitions
+        }
+        # A deleted topic must not hide what became of the others.
+        missing = {p for p, code in codes.items() if for_code(code) is UnknownTopicOrPartitionError}
         try:
-            self._raise_for(codes)
+            self._raise_for(code for partition, code in codes.items() if partition not in missing)
         except UnknownMemberIdError:
             coordinator = self._joined()
             if coordinator.member_id == membership.member_id:
                 coordinator.reset_generation()  # as the next heartbeat would
             raise
+        return frozenset(missing)
 
     async def committed(
         self, partitions: Collection[TopicPartition]
@@ -185,6 +193,18 @@ class GroupMember:
         self._note_if_moved(response.error_code)
         found = offsets_of(response)
         return {partition: found.get(partition) for partition in partitions}
+
+    async def topic_ids(self, topics: Collection[str]) -> dict[str, str]:
+        """The id of each of these topics that is there; none from a broker older than 2.8. The coordinator is asked, as it
+        is for commits, so that no other broker's trouble delays these.
+
+        Raises:
+            KafkaError: nothing can be said now.
+        """
+        try:
+            return topic_ids_of(await self._ask(TopicIds(topics)))
+        except NotImplementedError:  # aiokafka: the broker has no such version
+            return {}
 
     async def close(self, within: float) -> str | None:
         """Leave the group at once, whatever it is doing, and disconnect: None, or why that was not heard, in one word.

@@ -50,7 +50,8 @@ async def committed_offsets(
 async def group_lag(
     admin: AIOKafkaAdminClient, consumer: AIOKafkaConsumer, group: str, topics: Iterable[str]
 ) -> Mapping[str, int]:
-    """How many records of each topic a group has not committed. Where it never committed, all that are there count.
+    """How many records of each topic a group has not committed. Where it never committed, all that are there count, and where
+    it committed an offset that is not there: that is of a topic which was deleted and made again.
 
     Waits like `committed_offsets`; any `consumer` will do, it only asks for offsets.
 
@@ -68,7 +69,8 @@ async def group_lag(
     ends = await consumer.end_offsets(partitions)
     lag = dict.fromkeys(names, 0)
     for partition in partitions:
-        lag[partition.topic] += max(0, ends[partition] - max(committed[partition], begins[partition]))
+        end, done = ends[partition], committed[partition]
+        lag[partition.topic] += end - (begins[partition] if done > end else max(done, begins[partition]))
     return lag
 
 

@@ -1,17 +1,21 @@
 """Requests in newer versions than aiokafka has them, after the Kafka protocol guide (https://kafka.apache.org/protocol).
 
-Brokers from 2.5 on have both (KIP-447): offsets in a transaction that name the member that sends them, and committed offsets
-that no open transaction can change any more.
+Brokers from 2.5 on have the first two (KIP-447): offsets in a transaction that name the member that sends them, and committed
+offsets that no open transaction can change any more. From 2.8 on they say a topic's id (KIP-516), which another topic of the
+same name never has.
 """
 
 from __future__ import annotations
 
+import base64
 from collections import defaultdict
 from collections.abc import Iterable
+from io import BytesIO
 from typing import Any, Final
 
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError, for_code
+from aiokafka.protocol.abstract import AbstractType
 from aiokafka.protocol.api import Request, RequestStruct, Response
 from aiokafka.protocol.types import (
     Boolean,
@@ -27,6 +31,20 @@ from aiokafka.structs import OffsetAndMetadata
 
 _UNSTABLE_OFFSET_COMMIT: Final = 88
 """An error code that aiokafka has no class for."""
+_NO_ID: Final = bytes(16)
+"""What a broker says of a topic that is not there, or that was made before there were ids."""
+
+
+class _Uuid(AbstractType):  # type: ignore[misc]  # aiokafka has no type information
+    """Sixteen bytes."""
+
+    @classmethod
+    def encode(cls, value: bytes) -> bytes:
+        return value
+
+    @classmethod
+    def decode(cls, data: BytesIO) -> bytes:
+        return data.read(16)
 
 
 class TxnOffsetCommitResponse_v3(Response):  # type: ignore[misc]  # aiokafka has no type information
@@ -194,3 +212,92 @@ def offsets_of(response: Any) -> dict[TopicPartition, OffsetAndMetadata | None]:
     for code in sorted(codes):
         raise UnstableOffset if code == _UNSTABLE_OFFSET_COMMIT else for_code(code)()
     return found
+
+
+class MetadataResponse_v10(Response):  # type: ignore[misc]  # aiokafka has no type information
+    """The brokers, and the topics that were asked for."""
+
+    API_KEY = 3
+    API_VERSION = 10
+    SCHEMA = Schema(
+        ("throttle_time_ms", Int32),
+        (
+            "brokers",
+            CompactArray(
+                ("node_id", Int32),
+                ("host", CompactString("utf-8")),
+                ("port", Int32),
+                ("rack", CompactString("utf-8")),
+                ("tags", TaggedFields),
+            ),
+        ),
+        ("cluster_id", CompactString("utf-8")),
+        ("controller_id", Int32),
+        (
+            "topics",
+            CompactArray(
+                ("error_code", Int16),
+                ("name", CompactString("utf-8")),
+                ("topic_id", _Uuid),
+                ("is_internal", Boolean),
+                (
+                    "partitions",
+                    CompactArray(
+                        ("error_code", Int16),
+                        ("partition", Int32),
+                        ("leader", Int32),
+                        ("leader_epoch", Int32),
+                        ("replicas", CompactArray(Int32)),
+                        ("isr", CompactArray(Int32)),
+                        ("offline_replicas", CompactArray(Int32)),
+                        ("tags", TaggedFields),
+                    ),
+                ),
+                ("authorized_operations", Int32),
+                ("tags", TaggedFields),
+            ),
+        ),
+        ("cluster_authorized_operations", Int32),
+        ("tags", TaggedFields),
+    )
+
+
+class MetadataRequest_v10(RequestStruct):  # type: ignore[misc]  # aiokafka has no type information
+    """What the brokers know of some topics."""
+
+    API_KEY = 3
+    API_VERSION = 10
+    FLEXIBLE_VERSION = True
+    RESPONSE_TYPE = MetadataResponse_v10
+    SCHEMA = Schema(
+        (
+            "topics",
+            CompactArray(("topic_id", _Uuid), ("name", CompactString("utf-8")), ("tags", TaggedFields)),
+        ),
+        ("allow_auto_topic_creation", Boolean),
+        ("include_cluster_authorized_operations", Boolean),
+        ("include_topic_authorized_operations", Boolean),
+        ("tags", TaggedFields),
+    )
+
+
+class TopicIds(Request[MetadataRequest_v10]):  # type: ignore[misc]  # aiokafka has no type information
+    """Asks for the ids of topics, and creates none."""
+
+    API_KEY = 3
+
+    def __init__(self, topics: Iterable[str]) -> None:
+        self._topics = list(topics)
+
+    def build(self, request_struct_class: type[MetadataRequest_v10]) -> MetadataRequest_v10:
+        """aiokafka: the request in the version that the broker knows."""
+        return request_struct_class([(_NO_ID, topic, {}) for topic in self._topics], False, False, False, {})
+
+
+def topic_ids_of(response: Any) -> dict[str, str]:
+    """The id of each topic that is there, as Kafka's tools print it."""
+    return {
+        topic[1]: base64.urlsafe_b64encode(topic[2]).decode().rstrip("=")
+        for topic in response.topics
+        if topic[0] == 0 and topic[2] != _NO_ID
+    }

@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,8 @@ import pytest
 from aiokafka.admin import AIOKafkaAdminClient
 
 from tests.helpers.programs import alive, own_environ
-from tests.helpers.support import wait_for
+from tests.helpers.support import patient, wait_for
+from tests.helpers.tiny_models import make_tiny_bert
 
 pytestmark = pytest.mark.kafka
 
@@ -154,6 +156,21 @@ def test_a_server_that_dies_ends_the_command_with_exit_code_1() -> None:
         assert "Traceback" not in screen.shown()
 
 
+def test_a_broker_that_dies_is_told_at_once_and_not_after_the_drain_of_a_replica(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    make_tiny_bert(model)
+    with terminal(repr(str(model)), "True", "http_port=0") as screen:
+        started(screen)
+        wait_for(lambda: '"event": "ready"' in screen.shown(), within=120, what="a ready replica")
+        [broker] = [pid for pid in screen.descendants() if "java" in psutil.Process(pid).name()]
+        killed = time.monotonic()
+        os.kill(broker, signal.SIGKILL)
+        wait_for(lambda: "kafka-1 ended with exit code -9" in screen.shown(), within=10, what="the line")
+        assert end_of(screen, within=30) == 1
+        # The drain's own limits are 30 s and 15 s more.
+        assert time.monotonic() - killed < patient(25)
+
+
 def test_a_model_that_is_no_directory_is_told_before_anything_starts(tmp_path: Path) -> None:
     with terminal(repr(str(tmp_path / "none")), "False") as screen:
         assert end_of(screen) == 1
@@ -162,7 +179,7 @@ def test_a_model_that_is_no_directory_is_told_before_anything_starts(tmp_path: P
 
 def test_a_consumer_that_fails_is_told_with_its_own_words(tmp_path: Path) -> None:
     """An empty directory is no model: the consumer says so, and the command ends."""
-    with terminal(repr(str(tmp_path)), "True") as screen:
+    with terminal(repr(str(tmp_path)), "True", "http_port=0") as screen:
         assert end_of(screen, within=100) == 1
         assert "the replica ended with exit code" in screen.shown()
         assert str(tmp_path) in screen.shown()

@@ -16,6 +16,7 @@ from aiokafka.errors import KafkaError
 
 import redis
 from embedq_sdk.dev import DevStack, DevStackError, StartError
+from embedq_sdk.dev import stack as stack_room
 from embedq_sdk.dev.kafka_probe import cluster_nodes, group_coordinator
 from embedq_sdk.dev.ports import free_ports
 from embedq_shared import kafka
@@ -280,3 +281,13 @@ def test_a_kafka_port_taken_meanwhile_is_replaced_by_another(
     with DevStack(environ={**own_environ(), "EMBEDQ_REDIS_URL": own_stack.redis_url}) as second:
         assert second.kafka_servers != own_stack.kafka_servers
         assert cluster_nodes(*kafka_address(second))[1] == {1}
+
+
+def test_the_usual_ports_are_the_same_after_the_next_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = free_ports(2)
+    monkeypatch.setattr(stack_room, "USUAL_KAFKA", usual[:1])
+    monkeypatch.setattr(stack_room, "USUAL_REDIS", usual[1:])
+    for _ in range(2):
+        with DevStack(environ=own_environ(), usual_ports=True) as own:
+            assert kafka_address(own)[1] == usual[0]
+            assert own.redis_url.endswith(f":{usual[1]}/0") or f":{usual[1]}" in own.redis_url

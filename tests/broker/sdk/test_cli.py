@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +20,7 @@ from tests.helpers.command_line import Run
 from tests.helpers.fake_replica import Replica, failing, silent
 from tests.helpers.fake_service import OLD, Answer, Received, changed, expected
 from tests.helpers.responder import Responder
+from tests.helpers.support import patient
 
 pytestmark = pytest.mark.kafka
 
@@ -62,6 +66,72 @@ async def test_standard_input_becomes_a_file_of_lines(
     assert (done.code, done.out) == (0, "")
     lines = [msgspec.json.decode(line) for line in (tmp_path / "o.jsonl").read_bytes().splitlines()]
     assert [line["text"] for line in lines] == ["eins", "zwei"]
+
+
+async def test_json_lines_and_columns_are_read_as_what_they_are(
+    embedq: Run, responder: Responders, tmp_path: Path
+) -> None:
+    """Their source code was embedded, and nothing said so."""
+    (tmp_path / "rows.jsonl").write_text('{"id": "r1", "text": "one"}\n{"text": "two", "id": 2}\n')
+    (tmp_path / "rows.csv").write_text('id,text\nr1,"one, and"\nr2,two\n')
+    (tmp_path / "rows.json").write_text('[{"text": "one"}]')
+    async with responder() as other:
+        rows = await embedq("embed", "--file", str(tmp_path / "rows.jsonl"), "--with-text")
+        columns = await embedq("embed", "--file", str(tmp_path / "rows.csv"), "--with-text")
+        refused = await embedq("embed", "--file", str(tmp_path / "rows.json"))
+        piped = await embedq("embed", "-", stdin='{"text": "one"}\n')
+        told = await embedq("embed", "-", "--format", "jsonl", stdin='{"text": "one", "id": "p"}\n')
+
+    assert [(row["id"], row["text"]) for row in rows.lines()] == [("r1", "one"), (2, "two")]
+    assert np.array_equal(np.float32(rows.lines()[0]["embedding"]), expected("one"))
+    assert [(row["id"], row["text"]) for row in columns.lines()] == [("r1", "one, and"), ("r2", "two")]
+    assert (refused.code, refused.out, piped.code, piped.out) == (2, "", 2, "")
+    assert "jq -c '.[]'" in refused.err
+    assert "--format jsonl reads `text` and `id`" in piped.err
+    assert np.array_equal(np.float32(told.lines()[0]["embedding"]), expected("one"))
+    assert {text for job in other.received for text in job.texts} == {"one", "two", "one, and"}
+
+
+async def test_a_dash_is_standard_input(embedq: Run, responder: Responders) -> None:
+    async with responder() as other:
+        done = await embedq("embed", "-", stdin="eins\nzwei")
+
+    assert done.code == 0
+    assert len(done.lines()) == 2
+    assert [job.texts for job in other.received] == [["eins", "zwei"]]
+
+
+async def test_a_line_is_answered_while_the_next_one_is_still_awaited(
+    servers: str, prefix: str, responder: Responders
+) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", "from embedq_sdk.cli import main; main()", "embed", "-", "--with-text"),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"EMBEDQ_KAFKA_SERVERS": servers, "EMBEDQ_TOPIC_PREFIX": prefix},
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    async with responder(), asyncio.timeout(patient(60)):
+        for text in ("one", "two"):
+            process.stdin.write(text.encode() + b"\n")
+            await process.stdin.drain()
+            assert msgspec.json.decode(await process.stdout.readline())["text"] == text
+        await process.communicate()
+    assert process.returncode == 0
+
+
+async def test_files_that_are_not_there_are_one_line(
+    embedq: Run, responder: Responders, tmp_path: Path
+) -> None:
+    async with responder():
+        missing = await embedq("embed", "--file", str(tmp_path / "nosuch.txt"))
+        nowhere = await embedq("embed", "x", "--out", str(tmp_path / "nosuch" / "x.npy"))
+
+    assert (missing.code, nowhere.code) == (2, 1)
+    for done in (missing, nowhere):
+        assert done.err.endswith(": No such file or directory\n")
+        assert done.err.count("\n") == 1
 
 
 async def test_a_failed_text_is_told_and_changes_the_exit_code(embedq: Run, responder: Responders) -> None:

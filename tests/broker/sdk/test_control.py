@@ -71,7 +71,7 @@ async def test_one_failed_replica_fails_the_reload(servers: str, fresh: str) -> 
         updates = await reload(servers, fresh)
 
     assert updates[-1].progress == "failed"
-    assert [r.state for r in updates[-1].replicas] == ["READY", "FAILED"]
+    assert [(r.state, r.outcome) for r in updates[-1].replicas] == [("READY", "READY"), ("READY", "FAILED")]
 
 
 async def test_a_stuck_replica_runs_into_the_timeout(servers: str, fresh: str) -> None:

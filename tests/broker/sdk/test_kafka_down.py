@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -133,3 +137,99 @@ async def test_closing_ends_soon_while_kafka_is_away(own_stack: DevStack) -> Non
             await asyncio.to_thread(own_stack.resume_kafka)
 
     assert all(isinstance(end, EmbedError) and not isinstance(end, DeadlineExceeded) for end in ended)
+
+
+async def test_leaving_the_block_with_kafka_gone_gives_the_error_that_caused_it(own_stack: DevStack) -> None:
+    """aiokafka's own consumer ends its `stop` with CancelledError here, which no `except` of a caller's catches."""
+
+    async def work(entered: asyncio.Semaphore, gone: asyncio.Event, timeout: float) -> str:
+        try:
+            async with EmbedClient(own_stack.kafka_servers) as embedq:
+                entered.release()
+                await gone.wait()
+                await embedq.embed("x", timeout=timeout)
+        except KafkaUnavailable as error:
+            return str(error)
+        raise AssertionError("no error")
+
+    entered, gone = asyncio.Semaphore(0), asyncio.Event()
+    working = [asyncio.create_task(work(entered, gone, 0.2 * n)) for n in range(1, 7)]
+    for _ in working:
+        await entered.acquire()
+    await asyncio.to_thread(own_stack.stop_kafka, kill=True)
+    try:
+        gone.set()
+        told = await asyncio.gather(*working)
+    finally:
+        await asyncio.to_thread(own_stack.start_kafka)
+    assert all(own_stack.kafka_servers in each for each in told)
+
+
+def test_a_program_with_kafka_gone_writes_nothing_by_itself(own_stack: DevStack) -> None:
+    """Only what the program prints is on its streams; whoever wants aiokafka's log configures logging."""
+    program = """
+import asyncio, logging, sys
+from embedq_sdk import EmbedClient, EmbedError
+
+if sys.argv[2:] == ["log"]:
+    logging.basicConfig(level=logging.WARNING)
+
+async def main():
+    async with EmbedClient(sys.argv[1]) as client:
+        print("in", flush=True)
+        sys.stdin.readline()
+        for _ in range(2):
+            try:
+                await client.embed("x", timeout=3)
+            except EmbedError as error:
+                print(type(error).__name__, flush=True)
+
+asyncio.run(main())
+"""
+
+    def run(*more: str) -> tuple[str, str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, own_stack.kafka_servers, *more],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "in\n"
+        own_stack.stop_kafka(kill=True)
+        try:
+            return process.communicate("\n", timeout=patient(60))
+        finally:
+            own_stack.start_kafka()
+
+    assert run() == ("KafkaUnavailable\nKafkaUnavailable\n", "")
+    told, logged = run("log")
+    assert told == "KafkaUnavailable\nKafkaUnavailable\n"
+    assert "aiokafka" in logged
+
+
+async def test_a_command_whose_kafka_goes_away_ends_with_its_exit_code(
+    own_stack: DevStack, tmp_path: Path
+) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("".join(f"text {n}\n" for n in range(5_000)))
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", "from embedq_sdk.cli import main; main()"),
+        *("embed", "--file", str(texts), "--in-flight", "64", "--timeout", "3"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"EMBEDQ_KAFKA_SERVERS": own_stack.kafka_servers},
+    )
+    assert process.stdout is not None
+    async with Responder(own_stack.kafka_servers):
+        await process.stdout.readline()
+    await asyncio.to_thread(own_stack.stop_kafka, kill=True)
+    try:
+        async with asyncio.timeout(patient(60)):
+            _, told = await process.communicate()
+    finally:
+        await asyncio.to_thread(own_stack.start_kafka)
+    assert process.returncode == 3, told
+    assert told.startswith(f"embedq: Kafka at {own_stack.kafka_servers} does not answer".encode())
+    assert told.count(b"\n") == 1

@@ -125,20 +125,18 @@ def body(record: ConsumerRecord) -> dict[str, Any]:
 
 
 def make_cracked(path: Path) -> str:
-    """A real model with two faults: NaN for `NAN_TOKEN`, and no row for the vocabulary's last token, whose text is returned."""
+    """A real model with two faults: NaN for `NAN_TOKEN`, and no row for the tokenizer's last token, whose text is returned."""
     from safetensors.torch import load_file, save_file
 
     make_tiny_qwen3(path, seed=3, hidden=HIDDEN, max_tokens=512)
     tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
     weights = load_file(path / "model.safetensors")
     weights["embed_tokens.weight"][tokenizer.token_to_id(NAN_TOKEN)] = float("nan")
-    weights["embed_tokens.weight"] = weights["embed_tokens.weight"][:-1].clone()
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((path / "config.json").read_text())
-    last = config["vocab_size"] = tokenizer.get_vocab_size() - 1
-    (path / "config.json").write_text(json.dumps(config))
-    poison: str = tokenizer.decode([last])
-    assert last in tokenizer.encode(poison).ids
+    poison = "<|beyond|>"
+    tokenizer.add_special_tokens([poison])
+    tokenizer.save(str(path / "tokenizer.json"))
+    assert json.loads((path / "config.json").read_text())["vocab_size"] in tokenizer.encode(poison).ids
     return poison
 
 

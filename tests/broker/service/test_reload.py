@@ -16,6 +16,8 @@ import pytest
 from aiokafka import AIOKafkaProducer
 
 from embedq_consumer.engine import Text, Tokens, load_encoder
+from embedq_sdk.admin.control import LostRace, reload_model, service_status
+from embedq_sdk.admin.rollout import RolloutUpdate
 from embedq_sdk.dev import DevStack
 from embedq_shared.topics import Topics
 from embedq_shared.vectors import cut_and_normalize
@@ -29,7 +31,7 @@ from tests.helpers.service_process import (
     reader,
     replicas,
 )
-from tests.helpers.support import wait_until
+from tests.helpers.support import patient, wait_until
 from tests.helpers.tiny_models import nan_weights
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(240)]
@@ -291,3 +293,67 @@ async def test_a_replica_starts_on_the_fallback_when_the_desired_model_has_vanis
             assert (outcome["state"], outcome["model_version"]) == ("FAILED", b.version)
             assert "vanished" in outcome["error"]
             assert await replica.get("/readyz") == 200
+
+
+async def test_of_twenty_reloads_written_at_once_one_learns_that_it_worked_and_a_late_replica_follows_it(
+    stack: DevStack, models: Path, tmp_path: Path
+) -> None:
+    topics = await make_topics(stack, fresh_prefix())
+    one, later = (
+        Replica(stack, topics, models / "a", tmp_path / name, replica=name) for name in ("one", "later")
+    )
+
+    async def reload(number: int) -> RolloutUpdate | None:
+        try:
+            updates = [
+                update
+                async for update in reload_model(
+                    stack.kafka_servers,
+                    ("a", "b")[number % 2],
+                    topic_prefix=topics.prefix,
+                    timeout=patient(60),
+                    connect_timeout=patient(10),
+                )
+            ]
+        except LostRace:
+            return None
+        return updates[-1]
+
+    async with (
+        replicas(one),
+        reader(stack, topics.control) as control,
+        reader(stack, topics.status) as status,
+    ):
+        ended = [update for update in await asyncio.gather(*map(reload, range(20))) if update is not None]
+        # Not all of them need have met: who reads after another one has written takes the next version.
+        last = max(ended, key=lambda update: update.version)
+        assert last.ok
+        assert {update.progress for update in ended if update is not last} <= {"superseded", "ready"}
+        written = [json.loads(record.value) for record in await control.all()]
+        assert len({record["command_id"] for record in written}) == 20
+        assert written[-1]["command_id"] == last.command_id
+        async with replicas(later):
+            said = [status for status in await statuses(status) if status["replica"] == "later"]
+        assert said[-1]["command_id"] == last.command_id
+
+
+async def test_a_replica_serves_whatever_became_of_a_reload(
+    stack: DevStack, models: Path, tmp_path: Path
+) -> None:
+    topics = await make_topics(stack, fresh_prefix())
+    replica = Replica(stack, topics, models / "a", tmp_path / "log")
+    async with replicas(replica):
+        updates = [
+            update
+            async for update in reload_model(
+                stack.kafka_servers, "nowhere", topic_prefix=topics.prefix, timeout=patient(60)
+            )
+        ]
+        assert updates[-1].progress == "failed"
+        found = await service_status(
+            stack.kafka_servers, topic_prefix=topics.prefix, group=f"{topics.prefix}.embedq"
+        )
+        [view] = found.replicas
+        assert (view.state, view.outcome, view.step) == ("READY", "FAILED", "validate")
+        assert view.error
+        assert "nowhere" in view.error

@@ -9,7 +9,8 @@ import torch
 pytest.importorskip("triton")
 
 from embedq_consumer.engine.kernels import fused_ops as kernels
-from embedq_consumer.engine.prefix_cache import MARGIN, copy_plan, key_seqlens
+from embedq_consumer.engine.prefix_cache import MARGIN
+from embedq_consumer.engine.row import copy_plan, key_seqlens
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's overflow, in the interpreter
 

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from embedq_consumer.engine.kernels import gated_gemm
 from embedq_consumer.engine.kernels.gated_gemm import fuses, interleaved, obstacle
 
 WIDTH, INNER = 1536, 512
@@ -32,3 +41,32 @@ def test_only_many_rows_in_few_counts_are_fused() -> None:
 
 def test_why_a_cpu_has_no_product_that_gates() -> None:
     assert obstacle(WIDTH, INNER, torch.device("cpu")) == "no_hopper_gpu"
+
+
+def test_the_epilogue_refers_to_modules_alone_so_that_the_package_can_name_it_wherever_it_is_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """quack-kernels names an epilogue by all functions that it refers to, and by those that these refer to, until it meets
+    something without a name: in CUTLASS, unless that lies in a folder called `site-packages`."""
+    functions: list[Callable[..., Any]] = []
+
+    def gemm_epilogue(**_: object) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        return lambda function: functions.append(function) or function  # type: ignore[func-returns-value]
+
+    def stands_in(name: str, **attributes: object) -> ModuleType:
+        module = ModuleType(name)
+        vars(module).update(attributes, __getattr__=lambda _: lambda *_: None)
+        monkeypatch.setitem(sys.modules, name, module)
+        return module
+
+    math, activation = stands_in("quack.epilogue.math"), stands_in("quack.activation")
+    epilogue = stands_in("quack.epilogue", gemm_epilogue=gemm_epilogue, math=math)
+    stands_in("quack", activation=activation, epilogue=epilogue)
+    path = Path(gated_gemm.__file__).with_name("gated_epilogue.py")
+    spec = importlib.util.spec_from_file_location("traced_epilogue", path)
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    (gate,) = functions
+    found = inspect.getclosurevars(gate)
+    assert {**found.globals, **found.nonlocals} == {"activation": activation, "math": math}

@@ -131,8 +131,12 @@ def test_the_least_recently_used_ones_are_evicted(tmp_path: Path) -> None:
         last_norm_eps=None,
         max_tokens=1,
         position_offset=0,
-        tokenizer="{}",
+        padding=None,
+        tokenizer=b"{}",
+        split_special_tokens=False,
+        tokenizer_notes=(),
         sequences=((1,),),
+        starts=(0,),
         expected=b"\0\0\0\0",
     )
     for number in range(16):

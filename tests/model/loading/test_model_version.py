@@ -69,12 +69,24 @@ def test_a_copy_has_the_same_version(qwen3: Path, tmp_path: Path) -> None:
         write("README.md", "hello"),
         write("onnx_notes.txt", "hello"),
         edit("config.json", _name_or_path="elsewhere", transformers_version="0.0.1"),
-        edit("tokenizer_config.json", chat_template="{{ messages }}", padding_side="left"),
+        edit(
+            "tokenizer_config.json", chat_template="{{ messages }}", padding_side="left", backend="tokenizers"
+        ),
+        edit("tokenizer_config.json", add_prefix_space=True),
         edit("config_sentence_transformers.json", similarity_fn_name="dot", __version__={"pytorch": "2"}),
         rewrite_weights_in_another_order,
         split_weights,
     ],
-    ids=["readme", "other file", "config", "tokenizer", "sentence-transformers", "order", "shards"],
+    ids=[
+        "readme",
+        "other file",
+        "config",
+        "tokenizer",
+        "a flag that its class ignores",
+        "sentence-transformers",
+        "order",
+        "shards",
+    ],
 )
 def test_what_no_vector_depends_on_keeps_the_version(qwen3: Path, change: Change) -> None:
     before = version_of(qwen3)
@@ -87,7 +99,7 @@ def test_what_no_vector_depends_on_keeps_the_version(qwen3: Path, change: Change
     [
         nudge_one_weight,
         replace_in_tokenizer,
-        edit("tokenizer_config.json", add_prefix_space=True),
+        edit("tokenizer_config.json", split_special_tokens=True),
         edit("1_Pooling/config.json", pooling_mode_lasttoken=False, pooling_mode_mean_tokens=True),
         edit("config_sentence_transformers.json", prompts={"query": "Instruct: other\nQuery:"}),
         edit("config_sentence_transformers.json", default_prompt_name="query"),

@@ -17,6 +17,7 @@ from embedq_consumer.engine.loading.weights import CheckpointWeights, snapshot_o
 from embedq_consumer.engine.model_directory import ModelDirectory, read_directory
 from embedq_consumer.engine.models.registry import is_written_out
 from embedq_consumer.engine.models.traits import Limits, architecture_of, last_norm_eps_of
+from embedq_consumer.engine.text.effective import EffectiveTokenizer
 from tests.helpers.tiny_models import make_tiny_bert, make_tiny_qwen3, make_tiny_xlm_roberta
 
 MAKERS: dict[str, Callable[[Path], Path]] = {
@@ -43,8 +44,8 @@ def described(model: Any, directory: ModelDirectory) -> ModelSnapshot | None:
         model,
         directory,
         Limits(max_tokens=8, position_offset=0),
-        tokenizer="",
-        sequences=[],
+        tokenizer=EffectiveTokenizer(b"{}"),
+        probes=[],
         expected=torch.empty(0),
     )
 

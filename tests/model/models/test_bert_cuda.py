@@ -5,7 +5,7 @@ Attention is the one part that has no kernel there: PyTorch's own takes its plac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,11 @@ from embedq_consumer.engine.kernels.attention import Packing
 from embedq_consumer.engine.kernels.fp8 import in_fp8
 from embedq_consumer.engine.models.bert_cuda import PackedBertCuda
 from embedq_consumer.engine.models.traits import ForwardOptions, Limits
-from embedq_consumer.engine.pooling import POOLINGS
+from embedq_consumer.engine.pooling import POOLINGS, pooling_of
 from embedq_consumer.engine.row import Row, input_length, pack_row, split_row
 from tests.helpers.encoders import normalized, tokens_of
 from tests.helpers.tiny_models import minilm_path
+from tests.model.test_pooling import DEFINITIONS
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu/test_bert.py runs it for real"),
@@ -85,21 +86,41 @@ def texts() -> list[torch.Tensor]:
     return [torch.randint(2, 60, (n,), generator=generator, dtype=torch.int32) for n in LENGTHS]
 
 
-def row_of(sequences: Sequence[torch.Tensor], size: int, slots: int) -> Row:
+def row_of(sequences: Sequence[torch.Tensor], size: int, slots: int, padding: int | None = None) -> Row:
     inputs = np.zeros(input_length(size, slots), dtype=np.int32)
     lengths = np.array([len(ids) for ids in sequences], dtype=np.int32)
-    pack_row(inputs, [ids.numpy() for ids in sequences], lengths, size, slots)
+    pack_row(inputs, [ids.numpy() for ids in sequences], lengths, size, slots, padding)
     return split_row(torch.from_numpy(inputs), size, slots, None, 0, 0)
 
 
+# More than six: what a forward is used for, each by its own name.
 def options(
-    pooling: str = "mean", max_tokens: int = LONGEST, offset: int = 0, **fields: Any
+    pooling: str = "mean",
+    max_tokens: int = LONGEST,
+    offset: int = 0,
+    padding: int | None = None,
+    **fields: Any,
 ) -> ForwardOptions:
-    limits = Limits(max_tokens=max_tokens, position_offset=offset)
-    return ForwardOptions(pooling=POOLINGS[pooling], limits=limits, **fields)
+    limits = Limits(max_tokens=max_tokens, position_offset=offset, padding=padding)
+    return ForwardOptions(pooling=pooling_of(pooling.split("+")), limits=limits, **fields)
 
 
-@pytest.mark.parametrize("pooling", POOLINGS)
+def test_a_text_that_spells_the_padding_is_what_transformers_makes_of_it() -> None:
+    """Such tokens stand at the padding's position, and those after them are counted without them."""
+    model = model_of("XLMRoberta", "gelu")
+    padding = int(model.config.pad_token_id)
+    spelled = [*texts(), torch.tensor([5, padding, 6, padding, padding, 7], dtype=torch.int32)]
+    spelled[2][-1] = padding
+    wanted = [model(input_ids=ids.long()[None]).last_hidden_state[0] for ids in spelled]
+    used = options("mean", offset=padding + 1, padding=padding)
+    forward = PackedBertCuda(model.bfloat16(), used, attention=attend)
+    out = torch.full((16, HIDDEN), float("nan"))
+    forward.pooled().run(row_of(spelled, 96, 16, padding), 96, out)
+    expected = torch.stack([x.mean(0) for x in wanted])
+    assert F.cosine_similarity(out[: len(spelled)], expected, dim=1).min() > 0.999
+
+
+@pytest.mark.parametrize("pooling", [*POOLINGS, "mean+lasttoken+weightedmean"])
 @pytest.mark.parametrize(
     ("kind", "activation", "offset"),
     [("Bert", "gelu", 0), ("XLMRoberta", "gelu", 2), ("Roberta", "gelu_new", 2)],
@@ -114,15 +135,10 @@ def test_pooled_and_hidden_states_are_those_of_transformers(
     hidden = forward(torch.cat(texts()), positions, Packing.of(LENGTHS, torch.device("cpu")))
     assert hidden.dtype == torch.float32
     assert F.cosine_similarity(hidden, torch.cat(wanted), dim=1).min() > 0.999
-    out = torch.full((16, HIDDEN), float("nan"))
-    forward.pooled().run(row_of(texts(), 80, 16), 80, out)
-    ways: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-        "mean": lambda x: x.mean(0),
-        "cls": lambda x: x[0],
-        "lasttoken": lambda x: x[-1],
-    }
-    chosen = ways[pooling]
-    expected = torch.stack([chosen(x) for x in wanted])
+    pooled = forward.pooled()
+    out = torch.full((16, pooled.hidden_size), float("nan"))
+    pooled.run(row_of(texts(), 80, 16), 80, out)
+    expected = torch.stack([torch.cat([DEFINITIONS[name](x) for name in pooling.split("+")]) for x in wanted])
     assert F.cosine_similarity(out[: len(LENGTHS)], expected, dim=1).min() > 0.9995
     assert out.isfinite().all()
 

@@ -39,7 +39,9 @@ def test_kept_layers_make_another_version_in_whatever_order_they_are_named(
 ) -> None:
     def version(*numbers: int) -> str:
         kept = kept_layers(numbers, directory, "fp8")
-        return model_version(directory, LoadOptions(quantization="fp8", keep_bf16=kept), max_tokens=128)
+        return model_version(
+            directory, LoadOptions(quantization="fp8", keep_bf16=kept), tokenizer="", max_tokens=128
+        )
 
     assert version(0, -1) == version(5, 0)
     assert len({version(), version(0), version(0, 5)}) == 3

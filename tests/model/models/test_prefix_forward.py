@@ -140,3 +140,17 @@ def test_texts_after_shared_prefixes_have_the_vectors_of_whole_texts(forward: Fo
     # What is read is the prefix: another one's keys and values give other vectors.
     mistaken = (forward(texts, [other, other, rows, NONE]) * wanted).sum(dim=1)
     assert float(mistaken[:3].max()) < 0.99 <= float(mistaken[3])
+
+
+def test_a_prefix_may_read_a_shorter_one_as_it_is_saved(forward: Forward) -> None:
+    random = np.random.default_rng(1)
+    longer = random.integers(0, 300, 10).astype(np.int32)
+    rows = random.permutation(np.arange(1, 64, dtype=np.int32))[:10]
+    forward([longer[:6]], saved_rows=rows[:6])
+    forward([longer], [rows[:6]], saved_rows=rows[6:])
+    texts = [
+        np.concatenate([longer[:count], random.integers(0, 300, own).astype(np.int32)])
+        for count, own in ((10, 1), (10, 2), (6, 3))
+    ]
+    cosines = (forward(texts, [rows, rows, rows[:6]]) * forward(texts)).sum(dim=1)
+    assert float(cosines.min()) >= 0.9999, cosines

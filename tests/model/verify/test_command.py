@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from embedq_consumer.engine import DeviceLost, OutOfMemory
-from embedq_consumer.verify import command as module
+from embedq_consumer.verify import comparison as module
 from embedq_consumer.verify.command import verify
 from embedq_consumer.verify.sample_texts import sample_texts
 from embedq_sdk.cli.commands import cli

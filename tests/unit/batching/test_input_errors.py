@@ -46,5 +46,14 @@ def test_a_text_that_the_tokenizer_cannot_read_is_named_and_not_quoted() -> None
     error = input_errors.error_of(Failed("unexpected 'a very private text'"), request, 512)
     assert error is not None
     found = error(request, 1)
-    assert (found.code, found.param) == ("internal", "input[1]")
-    assert found.message == "`input[1]`: the model's tokenizer could not read this input"
+    assert (found.code, found.param, found.retryable) == ("invalid_value", "input[1]", False)
+    assert found.message == "`input[1]`: expected a text that the model's tokenizer can read"
+
+
+def test_a_text_with_a_token_that_the_model_does_not_know_is_not_worth_a_retry() -> None:
+    request = admitted(input=["a", "b"]).request
+    error = input_errors.error_of(Failed("beyond", (32001, 32000)), request, 512)
+    assert error is not None
+    found = error(request, 0)
+    assert (found.code, found.param, found.retryable) == ("invalid_value", "input[0]", False)
+    assert "those below 32000; one has the id 32001" in found.message

@@ -148,7 +148,7 @@ async def test_a_text_that_the_tokenizer_cannot_read_costs_its_neighbors_nothing
 
     settled = await parts.add(admitted(input=["abc", "bad", "de"], model=Fragile()))
     assert [(index, error.code) for _, index, error in settled if isinstance(error, ErrorBody)] == [
-        (1, "internal")
+        (1, "invalid_value")
     ]
     assert len(parts.queued()) == 2
     assert parts.queue.busy_since is None

@@ -29,7 +29,7 @@ class Device(Model):
         self._memory = memory
 
     def memory(self) -> Memory | None:
-        return Memory(free=1, total=2, peak=1) if self._memory else None
+        return Memory(used=1, free=1, total=2, reserved=1, peak=1) if self._memory else None
 
     async def run(self, batch: Sequence[Tokens]) -> None:
         lengths = [len(tokens.ids) for tokens in batch]

@@ -20,7 +20,7 @@ from aiokafka.errors import (
     TopicAuthorizationFailedError,
 )
 
-from embedq_consumer.delivery.deliverer import Deliverer, DeliveryLimits
+from embedq_consumer.delivery.deliverer import Deliverer, DeliveryLimits, undeliverable
 from embedq_consumer.delivery.destination import Undelivered
 from embedq_consumer.delivery.outgoing import Outgoing
 from embedq_consumer.delivery.result_records import ResultEncoder
@@ -30,7 +30,7 @@ from embedq_consumer.intake.records import Record
 from embedq_consumer.intake.result_sizes import held_bytes
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.codec import Envelope
-from embedq_shared.headers import JobHeaders, value_of
+from embedq_shared.headers import JobHeaders, parse, value_of
 from embedq_shared.messages import ErrorBody
 from embedq_shared.weighted_semaphore import WeightedSemaphore
 from tests.helpers.fake_parts import ScriptedSink
@@ -398,3 +398,21 @@ async def test_topics_are_those_of_the_sink() -> None:
         assert parts.deliverer.partitions("new") is None
         await parts.deliverer.refresh_topics()
         assert parts.deliverer.partitions("new") == 2
+
+
+@pytest.mark.parametrize(
+    ("headers", "named"),
+    [
+        ([("kafka_replyTopic", b"theirs"), ("kafka_replyPartition", b"\0\0\0\1")], "kafka_replyTopic"),
+        ([("REPLY_TOPIC", b"theirs")], "REPLY_TOPIC"),
+        ([("reply-partition", b"\0\0\0\1")], "reply-partition"),
+        ([], None),
+    ],
+)
+def test_an_address_that_takes_nothing_is_named_by_the_header_that_it_came_in(
+    headers: list[tuple[str, bytes]], named: str | None
+) -> None:
+    for reason in (Undelivered("for 15 s they took no record"), TopicAuthorizationFailedError()):
+        error = undeliverable(reason, parse(headers))
+        assert error.param == named
+        assert error.message.startswith("the results topic: " if named is None else f"header `{named}`: ")

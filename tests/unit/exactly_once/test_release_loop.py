@@ -61,6 +61,7 @@ class Kafka:
         self.offsets: list[dict[TopicPartition, int]] = []
         self.alone: list[list[bool]] = []
         self.members: list[Membership | None] = [Membership("me", 1)]
+        self.seal_errors: list[BaseException] = []
         self.away = False
         self.committing = False
         self.told: list[str | None] = []
@@ -111,7 +112,9 @@ class Group:
     def alone(self) -> Any:
         return self._kafka.alone_now()
 
-    def sealed(self, offsets: Mapping[TopicPartition, int]) -> tuple[Membership, Offsets] | None:
+    async def sealed(self, offsets: Mapping[TopicPartition, int]) -> tuple[Membership, Offsets] | None:
+        if self._kafka.seal_errors:
+            raise self._kafka.seal_errors.pop(0)
         members = self._kafka.members
         member = members.pop(0) if len(members) > 1 else members[0]
         if member is None:
@@ -231,6 +234,17 @@ async def test_a_transaction_in_doubt_is_published_once_whatever_became_of_it(
     assert await parts.until(1, parts.replies(1)) == [(0, "ok", True)]
     assert len(parts.kafka.published) == 1
     assert len(parts.kafka.alone) == transactions
+
+
+async def test_nothing_is_published_while_the_brokers_do_not_say_which_topics_there_are() -> None:
+    parts = Parts()
+    parts.kafka.seal_errors = [KafkaConnectionError(), TimeoutError()]
+    assert await parts.until(1, parts.replies(1)) == [(0, "ok", True)]
+    assert parts.kafka.told[:2] == [
+        "no transaction gets through (KafkaConnectionError)",
+        "no transaction gets through (TimeoutError)",
+    ]
+    assert parts.kafka.told[-1] is None, "ready again"
 
 
 async def test_nothing_is_published_during_a_rebalance() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from aiokafka import TopicPartition
 from structlog.testing import capture_logs
 
-from embedq_consumer.group import HandOver, OffsetCommitter, OffsetLedger, Ownership
+from embedq_consumer.group import HandOver, OffsetCommitter, OffsetLedger, Ownership, TopicWatch
 from embedq_consumer.group.assignor import encode_claim
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.kafka import Membership
@@ -23,11 +23,18 @@ class Group:
         self.ownership = Ownership()
         self.metrics = Metrics()
         self.changes = 0
-        committer = OffsetCommitter(
-            self.member, self.ledger, self.ownership, self.metrics, interval_s=60.0, max_uncommitted=1000
+        topics = TopicWatch(self.member, self.ledger, self.metrics)
+        self.committer = OffsetCommitter(
+            self.member,
+            self.ledger,
+            self.ownership,
+            topics,
+            self.metrics,
+            interval_s=60.0,
+            max_uncommitted=1000,
         )
         self.hand_over = HandOver(
-            self.member, self.ledger, self.ownership, committer, self.metrics, drain_s=drain_s
+            self.member, self.ledger, self.ownership, self.committer, topics, self.metrics, drain_s=drain_s
         )
         self.hand_over.follow(["jobs"], self._changed)
 

@@ -20,6 +20,7 @@ from embedq_consumer.group import offset_committer
 from embedq_consumer.group.offset_committer import OffsetCommitter
 from embedq_consumer.group.offsets import OffsetLedger
 from embedq_consumer.group.ownership import Ownership
+from embedq_consumer.group.topic_watch import TopicWatch
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.kafka import Membership
 from tests.helpers.scripted_consumer import ScriptedMember
@@ -45,6 +46,7 @@ class Committing:
             self.member,
             self.ledger,
             self.ownership,
+            TopicWatch(self.member, self.ledger, self.metrics),
             self.metrics,
             interval_s=interval_s,
             max_uncommitted=max_uncommitted,
@@ -273,11 +275,23 @@ class Custodian:
     def __init__(self) -> None:
         self.wanted: list[tuple[TopicPartition, int]] = []
 
-    def metadata(self, partition: TopicPartition, *, release: bool) -> str | None:
+    def metadata(self, partition: TopicPartition, topic_id: str, *, release: bool) -> str | None:
         return None if partition == B else f"release={release}"
 
     def want(self, partition: TopicPartition, epoch: int) -> None:
         self.wanted.append((partition, epoch))
+
+
+async def test_a_deleted_topic_does_not_hide_what_became_of_the_others() -> None:
+    committing = Committing()
+    committing.finish(0)
+    committing.finish(0, B)
+    committing.member.missing = frozenset({B})
+    with capture_logs() as logs:
+        assert not await committing.committer.commit()
+    assert [line["event"] for line in logs] == ["commit_failed"]
+    assert (committing.ledger.committed(A), committing.ledger.committed(B)) == (1, None)
+    assert committing.ledger.repeatable(A) == 0, "else its lane would stand still, too"
 
 
 async def test_a_custodian_says_what_goes_with_the_offsets_and_which_must_wait() -> None:
@@ -288,11 +302,13 @@ async def test_a_custodian_says_what_goes_with_the_offsets_and_which_must_wait()
     class Store(ScriptedMember):
         async def commit(self, membership, offsets):  # type: ignore[no-untyped-def]
             stored.append({partition: its.metadata for partition, its in offsets.items()})
+            return ()
 
     committer = OffsetCommitter(
         Store(),
         committing.ledger,
         committing.ownership,
+        TopicWatch(committing.member, committing.ledger, committing.metrics),
         committing.metrics,
         custodian,
         interval_s=1.0,

@@ -300,13 +300,30 @@ def test_a_topic_or_partition_not_seen_before_is_asked_for_first() -> None:
         ([("reply-topic", b"new")], "reply-topic"),
         ([REPLIES, ("reply-partition", struct.pack(">i", 4))], "reply-partition"),
         ([("reply-partition", struct.pack(">i", 4))], "reply-partition"),
+        ([("kafka_replyTopic", b"new")], "kafka_replyTopic"),
+        ([("REPLY_TOPIC", b"new")], "REPLY_TOPIC"),
+        ([REPLIES, ("kafka_replyPartition", struct.pack(">i", 4))], "kafka_replyPartition"),
+        ([("REPLY_TOPIC", b"elsewhere"), ("REPLY_PARTITION", struct.pack(">i", 9))], "REPLY_PARTITION"),
     ):
         asked = record(None, *headers, input="a", id="x")
         found = admit(asked)
         assert isinstance(found, UnknownAddress)
         rejection = rules().unknown_address(asked, found)
         assert (rejection.error.code, rejection.error.param) == ("invalid_header", param)
+        assert rejection.error.message.startswith(f"header `{param}`: expected ")
         assert (rejection.dead_letter, rejection.reply, rejection.envelope.id) == (True, False, "x")
+
+
+@pytest.mark.parametrize("name", ["reply-topic", "kafka_replyTopic", "REPLY_TOPIC"])
+def test_a_topic_that_is_not_allowed_is_named_by_the_header_that_it_came_in(name: str) -> None:
+    found = rejected(record(None, (name, TOPICS.control.encode()), input="a"))
+    assert (found.error.code, found.error.param) == ("invalid_header", name)
+    assert found.error.message.startswith(f"header `{name}`: expected ")
+
+
+def test_a_null_content_type_is_json_and_a_null_correlation_id_is_not_echoed() -> None:
+    job = admitted(("content-type", None), ("correlation-id", None), input="a")
+    assert (job.request.format, job.headers.echo) == ("json", ())
 
 
 def test_a_bad_address_comes_before_anything_else_that_is_wrong() -> None:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from embedq_consumer.group import Overtaken
+from embedq_consumer.group import Overtaken, topic_watch
 from embedq_consumer.group.assignor import Claim, decode_claim
 from embedq_consumer.intake import poll_loop
 from embedq_consumer.intake.jobs_consumer import IntakeOptions, JobsClients
@@ -529,6 +529,53 @@ async def test_a_membership_that_cannot_go_on_ends_the_commit_loop() -> None:
         running.member.assign(A)
         with pytest.raises(ZeroDivisionError):
             await running.committing
+
+
+@pytest.mark.parametrize("written_before_the_look", [True, False])
+async def test_all_records_of_a_topic_made_anew_are_taken_although_as_many_of_the_old_one_were_in_flight(
+    monkeypatch: pytest.MonkeyPatch, written_before_the_look: bool
+) -> None:
+    """Either the new topic is as long as the old one by the time of the next poll, or it is found empty first."""
+    monkeypatch.setattr(topic_watch, "_EVERY_S", 0.0)
+    harness = Harness(ScriptedConsumer(), answer=False, max_poll_records=100)
+    consumer, member = harness.consumer, harness.member
+    consumer.write(A, *[b"old"] * 30)
+    consumer.write(B, b"other")
+    member.ids = {TOPICS.jobs: "old"}
+    async with harness.running(A, B):
+        await wait_until(lambda: len(harness.taken) == 31, what="the old jobs")
+        old = list(harness.taken)
+        consumer.make_anew(A)
+        if not written_before_the_look:
+            polls = len(consumer.polls)
+            await wait_until(lambda: len(consumer.polls) > polls + 1, what="polls of an empty topic")
+        consumer.write(A, *[b"new"] * 30)
+        member.ids = {TOPICS.jobs: "new"}
+        harness.finish(*old)
+        harness.answer = True
+        await wait_until(
+            lambda: sum(record.value == b"new" for record in harness.taken) >= 30, what="the new jobs"
+        )
+        await wait_until(lambda: member.stored.get(A) == 30, what="their commit")
+        assert not harness.polling.done()
+        assert not harness.committing.done()
+    new = [record.ticket.offset for record in harness.taken if record.value == b"new"]
+    assert new == list(range(30)), "each once"
+
+
+async def test_a_partition_that_begins_below_what_was_taken_is_opened_again_and_the_loop_goes_on() -> None:
+    """A broker that knows no ids, or a log that lost its end to an election."""
+    harness = Harness(ScriptedConsumer())
+    consumer, member = harness.consumer, harness.member
+    consumer.write(A, *[b"old"] * 5)
+    async with harness.running(A):
+        await wait_until(lambda: member.stored.get(A) == 5, what="the commit")
+        consumer.make_anew(A)
+        with capture_logs() as logs:
+            consumer.write(A, b"new", b"new")
+            await wait_until(lambda: len(harness.taken) == 7, what="the new jobs")
+        assert "partition_went_back" in [line["event"] for line in logs]
+        assert not harness.polling.done()
 
 
 async def test_the_lag_is_what_lies_between_commit_and_end_and_zero_once_the_partition_is_gone() -> None:

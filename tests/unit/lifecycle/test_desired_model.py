@@ -44,6 +44,18 @@ def test_of_two_equal_versions_the_first_applies() -> None:
     assert DesiredModel().decide([ONE, other]) == Decision(ONE, (Ignored(other, "superseded by version 1"),))
 
 
+def test_a_command_that_is_written_again_because_others_of_its_version_came_later_is_not_refused() -> None:
+    others = [command(1, name, command_id=name) for name in ("x", "y")]
+    again = command(1, "one")
+    decision = DesiredModel().decide([ONE, others[0], others[1], again])
+    assert decision.apply is ONE
+    assert [(one.command, one.reason) for one in decision.ignored] == [
+        (others[0], "superseded by version 1"),
+        (others[1], "superseded by version 1"),
+        (again, None),
+    ]
+
+
 COMMANDS = st.builds(
     lambda version, name: command(version, name, command_id=f"{version}{name}"),
     st.integers(1, 6),

@@ -8,13 +8,14 @@ import math
 import os
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
-from embedq_consumer.engine import DeviceLost, ModelError, OutOfMemory, Pending, Tokens
+from embedq_consumer.engine import DeviceLost, Encoder, Memory, ModelError, OutOfMemory, Pending, Tokens
 from embedq_consumer.lifecycle import ModelRejected, NoModel
 from embedq_consumer.threads import left_behind
 from embedq_shared.messages import Policy
@@ -238,10 +239,150 @@ async def test_memory_that_runs_out_in_the_check_alone_fails_the_command(bench: 
 
 
 async def test_a_smaller_budget_is_found_where_the_full_one_does_not_fit(bench: MakeBench) -> None:
-    b = await started(bench(new=[new(failures=[OutOfMemory()])]))
-    await b.follow([command(1, "new")])
+    b = bench(new=[new(failures=[OutOfMemory()])])
+    await b.model.start(command(1, "new"))
     assert b.sent[-1].state == "READY"
     assert b.sample("batch_budget_tokens") == 256
+
+
+# -- the budget once the old model is gone ------------------------------------------------------------------------------
+
+
+class Device:
+    """Memory that models share, in units of a token."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.weights: dict[str, int] = {}
+
+    @property
+    def free(self) -> int:
+        return self.total - sum(self.weights.values())
+
+
+class OnDevice(FakeModel):
+    """A model that takes memory from its load to its close, and a token more for each of a micro-batch."""
+
+    def __init__(self, device: Device, version: str, weights: int) -> None:
+        super().__init__(version)
+        self.max_tokens = 128
+        self._device = device
+        self._weights = weights
+
+    def loaded(self) -> OnDevice:
+        self._device.weights[self.model_version] = self._weights
+        return self
+
+    def submit(self, batch: Sequence[Tokens]) -> Pending:
+        if sum(len(tokens.ids) for tokens in batch) > self._device.free:
+            raise OutOfMemory("out of memory")
+        return super().submit(batch)
+
+    def memory(self) -> Memory | None:
+        used = self._device.total - self._device.free
+        return Memory(used=used, free=self._device.free, total=self._device.total, reserved=used, peak=used)
+
+    def close(self) -> None:
+        del self._device.weights[self.model_version]
+        super().close()
+
+
+async def half_full(bench: MakeBench, *, weights: int = 300) -> tuple[Bench, Device]:
+    """A model serves on a device on which two of its kind leave room for half of the budget, which is 512 tokens."""
+    device = Device(900)
+    old = OnDevice(device, "sha256:old", weights).loaded()
+    b = await started(bench(old=[old], new=[OnDevice(device, NEW, weights)]))
+    assert b.sample("batch_budget_tokens") == 512
+    load = b._load
+
+    def onto_device(path: Path) -> Encoder:
+        model = load(path)
+        assert isinstance(model, OnDevice)
+        return model.loaded()
+
+    b.model.slot._load = onto_device
+    return b, device
+
+
+async def test_after_a_reload_the_budget_is_that_of_the_device_without_the_old_model(
+    bench: MakeBench,
+) -> None:
+    b, device = await half_full(bench)
+    await b.follow([command(1, "new")])
+    assert (b.serving, b.sent[-1].state) == ("new", "READY")
+    assert device.weights == {NEW: 300}
+    assert b.sample("batch_budget_tokens") == 512
+    assert b.facts["max_batch_tokens"] == 512
+    assert b.holds == ["old", "new", "new", "new"], "while nothing is in flight"
+
+
+async def test_a_budget_that_was_whole_beside_the_old_model_costs_no_second_pause(bench: MakeBench) -> None:
+    b, _ = await half_full(bench, weights=100)
+    await b.follow([command(1, "new")])
+    assert b.sample("batch_budget_tokens") == 512
+    assert b.holds == ["old", "new"]
+
+
+async def test_a_budget_that_cannot_be_measured_again_stays_and_the_reload_has_worked(
+    bench: MakeBench,
+) -> None:
+    b, _ = await half_full(bench)
+    hold = b.hold
+
+    def busy_after_the_swap(within: float) -> AbstractAsyncContextManager[None]:
+        b.drains = b.serving == "old"
+        return hold(within)
+
+    b.hold = busy_after_the_swap  # type: ignore[method-assign]
+    with capture_logs() as logs:
+        await b.follow([command(1, "new")])
+    assert (b.serving, b.sent[-1].state) == ("new", "READY")
+    assert b.sample("batch_budget_tokens") == 256
+    [line] = [line for line in logs if line["event"] == "batch_budget_not_measured_again"]
+    assert line["reason"] == "drain: the jobs in flight were not finished within 7 s"
+
+
+# -- what is measured ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_whole_reload_is_timed_by_its_outcome(bench: MakeBench) -> None:
+    b = await started(bench(new=[new()]))
+    await b.follow([command(1, "new")], [command(2, "nowhere")])
+    assert b.sample("reload_seconds_count", outcome="ready") == 1
+    assert b.sample("reload_seconds_count", outcome="failed") == 1
+    assert b.sample("reload_seconds_bucket", outcome="ready", le="15.0") == 1
+    assert b.sample("reload_running_seconds") == 0
+
+
+async def test_a_reload_that_does_not_end_shows_for_how_long_it_has_been_running(bench: MakeBench) -> None:
+    b = await started(bench(new=[new()]))
+    running: list[float] = []
+    load = b._load
+
+    def slow(path: Path) -> Encoder:
+        running.append(b.sample("reload_running_seconds") or 0.0)
+        return load(path)
+
+    b.model.slot._load = slow
+    await b.follow([command(1, "new")])
+    assert running[0] > 0
+
+
+async def test_the_devices_memory_is_measured_while_a_model_serves(bench: MakeBench) -> None:
+    b, device = await half_full(bench)
+    watching = asyncio.create_task(b.model.watch_memory())
+    await wait_until(lambda: b.sample("gpu_memory_used_bytes") == 300, what="a measurement")
+    assert b.sample("gpu_memory_total_bytes") == device.total
+    assert b.sample("gpu_memory_reserved_bytes") == 300
+    assert b.sample("gpu_memory_peak_bytes") == 300
+    assert not watching.done()
+    watching.cancel()
+
+
+async def test_a_cpu_has_no_memory_of_its_own_to_be_measured(bench: MakeBench) -> None:
+    b = await started(bench())
+    await b.model.watch_memory()
+    assert b.sample("gpu_memory_total_bytes") == 0
 
 
 # -- what ends the process --------------------------------------------------------------------------------------------
@@ -295,7 +436,8 @@ async def test_a_command_that_is_not_newer_is_rejected_once_and_the_status_stays
     await b.model.start(command(5, "new"))
     b.sent.clear()
     await b.follow([command(4, "old")])
-    [rejected] = b.sent
+    rejected, standing = b.sent
+    assert (standing.version, standing.state) == (5, "READY"), "it is not the last word"
     assert (rejected.version, rejected.state, rejected.error) == (4, "FAILED", "expected a version above 5")
     assert (b.serving, b.model.reporter.status.version) == ("new", 5)
 

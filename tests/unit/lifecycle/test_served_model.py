@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pytest
+import structlog
 
 from embedq_consumer.batching.batch_runner import AssembledText, ComputedText
 from embedq_consumer.batching.single_flight import Settled
 from embedq_consumer.engine import Tokens
 from embedq_consumer.lifecycle import NoModel
-from tests.helpers.fake_models import MakeBench, Vectors
+from tests.helpers.fake_models import FakeModel, MakeBench, Vectors
 from tests.helpers.in_flight import admitted
 from tests.helpers.support import wait_until
 
@@ -61,3 +62,17 @@ async def test_the_budget_in_force_is_that_of_the_model_that_serves(bench: MakeB
     assert b.facts == {"max_batch_tokens": 512, "max_text_tokens": 64}
     vectors, _ = await b.model.slot.encode(b.model.slot.loaded.encoder, [Tokens(np.zeros(1, np.int32))])
     assert vectors.shape == (1, 2)
+
+
+async def test_what_an_operator_should_know_of_a_model_is_logged_as_it_is_loaded(bench: MakeBench) -> None:
+    model = FakeModel("sha256:noted")
+    model.notes = ("add_eos_token is obeyed",)
+    with structlog.testing.capture_logs() as logs:
+        await bench(old=[model]).model.start(None)
+    [note] = [entry for entry in logs if entry["event"] == "model_note"]
+    assert note == {
+        "event": "model_note",
+        "log_level": "warning",
+        "model_version": "sha256:noted",
+        "note": "add_eos_token is obeyed",
+    }

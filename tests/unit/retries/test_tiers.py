@@ -11,11 +11,10 @@ from structlog.testing import capture_logs
 
 from embedq_consumer.group import Ticket
 from embedq_consumer.retries import HEALS, RetryPolicy, RetryTiers, Tier, open_tiers
-from embedq_consumer.retries.tiers import MAX_TIERS, existing_tiers
-from embedq_sdk.admin.topics import DEFAULT_RETRY_TIERS, MAX_RETRY_TIERS
+from embedq_consumer.retries.tiers import existing_tiers
 from embedq_shared.kafka import TopicPartition
 from embedq_shared.messages import RETRYABLE
-from embedq_shared.topics import Lane, Topics
+from embedq_shared.topics import MAX_RETRY_TIERS, Lane, Topics
 
 TOPICS = Topics("t")
 NOW_MS = 1_000_000.0
@@ -73,7 +72,7 @@ def test_without_tiers_every_job_is_answered() -> None:
     assert tier_for(policy=RetryPolicy(RetryTiers())) is None
 
 
-@given(st.lists(st.floats(0, 100), max_size=MAX_TIERS), st.sets(st.integers(1, MAX_TIERS)))
+@given(st.lists(st.floats(0, 100), max_size=MAX_RETRY_TIERS), st.sets(st.integers(1, MAX_RETRY_TIERS)))
 def test_a_job_passes_each_tier_once_and_comes_to_an_end_whichever_topics_there_are(
     delays: list[float], there: set[int]
 ) -> None:
@@ -109,7 +108,3 @@ def test_topics_that_are_missing_are_named_once() -> None:
     with capture_logs() as logs:
         open_tiers(TOPICS, [], lambda topic: None)
     assert logs == []
-
-
-def test_the_sdk_makes_no_topic_that_the_service_does_not_look_for() -> None:
-    assert DEFAULT_RETRY_TIERS <= MAX_RETRY_TIERS == MAX_TIERS

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import threading
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from embedq_sdk import (
     ClientClosed,
+    ClientNotOpened,
     EmbedClient,
     EmbedError,
     InvalidArgument,
@@ -20,6 +22,7 @@ from embedq_sdk import (
     MixedModelVersions,
     PartialFailure,
     TextTooLong,
+    WrongEventLoop,
     late,
     mean,
 )
@@ -72,28 +75,150 @@ def refuses(job: Received) -> list[Answer]:
 # -- life -------------------------------------------------------------------------------------------------------------
 
 
-async def test_a_client_is_entered_once_and_works_until_it_is_closed(client: Clients, side: Side) -> None:
+VERBS: dict[str, Callable[[EmbedClient], Awaitable[object]]] = {
+    "embed": lambda client: client.embed("x"),
+    "embed_detailed": lambda client: client.embed_detailed(["x"]),
+    "embed_chunks": lambda client: client.embed_chunks("x"),
+    "embed_many": lambda client: client.embed_many(["x"]),
+    "stream": lambda client: anext(client.stream(["x"])),
+    "submit": lambda client: client.submit("x"),
+}
+EVERYTHING = VERBS | {"open": lambda client: client.open(), "close": lambda client: client.close()}
+
+
+async def test_a_client_works_until_it_is_closed(client: Clients, side: Side) -> None:
     embedq = client()
-    with pytest.raises(ClientClosed):
-        await embedq.embed("too early")
     async with embedq:
         assert np.array_equal(await embedq.embed("x"), expected("x"))
         assert embedq.reply_partition == 3
     assert side.transport.closed
-    with pytest.raises(ClientClosed):
-        await embedq.embed("too late")
-    with pytest.raises(ClientClosed):
+    for verb in VERBS.values():
+        with pytest.raises(ClientClosed, match="is closed: make a new one"):
+            await verb(embedq)
+    with pytest.raises(ClientClosed, match="is closed"):
         await embedq.__aenter__()
+    with pytest.raises(ClientClosed, match="is closed"):
+        await embedq.open()
     await embedq.close()  # again
 
 
-async def test_a_client_that_cannot_connect_accepts_nothing(client: Clients, side: Side) -> None:
-    embedq = client()
-    side.transport.fails_to_open = KafkaUnavailable(servers="fake:9092", reason="refused")
-    with pytest.raises(KafkaUnavailable):
-        await embedq.__aenter__()
+@pytest.mark.parametrize("verb", VERBS)
+async def test_a_client_that_was_not_opened_says_how_to_open_it(client: Clients, verb: str) -> None:
+    with pytest.raises(ClientNotOpened, match=r"not opened yet.*`async with .*`await client\.open\(\)`"):
+        await VERBS[verb](client())
+
+
+async def test_open_and_close_do_what_a_block_does(client: Clients, side: Side) -> None:
+    embedq = await client().open()
+    assert np.array_equal(await embedq.embed("x"), expected("x"))
+    assert await embedq.open() is embedq  # a notebook's cell that runs again
+    async with embedq:
+        assert np.array_equal(await embedq.embed("y"), expected("y"))
+    assert (side.transport.opened, side.transport.closed) == (1, True)
     with pytest.raises(ClientClosed):
         await embedq.embed("x")
+
+
+async def test_two_that_open_at_once_connect_once(client: Clients, side: Side) -> None:
+    embedq = client()
+    side.transport.may_open.clear()
+    opening = [asyncio.create_task(embedq.open()) for _ in range(3)]
+    await wait_until(lambda: side.transport.opened == 1, what="the first")
+    with pytest.raises(ClientNotOpened):
+        await embedq.embed("x")
+    side.transport.may_open.set()
+    await asyncio.gather(*opening)
+    assert side.transport.opened == 1
+    await embedq.close()
+
+
+async def test_a_client_that_could_not_connect_may_be_opened_later(client: Clients, side: Side) -> None:
+    embedq = client()
+    side.transport.fails_to_open = KafkaUnavailable(servers="fake:9092", reason="refused")
+    for _ in range(2):
+        with pytest.raises(KafkaUnavailable):
+            await embedq.open()
+        with pytest.raises(ClientNotOpened):
+            await embedq.embed("x")
+    side.transport.fails_to_open = None
+    async with embedq:
+        await embedq.embed("x")
+
+
+async def test_a_client_that_is_closed_while_it_opens_keeps_no_connection(
+    client: Clients, side: Side
+) -> None:
+    embedq = client()
+    side.transport.may_open.clear()
+    opening = asyncio.create_task(embedq.open())
+    await wait_until(lambda: side.transport.opened == 1, what="the beginning")
+    await embedq.close()
+    side.transport.closed = False
+    side.transport.may_open.set()
+    with pytest.raises(ClientClosed):
+        await opening
+    assert side.transport.closed
+
+
+# A framework that runs each request with `asyncio.run` is the usual way to get several loops.
+
+
+@pytest.mark.parametrize("verb", EVERYTHING)
+def test_a_client_of_a_loop_that_has_ended_says_so_at_once(client: Clients, side: Side, verb: str) -> None:
+    embedq = client()
+
+    async def use() -> None:
+        await EVERYTHING[verb](embedq)
+
+    asyncio.run(embedq.open())
+    sent = len(side.transport.sent)
+    with pytest.raises(WrongEventLoop, match=r"one that has ended.*asyncio\.run begins a new loop"):
+        asyncio.run(use())
+    assert len(side.transport.sent) == sent
+
+
+@pytest.mark.parametrize("verb", EVERYTHING)
+async def test_a_client_in_another_thread_says_so_at_once(client: Clients, side: Side, verb: str) -> None:
+    raised: list[WrongEventLoop] = []
+    async with client() as embedq:
+
+        async def use() -> None:
+            await EVERYTHING[verb](embedq)
+
+        def elsewhere() -> None:
+            try:
+                asyncio.run(use())
+            except WrongEventLoop as error:
+                raised.append(error)
+
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        await wait_until(lambda: not thread.is_alive(), what="the other thread's end")
+        assert not side.transport.sent
+        assert np.array_equal(await embedq.embed("x"), expected("x"))  # here it goes on
+
+    (error,) = raised
+    assert "one that runs in another thread" in str(error)
+
+
+async def test_a_loop_that_failed_to_open_a_client_does_not_keep_it(client: Clients, side: Side) -> None:
+    embedq = client()
+    side.transport.fails_to_open = KafkaUnavailable(servers="fake:9092", reason="refused")
+
+    def elsewhere() -> None:
+        with pytest.raises(KafkaUnavailable):
+            asyncio.run(embedq.open())
+
+    await asyncio.to_thread(elsewhere)
+    side.transport.fails_to_open = None
+    async with embedq:
+        await embedq.embed("x")
+
+
+async def test_leaving_the_block_does_not_hide_why(client: Clients) -> None:
+    with pytest.raises(ZeroDivisionError):
+        async with client():
+            raise ZeroDivisionError
 
 
 async def test_closing_ends_calls_that_wait(client: Clients, side: Side) -> None:
@@ -225,6 +350,22 @@ async def test_many_texts_come_back_as_one_array_of_one_model(client: Clients, s
 
     assert np.array_equal(found.vectors, rows(texts, NEW))
     assert len(side.service.received) == 13
+
+
+async def test_many_texts_of_a_column_become_one_array(client: Clients, side: Side) -> None:
+    async with client() as embedq:
+        found = await embedq.embed_many(np.array(["a", "b", "c"]), batch_size=2)
+        streamed = [item.text async for item in embedq.stream(np.array(["a", "b"]))]
+        tables: list[Any] = [{"text": ["a"]}, np.array([["a"], ["b"]])]
+        for table in tables:
+            with pytest.raises(InvalidArgument, match="`texts`"):
+                await embedq.embed_many(table)
+
+    array = np.asarray(found)
+    assert array.shape == (3, 64)
+    assert array.dtype == np.float32
+    assert np.array_equal(array, rows(["a", "b", "c"]))
+    assert streamed == ["a", "b"]
 
 
 async def test_many_texts_of_two_models_are_returned_only_if_allowed(client: Clients, side: Side) -> None:

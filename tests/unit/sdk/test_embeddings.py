@@ -7,7 +7,9 @@ import msgspec
 import numpy as np
 import pytest
 
+from embedq_sdk import Chunk, Embedded, JobResult
 from embedq_sdk.embeddings import (
+    Embeddings,
     PartJoiner,
     ReadDatum,
     ReadError,
@@ -278,3 +280,83 @@ def test_usage_counts_the_tokens_of_a_job_and_without_it_its_data_do() -> None:
     with_usage = job(2, [result(*data, usage=Usage(7, 9))])
 
     assert assemble([job(2, [result(*data)]), with_usage]).total_tokens == 3 + 9
+
+
+# -- as numpy and notebooks see it ------------------------------------------------------------------------------------
+
+
+def many(rows: int, dimensions: int = 64) -> Embeddings:
+    data = [
+        ReadDatum(index=n, embedding=np.full(64, n, dtype="<f4").tobytes(), tokens=1) for n in range(rows)
+    ]
+    return assemble([job(rows, [result(*data)])])
+
+
+def test_numpy_takes_embeddings_as_their_vectors() -> None:
+    found = many(3)
+
+    assert np.asarray(found) is found.vectors
+    assert np.array(found) is not found.vectors
+    assert np.asarray(found, dtype="float64").dtype == np.float64
+    assert np.asarray(found, dtype=np.float32) is found.vectors
+    with pytest.raises(ValueError, match="without a copy"):
+        np.array(found, dtype="float64", copy=False)
+    assert np.allclose(np.ones(64) @ np.transpose(found), [0, 64, 128])
+    assert (len(found), found.shape) == (3, (3, 64))
+    assert [row[0] for row in found] == [0, 1, 2]
+    assert found[2][5] == 2
+    assert found[1:].shape == (2, 64)
+    assert found[[0, 2], 0].tolist() == [0, 2]
+
+
+def test_numpy_takes_lists_of_chunks_items_and_results() -> None:
+    found = many(2)
+    chunks = [Chunk(start=0, end=1, tokens=1, vector=row) for row in found]
+    items = [Embedded(index=n, text="t", vector=row) for n, row in enumerate(found)]
+    whole = JobResult(id="j", embeddings=found, error=None)
+
+    for several in (chunks, items, whole):
+        assert np.asarray(several).dtype == np.float32
+        assert np.array_equal(np.asarray(several), found.vectors)
+
+
+def test_what_failed_is_no_array_but_its_error() -> None:
+    error = job_failed(ReadError(code="text_too_long"))
+    with pytest.raises(TextTooLong):
+        np.asarray(Embedded(index=0, text="t", error=error))
+    with pytest.raises(TextTooLong):
+        np.asarray(JobResult(id="j", embeddings=None, error=error))
+
+
+def test_a_result_shows_itself_in_a_few_lines_whatever_it_holds() -> None:
+    small, large = many(2), many(2000)
+    text = "word " * 10_000
+
+    shown = repr(large)
+    assert shown.startswith("Embeddings(vectors=array([[0.000e+00, 0.000e+00, ..., 0.000e+00, 0.000e+00],\n")
+    assert "shape=(2000, 64), dtype=float32), model='default', model_version='" in shown
+    assert shown.endswith("total_tokens=2000)")
+    metadata = {str(n): text for n in range(99)}
+    for each, most in (
+        (small, 500),
+        (large, 500),
+        (JobResult(id="j", embeddings=large, error=None, metadata=metadata), 700),
+        (Embedded(index=1, text=text, vector=large.vectors[0]), 250),
+        (Chunk(start=0, end=1, tokens=1, vector=large.vectors[0]), 150),
+    ):
+        assert len(repr(each)) < most
+    assert repr(Embedded(index=1, text="t", span=(0, 1))) == "Embedded(index=1, text='t', span=(0, 1))"
+
+
+def test_failures_and_several_models_show_in_a_result() -> None:
+    found = assemble(
+        [job(3, [result(datum(0), failed(1), datum(2))]), job(1, [result(datum(0), version=V2)])]
+    )
+    assert "model_versions=[" in repr(found)
+    assert "errors={1: " in repr(found)
+
+
+def test_rich_shows_a_result_as_shortly() -> None:
+    from rich.pretty import pretty_repr
+
+    assert len(pretty_repr(many(2000))) < 600

@@ -178,6 +178,9 @@ def test_the_keyword_arguments_of_a_call_are_the_fields_of_its_options() -> None
     [
         ({"servers": ""}, "servers"),
         ({"servers": 9092}, "servers"),
+        ({"servers": ["localhost:9092", 9093]}, "servers"),
+        ({"servers": "http://localhost:9092"}, "servers"),
+        ({"servers": ["localhost:9092", "other"]}, "servers"),
         ({"topic_prefix": "a b"}, "topic_prefix"),
         ({"connect_timeout": 0}, "connect_timeout"),
         ({"max_inputs": 0}, "max_inputs"),

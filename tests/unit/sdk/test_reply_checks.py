@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import struct
+import tracemalloc
 from typing import Any
 
 import msgspec
@@ -179,6 +181,85 @@ def test_bytes_that_are_no_message_are_a_bad_reply(value: bytes | None, content_
 def test_without_a_content_type_a_reply_is_json_as_a_job_is() -> None:
     found = read_checked(json.dumps(reply(item(embedding=[0.125] * 64))).encode(), None)
     assert isinstance(found, ReadResult)
+
+
+# -- what a small record may cost ---------------------------------------------------------------------------------------
+
+SMALL_BYTES = 8 << 20
+"""Memory that a record of a kilobyte may take in all: some of its claims are a few rows of an array."""
+CLAIM = struct.pack(">I", 0x13000000)
+"""318 million: as a list of that length 2.5 GB."""
+CLAIMS = {
+    "list": b"\xdd" + CLAIM,
+    "map": b"\xdf" + CLAIM,
+    "bytes": b"\xc6" + CLAIM,
+    "text": b"\xdb" + CLAIM,
+    "extension": b"\xc9" + CLAIM + b"\x05",
+    "lists in lists": (b"\xdd" + CLAIM) * 50,
+}
+FIELDS = ("id", "model", "data", "usage", "timings", "metadata", "unknown", "embedding", "span", "error")
+
+
+def claiming(field: str, claim: bytes) -> bytes:
+    """A reply of which one field claims a size whose bytes are not there."""
+    of_item = field in ("embedding", "span", "error")
+    mark: dict[str, Any] = {field: "MARK"}
+    message = reply(item(**mark)) if of_item else reply() | mark
+    value = msgspec.msgpack.encode(message)
+    assert value.count(b"\xa4MARK") == 1
+    return value.replace(b"\xa4MARK", claim)
+
+
+def cost(value: bytes, content_type: str = MSGPACK) -> int:
+    """The most memory that reading a record took at once, in bytes."""
+    tracemalloc.start()
+    try:
+        take(value, content_type)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_a_size_that_is_claimed_takes_no_memory_before_its_bytes_are_there(field: str, claim: str) -> None:
+    value = claiming(field, CLAIMS[claim])
+    assert len(value) < 1000
+    assert cost(value) < SMALL_BYTES
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        reply(parts=1 << 20),
+        reply(dimensions=650_000_000, data=[{"index": 0, "error": {"code": "x"}}]),
+        reply(dimensions=1 << 16, data=[{"index": n, "error": {"code": "x"}} for n in range(5)]),
+        reply(data=[{"index": 650_000_000, "error": {"code": "x"}}]),
+        reply(item(span=[0, 650_000_000])),
+        reply(usage={"prompt_tokens": 1 << 39, "total_tokens": 1 << 39}),
+    ],
+)
+def test_numbers_in_a_small_record_make_no_large_arrays(message: dict[str, Any]) -> None:
+    value = msgspec.msgpack.encode(message)
+    assert len(value) < 1000
+    assert cost(value) < SMALL_BYTES
+
+
+def test_inputs_without_a_vector_do_not_make_gigabytes_of_rows() -> None:
+    value = msgspec.msgpack.encode(
+        reply(dimensions=1 << 16, data=[{"index": n, "error": {"code": "x"}} for n in range(4000)])
+    )
+    assert len(value) < 100_000
+    assert cost(value) < SMALL_BYTES
+
+
+@pytest.mark.parametrize("field", ["id", "model", "model_version"])
+def test_names_that_are_remembered_have_a_longest_length(field: str) -> None:
+    error = {"object": "error", "error": {"code": "x"}, "id": "j", "model": "m", "model_version": V1}
+    for message in (reply(), error):
+        value = msgspec.msgpack.encode(message | {field: "x" * 5000})
+        with pytest.raises(BadReply, match="a name of more than"):
+            read_checked(value, MSGPACK.encode())
 
 
 # -- parts that make no result -----------------------------------------------------------------------------------------

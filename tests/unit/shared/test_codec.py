@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import json
 import math
+import sys
 from typing import Any
 
 import msgspec
@@ -152,6 +153,13 @@ def nested(levels: int) -> bytes:
         b'{"input":"a","metadata":{"a":-Infinity}}',
         b'{"input":"a","metadata":{"a":1e999}}',
         b'{"input":"a","user":Infinity}',
+        b'{"input":"a","user":' + b"9" * 310 + b"}",
+        b'{"input":"a","user":-' + b"9" * 310 + b"}",
+        b'{"input":"a","user":' + b"9" * 4_300 + b"}",
+        b'{"input":"a","user":' + b"9" * 4_301 + b"}",
+        b'{"input":"a","metadata":{"a":[' + b"9" * 310 + b"]}}",
+        b'{"input":"a","dimensions":' + b"9" * 310 + b"}",
+        b'{"input":"a","chunk":{"mode":"mean","tokens":' + b"9" * 310 + b"}}",
         b'{"input":"a","user":' + nested(64) + b"}",
         b'{"input":"a","metadata":{"a":' + nested(63) + b"}}",
         b'{"input":"a","user":' + nested(5_000) + b"}",
@@ -186,6 +194,12 @@ def test_a_value_that_is_no_json_object_is_malformed(value: bytes | None) -> Non
 )
 def test_a_value_that_is_no_messagepack_map_is_malformed(value: bytes | None) -> None:
     assert refusal(value, "msgpack").error.code == "malformed"
+
+
+def test_the_largest_integers_that_a_double_holds_are_allowed() -> None:
+    largest = str(int(sys.float_info.max)).encode()
+    job = codec.decode_job(b'{"input":"a","metadata":{"a":' + largest + b',"b":-' + largest + b"}}", "json")
+    assert largest in bytes(job.metadata)
 
 
 def test_64_levels_of_nesting_are_allowed() -> None:
@@ -479,3 +493,19 @@ def test_what_is_absent_is_left_out_or_null(format: Format) -> None:
 )
 def test_the_content_type_chooses_the_codec(content_type: bytes | None, format: Format | None) -> None:
     assert codec.format_of(content_type) == format
+
+
+@pytest.mark.parametrize("number", ["1" * 400, "1" * 5000, str(2**63), "-1"])
+@pytest.mark.parametrize("field", ["at", "version"])
+def test_times_and_versions_that_no_clock_and_no_encoder_takes_are_refused(field: str, number: str) -> None:
+    """One such record on a compacted topic ended `embedq status` with OverflowError for as long as it lay there."""
+    status = {"replica": "r", "alias": "a", "version": 1, "step": "serving", "state": "READY", "at": 1}
+    control = {"alias": "a", "version": 1, "path": "p", "command_id": "c"}
+    status |= {"model_version": None, "error": None}
+    assert codec.decode_status(json.dumps(status).encode()).version == 1
+    assert codec.decode_control(json.dumps(control).encode()).version == 1
+    for decode, record in ((codec.decode_status, status), (codec.decode_control, control)):
+        if field in record:
+            value = json.dumps(record).replace(f'"{field}": 1', f'"{field}": {number}').encode()
+            with pytest.raises(msgspec.DecodeError):
+                decode(value)

@@ -155,8 +155,30 @@ def test_a_partition_that_is_not_four_bytes_from_zero_up_is_a_bad_address(raw: b
     assert (found.reply_topic, found.reply_partition) == (None, None)
 
 
-def test_a_null_partition_header_is_a_bad_address_and_no_crash() -> None:
-    assert parse([("reply-partition", None)]).bad_address is not None
+@pytest.mark.parametrize(
+    "name", ["content-type", "deadline", *topics.CORRELATION, *topics.REPLY_TOPIC, *topics.REPLY_PARTITION]
+)
+def test_a_null_header_is_none(name: str) -> None:
+    """Whatever it is, and also after one with a value: the last one counts."""
+    assert parse([(name, None)]) == headers.JobHeaders()
+    assert parse([(name, b"\x00\x00\x00\x01"), (name, None)]) == headers.JobHeaders()
+
+
+def test_a_null_header_leaves_another_familys_to_count() -> None:
+    found = parse([("reply-topic", None), ("kafka_replyTopic", b"answers")])
+    assert (found.reply_topic, found.topic_header) == ("answers", "kafka_replyTopic")
+
+
+@pytest.mark.parametrize("name", topics.REPLY_TOPIC)
+def test_an_address_keeps_the_name_under_which_it_came(name: str) -> None:
+    found = parse([(name, b"answers"), ("REPLY_PARTITION", reply_partition_bytes(3))])
+    assert (found.topic_header, found.partition_header, found.address_header) == (
+        name,
+        "REPLY_PARTITION",
+        name,
+    )
+    alone = parse([("REPLY_PARTITION", reply_partition_bytes(3))])
+    assert (alone.topic_header, alone.address_header) == (None, "REPLY_PARTITION")
 
 
 @given(st.integers(0, 2**31 - 1))
@@ -195,10 +217,9 @@ def test_a_deadline_is_epoch_milliseconds_in_decimal(raw: bytes, deadline: int) 
         b"1\x00",
         b"9223372036854775808",
         b"9" * 5000,
-        None,
     ],
 )
-def test_any_other_deadline_is_an_invalid_header(raw: bytes | None) -> None:
+def test_any_other_deadline_is_an_invalid_header(raw: bytes) -> None:
     found = parse([("deadline", raw)])
     assert found.deadline_ms is None
     assert found.bad_address is None
@@ -222,7 +243,7 @@ values = st.none() | st.binary(max_size=24) | st.sampled_from([b"1", b"embed.rep
 @given(st.lists(st.tuples(names, values), max_size=12))
 def test_no_headers_raise_and_every_echo_is_the_last_value(given: list[tuple[str, bytes | None]]) -> None:
     found = parse(given)
-    last = {name: value or b"" for name, value in given}
+    last = {name: value for name, value in dict(given).items() if value is not None}
     echoed = {name for name in (*topics.CORRELATION, *topics.TRACE) if name in last}
     assert dict(found.echo) == {name: last[name] for name in echoed}
     assert len(found.echo) == len(echoed)

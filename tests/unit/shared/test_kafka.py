@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.conn import collect_hosts
 from aiokafka.errors import (
     ClusterAuthorizationFailedError,
     GroupAuthorizationFailedError,
@@ -60,6 +61,64 @@ def test_plain_options_name_the_servers_and_the_protocol() -> None:
         "bootstrap_servers": "a:1,b:2",
         "security_protocol": "PLAINTEXT",
     }
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ("localhost:9092", "localhost:9092"),
+        ("a:1, b:2 ,c:3", "a:1,b:2,c:3"),
+        (",a:1,,b:2,", "a:1,b:2"),
+        ("[::1]:9092", "[::1]:9092"),
+        ("10.0.0.7:65535,kafka_1.svc.cluster.local:1", "10.0.0.7:65535,kafka_1.svc.cluster.local:1"),
+    ],
+)
+def test_addresses_are_what_every_client_reads(given: str, taken: str) -> None:
+    assert KafkaOptions(servers=given).servers == taken
+    assert [
+        f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        for host, port, _ in collect_hosts(taken, randomize=False)
+    ] == taken.split(",")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ("", "got nothing"),
+        (" , ,", "got nothing"),
+        ("localhost", "such as localhost:9092, got 'localhost', which has no port"),
+        ("a:1,b", "got 'b', which has no port"),
+        ("http://localhost:9092", "without `http://`, got 'http://localhost:9092'"),
+        ("PLAINTEXT://kafka:9092", "without `PLAINTEXT://`"),
+        ("a:1,SASL_SSL://b:2", "without `SASL_SSL://`"),
+        ("http://localhost", "without `http://`"),
+        ("kafka:", "a port is a number"),
+        ("kafka:nine", "a port is a number"),
+        ("kafka:0", "a port is a number"),
+        ("kafka:65536", "a port is a number"),
+        ("kafka:-1", "a port is a number"),
+        ("kafka:٩", "a port is a number"),
+        ("kafka:9092/topic", "a port is a number"),
+        (":9092", "several separated by commas, got ':9092'"),
+        ("a:1 b:2", "separated by commas, got 'a:1 b:2'"),
+        ("a:1;b:2", "separated by commas, got 'a:1;b:2'"),
+        ("::1", r"as \[address\]:port, got '::1'"),
+        ("fe80::1:9092", r"as \[address\]:port"),
+        ("[::1]", r"as \[address\]:port"),
+        ("[::1]9092", r"as \[address\]:port"),
+        ("[kafka]:9092", "only an IPv6 address in brackets"),
+    ],
+)
+def test_what_is_no_address_is_named_before_anybody_looks_for_it(wrong: str, told: str) -> None:
+    with pytest.raises(BadOption, match=f"^servers: expected host:port.*{told}"):
+        KafkaOptions(servers=wrong)
+
+
+def test_a_login_in_an_address_is_not_repeated() -> None:
+    for wrong in ("user:hunter2@kafka:9092", "kafka://user:hunter2@kafka:9092"):
+        with pytest.raises(BadOption) as raised:
+            KafkaOptions(servers=wrong)
+        assert "hunter2" not in str(raised.value)
 
 
 def test_names_and_passwords_go_to_the_client_as_they_are_and_are_not_shown() -> None:
@@ -367,8 +426,8 @@ async def test_other_errors_of_the_brokers_are_raised() -> None:
 
 
 async def test_lag_counts_what_is_there_and_not_committed() -> None:
-    """Committed within the topic, before its beginning, and never."""
-    cluster = Cluster({A: 18, TopicPartition("u", 0): 2})
+    """Committed within the topic, before its beginning, never, and beyond the end of a topic that was made anew."""
+    cluster = Cluster({A: 18, TopicPartition("u", 0): 2, TopicPartition("u", 1): 30})
 
     assert await group_lag(cluster, cluster, "mine", ["t", "u"]) == {"t": 2 + 15, "u": 15 + 15}
 

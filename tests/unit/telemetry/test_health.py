@@ -26,7 +26,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_plain
 
 from embedq_consumer.telemetry import logs
-from embedq_consumer.telemetry.health import Connections, Health, HealthServer
+from embedq_consumer.telemetry.health import CannotListen, Connections, Health, HealthServer
 from embedq_consumer.telemetry.metrics import Metrics
 from tests.helpers.support import patient
 
@@ -301,7 +301,7 @@ def test_a_metric_that_cannot_be_read_is_logged_and_the_next_scrape_answered(
 
 
 def test_a_taken_port_is_an_error_at_once(served: Served) -> None:
-    with pytest.raises(OSError, match="in use"):
+    with pytest.raises(CannotListen, match=r"^HTTP_PORT: expected a port that is free, .* is in use"):
         HealthServer(served.server.port, served.metrics.registry, served.health, host="127.0.0.1")
 
 

@@ -76,6 +76,8 @@ def test_series_that_alerts_watch_begin_at_zero() -> None:
     for code in get_args(ErrorCode):
         assert registry.get_sample_value("embedq_errors_total", {"code": code}) == 0
         assert registry.get_sample_value("embedq_dead_letters_total", {"code": code}) == 0
+    for outcome in ("ready", "failed"):
+        assert registry.get_sample_value("embedq_reload_seconds_count", {"outcome": outcome}) == 0
     for name, outcomes in {
         "reloads": ("ready", "failed", "ignored"),
         "commits": ("ok", "error", "fenced"),

@@ -18,14 +18,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["PACKED", "LengthRun", "Packing", "attend_runs", "cuda_kernel", "packed_attention", "register"]
+__all__ = [
+    "PACKED",
+    "LengthRun",
+    "Packing",
+    "attend_runs",
+    "cuda_kernel",
+    "packed_attention",
+    "rectangle",
+    "register",
+]
 
 PACKED = "embedq_packed"
 """The name under which transformers knows `packed_attention`."""
 
 _Varlen = Callable[..., Tensor]
 # Arguments by which an architecture changes its attention in ways that the packed kernels do not compute.
-_FOREIGN = ("position_bias", "s_aux", "softcap")
+_FOREIGN = ("position_bias", "s_aux")
 _WINDOW_QUERIES = 256
 """Queries in one call where attention has a window: fewer mean more calls, more mean keys that most queries do not see."""
 
@@ -49,9 +58,12 @@ class Packing(msgspec.Struct, frozen=True):
     cu_seqlens: Tensor
     """int32 (sequences + 1,) on the model's device: 0, then the end of each sequence."""
     longest: int
+    reaches: tuple[tuple[int, int], ...]
+    """For each sequence where it ends in the row, and its last token's position, counted from 1 on."""
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device) -> Packing:
+    def of(cls, lengths: Sequence[int], device: torch.device, starts: Sequence[int] | None = None) -> Packing:
+        """`starts`: the sequences' first positions, counted from 0 on; 0 by default."""
         runs: list[LengthRun] = []
         ends = [0]
         for length in lengths:
@@ -65,6 +77,10 @@ class Packing(msgspec.Struct, frozen=True):
             tuple(runs),
             torch.tensor(ends, dtype=torch.int32).to(device, non_blocking=True),
             max(lengths, default=0),
+            tuple(
+                (end, start + length)
+                for end, start, length in zip(ends[1:], starts or [0] * len(lengths), lengths, strict=True)
+            ),
         )
 
 
@@ -85,6 +101,7 @@ def packed_attention(
     packing: Packing | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature: query (1, heads, tokens, head_dim) in, (1, tokens, heads, head_dim) out.
@@ -104,14 +121,15 @@ def packed_attention(
     causal = bool(getattr(module, "is_causal", True) and getattr(module.config, "is_causal", True))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    if q.is_cuda:
+    if q.is_cuda and softcap is None:
         kernel = cuda_kernel(q.shape[1], k.shape[1], q.shape[2], causal, q.dtype, q.device, window)
         return kernel(q, k, v, packing.cu_seqlens, packing.longest, scale).unsqueeze(0), None
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    attend_runs(q, k, v, out, packing.runs, causal=causal, scale=scale, window=window)
+    attend_runs(q, k, v, out, packing.runs, causal=causal, scale=scale, window=window, softcap=softcap)
     return out.unsqueeze(0), None
 
 
+# More than six: what an architecture may change in its attention, each by its own name.
 def attend_runs(
     query: Tensor,
     key: Tensor,
@@ -122,25 +140,38 @@ def attend_runs(
     causal: bool,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
+    bias: Callable[[int], Tensor] | None = None,
 ) -> None:
     """Fill `out` (tokens, heads, head_dim), one call of PyTorch's attention for each run of equal lengths.
 
     In a `window`, a token sees those that are fewer than `window` tokens away, which is what transformers means by
-    `sliding_window`: itself and those before it if `causal`, else as many on both sides.
+    `sliding_window`: itself and those before it if `causal`, else as many on both sides. With a `softcap`, scores approach
+    it, and never exceed it. `bias` gives what is added to the scores of texts of a length: (heads, length, length); it
+    goes with none of the others.
     """
     for run in runs:
-        q, k, v = (_rectangle(t, run).transpose(1, 2) for t in (query, key, value))
+        q, k, v = (rectangle(t, run).transpose(1, 2) for t in (query, key, value))
         if q.shape[1] != k.shape[1]:
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-        if window is None or run.length <= window:
+        if bias is not None:
+            part = F.scaled_dot_product_attention(q, k, v, attn_mask=bias(run.length)[None], scale=scale)
+        elif softcap is None and (window is None or run.length <= window):
             part = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
         else:
-            part = _in_a_window(q, k, v, window, causal=causal, scale=scale)
-        _rectangle(out, run).copy_(part.transpose(1, 2))
+            part = _by_queries(q, k, v, window or run.length, causal=causal, scale=scale, softcap=softcap)
+        rectangle(out, run).copy_(part.transpose(1, 2))
 
 
-def _in_a_window(
-    query: Tensor, key: Tensor, value: Tensor, window: int, *, causal: bool, scale: float
+def _by_queries(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int,
+    *,
+    causal: bool,
+    scale: float,
+    softcap: float | None,
 ) -> Tensor:
     """Attention of (texts, heads, tokens, head_dim), some queries at a time with the keys that any of them sees.
 
@@ -154,17 +185,17 @@ def _in_a_window(
         rows = torch.arange(begin, end, device=query.device).unsqueeze(1)
         distance = rows - torch.arange(first, last, device=query.device)
         seen = (distance < window) & (distance >= (0 if causal else 1 - window))
-        out[:, :, begin:end] = F.scaled_dot_product_attention(
-            query[:, :, begin:end],
-            key[:, :, first:last],
-            value[:, :, first:last],
-            attn_mask=seen,
-            scale=scale,
-        )
+        q, k, v = query[:, :, begin:end], key[:, :, first:last], value[:, :, first:last]
+        if softcap is None:
+            part = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
+        else:
+            scores = (q @ k.transpose(2, 3)).float().mul_(scale / softcap).tanh_().mul_(softcap)
+            part = scores.masked_fill_(~seen, -torch.inf).softmax(-1).to(v.dtype) @ v
+        out[:, :, begin:end] = part
     return out
 
 
-def _rectangle(row: Tensor, run: LengthRun) -> Tensor:
+def rectangle(row: Tensor, run: LengthRun) -> Tensor:
     return row[run.begin : run.end].view(run.count, run.length, *row.shape[1:])
 
 

@@ -391,7 +391,7 @@ def qk_norm_rope_reference(
 def copy_rows(own: Tensor, pool: Tensor, keys: Tensor, copies: Tensor, count: Tensor) -> None:
     """Copy rows of `own` (tokens, width) and `pool` to rows of `keys` and `pool`, as the first `count` of `copies` say.
 
-    `copies`: int32 (copies, 2), see `prefix_cache.copy_plan`; `count`: int32 (1,), on the device too, since a CUDA graph
+    `copies`: int32 (copies, 2), see `row.copy_plan`; `count`: int32 (1,), on the device too, since a CUDA graph
     copies as many rows as its inputs say. `own` may be columns of wider rows; `pool` and `keys` (rows, width) are contiguous.
     """
     width = own.shape[1]

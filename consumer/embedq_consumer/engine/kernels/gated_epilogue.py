@@ -1,6 +1,8 @@
 """What happens to a product before it is written, in quack-kernels' language, whose package this module needs.
 
-The package names its compiled kernels after the source of these functions, and takes only plain ones.
+The package names its compiled kernels after the source of these functions and of every function that they refer to, and refuses those
+that it cannot name. So they refer to modules alone, which are known by their names: what lies behind a function leads into CUTLASS's
+own state, unless both packages are in a folder called `site-packages`.
 """
 
 # What the package traces is neither annotated nor typed.
@@ -29,8 +31,8 @@ def _nothing_to_compile() -> Iterator[None]:
 
 
 with _nothing_to_compile():
-    from quack.activation import swiglu
-    from quack.epilogue import gemm_epilogue, unpack
+    from quack import activation
+    from quack.epilogue import gemm_epilogue, math
 
 __all__ = ["gate"]
 
@@ -38,5 +40,5 @@ __all__ = ["gate"]
 @gemm_epilogue(outputs=("out",), mode="acc_pair")
 def gate(acc):
     """silu(a)·b of neighboring columns a and b: half as many come out."""
-    a, b = unpack(acc)
-    return {"out": swiglu(a, b)}
+    a, b = math.unpack(acc)
+    return {"out": activation.swiglu(a, b)}

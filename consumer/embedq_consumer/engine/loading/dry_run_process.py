@@ -15,7 +15,7 @@ import msgspec
 
 from embedq_consumer.engine.api import ModelError
 from embedq_consumer.engine.loading.dry_run import Verdict, Wanted
-from embedq_consumer.engine.model_directory import ModelDirectory, read_directory
+from embedq_consumer.engine.model_directory import ENCODERS, ModelDirectory, read_directory
 from embedq_consumer.engine.safety.panics import Panic, panics_caught
 
 _PR_SET_PDEATHSIG: Final = 1
@@ -66,7 +66,10 @@ def _try(directory: ModelDirectory) -> None:
     """
     from embedq_consumer.engine.text.tokenizer import TextTokenizer
 
-    TextTokenizer.load(directory, directory.max_seq_length or sys.maxsize)
+    rows = directory.config.get("vocab_size")
+    TextTokenizer.load(
+        directory, directory.max_seq_length or sys.maxsize, rows if isinstance(rows, int) else sys.maxsize
+    )
     if directory.quantization_method is not None:
         return  # its layers have other shapes than its configuration says
     described = _parameters(directory)
@@ -80,14 +83,20 @@ def _try(directory: ModelDirectory) -> None:
 def _parameters(directory: ModelDirectory) -> int:
     """How many parameters the model has that the configuration describes; 0 if it cannot be built, which the load will explain."""
     import torch
-    from transformers import AutoConfig, AutoModel
+    import transformers
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(
             str(directory.checkpoint), local_files_only=True, trust_remote_code=False
         )
         with torch.device("meta"):
-            model: Any = AutoModel.from_config(config, trust_remote_code=False)
+            encoder = ENCODERS.get(directory.config["model_type"])
+            model: Any = (
+                transformers.AutoModel.from_config(config, trust_remote_code=False)
+                if encoder is None
+                else getattr(transformers, encoder)(config)
+            )
     except MemoryError:
         raise
     except Exception:  # noqa: BLE001  # transformers raises many kinds

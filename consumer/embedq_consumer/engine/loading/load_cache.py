@@ -1,6 +1,6 @@
 """What transformers says of a model directory, cached for the next start.
 
-A load needs transformers for the tokenizer, for the model's numbers, and for the hidden states of a few random tokens that
+A load needs transformers to compare the tokenizer, for the model's numbers, and for the hidden states of a few random tokens that
 our forward is proved against. All of it follows from the directory's bytes, the versions of a few libraries and the kind of
 device, so it is cached under a hash of those. A later load is proved against the same hidden states without importing
 transformers, which takes longer than reading most weights.
@@ -26,10 +26,16 @@ from embedq_consumer.engine.safety.files import read_bounded
 
 __all__ = ["LoadCache", "ModelSnapshot", "Rotary", "key_of"]
 
-_FORMAT: Final = "1"
+_FORMAT: Final = "2"
 """To be raised when the meaning of a field below changes."""
 _DIGEST_SIZE: Final = 32
 _LIBRARIES: Final = ("torch", "transformers", "tokenizers")
+_TOKENIZER_FILES: Final = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 _CAPACITY: Final = 16
 """Models, the most recently used: each is as large as its `tokenizer.json`, up to 20 MB."""
 _MOST_BYTES: Final = 256 * 1024 * 1024
@@ -60,10 +66,17 @@ class ModelSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """Of an RMS norm after the last layer; None without one."""
     max_tokens: int
     position_offset: int
-    tokenizer: str
-    """The whole tokenizer as JSON, in the tokenizers library's own format."""
+    padding: int | None
+    """As in `models.traits.Limits`."""
+    tokenizer: bytes
+    """The effective tokenizer as JSON, in the tokenizers library's own format."""
+    split_special_tokens: bool
+    tokenizer_notes: tuple[str, ...]
+    """As in `EffectiveTokenizer`."""
     sequences: tuple[tuple[int, ...], ...]
     """Random tokens that a load is proved on."""
+    starts: tuple[int, ...]
+    """The position of the first token of each of `sequences`."""
     expected: bytes
     """Their hidden states after the last layer by transformers' own forward, each alone: float32 (tokens, hidden)."""
 
@@ -139,7 +152,23 @@ def key_of(directory: ModelDirectory, device: str, digests: Sequence[bytes]) -> 
     """
     # The directory's own limit, which the model's may lower: here it only has to be part of the hash.
     content = model_version(
-        directory, LoadOptions(), max_tokens=directory.max_seq_length or 0, digests=digests
+        directory,
+        LoadOptions(),
+        tokenizer=_files_digest(directory),
+        max_tokens=directory.max_seq_length or 0,
+        digests=digests,
     )
     versions = [f"{name} {metadata.version(name)}" for name in _LIBRARIES]
     return hashlib.sha256("\n".join([_FORMAT, content, device, *versions]).encode()).hexdigest()
+
+
+def _files_digest(directory: ModelDirectory) -> str:
+    """Hex digits of a hash over everything that the effective tokenizer is read from."""
+    total = hashlib.sha256(str(directory.lower_case).encode())
+    for name in _TOKENIZER_FILES:
+        file = directory.checkpoint / name
+        content = read_bounded(file) if file.exists() else b""
+        total.update(len(content).to_bytes(8, "little"))
+        total.update(content)
+    total.update(str((directory.checkpoint / "tokenizer.model").is_file()).encode())
+    return total.hexdigest()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,31 +13,29 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from embedq_consumer.engine.api import DeviceLost, LoadOptions, ModelError, OutOfMemory, Quantization
-from embedq_consumer.engine.device import translate_errors
+from embedq_consumer.engine.device import means_out_of_memory, translate_errors
 from embedq_consumer.engine.encoder import PackedEncoder, release
 from embedq_consumer.engine.loading.dry_run import dry_run
 from embedq_consumer.engine.loading.load_cache import LoadCache, ModelSnapshot, key_of
 from embedq_consumer.engine.loading.load_timer import LoadTimer
 from embedq_consumer.engine.loading.memory_check import DeviceMemory, estimate_of, refuse_if_too_large
 from embedq_consumer.engine.loading.model_version import model_version, tensor_digests
+from embedq_consumer.engine.loading.probes import limits_of, probes_of, reference
 from embedq_consumer.engine.loading.weights import CheckpointWeights, snapshot_of
-from embedq_consumer.engine.model_directory import ModelDirectory, read_directory
+from embedq_consumer.engine.model_directory import ENCODERS, ModelDirectory, read_directory
 from embedq_consumer.engine.models import registry
-from embedq_consumer.engine.models.traits import Limits
+from embedq_consumer.engine.models.any_transformers import unsteady
+from embedq_consumer.engine.models.traits import Limits, Probe
+from embedq_consumer.engine.pooling import pooling_of
 from embedq_consumer.engine.safety.panics import first_line, panics_caught
+from embedq_consumer.engine.text.effective import EffectiveTokenizer
 from embedq_consumer.engine.text.tokenizer import TextTokenizer
 
 __all__ = ["kept_layers", "load"]
-
-Ids = npt.NDArray[np.int32]
-
-_PROBE_LENGTHS = (3, 1, 9, 3)
-_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
 
 def load(path: Path, options: LoadOptions) -> PackedEncoder:
@@ -92,7 +91,11 @@ def _load(path: Path, target: torch.device, options: LoadOptions) -> PackedEncod
             source = _from_transformers(directory, target, timer)
         with timer.step("digest"):
             version = model_version(
-                directory, options, max_tokens=source.limits.max_tokens, digests=digests.result()
+                directory,
+                options,
+                tokenizer=source.tokenizer.effective.digest,
+                max_tokens=source.limits.max_tokens,
+                digests=digests.result(),
             )
     try:
         with timer.step("forward"):
@@ -105,7 +108,7 @@ def _load(path: Path, target: torch.device, options: LoadOptions) -> PackedEncod
                 options=options,
             )
         with timer.step("proof"):
-            encoder.prove(source.sequences, source.expected)
+            encoder.prove(source.probes, source.expected)
         with timer.step("graphs"):
             encoder.capture()
     except NotImplementedError as error:
@@ -130,9 +133,9 @@ class _Source(msgspec.Struct, frozen=True, kw_only=True):
     model: Any
     tokenizer: TextTokenizer
     limits: Limits
-    sequences: list[Ids]
+    probes: list[Probe]
     expected: Tensor
-    """Hidden states of `sequences` by transformers' own code: float32 (tokens, hidden), on the model's device."""
+    """Hidden states of `probes` by transformers' own code: float32 (tokens, hidden), on the model's device."""
     new: ModelSnapshot | None = None
     """What lets the next load do without transformers."""
 
@@ -143,9 +146,10 @@ def _from_transformers(directory: ModelDirectory, target: torch.device, timer: L
         _import_transformers()
     with timer.step("weights"), _quiet_transformers():
         model = _load_model(directory, target)
-    limits = _limits(directory, model)
+    limits = limits_of(directory, model)
     with timer.step("tokenizer"), _quiet_transformers():
-        tokenizer = TextTokenizer.load(directory, limits.max_tokens)
+        tokenizer = TextTokenizer.load(directory, limits.max_tokens, int(model.config.vocab_size))
+    _refuse_token_types(directory, model, tokenizer)
     with timer.step("device"):
         if model.device != target:
             model.to(target)
@@ -153,22 +157,19 @@ def _from_transformers(directory: ModelDirectory, target: torch.device, timer: L
             # Before it runs: afterwards some layers have made others of their weights.
             _copy_from_files(model)
     with timer.step("reference"):
-        sequences = _probe(model, limits.max_tokens)
-        expected = _reference(model, sequences)
+        probes, expected = _asked(directory, model, limits)
     snapshot = None
     if directory.quantization_method is None and registry.is_written_out(model):
         snapshot = snapshot_of(
             model,
             directory,
             limits,
-            tokenizer=tokenizer.to_json(),
-            sequences=sequences,
+            tokenizer=tokenizer.effective,
+            probes=probes,
             expected=expected,
         )
     if snapshot is None:
-        return _Source(
-            model=model, tokenizer=tokenizer, limits=limits, sequences=sequences, expected=expected
-        )
+        return _Source(model=model, tokenizer=tokenizer, limits=limits, probes=probes, expected=expected)
     release(model)
     # What serves now is what the next start will serve, and so this start proves it.
     return msgspec.structs.replace(_from_snapshot(snapshot, directory, target, timer), new=snapshot)
@@ -181,13 +182,25 @@ def _from_snapshot(
     with timer.step("weights"):
         model = CheckpointWeights(snapshot, directory, target)
     with timer.step("tokenizer"):
-        tokenizer = TextTokenizer.from_json(snapshot.tokenizer, snapshot.max_tokens)
+        effective = EffectiveTokenizer(
+            snapshot.tokenizer,
+            split_special_tokens=snapshot.split_special_tokens,
+            notes=snapshot.tokenizer_notes,
+        )
+        tokenizer = TextTokenizer(effective, snapshot.max_tokens, int(model.config.vocab_size))
     expected = np.frombuffer(snapshot.expected, np.float32).reshape(sum(map(len, snapshot.sequences)), -1)
     return _Source(
         model=model,
         tokenizer=tokenizer,
-        limits=Limits(max_tokens=snapshot.max_tokens, position_offset=snapshot.position_offset),
-        sequences=[np.array(ids, dtype=np.int32) for ids in snapshot.sequences],
+        limits=Limits(
+            max_tokens=snapshot.max_tokens,
+            position_offset=snapshot.position_offset,
+            padding=snapshot.padding,
+        ),
+        probes=[
+            Probe(np.array(ids, dtype=np.int32), start)
+            for ids, start in zip(snapshot.sequences, snapshot.starts, strict=True)
+        ],
         expected=torch.from_numpy(expected.copy()).to(target),
     )
 
@@ -284,14 +297,15 @@ def _load_model(directory: ModelDirectory, target: torch.device) -> Any:
     It lies on the CPU, but a quantized one where it will run, if accelerate is installed: GPTQ's and AWQ's layers, which
     need that package, are chosen for the device.
     """
-    from transformers import AutoModel
+    import transformers
 
     file = directory.checkpoint / "config.json"
     quantized = directory.quantization_method is not None
     in_place = quantized and target.type == "cuda" and importlib.util.find_spec("accelerate") is not None
     try:
         with panics_caught():
-            model, loading = AutoModel.from_pretrained(
+            kind: Any = getattr(transformers, ENCODERS.get(directory.config["model_type"], "AutoModel"))
+            model, loading = kind.from_pretrained(
                 str(directory.checkpoint),
                 dtype=torch.bfloat16 if target.type == "cuda" else torch.float32,
                 device_map={"": target} if in_place else None,
@@ -315,6 +329,8 @@ def _load_model(directory: ModelDirectory, target: torch.device) -> Any:
         raise ModelError(
             f"{directory.tensors[0].file}: shapes differ from config.json's: {loading['mismatched_keys']}"
         )
+    if problem := unsteady(model.config):
+        raise ModelError(f"{file}: {problem}")
     hidden = getattr(model.config, "hidden_size", None)
     if not isinstance(hidden, int):
         raise ModelError(f"{file}: hidden_size: missing")
@@ -322,51 +338,58 @@ def _load_model(directory: ModelDirectory, target: torch.device) -> Any:
         raise ModelError(
             f"{file}: hidden_size is {hidden}, but the pooling's configuration expects {directory.pooling_dimension}"
         )
-    if directory.dense and directory.dense[0].width_in != hidden:
+    pooled = pooling_of(directory.pooling).width(hidden)
+    if directory.dense and directory.dense[0].width_in != pooled:
         raise ModelError(
-            f"{file}: hidden_size is {hidden}, but the first Dense module takes {directory.dense[0].width_in}"
+            f"{file}: hidden_size is {hidden}, so that {' and '.join(directory.pooling)} pooling gives {pooled} components, "
+            f"but the first Dense module takes {directory.dense[0].width_in}"
         )
-    foreign = sorted(set(getattr(model.config, "layer_types", None) or ()) - _LAYER_TYPES)
-    if foreign:
-        raise ModelError(f"{file}: layer_types: {', '.join(foreign)}: not served")
+    for module in model.modules():
+        # Only saves memory, and fails on lengths that it does not divide.
+        if getattr(module, "chunk_size_feed_forward", 0):
+            module.chunk_size_feed_forward = 0
     model.config.use_cache = False
     return model.eval().requires_grad_(False)
 
 
-def _limits(directory: ModelDirectory, model: Any) -> Limits:
-    """RoBERTa and its relatives count positions from one after the padding's, so that fewer are left for tokens."""
-    offset = 0
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
-            offset = 0 if module.padding_idx is None else module.padding_idx + 1
-    positions = getattr(model.config, "max_position_embeddings", None)
-    limits = [directory.max_seq_length]
-    if isinstance(positions, int) and positions > 0:
-        limits.append(positions - offset)
-    known = [limit for limit in limits if limit is not None]
-    if not known:
-        raise ModelError(f"{directory.checkpoint / 'config.json'}: max_position_embeddings: missing")
-    return Limits(max_tokens=min(known), position_offset=offset)
+def _refuse_token_types(directory: ModelDirectory, model: Any, tokenizer: TextTokenizer) -> None:
+    """Every token runs as type 0.
 
-
-def _probe(model: Any, max_tokens: int) -> list[Ids]:
-    """A few sequences of random tokens, none of them padding, which some models skip when they count positions.
-
-    Where attention has a window, one sequence is longer than the window, unless no text can be.
+    Raises:
+        ModelError: sentence-transformers would give the model others.
     """
-    window = getattr(model.config, "sliding_window", None)
-    lengths = list(_PROBE_LENGTHS)
-    if isinstance(window, int) and window < max_tokens:
-        lengths.append(min(2 * window + 3, window + 300, max_tokens))
-    random = np.random.default_rng(0)
-    vocabulary = np.arange(model.config.vocab_size, dtype=np.int32)
-    padding = getattr(model.config, "pad_token_id", None)
-    usable = vocabulary if padding is None else np.delete(vocabulary, padding)
-    return [random.choice(usable, n) for n in lengths]
+    others = tokenizer.token_types() - {0}
+    names = directory.tokenizer_config.get("model_input_names", ["token_type_ids"])
+    if (
+        others
+        and "token_type_ids" in names
+        and "token_type_ids" in inspect.signature(model.forward).parameters
+    ):
+        raise ModelError(
+            f"{directory.checkpoint / 'tokenizer.json'}: post_processor: expected tokens of type 0 alone, got {min(others)}"
+        )
 
 
-@torch.inference_mode()
-def _reference(model: Any, sequences: Sequence[Ids]) -> Tensor:
-    """Hidden states of each sequence alone, by transformers' own code: float32 (tokens, hidden)."""
-    rows = [torch.from_numpy(ids.astype(np.int64)).to(model.device).unsqueeze(0) for ids in sequences]
-    return torch.cat([model(input_ids=row).last_hidden_state[0].float() for row in rows])
+def _asked(directory: ModelDirectory, model: Any, limits: Limits) -> tuple[list[Probe], Tensor]:
+    """A few random texts, and their hidden states by transformers' own code: float32 (tokens, hidden).
+
+    Raises:
+        ModelError: transformers' code does not make a hidden state of each token.
+    """
+    expectation = (
+        f"{directory.checkpoint / 'config.json'}: model_type {directory.config['model_type']}: expected a model that makes a "
+        f"hidden state of each token of a text of any length, but {type(model).__name__}"
+    )
+    try:
+        probes = probes_of(model, limits)
+        expected = reference(model, probes, limits)
+    except Exception as error:  # an architecture may fail in any way
+        if means_out_of_memory(error):
+            raise
+        raise ModelError(f"{expectation} raises {type(error).__name__}: {first_line(error)}") from error
+    tokens, hidden = sum(len(probe.ids) for probe in probes), model.config.hidden_size
+    if expected.shape != (tokens, hidden):
+        raise ModelError(
+            f"{expectation} makes {tuple(expected.shape)} of {tokens} tokens and hidden_size {hidden}"
+        )
+    return probes, expected

@@ -12,7 +12,7 @@ from typing import Any
 
 from embedq_consumer.engine.api import LoadOptions, ModelError
 from embedq_consumer.engine.model_directory import ModelDirectory
-from embedq_consumer.engine.safety.files import open_regular, read_bounded
+from embedq_consumer.engine.safety.files import open_regular
 from embedq_consumer.engine.safety.headers import TensorSlice
 
 __all__ = ["model_version", "tensor_digests"]
@@ -23,55 +23,37 @@ _READ_BYTES = 1 << 20
 _IDLE_CONFIG = frozenset(
     {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 )
-_IDLE_TOKENIZER_CONFIG = frozenset(
-    {
-        "_name_or_path",
-        "chat_template",
-        "clean_up_tokenization_spaces",
-        "model_input_names",
-        "model_max_length",
-        "name_or_path",
-        "padding_side",
-        "tokenizer_file",
-        "transformers_version",
-        "truncation_side",
-    }
-)
 
 
 def model_version(
     directory: ModelDirectory,
     options: LoadOptions,
     *,
+    tokenizer: str,
     max_tokens: int,
     digests: Sequence[bytes] | None = None,
 ) -> str:
     """`sha256:` and 64 hex digits; the same for every copy of a directory, wherever and however it is stored.
 
-    Weights count tensor by tensor, so that resharding keeps the version. `max_tokens` counts, since it decides where a
+    Weights count tensor by tensor, so that resharding keeps the version. `tokenizer` is the effective one's digest: what its
+    files say only counts as far as ids depend on it. `max_tokens` counts, since it decides where a
     long text is cut. Of the options, `quantization` and `keep_bf16` count, which give other vectors from the same weights,
     and `deterministic`: it promises bits, so a cache must not answer with bits that another mode rounded.
     `options.keep_bf16` must count from 0 on. Files are read in `options.threads` threads (hashlib releases the GIL); 8 GB
     take seconds. `digests` are those of `directory.tensors`, if they are known already.
     """
-    total = hashlib.sha256(b"embedq model version 1")
+    total = hashlib.sha256(b"embedq model version 2")
 
     def add(label: str, value: bytes) -> None:
         for part in (label.encode(), value):
             total.update(len(part).to_bytes(8, "little"))
             total.update(part)
 
-    checkpoint = directory.checkpoint
     add("config", _canonical(directory.config, _IDLE_CONFIG))
-    add("tokenizer", read_bounded(checkpoint / "tokenizer.json"))
-    add("tokenizer_config", _canonical(directory.tokenizer_config, _IDLE_TOKENIZER_CONFIG))
-    for name in ("special_tokens_map.json", "added_tokens.json"):
-        file = checkpoint / name
-        add(name, read_bounded(file) if file.exists() else b"")
-    add("pooling", directory.pooling.encode())
+    add("tokenizer", tokenizer.encode())
+    add("pooling", "+".join(directory.pooling).encode())
     add("prompts", _canonical({name: prompt for name, prompt in directory.prompts.items() if prompt}))
     add("default_prompt", directory.default_prompt.encode())
-    add("lower_case", str(directory.lower_case).encode())
     add("max_tokens", str(max_tokens).encode())
     if options.quantization != "none":
         add("quantization", options.quantization.encode())

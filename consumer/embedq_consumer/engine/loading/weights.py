@@ -9,8 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -18,7 +16,8 @@ from torch import Tensor
 from embedq_consumer.engine.device import current
 from embedq_consumer.engine.loading.load_cache import ModelSnapshot, Rotary
 from embedq_consumer.engine.model_directory import ModelDirectory
-from embedq_consumer.engine.models.traits import Limits, architecture_of, last_norm_eps_of
+from embedq_consumer.engine.models.traits import Limits, Probe, architecture_of, last_norm_eps_of
+from embedq_consumer.engine.text.effective import EffectiveTokenizer
 
 __all__ = ["CheckpointWeights", "snapshot_of"]
 
@@ -74,13 +73,13 @@ def snapshot_of(
     directory: ModelDirectory,
     limits: Limits,
     *,
-    tokenizer: str,
-    sequences: Sequence[npt.NDArray[np.int32]],
+    tokenizer: EffectiveTokenizer,
+    probes: Sequence[Probe],
     expected: Tensor,
 ) -> ModelSnapshot | None:
     """The snapshot of transformers' `model`; None if the checkpoint's tensors are not exactly the model's parameters.
 
-    `tokenizer`, `sequences` and `expected` are as in `ModelSnapshot`.
+    `expected` is as in `ModelSnapshot`.
     """
     tensors = _tensor_names(model, directory)
     if tensors is None:
@@ -93,8 +92,12 @@ def snapshot_of(
         last_norm_eps=last_norm_eps_of(model),
         max_tokens=limits.max_tokens,
         position_offset=limits.position_offset,
-        tokenizer=tokenizer,
-        sequences=tuple(tuple(ids.tolist()) for ids in sequences),
+        padding=limits.padding,
+        tokenizer=tokenizer.text,
+        split_special_tokens=tokenizer.split_special_tokens,
+        tokenizer_notes=tokenizer.notes,
+        sequences=tuple(tuple(probe.ids.tolist()) for probe in probes),
+        starts=tuple(probe.start for probe in probes),
         expected=expected.cpu().numpy().tobytes(),
     )
 

@@ -1,4 +1,4 @@
-"""BERT's forward over a packed row, written out: what MiniLM and its family run on a CPU.
+"""BERT's forward over a packed row, written out in PyTorch: what MiniLM and its family run on a CPU.
 
 It computes what transformers' BertModel computes, with one product for query, key and value, sums taken in place, and
 position and token-type tables added up once. PackedEncoder proves it against BertModel at every load.
@@ -6,6 +6,7 @@ position and token-type tables added up once. PackedEncoder proves it against Be
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -17,10 +18,12 @@ from embedq_consumer.engine.kernels.attention import Packing, attend_runs
 from embedq_consumer.engine.models.traits import ForwardOptions
 from embedq_consumer.engine.row import PooledForward
 
-__all__ = ["PackedBert"]
+__all__ = ["BertLayer", "PackedBert", "bert_layer", "pair"]
 
 
-class _Layer(msgspec.Struct, frozen=True, kw_only=True):
+class BertLayer(msgspec.Struct, frozen=True, kw_only=True):
+    """One layer's weights and biases, those of query, key and value side by side."""
+
     qkv: tuple[Tensor, Tensor]
     o_proj: tuple[Tensor, Tensor]
     attention_norm: tuple[Tensor, Tensor]
@@ -42,7 +45,11 @@ class _Workspace(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PackedBert:
-    """The layers of one BertModel, whose parameters it shares, except for the fused ones."""
+    """The layers of one BertModel, whose parameters it shares, except for the fused ones.
+
+    A family that differs from BERT in names, or in what is added to attention's scores, overrides `_position_table`, `_layer`
+    and `_bias`.
+    """
 
     def __init__(self, model: Any, options: ForwardOptions) -> None:
         config = model.config
@@ -51,12 +58,10 @@ class PackedBert:
         self._eps = float(config.layer_norm_eps)
         embeddings = model.embeddings
         self._words = embeddings.word_embeddings.weight.detach()
-        # Every text is one segment, so the first token type is added everywhere.
-        types = embeddings.token_type_embeddings.weight[0]
-        self._positions = (embeddings.position_embeddings.weight + types).detach()
-        self._embedding_norm = _pair(embeddings.LayerNorm)
+        self._positions = self._position_table(embeddings).detach()
+        self._embedding_norm = pair(embeddings.LayerNorm)
         self._scratch: _Workspace | None = None
-        self._layers = [_layer(layer) for layer in model.encoder.layer]
+        self._layers = [self._layer(layer) for layer in model.encoder.layer]
         self.kernels = {"attention": "torch_sdpa"}
 
     @staticmethod
@@ -75,9 +80,10 @@ class PackedBert:
         x = self._normalized(x, self._embedding_norm)
         scratch = self._workspace(len(ids))
         scale = self._head_dim**-0.5
+        bias = self._bias(packing)
         for layer in self._layers:
             q, k, v = _linear(x, layer.qkv, scratch.qkv).view(-1, 3, self._heads, self._head_dim).unbind(1)
-            attend_runs(q, k, v, scratch.attended, packing.runs, causal=False, scale=scale)
+            attend_runs(q, k, v, scratch.attended, packing.runs, causal=False, scale=scale, bias=bias)
             attended = scratch.attended.flatten(1)
             x = self._normalized(
                 _linear(attended, layer.o_proj, scratch.narrow).add_(x), layer.attention_norm
@@ -90,16 +96,37 @@ class PackedBert:
         """None: there are no CUDA graphs on a CPU."""
         return None
 
+    @staticmethod
+    def _position_table(embeddings: Any) -> Tensor:
+        """What each position adds to a token, (positions, hidden)."""
+        # Every text is one segment, so the first token type is added everywhere.
+        types = embeddings.token_type_embeddings.weight[0]
+        table: Tensor = types + embeddings.position_embeddings.weight
+        return table
+
+    @staticmethod
+    def _layer(layer: Any) -> BertLayer:
+        """The weights of one of the model's layers."""
+        attention = layer.attention
+        inner = attention.self
+        return bert_layer(
+            (inner.query, inner.key, inner.value), attention.output.dense, attention.output.LayerNorm, layer
+        )
+
+    def _bias(self, packing: Packing) -> Callable[[int], Tensor] | None:
+        """What is added to attention's scores, as in `attend_runs`."""
+        return None
+
     def _workspace(self, tokens: int) -> _Workspace:
         """The first `tokens` rows of the scratch tensors, which grow when they must."""
         if self._scratch is None or self._scratch.narrow.shape[0] < tokens:
             hidden, heads, dim = self._heads * self._head_dim, self._heads, self._head_dim
             wide = self._layers[0].up[1].shape[0]
             self._scratch = _Workspace(
-                qkv=torch.empty(tokens, 3 * hidden),
-                attended=torch.empty(tokens, heads, dim),
-                narrow=torch.empty(tokens, hidden),
-                wide=torch.empty(tokens, wide),
+                qkv=self._words.new_empty(tokens, 3 * hidden),
+                attended=self._words.new_empty(tokens, heads, dim),
+                narrow=self._words.new_empty(tokens, hidden),
+                wide=self._words.new_empty(tokens, wide),
             )
         scratch = self._scratch
         return _Workspace(
@@ -118,18 +145,19 @@ def _linear(x: Tensor, layer: tuple[Tensor, Tensor], out: Tensor) -> Tensor:
     return torch.addmm(bias, x, weight.t(), out=out)
 
 
-def _layer(layer: Any) -> _Layer:
-    attention = layer.attention
-    parts = [_pair(part) for part in (attention.self.query, attention.self.key, attention.self.value)]
-    return _Layer(
+def bert_layer(queries_keys_values: Sequence[Any], o_proj: Any, attention_norm: Any, layer: Any) -> BertLayer:
+    """The layer of these modules, and of `layer`'s own feed-forward ones."""
+    parts = [pair(part) for part in queries_keys_values]
+    return BertLayer(
         qkv=(torch.cat([weight for weight, _ in parts]), torch.cat([bias for _, bias in parts])),
-        o_proj=_pair(attention.output.dense),
-        attention_norm=_pair(attention.output.LayerNorm),
-        up=_pair(layer.intermediate.dense),
-        down=_pair(layer.output.dense),
-        norm=_pair(layer.output.LayerNorm),
+        o_proj=pair(o_proj),
+        attention_norm=pair(attention_norm),
+        up=pair(layer.intermediate.dense),
+        down=pair(layer.output.dense),
+        norm=pair(layer.output.LayerNorm),
     )
 
 
-def _pair(module: Any) -> tuple[Tensor, Tensor]:
+def pair(module: Any) -> tuple[Tensor, Tensor]:
+    """A module's weight and bias."""
     return module.weight.detach(), module.bias.detach()

@@ -73,7 +73,8 @@ class PackedBertCuda:
         # Every text is one segment, so the first token type is added everywhere.
         types = embeddings.token_type_embeddings.weight[0].float()
         self._positions: Tensor = (embeddings.position_embeddings.weight.float() + types).detach()
-        self._row_positions = self._positions[options.limits.position_offset :]
+        self._padding = options.limits.padding
+        self._row_positions = self._positions[options.limits.row_offset :]
         self._embedding_norm = _pair(embeddings.LayerNorm)
         self.device = self._words.device
         self.hidden_size = int(config.hidden_size)
@@ -115,13 +116,14 @@ class PackedBertCuda:
         return self._run(*x, packing.cu_seqlens, packing.longest, None)
 
     def pooled(self) -> PooledForward:
-        """Up to the pooled vector, with positions that start at `limits.position_offset` of the model's."""
+        """Up to the pooled vector, with positions that start at `limits.row_offset` of the model's."""
         return PooledForward(
             run=self._pool,
-            hidden_size=self.hidden_size,
+            hidden_size=self._pooling.width(self.hidden_size),
             device=self.device,
             attention=self.attention,
             longest=self._max_tokens,
+            padding=self._padding,
         )
 
     def _pool(self, row: Row, longest: int, out: Tensor) -> None:

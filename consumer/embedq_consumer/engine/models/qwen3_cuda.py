@@ -30,6 +30,7 @@ from embedq_consumer.engine.kernels.skinny_gemm import (
     skinny_linear,
     skinny_plan,
 )
+from embedq_consumer.engine.models.rotary import FIXED
 from embedq_consumer.engine.models.traits import ForwardOptions
 from embedq_consumer.engine.row import PooledForward, Row, Shared
 
@@ -93,17 +94,19 @@ class PackedQwen3:
 
     @staticmethod
     def fits(model: Any) -> bool:
-        """Whether `model`, a Qwen3 on CUDA, is a plain one in bf16: full attention and unscaled rotary positions."""
+        """Whether `model`, a Qwen3 on CUDA, is a plain one in bf16: full attention, and rotary positions that are the same for
+        every text, whatever its length: so that a prefix may be shared."""
         config = model.config
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        rotary = getattr(model.rotary_emb, "rope_type", None)
+        rotary = model.rotary_emb
         half = int(config.head_dim) // 2
         return bool(
             model.dtype == torch.bfloat16
             and config.hidden_act == "silu"
             and not config.attention_bias
             and kinds == {"full_attention"}
-            and rotary == "default"
+            and getattr(rotary, "rope_type", None) in FIXED
+            and len(rotary.inv_freq) == half
             and half & (half - 1) == 0
         )
 

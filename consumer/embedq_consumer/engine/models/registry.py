@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Final, Protocol
 
@@ -14,7 +14,12 @@ from torch import Tensor
 
 from embedq_consumer.engine.api import ModelError
 from embedq_consumer.engine.kernels.attention import Packing
-from embedq_consumer.engine.models.any_transformers import packed_forward
+from embedq_consumer.engine.models.any_transformers import (
+    by_length_forward,
+    obstacle,
+    own_attention,
+    packed_forward,
+)
 from embedq_consumer.engine.models.traits import ForwardOptions, architecture_of
 from embedq_consumer.engine.row import HiddenForward, PooledForward
 
@@ -49,7 +54,9 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     """"cpu" or "cuda"."""
     module: str
     forward: str
-    """The class in `module`, which is imported only where it is needed: on CUDA it needs Triton."""
+    """The class in `module`, which is imported only where it is needed."""
+    triton: bool = False
+    """Whether `module` needs Triton."""
     fp8: bool = False
     imports: tuple[str, ...] = ()
     """What its kernels import, which takes long and can be done while weights are read."""
@@ -70,6 +77,7 @@ FAMILIES: Final = (
         device="cuda",
         module=f"{_MODELS}.bert_cuda",
         forward="PackedBertCuda",
+        triton=True,
         fp8=True,
     ),
     Family(
@@ -77,8 +85,17 @@ FAMILIES: Final = (
         device="cuda",
         module=f"{_MODELS}.qwen3_cuda",
         forward="PackedQwen3",
+        triton=True,
         fp8=True,
         imports=("flash_attn.cute", f"{_KERNELS}.gated_epilogue"),
+    ),
+    *(
+        Family(architectures=frozenset({name}), device=device, module=f"{_MODELS}.{module}", forward=forward)
+        for name, module, forward in (
+            ("MPNetModel", "mpnet", "PackedMPNet"),
+            ("DebertaV2Model", "deberta", "PackedDeberta"),
+        )
+        for device in ("cpu", "cuda")
     ),
 )
 
@@ -90,6 +107,11 @@ class Built(msgspec.Struct, frozen=True, kw_only=True):
     pooled: PooledForward | None = None
     kernels: Mapping[str, str]
     """As in `Encoder.kernels`."""
+    takes_positions: bool = True
+    """Whether `hidden` puts tokens where the positions say; else each text begins at the model's first position."""
+    slower: Callable[[], Built] | None = None
+    """Makes another one of the same model, for where `hidden`, which is of no use afterwards, does not give what transformers
+    gives."""
 
 
 def is_written_out(model: Any) -> bool:
@@ -105,19 +127,37 @@ def build(model: Any, options: ForwardOptions, *, written_out: bool = True) -> B
 
     Raises:
         ModelError: `options.quantized`, and model or device cannot run in FP8.
-        NotImplementedError: the architecture's attention cannot be packed.
     """
     device: torch.device = model.device
     if options.quantized:
         _refuse_without_fp8(device)
     forward = _forward_for(model) if written_out else None
+    family = _family_of(architecture_of(model), device)
+    if options.quantized and not (forward is not None and family is not None and family.fp8):
+        raise ModelError(f"quantization fp8: {architecture_of(model)} has no FP8 forward")
     if forward is not None:
         made = forward(model, options)
         return Built(hidden=made, pooled=made.pooled(), kernels=made.kernels)
-    if options.quantized:
-        raise ModelError(f"quantization fp8: {architecture_of(model)} has no FP8 forward")
     attention = "torch_sdpa" if device.type == "cpu" else "packed"
-    return Built(hidden=packed_forward(model), kernels={"attention": attention})
+    own = own_attention(model)
+    longest = options.limits.max_tokens
+
+    def by_length() -> Built:
+        return Built(
+            hidden=by_length_forward(model, own, longest),
+            kernels={"attention": "by_length"},
+            takes_positions=False,
+        )
+
+    problem = obstacle(model)
+    if problem is None:
+        try:
+            packed = packed_forward(model, longest)
+            return Built(hidden=packed, kernels={"attention": attention}, slower=by_length)
+        except NotImplementedError as error:
+            problem = str(error)
+    slower = by_length()
+    return msgspec.structs.replace(slower, kernels={**slower.kernels, "not_packed": problem})
 
 
 def import_ahead(architecture: str, device: torch.device) -> None:
@@ -142,11 +182,9 @@ def _forward_for(model: Any) -> type[WrittenOut] | None:
 
 
 def _family_of(architecture: str, device: torch.device) -> Family | None:
-    if device.type == "cuda" and not _has_triton():
-        return None
     for family in FAMILIES:
         if family.device == device.type and architecture in family.architectures:
-            return family
+            return family if _has_triton() or not family.triton else None
     return None
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from embedq_consumer.engine.pooling import Pooling
 
-__all__ = ["ForwardOptions", "Limits", "architecture_of", "last_norm_eps_of"]
+__all__ = ["ForwardOptions", "Limits", "Probe", "architecture_of", "last_norm_eps_of"]
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -19,6 +21,29 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """The longest input, special tokens included."""
     position_offset: int
     """The model's position of a text's first token."""
+    padding: int | None = None
+    """The token that stands at `position_offset - 1`, wherever it is, and does not count for those after it; None where every
+    token counts. RoBERTa and its relatives number their tokens so, and a text may spell that token."""
+
+    @property
+    def row_offset(self) -> int:
+        """The model's position of what `row.positions_of` numbers 0."""
+        return self.position_offset - (self.padding is not None)
+
+
+class Probe(msgspec.Struct, frozen=True):
+    """Random tokens that a load is proved on: the last ones of a text, the first at position `start`, counted from 0 on.
+
+    So a few tokens stand for a long text, of which the tokens before them are never run.
+    """
+
+    ids: npt.NDArray[np.int32]
+    start: int = 0
+
+    @property
+    def reach(self) -> int:
+        """How many tokens the text has."""
+        return self.start + len(self.ids)
 
 
 class ForwardOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,7 +51,7 @@ class ForwardOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     pooling: Pooling
     limits: Limits
-    """A `Row` counts positions from 0, whatever the offset."""
+    """A `Row` counts positions as `row.positions_of` does, whatever the offset."""
     last_norm: Tensor | None = None
     """Weight of the model's last norm, where the pooled vectors alone get it; the model itself has none then."""
     quantized: bool = False

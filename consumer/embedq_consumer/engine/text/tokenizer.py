@@ -1,28 +1,23 @@
-"""Texts to token ids, exactly as sentence-transformers makes them, but in batches, off the GIL and from any thread."""
+"""Texts to token ids, as sentence-transformers makes them on transformers 4, but in batches, off the GIL and from any thread."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Encoding, Tokenizer, normalizers
+from tokenizers import Encoding, Tokenizer
 
 from embedq_consumer.engine.api import Chunked, Failed, ModelError, Piece, Text, TextTooLong, Tokens
 from embedq_consumer.engine.model_directory import ModelDirectory
-from embedq_consumer.engine.prefix_cache import LONGEST_PREFIX
 from embedq_consumer.engine.safety.panics import first_line, panics_caught
 from embedq_consumer.engine.text.chunking import cut, spans_of, windows_of
+from embedq_consumer.engine.text.effective import EffectiveTokenizer, effective_tokenizer
+from embedq_consumer.engine.text.transformers_reading import differs_from_transformers
 
 __all__ = ["TextTokenizer"]
 
-_LEAST_SHARED = 8
-"""The fewest tokens of a shared prefix: copying its keys to each text's own costs a little, too."""
-_PROMPTS = 64
-"""Prompts whose ids are cached."""
 _PROBES = (
     "",
     " ",
@@ -30,7 +25,7 @@ _PROBES = (
     "The harbour pilot boards the ship two miles before the breakwater. 0123456789 " * 40,
     "Straße café naïve Łódź αβγ Москва עברית العربية हिन्दी ไทย 한국어 日本語 汉字 ነው ქართული",
     "👩\u200d👩\u200d👧 🛂 ﷽ ﬁ ½ ℵ 𝔘𝔫𝔦 𐍈 \U0010fffd",
-    "def f(x): return {x: [x ** 2]}  # <|im_end|> [MASK] </s> <pad>",
+    "def f(x): return {x: [x ** 2]}  # <|im_end|> [MASK] </s> <pad> <mask>",
     "".join(map(chr, (*range(0x20, 0xD800, 97), *range(0xE000, 0x20000, 997)))),
 )
 """Texts of every kind: nothing, controls, many scripts, emoji, code, what spells special tokens, and characters of all planes."""
@@ -47,48 +42,74 @@ class TextTokenizer:
     (`<|endoftext|>`, `[CLS]`, `[SEP]`).
     """
 
-    def __init__(self, tokenizer: Tokenizer, max_tokens: int) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, effective: EffectiveTokenizer, max_tokens: int, rows: int) -> None:
+        """`rows` of the embedding table: the ids that the model knows are those below it.
+
+        Raises:
+            ModelError: the limit leaves no room for a text, or every text would get a token that the model does not know.
+        """
+        self.effective = effective
+        self._tokenizer = tokenizer = effective.build()
         self._max_tokens = max_tokens
+        self._rows = rows
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._before, self._after = _added_tokens(tokenizer)
         if self._before + self._after >= max_tokens:
             raise ModelError(f"the limit of {max_tokens} tokens leaves no room between the special tokens")
-        self._prefix = lru_cache(maxsize=_PROMPTS)(self._prefix_of)
+        for number in tokenizer.encode("").ids:
+            if number >= rows:
+                raise ModelError(
+                    f"every text gets the token {tokenizer.id_to_token(number)!r} of id {number}, but the embedding table has "
+                    f"{rows} rows"
+                )
+        self._beyond = sorted(number for number in tokenizer.get_added_tokens_decoder() if number >= rows)
+        """Ids that a text may have and the model does not know: those of added tokens."""
 
     @classmethod
-    def load(cls, directory: ModelDirectory, max_tokens: int) -> TextTokenizer:
-        """The tokenizer of `directory`.
+    def load(cls, directory: ModelDirectory, max_tokens: int, rows: int) -> TextTokenizer:
+        """The tokenizer of `directory`, tried on texts of every kind, and compared with what transformers makes of it.
 
-        transformers builds it, as it does for sentence-transformers: its classes may replace parts of `tokenizer.json`
-        by what `tokenizer_config.json` asks for.
+        Raises:
+            ModelError: the files are malformed, the tokenizer does not take every text, or it is not this model's.
         """
-        from transformers import AutoTokenizer
-
         file = directory.checkpoint / "tokenizer.json"
+        effective = effective_tokenizer(directory)
         try:
             with panics_caught():
-                wrapper = AutoTokenizer.from_pretrained(
-                    str(directory.checkpoint), local_files_only=True, trust_remote_code=False
-                )
+                tokenizer = cls(effective, max_tokens, rows)
+                tokenizer.refuse_foreign_vocabulary()
         except Exception as error:  # the Rust side raises plain Exception
             raise ModelError(f"{file}: {first_line(error)}") from error
-        backend: Any = getattr(wrapper, "backend_tokenizer", None)
-        if not isinstance(backend, Tokenizer):
-            raise ModelError(f"{file}: {type(wrapper).__name__} is not a fast tokenizer")
-        if directory.lower_case:
-            rest = [backend.normalizer] if backend.normalizer is not None else []
-            backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *rest])
-        try:
-            with panics_caught():
-                tokenizer = cls(backend, max_tokens)
-        except ModelError:
-            raise
-        except Exception as error:
-            raise ModelError(f"{file}: {first_line(error)}") from error
         tokenizer.prove(str(file))
+        if note := differs_from_transformers(directory, tokenizer._tokenizer, _PROBES):
+            tokenizer.effective = effective.noting(note)
         return tokenizer
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What an operator should know of how the files were read."""
+        if not self._beyond:
+            return self.effective.notes
+        shown = ", ".join(map(str, self._beyond[:3])) + (", …" if len(self._beyond) > 3 else "")
+        note = f"added tokens have the ids {shown}, but the embedding table has {self._rows} rows: a text that spells one fails"
+        return (*self.effective.notes, note)
+
+    def refuse_foreign_vocabulary(self) -> None:
+        """Added tokens may be rare; those of the vocabulary itself come up in any text.
+
+        Raises:
+            ModelError: the vocabulary has ids beyond the embedding table.
+        """
+        token, number = max(
+            self._tokenizer.get_vocab(with_added_tokens=False).items(),
+            key=lambda entry: entry[1],
+            default=("", -1),
+        )
+        if number >= self._rows:
+            raise ModelError(
+                f"the vocabulary has the token {token[:80]!r} of id {number}, but the embedding table has {self._rows} rows"
+            )
 
     def prove(self, file: str) -> None:
         """Tokenize texts of every kind: those of jobs will be of every kind.
@@ -97,46 +118,27 @@ class TextTokenizer:
             ModelError: it fails on one, for instance because it lacks its own unknown token.
         """
         for found in self.tokenize([Text(text, truncate="end") for text in _PROBES]):
-            if isinstance(found, Failed):
+            if isinstance(found, Failed) and found.beyond is None:
                 raise ModelError(f"{file}: the tokenizer does not take every text: {found.reason}")
 
-    @classmethod
-    def from_json(cls, serialized: str, max_tokens: int) -> TextTokenizer:
-        """The one that `to_json` came from."""
-        return cls(Tokenizer.from_str(serialized), max_tokens)
+    def token_types(self) -> set[int]:
+        """The types (segments) that the post-processor gives the tokens of a text; 0 is what models take for granted."""
+        return set(self._tokenizer.encode("a").type_ids)
 
-    def to_json(self) -> str:
-        """The whole tokenizer, in the tokenizers library's own format."""
-        return str(self._tokenizer.to_str())
+    def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong | Failed]:
+        """Tokens of each text, in order. Safe to call from many threads at once."""
 
-    def tokenize(self, texts: Sequence[Text], *, share: bool = False) -> list[Tokens | TextTooLong | Failed]:
-        """Tokens of each text, in order; with `share`, how many of the first are a shared prompt's.
-
-        Safe to call from many threads at once.
-        """
-
-        def tokens_of(text: Text, encoding: Encoding) -> Tokens | TextTooLong:
+        def tokens_of(text: Text, encoding: Encoding) -> Tokens | TextTooLong | Failed:
             found = self._fit(text, encoding)
-            return self._sharing(text, found) if share and isinstance(found, Tokens) else found
+            return (self._unknown(found.ids) or found) if isinstance(found, Tokens) else found
 
         return _each(self._tokenizer.encode_batch_fast, texts, tokens_of)
 
-    def _sharing(self, text: Text, tokens: Tokens) -> Tokens:
-        """The same tokens; `shared` says whether they begin with the prompt's, as they do unless these were cut."""
-        if not text.prompt:
-            return tokens
-        prefix = self._prefix(text.prompt)
-        begins = len(tokens.ids) > len(prefix) and np.array_equal(tokens.ids[: len(prefix)], prefix)
-        return msgspec.structs.replace(tokens, shared=len(prefix)) if begins else tokens
-
-    def _prefix_of(self, prompt: str) -> npt.NDArray[np.int32]:
-        """Ids that texts with this prompt begin with; none if they are too few to be worth sharing.
-
-        The prompt's last token is not among them: it may merge with the text into another one.
-        """
-        ids: npt.NDArray[np.int32] = np.array(self._tokenizer.encode(prompt).ids, dtype=np.int32)
-        prefix = ids[: len(ids) - self._after - 1][:LONGEST_PREFIX]
-        return prefix if len(prefix) >= _LEAST_SHARED else prefix[:0]
+    def _unknown(self, ids: npt.NDArray[np.int32]) -> Failed | None:
+        """The failure of a text with a token that the model does not know."""
+        if not self._beyond or (found := int(ids.max(initial=0))) < self._rows:
+            return None
+        return Failed(f"the id {found} is beyond the model's {self._rows} embeddings", (found, self._rows))
 
     def chunk(self, texts: Sequence[Text], *, end_token: bool) -> list[Chunked | TextTooLong | Failed]:
         """Windows of each text; see `Encoder.chunk`. With `end_token`, the last span of a window includes the special tokens
@@ -145,10 +147,12 @@ class TextTokenizer:
             self._tokenizer.encode_batch, texts, lambda text, encoding: self._chunk(text, encoding, end_token)
         )
 
-    def _chunk(self, text: Text, encoding: Encoding, end_token: bool) -> Chunked | TextTooLong:
+    def _chunk(self, text: Text, encoding: Encoding, end_token: bool) -> Chunked | TextTooLong | Failed:
         if text.chunk is None:
             raise RuntimeError("a text without `chunk`. This is a bug.")
         ids: npt.NDArray[np.int32] = np.array(encoding.ids, dtype=np.int32)
+        if unknown := self._unknown(ids):
+            return unknown
         end = len(ids) - self._after
         offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)[self._before : end]
         offsets -= len(text.prompt)

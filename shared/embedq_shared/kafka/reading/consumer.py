@@ -7,8 +7,8 @@ from typing import Any
 
 from aiokafka.consumer import fetcher
 
+from embedq_shared.access import DEFAULT_MAX_INFLATED_BYTES
 from embedq_shared.kafka.clients import AIOKafkaConsumer
-from embedq_shared.kafka.reading.inflation import DEFAULT_MAX_INFLATED_BYTES
 from embedq_shared.kafka.reading.record_batches import BoundedRecords
 
 _ceiling: ContextVar[int | None] = ContextVar("embedq_kafka_ceiling", default=None)

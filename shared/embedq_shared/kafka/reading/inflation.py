@@ -9,10 +9,6 @@ from typing import Final, NamedTuple
 import cramjam
 from cramjam import DecompressionError
 
-DEFAULT_MAX_INFLATED_BYTES: Final = 64 * 1024 * 1024
-"""Sixty-four times what a broker takes in one batch by default. Texts shrink to a third or a fifth, a job of thousands of
-equal texts to a hundredth of a job that is allowed: nothing that a sender of jobs means to send comes near it."""
-
 _FIRST_GUESS: Final = 16
 """Times the compressed size: nearly all batches fit into a buffer of that many bytes, which is made and cleared each time."""
 _LEAST_BUFFER: Final = 64 * 1024

@@ -19,7 +19,7 @@ import msgspec
 from aiokafka.abc import AbstractTokenProvider
 from aiokafka.errors import KafkaError
 
-from embedq_shared.kafka.security.options import BadOption
+from embedq_shared.access import BadOption
 from embedq_shared.secret import Secret, read_secret
 
 _REQUEST_S: Final = 10.0

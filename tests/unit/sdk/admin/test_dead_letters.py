@@ -218,3 +218,9 @@ def test_what_lies_before_the_first_letter_that_is_not_settled_may_be_deleted() 
 def test_integers_are_read_with_their_sign() -> None:
     headers = [("kafka_dlt-original-timestamp", struct.pack(">q", -1))]
     assert letter_of(0, 0, None, headers).original_timestamp == -1
+
+
+def test_a_note_of_any_bytes_is_a_note_or_none() -> None:
+    headers = [(NOTE, b"replayed")]
+    for value in (None, b"", b"{", b"\xff", b'{"offsets":[' + b"1" * 5000 + b"]}", b'{"x":' + b"[" * 100_000):
+        assert note_of(value, headers) is None

@@ -2,7 +2,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from embedq_sdk.admin.rollout import RolloutUpdate, RolloutView, StatusBoard
+import msgspec
+import pytest
+
+from embedq_sdk.admin.control import _next_command
+from embedq_sdk.admin.rollout import RolloutUpdate, RolloutView, StatusBoard, view_of
+from embedq_shared.codec import encode_record, read_command, read_status
 from embedq_shared.messages import Control, Status
 
 START = 1_000_000.0
@@ -121,8 +126,6 @@ def a_command(version: int = 1, **more: Any) -> Control:
 
 
 def test_the_next_command_falls_back_to_what_a_live_replica_serves() -> None:
-    from embedq_sdk.admin.control import _next_command
-
     new = a_command(path="/new")
 
     served = _next_command(new, [a_command(4), a_command(7, fallback="/old")], [a_status(version=7)])
@@ -134,3 +137,68 @@ def test_the_next_command_falls_back_to_what_a_live_replica_serves() -> None:
     assert (served.version, served.path, served.fallback) == (8, "/new", "/m7")
     assert (unproven.version, unproven.fallback) == (8, "/old")
     assert (first.version, first.fallback) == (1, None)
+
+
+def test_a_control_topic_that_was_made_anew_does_not_begin_below_what_replicas_follow() -> None:
+    new, live = a_command(path="/new"), [a_status(version=7), a_status("r2", version=None)]
+
+    assert _next_command(new, [], live).version == 8
+    assert _next_command(new, [a_command(2)], live).version == 8
+
+
+# -- of commands that were written at once ------------------------------------------------------------------------------
+
+
+def test_that_a_replica_refuses_a_later_command_of_the_same_version_does_not_supersede_ours() -> None:
+    refused = ours(
+        "r1", command_id="loser", step="validate", state="FAILED", error="expected a version above 2"
+    )
+
+    assert watch(refused, ours("r2")).progress == "running"
+    assert watch(refused, ours("r1"), ours("r2")).progress == "ready"
+
+
+# -- the replica, and its last command ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "state", "outcome"),
+    [
+        (ours(state="FAILED", step="check", error="why", serving=True), "READY", "FAILED"),
+        (ours(state="LOADING", step="load", serving=True), "READY", "LOADING"),
+        (ours(state="LOADING", step="load", serving=False), "LOADING", "LOADING"),
+        (ours(state="STOPPED", step="stopped", serving=False), "STOPPED", "STOPPED"),
+        (a_status(version=None, state="LOADING", step="starting", serving=False), "LOADING", None),
+        (a_status(version=None, serving=True), "READY", None),
+        # Older replicas do not say whether they serve.
+        (ours(state="FAILED", step="check", error="why"), "READY", "FAILED"),
+        (ours(state="LOADING", step="load"), "LOADING", "LOADING"),
+    ],
+)
+def test_a_replica_is_one_thing_and_how_its_last_command_stands_another(
+    status: Status, state: str, outcome: str | None
+) -> None:
+    view = view_of(status, START)
+
+    assert (view.state, view.outcome) == (state, outcome)
+    assert view.error == status.error
+
+
+def test_a_status_counts_under_the_key_of_its_replica_alone() -> None:
+    record = encode_record(ours("r1"))
+
+    assert read_status(b"r1", record) == ours("r1")
+    for key in (None, b"r2", b"\xff"):
+        with pytest.raises(msgspec.ValidationError):
+            read_status(key, record)
+
+
+def test_a_command_counts_under_the_key_of_its_alias_alone() -> None:
+    record = encode_record(a_command())
+
+    assert read_command(b"default", record, "default") == a_command()
+    for key in (None, b"other", b"\xff"):
+        assert read_command(key, record, "default") is None
+    for key, value, alias in ((b"other", record, "other"), (b"default", None, "default")):
+        with pytest.raises(msgspec.DecodeError):
+            read_command(key, value, alias)
