@@ -42,6 +42,8 @@ _LARGEST: Final = 1e9
 """Some 30 years in seconds. "inf" reads as a float too, and is not a time to wait."""
 _DRY_RUN_S: Final = 180.0
 """Importing transformers takes 5 s on a quiet machine, and the rest of a dry run one."""
+_LONGEST_RETRY_S: Final = 24 * 3600.0
+"""Of one tier: a record must not be older than the topic's retention, a week, before it is read."""
 _DEVICE: Final = r"(cpu|cuda(:\d+)?)"
 
 PositiveInt = Annotated[int, Meta(ge=1)]
@@ -488,8 +490,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ValueError("EMBEDQ_FP8_KEEP: needs EMBEDQ_QUANTIZATION=fp8")
         if self.devices and self.device != "auto":
             raise ValueError("EMBEDQ_DEVICE: cannot be set together with EMBEDQ_DEVICES")
-        if any(delay > MAX_DELAY_S for delay in self.retry_delays):
-            raise ValueError(f"EMBEDQ_RETRY_DELAYS_S: expected at most {MAX_DELAY_S:.0f} each")
+        if any(delay > _LONGEST_RETRY_S for delay in self.retry_delays):
+            raise ValueError(f"EMBEDQ_RETRY_DELAYS_S: expected at most {_LONGEST_RETRY_S:.0f} each")
         self._kafka_options()  # what does not fit together is said now
 
     @property

@@ -8,12 +8,8 @@ from typing import Final
 import msgspec
 
 from embedq_consumer.group import Ticket
-from embedq_shared.topics import Lane, Topics
+from embedq_shared.topics import MAX_RETRY_TIERS, Lane, Topics
 
-MAX_TIERS: Final = 8
-"""As many retry topics are looked for: with delays that double it is a span from a minute to hours."""
-MAX_DELAY_S: Final = 24 * 3600.0
-"""Of one tier: a record must not be older than the topic's retention, a week, before it is read."""
 HEALS: Final[frozenset[str]] = frozenset({"internal", "undeliverable"})
 """Errors that may be gone the next time. Not `overloaded`, the third that a sender may try again after: it asks the sender to
 slow down, and a job that waits in a topic would hide that."""
@@ -71,7 +67,7 @@ def existing_tiers(
             missing.append(topic)
         else:
             tiers.append(Tier(number=number, topic=topic, delay_s=delay_s, partitions=max(1, count)))
-    others = (topics.retry(number) for number in range(len(delays_s) + 1, MAX_TIERS + 1))
+    others = (topics.retry(number) for number in range(len(delays_s) + 1, MAX_RETRY_TIERS + 1))
     left_over = tuple(topic for topic in others if partitions(topic) is not None)
     return RetryTiers(tiers=tuple(tiers), left_over=left_over), missing
 
