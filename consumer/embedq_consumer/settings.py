@@ -14,7 +14,6 @@ import msgspec
 from msgspec import Meta
 
 from embedq_consumer.engine import LoadOptions, Quantization
-from embedq_consumer.retries.tiers import MAX_DELAY_S
 from embedq_consumer.setting_words import plain, wrong
 from embedq_shared.access import (
     DEFAULT_MAX_INFLATED_BYTES,

@@ -11,10 +11,10 @@ from structlog.testing import capture_logs
 
 from embedq_consumer.group import Ticket
 from embedq_consumer.retries import HEALS, RetryPolicy, RetryTiers, Tier, open_tiers
-from embedq_consumer.retries.tiers import MAX_TIERS, existing_tiers
+from embedq_consumer.retries.tiers import existing_tiers
 from embedq_shared.kafka import TopicPartition
 from embedq_shared.messages import RETRYABLE
-from embedq_shared.topics import DEFAULT_RETRY_TIERS, MAX_RETRY_TIERS, Lane, Topics
+from embedq_shared.topics import MAX_RETRY_TIERS, Lane, Topics
 
 TOPICS = Topics("t")
 NOW_MS = 1_000_000.0
