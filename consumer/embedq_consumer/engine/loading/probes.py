@@ -62,8 +62,8 @@ def probes_of(model: Any, limits: Limits) -> list[Probe]:
         return random.choice(usable, length)
 
     lengths = list(_LENGTHS)
-    window = getattr(model.config, "sliding_window", None)
-    if isinstance(window, int) and window < limits.max_tokens:
+    window = max((each for each in _windows(model.config) if each < limits.max_tokens), default=None)
+    if window is not None:
         lengths.append(min(2 * window + 3, window + 300, limits.max_tokens))
     probes = [Probe(some(min(n, limits.max_tokens))) for n in lengths]
     if special:
@@ -92,6 +92,16 @@ def reference(model: Any, probes: Sequence[Probe], limits: Limits) -> Tensor:
         positions = torch.arange(probe.start, probe.reach, device=model.device) + limits.position_offset
         hidden.append(hidden_states(model, ids, positions.unsqueeze(0) if probe.start else None)[0].float())
     return torch.cat(hidden)
+
+
+def _windows(config: Any) -> list[int]:
+    """How far attention may see, by whatever name: GPT-Neo, say, has a `window_size`."""
+    named = [value for name, value in config.to_dict().items() if "window" in name]
+    return [
+        value
+        for value in (*named, getattr(config, "sliding_window", None))
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0
+    ]
 
 
 def _special(config: Any) -> list[int]:
