@@ -37,6 +37,11 @@ class InputLines:
             self._fill()
         return self._lines.popleft() if self._lines else b""
 
+    def unread(self, line: bytes) -> None:
+        """Put a line that was looked at back in front."""
+        if line:
+            self._lines.appendleft(line)
+
     async def ready(self) -> Self:
         """Wait until a line is there, or the end."""
         while not self._lines and not self._ended:

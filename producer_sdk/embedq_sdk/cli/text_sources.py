@@ -16,6 +16,8 @@ from typing import Final, Literal, NamedTuple, Protocol
 
 import msgspec
 
+from embedq_sdk.cli.standard_input import InputLines
+
 Format = Literal["lines", "jsonl", "csv", "tsv"]
 
 STANDARD_INPUT: Final = "-"
@@ -95,7 +97,12 @@ def open_texts(path: str, format: Format | None, standard_input: Readable) -> It
             head += file.readline()
         if format is None:
             format = _BY_SUFFIX.get(suffix) or _lines_unless_objects(path, head)
-        yield _READERS[format](chain([head] if head else [], file), path)
+        lines: Iterable[bytes] = file
+        if isinstance(file, InputLines):
+            file.unread(head)  # so that it knows that a line is there
+        elif head:
+            lines = chain([head], file)
+        yield _READERS[format](lines, path)
     finally:
         if opened is not None:
             opened.close()
