@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shutil
 import subprocess
@@ -171,6 +172,20 @@ def test_a_plain_install_is_light() -> None:
         assert "flash-attn-4" not in needed(
             requirements, extra
         )  # a pre-release: only who asks for it gets it
+
+
+def test_the_kernels_that_are_pinned_are_those_that_were_measured() -> None:
+    """A pre-release and what it needs: another version may refuse a kernel without a word, so it is measured first
+    (`benchmarks.engine` on a Hopper GPU)."""
+    measured = json.loads((ROOT / "benchmarks/results/engine-4B-h100.json").read_text())
+    pins = dict(
+        line.partition(";")[0].strip().split("==")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+    )
+    packages = measured["machine"]["packages"]
+    kernels = ("flash-attn-4", "quack-kernels", "nvidia-cutlass-dsl", "apache-tvm-ffi", "torch-c-dlpack-ext")
+    assert {name: packages[name] for name in kernels} == {name: pins[name] for name in kernels}
+    assert measured["results"]["bf16"]["kernels"] == {"attention": "flash_attn_4", "gate": "fused_epilogue"}
 
 
 @pytest.fixture(scope="module")
