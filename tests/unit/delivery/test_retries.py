@@ -88,7 +88,7 @@ def ended(
     *outcomes: ErrorBody | None, headers: tuple[Header, ...] = (), lane: Lane = "bulk", **fields: Any
 ) -> JobState:
     """A bulk job; the outcome of each of its inputs is a vector or an error."""
-    inputs = "a" if len(outcomes) == 1 else ["a"] * len(outcomes)
+    inputs = "a" if len(outcomes) == 1 else [f"text {number}" for number in range(len(outcomes))]
     job = admitted(*headers, **{"input": inputs, "dimensions": 32, **fields})
     for index, outcome in enumerate(outcomes):
         job.settle(index, outcome or InputVector(b"\0" * 128, 3, None, None, cached=False))
@@ -114,7 +114,7 @@ async def test_an_error_that_may_heal_sends_the_job_to_the_first_tier_and_finish
     None
 ):
     async with delivering() as parts:
-        before_ms = time.time() * 1000
+        before_ms = int(time.time() * 1000)
         own = (("correlation-id", b"c"), ("embedq-attempt", b"9"))
         await parts.deliver(ended(INTERNAL, headers=own, id="j"))
         assert parts.sink.events == [FIRST.topic, 7]
