@@ -117,7 +117,7 @@ async def test_a_line_is_answered_while_the_next_one_is_still_awaited(
             process.stdin.write(text.encode() + b"\n")
             await process.stdin.drain()
             assert msgspec.json.decode(await process.stdout.readline())["text"] == text
-        await process.communicate()
+        await process.communicate(b"")  # without input it would leave the stream open
     assert process.returncode == 0
 
 
