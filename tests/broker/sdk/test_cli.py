@@ -104,20 +104,20 @@ async def test_a_dash_is_standard_input(embedq: Run, responder: Responders) -> N
 async def test_a_line_is_answered_while_the_next_one_is_still_awaited(
     servers: str, prefix: str, responder: Responders
 ) -> None:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", "from embedq_sdk.cli import main; main()", "embed", "-", "--with-text"),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=os.environ | {"EMBEDQ_KAFKA_SERVERS": servers, "EMBEDQ_TOPIC_PREFIX": prefix},
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
     async with responder(), asyncio.timeout(patient(60)):
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", "from embedq_sdk.cli import main; main()", "embed", "-", "--with-text"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"EMBEDQ_KAFKA_SERVERS": servers, "EMBEDQ_TOPIC_PREFIX": prefix},
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
         for text in ("one", "two"):
             process.stdin.write(text.encode() + b"\n")
             await process.stdin.drain()
             assert msgspec.json.decode(await process.stdout.readline())["text"] == text
-        await process.communicate()
+        await process.communicate(b"")  # without input it would leave the stream open
     assert process.returncode == 0
 
 
@@ -255,7 +255,7 @@ async def test_status_for_people_and_for_programs(embedq: Run, servers: str, fre
         program = await embedq("status", "--json", "--prefix", fresh)
 
     assert plain.code == program.code == 0
-    assert plain.out.startswith("r1 default READY serving version=- model=- age=")
+    assert plain.out.startswith("r1 default READY model=- age=")
     assert f"{fresh}.jobs: 0 jobs waiting" in plain.out
     found = msgspec.json.decode(program.out)
     assert found["replicas"][0]["replica"] == "r1"
