@@ -48,6 +48,12 @@ def scheduled(
         slot.close()
 
 
+class _Client:
+    """Whose all texts are."""
+
+    client = b""
+
+
 class _Backlog:
     """One run: the pipeline's part between the tokenizer and the outcomes, with a place in an array for a job."""
 
@@ -62,7 +68,7 @@ class _Backlog:
         self._computed = 0
         self._device_s = 0.0
         self._done = asyncio.Event()
-        self._flights: Any = SingleFlight()  # whose waiters are rows of `_vectors` here
+        self._flights: Any = SingleFlight()  # whose waiters are rows of `_vectors` here, all of one client
 
     async def run(self) -> tuple[float, Vectors, dict[str, Any]]:
         batcher = Batcher[QueuedText](
@@ -98,7 +104,7 @@ class _Backlog:
         for row, tokens in enumerate(self._texts):
             text = Text(tokens.ids.tobytes().decode("latin-1"))
             identity = Identity("bulk", text, self._encoder)
-            if self._flights.join(identity, row):
+            if self._flights.join(identity, (_Client, row)):
                 items.append(QueuedText(identity=identity, tokens=tokens, arrived=now))
         return items
 
@@ -108,7 +114,7 @@ class _Backlog:
         self._computed += len(batch)
         self._device_s += seconds
         for item, vector in zip(batch, vectors, strict=True):
-            rows = self._flights.resolve(item.identity)
+            rows = [row for _, row in self._flights.resolve(item.identity)]
             self._vectors[rows] = vector
             self._left -= len(rows)
         if not self._left:

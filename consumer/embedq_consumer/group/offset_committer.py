@@ -23,6 +23,9 @@ _COMMIT_S: Final = 10.0
 """A broker that takes longer than this for a commit is in trouble, and the next commit holds all of this one."""
 _IDLE_S: Final = 0.5
 """A round comes at least so often, for what goes along with commits: lag, stuck watermarks, errors of the membership."""
+_LAST_COMMIT_S: Final = 5.0
+"""For a stop's last commit."""
+_RETRY_S: Final = 0.05
 _COMMITS_A_SPAN: Final = 4
 """A commit comes early once a quarter of the records that may stay uncommitted is finished."""
 
@@ -145,6 +148,15 @@ class OffsetCommitter:
                 }
             )
             return not missing
+
+    async def commit_last(self) -> None:
+        """Give up everything. In the middle of a rebalance the group takes no commit, so it is sent again for a while."""
+        end = time.monotonic() + _LAST_COMMIT_S
+        while not await self.commit(release=self._ledger.partitions):
+            if self._ownership.membership is None or time.monotonic() > end:
+                log.warning("last_commit_failed")
+                return
+            await asyncio.sleep(_RETRY_S)
 
     # -- with a transaction --------------------------------------------------------------------------------------------
 

@@ -40,9 +40,6 @@ log = structlog.get_logger()
 
 _CLOSE_S: Final = 10.0
 """Leaving the group takes milliseconds, unless the brokers are gone."""
-_LAST_COMMIT_S: Final = 5.0
-"""For a stop's last commit."""
-_RETRY_S: Final = 0.05
 _DRAIN_S: Final = 30.0
 """The longest that a partition which moves waits for what is in flight of it."""
 
@@ -189,7 +186,7 @@ class Intake:
         except TimeoutError:
             return False
         finally:
-            await self._commit_all()
+            await self._committer.commit_last()
             await self._leave()
         return True
 
@@ -197,15 +194,6 @@ class Intake:
         """Leave the group and disconnect."""
         await self._leave()
         await stop_client(self._consumer, _CLOSE_S)
-
-    async def _commit_all(self) -> None:
-        """The last commit. In the middle of a rebalance the group takes none, so it is sent again for a while."""
-        end = time.monotonic() + _LAST_COMMIT_S
-        while not await self._committer.commit(release=self._ledger.partitions):
-            if self._ownership.membership is None or time.monotonic() > end:
-                log.warning("last_commit_failed")
-                return
-            await asyncio.sleep(_RETRY_S)
 
     async def _leave(self) -> None:
         self._ownership.expelled()  # nothing is committed any more

@@ -89,8 +89,12 @@ async def topics_of(servers: str) -> set[str]:
 
 
 def end_of(screen: Terminal, within: float = 60.0) -> int:
-    wait_for(lambda: screen.process.poll() is not None, within=within, what="the program's end")
-    return screen.process.returncode
+    def ended() -> bool:
+        screen.shown()  # a terminal that nobody reads from is full in the end, and who writes to it waits
+        return screen.process.poll() is not None
+
+    wait_for(ended, within=within, what="the program's end")
+    return int(screen.process.returncode)
 
 
 def started(screen: Terminal) -> None:

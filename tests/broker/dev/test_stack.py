@@ -264,7 +264,9 @@ def test_a_redis_port_taken_meanwhile_is_replaced_by_another(
     from embedq_sdk.dev import stack as module
 
     answers = [[int(own_stack.redis_url.split(":")[2].split("/")[0])]]
-    monkeypatch.setattr(module, "free_ports", lambda count: answers.pop() if answers else free_ports(count))
+    monkeypatch.setattr(
+        module, "free_ports", lambda count, first=(): answers.pop() if answers else free_ports(count)
+    )
     with DevStack(environ={**own_environ(), "EMBEDQ_KAFKA_SERVERS": "127.0.0.1:1"}) as second:
         assert second.redis_url != own_stack.redis_url
         with ask_redis(second) as client:
@@ -276,8 +278,10 @@ def test_a_kafka_port_taken_meanwhile_is_replaced_by_another(
 ) -> None:
     from embedq_sdk.dev import kafka_server as module
 
-    answers = [[kafka_address(own_stack)[1], free_ports(1)[0]]]
-    monkeypatch.setattr(module, "free_ports", lambda count: answers.pop() if answers else free_ports(count))
+    answers = [[kafka_address(own_stack)[1]]]
+    monkeypatch.setattr(
+        module, "free_ports", lambda count, first=(): answers.pop() if answers else free_ports(count)
+    )
     with DevStack(environ={**own_environ(), "EMBEDQ_REDIS_URL": own_stack.redis_url}) as second:
         assert second.kafka_servers != own_stack.kafka_servers
         assert cluster_nodes(*kafka_address(second))[1] == {1}

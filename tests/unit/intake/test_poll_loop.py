@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from embedq_consumer.fairness import Cost
-from embedq_consumer.group import Overtaken, topic_watch
+from embedq_consumer.group import Overtaken, offset_committer, topic_watch
 from embedq_consumer.group.assignor import Claim, decode_claim
-from embedq_consumer.intake import poll_loop, workload
+from embedq_consumer.intake import workload
 from embedq_consumer.intake.jobs_consumer import IntakeOptions, JobsClients
 from embedq_consumer.intake.poll_loop import Gate, Intake
 from embedq_consumer.intake.records import Record
@@ -1016,7 +1016,7 @@ async def test_after_a_stop_nothing_is_committed_any_more_and_the_commit_loop_go
 
 
 async def test_a_last_commit_that_nobody_takes_ends_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(poll_loop, "_LAST_COMMIT_S", 0.01)
+    monkeypatch.setattr(offset_committer, "_LAST_COMMIT_S", 0.01)
     running = Harness(ScriptedConsumer(), answer=False)
     running.consumer.write(A, b"1")
     async with running.running(A):
