@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import structlog
 
 from embedq_consumer.batching import input_errors
@@ -55,6 +58,8 @@ class BatchRunner:
 
     Invariants:
         - No input runs whose job expired before its micro-batch began.
+        - A text whose vector is not finite runs again alone: where a text is not finite, a device may make it so for others
+          beside it.
         - A text that several clients queued runs once in a micro-batch.
         - A text fails only after it failed alone: a micro-batch that fails is repeated in halves.
         - `DeviceLost` is no text's fault and ends the process: the next one repeats what is unfinished.
@@ -124,7 +129,19 @@ class BatchRunner:
         self._metrics.compute.observe(seconds)
         self._metrics.tokens.inc(sum(text.cost for text in batch))
         self._note_compute(batch, seconds)
-        self._hand_on(batch, vectors)
+        finite = _finite(batch, vectors)
+        if len(batch) == 1 or finite.all():
+            self._hand_on(batch, vectors)
+            return
+        sound, broken = (
+            [text for text, is_finite in zip(batch, finite, strict=True) if is_finite == kind]
+            for kind in (True, False)
+        )
+        log.warning("vectors_not_finite", texts=len(broken), of=len(batch))
+        self._metrics.batch_splits.inc()
+        self._hand_on(sound, vectors[np.repeat(finite, [text.tokens.rows for text in batch])])
+        for text in broken:
+            await self._compute([text])
 
     async def _halve(self, batch: Sequence[QueuedText], *, out_of_memory: bool) -> None:
         if len(batch) == 1:
@@ -168,6 +185,15 @@ class BatchRunner:
         if assembled:
             self._results.assembled(assembled)
         return plain, vectors[rows]
+
+
+def _finite(batch: Sequence[QueuedText], vectors: Vectors) -> npt.NDArray[np.bool_]:
+    """Whether all values of a text are finite, for each text."""
+    if math.isfinite(vectors.sum()):  # far cheaper than a look at each value, and true nearly always
+        return np.ones(len(batch), dtype=np.bool_)
+    rows = np.asarray(np.isfinite(vectors).all(axis=1))
+    ends = np.cumsum([text.tokens.rows for text in batch])
+    return np.array([part.all() for part in np.split(rows, ends[:-1])], dtype=np.bool_)
 
 
 def _once(batch: Sequence[QueuedText]) -> Sequence[QueuedText]:

@@ -201,6 +201,39 @@ async def test_a_text_that_fails_is_found_by_halving_and_fails_alone() -> None:
     assert parts.batcher.max_tokens == 1_000
 
 
+class SpoiledDevice(ScriptedDevice):
+    """Where `x` runs, its vector and those of its neighbors are not finite."""
+
+    async def encode(self, encoder: Encoder, batch: Sequence[Tokens]) -> tuple[Vectors, float]:
+        vectors, seconds = await super().encode(encoder, batch)
+        (spoiled,) = np.where(vectors[:, 0] == ord("x"))
+        for row in spoiled:
+            vectors[max(0, row - 1) : row + 2] = np.nan
+        return vectors, seconds
+
+
+async def test_a_text_that_is_not_finite_fails_alone_whatever_it_does_to_others() -> None:
+    parts = Parts()
+    parts.device = SpoiledDevice()
+    jobs = [admitted(input=letter) for letter in "abxcd"]
+    await parts.run(*map(parts.queued, jobs))
+    assert parts.device.ran == [["a", "b", "x", "c", "d"], ["b"], ["x"], ["c"]]
+    found = {text: value for text, _, value in parts.results.plain}
+    assert {text: found[text] for text in "abcd"} == {text: ord(text) for text in "abcd"}
+    assert np.isnan(found["x"]), "what is done about it is decided where results are made"
+    assert parts.sample("batch_splits_total") == 1
+
+
+async def test_windows_that_are_not_finite_run_again_too() -> None:
+    parts = Parts()
+    parts.device = SpoiledDevice()
+    spoiled, chunked = admitted(input="x"), admitted(input="a" * 12, chunk=LATE)
+    windows = parts.windows(chunked)
+    await parts.run(windows[0], parts.queued(spoiled), *windows[1:])
+    [(_, vectors, _)] = parts.results.whole
+    assert np.isfinite(vectors).all()
+
+
 async def test_a_micro_batch_that_runs_out_of_memory_lowers_the_budget_and_is_halved() -> None:
     parts = Parts(lambda texts: OutOfMemory("no") if len(texts) > 1 else None)
     job = admitted(input=["a" * 200, "b" * 200])

@@ -82,7 +82,6 @@ def _attention_kernel(
     largest = tl.full((ROWS,), -1e30, tl.float32)
     weights = tl.zeros((ROWS,), tl.float32)
     total = tl.zeros((ROWS, DIM), tl.float32)
-    broken = tl.zeros((ROWS,), tl.int32)
     for begin_key in range(first, last, KEYS):
         keys = begin_key + tl.arange(0, KEYS)
         there = keys < last
@@ -95,15 +94,9 @@ def _attention_kernel(
         shrink = tl.exp2(largest - most)
         weights = weights * shrink + tl.sum(shares, 1)
         values = tl.load(v + offsets[:, None] + dims[None, :], mask=there[:, None], other=0.0)
-        # A share of zero in a value that is not finite is not zero: such values of other texts must not be multiplied at all.
-        finite = tl.abs(values.to(tl.float32)) < float("inf")
-        lost = tl.max(tl.where(finite, 0, 1), 1)
-        broken += tl.sum(tl.where(seen, lost[None, :], 0), 1)
-        values = tl.where(finite, values, 0.0)
         total = tl.dot(shares.to(values.dtype), values, total * shrink[:, None])
         largest = most
     value = total / tl.maximum(weights, 1e-30)[:, None]
-    value = tl.where(broken[:, None] > 0, float("nan"), value)
     offsets = rows.to(tl.int64)[:, None] * (HEADS * DIM) + head * DIM + dims[None, :]
     tl.store(out + offsets, value.to(out.dtype.element_ty), mask=known[:, None])
 

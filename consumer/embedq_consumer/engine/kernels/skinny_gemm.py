@@ -100,12 +100,7 @@ def _skinny_attention_kernel(
     total = tl.sum(shares, 1)
     channels = tl.arange(0, DIM)[None, :]
     v = tl.load(row + (Q_HEADS + KV_HEADS + kv_head) * DIM + channels)
-    # A share of zero in a value that is not finite is not zero: such values of other texts must not be multiplied at all.
-    finite = tl.abs(v.to(tl.float32)) < float("inf")
-    lost = tl.max(tl.where(finite, 0, 1), 1)
-    broken = tl.sum(tl.where(seen, lost[None, :], 0), 1)
-    attended = tl.dot(shares.to(v.dtype), tl.where(finite, v, 0.0)) / total[:, None]
-    attended = tl.where(broken[:, None] > 0, float("nan"), attended)
+    attended = tl.dot(shares.to(v.dtype), v) / total[:, None]
     tl.store(out + rows[:, None] * (Q_HEADS * DIM) + head * DIM + channels, attended.to(out.dtype.element_ty))
 
 
