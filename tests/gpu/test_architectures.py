@@ -16,8 +16,6 @@ from tests.helpers.encoders import normalized, tokens_of
 from tests.helpers.tiny_models import make_tiny_bert
 
 pytestmark = [
-    # DeBERTa-v2 of transformers asks for it as it is imported.
-    pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning"),
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
 ]
