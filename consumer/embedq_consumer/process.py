@@ -11,7 +11,8 @@ import structlog
 
 from embedq_consumer.engine import DeviceLost, ModelError
 from embedq_consumer.lifecycle import ModelRejected, NoModel
-from embedq_consumer.service import MissingTopics, Stalled, serve
+from embedq_consumer.opening import MissingTopics
+from embedq_consumer.service import Stalled, serve
 from embedq_consumer.settings import Settings, SettingsError
 from embedq_consumer.supervisor import supervise
 from embedq_consumer.telemetry import logs

@@ -14,7 +14,6 @@ import msgspec
 from msgspec import Meta
 
 from embedq_consumer.engine import LoadOptions, Quantization
-from embedq_consumer.setting_words import plain, wrong
 from embedq_shared.access import (
     DEFAULT_MAX_INFLATED_BYTES,
     BadOption,
@@ -24,6 +23,7 @@ from embedq_shared.access import (
 )
 from embedq_shared.messages import DEFAULT_ALIAS, DEFAULT_MAX_INPUTS
 from embedq_shared.secret import Secret, read_secret
+from embedq_shared.setting_words import plain, wrong
 from embedq_shared.topics import GROUP, Topics
 from embedq_shared.user_cache import user_cache
 

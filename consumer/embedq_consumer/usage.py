@@ -11,8 +11,8 @@ from pathlib import Path
 import msgspec
 
 from embedq_consumer.engine.loading import compile_cache
-from embedq_consumer.setting_words import described, help_text
 from embedq_consumer.settings import PREFIX, Settings, SettingsError
+from embedq_shared.setting_words import described, help_text
 
 
 def explain_usage(arguments: Sequence[str]) -> int:

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from embedq_consumer import service
+from embedq_consumer import opening, service
 from embedq_consumer.delivery.outgoing import Outgoing
 from embedq_consumer.engine import Encoder
-from embedq_consumer.service import MissingTopics, serve
+from embedq_consumer.opening import MissingTopics
+from embedq_consumer.service import serve
 from embedq_consumer.settings import Settings
 from embedq_consumer.telemetry.health import Health
 from embedq_consumer.telemetry.metrics import Metrics
@@ -151,18 +152,21 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
         world.health = Health()
         return world.health
 
-    replaced = {
+    parts = {
         "Publisher": FakePublisher,
         "ControlTopic": FakeControl,
         "Intake": FakeIntake,
         "make_jobs_clients": lambda *_: None,
         "load_encoder": load,
+    }
+    own = {
         "Metrics": metrics,
         "Health": health,
         "_HEARTBEAT_S": 0.0,
     }
-    for name, fake in replaced.items():
-        monkeypatch.setattr(service, name, fake)
+    for room, fakes in ((opening, parts), (service, own)):
+        for name, fake in fakes.items():
+            monkeypatch.setattr(room, name, fake)
     return world
 
 

@@ -1,0 +1,259 @@
+"""The parts of a replica, each with how it is opened and closed. `service.py` says in which order, and what they do together."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Final, TypeVar
+
+import msgspec
+import structlog
+
+from embedq_consumer.cache import BadCacheSetting, EntryCodec, SecretSource, VectorCache, load_secret
+from embedq_consumer.delivery.deliverer import Deliverer, DeliveryLimits, Finish
+from embedq_consumer.delivery.kafka_producer import KafkaProducers
+from embedq_consumer.delivery.publisher import Publisher
+from embedq_consumer.delivery.result_records import ResultEncoder
+from embedq_consumer.engine import default_batch_tokens, load_encoder
+from embedq_consumer.exactly_once import ReleaseLoop, make_release_loop, transactional_producers
+from embedq_consumer.intake import Intake, make_jobs_clients
+from embedq_consumer.lifecycle.control_topic import ControlTopic
+from embedq_consumer.lifecycle.served_model import ServedModel
+from embedq_consumer.quarantine import Suspects
+from embedq_consumer.retries import RetryTiers
+from embedq_consumer.settings import Settings, SettingsError
+from embedq_consumer.telemetry.health import CannotListen, Health, HealthServer
+from embedq_consumer.telemetry.metrics import Metrics
+from embedq_shared.backoff import backoff
+from embedq_shared.kafka import BrokerUnreachable, KafkaConnectionError, reason
+from embedq_shared.messages import STATUS_INTERVAL_S
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+_FIRST_PAUSE_S: Final = 0.2
+_LONGEST_PAUSE_S: Final = 2.0
+"""Between two tries to reach Kafka, which takes seconds itself to start."""
+_AWAY: Final = (BrokerUnreachable, KafkaConnectionError, TimeoutError)
+"""Kafka is not there yet. A broker that is there and does not let us in says something else."""
+_TRANSACTION_TIMEOUT_MS: Final = 15_000
+"""How long the brokers leave a dead replica's transaction open: so long readers of its results wait, and the next owner of its
+partitions. Longer than the steps of one that lives."""
+_MAX_REQUEST_BYTES: Final = 16 * 1024 * 1024
+"""Of one request to the broker, which may carry many results."""
+
+
+class MissingTopics(Exception):
+    """The service creates no topic; the message says which are missing and what creates them."""
+
+
+class StoppedEarly(Exception):
+    """Told to stop while Kafka was waited for: nothing was accepted yet."""
+
+
+def check_directories(settings: Settings) -> None:
+    for name, directory in (("MODEL", Path(settings.model)), ("MODEL_ROOT", settings.root)):
+        if not directory.is_dir():
+            raise SettingsError(f"EMBEDQ_{name}: expected a directory, {directory} is not one")
+
+
+async def once_kafka_answers(open: Callable[[], Awaitable[T]], health: Health, stop: asyncio.Event) -> T:
+    """What `open` returns, once it can: it is called again as long as no broker can be reached.
+
+    Raises:
+        StoppedEarly: `stop` was set meanwhile.
+    """
+    attempt = 0
+    stopped = asyncio.ensure_future(stop.wait())
+    try:
+        while not stop.is_set():
+            opening = asyncio.ensure_future(open())
+            await asyncio.wait({opening, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if not opening.done():
+                opening.cancel()
+                await asyncio.wait({opening})
+                break
+            try:
+                opened = opening.result()
+            except _AWAY as error:
+                if attempt == 0:
+                    log.warning("waiting_for_kafka", reason=reason(error))
+                health.hinder("start", f"waiting for Kafka: {reason(error)}")
+            else:
+                health.hinder("start", None)
+                return opened
+            pause = backoff(attempt, first_s=_FIRST_PAUSE_S, longest_s=_LONGEST_PAUSE_S)
+            await asyncio.wait({stopped}, timeout=pause)
+            attempt += 1
+        raise StoppedEarly
+    finally:
+        stopped.cancel()
+
+
+@asynccontextmanager
+async def open_health_pages(settings: Settings, metrics: Metrics, health: Health) -> AsyncIterator[None]:
+    try:
+        server = HealthServer(settings.http_port, metrics.registry, health, host=settings.http_host)
+    except CannotListen as error:
+        raise SettingsError(f"EMBEDQ_{error}") from error
+    try:
+        log.info("starting", replica=settings.replica, http_port=server.port)
+        yield
+    finally:
+        await asyncio.to_thread(server.close)
+
+
+@asynccontextmanager
+async def open_cache(settings: Settings, metrics: Metrics) -> AsyncIterator[VectorCache]:
+    options = settings.cache
+    try:
+        await asyncio.to_thread(options.redis.check)
+        source = settings.cache_secret(os.environ) if options.redis.url else SecretSource()
+        secret = await asyncio.to_thread(load_secret, source)
+    except BadCacheSetting as error:
+        raise SettingsError(f"EMBEDQ_{error}") from None
+    try:
+        cache = await asyncio.to_thread(VectorCache, options, EntryCodec(secret.value), metrics)
+    except ValueError:  # its message may quote a password
+        raise SettingsError("EMBEDQ_REDIS_URL: expected an address such as redis://HOST:6379/0") from None
+    if options.redis.url:
+        if secret.origin == "process":
+            log.warning(
+                "cache_key_not_kept",
+                hint="this process's entries are of no use to any other, nor to the next one; set EMBEDQ_CACHE_KEY or "
+                "EMBEDQ_CACHE_KEY_FILE",
+            )
+        else:
+            log.info("cache_key", origin=secret.origin, file=secret.path)
+    await cache.open()
+    try:
+        yield cache
+    finally:
+        await cache.close()
+
+
+@asynccontextmanager
+async def open_publisher(
+    settings: Settings, metrics: Metrics, health: Health, stop: asyncio.Event
+) -> AsyncIterator[Publisher]:
+    publisher = Publisher(
+        KafkaProducers(settings.kafka(), max_bytes=_MAX_REQUEST_BYTES),
+        metrics,
+        # Half of a partition's jobs that are started: the other half goes on with places that work.
+        max_held=max(1, min(settings.max_in_flight_jobs, settings.max_uncommitted_jobs) // 2),
+        hinder=partial(health.hinder, "delivery"),
+    )
+    try:
+        await once_kafka_answers(publisher.open, health, stop)
+        topics = settings.topics
+        needed = (*topics.lanes, topics.results, topics.control, topics.status, topics.dead_letters)
+        if missing := [topic for topic in needed if publisher.topics.partitions(topic) is None]:
+            raise MissingTopics(
+                f"no topic {', '.join(missing)} on the broker, or none that this user may see; "
+                "`embedq topics create` makes them"
+            )
+        yield publisher
+    finally:
+        await publisher.close()
+
+
+@asynccontextmanager
+async def open_model(
+    settings: Settings, publisher: Publisher, metrics: Metrics, health: Health
+) -> AsyncIterator[ServedModel]:
+    batch_tokens = settings.max_batch_tokens or await asyncio.to_thread(default_batch_tokens, settings.device)
+    options = await asyncio.to_thread(settings.served_model, batch_tokens)
+
+    load = partial(load_encoder, options=await asyncio.to_thread(lambda: settings.load))
+    announce = partial(publisher.announce, within=STATUS_INTERVAL_S)
+    model = ServedModel(options, load, announce, metrics, health.tell)
+    try:
+        yield model
+    finally:
+        await asyncio.to_thread(model.close)
+
+
+@asynccontextmanager
+async def open_control(settings: Settings, metrics: Metrics) -> AsyncIterator[ControlTopic]:
+    control = ControlTopic(settings.kafka(), settings.topics, settings.alias, metrics)
+    try:
+        yield control
+    finally:
+        await control.close()
+
+
+@asynccontextmanager
+async def open_intake(
+    settings: Settings,
+    tiers: RetryTiers,
+    suspects: Suspects,
+    metrics: Metrics,
+    health: Health,
+    stop: asyncio.Event,
+) -> AsyncIterator[Intake]:
+    options = msgspec.structs.replace(settings.intake, retries=tiers)
+    intake = Intake(
+        make_jobs_clients(settings.kafka(), options),
+        options,
+        topics=settings.topics,
+        metrics=metrics,
+        beat=lambda: health.beat("intake", time.monotonic()),
+        custodian=suspects,
+    )
+    try:
+        await once_kafka_answers(intake.open, health, stop)
+        yield intake
+    finally:
+        await intake.close()
+
+
+@asynccontextmanager
+async def open_releases(
+    settings: Settings, publisher: Publisher, intake: Intake, results: ResultEncoder, health: Health
+) -> AsyncIterator[ReleaseLoop | None]:
+    """Exactly-once delivery of the bulk lane, if it is switched on."""
+    if (options := settings.exactly_once) is None:
+        yield None
+        return
+    releases = make_release_loop(
+        options,
+        transactional_producers(
+            settings.kafka(),
+            f"{settings.group}.{settings.replica}",
+            timeout_ms=_TRANSACTION_TIMEOUT_MS,
+            max_bytes=_MAX_REQUEST_BYTES,
+        ),
+        positions=intake.positions,
+        committing=intake.committing,
+        encoder=results,
+        kafka=publisher,
+        hinder=partial(health.hinder, "transactions"),
+    )
+    try:
+        yield releases
+    finally:
+        await releases.close()
+
+
+@asynccontextmanager
+async def open_deliverer(
+    settings: Settings,
+    publisher: Publisher,
+    results: ResultEncoder,
+    releases: ReleaseLoop | None,
+    intake: Intake,
+    finish: Finish,
+    metrics: Metrics,
+) -> AsyncIterator[Deliverer]:
+    limits = DeliveryLimits(reply_timeout_s=settings.reply_timeout_s, holds_back=intake.holds_back)
+    deliverer = Deliverer(results, publisher, finish, metrics, limits, bulk=releases)
+    try:
+        yield deliverer
+    finally:
+        await asyncio.to_thread(deliverer.close)
