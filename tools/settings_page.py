@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from embedq_consumer.settings import PREFIX, Settings
-from embedq_shared.setting_words import Described, described
+from embedq_shared.access.setting_words import Described, described
 
 PAGE: Final = Path(__file__).parents[1] / "docs" / "settings.md"
 

@@ -21,9 +21,9 @@ from embedq_shared.access import (
     SaslMechanism,
     SecurityProtocol,
 )
+from embedq_shared.access.setting_words import plain, wrong
 from embedq_shared.messages import DEFAULT_ALIAS, DEFAULT_MAX_INPUTS
 from embedq_shared.secret import Secret, read_secret
-from embedq_shared.setting_words import plain, wrong
 from embedq_shared.topics import GROUP, Topics
 from embedq_shared.user_cache import user_cache
 

@@ -12,7 +12,7 @@ import msgspec
 
 from embedq_consumer.engine.loading import compile_cache
 from embedq_consumer.settings import PREFIX, Settings, SettingsError
-from embedq_shared.setting_words import described, help_text
+from embedq_shared.access.setting_words import described, help_text
 
 
 def explain_usage(arguments: Sequence[str]) -> int:
