@@ -109,7 +109,7 @@ async def _serve(settings: Settings, stop: asyncio.Event, leaving: Callable[[], 
             settings.group,
             settings.max_result_bytes,
             replica=settings.replica,
-            retries=RetryPolicy(tiers, suspects.on_trial),
+            retries=RetryPolicy(tiers),
         )
         releases = await parts.enter_async_context(
             open_releases(settings, publisher, intake, results, health)

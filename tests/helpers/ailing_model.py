@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from embedq_consumer import process, service
+from embedq_consumer import opening, process
 from embedq_consumer.engine import Encoder, Failed, Pending, Text, TextTooLong, Tokens, load_encoder
 
 AILING: Final = "AILING"
@@ -49,7 +49,7 @@ def main() -> int:
     def load(*args: Any, **kwargs: Any) -> Any:
         return AilingModel(load_encoder(*args, **kwargs), file)
 
-    service.load_encoder = load  # type: ignore[attr-defined]  # the one seam of a whole process
+    opening.load_encoder = load  # type: ignore[attr-defined]  # the one seam of a whole process
     return process.main()
 
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from embedq_consumer import process, service
+from embedq_consumer import opening, process
 from embedq_consumer.engine import DeviceLost, load_encoder
 from embedq_consumer.leaving import ExitDeadline, leave
 
@@ -29,5 +29,5 @@ def load(path: Path, *args: Any, **kwargs: Any) -> Any:
 
 
 if __name__ == "__main__":
-    service.load_encoder = load  # type: ignore[attr-defined]  # the one seam of a whole process
+    opening.load_encoder = load  # type: ignore[attr-defined]  # the one seam of a whole process
     leave(process.main(ExitDeadline().arm))

@@ -13,7 +13,7 @@ import signal
 from collections.abc import Sequence
 from typing import Any
 
-from embedq_consumer import process, service
+from embedq_consumer import opening, process
 from embedq_consumer.engine import (
     DeviceLost,
     Encoder,
@@ -64,7 +64,7 @@ def main() -> int:
     def load(*args: Any, **kwargs: Any) -> Any:
         return DeadlyModel(load_encoder(*args, **kwargs))
 
-    service.load_encoder = load  # type: ignore[attr-defined]  # the one seam of a whole process
+    opening.load_encoder = load  # type: ignore[attr-defined]  # the one seam of a whole process
     return process.main()
 
 

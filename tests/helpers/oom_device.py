@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from embedq_consumer import process, service
+from embedq_consumer import opening, process
 from embedq_consumer.engine import DeviceLost, Encoder, Memory, OutOfMemory, Pending, Tokens, load_encoder
 
 
@@ -40,7 +40,7 @@ def main(file: Path) -> int:
     def load(*args: Any, **kwargs: Any) -> Any:
         return SmallDevice(load_encoder(*args, **kwargs), lambda: int(file.read_text()))
 
-    service.load_encoder = load  # type: ignore[attr-defined]  # the one seam of a whole process
+    opening.load_encoder = load  # type: ignore[attr-defined]  # the one seam of a whole process
     return process.main()
 
 

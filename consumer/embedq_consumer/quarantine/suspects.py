@@ -144,11 +144,6 @@ class Suspects:
             case.change(msgspec.structs.replace(case.custody, trial_until=0, alone=False))
         return True
 
-    def on_trial(self, ticket: Ticket) -> bool:
-        """Whether a record runs under suspicion, or is condemned."""
-        case = self._cases.get(ticket.partition)
-        return case is not None and case.epoch == ticket.epoch and ticket.offset in case.on_trial
-
     def want(self, partition: TopicPartition, epoch: int) -> None:
         """The partition's offset shall be committed, though none of its records came."""
         self._case(Ticket(partition, epoch, -1))

@@ -75,19 +75,18 @@ def existing_tiers(
 class RetryPolicy:
     """Decides of an answer whether its job is run again instead."""
 
-    def __init__(self, tiers: RetryTiers, suspected: Callable[[Ticket], bool] = lambda ticket: False) -> None:
-        """`suspected`: whether a record runs under suspicion of having killed a process."""
+    def __init__(self, tiers: RetryTiers) -> None:
         self.tiers = tiers
-        self._suspected = suspected
 
     def tier_for(
         self, ticket: Ticket, lane: Lane, codes: Iterable[str], deadline_ms: int | None, now_ms: float
     ) -> Tier | None:
         """Where a job goes that would be answered with nothing but errors, of these codes; None: it is answered.
 
-        Interactive jobs have a caller who waits, and who tries again by itself. A suspect stays where its deaths are counted.
+        Interactive jobs have a caller who waits, and who tries again by itself. One that ran under suspicion of having killed a
+        process may go: it has not killed this one.
         """
-        if lane != "bulk" or HEALS.isdisjoint(codes) or self._suspected(ticket):
+        if lane != "bulk" or HEALS.isdisjoint(codes):
             return None
         tier = self.tiers.after(ticket.partition.topic)
         if tier is None or (deadline_ms is not None and now_ms + tier.delay_s * 1000 >= deadline_ms):

@@ -45,11 +45,11 @@ TIERS = RetryTiers(tiers=(FIRST, SECOND))
 
 
 class Parts:
-    def __init__(self, refused: dict[str, Exception], *, suspects: bool = False) -> None:
+    def __init__(self, refused: dict[str, Exception]) -> None:
         self.metrics = Metrics()
         self.refused = refused
         self.sink = ScriptedSink(lambda record: self.refused.get(record.topic))
-        policy = RetryPolicy(TIERS, lambda ticket: suspects)
+        policy = RetryPolicy(TIERS)
         encoder = ResultEncoder(TOPICS, "group", 900_000, replica="r0", retries=policy)
         limits = DeliveryLimits(reply_timeout_s=15, holds_back=lambda record: False)
         self.deliverer = Deliverer(encoder, self.sink, self.sink.finish, self.metrics, limits)
@@ -67,10 +67,10 @@ class Parts:
 
 @asynccontextmanager
 async def delivering(
-    refused: Mapping[str, Exception] = MappingProxyType({}), *, suspects: bool = False
+    refused: Mapping[str, Exception] = MappingProxyType({}),
 ) -> AsyncIterator[Parts]:
     """`refused`: why the brokers take nothing for these topics."""
-    parts = Parts(dict(refused), suspects=suspects)
+    parts = Parts(dict(refused))
     try:
         yield parts
     finally:
@@ -238,12 +238,6 @@ async def test_a_job_whose_deadline_comes_before_the_tier_is_answered_at_once() 
             job.headers = JobHeaders(deadline_ms=int((time.time() + left_s) * 1000))
             await parts.deliver(job)
             assert parts.topics[-1] == topic
-
-
-async def test_a_suspect_is_answered_at_once() -> None:
-    async with delivering(suspects=True) as parts:
-        await parts.deliver(ended(INTERNAL))
-        assert parts.topics == [TOPICS.results]
 
 
 @pytest.mark.parametrize("reason", [MessageSizeTooLargeError(), TopicAuthorizationFailedError(), SILENT])

@@ -249,19 +249,6 @@ def test_a_partition_without_records_is_committed_once_it_is_known() -> None:
     assert suspects.metadata(A, release=False) is not None
 
 
-def test_a_record_that_runs_under_suspicion_is_told_from_others() -> None:
-    suspects = Suspects(ME)
-    records = polled([0, 1, 20])
-    suspects.take(records)
-    claim(suspects, careful_until=2, careful_left=2)
-    run = do(suspects).run
-    on_trial = [one.offset for one in records if suspects.on_trial(one.record.ticket)]
-    assert on_trial == offsets(run) == [0, 1]
-    assert not suspects.on_trial(Ticket(A, 2, 0)), "another assignment"
-    finish(suspects, run)
-    assert not any(suspects.on_trial(one.record.ticket) for one in records)
-
-
 def test_partitions_with_suspects_are_counted() -> None:
     suspects = Suspects(ME)
     suspects.take(polled([1]))

@@ -64,10 +64,6 @@ def test_a_deadline_must_leave_the_time_to_wait(left_ms: int, expected: Tier | N
     assert tier_for(deadline_ms=int(NOW_MS) + left_ms) == expected
 
 
-def test_a_suspect_stays_where_its_deaths_are_counted() -> None:
-    assert tier_for(policy=RetryPolicy(TIERS, lambda one: one.offset == 7)) is None
-
-
 def test_without_tiers_every_job_is_answered() -> None:
     assert tier_for(policy=RetryPolicy(RetryTiers())) is None
 
