@@ -10,9 +10,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH_BACKEND ?=
 TESTS ?= tests
-# Broker tests mostly wait, so two of them run at a time, each worker with a broker and a Redis of its own. More workers
-# than cores make the limits of the tests longer, not the run shorter.
-WORKERS ?= 2
+# Broker tests mostly wait, so several run at a time, each worker with a broker and a Redis of its own: on two cores, two workers
+# leave a fifth of the processors idle. Many more than cores make the limits of the tests longer, not the run shorter.
+WORKERS ?= 3
 # `make faults`: at-least-once or exactly-once; without a seed a random one, which is printed.
 FAULTS_JOBS ?= 200000
 FAULTS_MODE ?= at-least-once

@@ -139,7 +139,9 @@ class Load:
     async def run(self) -> None:
         """Send and read until `finish`, and on until every job has its answer."""
         while True:
-            open_ = len(set(self.ids) - self.answered.counts().keys())  # others' jobs may be answered on the same topic
+            open_ = len(
+                set(self.ids) - self.answered.counts().keys()
+            )  # others' jobs may be answered on the same topic
             if self._ending and not open_:
                 return
             while not self._ending and open_ < self._window:
