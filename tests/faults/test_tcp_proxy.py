@@ -226,7 +226,7 @@ def test_a_server_that_is_gone_is_a_reset_and_one_that_comes_back_is_found(
     proxy: TcpProxy, echo: Echo
 ) -> None:
     echo.close()
-    with client(proxy) as peer, pytest.raises(ConnectionResetError):
+    with pytest.raises(ConnectionResetError), client(proxy) as peer:  # at once, or at the first byte
         peer.recv(1)
     other = Echo()
     proxy.point_to(HOST, other.port)
