@@ -144,7 +144,8 @@ async def test_leaving_the_block_with_kafka_gone_gives_the_error_that_caused_it(
 
     async def work(entered: asyncio.Semaphore, gone: asyncio.Event, timeout: float) -> str:
         try:
-            async with EmbedClient(own_stack.kafka_servers) as embedq:
+            # The broker may have been started a moment ago, by the test before.
+            async with EmbedClient(own_stack.kafka_servers, connect_timeout=patient(30)) as embedq:
                 entered.release()
                 await gone.wait()
                 await embedq.embed("x", timeout=timeout)
