@@ -129,8 +129,7 @@ class BatchRunner:
         self._metrics.compute.observe(seconds)
         self._metrics.tokens.inc(sum(text.cost for text in batch))
         self._note_compute(batch, seconds)
-        finite = _finite(batch, vectors)
-        if len(batch) == 1 or finite.all():
+        if len(batch) == 1 or (finite := _finite(batch, vectors)).all():
             self._hand_on(batch, vectors)
             return
         sound, broken = (
