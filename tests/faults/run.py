@@ -61,6 +61,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     texts: int = 400
     window: int = 2000
     """Jobs without an answer, at most, before the producer waits."""
+    longest_s: float | None = None
+    """After so many seconds no more jobs are sent, whatever `jobs` says."""
     settle_s: float = 240.0
     """After the last fault: how long the rest may take, on a quiet machine."""
     settings: dict[str, str] = {}
@@ -122,6 +124,7 @@ class Harness:
             window=plan.window,
             waiting=lambda: len(self._observer.progress.open),
             more=lambda: bool(self._first_round),
+            over=lambda: plan.longest_s is not None and self._clock() > plan.longest_s,
         )
         self._quiet = asyncio.Event()
         """No more faults are to begin."""

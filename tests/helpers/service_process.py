@@ -7,13 +7,14 @@ import json
 import os
 import signal
 import sys
+import time
 import urllib.error
 import urllib.request
 import uuid
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
@@ -204,6 +205,36 @@ async def replicas(*wanted: Replica) -> AsyncIterator[tuple[Replica, ...]]:
             if replica.process is not None and replica.returncode is None:
                 replica.kill()
                 await replica.ended()
+
+
+class End(NamedTuple):
+    """A supervised replica's process ended: when, in monotonic seconds, which one, and its exit code."""
+
+    at: float
+    replica: Replica
+    code: int
+
+
+@asynccontextmanager
+async def supervised(*wanted: Replica) -> AsyncIterator[list[End]]:
+    """Replicas that are started again whenever they end, as an orchestrator does it; their ends so far."""
+    ends: list[End] = []
+
+    async def supervise(replica: Replica) -> None:
+        while True:
+            code = await replica.ended(within=10_000)
+            ends.append(End(time.monotonic(), replica, code))
+            await replica.start(ready=False)
+
+    async with replicas(*wanted):
+        watching = [asyncio.create_task(supervise(replica)) for replica in wanted]
+        try:
+            yield ends
+        finally:
+            for task in watching:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
 
 
 async def _leave(replica: Replica) -> None:
