@@ -116,8 +116,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--texts", type=int, default=400, help="different texts that jobs are made of")
     parser.add_argument("--window", type=int, default=2000, help="jobs without an answer, at most")
-    parser.add_argument("--longest", type=float, help="seconds after which no job is sent, whatever --jobs says")
-    parser.add_argument("--settle", type=float, default=240.0, help="seconds that the rest may take without faults")
+    parser.add_argument(
+        "--longest", type=float, help="seconds after which no job is sent, whatever --jobs says"
+    )
+    parser.add_argument(
+        "--settle", type=float, default=240.0, help="seconds that the rest may take without faults"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a worker's setting")
     parser.add_argument("--out", help="directory of logs and history; a temporary one if not given")
     return parser.parse_args()

@@ -107,7 +107,7 @@ async def test_the_devices_memory_is_measured_while_a_model_serves_and_follows_a
     await bench.model.start(None)
     watching = asyncio.create_task(bench.model.watch_memory())
     try:
-        await wait_until(lambda: bench.sample("gpu_memory_total_bytes"), what="a measurement")
+        await wait_until(lambda: _of(bench, "total") > 0, what="a measurement")
         free, total = torch.cuda.mem_get_info()
         assert bench.sample("gpu_memory_total_bytes") == total
         assert _of(bench, "used") == pytest.approx(total - free, abs=512 << 20)
