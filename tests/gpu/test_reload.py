@@ -6,17 +6,17 @@ import asyncio
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from structlog.testing import capture_logs
 
 from benchmarks.qwen3_shapes import make
-from embedq_consumer.engine import Text, load_encoder
+from embedq_consumer.engine import Encoder, Text, load_encoder
 from embedq_consumer.lifecycle import BatchOptions
 from tests.helpers.encoders import normalized, tokens_of
 from tests.helpers.fake_models import Bench, command
@@ -41,30 +41,44 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+class Device:
+    """Loads models onto the GPU; from one of these loads on, this process may have `limit` bytes of it, if that is set."""
+
+    def __init__(self) -> None:
+        self.limit: int | None = None
+        self._total = torch.cuda.get_device_properties(0).total_memory
+
+    def load(self, path: Path) -> Encoder:
+        """A loader of a slot. What is the most in use is counted from the end of a load: a load itself takes more for a while."""
+        encoder = load_encoder(path, device="cuda")
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        if self.limit is not None:
+            torch.cuda.set_per_process_memory_fraction(min(1.0, self.limit / self._total))
+        return encoder
+
+
 @pytest.fixture
-def bench(models: Path) -> Iterator[Bench]:
-    """A served model whose loads are real ones, onto the device. Everything that it held is free afterwards."""
-    made = Bench(models, stall_timeout_s=120.0, load_timeout_s=120.0, batches=BATCHES, old=[], new=[])
-    made.model.slot._load = partial(load_encoder, device="cuda")
+def device() -> Iterator[Device]:
     gc.collect()
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+    yield Device()
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.fixture
+def bench(models: Path, device: Device) -> Iterator[Bench]:
+    """A served model whose loads are real ones, onto the device. Everything that it held is free afterwards."""
+    made = Bench(models, stall_timeout_s=120.0, load_timeout_s=120.0, batches=BATCHES, old=[], new=[])
+    made.model.slot._load = device.load
     yield made
     if (loaded := made.model.slot.serving) is not None:
         loaded.encoder.close()
     made.model.close()
 
 
-@pytest.fixture
-def limit() -> Iterator[Callable[[int], None]]:
-    """Gives this process so many bytes of the device, and all of it again afterwards."""
-    total = torch.cuda.get_device_properties(0).total_memory
-    yield lambda size: torch.cuda.set_per_process_memory_fraction(min(1.0, size / total))
-    torch.cuda.set_per_process_memory_fraction(1.0)
-
-
 async def test_after_a_reload_the_budget_is_that_of_the_device_without_the_old_model(
-    bench: Bench, limit: Callable[[int], None], record_property: Callable[[str, object], None]
+    bench: Bench, device: Device, record_property: Callable[[str, object], None]
 ) -> None:
     others = torch.cuda.memory_reserved()
     with capture_logs() as logs:
@@ -73,7 +87,9 @@ async def test_after_a_reload_the_budget_is_that_of_the_device_without_the_old_m
         held = torch.cuda.memory_reserved() - others
         passing = torch.cuda.max_memory_reserved() - others - held
         assert passing > 0
-        limit(others + 2 * held + passing // 3)  # both models, and a third of what their longest text takes
+        device.limit = (
+            others + 2 * held + passing // 3
+        )  # both models, and a third of what the longest text takes
         await bench.follow([command(1, "new")])
     assert (bench.serving, bench.sent[-1].state) == ("new", "READY"), bench.sent[-1].error
     alone, beside, again = (_budget(line) for line in logs if line["event"] == "batch_budget")
@@ -92,13 +108,18 @@ async def test_a_model_that_came_by_a_reload_gives_the_vectors_that_it_gives_alo
     await bench.model.start(None)
     await bench.follow([command(1, "new")])
     encoder = bench.model.slot.loaded.encoder
-    ids = tokens_of(encoder, [Text(text) for text in TEXTS])
-    served = normalized(encoder.encode(ids))
-    alone = load_encoder(bench.root / "new", device="cuda")
-    assert encoder.model_version == alone.model_version
-    cosines = (served * normalized(alone.encode(ids))).sum(axis=1)
-    alone.close()
-    np.testing.assert_array_less(0.9999, cosines)
+
+    def cosines() -> npt.NDArray[np.float32]:
+        ids = tokens_of(encoder, [Text(text) for text in TEXTS])
+        alone = load_encoder(bench.root / "new", device="cuda")
+        assert encoder.model_version == alone.model_version
+        found: npt.NDArray[np.float32] = (
+            normalized(encoder.encode(ids)) * normalized(alone.encode(ids))
+        ).sum(axis=1)
+        alone.close()
+        return found
+
+    np.testing.assert_array_less(0.9999, await asyncio.to_thread(cosines))
 
 
 async def test_the_devices_memory_is_measured_while_a_model_serves_and_follows_a_reload(
