@@ -87,9 +87,8 @@ async def test_after_a_reload_the_budget_is_that_of_the_device_without_the_old_m
         held = torch.cuda.memory_reserved() - others
         passing = torch.cuda.max_memory_reserved() - others - held
         assert passing > 0
-        device.limit = (
-            others + 2 * held + passing // 3
-        )  # both models, and a third of what the longest text takes
+        # Both models, and a third of what the longest text takes.
+        device.limit = others + 2 * held + passing // 3
         await bench.follow([command(1, "new")])
     assert (bench.serving, bench.sent[-1].state) == ("new", "READY"), bench.sent[-1].error
     alone, beside, again = (_budget(line) for line in logs if line["event"] == "batch_budget")
