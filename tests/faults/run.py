@@ -6,10 +6,10 @@ import asyncio
 import signal
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 import structlog
@@ -31,6 +31,8 @@ from tests.helpers.support import wait_until
 
 log = structlog.get_logger()
 
+T = TypeVar("T")
+
 WORKER_FAULTS: Final = ("kill", "kill_at", "leave", "freeze", "freeze_at", "reload", "kill_in_reload")
 REDIS_FAULTS: Final = tuple(name for name, kind in KINDS.items() if kind.track == "redis")
 BROKER_FAULTS: Final = tuple(
@@ -48,6 +50,8 @@ _REPLY_TIMEOUT_S: Final = 90
 _POINT_S: Final = 8.0
 """How long a worker has to come to the point that it was told."""
 _SAY_EVERY_S: Final = 10.0
+_ATTEMPT_S: Final = 20.0
+_PAUSE_S: Final = 0.5
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -305,18 +309,32 @@ class Harness:
 
     async def _delete_topic(self, topic: str, seconds: float) -> None:
         """Delete a client's topic, and make it again later; nobody else may make it in between."""
-        admin = AIOKafkaAdminClient(bootstrap_servers=self._cluster.direct_servers)
-        await admin.start()
-        try:
-            await admin.delete_topics([topic])
-            self._observer.forget(topic)
-            await asyncio.sleep(seconds)
-            if topic in await admin.list_topics():
-                self._note("topic_came_back", topic, "begin", "nobody made it")
-                return
-            await admin.create_topics([NewTopic(topic, PARTITIONS, COPIES)])
-        finally:
-            await admin.close()
+        await self._administered(lambda admin: admin.delete_topics([topic]))
+        await self._administered(lambda admin: _gone(admin, topic))
+        self._observer.forget(topic)
+        await asyncio.sleep(seconds)
+        if topic in await self._administered(lambda admin: admin.list_topics()):
+            self._note("topic_came_back", topic, "begin", "nobody made it")
+            return
+        await self._administered(lambda admin: admin.create_topics([NewTopic(topic, PARTITIONS, COPIES)]))
+
+    async def _administered(self, work: Callable[[AIOKafkaAdminClient], Awaitable[T]]) -> T:
+        """What `work` returns, tried again with another client while brokers come and go."""
+        while True:
+            admin = AIOKafkaAdminClient(
+                bootstrap_servers=self._cluster.direct_servers, request_timeout_ms=10_000
+            )
+            try:
+                async with asyncio.timeout(_ATTEMPT_S):
+                    await admin.start()
+                    return await work(admin)
+            except (KafkaError, OSError, TimeoutError) as error:
+                self._say(f"{self._clock():7.1f} s  tried again: {error!r}")
+                await asyncio.sleep(_PAUSE_S)
+            finally:
+                with suppress(KafkaError, OSError, TimeoutError):
+                    async with asyncio.timeout(_ATTEMPT_S):
+                        await admin.close()
 
     @asynccontextmanager
     async def _noted(self, step: Step, target: str) -> AsyncIterator[None]:
@@ -394,3 +412,10 @@ class Harness:
             finally:
                 for task in running:
                     task.cancel()
+
+
+async def _gone(admin: AIOKafkaAdminClient, topic: str) -> None:
+    """Raises KafkaError as long as the topic is there: the brokers may still be at it, or never have heard of it."""
+    if topic in await admin.list_topics():
+        await admin.delete_topics([topic])
+        raise KafkaError(f"{topic} is still there")

@@ -23,7 +23,8 @@ class Places:
 
     Invariants:
         - Only parcels with a time-out are given up, and never while Kafka is away: silence of all says nothing of one.
-        - What waits for failing places is at most `max_held` parcels, but for those without a time-out.
+        - What waits for failing places is at most `max_held` parcels, but for those without a time-out and for those of a
+          place that may heal soon: a lost broker costs no job its answer, however many come while a leader is elected.
     """
 
     def __init__(self, partitions: Callable[[str], int | None], *, max_held: int, now: float) -> None:
@@ -118,7 +119,7 @@ class Places:
                 destination.give_up(now)
                 late = timed  # it has failed for all of them
             elif failing is not None:
-                late = [parcel for parcel in timed if parcel.urgent()]
+                late = [parcel for parcel in _without_hope(destination, now) if parcel.urgent()]
             if not late:
                 return []
             reason = destination.undelivered(now, min(parcel.since for parcel in late))
@@ -135,17 +136,19 @@ class Places:
         """What is given up so that failing places hold no more than they may: the oldest of those with most."""
         if self.presence.away_since is not None:
             return []
-        failing = [one for one in self if one.failing_since is not None and one.busy]
-        excess = sum(map(len, failing)) - self._max_held
+        failing = [
+            (one, _without_hope(one, now)) for one in self if one.failing_since is not None and one.busy
+        ]
+        excess = sum(len(parcels) for _, parcels in failing) - self._max_held
         ended: list[Ended] = []
-        for destination in sorted(failing, key=len, reverse=True):
+        for destination, parcels in sorted(failing, key=lambda each: len(each[1]), reverse=True):
             if excess <= 0:
                 break
-            timed = [parcel for parcel in destination.parcels() if parcel.timeout_s is not None][:excess]
+            oldest = parcels[:excess]
             reason = destination.undelivered(now)
-            destination.remove(timed)
-            ended += [(parcel, reason) for parcel in timed]
-            excess -= len(timed)
+            destination.remove(oldest)
+            ended += [(parcel, reason) for parcel in oldest]
+            excess -= len(oldest)
         return ended
 
     def elsewhere(self, destination: Destination, now: float) -> list[Destination]:
@@ -179,3 +182,12 @@ class Places:
                 topic = destination.place[0]
                 return f"topic {topic} has taken nothing for {now - since:.0f} s ({name_of(error)})"
         return None
+
+
+def _without_hope(destination: Destination, now: float) -> list[Parcel]:
+    """Those of a failing place's parcels that would end after a time and do not wait until it heals, oldest first."""
+    return [
+        parcel
+        for parcel in destination.parcels()
+        if parcel.timeout_s is not None and not destination.may_heal(parcel.timeout_s, now)
+    ]
