@@ -32,8 +32,8 @@ a message that names the variable.
 _GATEWAY: Final = """
 ## The gateway
 
-Environment variables of `embedq gateway`, beside `EMBEDQ_KAFKA_…` and `EMBEDQ_TOPIC_PREFIX` of the table above. Here, too, a mistyped
-name ends the process.
+Environment variables of `embedq gateway`, beside `EMBEDQ_TOPIC_PREFIX` and those about Kafka of the table above. Here, too, a
+mistyped name ends the process.
 
 | variable | value | default | meaning |
 |---|---|---|---|
