@@ -19,7 +19,9 @@ from typing import Any, Final
 import msgspec
 from starlette.routing import BaseRoute, Router
 
+from embedq_gateway.dialects.cohere import Cohere
 from embedq_gateway.dialects.openai import OpenAI
+from embedq_gateway.dialects.tei import Tei
 from embedq_gateway.embedding import Embedder
 from embedq_gateway.fleet.fleet import Fleet
 from embedq_gateway.fleet.follower import FleetFollower
@@ -66,6 +68,8 @@ class Gateway:
         """Every path, the busiest first."""
         return [
             *OpenAI(self.embedder, self.fleet, self.settings).routes(),
+            *Tei(self.embedder, self.fleet, self.settings).routes(),
+            *Cohere(self.embedder, self.settings).routes(),
             *Health().routes(),
         ]
 
