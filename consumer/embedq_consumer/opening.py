@@ -142,16 +142,17 @@ async def open_cache(settings: Settings, metrics: Metrics) -> AsyncIterator[Vect
 async def open_publisher(
     settings: Settings, metrics: Metrics, health: Health, stop: asyncio.Event
 ) -> AsyncIterator[Publisher]:
+    topics = settings.topics
     publisher = Publisher(
         KafkaProducers(settings.kafka(), max_bytes=_MAX_REQUEST_BYTES),
         metrics,
         # Half of a partition's jobs that are started: the other half goes on with places that work.
         max_held=max(1, min(settings.max_in_flight_jobs, settings.max_uncommitted_jobs) // 2),
         hinder=partial(health.hinder, "delivery"),
+        ours=(topics.results, topics.replies, topics.dead_letters, topics.status, topics.control),
     )
     try:
         await once_kafka_answers(publisher.open, health, stop)
-        topics = settings.topics
         needed = (*topics.lanes, topics.results, topics.control, topics.status, topics.dead_letters)
         if missing := [topic for topic in needed if publisher.topics.partitions(topic) is None]:
             raise MissingTopics(

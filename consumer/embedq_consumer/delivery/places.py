@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Final
 
 from embedq_consumer.delivery.broker_errors import name_of
@@ -27,9 +27,17 @@ class Places:
           place that may heal soon: a lost broker costs no job its answer, however many come while a leader is elected.
     """
 
-    def __init__(self, partitions: Callable[[str], int | None], *, max_held: int, now: float) -> None:
-        """`partitions`: how many a topic has."""
+    def __init__(
+        self,
+        partitions: Callable[[str], int | None],
+        *,
+        max_held: int,
+        now: float,
+        ours: Collection[str] = (),
+    ) -> None:
+        """`partitions`: how many a topic has. `ours`: embedq's own topics."""
         self._partitions = partitions
+        self._ours = frozenset(ours)
         self._max_held = max_held
         self._places: dict[Place, Destination] = {}
         self.presence = Presence(now)
@@ -41,7 +49,7 @@ class Places:
     def at(self, place: Place) -> Destination:
         """The destination of this name, made if need be."""
         if (found := self._places.get(place)) is None:
-            found = self._places[place] = Destination(place)
+            found = self._places[place] = Destination(place, ours=place[0] in self._ours)
         return found
 
     def destination_of(self, record: Outgoing, now: float) -> Destination:
@@ -119,7 +127,7 @@ class Places:
                 destination.give_up(now)
                 late = timed  # it has failed for all of them
             elif failing is not None:
-                late = [parcel for parcel in _without_hope(destination, now) if parcel.urgent()]
+                late = [parcel for parcel in self._without_hope(destination, now) if parcel.urgent()]
             if not late:
                 return []
             reason = destination.undelivered(now, min(parcel.since for parcel in late))
@@ -137,7 +145,7 @@ class Places:
         if self.presence.away_since is not None:
             return []
         failing = [
-            (one, _without_hope(one, now)) for one in self if one.failing_since is not None and one.busy
+            (one, self._without_hope(one, now)) for one in self if one.failing_since is not None and one.busy
         ]
         excess = sum(len(parcels) for _, parcels in failing) - self._max_held
         ended: list[Ended] = []
@@ -150,6 +158,16 @@ class Places:
             ended += [(parcel, reason) for parcel in oldest]
             excess -= len(oldest)
         return ended
+
+    def _without_hope(self, destination: Destination, now: float) -> list[Parcel]:
+        """Those of a failing place's parcels that would end after a time and do not wait until it heals, oldest first."""
+        lost = any(one.in_good_standing and one.failing_since is not None for one in self)
+        return [
+            parcel
+            for parcel in destination.parcels()
+            if parcel.timeout_s is not None
+            and not destination.may_heal(parcel.timeout_s, now, others_lost=lost)
+        ]
 
     def elsewhere(self, destination: Destination, now: float) -> list[Destination]:
         """Move what waits for a failing place, and may, to others of its topic: those others."""
@@ -182,12 +200,3 @@ class Places:
                 topic = destination.place[0]
                 return f"topic {topic} has taken nothing for {now - since:.0f} s ({name_of(error)})"
         return None
-
-
-def _without_hope(destination: Destination, now: float) -> list[Parcel]:
-    """Those of a failing place's parcels that would end after a time and do not wait until it heals, oldest first."""
-    return [
-        parcel
-        for parcel in destination.parcels()
-        if parcel.timeout_s is not None and not destination.may_heal(parcel.timeout_s, now)
-    ]

@@ -336,6 +336,22 @@ def test_a_place_that_was_given_up_has_no_time_to_heal_until_it_has_worked_again
     assert len(found.overdue(destination, 20.1)) == 1
 
 
+def test_a_place_that_was_never_tried_is_believed_to_heal_where_others_fail_that_did_not_before() -> None:
+    found = places(max_held=10)
+    new = failing(found, ("t", 1), count=12)
+    assert len(found.excess(1)) == 2, "its own fault, for all that is known"
+    lost(found)
+    for _ in range(5):
+        new.add(parcel(1))
+    assert found.excess(2) == []
+
+
+def test_a_place_of_our_own_topics_is_believed_to_heal_before_it_has_had_a_record() -> None:
+    found = Places({"t": 4}.get, max_held=10, now=0, ours=["t"])
+    failing(found, count=12)
+    assert found.excess(1) == []
+
+
 def test_a_place_that_heals_takes_nothing_of_what_others_that_fail_may_hold() -> None:
     found = places(max_held=10)
     lost(found, count=100)
