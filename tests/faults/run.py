@@ -381,8 +381,7 @@ class Harness:
 
     async def _end(self) -> None:
         """Read the logs to their ends, and close the history."""
-        results = [self.topics.results, self.topics.replies, self.topics.dead_letters, self._own_topic]
-        results += [self._fragile] if self._fragile else []
+        results = (self.topics.results, self.topics.replies, self.topics.dead_letters, self._own_topic)
         if self._plan.mode == "at-least-once":
             if (found := await self._ends(results)) is not None:
                 await wait_until(
