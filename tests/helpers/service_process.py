@@ -136,8 +136,9 @@ class Replica:
         return "\n".join(self.log.read_text().splitlines()[-lines:])
 
     def events(self) -> list[dict[str, Any]]:
-        """Its log."""
-        lines = self.log.read_text().splitlines()
+        """Its log, as far as it is written."""
+        whole, _, _ = self.log.read_text().rpartition("\n")
+        lines = whole.splitlines()
         return [json.loads(line) for line in lines if line.startswith("{")]
 
     def port(self) -> int | None:
