@@ -130,23 +130,34 @@ async def beside(
             jobs = await preload(stack, topic, values, b"flood", _BATCH_RECORDS[lane])
             async with replica(stack, model, Path(scratch) / "log", prefix) as address:
                 before = await asyncio.to_thread(metrics, address)
+                began = time.perf_counter()
                 found = await waits(client, address, count, name)
                 after = await asyncio.to_thread(metrics, address)
+                took = time.perf_counter() - began
 
     def grew(sample: str) -> float:
         return after.get(sample, 0.0) - before.get(sample, 0.0)
 
+    def mean_s(name: str) -> float:
+        """Of the interactive lane's jobs, the flood's among them if it is one of that lane."""
+        sample = f'embedq_{name}_seconds_%s{{lane="interactive"}}'
+        return round(grew(sample % "sum") / max(1.0, grew(sample % "count")), 4)
+
     batches = grew(_ENDED)
     mean = grew("embedq_compute_seconds_sum") / batches if batches else 0.0
+    answered = sum(grew(key) for key in after if key.startswith("embedq_jobs_total"))
     left = jobs + count - sum(value for key, value in after.items() if key.startswith("embedq_jobs_total"))
     seconds, between = zip(*found, strict=True)
     p50, p99 = np.percentile(seconds, [50, 99])
     return {
         "flood_jobs": jobs,
         "unanswered_at_the_end": round(left),
+        "answered_per_s": round(answered / took, 1),
         "p50_s": round(float(p50), 4),
         "p99_s": round(float(p99), 4),
         "max_s": round(max(seconds), 4),
+        "polled_to_micro_batch_mean_s": mean_s("queue"),
+        "polled_to_answered_mean_s": mean_s("job"),
         "micro_batch_s": round(mean, 4),
         "micro_batches_p50": float(np.percentile(between, 50)),
         "micro_batches_max": max(between),
