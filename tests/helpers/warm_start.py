@@ -68,8 +68,8 @@ class WarmProcess:
 
     async def wait(self) -> int:
         """Its exit code, once it has ended."""
-        while (code := self.returncode) is None:
-            await asyncio.sleep(_LOOK_EVERY_S)  # noqa: ASYNC110  # no event loop gets a signal of a grandchild
+        while (code := self.returncode) is None:  # noqa: ASYNC110
+            await asyncio.sleep(_LOOK_EVERY_S)  # no event loop is told of a grandchild
         return code
 
 
