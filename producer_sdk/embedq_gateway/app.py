@@ -11,23 +11,33 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Coroutine, Mapping
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 from starlette.routing import BaseRoute, Router
 
+from embedq_gateway.console.page import console_routes
 from embedq_gateway.dialects.openai import OpenAI
 from embedq_gateway.embedding import Embedder
 from embedq_gateway.fleet.fleet import Fleet
 from embedq_gateway.fleet.follower import FleetFollower
 from embedq_gateway.http import logs
+from embedq_gateway.http.connections import STATE, Connections
 from embedq_gateway.http.entrance import Entrance
-from embedq_gateway.keys.caller import Keys, OpenDoor
-from embedq_gateway.operations.health import Health
-from embedq_gateway.settings import GatewaySettings, kafka_settings
+from embedq_gateway.http.pace import Bounds
+from embedq_gateway.keys import Door, KeyFileError, KeyKeeper, is_loopback
+from embedq_gateway.operations.admin import Admin, KeyFileState, ReloadRequest
+from embedq_gateway.operations.health import Health, not_ready
+from embedq_gateway.operations.history import History
+from embedq_gateway.operations.lag import LagReader, sample
+from embedq_gateway.operations.metrics import GatewayMetrics
+from embedq_gateway.settings import PREFIX, GatewaySettings, SettingsError, kafka_settings
 from embedq_sdk import EmbedClient
+from embedq_sdk.admin import RolloutUpdate, reload_model
 from embedq_sdk.errors import ClientClosed, EmbedError
 from embedq_sdk.transport import KafkaConnection
 from embedq_shared.kafka_settings import KafkaSettings
@@ -45,19 +55,29 @@ class Gateway:
 
     def __init__(self, settings: GatewaySettings, kafka: KafkaSettings) -> None:
         self.settings = settings
-        options = msgspec.structs.asdict(kafka.kafka_options())
-        servers = options.pop("servers")
+        self._security = options = msgspec.structs.asdict(kafka.kafka_options())
+        self._servers = servers = options.pop("servers")
+        self._topics = kafka.topics
         self.client = EmbedClient(
             servers,
             topic_prefix=kafka.topic_prefix,
             max_in_flight_texts=settings.max_in_flight_texts,
             **options,
         )
-        self.keys: Keys = OpenDoor()
+        self.metrics = GatewayMetrics()
+        self.keeper = _keeper(settings, self.metrics)
+        self.keys = self.keeper.door if self.keeper else _open_door(settings)
+        self.connections = Connections(_bounds(settings), ended=self.metrics.connections_ended.inc)
         self.fleet = Fleet()
-        self.follower = FleetFollower(self.fleet, KafkaConnection.of(servers, options), kafka.topics)
+        connection = KafkaConnection.of(servers, options)
+        self.follower = FleetFollower(self.fleet, connection, kafka.topics)
+        self.history = History()
+        self.lag = LagReader(connection, kafka.topics, settings.group)
+        self.connected = False
+        self.leaving = asyncio.Event()
         self.embedder = Embedder(self.client, self.fleet, settings)
         self.entrance = Entrance(self.routes(), self.keys, self.running)
+        self.entrance.observers.append(self.metrics.observe)
         if settings.access_log:
             self.entrance.observers.append(logs.log_request)
 
@@ -65,19 +85,42 @@ class Gateway:
         """Every path, the busiest first."""
         return [
             *OpenAI(self.embedder, self.fleet, self.settings).routes(),
-            *Health().routes(),
+            *Health(self.not_ready, self.metrics).routes(),
+            *Admin(
+                fleet=self.fleet,
+                fresh=self._fresh,
+                history=self.history,
+                keys=self._key_file,
+                reload=self._reload,
+                leaving=self.leaving,
+            ).routes(),
+            *console_routes(),
         ]
 
+    def not_ready(self) -> str | None:
+        """Why no request should be sent here; None: there is no reason."""
+        model = self.fleet.model(self.settings.default_alias, time.time())
+        return not_ready(
+            leaving=self.entrance.closing,
+            connected=self.connected,
+            fresh=self._fresh(),
+            alias=self.settings.default_alias,
+            serving=model.replicas if model else 0,
+        )
+
     @asynccontextmanager
-    async def running(self, _: Router) -> AsyncIterator[None]:
+    async def running(self, _: Router) -> AsyncIterator[dict[str, Any]]:
         """Connect and follow in the background: requests are answered from the first moment on, with 503 at first."""
         tasks = [
             self._start("connect", self._connect()),
             self._start("fleet", self.follower.run()),
             self._start("watch", self._watch()),
+            self._start("history", sample(self.history, self.lag, self.metrics.tokens_so_far)),
         ]
+        if self.keeper is not None:
+            tasks.append(self._start("keys", self.keeper.follow()))
         try:
-            yield
+            yield {STATE: self.connections}
         finally:
             for task in tasks:
                 task.cancel()
@@ -98,14 +141,52 @@ class Gateway:
                     log.warning("kafka_not_connected", extra={"reason": said})
                 await asyncio.sleep(_PAUSE_S)
             else:
+                self.connected = True
                 log.info("kafka_connected", extra={"reply_partition": self.client.reply_partition})
                 return
 
     async def _watch(self) -> None:
-        """A client that broke down does not mend itself: recovery is the next process."""
+        """Look at what time changes: peers that are too slow, readiness, and a client that broke down. That one does not mend
+        itself: recovery is the next process.
+        """
         while self.client.fault is None:
+            self.connections.sweep(time.monotonic())
+            self.measure()
+            if self.entrance.closing:
+                self.leaving.set()
             await asyncio.sleep(_WATCH_S)
         raise self.client.fault
+
+    def measure(self) -> None:
+        """Bring the gauges of this process up to date."""
+        idle = self.connections.idle
+        self.metrics.measure(
+            in_flight=len(self.entrance.in_flight),
+            busy=len(self.connections) - idle,
+            idle=idle,
+            ready=self.not_ready() is None,
+        )
+
+    def _fresh(self) -> bool:
+        return self.follower.fresh(time.monotonic())
+
+    def _key_file(self) -> KeyFileState | None:
+        if self.keeper is None:
+            return None
+        return KeyFileState(names=self.keys.names, fault=self.keeper.fault)
+
+    def _reload(self, asked: ReloadRequest) -> AsyncGenerator[RolloutUpdate, None]:
+        return reload_model(
+            self._servers,
+            asked.path,
+            alias=asked.alias,
+            digest=asked.digest,
+            policy="availability_preserving" if asked.policy == "availability" else "resource_preserving",
+            min_cosine=asked.min_cosine,
+            timeout=asked.timeout,
+            topic_prefix=self._topics.prefix,
+            **self._security,
+        )
 
     def _start(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name=f"embedq-gateway-{name}")
@@ -119,6 +200,39 @@ class Gateway:
         self.entrance.fault = error
         log.critical("task_failed", extra={"task": task.get_name(), "reason": repr(error)}, exc_info=error)
         signal.raise_signal(signal.SIGTERM)
+
+
+def _keeper(settings: GatewaySettings, metrics: GatewayMetrics) -> KeyKeeper | None:
+    """The file of keys, read; None where there is none.
+
+    Raises:
+        SettingsError: it cannot be used.
+    """
+    if not settings.keys_file:
+        return None
+
+    def told(outcome: str) -> None:
+        metrics.key_file_readings.labels(outcome).inc()
+        metrics.key_file_broken.set(outcome != "ok")
+
+    try:
+        return KeyKeeper(Path(settings.keys_file), workers=settings.workers, told=told)
+    except KeyFileError as error:
+        raise SettingsError(f"{PREFIX}KEYS_FILE: {error}") from error
+
+
+def _bounds(settings: GatewaySettings) -> Bounds:
+    return Bounds(
+        connections=settings.max_connections,
+        head_bytes=settings.max_head_bytes,
+        head_s=settings.head_timeout_s,
+        idle_s=settings.idle_timeout_s,
+        body_bytes_per_s=settings.body_bytes_per_s,
+    )
+
+
+def _open_door(settings: GatewaySettings) -> Door:
+    return Door(None, loopback=is_loopback(settings.host) and not settings.allow_anonymous)
 
 
 def create(environ: Mapping[str, str] = os.environ) -> Entrance:

@@ -85,7 +85,7 @@ class Embedder:
             instruction=request.instruction,
             truncate=request.truncate,
             chunk=request.chunk,
-            lane=exchange.lane() if caller.lane is None else caller.lane,
+            lane=caller.lane_for(exchange.lane()),
             trace=exchange.trace(),
             client_id=caller.client_id,
         )
@@ -94,14 +94,13 @@ class Embedder:
             raise ApiError("too_many_inputs", f"expected at most {settings.max_inputs:,} texts", "input")
         if self._fleet.is_unknown(alias, time.time()):
             raise ApiError("unknown_model", "no replica serves a model of this name", "model")
-        caller.begin()
-        try:
+        with caller.admit(characters=sum(map(len, request.texts)), texts=len(request.texts)) as admitted:
             with UntilHungUp(exchange):
                 finished = await self._client.embed_raw(request.texts, options, timeout=timeout)
             answer = joined(finished, alias)
             exchange.tokens = answer.tokens
-        finally:
-            caller.end(exchange.tokens)
+            admitted.settle(answer.tokens)
+        exchange.own_headers += admitted.headers()
         return answer
 
 

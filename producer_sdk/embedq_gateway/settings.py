@@ -12,6 +12,7 @@ from embedq_shared.access.environment import SettingsError, read_settings
 from embedq_shared.kafka_settings import OF_THE_LOCAL_STACK, KafkaSettings, NotEmpty
 from embedq_shared.kafka_settings import PREFIX as KAFKA_PREFIX
 from embedq_shared.messages import DEFAULT_ALIAS, DEFAULT_MAX_INPUTS
+from embedq_shared.topics import GROUP
 
 __all__ = ["PREFIX", "GatewaySettings", "SettingsError", "kafka_settings"]
 
@@ -32,13 +33,15 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     # Where
 
-    host: Annotated[NotEmpty, Meta(description="Address to listen on: the default is this machine alone.")] = (
-        "127.0.0.1"
-    )
+    host: Annotated[
+        NotEmpty, Meta(description="Address to listen on: the default is this machine alone.")
+    ] = "127.0.0.1"
     port: Annotated[Port, Meta(description="Port to listen on. 0: any free one; the log says which.")] = 8080
     workers: Annotated[
         PositiveInt,
-        Meta(description="Processes that share the port. Each has a client of its own, and reads one reply partition."),
+        Meta(
+            description="Processes that share the port. Each has a client of its own, and reads one reply partition."
+        ),
     ] = 1
     tls_certfile: Annotated[
         str,
@@ -53,6 +56,50 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     access_log: Annotated[
         bool, Meta(description="Log a line for each request: never its texts, vectors or keys.")
     ] = True
+
+    # Who may come in
+
+    keys_file: Annotated[
+        str,
+        Meta(
+            description="File of API keys, as `embedq gateway keys add` writes it; a change is in force a second later. "
+            "Empty: no keys, and whoever reaches the address may do everything."
+        ),
+    ] = ""
+    allow_anonymous: Annotated[
+        bool,
+        Meta(
+            description="Without keys, serve an address that others than this machine reach, and pages of any name that points at it."
+        ),
+    ] = False
+    max_connections: Annotated[
+        PositiveInt,
+        Meta(
+            description="Connections of this process; one more closes the one that has been idle for longest, or is refused."
+        ),
+    ] = 4096
+    max_head_bytes: Annotated[
+        int,
+        Meta(
+            ge=1024,
+            description="Bytes that a request's line and headers may have; more is answered with 431.",
+        ),
+    ] = 32 * 1024
+    head_timeout_s: Annotated[
+        Seconds, Meta(description="Seconds from a request's first byte to the end of its headers.")
+    ] = 10.0
+    body_bytes_per_s: Annotated[
+        PositiveInt,
+        Meta(
+            description="Bytes a second at which a body must come on average, after `EMBEDQ_GATEWAY_HEAD_TIMEOUT_S`."
+        ),
+    ] = 1024
+    idle_timeout_s: Annotated[
+        Seconds,
+        Meta(
+            description="Seconds that a connection may be idle. Longer than clients keep one, so that it is they who close it."
+        ),
+    ] = 75.0
 
     # Requests
 
@@ -73,7 +120,9 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     ] = 600.0
     max_inputs: Annotated[
         PositiveInt,
-        Meta(description="Texts that a request may have; the service's `EMBEDQ_MAX_INPUTS`, if that is smaller."),
+        Meta(
+            description="Texts that a request may have; the service's `EMBEDQ_MAX_INPUTS`, if that is smaller."
+        ),
     ] = DEFAULT_MAX_INPUTS
     max_body_bytes: Annotated[
         PositiveInt, Meta(description="Bytes that the body of a request may have; more is answered with 413.")
@@ -85,6 +134,13 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             "time is over."
         ),
     ] = 16_384
+
+    # Operating
+
+    group: Annotated[
+        NotEmpty,
+        Meta(description="The service's consumer group, its `EMBEDQ_GROUP`: whose lag the console shows."),
+    ] = GROUP
 
     # Leaving
 

@@ -77,7 +77,7 @@ async def a_gateway(
         gateway = Gateway(GatewaySettings(**settings), KafkaSettings(kafka_servers="fake:9092"))
     change(gateway)
     transport = httpx.ASGITransport(app=gateway.entrance, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as http:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
         door = Door(gateway, transports[0], http)
         door.see()
         if opened:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -15,8 +16,6 @@ from embedq_gateway.http.pace import Bounds, Pace
 
 STATE: Final = "connections"
 """Where the lifespan's state has the `Connections` of this process."""
-_SWEEP_S: Final = 1.0
-"""How often all connections are looked at, a millisecond for some thousands."""
 _LINE_AND_COLONS: Final = 4
 """Bytes of each header besides its name and value."""
 
@@ -24,12 +23,12 @@ _LINE_AND_COLONS: Final = 4
 class Connections:
     """The open connections of this process, and which of them are idle, the longest first."""
 
-    def __init__(self, bounds: Bounds) -> None:
+    def __init__(self, bounds: Bounds, *, ended: Callable[[], object] = lambda: None) -> None:
+        """`ended` is called for each connection that breaks a bound."""
         self.bounds = bounds
+        self.ended = ended
         self._open: set[BoundedProtocol] = set()
         self._idle: dict[BoundedProtocol, None] = {}
-        self.refused = 0
-        """Connections and requests that were ended for breaking a bound."""
 
     def __len__(self) -> int:
         return len(self._open)
@@ -44,7 +43,6 @@ class Connections:
         if len(self._open) >= self.bounds.connections:
             oldest = next(iter(self._idle), None)
             if oldest is None:
-                self.refused += 1
                 return False
             self.closed(oldest)
             oldest.hang_up()
@@ -66,20 +64,21 @@ class Connections:
         self._open.discard(connection)
         self._idle.pop(connection, None)
 
-    async def sweep(self) -> None:
-        """End those that take too long, until cancelled."""
-        while True:
-            await asyncio.sleep(_SWEEP_S)
-            now = time.monotonic()
-            for connection in list(self._open):
-                connection.check(now)
+    def sweep(self, now: float) -> None:
+        """End those that take too long, at monotonic seconds `now`. A millisecond for some thousands."""
+        for connection in list(self._open):
+            connection.check(now)
 
 
 class BoundedProtocol(HttpToolsProtocol):
     """Uvicorn's HTTP/1.1 over httptools, with `Bounds`; they are in the lifespan's state."""
 
     def __init__(
-        self, config: Any, server_state: Any, app_state: dict[str, Any], _loop: asyncio.AbstractEventLoop | None = None
+        self,
+        config: Any,
+        server_state: Any,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config=config, server_state=server_state, app_state=app_state, _loop=_loop)
         self._all: Connections = app_state[STATE]
@@ -164,6 +163,8 @@ class BoundedProtocol(HttpToolsProtocol):
         if late.tell and not answered:
             self._refuse("request_timeout", late.why)
         else:
+            if self._pace.phase != "idle":
+                self._all.ended()
             self.hang_up()
 
     def hang_up(self) -> None:
@@ -187,7 +188,7 @@ class BoundedProtocol(HttpToolsProtocol):
         one that is cut off while it sends may lose the answer. A connection that there was no room for is closed at once.
         """
         self._over = True
-        self._all.refused += 1
+        self._all.ended()
         error = ApiError(code, message)
         body = msgspec.json.encode(error.answer())
         lines = [

@@ -14,7 +14,7 @@ from embedq_gateway.errors import ApiError, api_error
 from embedq_gateway.http.answers import JsonAnswer
 from embedq_gateway.http.body import HungUp
 from embedq_gateway.http.exchange import Exchange
-from embedq_gateway.keys.caller import Keys
+from embedq_gateway.keys import Door
 from embedq_sdk.errors import EmbedError, KafkaUnavailable, TopicMissing, UnreadableReply
 from embedq_shared.codec import BadJob
 
@@ -83,7 +83,7 @@ class Entrance:
         - Each request is shown to every observer once, at its end.
     """
 
-    def __init__(self, routes: Sequence[BaseRoute], keys: Keys, lifespan: Lifespan[Router]) -> None:
+    def __init__(self, routes: Sequence[BaseRoute], keys: Door, lifespan: Lifespan[Router]) -> None:
         self._router = Router(list(routes), redirect_slashes=False, lifespan=lifespan)
         self._keys = keys
         self.observers: list[Observer] = []

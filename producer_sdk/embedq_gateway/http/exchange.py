@@ -10,8 +10,8 @@ from typing import Any, Final
 from starlette.types import Message, Receive, Scope, Send
 
 from embedq_gateway.errors import ApiError
-from embedq_gateway.keys.caller import Caller, Keys
-from embedq_gateway.keys.caller import Scope as Right
+from embedq_gateway.keys import Caller, Door
+from embedq_gateway.keys import Scope as Right
 from embedq_shared.topics import LANES, Lane
 
 REQUEST_ID: Final = "x-request-id"
@@ -42,6 +42,7 @@ class Exchange:
         "error",
         "headers",
         "keys",
+        "own_headers",
         "received_bytes",
         "request_id",
         "route",
@@ -53,7 +54,7 @@ class Exchange:
     )
 
     def __init__(
-        self, scope: Scope, receive: Receive, send: Send, keys: Keys, *, closing: bool = False
+        self, scope: Scope, receive: Receive, send: Send, keys: Door, *, closing: bool = False
     ) -> None:
         self.scope = scope
         self._receive = receive
@@ -77,6 +78,8 @@ class Exchange:
         """Of the answer; 0 before it."""
         self.error: str | None = None
         """The code of the error that was answered."""
+        self.own_headers: list[tuple[bytes, bytes]] = []
+        """Headers that its answer gets besides those that the handler gives it."""
         self.texts = 0
         self.tokens = 0
         self.received_bytes = 0
@@ -99,7 +102,7 @@ class Exchange:
         Raises:
             ApiError: nobody who is known, or who may not.
         """
-        self.caller = caller = self.keys.caller(self.headers.get(b"authorization"))
+        self.caller = caller = self.keys.caller(self.headers)
         caller.require(scope)
         return caller
 
@@ -119,15 +122,15 @@ class Exchange:
             raise ApiError("invalid_header", f"`{TIMEOUT}`: expected seconds above 0, such as 2.5", TIMEOUT)
         return min(seconds, most)
 
-    def lane(self) -> Lane:
-        """The lane that the request asks for.
+    def lane(self) -> Lane | None:
+        """The lane that the request asks for; None: it does not say.
 
         Raises:
-            ApiError: its header names none.
+            ApiError: its header names no lane.
         """
         raw = self.headers.get(b"x-embedq-lane")
         if raw is None:
-            return "interactive"
+            return None
         for lane in LANES:
             if raw == lane.encode():
                 return lane
@@ -151,7 +154,7 @@ class Exchange:
         """A part of the answer."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            own = [(b"x-request-id", self.request_id)]
+            own = [(b"x-request-id", self.request_id), *self.own_headers]
             if self.closing:
                 own.append((b"connection", b"close"))
             message = {**message, "headers": [*message.get("headers", ()), *own]}

@@ -4,7 +4,7 @@ from embedq_gateway.keys.caller import ANYBODY, Admission, Caller
 from embedq_gateway.keys.door import Door, key_in
 from embedq_gateway.keys.exposure import Exposed, check_exposure, is_loopback, is_same_site
 from embedq_gateway.keys.keeper import KeyKeeper
-from embedq_gateway.keys.key_file import KeyEntry, KeyFileError, Scope
+from embedq_gateway.keys.key_file import KeyEntry, KeyFileError, Scope, read_keys
 
 __all__ = [
     "ANYBODY",
@@ -20,4 +20,5 @@ __all__ = [
     "is_loopback",
     "is_same_site",
     "key_in",
+    "read_keys",
 ]

@@ -139,6 +139,4 @@ def caller_of(entry: KeyEntry, allowance: Allowance, clock: Callable[[], float])
 
 def anybody(allowance: Allowance, clock: Callable[[], float]) -> Caller:
     """Who asks where there are no keys: they may do everything."""
-    return Caller(
-        name=ANYBODY, scopes=_EVERYTHING, aliases=None, lane=None, allowance=allowance, clock=clock
-    )
+    return Caller(name=ANYBODY, scopes=_EVERYTHING, aliases=None, lane=None, allowance=allowance, clock=clock)

@@ -17,9 +17,7 @@ _INDEX_BYTES: Final = 8
 """Of a hash, by which it is found. Two keys that begin alike would be one in 2^64."""
 _NO_HASH: Final = bytes(32)
 """Of nothing that anybody knows. A key whose hash begins like none is compared with it, as others are with their own."""
-_FOREIGN_PAGE: Final = (
-    "without API keys only pages of this gateway itself may send requests: `Host` and `Origin` are another site's"
-)
+_FOREIGN_PAGE: Final = "without API keys only pages of this gateway itself may send requests: `Host` and `Origin` are another site's"
 
 
 class Door:

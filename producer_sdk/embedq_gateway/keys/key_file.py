@@ -109,7 +109,9 @@ def add_key(path: Path, entry: KeyEntry) -> None:
     with _changing(path):
         entries = read_keys(path) if path.exists() else []
         if any(each.name == entry.name for each in entries):
-            raise KeyFileError(f"{path} has a key named {entry.name}: choose another name, or remove it first")
+            raise KeyFileError(
+                f"{path} has a key named {entry.name}: choose another name, or remove it first"
+            )
         _write(path, [*entries, entry])
 
 

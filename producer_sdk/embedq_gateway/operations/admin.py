@@ -13,7 +13,7 @@ from msgspec import Meta
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from embedq_gateway.errors import ApiError, api_error
+from embedq_gateway.errors import ApiError, ErrorAnswer, api_error
 from embedq_gateway.fleet.fleet import Fleet, Model
 from embedq_gateway.http.answers import JsonAnswer
 from embedq_gateway.http.body import read_json
@@ -24,6 +24,7 @@ from embedq_gateway.operations.sse import EventStream, events
 from embedq_sdk.admin import LostRace, RolloutUpdate
 from embedq_sdk.admin.rollout import ReplicaView
 from embedq_shared.messages import DEFAULT_ALIAS
+from embedq_shared.topics import Lane
 
 log = logging.getLogger("embedq.gateway")
 
@@ -61,7 +62,7 @@ class AdminStatus(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the replicas are as they are now; false while Kafka does not answer."""
     replicas: list[ReplicaView]
     models: list[Model]
-    lag: dict[str, int] | None
+    lag: dict[Lane, int] | None
     """Jobs that wait or are in flight, by lane; null: Kafka does not say."""
     history: list[Point]
     """Of the last ten minutes, oldest first."""
@@ -123,7 +124,9 @@ class Admin:
         caller = exchange.require("admin")
         asked = _asked(await read_json(exchange, _MOST_BODY_BYTES))
         if self._streams >= _MOST_STREAMS:
-            raise ApiError("overloaded", f"{_MOST_STREAMS} reloads are being watched here; see `/admin/status`")
+            raise ApiError(
+                "overloaded", f"{_MOST_STREAMS} reloads are being watched here; see `/admin/status`"
+            )
         log.info("reload_asked", extra={"caller": caller.name, "alias": asked.alias, "path": asked.path})
         updates = self._watched(asked)
         first = await anext(updates)  # what is wrong with the command is told by the status
@@ -137,6 +140,8 @@ class Admin:
         try:
             async for update in self._reload(asked):
                 yield update
+        except LostRace as error:
+            raise ApiError("superseded", str(error)) from None
         finally:
             self._streams -= 1
 
@@ -156,11 +161,8 @@ def _name(update: RolloutUpdate) -> str:
     return "done" if update.done else "update"
 
 
-def _failed(error: Exception) -> object:
-    if isinstance(error, LostRace):
-        return {"error": {"code": "superseded", "message": str(error)}}
-    if api_error(error).status == 500:
-        log.error("reload_not_followed", exc_info=error)
+def _failed(error: Exception) -> ErrorAnswer:
+    log.warning("reload_not_followed", extra={"reason": str(error)})
     return api_error(error).answer()
 
 

@@ -8,6 +8,8 @@ from typing import Final
 
 import msgspec
 
+from embedq_shared.topics import Lane
+
 SAMPLE_S: Final = 5.0
 """Between two samples."""
 KEPT_S: Final = 600.0
@@ -18,7 +20,7 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
     """One sample: what waited then, and what was answered since the one before."""
 
     at: float
-    lag: dict[str, int] | None
+    lag: dict[Lane, int] | None
     """Jobs by lane; None: Kafka did not say."""
     tokens_per_s: float
     """Of all workers of this gateway, not of other clients of the service."""
@@ -35,7 +37,7 @@ class History:
     def __len__(self) -> int:
         return len(self._points)
 
-    def add(self, at: float, lag: Mapping[str, int] | None, tokens: float) -> None:
+    def add(self, at: float, lag: Mapping[Lane, int] | None, tokens: float) -> None:
         """A sample; `tokens` is what was counted so far. The first one only begins the count."""
         if self._last is not None:
             before, counted = self._last

@@ -59,7 +59,9 @@ class GatewayMetrics:
                 f"embedq_gateway_{name}", help, labels, registry=registry, multiprocess_mode="livesum"
             )
 
-        self.requests = counter("requests_total", "Requests answered, by route and status.", "route", "status")
+        self.requests = counter(
+            "requests_total", "Requests answered, by route and status.", "route", "status"
+        )
         self.seconds = Histogram(
             "embedq_gateway_request_seconds",
             "From a request's head to the end of its answer, by route.",
@@ -69,13 +71,19 @@ class GatewayMetrics:
         )
         self.in_flight = gauge("in_flight", "Requests that are being answered.")
         self.texts = counter("texts_total", "Texts of requests that were answered, by the key's name.", "key")
-        self.tokens = counter("tokens_total", "Tokens of requests that were answered, by the key's name.", "key")
+        self.tokens = counter(
+            "tokens_total", "Tokens of requests that were answered, by the key's name.", "key"
+        )
         self.refused = counter(
-            "refused_total", "Requests refused for what their key is or may do, by the key's name and code.", "key", "code"
+            "refused_total",
+            "Requests refused for what their key is or may do, by the key's name and code.",
+            "key",
+            "code",
         )
         self.connections = gauge("connections", "Open connections: busy or idle.", "state")
         self.connections_ended = counter(
-            "connections_ended_total", "Connections ended for breaking a bound: too slow, too long a head, too many."
+            "connections_ended_total",
+            "Connections ended for breaking a bound: too slow, too long a head, too many.",
         )
         self.key_file_readings = counter(
             "key_file_readings_total", "Readings of the key file after it changed: ok or refused.", "outcome"
@@ -98,6 +106,13 @@ class GatewayMetrics:
         if exchange.error in _REFUSALS:
             self.refused.labels(key, exchange.error).inc()
 
+    def measure(self, *, in_flight: int, busy: int, idle: int, ready: bool) -> None:
+        """How this process stands now."""
+        self.in_flight.set(in_flight)
+        self.connections.labels("busy").set(busy)
+        self.connections.labels("idle").set(idle)
+        self.ready.set(ready)
+
     def page(self, accept: str) -> tuple[str, bytes]:
         """What a scrape gets: content type and body. Reads files where workers share them."""
         encode, content_type = choose_encoder(accept)
@@ -117,7 +132,7 @@ class GatewayMetrics:
         if self._directory is None:
             return self._registry
         registry = CollectorRegistry()
-        MultiProcessCollector(registry, path=self._directory)  # type: ignore[no-untyped-call]
+        MultiProcessCollector(registry, path=self._directory)
         return registry
 
 
@@ -126,4 +141,4 @@ def forget_the_dead(directory: str) -> None:
     for file in Path(directory).glob("gauge_live*_*.db"):
         pid = file.stem.rpartition("_")[2]
         if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            mark_process_dead(int(pid), directory)  # type: ignore[no-untyped-call]
+            mark_process_dead(int(pid), directory)

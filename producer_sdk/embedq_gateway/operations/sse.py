@@ -10,8 +10,10 @@ from typing import Final, TypeVar
 import msgspec
 from starlette.types import Receive, Scope, Send
 
+from embedq_gateway.errors import ApiError
 from embedq_gateway.http.exchange import Exchange
 from embedq_gateway.http.hang_up import UntilHungUp
+from embedq_sdk.errors import EmbedError
 
 T = TypeVar("T")
 
@@ -54,7 +56,7 @@ async def events(
     news: AsyncGenerator[T, None],
     *,
     name: Callable[[T], str],
-    failed: Callable[[Exception], object],
+    failed: Callable[[ApiError | EmbedError], object],
     leaving: asyncio.Event,
     sign_of_life_s: float = _SIGN_OF_LIFE_S,
 ) -> AsyncGenerator[bytes, None]:
@@ -73,7 +75,10 @@ async def events(
                     item = pending.result()
                 except StopAsyncIteration:
                     return
-                except Exception as error:  # the answer has begun, so that its end is the place to say so
+                except (
+                    ApiError,
+                    EmbedError,
+                ) as error:  # the answer has begun: its end is the place to say so
                     yield event("error", failed(error))
                     return
                 yield event(name(item), item)

@@ -27,11 +27,14 @@ def test_every_code_of_the_contract_has_a_status() -> None:
 def test_what_openais_client_tries_again_is_what_may_succeed_later(code: str) -> None:
     status = KINDS[code].status
     worth = {*RETRYABLE, "expired", "rate_limit_exceeded", "model_changed", "unavailable", "gateway_fault"}
+    worth |= {"request_timeout", "too_many_connections", "superseded"}
     assert (status in RETRIED or status >= 500) == (code in worth)
 
 
 def test_the_page_has_the_table() -> None:
-    rows = re.findall(r"^\| (\d{3}) \| `(\w+)` \| `(\w+)` \| (.+) \|$", PAGE.read_text(encoding="utf-8"), re.M)
+    rows = re.findall(
+        r"^\| (\d{3}) \| `(\w+)` \| `(\w+)` \| (.+) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert {code: (int(status), type, meaning) for status, code, type, meaning in rows} == {
         code: (kind.status, kind.type, kind.meaning) for code, kind in KINDS.items()
     }

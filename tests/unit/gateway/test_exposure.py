@@ -13,7 +13,9 @@ def test_loopback_needs_no_keys(host: str) -> None:
     check_exposure(host, has_keys=False, allow_anonymous=False)
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "gpu7", "localhost.example", "127.0.0.1.example"])
+@pytest.mark.parametrize(
+    "host", ["0.0.0.0", "::", "10.0.0.7", "gpu7", "localhost.example", "127.0.0.1.example"]
+)
 def test_any_other_address_does(host: str) -> None:
     with pytest.raises(Exposed, match="ALLOW_ANONYMOUS=true"):
         check_exposure(host, has_keys=False, allow_anonymous=False)

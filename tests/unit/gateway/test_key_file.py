@@ -47,8 +47,7 @@ def test_the_file_is_for_people_too_and_holds_no_key(tmp_path: Path) -> None:
     key = new_key()
     add_key(path, KeyEntry(name="search", hash=hash_of(key)))
     assert path.read_text() == (
-        '{\n  "keys": [\n    {\n      "name": "search",\n'
-        f'      "hash": "{hash_of(key)}"\n    }}\n  ]\n}}\n'
+        f'{{\n  "keys": [\n    {{\n      "name": "search",\n      "hash": "{hash_of(key)}"\n    }}\n  ]\n}}\n'
     )
     assert key.reveal() not in path.read_text()
 

@@ -7,6 +7,12 @@ from hypothesis import strategies as st
 
 from embedq_gateway.http.pace import Bounds, Pace
 
+
+def phase_of(pace: Pace) -> str:
+    """A type checker would take the phase of the last assertion for lasting."""
+    return pace.phase
+
+
 BOUNDS = Bounds(connections=10, head_bytes=1000, head_s=10, idle_s=60, body_bytes_per_s=100)
 
 
@@ -61,7 +67,7 @@ def test_an_answer_may_take_as_long_as_it_does_unless_the_peer_does_not_take_it(
     pace.flows()
     assert pace.late(1e6 + 31) is None
     pace.answered(now=1e6)
-    assert pace.phase == "idle"
+    assert phase_of(pace) == "idle"
 
 
 def test_the_rest_of_a_refused_body_has_a_few_seconds_and_then_the_connection_is_good_again() -> None:
@@ -69,11 +75,11 @@ def test_the_rest_of_a_refused_body_has_a_few_seconds_and_then_the_connection_is
     pace.received(10, now=0)
     pace.head_ended(now=0)
     pace.answered(now=1)
-    assert pace.phase == "rest"
+    assert phase_of(pace) == "rest"
     assert pace.late(6) is None
     assert pace.late(6.1) is not None
     pace.body_ended(now=3)
-    assert pace.phase == "idle"
+    assert phase_of(pace) == "idle"
 
 
 def test_a_request_sent_ahead_is_answered_after_the_first_one() -> None:
@@ -83,12 +89,12 @@ def test_a_request_sent_ahead_is_answered_after_the_first_one() -> None:
     pace.body_ended(now=0)
     pace.head_ended(now=0)
     pace.body_ended(now=0)
-    assert pace.phase == "answer"
+    assert phase_of(pace) == "answer"
     pace.answered(now=100, next_one=True)
-    assert pace.phase == "answer"
+    assert phase_of(pace) == "answer"
     assert pace.late(1000) is None
     pace.answered(now=1000)
-    assert pace.phase == "idle"
+    assert phase_of(pace) == "idle"
 
 
 @given(gaps=st.lists(st.floats(min_value=0.1, max_value=5), min_size=1, max_size=200))

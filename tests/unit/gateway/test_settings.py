@@ -14,7 +14,9 @@ from embedq_shared.access.setting_words import takes, wrong
 
 
 def settings(**environ: str) -> GatewaySettings:
-    return GatewaySettings.from_env({f"EMBEDQ_GATEWAY_{name.upper()}": value for name, value in environ.items()})
+    return GatewaySettings.from_env(
+        {f"EMBEDQ_GATEWAY_{name.upper()}": value for name, value in environ.items()}
+    )
 
 
 def test_nothing_need_be_set() -> None:
