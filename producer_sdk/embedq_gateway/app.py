@@ -76,6 +76,14 @@ class Gateway:
         self.connected = False
         self.leaving = asyncio.Event()
         self.embedder = Embedder(self.client, self.fleet, settings)
+        self.admin = Admin(
+            fleet=self.fleet,
+            fresh=self._fresh,
+            history=self.history,
+            keys=self._key_file,
+            reload=self._reload,
+            leaving=self.leaving,
+        )
         self.entrance = Entrance(self.routes(), self.keys, self.running)
         self.entrance.observers.append(self.metrics.observe)
         if settings.access_log:
@@ -86,14 +94,7 @@ class Gateway:
         return [
             *OpenAI(self.embedder, self.fleet, self.settings).routes(),
             *Health(self.not_ready, self.metrics).routes(),
-            *Admin(
-                fleet=self.fleet,
-                fresh=self._fresh,
-                history=self.history,
-                keys=self._key_file,
-                reload=self._reload,
-                leaving=self.leaving,
-            ).routes(),
+            *self.admin.routes(),
             *console_routes(),
         ]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from http import HTTPStatus
 from pathlib import Path
 from typing import Final
 
@@ -99,7 +100,7 @@ class GatewayMetrics:
         self.requests.labels(route, str(exchange.status or HUNG_UP)).inc()
         self.seconds.labels(route).observe((exchange.answered_at or time.monotonic()) - exchange.began)
         key = _NOBODY if exchange.caller is None else exchange.caller.name
-        if exchange.texts:
+        if exchange.texts and exchange.status == HTTPStatus.OK:
             self.texts.labels(key).inc(exchange.texts)
         if exchange.tokens:
             self.tokens.labels(key).inc(exchange.tokens)

@@ -3,6 +3,7 @@
 const POLL_MS = 1000;
 const POLL_AFTER_ERROR_MS = 5000;
 const MOST_IN_MATRIX = 60;
+const HOT = 0.61; // from here on a cell's text takes its other color; both have a contrast of 4.5 or more then
 const STEPS = ["validate", "load", "warm_up", "check", "drain", "swap"];
 const KEY = "embedq-key";
 
@@ -113,7 +114,7 @@ function summary(status) {
   const reloading = status.replicas.filter((replica) => replica.outcome === "LOADING").length;
   const versions = new Set(status.replicas.map((replica) => replica.model_version).filter(Boolean)).size;
   const parts = [`${serving} of ${status.replicas.length} replicas serve`];
-  if (reloading) parts.push(`${reloading} reload`);
+  if (reloading) parts.push(`${reloading} reloading`);
   if (versions > 1) parts.push(`${versions} model versions`);
   if (status.keys?.fault) parts.push("the key file is broken");
   return parts.join(" · ");
@@ -127,7 +128,7 @@ function say(element, text, bad = false) {
 // -- the last minutes -------------------------------------------------------------------------------------------------
 
 const SVG = "http://www.w3.org/2000/svg";
-const [WIDTH, HEIGHT, LEFT, TOP, BOTTOM] = [460, 150, 52, 10, 22];
+const [WIDTH, HEIGHT, LEFT, TOP, BOTTOM] = [460, 150, 46, 10, 22];
 
 function svg(tag, attributes, text) {
   const element = document.createElementNS(SVG, tag);
@@ -150,7 +151,7 @@ function plot(target, now, points, curves, unit) {
   const most = Math.max(1, ...values);
   const x = (at) => LEFT + ((at - from) / (now - from)) * (WIDTH - LEFT - 4);
   const y = (value) => TOP + (1 - value / most) * (HEIGHT - TOP - BOTTOM);
-  const drawn = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img" });
+  const drawn = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "xMinYMid", role: "img" });
   const told = curves.map((curve) => {
     const seen = points.map(curve.value).filter((value) => value !== null);
     return `${curve.name} now ${short(seen.at(-1) ?? 0)}, at most ${short(Math.max(0, ...seen))}`;
@@ -296,7 +297,7 @@ async function compare(event) {
       $("try-status"),
       mixed
         ? "The model was reloaded in between: the query's similarities mean nothing. Compare again."
-        : `${texts.length} texts of ${documents.vectors[0].length} dimensions in ${milliseconds} ms${version}.`,
+        : `${texts.length} texts of ${documents.vectors[0].length} dimensions in ${milliseconds} ms${version}`,
       Boolean(mixed),
     );
   } catch (error) {
@@ -344,7 +345,7 @@ function showMatrix(query, texts, vectors, asked) {
     const row = make("tr", {}, make("th", { scope: "row" }, make("b", { text: each.name }), ` ${cut(each.text, 60)}`));
     scores[i].forEach((score, j) => {
       const heat = Math.min(1, Math.max(0, (score - low) / (1 - low)));
-      const cell = make("td", { text: score.toFixed(2), className: heat > 0.5 ? "hot" : "", title: `${each.name} and ${shown[j].name}` });
+      const cell = make("td", { text: score.toFixed(2), className: heat > HOT ? "hot" : "", title: `${each.name} and ${shown[j].name}` });
       cell.style.setProperty("--heat", `${(heat * 100).toFixed(1)}%`);
       row.append(cell);
     });
