@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
@@ -40,7 +41,7 @@ from embedq_sdk import EmbedClient
 from embedq_sdk.admin import RolloutUpdate, reload_model
 from embedq_sdk.errors import ClientClosed, EmbedError
 from embedq_sdk.transport import KafkaConnection
-from embedq_shared.kafka_settings import KafkaSettings
+from embedq_shared.settings.kafka import KafkaSettings
 
 log = logging.getLogger("embedq.gateway")
 
@@ -112,6 +113,7 @@ class Gateway:
     @asynccontextmanager
     async def running(self, _: Router) -> AsyncIterator[dict[str, Any]]:
         """Connect and follow in the background: requests are answered from the first moment on, with 503 at first."""
+        self._leave_in_two_steps()
         tasks = [
             self._start("connect", self._connect()),
             self._start("fleet", self.follower.run()),
@@ -150,13 +152,29 @@ class Gateway:
         """Look at what time changes: peers that are too slow, readiness, and a client that broke down. That one does not mend
         itself: recovery is the next process.
         """
-        while self.client.fault is None:
+        while True:
+            if self.client.fault is not None:
+                raise self.client.fault
             self.connections.sweep(time.monotonic())
             self.measure()
             if self.entrance.closing:
                 self.leaving.set()
             await asyncio.sleep(_WATCH_S)
-        raise self.client.fault
+
+    def _leave_in_two_steps(self) -> None:
+        """From SIGTERM on answers close their connections, and load balancers see that we are not ready; uvicorn, which then
+        accepts nothing more and waits for what was accepted, is told a little later."""
+        loop = asyncio.get_running_loop()
+        leave = signal.getsignal(signal.SIGTERM)
+
+        def begin(number: int) -> None:
+            if not self.entrance.closing and callable(leave):
+                log.info("leaving")
+                self.entrance.closing = True
+                loop.call_later(self.settings.drain_delay_s, leave, number, None)
+
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda number, frame: loop.call_soon_threadsafe(begin, number))
 
     def measure(self) -> None:
         """Bring the gauges of this process up to date."""

@@ -123,10 +123,10 @@ async def test_the_last_minutes_are_drawn_and_told(browser: Browser) -> None:
         await expect(visit.page.get_by_text("Nothing to draw yet").first).to_be_visible()
         for at, lag, tokens in ((-30, 5, 0), (-20, 1200, 1000), (-10, 7, 2000)):
             door.gateway.history.add(time.time() + at, {"interactive": lag, "bulk": 0}, tokens)
-        lag = visit.page.get_by_role(
+        lags = visit.page.get_by_role(
             "img", name=re.compile("^Jobs waiting: interactive now 7, at most 1.2K; bulk now 0")
         )
-        await expect(lag).to_be_visible()
+        await expect(lags).to_be_visible()
         await expect(
             visit.page.get_by_role("img", name=re.compile("^Throughput: .* at most 100"))
         ).to_be_visible()
@@ -197,11 +197,16 @@ async def test_what_is_refused_is_said(browser: Browser) -> None:
         assert {received.job.model for received in door.service.received} == {"default", "other"}
 
 
-async def test_a_key_is_asked_for_and_used(browser: Browser, tmp_path: Path) -> None:
+@pytest.fixture
+def keys_file(tmp_path: Path) -> str:
     path = tmp_path / "keys.json"
     add_key(path, KeyEntry(name="search", hash=hash_of("embed-key")))
     add_key(path, KeyEntry(name="ops", hash=hash_of("admin-key"), scopes=("admin", "embed")))
-    async with console(keys_file=str(path)) as (_, url), visiting(browser, url) as visit:
+    return str(path)
+
+
+async def test_a_key_is_asked_for_and_used(browser: Browser, keys_file: str) -> None:
+    async with console(keys_file=keys_file) as (_, url), visiting(browser, url) as visit:
         page = visit.page
         await expect(page.get_by_text("An API key is needed: enter one above.")).to_be_visible()
         await page.get_by_label("API key").fill("embed-key")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -13,8 +14,8 @@ import httpx
 from embedq_gateway.app import Gateway
 from embedq_gateway.settings import GatewaySettings
 from embedq_sdk import client as client_module
-from embedq_shared.kafka_settings import KafkaSettings
 from embedq_shared.messages import Status
+from embedq_shared.settings.kafka import KafkaSettings
 from tests.helpers.fake_service import HIDDEN_SIZE, OLD, FakeService
 from tests.helpers.fake_transport import FakeTransport
 
@@ -74,7 +75,10 @@ async def a_gateway(
         return transports[-1]
 
     with mock.patch.object(client_module, "KafkaTransport", connect):
-        gateway = Gateway(GatewaySettings(**settings), KafkaSettings(kafka_servers="fake:9092"))
+        # It reads files, as it may where nothing runs yet.
+        gateway = await asyncio.to_thread(
+            Gateway, GatewaySettings(**settings), KafkaSettings(kafka_servers="fake:9092")
+        )
     change(gateway)
     transport = httpx.ASGITransport(app=gateway.entrance, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:

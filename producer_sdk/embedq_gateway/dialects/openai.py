@@ -199,22 +199,15 @@ def written(data: Sequence[ReadDatum], dtype: Dtype, format: EncodingFormat) -> 
 
 
 class _Ids(msgspec.Struct):
-    input: list[int] | None = None
-
-
-class _ListsOfIds(msgspec.Struct):
-    input: list[list[int]] | None = None
+    input: list[int | list[int]] | None = None
 
 
 def _has_token_ids(body: bytes) -> bool:
     """Whether `input` is a list of integers, or of lists of them."""
-    for kind in (_Ids, _ListsOfIds):
-        try:
-            if msgspec.json.decode(body, type=kind).input:
-                return True
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            continue
-    return False
+    try:
+        return bool(msgspec.json.decode(body, type=_Ids).input)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
 
 
 def _echoed(metadata: msgspec.Raw) -> msgspec.Raw | msgspec.UnsetType:

@@ -86,9 +86,9 @@ async def test_the_file_is_looked_at_while_the_gateway_runs(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(keeper_module, "_LOOK_S", 0.01)
-    keeper, _ = keep(path)
+    keeper, _ = await asyncio.to_thread(keep, path)
     following = asyncio.create_task(keeper.follow())
-    add_key(path, KeyEntry(name="two", hash=hash_of("2")))
+    await asyncio.to_thread(add_key, path, KeyEntry(name="two", hash=hash_of("2")))
     await wait_until(lambda: keeper.door.names == ["one", "two"], what="the second key")
     following.cancel()
     with contextlib.suppress(asyncio.CancelledError):

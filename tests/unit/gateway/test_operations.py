@@ -259,7 +259,6 @@ def follows(*news: RolloutUpdate | Exception) -> Any:
             yield each
 
     def change(gateway: Gateway) -> None:
-        gateway._reload = reload  # type: ignore[method-assign]
         gateway.admin._reload = reload
 
     change.asked = asked  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ import pytest
 
 from embedq_consumer.settings import Settings
 from embedq_gateway.settings import GatewaySettings, SettingsError, kafka_settings
-from embedq_shared.access.setting_words import takes, wrong
+from embedq_shared.settings.words import takes, wrong
 
 
 def settings(**environ: str) -> GatewaySettings:
