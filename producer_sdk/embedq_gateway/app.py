@@ -22,7 +22,9 @@ import msgspec
 from starlette.routing import BaseRoute, Router
 
 from embedq_gateway.console.page import console_routes
+from embedq_gateway.dialects.cohere import Cohere
 from embedq_gateway.dialects.openai import OpenAI
+from embedq_gateway.dialects.tei import Tei
 from embedq_gateway.embedding import Embedder
 from embedq_gateway.fleet.fleet import Fleet
 from embedq_gateway.fleet.follower import FleetFollower
@@ -94,6 +96,8 @@ class Gateway:
         """Every path, the busiest first."""
         return [
             *OpenAI(self.embedder, self.fleet, self.settings).routes(),
+            *Tei(self.embedder, self.fleet, self.settings).routes(),
+            *Cohere(self.embedder, self.settings).routes(),
             *Health(self.not_ready, self.metrics).routes(),
             *self.admin.routes(),
             *console_routes(),
