@@ -57,7 +57,5 @@ async def read_body(exchange: Exchange, most: int) -> bytes:
 
 
 def _too_large(most: int) -> ApiError:
-    """The rest of the body is not read, so that the connection cannot be used again."""
-    return ApiError(
-        "body_too_large", f"expected a body of at most {most:,} bytes", headers=((b"connection", b"close"),)
-    )
+    """The connection reads the rest and forgets it: a peer that is cut off while it sends would not see this answer."""
+    return ApiError("body_too_large", f"expected a body of at most {most:,} bytes")
