@@ -76,7 +76,6 @@ class Gateway:
         self.follower = FleetFollower(self.fleet, connection, kafka.topics)
         self.history = History()
         self.lag = LagReader(connection, kafka.topics, settings.group)
-        self.connected = False
         self.leaving = asyncio.Event()
         self.embedder = Embedder(self.client, self.fleet, settings)
         self.admin = Admin(
@@ -108,7 +107,7 @@ class Gateway:
         model = self.fleet.model(self.settings.default_alias, time.time())
         return not_ready(
             leaving=self.entrance.closing,
-            connected=self.connected,
+            answering=self.client.answering,
             fresh=self._fresh(),
             alias=self.settings.default_alias,
             serving=model.replicas if model else 0,
@@ -148,7 +147,6 @@ class Gateway:
                     log.warning("kafka_not_connected", extra={"reason": said})
                 await asyncio.sleep(_PAUSE_S)
             else:
-                self.connected = True
                 log.info("kafka_connected", extra={"reply_partition": self.client.reply_partition})
                 return
 

@@ -14,11 +14,11 @@ from embedq_gateway.http.exchange import Exchange
 from embedq_gateway.operations.metrics import GatewayMetrics
 
 
-def not_ready(*, leaving: bool, connected: bool, fresh: bool, alias: str, serving: int) -> str | None:
+def not_ready(*, leaving: bool, answering: bool, fresh: bool, alias: str, serving: int) -> str | None:
     """Why no request should be sent here; None: there is no reason."""
     if leaving:
         return "leaving"
-    if not (connected and fresh):
+    if not (answering and fresh):
         return "Kafka does not answer"
     if not serving:
         return f"no live replica serves `{alias}`"

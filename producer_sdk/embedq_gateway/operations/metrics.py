@@ -45,7 +45,7 @@ class GatewayMetrics:
 
     def __init__(self, directory: str | None = os.environ.get(DIRECTORY)) -> None:
         self._directory = directory
-        self._registry = registry = CollectorRegistry()
+        self.registry = registry = CollectorRegistry()
         if directory is None:
             ProcessCollector(registry=registry)
             PlatformCollector(registry=registry)
@@ -131,7 +131,7 @@ class GatewayMetrics:
 
     def _all(self) -> CollectorRegistry:
         if self._directory is None:
-            return self._registry
+            return self.registry
         registry = CollectorRegistry()
         MultiProcessCollector(registry, path=self._directory)
         return registry

@@ -50,7 +50,6 @@ def value(page: str, sample: str) -> float:
 
 
 def connected(gateway: Gateway) -> None:
-    gateway.connected = True
     gateway.follower.fresh = lambda now: True  # type: ignore[method-assign]
 
 
@@ -151,14 +150,14 @@ def test_workers_share_their_metrics_and_one_that_ended_is_no_longer_ready(tmp_p
     [
         ({}, None),
         ({"leaving": True}, "leaving"),
-        ({"connected": False}, "Kafka does not answer"),
+        ({"answering": False}, "Kafka does not answer"),
         ({"fresh": False}, "Kafka does not answer"),
         ({"serving": 0}, "no live replica serves `default`"),
     ],
 )
 def test_a_gateway_is_ready_unless_there_is_a_reason(changed: dict[str, Any], reason: str | None) -> None:
     known: dict[str, Any] = {
-        "leaving": False, "connected": True, "fresh": True, "alias": "default", "serving": 1,
+        "leaving": False, "answering": True, "fresh": True, "alias": "default", "serving": 1,
     }  # fmt: skip
     assert not_ready(**(known | changed)) == reason
 
