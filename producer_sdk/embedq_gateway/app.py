@@ -33,6 +33,7 @@ from embedq_gateway.http.connections import STATE, Connections
 from embedq_gateway.http.entrance import Entrance
 from embedq_gateway.http.pace import Bounds
 from embedq_gateway.keys import Door, KeyFileError, KeyKeeper, is_loopback
+from embedq_gateway.openapi.pages import Pages
 from embedq_gateway.operations.admin import Admin, KeyFileState, ReloadRequest
 from embedq_gateway.operations.health import Health, not_ready
 from embedq_gateway.operations.history import History
@@ -99,6 +100,7 @@ class Gateway:
             *Cohere(self.embedder, self.settings).routes(),
             *Health(self.not_ready, self.metrics).routes(),
             *self.admin.routes(),
+            *Pages().routes(),
             *console_routes(),
         ]
 

@@ -19,6 +19,7 @@ from embedq_gateway.http.answers import JsonAnswer
 from embedq_gateway.http.body import read_json
 from embedq_gateway.http.entrance import route
 from embedq_gateway.http.exchange import Exchange
+from embedq_gateway.http.operation import Operation
 from embedq_gateway.operations.history import History, Point
 from embedq_gateway.operations.sse import EventStream, events
 from embedq_sdk.admin import LostRace, RolloutUpdate
@@ -69,6 +70,36 @@ class AdminStatus(msgspec.Struct, frozen=True, kw_only=True):
     keys: KeyFileState | None
     """null: there are none."""
 
+
+OPERATIONS: Final = (
+    Operation(
+        method="get",
+        path="/admin/status",
+        tag="Operations",
+        summary="The live replicas, the lag, the last ten minutes, and the keys in force.",
+        scope="admin",
+        answer=AdminStatus,
+    ),
+    Operation(
+        method="post",
+        path="/admin/reload",
+        tag="Operations",
+        summary="Makes every replica load another model, and tells how they follow: an event `update` for each change, then `done`; "
+        "`error` if it cannot be followed, `leaving` if the gateway must end before it.",
+        scope="admin",
+        body=ReloadRequest,
+        answer_media="text/event-stream",
+        codes=(
+            "malformed",
+            "invalid_value",
+            "unsupported_content_type",
+            "body_too_large",
+            "superseded",
+            "overloaded",
+            "unavailable",
+        ),
+    ),
+)
 
 Reload = Callable[[ReloadRequest], AsyncGenerator[RolloutUpdate, None]]
 """Writes the command, then yields how the replicas follow it."""

@@ -4,14 +4,60 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Final, Literal
 
+import msgspec
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from embedq_gateway.http.answers import JsonAnswer
 from embedq_gateway.http.entrance import route
 from embedq_gateway.http.exchange import Exchange
+from embedq_gateway.http.operation import Operation
 from embedq_gateway.operations.metrics import GatewayMetrics
+
+
+class Alive(msgspec.Struct, frozen=True):
+    """That a probe was answered."""
+
+    status: Literal["ok"] = "ok"
+
+
+class NotReady(msgspec.Struct, frozen=True):
+    """Why no request should be sent here."""
+
+    reason: str
+    status: Literal["not ready"] = "not ready"
+
+
+OPERATIONS: Final = (
+    Operation(
+        method="get",
+        path="/livez",
+        tag="Operations",
+        summary="Whether the event loop answers.",
+        scope=None,
+        answer=Alive,
+    ),
+    Operation(
+        method="get",
+        path="/readyz",
+        tag="Operations",
+        summary="Whether requests should be sent here: Kafka answers, and a live replica serves the default model.",
+        scope=None,
+        answer=Alive,
+        error=NotReady,
+        codes=("unavailable",),
+    ),
+    Operation(
+        method="get",
+        path="/metrics",
+        tag="Operations",
+        summary="Prometheus' text, of all workers.",
+        scope="metrics",
+        answer_media="text/plain",
+    ),
+)
 
 
 def not_ready(*, leaving: bool, answering: bool, fresh: bool, alias: str, serving: int) -> str | None:
@@ -42,14 +88,14 @@ class Health:
 
     async def livez(self, exchange: Exchange) -> ASGIApp:
         """That an answer comes at all is the answer."""
-        return JsonAnswer.of({"status": "ok"})
+        return JsonAnswer.of(Alive())
 
     async def readyz(self, exchange: Exchange) -> ASGIApp:
         """Whether requests should be sent here, and if not, why."""
         reason = self._not_ready()
         if reason is None:
-            return JsonAnswer.of({"status": "ok"})
-        return JsonAnswer.of({"status": "not ready", "reason": reason}, status=503)
+            return JsonAnswer.of(Alive())
+        return JsonAnswer.of(NotReady(reason), status=503, headers=[(b"retry-after", b"1")])
 
     async def metrics(self, exchange: Exchange) -> ASGIApp:
         """What Prometheus reads, of all workers."""
