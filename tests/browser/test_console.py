@@ -163,6 +163,7 @@ async def test_texts_are_compared_with_the_keyboard_alone(
         matrix = page.get_by_role("region", name="Similarity of each to each").get_by_role("table")
         for i, text in enumerate([QUERY, *TEXTS]):
             row = matrix.get_by_role("row", name=re.compile(rf"^{i or 'Q'} {re.escape(text)}"))
+            await expect(row).to_be_visible()
             cells = [await cell.inner_text() for cell in await row.get_by_role("cell").all()]
             np.testing.assert_allclose([float(cell) for cell in cells], cosines[i], atol=0.0051)
         ranked = [TEXTS[i] for i in np.argsort(-cosines[0, 1:])]

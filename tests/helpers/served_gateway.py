@@ -26,6 +26,7 @@ async def a_served_gateway(**settings: Any) -> AsyncIterator[tuple[Door, str]]:
             log_config=None,
             access_log=False,
             port=0,
+            timeout_graceful_shutdown=1,
         )
         server = uvicorn.Server(config)
         task = asyncio.create_task(server.serve())
@@ -34,5 +35,5 @@ async def a_served_gateway(**settings: Any) -> AsyncIterator[tuple[Door, str]]:
             port = server.servers[0].sockets[0].getsockname()[1]
             yield door, f"http://127.0.0.1:{port}"
         finally:
-            server.should_exit = server.force_exit = True
+            server.should_exit = True
             await task

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from importlib.resources import files
+from pathlib import Path
 from typing import Final
 
 from starlette.routing import Route
@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from embedq_gateway.http.entrance import route
 from embedq_gateway.http.exchange import Exchange
 
+_FOLDER: Final = Path(__file__).parent / "static"
 _FILES: Final = {
     "/": ("index.html", b"text/html; charset=utf-8"),
     "/console/console.css": ("console.css", b"text/css; charset=utf-8"),
@@ -59,10 +60,12 @@ class Page:
         await send({"type": "http.response.body", "body": body})
 
 
+_PAGES: Final = {
+    path: Page((_FOLDER / name).read_bytes(), content_type) for path, (name, content_type) in _FILES.items()
+}
+"""Read once."""
+
+
 def console_routes() -> list[Route]:
-    """The page and its parts. Reads them."""
-    folder = files("embedq_gateway.console") / "static"
-    return [
-        route(path, Page((folder / name).read_bytes(), content_type).answer)
-        for path, (name, content_type) in _FILES.items()
-    ]
+    """The page and its parts."""
+    return [route(path, page.answer) for path, page in _PAGES.items()]
