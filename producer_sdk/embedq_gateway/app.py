@@ -26,7 +26,9 @@ from embedq_gateway.embedding import Embedder
 from embedq_gateway.fleet.fleet import Fleet
 from embedq_gateway.fleet.follower import FleetFollower
 from embedq_gateway.http import logs
+from embedq_gateway.http.access_log import AccessLog
 from embedq_gateway.http.entrance import Entrance
+from embedq_gateway.joining import JoiningClient
 from embedq_gateway.keys.caller import Keys, OpenDoor
 from embedq_gateway.openapi.pages import Pages
 from embedq_gateway.operations.health import Health
@@ -60,10 +62,12 @@ class Gateway:
         self.keys: Keys = OpenDoor()
         self.fleet = Fleet()
         self.follower = FleetFollower(self.fleet, KafkaConnection.of(servers, options), kafka.topics)
-        self.embedder = Embedder(self.client, self.fleet, settings)
+        joining = JoiningClient(self.client, settings.join_texts)
+        self.embedder = Embedder(joining, self.fleet, settings)
         self.entrance = Entrance(self.routes(), self.keys, self.running)
-        if settings.access_log:
-            self.entrance.observers.append(logs.log_request)
+        self.access_log = AccessLog() if settings.access_log else None
+        if self.access_log is not None:
+            self.entrance.observers.append(self.access_log)
 
     def routes(self) -> list[BaseRoute]:
         """Every path, the busiest first."""
@@ -91,6 +95,8 @@ class Gateway:
                 task.cancel()
             await asyncio.wait(tasks)
             await self.client.close()
+            if self.access_log is not None:
+                self.access_log.flush()
 
     async def _connect(self) -> None:
         """Open the client, however long Kafka is away."""
