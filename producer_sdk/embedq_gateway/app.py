@@ -29,9 +29,11 @@ from embedq_gateway.embedding import Embedder
 from embedq_gateway.fleet.fleet import Fleet
 from embedq_gateway.fleet.follower import FleetFollower
 from embedq_gateway.http import logs
+from embedq_gateway.http.access_log import AccessLog
 from embedq_gateway.http.connections import STATE, Connections
 from embedq_gateway.http.entrance import Entrance
 from embedq_gateway.http.pace import Bounds
+from embedq_gateway.joining import JoiningClient
 from embedq_gateway.keys import Door, KeyFileError, KeyKeeper, is_loopback
 from embedq_gateway.openapi.pages import Pages
 from embedq_gateway.operations.admin import Admin, KeyFileState, ReloadRequest
@@ -78,7 +80,8 @@ class Gateway:
         self.history = History()
         self.lag = LagReader(connection, kafka.topics, settings.group)
         self.leaving = asyncio.Event()
-        self.embedder = Embedder(self.client, self.fleet, settings)
+        joining = JoiningClient(self.client, settings.join_texts)
+        self.embedder = Embedder(joining, self.fleet, settings)
         self.admin = Admin(
             fleet=self.fleet,
             fresh=self._fresh,
@@ -89,8 +92,9 @@ class Gateway:
         )
         self.entrance = Entrance(self.routes(), self.keys, self.running)
         self.entrance.observers.append(self.metrics.observe)
-        if settings.access_log:
-            self.entrance.observers.append(logs.log_request)
+        self.access_log = AccessLog() if settings.access_log else None
+        if self.access_log is not None:
+            self.entrance.observers.append(self.access_log)
 
     def routes(self) -> list[BaseRoute]:
         """Every path, the busiest first."""
@@ -134,6 +138,8 @@ class Gateway:
                 task.cancel()
             await asyncio.wait(tasks)
             await self.client.close()
+            if self.access_log is not None:
+                self.access_log.flush()
 
     async def _connect(self) -> None:
         """Open the client, however long Kafka is away."""

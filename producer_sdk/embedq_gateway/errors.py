@@ -196,7 +196,9 @@ def _job_failed(error: JobFailed, index: int | None) -> ApiError:
     """A code that this version does not know counts by whether trying again may help."""
     code = error.code if error.code in KINDS else ("internal" if error.retryable else "invalid_value")
     param = error.param
-    if index is not None and (param is None or param.startswith("input")):
-        param = f"input[{index}]"
     message = error.message or KINDS[code].meaning
+    if index is not None and (param is None or param.startswith("input")):
+        # A request may be several jobs, and the service counts the inputs of each.
+        message = message.replace(f"`{param}`", f"`input[{index}]`", 1)
+        param = f"input[{index}]"
     return ApiError(code, message, param)

@@ -135,6 +135,14 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         ),
     ] = 16_384
 
+    join_texts: Annotated[
+        PositiveInt,
+        Meta(
+            description="Texts that small requests of one moment may share a job with, if they ask for the same with the same key. "
+            "Nobody is waited for. 1: each request is a job of its own."
+        ),
+    ] = 8
+
     # Operating
 
     group: Annotated[

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from embedq_gateway.errors import ApiError
 from embedq_gateway.http.exchange import Exchange
 from embedq_shared.topics import JSON
+
+_JSON: Final = JSON.encode()
 
 
 class HungUp(Exception):
@@ -19,8 +23,8 @@ async def read_json(exchange: Exchange, most: int) -> bytes:
     Raises:
         ApiError: it says that it is something else.
     """
-    media_type = exchange.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-    if media_type != JSON.encode():
+    media_type = exchange.headers.get(b"content-type", b"")
+    if media_type != _JSON and media_type.partition(b";")[0].strip().lower() != _JSON:
         raise ApiError(
             "unsupported_content_type", f"expected the header `content-type: {JSON}`", "content-type"
         )

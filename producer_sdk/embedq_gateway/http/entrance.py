@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 from starlette.exceptions import HTTPException
@@ -85,6 +85,7 @@ class Entrance:
 
     def __init__(self, routes: Sequence[BaseRoute], keys: Door, lifespan: Lifespan[Router]) -> None:
         self._router = Router(list(routes), redirect_slashes=False, lifespan=lifespan)
+        self._fixed = dict(_fixed(routes))
         self._keys = keys
         self.observers: list[Observer] = []
         self.in_flight: set[Exchange] = set()
@@ -112,8 +113,10 @@ class Entrance:
 
     async def _answer(self, exchange: Exchange) -> None:
         scope = exchange.scope
+        # A path without variable parts needs no search among all.
+        app = self._fixed.get((scope["method"], scope["path"]), self._router)
         try:
-            await self._router(scope, exchange.receive, exchange.send)
+            await app(scope, exchange.receive, exchange.send)
         except HungUp:
             exchange.status = HUNG_UP
         except HTTPException as error:
@@ -123,6 +126,13 @@ class Entrance:
             if exchange.status:  # the answer has begun, and cannot be taken back
                 raise
             await refusal(exchange, error)(scope, exchange.receive, exchange.send)
+
+
+def _fixed(routes: Iterable[BaseRoute]) -> Iterator[tuple[tuple[str, str], ASGIApp]]:
+    """What answers the paths that have no variable parts, by method and path."""
+    for one in routes:
+        if isinstance(one, Route) and "{" not in one.path:
+            yield from (((method, one.path), one.app) for method in one.methods or ())
 
 
 def _of_starlette(error: HTTPException) -> ApiError:
