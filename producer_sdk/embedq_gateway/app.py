@@ -90,7 +90,9 @@ class Gateway:
             reload=self._reload,
             leaving=self.leaving,
         )
-        self.entrance = Entrance(self.routes(), self.keys, self.running)
+        self.entrance = Entrance(
+            self.routes(), self.keys, self.running, most_held_bytes=settings.max_held_bytes
+        )
         self.entrance.observers.append(self.metrics.observe)
         self.access_log = AccessLog() if settings.access_log else None
         if self.access_log is not None:

@@ -127,6 +127,12 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     max_body_bytes: Annotated[
         PositiveInt, Meta(description="Bytes that the body of a request may have; more is answered with 413.")
     ] = 16 * 1024 * 1024
+    max_held_bytes: Annotated[
+        PositiveInt,
+        Meta(
+            description="Bytes of bodies that the requests of this process may hold until they are answered; more is answered with 503."
+        ),
+    ] = 512 * 1024 * 1024
     max_in_flight_texts: Annotated[
         PositiveInt,
         Meta(
@@ -178,6 +184,8 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     def __post_init__(self) -> None:
         if self.tls_keyfile and not self.tls_certfile:
             raise ValueError(f"{PREFIX}TLS_KEYFILE: needs {PREFIX}TLS_CERTFILE")
+        if self.max_body_bytes > self.max_held_bytes:
+            raise ValueError(f"{PREFIX}MAX_BODY_BYTES: expected at most {PREFIX}MAX_HELD_BYTES")
         if self.timeout_s > self.max_timeout_s:
             raise ValueError(f"{PREFIX}TIMEOUT_S: expected at most {PREFIX}MAX_TIMEOUT_S")
 

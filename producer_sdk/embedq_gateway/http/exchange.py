@@ -26,6 +26,25 @@ _TRACE: Final = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(
 """A W3C traceparent; one of a later version may go on. One that is wrong is none, as the standard has it."""
 
 
+class HeldBytes:
+    """Bytes of bodies that requests hold until they are answered, all together, and the most that they may."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self.held = 0
+
+    def take(self, size: int) -> bool:
+        """Whether there was room for these; then they are held."""
+        if self.held + size > self._most:
+            return False
+        self.held += size
+        return True
+
+    def give(self, size: int) -> None:
+        """These are held no longer."""
+        self.held -= size
+
+
 class Exchange:
     """One request and its answer: made by `Entrance`, passed to the handler of its path, and shown to whoever counts and logs.
 
@@ -33,6 +52,8 @@ class Exchange:
     """
 
     __slots__ = (
+        "_held",
+        "_held_bytes",
         "_receive",
         "_send",
         "answered_at",
@@ -54,12 +75,21 @@ class Exchange:
     )
 
     def __init__(
-        self, scope: Scope, receive: Receive, send: Send, keys: Door, *, closing: bool = False
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        keys: Door,
+        held: HeldBytes,
+        *,
+        closing: bool = False,
     ) -> None:
         self.scope = scope
         self._receive = receive
         self._send = send
         self.keys = keys
+        self._held = held
+        self._held_bytes = 0
         self.closing = closing
         """Whether the connection ends with this answer, since the gateway is leaving."""
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
@@ -140,6 +170,23 @@ class Exchange:
         """Its W3C traceparent."""
         raw = self.headers.get(b"traceparent")
         return None if raw is None or _TRACE.fullmatch(raw) is None else raw.decode("ascii")
+
+    def hold(self, size: int) -> None:
+        """Make room for bytes of its body, which it holds until it is answered.
+
+        Raises:
+            ApiError: requests hold too many.
+        """
+        if not self._held.take(size):
+            raise ApiError(
+                "overloaded", "the requests under way are too large to hold another one; try again"
+            )
+        self._held_bytes += size
+
+    def ended(self) -> None:
+        """It holds nothing any more."""
+        self._held.give(self._held_bytes)
+        self._held_bytes = 0
 
     # -- what goes in and out -----------------------------------------------------------------------------------------
 
