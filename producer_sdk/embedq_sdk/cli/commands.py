@@ -322,34 +322,11 @@ def create(
     show_envvar=True,
     help="Where the replica serves its health pages and metrics; 0: any free port, which its log says.",
 )
-@click.option(
-    "--gateway-port",
-    type=click.IntRange(0, 65535),
-    default=8080,
-    show_default=True,
-    help="Where a gateway in front of the replica listens, if embedq[gateway] is installed; another port if it is taken.",
-)
-def dev(
-    model: str | None,
-    topics: bool,
-    brokers: int,
-    consumer_log: Path | None,
-    http_port: int,
-    gateway_port: int,
-) -> None:
+def dev(model: str | None, topics: bool, brokers: int, consumer_log: Path | None, http_port: int) -> None:
     """Run a real Kafka and a real Redis on this machine, until Ctrl-C.
 
     They have their usual ports, 9092 and 6379, or other ones if these are taken.
     """
     from embedq_sdk.dev.command import run
 
-    sys.exit(
-        run(
-            model=model,
-            topics=topics,
-            brokers=brokers,
-            consumer_log=consumer_log,
-            http_port=http_port,
-            gateway_port=gateway_port,
-        )
-    )
+    sys.exit(run(model=model, topics=topics, brokers=brokers, consumer_log=consumer_log, http_port=http_port))

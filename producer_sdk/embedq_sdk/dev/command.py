@@ -4,37 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import BinaryIO, Final
 
 from embedq_sdk.admin.topics import create_topics
 from embedq_sdk.dev.errors import DevStackError
-from embedq_sdk.dev.ports import HOST, free_ports, is_free
+from embedq_sdk.dev.ports import HOST, is_free
 from embedq_sdk.dev.processes import Processes
 from embedq_sdk.dev.stack import DevStack
 from embedq_sdk.errors import EmbedError
 
 _CONSUMER: Final = "consumer"
-_GATEWAY: Final = "gateway"
 _CHECK_EVERY_S: Final = 0.2
 _DRAIN_GRACE_S: Final = 60.0
 """For the replica to finish what it accepted: twice its default drain timeout."""
-_GATEWAY_GRACE_S: Final = 10.0
-"""For the gateway to answer what it accepted. Whoever presses Ctrl-C waits no longer."""
 _LOST_GRACE_S: Final = 2.0
 """Without Kafka there is nothing that it could finish."""
-_GATEWAY_PACKAGES: Final = ("embedq_gateway", "httptools", "orjson", "starlette", "uvicorn", "uvloop")
 DEFAULT_HTTP_PORT: Final = 9464
 """The service's own default."""
-DEFAULT_GATEWAY_PORT: Final = 8080
-"""The gateway's own default."""
 
 
 def run(
@@ -44,7 +37,6 @@ def run(
     brokers: int = 1,
     consumer_log: Path | None = None,
     http_port: int = DEFAULT_HTTP_PORT,
-    gateway_port: int = DEFAULT_GATEWAY_PORT,
     echo: Callable[[str], None] | None = None,
 ) -> int:
     """Run Kafka and Redis until Ctrl-C or SIGTERM. Must be called from the main thread, since it handles signals.
@@ -55,8 +47,6 @@ def run(
         brokers: nodes of the Kafka cluster.
         consumer_log: the file that the replica's log is appended to; None: standard output.
         http_port: where the replica serves `/livez`, `/readyz` and `/metrics`; 0: any free port.
-        gateway_port: where a gateway in front of the replica listens, if `embedq[gateway]` is installed; another free port where it
-            is taken, and with 0.
         echo: called with each line for the user; None: standard output.
 
     Returns:
@@ -79,23 +69,19 @@ def run(
             if topics:
                 _create_topics(stack.kafka_servers)
                 say("embedq's topics exist.")
-            servers: list[str] = []
             if model is not None:
                 _start_consumer(consumers, stack, Path(model), http_port)
                 say(f"A replica is loading {model}.")
-                servers = [_CONSUMER, *_start_gateway(consumers, stack, gateway_port, say)]
             say("Press Ctrl-C to stop.")
             with _following(consumers.log(_CONSUMER), consumer_log) as copy_log:
                 grace_s = _DRAIN_GRACE_S
                 try:
-                    _watch(stack, consumers, servers, copy_log)
+                    _watch(stack, consumers if model is not None else None, copy_log)
                 except DevStackError as error:
                     say(str(error))  # now, since ending takes a while
                     grace_s = _LOST_GRACE_S
                     return 1
                 finally:  # while Kafka still runs, to take the replica's last results
-                    if _GATEWAY in servers:
-                        consumers.stop(_GATEWAY, grace_s=min(grace_s, _GATEWAY_GRACE_S))
                     consumers.stop(_CONSUMER, grace_s=grace_s)
     except KeyboardInterrupt:
         pass
@@ -133,28 +119,7 @@ def _start_consumer(consumers: Processes, stack: DevStack, model: Path, http_por
     )
 
 
-def _start_gateway(processes: Processes, stack: DevStack, port: int, say: Callable[[str], None]) -> list[str]:
-    """A gateway in front of the replica, where its packages are installed: its name among the processes."""
-    if any(importlib.util.find_spec(name) is None for name in _GATEWAY_PACKAGES):
-        say("There is no HTTP gateway: pip install 'embedq[gateway]'.")
-        return []
-    [port] = free_ports(1, [port] if port else [])
-    processes.start(
-        _GATEWAY,
-        [sys.executable, "-m", "embedq_gateway"],
-        {
-            "EMBEDQ_KAFKA_SERVERS": stack.kafka_servers,
-            "EMBEDQ_GATEWAY_HOST": HOST,
-            "EMBEDQ_GATEWAY_PORT": str(port),
-            "EMBEDQ_GATEWAY_DRAIN_DELAY_S": "0",  # there is no load balancer to turn away
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        },
-    )
-    say(f"OpenAI's embeddings interface: http://{HOST}:{port}/v1")
-    return [_GATEWAY]
-
-
-def _watch(stack: DevStack, processes: Processes, names: Sequence[str], copy_log: Callable[[], None]) -> None:
+def _watch(stack: DevStack, consumers: Processes | None, copy_log: Callable[[], None]) -> None:
     """Wait for a signal.
 
     Raises:
@@ -165,12 +130,8 @@ def _watch(stack: DevStack, processes: Processes, names: Sequence[str], copy_log
         while not signaled.wait(_CHECK_EVERY_S):
             copy_log()
             stack.check()
-            for name in names:
-                if (code := processes.exit_code(name)) is None:
-                    continue
-                if name == _CONSUMER:
-                    raise DevStackError(f"the replica ended with exit code {code}")
-                raise DevStackError(f"the gateway ended with exit code {code}:\n{processes.log_tail(name)}")
+            if consumers is not None and (code := consumers.exit_code(_CONSUMER)) is not None:
+                raise DevStackError(f"the replica ended with exit code {code}")
 
 
 @contextlib.contextmanager
