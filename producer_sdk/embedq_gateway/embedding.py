@@ -79,7 +79,7 @@ class Embedder:
             request.instruction,
             request.truncate,
             request.chunk,
-            exchange.lane() if caller.lane is None else caller.lane,
+            caller.lane_for(exchange.lane()),
             caller.client_id,
         )
         if (trace := exchange.trace()) is not None:
@@ -89,14 +89,13 @@ class Embedder:
             raise ApiError("too_many_inputs", f"expected at most {settings.max_inputs:,} texts", "input")
         if self._fleet.is_unknown(alias, time.time()):
             raise ApiError("unknown_model", "no replica serves a model of this name", "model")
-        caller.begin()
-        try:
+        with caller.admit(characters=sum(map(len, request.texts)), texts=len(request.texts)) as admitted:
             with UntilHungUp(exchange):
                 finished = await self._client.embed_raw(request.texts, options, timeout=timeout)
             answer = joined(finished, alias)
             exchange.tokens = answer.tokens
-        finally:
-            caller.end(exchange.tokens)
+            admitted.settle(answer.tokens)
+        exchange.own_headers += admitted.headers()
         return answer
 
 

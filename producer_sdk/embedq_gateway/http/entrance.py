@@ -13,8 +13,8 @@ from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 from embedq_gateway.errors import ApiError, api_error
 from embedq_gateway.http.answers import JsonAnswer
 from embedq_gateway.http.body import HungUp
-from embedq_gateway.http.exchange import Exchange
-from embedq_gateway.keys.caller import Keys
+from embedq_gateway.http.exchange import Exchange, HeldBytes
+from embedq_gateway.keys import Door
 from embedq_sdk.errors import EmbedError, KafkaUnavailable, TopicMissing, UnreadableReply
 from embedq_shared.codec import BadJob
 
@@ -83,10 +83,14 @@ class Entrance:
         - Each request is shown to every observer once, at its end.
     """
 
-    def __init__(self, routes: Sequence[BaseRoute], keys: Keys, lifespan: Lifespan[Router]) -> None:
+    def __init__(
+        self, routes: Sequence[BaseRoute], keys: Door, lifespan: Lifespan[Router], *, most_held_bytes: int
+    ) -> None:
         self._router = Router(list(routes), redirect_slashes=False, lifespan=lifespan)
         self._fixed = dict(_fixed(routes))
         self._keys = keys
+        self.held = HeldBytes(most_held_bytes)
+        """Bytes of the bodies of requests that are being answered."""
         self.observers: list[Observer] = []
         self.in_flight: set[Exchange] = set()
         """Requests that are being answered now."""
@@ -100,7 +104,7 @@ class Entrance:
         if scope["type"] != "http":
             await self._router(scope, receive, send)
             return
-        exchange = Exchange(scope, receive, send, self._keys, closing=self.closing)
+        exchange = Exchange(scope, receive, send, self._keys, self.held, closing=self.closing)
         scope[_KEY] = exchange
         scope["app"] = self
         self.in_flight.add(exchange)
@@ -108,6 +112,7 @@ class Entrance:
             await self._answer(exchange)
         finally:
             self.in_flight.discard(exchange)
+            exchange.ended()
             for observe in self.observers:
                 observe(exchange)
 

@@ -7,8 +7,10 @@ import io
 import json
 import logging
 import re
+from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx
 import pytest
 
 from embedq_gateway.app import Gateway
@@ -192,3 +194,32 @@ async def test_a_client_that_hangs_up_within_its_body_gets_no_answer(door: Door)
     request.hang_up()
     await door.gateway.entrance(request.scope, request.incoming.get, request.send)
     assert request.sent == []
+
+
+@pytest.mark.parametrize("says_its_length", [True, False])
+async def test_requests_hold_so_many_bytes_at_once_and_give_them_back(says_its_length: bool) -> None:
+    async with a_gateway(max_body_bytes=400, max_held_bytes=500) as door:
+        door.service.behave = lambda received: None
+        body = b'{"input": "%s"}' % (b"a" * 350)
+
+        async def pieces() -> AsyncIterator[bytes]:
+            yield body[:100]
+            yield body[100:]
+
+        async def post() -> httpx.Response:
+            return await door.http.post(
+                "/v1/embeddings",
+                content=body if says_its_length else pieces(),
+                headers={"content-type": "application/json", "x-request-timeout": "0.3"},
+            )
+
+        first = asyncio.create_task(post())
+        await wait_until(
+            lambda: door.gateway.entrance.held.held == len(body), what="a request that holds its body"
+        )
+        refused = await post()
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
+        assert (await first).status_code == 504
+        assert door.gateway.entrance.held.held == 0
+        door.service.behave = None
+        assert (await post()).status_code == 200
