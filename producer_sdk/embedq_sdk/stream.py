@@ -209,7 +209,9 @@ class JobStream:
             for job in self._entries:
                 job.drop()  # `_job_ended` then gives its weight back
 
-    async def collect(self, source: Iterable[str] | Column) -> tuple[list[JobInputs], list[FinishedJob]]:
+    async def collect(
+        self, source: Iterable[str] | AsyncIterable[str] | Column
+    ) -> tuple[list[JobInputs], list[FinishedJob]]:
         """All jobs of a source that ends.
 
         Raises:
