@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Iterator, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Final, Protocol
 
 import msgspec
@@ -255,6 +255,10 @@ class JobStream:
                     if self._pulled % _TEXTS_PER_TURN == 0:
                         await asyncio.sleep(0)
             self._flush()
+        except Exception:
+            with suppress(EmbedError):
+                self._flush()  # what it gave before
+            raise
         finally:
             self._source_ended = True
             self._news.set()

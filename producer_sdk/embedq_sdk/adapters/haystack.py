@@ -149,7 +149,9 @@ class EmbedqDocumentEmbedder(_Embedder):
 
     def _texts(self, documents: list[Document]) -> list[str]:
         if not isinstance(documents, list) or not all(isinstance(each, Document) for each in documents):
-            raise TypeError("EmbedqDocumentEmbedder takes a list of documents; for a text there is EmbedqTextEmbedder")
+            raise TypeError(
+                "EmbedqDocumentEmbedder takes a list of documents; for a text there is EmbedqTextEmbedder"
+            )
         return [self._around(self._separator.join(self._parts(document))) for document in documents]
 
     def _parts(self, document: Document) -> list[str]:

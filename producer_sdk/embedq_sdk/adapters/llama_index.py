@@ -21,7 +21,9 @@ class EmbedqEmbedding(BaseEmbedding):
     them, so they are in nothing that is stored or reported.
     """
 
-    servers: str | None = Field(default=None, description="Kafka's address; None: that of EMBEDQ_KAFKA_SERVERS.")
+    servers: str | None = Field(
+        default=None, description="Kafka's address; None: that of EMBEDQ_KAFKA_SERVERS."
+    )
     model: str | None = Field(default=None, description="The service's alias; None: its own.")
     dimensions: int | None = Field(default=None, description="The vectors are cut to these and normalized.")
     query_instruction: str | None = Field(
@@ -36,7 +38,10 @@ class EmbedqEmbedding(BaseEmbedding):
     )
     settings: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
     embed_batch_size: int = Field(
-        default=256, gt=0, le=DEFAULT_MAX_INPUTS, description="Nodes of one call, whose jobs are all under way at once."
+        default=256,
+        gt=0,
+        le=DEFAULT_MAX_INPUTS,
+        description="Nodes of one call, whose jobs are all under way at once.",
     )
     _retrieval: Retrieval = PrivateAttr()
 

@@ -106,5 +106,7 @@ def client_of(servers: str | None, settings: Mapping[str, Any]) -> EmbedClient:
     """
     found = servers or os.environ.get(SERVERS)
     if not found:
-        raise InvalidArgument(argument="servers", expected=f"Kafka's address, or {SERVERS} to be set", got="none")
+        raise InvalidArgument(
+            argument="servers", expected=f"Kafka's address, or {SERVERS} to be set", got="none"
+        )
     return EmbedClient(found, **settings)

@@ -90,7 +90,9 @@ class EmbedClient:
             "client_id": uuid.uuid4().hex if client_id is None else client_id,
             **security,
         }
-        self._unused: _LoopClient | None = _LoopClient(servers, **self._settings)  # refuses wrong settings here
+        self._unused: _LoopClient | None = _LoopClient(
+            servers, **self._settings
+        )  # refuses wrong settings here
         self._session: Session[_LoopClient] | None = None
         self._closed = False
 

@@ -25,16 +25,16 @@ BLOCKING = public(EmbedClient)
 BOTH = sorted(ASYNC.keys() - OF_ASYNC_ALONE)
 
 
-def without_async(annotation: str) -> str:
+def without_async(annotation: object) -> str:
     """What a blocking call takes and returns in the place of this."""
-    annotation = annotation.replace(" | AsyncIterable[str]", "")
-    return re.sub(r"AsyncGenerator\[(\w+), None\]", r"Generator[\1, None, None]", annotation)
+    text = str(annotation).replace(" | AsyncIterable[str]", "")
+    return re.sub(r"AsyncGenerator\[(\w+), None\]", r"Generator[\1, None, None]", text)
 
 
 def test_both_have_the_same_calls() -> None:
     assert ASYNC.keys() - OF_ASYNC_ALONE == BLOCKING.keys() - OF_BLOCKING_ALONE
-    assert OF_ASYNC_ALONE <= ASYNC.keys()
-    assert OF_BLOCKING_ALONE <= BLOCKING.keys()
+    assert ASYNC.keys() >= OF_ASYNC_ALONE
+    assert BLOCKING.keys() >= OF_BLOCKING_ALONE
 
 
 @pytest.mark.parametrize("name", BOTH)
@@ -49,7 +49,7 @@ def test_a_call_takes_and_returns_the_same(name: str) -> None:
     assert [
         (each.name, each.kind, each.default, without_async(each.annotation))
         for each in asked.parameters.values()
-    ] == [(each.name, each.kind, each.default, each.annotation) for each in offered.parameters.values()]
-    assert without_async(asked.return_annotation) == offered.return_annotation
+    ] == [(each.name, each.kind, each.default, str(each.annotation)) for each in offered.parameters.values()]
+    assert without_async(asked.return_annotation) == str(offered.return_annotation)
     assert not inspect.iscoroutinefunction(other)
     assert (other.__doc__ or "").strip() or name == "__init__"
