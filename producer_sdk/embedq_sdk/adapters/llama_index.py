@@ -75,7 +75,7 @@ class EmbedqEmbedding(BaseEmbedding):
         return (await self._aget_text_embeddings([text]))[0]
 
     def _get_text_embeddings(self, texts: list[str]) -> list[Embedding]:
-        return self._retrieval.documents(texts).vectors.tolist()
+        return self._retrieval.documents(texts).vectors.tolist()  # type: ignore[no-any-return]
 
     async def _aget_text_embeddings(self, texts: list[str]) -> list[Embedding]:
-        return (await self._retrieval.documents_async(texts)).vectors.tolist()
+        return (await self._retrieval.documents_async(texts)).vectors.tolist()  # type: ignore[no-any-return]

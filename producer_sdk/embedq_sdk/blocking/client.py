@@ -13,7 +13,7 @@ from embedq_sdk.blocking.session import LEAVE_S, Session, Steps, making, outcome
 from embedq_sdk.blocking.sources import CallersSource, readable
 from embedq_sdk.client import DEFAULT_TIMEOUT_S
 from embedq_sdk.client import EmbedClient as AsyncEmbedClient
-from embedq_sdk.embeddings import Chunk, Embeddings, Vectors
+from embedq_sdk.embeddings import Chunk, Embeddings, FinishedJob, Vectors
 from embedq_sdk.errors import ClientClosed
 from embedq_sdk.job_options import (
     MAX_JOB_BYTES,
@@ -131,6 +131,18 @@ class EmbedClient:
         return 0 if session is None or session.inherited else session.client.in_flight
 
     @property
+    def answering(self) -> bool:
+        """Whether Kafka answers this client: it is connected, and the broker was heard a moment ago."""
+        session = self._session
+        return session is not None and not session.inherited and session.client.answering
+
+    @property
+    def fault(self) -> BaseException | None:
+        """Why the client stopped working by itself, which is a bug: every call ends with it. None: it works."""
+        session = self._session
+        return None if session is None or session.inherited else session.client.fault
+
+    @property
     def unclaimed_replies(self) -> int:
         """Number of replies so far that no call waited for: late ones, repeats, and other clients' on our partition."""
         session = self._session
@@ -188,6 +200,12 @@ class EmbedClient:
                 texts, timeout=timeout, errors=errors, allow_mixed=allow_mixed, **job
             )
         )
+
+    def embed_raw(
+        self, texts: Sequence[str] | Column, options: JobOptions, *, timeout: float = DEFAULT_TIMEOUT_S
+    ) -> list[FinishedJob]:
+        """The replies to a call as they came, for programs that pass vectors on."""
+        return self._call(lambda client: client.embed_raw(texts, options, timeout=timeout))
 
     # -- many texts ---------------------------------------------------------------------------------------------------
 
