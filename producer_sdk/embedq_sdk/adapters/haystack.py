@@ -9,8 +9,10 @@ from typing import Any, Self, TypedDict, Unpack
 from haystack import Document, component, default_from_dict, default_to_dict
 from haystack.utils import Secret, deserialize_secrets_inplace
 
-from embedq_sdk.adapters.retrieval import Retrieval, RetrievalOptions, client_of
+from embedq_sdk.adapters.retrieval import Retrieval, RetrievalOptions, address
+from embedq_sdk.blocking import EmbedClient
 from embedq_sdk.embeddings import Embeddings
+from embedq_sdk.errors import InvalidArgument
 from embedq_shared.messages import Truncate
 from embedq_shared.topics import Lane
 
@@ -46,10 +48,14 @@ class _Embedder:
     def __init__(self, servers: str | None, query_instruction: str | None, given: EmbedderSettings) -> None:
         options = {name: value for name, value in given.items() if name in RetrievalOptions.__struct_fields__}
         settings = dict(given.get("settings") or {})
+        if "sasl_plain_password" in settings:  # it would be written into a file as it is
+            raise InvalidArgument(
+                argument="settings", expected="the password as a Secret, in `sasl_plain_password`", got="one"
+            )
         if (password := given.get("sasl_plain_password")) is not None:
             settings["sasl_plain_password"] = password.resolve_value()
         self._retrieval = Retrieval(
-            client_of(servers, settings),
+            EmbedClient(address(servers), **settings),
             RetrievalOptions(query_instruction=query_instruction, **options),  # type: ignore[arg-type]
         )
         self._prefix = given.get("prefix", "")
@@ -65,6 +71,10 @@ class _Embedder:
         parameters = dict(self._parameters)
         if (password := parameters.get("sasl_plain_password")) is not None:
             parameters["sasl_plain_password"] = password.to_dict()
+        if (settings := parameters.get("settings")) is not None:
+            parameters["settings"] = dict(
+                settings
+            )  # each component's own, as YAML would refer to one that is shared
         return default_to_dict(self, **parameters)
 
     @classmethod
@@ -92,7 +102,8 @@ class EmbedqTextEmbedder(_Embedder):
         query_instruction: str | None = None,
         **settings: Unpack[EmbedderSettings],
     ) -> None:
-        super().__init__(servers, query_instruction, settings)
+        # `@component` makes the class anew, which `super()` without arguments does not survive.
+        _Embedder.__init__(self, servers, query_instruction, settings)
         self._parameters["query_instruction"] = query_instruction
 
     @component.output_types(embedding=list[float], meta=dict[str, Any])
@@ -126,7 +137,7 @@ class EmbedqDocumentEmbedder(_Embedder):
         embedding_separator: str = "\n",
         **settings: Unpack[EmbedderSettings],
     ) -> None:
-        super().__init__(servers, None, settings)
+        _Embedder.__init__(self, servers, None, settings)
         self._fields, self._separator = meta_fields_to_embed or [], embedding_separator
         self._parameters["meta_fields_to_embed"] = self._fields
         self._parameters["embedding_separator"] = embedding_separator

@@ -6,7 +6,7 @@ from typing import Any
 
 from langchain_core.embeddings import Embeddings
 
-from embedq_sdk.adapters.retrieval import Retrieval, RetrievalOptions, client_of
+from embedq_sdk.adapters.retrieval import Retrieval, RetrievalOptions, address
 from embedq_sdk.blocking import EmbedClient
 from embedq_sdk.client import DEFAULT_TIMEOUT_S
 from embedq_shared.messages import Truncate
@@ -53,7 +53,10 @@ class EmbedqEmbeddings(Embeddings):
             lane=lane,
             timeout=timeout,
         )
-        self._retrieval = Retrieval(client or client_of(servers, settings), options)
+        if client is None:
+            self.servers = address(servers)
+            client = EmbedClient(self.servers, **settings)
+        self._retrieval = Retrieval(client, options)
 
     def embed_query(self, text: str) -> list[float]:
         """A query's vector."""

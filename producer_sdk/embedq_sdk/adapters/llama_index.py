@@ -8,7 +8,8 @@ from typing import Any
 from llama_index.core.base.embeddings.base import BaseEmbedding, Embedding
 from llama_index.core.bridge.pydantic import Field, PrivateAttr
 
-from embedq_sdk.adapters.retrieval import Retrieval, RetrievalOptions, client_of
+from embedq_sdk.adapters.retrieval import Retrieval, RetrievalOptions, address
+from embedq_sdk.blocking import EmbedClient
 from embedq_sdk.client import DEFAULT_TIMEOUT_S
 from embedq_shared.messages import DEFAULT_MAX_INPUTS, Truncate
 from embedq_shared.topics import Lane
@@ -55,7 +56,7 @@ class EmbedqEmbedding(BaseEmbedding):
             lane=self.lane,
             timeout=self.timeout,
         )
-        self._retrieval = Retrieval(client_of(self.servers, self.settings), options)
+        self._retrieval = Retrieval(EmbedClient(address(self.servers), **self.settings), options)
 
     @classmethod
     def class_name(cls) -> str:

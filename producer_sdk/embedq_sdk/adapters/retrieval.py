@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
@@ -98,15 +97,14 @@ class Retrieval:
         )
 
 
-def client_of(servers: str | None, settings: Mapping[str, Any]) -> EmbedClient:
-    """A client of the address that was given, or else of the one in the environment. It connects at its first call.
+def address(servers: str | None) -> str:
+    """Kafka's address as it was given, or else as the environment has it.
 
     Raises:
-        InvalidArgument: there is none, or a setting is wrong.
+        InvalidArgument: neither has one.
     """
     found = servers or os.environ.get(SERVERS)
     if not found:
-        raise InvalidArgument(
-            argument="servers", expected=f"Kafka's address, or {SERVERS} to be set", got="none"
-        )
-    return EmbedClient(found, **settings)
+        expected = f"Kafka's address, or {SERVERS} to be set"
+        raise InvalidArgument(argument="servers", expected=expected, got="none")
+    return found

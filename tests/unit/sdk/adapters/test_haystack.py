@@ -72,6 +72,10 @@ def test_the_wrong_kind_of_input_is_answered_with_the_right_component(run: Any, 
         run()
 
 
+LOADING: dict[str, Any] = {"allowed_modules": ["embedq_sdk.adapters.haystack"]}
+"""Haystack 3 imports no module of others on a file's word alone."""
+
+
 def a_pipeline(**settings: Any) -> Pipeline:
     pipeline = Pipeline()
     pipeline.add_component("query", EmbedqTextEmbedder("fake:9092", query_instruction="find", **settings))
@@ -107,6 +111,6 @@ def test_a_pipeline_without_a_login_is_written_and_read(service: FakeService) ->
 def test_a_wrong_setting_is_refused_when_it_is_made() -> None:
     with pytest.raises(InvalidArgument, match="dimensions"):
         EmbedqTextEmbedder("fake:9092", dimensions=3)
-
-
-LOADING: dict[str, Any] = {}
+    with pytest.raises(InvalidArgument, match="as a Secret") as raised:
+        EmbedqTextEmbedder("fake:9092", settings={"sasl_plain_password": "hunter2"})
+    assert "hunter2" not in str(raised.value)

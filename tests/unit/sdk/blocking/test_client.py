@@ -150,7 +150,7 @@ def test_an_async_source_is_for_the_async_client(client: Clients) -> None:
         yield "x"
 
     with pytest.raises(InvalidArgument, match="only the async client reads"):
-        client().stream(texts())  # type: ignore[arg-type]
+        client().stream(texts())
 
 
 @pytest.mark.parametrize(
@@ -370,7 +370,8 @@ def test_a_stream_that_the_loops_own_thread_collects_ends(client: Clients, side:
 
 async def test_a_future_is_awaited_in_any_event_loop(client: Clients) -> None:
     future = client().begin(lambda embedq: embedq.embed("x"))
-    assert np.array_equal(await asyncio.wrap_future(future), expected("x"))
+    vector = await asyncio.wrap_future(future)
+    assert np.array_equal(vector, expected("x"))
 
 
 async def test_cancelling_who_awaits_cancels_the_call(client: Clients, side: Side) -> None:
