@@ -80,9 +80,11 @@ async def test_litellm(v1: str, expected: Vectors) -> None:
         "api_key": "none",
         "max_retries": 0,
     }
-    found = await asyncio.to_thread(litellm.embedding, input=TEXTS, **settings)
-    later = await litellm.aembedding(input=TEXTS, **settings)
-    for answer in (found, later):
+    answers: list[Any] = [
+        await asyncio.to_thread(lambda: litellm.embedding(input=TEXTS, **settings)),
+        await litellm.aembedding(input=TEXTS, **settings),
+    ]
+    for answer in answers:
         rows = [each["embedding"] for each in answer.data]
         assert np.array_equal(np.array(rows, dtype=np.float32), expected)
         assert answer.usage.total_tokens > len(TEXTS)

@@ -60,16 +60,18 @@ async def test_components_run_in_an_event_loop(service: FakeService) -> None:
 
 
 @pytest.mark.parametrize(
-    ("run", "advice"),
+    ("embedder", "given", "advice"),
     [
-        (lambda: EmbedqTextEmbedder("fake:9092").run([Document(content="d")]), "EmbedqDocumentEmbedder"),
-        (lambda: EmbedqDocumentEmbedder("fake:9092").run("q"), "EmbedqTextEmbedder"),
-        (lambda: EmbedqDocumentEmbedder("fake:9092").run(["q"]), "EmbedqTextEmbedder"),
+        (EmbedqTextEmbedder, [Document(content="d")], "EmbedqDocumentEmbedder"),
+        (EmbedqDocumentEmbedder, "q", "EmbedqTextEmbedder"),
+        (EmbedqDocumentEmbedder, ["q"], "EmbedqTextEmbedder"),
     ],
 )
-def test_the_wrong_kind_of_input_is_answered_with_the_right_component(run: Any, advice: str) -> None:
+def test_the_wrong_kind_of_input_is_answered_with_the_right_component(
+    embedder: Any, given: Any, advice: str
+) -> None:
     with pytest.raises(TypeError, match=advice):
-        run()
+        embedder("fake:9092").run(given)
 
 
 LOADING: dict[str, Any] = {"allowed_modules": ["embedq_sdk.adapters.haystack"]}
