@@ -44,6 +44,8 @@ class Record(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """Bytes of memory that it holds while in flight (`size_of`)."""
 
     past: Past | None = None
+    ordered: bool = False
+    """Its answer may not overtake that of an earlier record of its key, so it is not run again later either."""
 
     @classmethod
     def read(cls, ticket: Ticket, lane: Lane, raw: ConsumerRecord, polled_at: float) -> Record:
