@@ -13,12 +13,13 @@ import numpy as np
 import orjson
 
 from embedq_consumer.delivery.outgoing import Outgoing
-from embedq_consumer.intake.admission import Rejection
+from embedq_consumer.intake.admission import DeletedRow, Rejection
 from embedq_consumer.intake.jobs import InputVector, JobState, Outcome, Request, Spans
 from embedq_consumer.intake.records import Death, Record
 from embedq_consumer.intake.result_sizes import fixed_bytes
 from embedq_consumer.retries import HEALS, Attempt, RetryPolicy, RetryTiers, Tier, headers_of
 from embedq_consumer.retries.past import HISTORY, history_of
+from embedq_consumer.shapes import Answer, BatchAnswer, FlatAnswer
 from embedq_shared import codec
 from embedq_shared.codec import Envelope, Format
 from embedq_shared.headers import Header, JobHeaders
@@ -77,6 +78,8 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
     """The processes that the record killed."""
     model_version: str | None = None
     """The model that the job was accepted for, where it came that far."""
+    answer: Answer | None = None
+    """How a mapping has the record answered."""
     retry: Retry | None = None
     """`outgoing` is the record for a retry topic then, and not an answer."""
 
@@ -121,8 +124,16 @@ class ResultEncoder:
         version = job.encoder.model_version
         if error is not None:
             return self._failure(
-                job.record, job.headers, request.format, envelope, error, model_version=version
+                job.record,
+                job.headers,
+                request.format,
+                envelope,
+                error,
+                model_version=version,
+                answer=request.answer,
             )
+        if request.answer is not None:
+            return self._mapped(job, request.answer, envelope)
         made: dict[int, _Embedding] = {}
         data = [
             datum
@@ -174,6 +185,68 @@ class ResultEncoder:
             rejection.error,
             dead_letter=rejection.dead_letter,
             deaths=rejection.deaths,
+            answer=rejection.answer,
+        )
+
+    def of_deleted(self, record: Record, row: DeletedRow) -> Reply:
+        """A tombstone for the result of a row that is gone."""
+        removal = row.removal
+        headers = [*row.headers.echo, (STATUS, b"ok")]
+        outgoing = self._to_output(removal.mapping.output.topic, row.headers, removal.key, None, headers)
+        return Reply(
+            record=record,
+            headers=row.headers,
+            format="json",
+            envelope=Envelope(removal.id),
+            outgoing=[outgoing],
+            status="ok",
+        )
+
+    def _mapped(self, job: JobState, answer: Answer, envelope: Envelope) -> Reply:
+        """The result of a job as its mapping wants it, in one record: admission has made sure that it fits."""
+        request, version = job.request, job.encoder.model_version
+        headers = self._headers(job.headers, "json", "ok", version)
+        if isinstance(answer, FlatAnswer):
+            [outcome] = [one for one in job.outcomes if isinstance(one, InputVector)]
+            value = answer.value(outcome.vector, version, truncated=outcome.truncated is not None)
+            if answer.registered is not None:
+                headers = [each for each in headers if each[0] != CONTENT_TYPE]
+        else:
+            failed = next((one for one in job.outcomes if isinstance(one, ErrorBody)), None)
+            if failed is not None:  # OpenAI's requests fail whole
+                return self._failure(
+                    job.record, job.headers, "json", envelope, failed, model_version=version, answer=answer
+                )
+            made: dict[int, _Embedding] = {}
+            data = [
+                datum
+                for index, outcome in enumerate(job.outcomes)
+                for datum in _data(request, index, outcome, made)
+            ]
+            tokens = sum(one.tokens for one in job.outcomes if isinstance(one, InputVector | Spans))
+            value = answer.value(data, request.model, version, Usage(tokens, tokens))
+        return Reply(
+            record=job.record,
+            headers=job.headers,
+            format="json",
+            envelope=envelope,
+            outgoing=[self._to_output(answer.output.topic, job.headers, answer.key, value, headers)],
+            status="ok",
+            model_version=version,
+            answer=answer,
+        )
+
+    def _to_output(
+        self, topic: str, headers: JobHeaders, key: bytes, value: bytes | None, own: list[Header]
+    ) -> Outgoing:
+        """A mapped record's answer: at the caller's address if there is one, else on the mapping's topic, by its key."""
+        return Outgoing(
+            topic=headers.reply_topic or (topic if headers.reply_partition is None else self._topics.results),
+            partition=headers.reply_partition,
+            key=key,
+            value=value,
+            headers=own,
+            by_key=headers.reply_topic is None and headers.reply_partition is None,
         )
 
     def of_undeliverable(self, reply: Reply, error: ErrorBody) -> Reply:
@@ -187,6 +260,7 @@ class ResultEncoder:
             error,
             model_version=reply.model_version,
             dead_letter=True,
+            answer=reply.answer,
         )
 
     def or_retry(self, reply: Reply) -> Reply:
@@ -198,6 +272,8 @@ class ResultEncoder:
         error = next((one for one in reply.errors if one.code in HEALS), None)
         record, now_ms = reply.record, time.time() * 1000
         if error is None or reply.status != "error" or reply.retry is not None or record.value is None:
+            return reply
+        if record.ordered:  # a later row of its key must not be answered before it
             return reply
         codes = [one.code for one in reply.errors]
         tier = self._retries.tier_for(record.ticket, record.lane, codes, reply.headers.deadline_ms, now_ms)
@@ -296,17 +372,25 @@ class ResultEncoder:
         model_version: str | None = None,
         dead_letter: bool = False,
         deaths: tuple[Death, ...] = (),
+        answer: Answer | None = None,
     ) -> Reply:
-        """An error result. The caller's own key, headers and metadata are left out where they make even that too large."""
+        """An error result. The caller's own key, headers and metadata are left out where they make even that too large.
+
+        Of a mapped row it goes to the results topic, since a sink that stores flat results could make nothing of it, and a copy
+        of the record to the dead letters. A batch line's is a line itself.
+        """
         id = envelope.id if envelope.id is not None else record.name
         metadata = envelope.metadata if bytes(envelope.metadata) else codec.null(format)
         failure = Failure(
             id=id, model=envelope.model, model_version=model_version, error=error, metadata=metadata
         )
         value = codec.encode(failure, format)
-        outgoing = self._addressed(
-            record, headers, id, value, self._headers(headers, format, "error", model_version)
-        )
+        own = self._headers(headers, format, "error", model_version)
+        if isinstance(answer, BatchAnswer):
+            line = answer.failure(error)
+            outgoing = self._to_output(answer.output.topic, headers, answer.key, line, own)
+        else:
+            outgoing = self._addressed(record, headers, id, value, own)
         if _size(outgoing) > self._limit:
             bare = msgspec.structs.replace(failure, metadata=codec.null(format))
             outgoing = msgspec.structs.replace(outgoing, key=id.encode(), value=codec.encode(bare, format))
@@ -321,9 +405,10 @@ class ResultEncoder:
             outgoing=[outgoing],
             status="error",
             errors=(error,),
-            dead_letter=error if dead_letter else None,
+            dead_letter=error if dead_letter or isinstance(answer, FlatAnswer) else None,
             deaths=deaths,
             model_version=model_version,
+            answer=answer,
         )
 
     def _headers(

@@ -97,15 +97,11 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
     mappings: Mappings = Mappings()
     schemas: Schemas = NoRegistry()
 
-    def admit(
-        self, record: Record, encoder: Encoder, now_ms: float, partitions: PartitionCount
-    ) -> Admitted:
+    def admit(self, record: Record, encoder: Encoder, now_ms: float, partitions: PartitionCount) -> Admitted:
         """The job of one record, or why it is rejected. Raises nothing, whatever the record holds."""
-        if self.mappings and (mapping := self.mappings.of_topic(record.origin.topic)) is not None:
-            # Rows have no caller: who copied a reply address along with them waits for nothing.
-            headers = _without_caller(parse(record.headers))
+        headers = self._headers_of(record)
+        if (mapping := self.mappings.of_topic(record.origin.topic)) is not None:
             return self._admit_mapped(mapping, record, headers, encoder, now_ms)
-        headers = parse(record.headers)
         format = codec.format_of(headers.content_type)
         address = self._check_address(headers, partitions)
         if isinstance(address, UnknownAddress):
@@ -167,10 +163,10 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
                 return UnknownSchema(want)
             case Removal():
                 return DeletedRow(removal=found, headers=headers)
-            case BadLine(bad, answer):
-                envelope = Envelope(answer.custom_id, bad.envelope.model, bad.envelope.metadata)
+            case BadLine(why, answer):
+                envelope = Envelope(answer.custom_id, why.envelope.model, why.envelope.metadata)
                 return Rejection(
-                    error=bad.error, format="json", headers=headers, envelope=envelope, answer=answer
+                    error=why.error, format="json", headers=headers, envelope=envelope, answer=answer
                 )
             case Embeddable(job, answer):
                 request = _check_deadline(headers, now_ms) or self._request(
@@ -185,7 +181,9 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
     def _unknown_mapping(self, headers: JobHeaders, format: Format | None) -> Rejection:
         known = ", ".join(self.mappings.names) or "none, since the setting `EMBEDQ_MAPPINGS` is empty"
         error = ErrorBody.of(
-            "invalid_header", f"header `{MAPPING_HEADER}`: expected the name of a mapping: {known}", MAPPING_HEADER
+            "invalid_header",
+            f"header `{MAPPING_HEADER}`: expected the name of a mapping: {known}",
+            MAPPING_HEADER,
         )
         return Rejection(
             error=error, format=format or "json", headers=headers, envelope=Envelope(), dead_letter=True
@@ -193,7 +191,7 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
 
     def condemn(self, record: Record, deaths: Sequence[Death], partitions: PartitionCount) -> Rejection:
         """The rejection of a record that killed processes. Its value is not looked at: decoding it may be what kills."""
-        headers = parse(record.headers)
+        headers = self._headers_of(record)
         error = ErrorBody.of(
             "crashed",
             f"expected a job that the service survives; {len(deaths)} processes ended while it ran, the last ones while it ran alone",
@@ -218,6 +216,13 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
         return ErrorBody.of(
             "text_too_long", f"`{param}`: expected at most {self.max_text_bytes} bytes of UTF-8", param
         )
+
+    def _headers_of(self, record: Record) -> JobHeaders:
+        headers = parse(record.headers)
+        if self.mappings.of_topic(record.origin.topic) is None:
+            return headers
+        # Rows have no caller: who copied a reply address along with them waits for nothing.
+        return JobHeaders(content_type=headers.content_type, echo=headers.echo)
 
     def _check_address(
         self, headers: JobHeaders, partitions: PartitionCount
@@ -269,7 +274,7 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
 
     def given_up(self, record: Record, error: ErrorBody) -> Rejection:
         """The rejection of a job that was accepted and is not answered, with what can be read of its id and metadata."""
-        headers = parse(record.headers)
+        headers = self._headers_of(record)
         format = codec.format_of(headers.content_type) or "json"
         try:
             envelope = codec.envelope_of(codec.decode_job(record.value, format, max_inputs=self.max_inputs))
@@ -343,7 +348,6 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
             )
         return request
 
-
     def _whole(self, request: Request, fixed: int) -> Request | ErrorBody:
         """The request, if its whole result fits one record: lines of a batch have no parts."""
         several = request.max_spans if request.late else len(request.texts)
@@ -361,11 +365,6 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
 EXPIRED: Final = ErrorBody.of(
     "expired", "header `deadline`: expected a time in the future when the job is read", "deadline"
 )
-
-
-def _without_caller(headers: JobHeaders) -> JobHeaders:
-    """The same without a reply address or a deadline, good or bad."""
-    return JobHeaders(content_type=headers.content_type, echo=headers.echo)
 
 
 def _with_hint(error: ErrorBody, record: Record) -> ErrorBody:

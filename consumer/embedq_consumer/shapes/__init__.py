@@ -9,9 +9,14 @@ from embedq_consumer.shapes.hints import hint
 from embedq_consumer.shapes.mapping import MAPPING_HEADER, Mapping, Mappings
 from embedq_consumer.shapes.mapping_file import BadMappings, parse_mappings, read_mappings
 from embedq_consumer.shapes.reading import BadLine, Embeddable, Message, Removal, Unknown, read
-from embedq_consumer.shapes.registry.schema_registry import MissingExtra, RegistryOptions, SchemaRegistry, connect
-from embedq_consumer.shapes.rows import BadRow
+from embedq_consumer.shapes.registry.schema_registry import (
+    MissingExtra,
+    RegistryOptions,
+    SchemaRegistry,
+    connect,
+)
 from embedq_consumer.shapes.registry.schemas import NoRegistry, Schemas, Want
+from embedq_consumer.shapes.rows import BadRow
 
 __all__ = [
     "MAPPING_HEADER",

@@ -108,7 +108,7 @@ def own_columns(
     return found
 
 
-def _of_constant(value: str | int | float | bool) -> Map[str, Any]:
+def _of_constant(value: str | float | bool) -> Map[str, Any]:
     kinds = {str: "string", bool: "boolean", int: "int64", float: "double"}
     return _required(kinds[type(value)])
 
@@ -161,16 +161,20 @@ class BatchAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
     def value(self, data: Sequence[msgspec.Raw], model: str, model_version: str, usage: Usage) -> bytes:
         """The line of a job that was run; `data` as results have them."""
-        body = {"object": "list", "data": data, "model": model, "model_version": model_version, "usage": usage}
+        body = {
+            "object": "list",
+            "data": data,
+            "model": model,
+            "model_version": model_version,
+            "usage": usage,
+        }
         return self._line(200, body)
 
     def failure(self, error: ErrorBody) -> bytes:
         """The line of one that failed."""
         status = HTTP_STATUS.get(error.code, 400)
         kind = "invalid_request_error" if status < 500 else "server_error"
-        body = {
-            "error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}
-        }
+        body = {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
         return self._line(status, body)
 
     def _line(self, status: int, body: Map[str, Any]) -> bytes:

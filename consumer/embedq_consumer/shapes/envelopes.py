@@ -9,7 +9,16 @@ from typing import Any, Final
 
 import msgspec
 
-from embedq_consumer.shapes.rows import BadRow, ConnectSchema, Decoded, Deleted, Row, named, object_of, schemas_of
+from embedq_consumer.shapes.rows import (
+    BadRow,
+    ConnectSchema,
+    Decoded,
+    Deleted,
+    Row,
+    named,
+    object_of,
+    schemas_of,
+)
 
 _CONNECT: Final = {"schema", "payload"}
 _AFTER: Final = {"c": "create", "u": "update", "r": "snapshot"}
@@ -33,7 +42,8 @@ def connect_row(found: Decoded) -> Row | Deleted:
     peeled = peeled_of(found)
     if peeled is found:
         raise BadRow(
-            "malformed", "the value: expected an object with `schema` and `payload`, as JsonConverter writes with schemas"
+            "malformed",
+            "the value: expected an object with `schema` and `payload`, as JsonConverter writes with schemas",
         )
     return Deleted() if peeled.value is None else row_of(peeled)
 
@@ -63,9 +73,7 @@ def debezium_row(found: Decoded) -> Row | Deleted:
         return Deleted(before=_side(event, peeled.schema, "before"))
     if operation == "t":
         raise BadRow("invalid_value", "`op`: expected a change of one row, got a truncated table", "op")
-    raise BadRow(
-        "invalid_value", "`op`: expected c, u, r or d, as Debezium's change events have it", "op"
-    )
+    raise BadRow("invalid_value", "`op`: expected c, u, r or d, as Debezium's change events have it", "op")
 
 
 def _side(event: Mapping[str, Any], schema: ConnectSchema | None, side: str) -> Row | None:
@@ -77,9 +85,7 @@ def _side(event: Mapping[str, Any], schema: ConnectSchema | None, side: str) -> 
             raise BadRow("invalid_value", f"`{side}`: expected an object, or one as JSON", side) from None
     if found is None:
         return None
-    return Row(
-        fields=object_of(found, f"`{side}`", side), schemas=schemas_of(schemas_of(schema).get(side))
-    )
+    return Row(fields=object_of(found, f"`{side}`", side), schemas=schemas_of(schemas_of(schema).get(side)))
 
 
 # -- CloudEvents -------------------------------------------------------------------------------------------------------

@@ -27,7 +27,9 @@ def hint(value: bytes | None, headers: Sequence[tuple[str, bytes | None]]) -> st
     if value[:1] == b"\x00" and len(value) > 5:
         return _said("Schema Registry's wire format", "row")
     content_type = next((its or b"" for name, its in headers if name.lower() == CONTENT_TYPE), b"")
-    if is_structured(content_type.lower().decode("latin-1")) or any(name == "ce_specversion" for name, _ in headers):
+    if is_structured(content_type.lower().decode("latin-1")) or any(
+        name == "ce_specversion" for name, _ in headers
+    ):
         return _said("a CloudEvent", "cloudevents")
     try:
         found = msgspec.json.decode(value) if len(value) <= _MOST_BYTES else None

@@ -13,8 +13,8 @@ from typing import Any, Final
 
 from embedq_consumer.shapes.columns import TypedColumn, as_text
 from embedq_consumer.shapes.mapping import Output, OutputFormat, VectorForm
-from embedq_consumer.shapes.rows import BadRow, ConnectSchema, named
 from embedq_consumer.shapes.registry.schemas import Registration, SchemaKind
+from embedq_consumer.shapes.rows import BadRow, ConnectSchema, named
 
 KIND: Final[Map[OutputFormat, SchemaKind]] = {"avro": "AVRO", "json-schema": "JSON", "protobuf": "PROTOBUF"}
 VECTOR: Final[Map[VectorForm, ConnectSchema]] = {
@@ -52,9 +52,7 @@ def registration_of(output: Output, members: Sequence[TypedColumn]) -> Registrat
                     named(one.name),
                 )
     makers = {"avro": _avro_schema, "json-schema": _json_schema, "protobuf": _protobuf_schema}
-    return Registration(
-        f"{output.topic}-value", KIND[output.format], makers[output.format](every)
-    )
+    return Registration(f"{output.topic}-value", KIND[output.format], makers[output.format](every))
 
 
 # -- Avro --------------------------------------------------------------------------------------------------------------

@@ -24,10 +24,10 @@ from embedq_consumer.shapes.envelopes import (
 )
 from embedq_consumer.shapes.mapping import REGISTERED, Column, Mapping
 from embedq_consumer.shapes.output_schemas import registration_of
-from embedq_consumer.shapes.rows import MISSING, BadRow, Decoded, Deleted, Row, named, object_of
 from embedq_consumer.shapes.registry.schemas import Fetch, Refused, Schemas, Want
-from embedq_consumer.shapes.template import NullText
 from embedq_consumer.shapes.registry.wire_format import KEY_HEADER, VALUE_HEADER, framed
+from embedq_consumer.shapes.rows import MISSING, BadRow, Decoded, Deleted, Row, named, object_of
+from embedq_consumer.shapes.template import NullText
 from embedq_shared.codec import BadJob, decode_job, format_of
 from embedq_shared.messages import MAX_ID_LENGTH, Job
 from embedq_shared.topics import CONTENT_TYPE
@@ -178,7 +178,9 @@ def _event(message: Message, schemas: Schemas) -> Row | Deleted:
 
 def _removal(mapping: Mapping, message: Message, before: Row | None, schemas: Schemas) -> Removal:
     if not mapping.deletes:
-        raise BadRow("malformed", "the value: expected a row, got a deleted one, which the mapping does not take")
+        raise BadRow(
+            "malformed", "the value: expected a row, got a deleted one, which the mapping does not take"
+        )
     if before is not None and mapping.id is not None:
         found = before.get(mapping.id)
         if found is not MISSING and found is not None:
@@ -231,7 +233,9 @@ def _id_of_key(mapping: Mapping, message: Message, key: bytes, schemas: Schemas)
     try:
         return _checked_id(key.decode(), "key")
     except UnicodeDecodeError:
-        raise BadRow("invalid_value", "the key: expected an id in UTF-8, in JSON, or by its schema", "key") from None
+        raise BadRow(
+            "invalid_value", "the key: expected an id in UTF-8, in JSON, or by its schema", "key"
+        ) from None
 
 
 def _checked_id(found: Any, path: str) -> int | str:
@@ -309,7 +313,9 @@ def _batch_job(mapping: Mapping, message: Message, line: Map[str, Any], custom_i
     for name in line:
         if name not in _BATCH_FIELDS:
             raise BadJob(
-                "unknown_field", f"unknown field `{named(name)}`; a batch line has: {', '.join(_BATCH_FIELDS)}", named(name)
+                "unknown_field",
+                f"unknown field `{named(name)}`; a batch line has: {', '.join(_BATCH_FIELDS)}",
+                named(name),
             )
     if line.get("method", "POST") != "POST":
         raise BadJob("invalid_value", "`method`: expected POST", "method")

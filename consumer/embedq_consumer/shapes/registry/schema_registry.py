@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 import structlog
@@ -25,6 +25,8 @@ from embedq_shared.backoff import backoff
 from embedq_shared.secret import Secret
 
 log = structlog.get_logger()
+
+Answer = TypeVar("Answer")
 
 _THREADS: Final = 4
 """Requests at once. A registry that hangs holds these and nothing else."""
@@ -219,18 +221,22 @@ class ConfluentClient:
             found = self._client.get_schema_by_guid(schema, fmt="serialized")
         references: OrderedDict[str, str] = OrderedDict()
         self._collect(found, references, 0)
-        return Given(kind=found.schema_type or "AVRO", text=found.schema_str, references=tuple(references.items()))
+        return Given(
+            kind=found.schema_type or "AVRO", text=found.schema_str, references=tuple(references.items())
+        )
 
     def _collect(self, schema: Any, found: OrderedDict[str, str], depth: int) -> None:
         """The schemas that one refers to, each after those that it refers to itself."""
         for reference in schema.references or ():
             if reference.name in found or depth > 32:
                 continue
-            its = self._client.get_version(reference.subject, reference.version, deleted=True, fmt="serialized")
+            its = self._client.get_version(
+                reference.subject, reference.version, deleted=True, fmt="serialized"
+            )
             self._collect(its.schema, found, depth + 1)
             found[reference.name] = its.schema.schema_str
 
-    def _asked(self, ask: Callable[[], Any]) -> Any:
+    def _asked(self, ask: Callable[[], Answer]) -> Answer | Refused:
         from confluent_kafka.schema_registry.error import SchemaRegistryError
 
         try:
@@ -241,5 +247,5 @@ class ConfluentClient:
             if status in (404, 409, 422):
                 return Refused(f"the registry says {status}: {said}", may_come=status == 404)
             raise Unreachable(f"it answers {status}: {said}") from None
-        except Exception as error:  # httpx's and the system's own, all of which mean that there is no answer
+        except Exception as error:  # noqa: BLE001  # httpx's and the system's, whose classes differ by version: no answer
             raise Unreachable(f"{type(error).__name__}: no answer") from None

@@ -79,7 +79,9 @@ def _split(data: bytes) -> tuple[int | str, bytes]:
         return _ID.unpack_from(data)[1], data[_ID.size :]
     if len(data) > _GUID_BYTES and data[0] == _BY_GUID:
         return str(uuid.UUID(bytes=data[1 : _GUID_BYTES + 1])), data[_GUID_BYTES + 1 :]
-    raise BadRow("malformed", "the value: expected Schema Registry's wire format, a zero byte and a schema's number")
+    raise BadRow(
+        "malformed", "the value: expected Schema Registry's wire format, a zero byte and a schema's number"
+    )
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
