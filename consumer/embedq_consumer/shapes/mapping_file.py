@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from collections.abc import Mapping as Map
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 
@@ -25,6 +25,8 @@ from embedq_consumer.shapes.template import Template
 from embedq_shared.codec import BadJob, decode_job
 from embedq_shared.messages import Job
 from embedq_shared.topics import Topics, is_topic_name
+
+Part = TypeVar("Part")
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _OWN: Final = ("id", "vector", "model_version", "truncated")
@@ -71,7 +73,7 @@ class _MappingPart(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class _File(msgspec.Struct, forbid_unknown_fields=True):
-    mappings: dict[str, _MappingPart]
+    mappings: dict[str, Any]
 
 
 def read_mappings(path: Path, topics: Topics) -> Mappings:
@@ -97,15 +99,16 @@ def parse_mappings(source: bytes, topics: Topics, path: str) -> Mappings:
         mark = getattr(error, "problem_mark", None)
         where = f", broken at line {mark.line + 1}" if mark is not None else ""
         raise BadMappings(f"{path}: expected YAML{where}") from None
-    try:
-        found = msgspec.convert(document, _File)
-    except msgspec.ValidationError as error:
-        raise BadMappings(f"{path}: {_explained(str(error))}") from None
-    problems = list(_problems(found, topics))
+    # One after the other: msgspec would not say which.
+    parts = {
+        name: _converted(part, _MappingPart, path, f"mappings.{name}")
+        for name, part in _converted(document, _File, path, "").mappings.items()
+    }
+    problems = list(_problems(parts, topics))
     if problems:
         raise BadMappings(f"{path}: {problems[0]}")
     mappings = []
-    for name, part in found.mappings.items():
+    for name, part in parts.items():
         try:
             mappings.append(_mapping(name, part))
         except ValueError as error:
@@ -113,23 +116,25 @@ def parse_mappings(source: bytes, topics: Topics, path: str) -> Mappings:
     return Mappings(mappings)
 
 
-def _explained(message: str) -> str:
-    """msgspec's sentence after the place that it is about."""
-    at = _AT.search(message)
-    if at is None:
-        return message[:1].lower() + message[1:]
-    place = at[1].lstrip(".").replace("[...]", ".…")
-    said = message[: at.start()]
-    return f"{place}: {said[:1].lower()}{said[1:]}"
+def _converted(value: Any, kind: type[Part], path: str, place: str) -> Part:
+    """A part of the file; an error says at which place, and what was expected there."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        at = _AT.search(str(error))
+        said = str(error)[: at.start()] if at else str(error)
+        where = (place + (at[1] if at else "")).lstrip(".")
+        said = said[:1].lower() + said[1:]
+        raise BadMappings(f"{path}: {where}: {said}" if where else f"{path}: {said}") from None
 
 
-def _problems(file: _File, topics: Topics) -> Iterator[str]:
+def _problems(parts: Map[str, _MappingPart], topics: Topics) -> Iterator[str]:
     """What no type can express, each with its place."""
     ours = {*topics.lanes, topics.results, topics.replies, topics.control, topics.status, topics.dead_letters}
-    readers = Counter(topic for part in file.mappings.values() for topic in part.topics)
-    if not file.mappings:
+    readers = Counter(topic for part in parts.values() for topic in part.topics)
+    if not parts:
         yield "mappings: expected at least one"
-    for name, part in file.mappings.items():
+    for name, part in parts.items():
         place = f"mappings.{name}"
         if not _NAME.fullmatch(name):
             yield f"{place}: expected a name of letters, digits, '.', '_' and '-'"
