@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Final, Protocol
 
-import msgspec
 import structlog
 
 from embedq_consumer.fairness import Cost
@@ -29,10 +28,10 @@ from embedq_consumer.group import (
 )
 from embedq_consumer.intake.flow_control import PollPlanner
 from embedq_consumer.intake.jobs_consumer import IntakeOptions, JobsClients, PolledRecords
-from embedq_consumer.intake.key_order import Go, KeyOrder
+from embedq_consumer.intake.key_order import Go
 from embedq_consumer.intake.poll_state import PollState
 from embedq_consumer.intake.reading import POLL_MS, Changes, Reading
-from embedq_consumer.intake.records import Record, run_before
+from embedq_consumer.intake.records import Record, mapped, run_before
 from embedq_consumer.intake.workload import Take, Workload
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.kafka import Unreadable, stop_client
@@ -93,15 +92,13 @@ class Intake:
         self._beat = beat
         self._retry_topics = options.retries.topics
         self._lane_of: dict[str, Lane] = dict(zip(topics.lanes, LANES, strict=True))
-        self._lane_of |= dict.fromkeys(self._retry_topics, "bulk")
+        self._lane_of |= dict.fromkeys((*self._retry_topics, *options.mappings.topics), "bulk")
         self._mappings = options.mappings
-        self._lane_of |= dict.fromkeys(self._mappings.topics, "bulk")
         self._state = PollState()
         self._changes = Changes()
         self._ledger = OffsetLedger()
         self._ownership = Ownership()
         self._gate: Gate | None = None
-        self._order = KeyOrder(self._ledger.epoch)
         self._work = Workload(options, self._ledger, self._may_start)
         self._planner = PollPlanner(
             self._work.limits, self._lane_of, max_poll_records=options.max_poll_records
@@ -257,14 +254,11 @@ class Intake:
 
     def when_first(self, record: Record, go: Go) -> None:
         """Call `go` once the record's answer may go out, after those of earlier records of its key."""
-        self._order.when_first(record.ticket, go)
+        self._work.order.when_first(record.ticket, go)
 
     def finish(self, *records: Record) -> None:
         """These are answered. A second time changes nothing."""
         finished, reopened = self._work.finish(records)
-        for record in records:
-            if record.ordered:
-                self._order.finish(record.ticket)
         if not finished:
             return
         for partition in {record.ticket.partition for record in finished}:
@@ -343,23 +337,10 @@ class Intake:
                     record = Record.read(ticket, lane, raw, now)
                     if partition.topic in self._retry_topics:
                         record = run_before(record)
-                    if self._mappings:
-                        record = self._mapped(record)
-                    records.append(record)
+                    records.append(record := mapped(record, self._mappings))
                 self._work.add(record)
             self._metrics.records.labels(lane).inc(len(found))
         return records, unread
-
-    def _mapped(self, record: Record) -> Record:
-        """A row of a mapping's topic: whose it is, and whether its answer keeps its key's order."""
-        mapping = self._mappings.of_topic(record.origin.topic)
-        if mapping is None:
-            return record
-        # A row that is run again is out of its order already.
-        ordered = mapping.keeps_order and record.key is not None and record.past is None
-        if ordered and record.key is not None:
-            self._order.begin(record.ticket, record.key)
-        return msgspec.structs.replace(record, client=f"map {mapping.name}".encode(), ordered=ordered)
 
     # -- what goes along ----------------------------------------------------------------------------------------------
 
@@ -372,7 +353,6 @@ class Intake:
     def _follow(self) -> None:
         """Other partitions are ours, or may give records, than those that the turn under way asked."""
         self._work.follow(releasing=self._ownership.releasing)
-        self._order.follow()
         self._state.interrupt()
         self._changes.notify()
 

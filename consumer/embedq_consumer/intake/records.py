@@ -9,6 +9,7 @@ import msgspec
 
 from embedq_consumer.group import Ticket
 from embedq_consumer.retries import Past, past_of
+from embedq_consumer.shapes import Mappings
 from embedq_shared.headers import client_of
 from embedq_shared.kafka import ConsumerRecord
 from embedq_shared.topics import Lane
@@ -123,4 +124,17 @@ def run_before(record: Record) -> Record:
         timestamp_ms=past.timestamp_ms,
         timestamp_type=past.timestamp_type,
         past=past,
+    )
+
+
+def mapped(record: Record, mappings: Mappings) -> Record:
+    """A row of a mapping's topic with whose it is, and whether its answer keeps its key's order; another record as it is."""
+    mapping = mappings.of_topic(record.origin.topic) if mappings else None
+    if mapping is None:
+        return record
+    return msgspec.structs.replace(
+        record,
+        client=f"map {mapping.name}".encode(),
+        # One that is run again is out of its order already.
+        ordered=mapping.keeps_order and record.key is not None and record.past is None,
     )
