@@ -371,9 +371,8 @@ def _with_hint(error: ErrorBody, record: Record) -> ErrorBody:
     """An error of the strict contract, which says what mapping would read such a record."""
     if error.code not in ("malformed", "unknown_field", "invalid_value"):
         return error
-    if error.code == "invalid_value" and error.param != "input":
-        return error
-    return msgspec.structs.replace(error, message=error.message + hint(record.value, record.headers))
+    more = hint(record.value, record.headers, unknown_field=error.code == "unknown_field")
+    return msgspec.structs.replace(error, message=error.message + more)
 
 
 _OPENAI: Final = ("text-embedding-", "text-similarity-", "text-search-")

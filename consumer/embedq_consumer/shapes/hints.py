@@ -20,8 +20,13 @@ _MOST_BYTES: Final = 1_000_000
 _WHERE: Final = "the setting `EMBEDQ_MAPPINGS`, docs/shapes.md"
 
 
-def hint(value: bytes | None, headers: Sequence[tuple[str, bytes | None]]) -> str:
-    """The end of an error's sentence, "" where nothing is recognized. Never raises, and repeats nothing of the record."""
+def hint(
+    value: bytes | None, headers: Sequence[tuple[str, bytes | None]], *, unknown_field: bool = False
+) -> str:
+    """The end of an error's sentence, "" where nothing is recognized. Never raises, and repeats nothing of the record.
+
+    `unknown_field`: the error is about a field that jobs do not have.
+    """
     if value is None:
         return _said("a deleted row (a tombstone)", "row")
     if value[:1] == b"\x00" and len(value) > 5:
@@ -35,10 +40,10 @@ def hint(value: bytes | None, headers: Sequence[tuple[str, bytes | None]]) -> st
         found = msgspec.json.decode(value) if len(value) <= _MOST_BYTES else None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return ""
-    return _of_object(found) if isinstance(found, dict) else ""
+    return _of_object(found, unknown_field=unknown_field) if isinstance(found, dict) else ""
 
 
-def _of_object(found: dict[str, Any]) -> str:
+def _of_object(found: dict[str, Any], *, unknown_field: bool) -> str:
     names = found.keys()
     inner = found.get("payload")
     if names == {"schema", "payload"}:
@@ -53,7 +58,7 @@ def _of_object(found: dict[str, Any]) -> str:
         return _said("a line of an OpenAI batch", "openai-batch")
     if "input" not in names and (text := next((name for name in _TEXTS if name in names), None)):
         return _said("a row of a table", "row", text)
-    if "input" in names:
+    if "input" in names and unknown_field:
         return f"; to let further columns travel on, put them into `metadata`, or set a mapping ({_WHERE})"
     return ""
 
