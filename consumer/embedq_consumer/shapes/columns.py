@@ -83,7 +83,7 @@ def as_text(value: Any) -> str:
 def _by_schema(value: Any, schema: ConnectSchema, *, nested: bool) -> tuple[ConnectSchema, Any] | None:
     """The column as its source describes it; None if that does not fit the value."""
     kind = schema.get("type")
-    if kind in _NESTED:
+    if isinstance(kind, str) and kind in _NESTED:
         if nested:
             return {**schema, "optional": True}, plain(value)
         return _optional("string"), None if value is None else as_text(value)

@@ -15,6 +15,7 @@ from embedq_consumer.shapes.rows import (
     Decoded,
     Deleted,
     Row,
+    bounded,
     named,
     object_of,
     schemas_of,
@@ -64,7 +65,7 @@ def debezium_row(found: Decoded) -> Row | Deleted:
         return Deleted()
     event = object_of(peeled.value, "the value")
     operation = event.get("op")
-    if operation in _AFTER:
+    if isinstance(operation, str) and operation in _AFTER:
         row = _side(event, peeled.schema, "after")
         if row is None:
             raise BadRow("invalid_value", f"`after`: expected the row of a {_AFTER[operation]}", "after")
@@ -80,7 +81,7 @@ def _side(event: Mapping[str, Any], schema: ConnectSchema | None, side: str) -> 
     found = event.get(side)
     if isinstance(found, str):  # MongoDB's connector writes the document as JSON
         try:
-            found = msgspec.json.decode(found)
+            found = bounded(msgspec.json.decode(found), f"`{side}`")
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             raise BadRow("invalid_value", f"`{side}`: expected an object, or one as JSON", side) from None
     if found is None:
@@ -164,9 +165,10 @@ def json_of(data: bytes, what: str) -> Any:
         BadRow: it is none.
     """
     try:
-        return msgspec.json.decode(data)
+        found = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise BadRow("malformed", f"{what}: expected valid JSON in UTF-8 without BOM") from None
+    return bounded(found, what)
 
 
 def _event(attributes: Mapping[str, Any], data: Any) -> Row:

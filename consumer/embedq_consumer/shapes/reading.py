@@ -26,7 +26,7 @@ from embedq_consumer.shapes.mapping import REGISTERED, Column, Mapping
 from embedq_consumer.shapes.output_schemas import registration_of
 from embedq_consumer.shapes.registry.schemas import Fetch, Refused, Schemas, Want
 from embedq_consumer.shapes.registry.wire_format import KEY_HEADER, VALUE_HEADER, framed
-from embedq_consumer.shapes.rows import MISSING, BadRow, Decoded, Deleted, Row, named, object_of
+from embedq_consumer.shapes.rows import MISSING, BadRow, Decoded, Deleted, Row, bounded, named, object_of
 from embedq_consumer.shapes.template import NullText
 from embedq_shared.codec import BadJob, decode_job, format_of
 from embedq_shared.messages import MAX_ID_LENGTH, Job
@@ -217,7 +217,7 @@ def _id_of_key(mapping: Mapping, message: Message, key: bytes, schemas: Schemas)
         found = _decoded(key, message, KEY_HEADER, schemas)
     else:
         try:
-            found = Decoded(msgspec.json.decode(key))
+            found = Decoded(bounded(msgspec.json.decode(key), "the key"))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             found = Decoded(None)
     value = peeled_of(found).value
@@ -345,10 +345,11 @@ def _decoded(data: bytes, message: Message, header: str, schemas: Schemas) -> De
                 "malformed",
                 f"the value: expected a schema that can be read, got Schema Registry's number {found.schema}; {reader.reason}",
             )
-        return reader.read(found)
+        read = reader.read(found)
+        return Decoded(bounded(read.value, "the value"), read.schema)
     if format_of(headers.get(CONTENT_TYPE)) == "msgpack":
         try:
-            return Decoded(msgspec.msgpack.decode(data))
+            return Decoded(bounded(msgspec.msgpack.decode(data), "the value"))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             raise BadRow("malformed", "the value: expected valid MessagePack") from None
     return Decoded(json_of(data, "the value"))

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import msgspec
 
-from embedq_shared.messages import ErrorCode
+from embedq_shared.messages import MAX_NESTING, ErrorCode
 
 ConnectSchema = Mapping[str, Any]
 """A schema as Kafka Connect's JsonConverter writes it: `type`, `optional`, `fields`, `items`, `name`, …"""
@@ -95,6 +95,20 @@ def object_of(value: Any, what: str, param: str | None = None) -> dict[str, Any]
     """
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise BadRow("malformed" if param is None else "invalid_value", f"{what}: expected an object", param)
+    return value
+
+
+def bounded(value: Any, what: str, depth: int = 1) -> Any:
+    """The value, which nests no deeper than a job may.
+
+    Raises:
+        BadRow: it does.
+    """
+    if isinstance(value, dict | list):
+        if depth > MAX_NESTING:
+            raise BadRow("malformed", f"{what}: expected nesting of at most {MAX_NESTING} levels")
+        for inner in value.values() if isinstance(value, dict) else value:
+            bounded(inner, what, depth + 1)
     return value
 
 
