@@ -13,7 +13,7 @@ from embedq_consumer.intake.admission import Rejection
 from embedq_consumer.shapes import hint
 from tests.helpers.in_flight import MODEL, NOW_MS, PARTITIONS, record, rules
 
-CHANGE = {"before": None, "after": {}, "op": "c"}
+CHANGE: dict[str, Any] = {"before": None, "after": {}, "op": "c"}
 
 
 @pytest.mark.parametrize(
