@@ -330,7 +330,7 @@ async def test_a_row_without_a_key_is_run_again_and_one_with_a_key_is_not(
         assert await replica.stop() == 0
     assert json.loads(answer.value)["id"] == 1
     told = letter_of(0, 0, letter.value, letter.headers)
-    assert (letter.key, told.code, told.original_topic) == (b"2", "internal", world.name("rows"))
+    assert (letter.key, told.error_code, told.original_topic) == (b"2", "internal", world.name("rows"))
 
 
 @pytest.mark.slow

@@ -83,9 +83,8 @@ def test_whatever_is_ready_when_each_goes_once_and_in_order(keys: list[bytes], d
     tickets = [one.begin(offset, key) for offset, key in enumerate(keys)]
     acknowledged: list[Ticket] = []
     left = list(data.draw(st.permutations(tickets)))
-    moves: st.SearchStrategy[bool] = st.booleans()
     while len(acknowledged) < len(tickets):
-        if left and data.draw(moves):
+        if data.draw(st.booleans()) and left:
             one.ready(left.pop())
         on_their_way = [ticket for ticket in tickets if one.heard[ticket] and ticket not in acknowledged]
         if on_their_way:

@@ -14,11 +14,10 @@ from confluent_kafka.schema_registry.avro import AvroSerializer
 from confluent_kafka.schema_registry.json_schema import JSONSerializer
 from confluent_kafka.schema_registry.protobuf import ProtobufSerializer
 from confluent_kafka.serialization import MessageField, SerializationContext
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, timestamp_pb2, wrappers_pb2
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedq_consumer.shapes import BadRow, Embeddable, FlatAnswer, Removal, SchemaRegistry, Unknown
+from embedq_consumer.shapes import BadRow, Embeddable, FlatAnswer, Removal
 from embedq_consumer.shapes.registry.schema_registry import (
     ConfluentClient,
     RegistryOptions,
@@ -28,7 +27,7 @@ from embedq_consumer.shapes.registry.schema_registry import (
 from embedq_consumer.shapes.registry.schemas import Fetch, Given, Refused, Registration, reader_of
 from embedq_consumer.shapes.registry.wire_format import Framed, frame, framed, message_indexes
 from tests.helpers.schema_registry import RegistryServer
-from tests.helpers.shapes import mapping, reading
+from tests.helpers.shapes import Learning, mapping, message_class, reading
 from tests.helpers.support import wait_until
 
 VALUE = SerializationContext("rows", MessageField.VALUE)
@@ -60,44 +59,6 @@ def producer(server: RegistryServer) -> SchemaRegistryClient:
     return SchemaRegistryClient({"url": server.url})
 
 
-class Learning:
-    """A registry's client side as admission uses it: what is unknown is learned, and asked for again."""
-
-    def __init__(self, server: RegistryServer) -> None:
-        self.said: list[str | None] = []
-        self.registry = SchemaRegistry(connect(RegistryOptions(url=server.url)), self.said.append)
-
-    async def is_waiting(self) -> bool:
-        return bool(self.said)
-
-    async def reading(self, *args: Any, **more: Any) -> Any:
-        while isinstance(found := reading(*args, schemas=self.registry, **more), Unknown):
-            await self.registry.learn(found.want)
-        return found
-
-
-def message_class() -> Any:
-    """A message with what Protobuf can hold: a nested one as the second of its file."""
-    file = descriptor_pb2.FileDescriptorProto(name="article.proto", package="shop", syntax="proto3")
-    file.dependency.extend(["google/protobuf/timestamp.proto", "google/protobuf/wrappers.proto"])
-    file.enum_type.add(name="Kind").value.add(name="NONE", number=0)
-    file.enum_type[0].value.add(name="NEWS", number=1)
-    file.message_type.add(name="Unused")
-    article = file.message_type.add(name="Article")
-    kinds = {"id": 3, "text": 9, "price": 1, "blob": 12}
-    for number, (name, kind) in enumerate(kinds.items(), 1):
-        article.field.add(name=name, number=number, type=kind, label=1)
-    article.field.add(name="at", number=5, type=11, label=1, type_name=".google.protobuf.Timestamp")
-    article.field.add(name="note", number=6, type=11, label=1, type_name=".google.protobuf.StringValue")
-    article.field.add(name="kind", number=7, type=14, label=1, type_name=".shop.Kind")
-    article.field.add(name="tags", number=8, type=9, label=3)
-    pool = descriptor_pool.DescriptorPool()
-    for known in (timestamp_pb2, wrappers_pb2):
-        pool.AddSerializedFile(known.DESCRIPTOR.serialized_pb)
-    pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName("shop.Article"))
-
-
 # -- confluent-kafka writes, we read -----------------------------------------------------------------------------------
 
 
@@ -106,7 +67,7 @@ async def test_avro_is_read_by_the_schema_that_it_was_written_with(
 ) -> None:
     written = AvroSerializer(producer, json.dumps(AVRO))(ROW, VALUE)
     one = mapping(id="id", columns={"at": "at", "by": "author.name"}, output={"format": "connect"})
-    found = await Learning(server).reading(one, written)
+    found = await Learning(server.url).reading(one, written)
     assert isinstance(found, Embeddable)
     assert isinstance(found.answer, FlatAnswer)
     assert (found.job.input, found.answer.id) == ("tides", 7)
@@ -123,7 +84,7 @@ async def test_json_with_a_schema_is_read(server: RegistryServer, producer: Sche
     }
     written = JSONSerializer(json.dumps(schema), producer)({"id": 7, "text": "tides", "price": 3}, VALUE)
     one = mapping(id="id", columns=["price"], output={"format": "connect"})
-    found = await Learning(server).reading(one, written)
+    found = await Learning(server.url).reading(one, written)
     assert isinstance(found.answer, FlatAnswer)
     assert (found.job.input, found.answer.columns[0].schema["type"]) == ("tides", "double")
 
@@ -135,7 +96,7 @@ async def test_protobuf_is_read(server: RegistryServer, producer: SchemaRegistry
     message.note.value = "n"
     written = ProtobufSerializer(kind, producer, {"use.deprecated.format": False})(message, VALUE)
     one = mapping(id="id", columns=["price", "blob", "at", "note", "kind", "tags"])
-    found = await Learning(server).reading(one, written)
+    found = await Learning(server.url).reading(one, written)
     assert isinstance(found.answer, FlatAnswer)
     assert (found.job.input, found.answer.id) == ("tides", 2**40)
     assert {column.name: column.value for column in found.answer.columns} == {
@@ -162,7 +123,7 @@ async def test_a_change_event_of_debezium_in_avro_is_read(
     }
     serializer = AvroSerializer(producer, json.dumps(envelope))
     one = mapping(shape="debezium", id="id", columns=["at"], output={"format": "connect"})
-    learning = Learning(server)
+    learning = Learning(server.url)
     found = await learning.reading(one, serializer({"before": None, "after": ROW, "op": "c"}, VALUE))
     assert isinstance(found.answer, FlatAnswer)
     assert (found.job.input, found.answer.columns[0].schema["type"]) == ("tides", "int64")
@@ -175,7 +136,7 @@ async def test_a_tombstones_key_is_read_by_its_schema(
 ) -> None:
     schema = {"type": "record", "name": "Key", "fields": [{"name": "id", "type": "long"}]}
     key = AvroSerializer(producer, json.dumps(schema))({"id": 7}, KEY)
-    assert isinstance(await Learning(server).reading(mapping(id="id"), None, key=key), Removal)
+    assert isinstance(await Learning(server.url).reading(mapping(id="id"), None, key=key), Removal)
 
 
 async def test_a_schema_of_others_is_read_with_them(
@@ -196,7 +157,7 @@ async def test_a_schema_of_others_is_read_with_them(
     references = [SchemaReference("shop.Author", "author", 1)]
     number = producer.register_schema("rows-value", Schema(json.dumps(article), "AVRO", references))
     written = frame(number, b"\x0atides\x06Ann")
-    found = await Learning(server).reading(mapping(text="{author.name}: {text}"), written)
+    found = await Learning(server.url).reading(mapping(text="{author.name}: {text}"), written)
     assert found.job.input == "Ann: tides"
 
 
@@ -206,7 +167,7 @@ async def test_a_schemas_number_or_guid_may_be_in_a_header(
     schema = {"type": "record", "name": "A", "fields": [{"name": "text", "type": "string"}]}
     producer.register_schema("rows-value", Schema(json.dumps(schema), "AVRO"))
     guid = bytes.fromhex(server.schemas[0]["guid"].replace("-", ""))
-    learning = Learning(server)
+    learning = Learning(server.url)
     for header in (b"\x01" + guid, frame(1, b"")):
         found = await learning.reading(mapping(), b"\x0atides", ("__value_schema_id", header))
         assert found.job.input == "tides"
@@ -216,7 +177,7 @@ async def test_a_schemas_number_or_guid_may_be_in_a_header(
 
 
 async def test_a_results_schema_is_registered_once_under_its_topic(server: RegistryServer) -> None:
-    learning = Learning(server)
+    learning = Learning(server.url)
     one = mapping(id="id", columns=["n"], output={"format": "avro"})
     for id in range(3):
         found = await learning.reading(one, {"id": id, "text": "t", "n": 1.5})
@@ -227,7 +188,7 @@ async def test_a_results_schema_is_registered_once_under_its_topic(server: Regis
 
 async def test_a_schema_that_the_registry_does_not_take_costs_that_row_alone(server: RegistryServer) -> None:
     server.refused = {'"n"'}
-    learning = Learning(server)
+    learning = Learning(server.url)
     one = mapping(columns="*", output={"format": "avro"})
     with pytest.raises(BadRow, match=r"expected a schema that the registry takes for docs\.vectors-value"):
         await learning.reading(one, {"text": "t", "n": 1})
@@ -240,7 +201,7 @@ async def test_a_schema_that_the_registry_does_not_take_costs_that_row_alone(ser
 async def test_a_registry_that_is_away_is_waited_for(server: RegistryServer) -> None:
     server.schemas.append({"schema": json.dumps(AVRO), "schemaType": "AVRO", "guid": ""})
     server.away = True
-    learning = Learning(server)
+    learning = Learning(server.url)
     waiting = [asyncio.create_task(learning.registry.learn(Fetch(1))) for _ in range(5)]
     await wait_until(learning.is_waiting, within=10, what="a registry that is waited for")
     assert learning.said[0] is not None
@@ -256,7 +217,7 @@ async def test_a_registry_that_is_away_is_waited_for(server: RegistryServer) -> 
 async def test_a_schema_that_nobody_has_refuses_its_row_and_is_not_asked_for_by_each(
     server: RegistryServer,
 ) -> None:
-    learning = Learning(server)
+    learning = Learning(server.url)
     for _ in range(2):
         with pytest.raises(BadRow, match="number 9; the registry says 404"):
             await learning.reading(mapping(), frame(9, b"x"))
@@ -267,7 +228,7 @@ async def test_a_schema_that_nobody_has_refuses_its_row_and_is_not_asked_for_by_
 
 async def test_closing_ends_what_is_asked_for(server: RegistryServer) -> None:
     server.away = True
-    learning = Learning(server)
+    learning = Learning(server.url)
     waiting = asyncio.create_task(learning.registry.learn(Fetch(1)))
     await wait_until(learning.is_waiting, within=10, what="a registry that is waited for")
     await learning.registry.close()

@@ -90,17 +90,27 @@ def reader_of(given: Given) -> Reader:
     Raises:
         ValueError: the schema cannot be used; the message says why.
     """
-    makers: Mapping[str, Callable[[Given], Reader]] = {
-        "AVRO": AvroReader,
-        "JSON": JsonReader,
-        "PROTOBUF": ProtobufReader,
-    }
-    if given.kind not in makers:
-        raise ValueError(f"its type {given.kind[:32]} is none of {', '.join(makers)}")
+    if given.kind not in _READERS:
+        raise ValueError(f"its type {given.kind[:32]} is none of {', '.join(_READERS)}")
+    # Confluent's registry does not name Avro, which then is the kind; Apicurio's (2.6) names none.
+    kinds = [given.kind] if given.kind != "AVRO" else ["AVRO", _kind_by_look(given.text)]
+    problem: Exception | None = None
+    for kind in kinds:
+        try:
+            return _READERS[kind](given)
+        except Exception as error:  # noqa: BLE001  # fastavro's and protobuf's own kinds share no base
+            problem = problem or error
+    raise ValueError(f"it is no {given.kind} schema that can be used ({type(problem).__name__})") from problem
+
+
+def _kind_by_look(text: str) -> str:
+    """What a schema is that is not Avro."""
     try:
-        return makers[given.kind](given)
-    except Exception as error:  # fastavro's and protobuf's own kinds, which share no base
-        raise ValueError(f"it is no {given.kind} schema that can be used ({type(error).__name__})") from error
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return "PROTOBUF"
+    is_json = isinstance(found, dict) and ("$schema" in found or "properties" in found)
+    return "JSON" if is_json else "AVRO"
 
 
 # -- Avro --------------------------------------------------------------------------------------------------------------
@@ -396,3 +406,10 @@ def _connect_of_message(descriptor: Any, depth: int) -> ConnectSchema | None:
         if kind is not None and not _is_repeated(field):
             fields.append({"field": field.name, "type": kind, "optional": True})
     return {"type": "struct", "optional": False, "fields": fields}
+
+
+_READERS: Final[Mapping[str, Callable[[Given], Reader]]] = {
+    "AVRO": AvroReader,
+    "JSON": JsonReader,
+    "PROTOBUF": ProtobufReader,
+}
