@@ -305,6 +305,8 @@ class ResultEncoder:
         Of a mapped row it goes to the results topic, since a sink that stores flat results could make nothing of it, and a copy
         of the record to the dead letters. A batch line's is a line itself.
         """
+        if isinstance(answer, FlatAnswer):
+            error = answer.explained(error)
         id = envelope.id if envelope.id is not None else record.name
         metadata = envelope.metadata if bytes(envelope.metadata) else codec.null(format)
         failure = Failure(

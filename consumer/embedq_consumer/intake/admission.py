@@ -100,7 +100,7 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
     def admit(self, record: Record, encoder: Encoder, now_ms: float, partitions: PartitionCount) -> Admitted:
         """The job of one record, or why it is rejected. Raises nothing, whatever the record holds."""
         headers = self._headers_of(record)
-        if (mapping := self.mappings.of_topic(record.origin.topic)) is not None:
+        if (mapping := self._mapping_of(record)) is not None:
             return self._admit_mapped(mapping, record, headers, encoder, now_ms)
         format = codec.format_of(headers.content_type)
         address = self._check_address(headers, partitions)
@@ -217,9 +217,13 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
             "text_too_long", f"`{param}`: expected at most {self.max_text_bytes} bytes of UTF-8", param
         )
 
+    def _mapping_of(self, record: Record) -> Mapping | None:
+        """The mapping that reads the record's topic."""
+        return self.mappings.of_topic(record.origin.topic) if self.mappings else None
+
     def _headers_of(self, record: Record) -> JobHeaders:
         headers = parse(record.headers)
-        if self.mappings.of_topic(record.origin.topic) is None:
+        if self._mapping_of(record) is None:
             return headers
         # Rows have no caller: who copied a reply address along with them waits for nothing.
         return JobHeaders(content_type=headers.content_type, echo=headers.echo)

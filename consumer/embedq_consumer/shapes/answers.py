@@ -16,6 +16,8 @@ from embedq_consumer.shapes.mapping import Mapping, Output
 from embedq_consumer.shapes.output_schemas import VECTOR, connect_schema, encode_avro, encode_protobuf
 from embedq_consumer.shapes.registry.schemas import Registration
 from embedq_consumer.shapes.registry.wire_format import FIRST_MESSAGE, frame
+from embedq_consumer.shapes.rows import named
+from embedq_consumer.shapes.template import Slot
 from embedq_shared.messages import ErrorBody, Usage
 
 _VERSION: Final = f"sha256:{'0' * 64}"
@@ -50,6 +52,17 @@ class FlatAnswer(msgspec.Struct, frozen=True, kw_only=True):
     def output(self) -> Output:
         """Where it goes, and how it is written."""
         return self.mapping.output
+
+    def explained(self, error: ErrorBody) -> ErrorBody:
+        """An error of the job, which says of which mapping's field it is: the row has no `input`."""
+        slots = (
+            [part for part in self.mapping.text.parts if isinstance(part, Slot)] if self.mapping.text else []
+        )
+        message, param = error.message, error.param
+        if param == "input" and len(slots) == 1:
+            param = named(slots[0].path)
+            message = message.replace("`input`", f"`{param}`", 1)
+        return msgspec.structs.replace(error, message=f"mapping {self.mapping.name}: {message}", param=param)
 
     def sized(self) -> FlatAnswer:
         """The same with its size.

@@ -165,7 +165,7 @@ async def test_results_are_registered_there_and_read_back_by_confluents_deserial
             assert read == {"id": 7, "model_version": "sha256:x", "price": 2.5, "vector": [0.5] * 4}
         elif format == "json-schema":
             text = client.get_latest_version(f"out.{format}-value").schema.schema_str
-            jsonschema.validate(json.loads(written.payload), json.loads(text))
+            jsonschema.validate(json.loads(written.payload), json.loads(text or ""))
         else:
             again = await learning.reading(mapping(text="model_version", id="id", columns=["vector"]), value)
             assert (again.job.input, again.answer.columns[0].value) == ("sha256:x", [0.5] * 4)

@@ -121,7 +121,7 @@ async def test_a_deleted_rows_answer_is_a_tombstone() -> None:
 
 async def test_a_row_that_fails_is_an_error_for_the_results_topic_and_a_dead_letter() -> None:
     for value, outcome, code in (
-        ({"id": 5, "text": "t"}, ErrorBody.of("text_too_long", "x", "input"), "text_too_long"),
+        ({"id": 5, "text": "t"}, ErrorBody.of("text_too_long", "`input`: x", "input"), "text_too_long"),
         ({"id": 5, "text": "t"}, INTERNAL, "internal"),
         ({"id": 5}, None, "invalid_value"),
     ):
@@ -129,7 +129,9 @@ async def test_a_row_that_fails_is_an_error_for_the_results_topic_and_a_dead_let
         await parts.answer(parts.polled(7, value), outcome)
         failure, letter = parts.sink.sent
         assert (failure.topic, letter.topic) == (TOPICS.results, TOPICS.dead_letters)
-        assert json.loads(failure.value or b"")["error"]["code"] == code
+        error = json.loads(failure.value or b"")["error"]
+        assert (error["code"], error["param"]) == (code, "text")
+        assert error["message"].startswith("mapping rows: ")
         assert value_of(letter.headers, "kafka_dlt-original-topic") == b"shop.rows"
         assert parts.sink.finished == [7]
         await parts.close()

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from embedq_consumer.shapes import BadMappings, parse_mappings, read_mappings
 from embedq_consumer.shapes.mapping import Column
+from embedq_consumer.shapes.mapping_file import _MappingPart, _OutputPart
 from embedq_shared.topics import Topics
 from tests.helpers.shapes import file_of, mapping, mappings_of
 
@@ -125,6 +126,22 @@ def test_json_is_yaml_too(tmp_path: Path) -> None:
 def test_any_other_file_is_an_error_of_one_kind(source: bytes) -> None:
     with pytest.raises(BadMappings):
         parse_mappings(source, TOPICS, "f")
+
+
+def test_the_pages_examples_are_mappings() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "shapes.md").read_text()
+    whole, part = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert parse_mappings(whole.encode(), TOPICS, "f").topics == ("shop.public.articles",)
+    found = parse_mappings(b"mappings:\n" + part.encode(), TOPICS, "f").named("batch")
+    assert found is not None
+    assert found.options == {"model": "default"}
+
+
+def test_the_pages_table_has_every_key() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "shapes.md").read_text()
+    table = set(re.findall(r"^\| `([a-z_.]+)` \|", page, re.MULTILINE))
+    keys = {field for field in _MappingPart.__struct_fields__ if field != "output"}
+    assert table == keys | {f"output.{field}" for field in _OutputPart.__struct_fields__}
 
 
 def test_the_file_of_this_test_is_well() -> None:

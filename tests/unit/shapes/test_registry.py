@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,12 +21,23 @@ from hypothesis import strategies as st
 from embedq_consumer.shapes import BadRow, Embeddable, FlatAnswer, Removal
 from embedq_consumer.shapes.registry.schema_registry import (
     ConfluentClient,
+    MissingExtra,
     RegistryOptions,
     Unreachable,
     connect,
 )
-from embedq_consumer.shapes.registry.schemas import Fetch, Given, Refused, Registration, reader_of
+from embedq_consumer.shapes.registry.schemas import (
+    AvroReader,
+    Fetch,
+    Given,
+    JsonReader,
+    ProtobufReader,
+    Refused,
+    Registration,
+    reader_of,
+)
 from embedq_consumer.shapes.registry.wire_format import Framed, frame, framed, message_indexes
+from embedq_shared.secret import Secret
 from tests.helpers.schema_registry import RegistryServer
 from tests.helpers.shapes import Learning, mapping, message_class, reading
 from tests.helpers.support import wait_until
@@ -305,3 +317,27 @@ def test_the_first_message_of_a_schema_has_the_short_form_and_others_the_long_on
     assert message_indexes(b"\x00rest") == ((0,), 1)
     assert message_indexes(b"\x02\x02rest") == ([1], 2)
     assert message_indexes(b"\x04\x02\x00rest") == ([1, 0], 3)
+
+
+@pytest.mark.parametrize("package", ["confluent_kafka.schema_registry", "fastavro", "google.protobuf"])
+def test_without_its_packages_the_error_says_what_to_install(
+    package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtra, match=r"pip install 'embedq\[schema-registry\]'"):
+        connect(RegistryOptions(url="http://x"))
+
+
+def test_a_registrys_password_goes_to_it_and_nowhere_else() -> None:
+    options = RegistryOptions(url="http://x", username="u", password=Secret("hunter2"))
+    assert "hunter2" not in repr(options)
+    client = connect(options)
+    assert isinstance(client, ConfluentClient)
+    assert client._client._rest_client.auth == ("u", "hunter2")
+
+
+def test_a_schema_whose_kind_the_registry_leaves_out_is_known_by_its_look() -> None:
+    text = base64.b64encode(message_class().DESCRIPTOR.file.serialized_pb).decode()
+    assert isinstance(reader_of(Given(kind="AVRO", text='{"type": "object", "properties": {}}')), JsonReader)
+    assert isinstance(reader_of(Given(kind="AVRO", text=text)), ProtobufReader)
+    assert isinstance(reader_of(Given(kind="AVRO", text='"string"')), AvroReader)
