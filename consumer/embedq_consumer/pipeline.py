@@ -67,6 +67,13 @@ class Registry(Protocol):
         """Return once it is known, or refused."""
 
 
+class SetAside(Protocol):
+    """Hears which records wait for something outside of the service: nobody need wonder that others overtake them."""
+
+    def __call__(self, records: Iterable[Record], *, waits: bool) -> None:
+        """They wait, or do no more."""
+
+
 class Pipeline:
     """Takes polled records and answers each of them, whatever it holds.
 
@@ -86,8 +93,10 @@ class Pipeline:
         tasks: asyncio.TaskGroup,
         weigh: Callable[[Record, Cost], None],
         registry: Registry | None = None,
+        set_aside: SetAside = lambda records, *, waits: None,
     ) -> None:
         self._registry = registry
+        self._set_aside = set_aside
         self._policy = policy
         self._serving = serving
         self._cache = cache
@@ -161,10 +170,9 @@ class Pipeline:
         """Admit these again once the registry has said what their schema is; so long they are in flight."""
         if self._registry is None:
             raise RuntimeError("a schema is to be learned, and there is no registry. This is a bug.")
+        self._set_aside(waiting, waits=True)
         await self._registry.learn(want)
-        if late := [record for record in waiting if record.ticket in self._given_up]:
-            self._given_up -= {record.ticket for record in late}
-            waiting = [record for record in waiting if record not in late]
+        self._set_aside(waiting, waits=False)
         self.take(waiting)
 
     async def _ask_for_topics(self, waiting: Sequence[tuple[Record, UnknownAddress]]) -> None:

@@ -127,7 +127,15 @@ async def _serve(settings: Settings, stop: asyncio.Event, leaving: Callable[[], 
         )
         async with _tasks() as tasks:
             pipeline = Pipeline(
-                policy, model.encoder, cache, model.queue, deliverer, tasks, intake.weigh, schemas
+                policy,
+                model.encoder,
+                cache,
+                model.queue,
+                deliverer,
+                tasks,
+                intake.weigh,
+                schemas,
+                intake.set_aside,
             )
             quarantine.hand_to(pipeline)
             _expect_heartbeats(health, settings.stall_timeout_s)

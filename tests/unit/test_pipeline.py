@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -502,6 +502,12 @@ async def test_a_record_whose_schema_is_not_known_waits_for_it_alone() -> None:
     named = ("embedq-mapping", b"docs")
     async with running(mappings=mappings_of(docs={}), schemas=registry) as parts:
         parts.pipeline._registry = registry
+        aside: list[tuple[list[int], bool]] = []
+
+        def set_aside(records: Iterable[Record], *, waits: bool) -> None:
+            aside.append(([found.ticket.offset for found in records], waits))
+
+        parts.pipeline._set_aside = set_aside
         framed = [record(b"\0\0\0\0\x07" + b'{"text": "a"}', named, offset=offset) for offset in (1, 2)]
         parts.pipeline.take([*framed, job(3, input="b")])
         await parts.finished(3)
@@ -509,32 +515,7 @@ async def test_a_record_whose_schema_is_not_known_waits_for_it_alone() -> None:
         registry.there.set()
         await parts.finished(1, 2, 3)
         assert len(parts.sink.to("docs.vectors")) == 2
-
-
-async def test_a_record_that_was_given_up_while_its_schema_was_asked_for_is_answered_once() -> None:
-    class Registry:
-        there = asyncio.Event()
-
-        def reader(self, want: Fetch) -> None:
-            return None
-
-        def number(self, want: Registration) -> None:
-            return None
-
-        async def learn(self, want: Want) -> None:
-            await self.there.wait()
-
-    registry = Registry()
-    async with running(mappings=mappings_of(docs={}), schemas=registry) as parts:
-        parts.pipeline._registry = registry
-        framed = record(b"\0\0\0\0\x07x", ("embedq-mapping", b"docs"), offset=1)
-        parts.pipeline.take([framed])
-        parts.pipeline.give_up(framed, Overtaken(framed.ticket.partition, 1, 900.0))
-        await parts.finished(1)
-        registry.there.set()
-        parts.pipeline.take([job(2, input="b")])
-        await parts.finished(1, 2)
-        assert len(parts.sink.to(TOPICS.results)) == 2
+        assert aside == [([1, 2], True), ([1, 2], False)], "nobody gives them up for waiting"
 
 
 async def test_a_deleted_row_is_answered_without_the_model() -> None:

@@ -28,7 +28,6 @@ from embedq_consumer.group import (
 )
 from embedq_consumer.intake.flow_control import PollPlanner
 from embedq_consumer.intake.jobs_consumer import IntakeOptions, JobsClients, PolledRecords
-from embedq_consumer.intake.key_order import Go
 from embedq_consumer.intake.poll_state import PollState
 from embedq_consumer.intake.reading import POLL_MS, Changes, Reading
 from embedq_consumer.intake.records import Record, mapped, run_before
@@ -137,6 +136,8 @@ class Intake:
         )
         self.joined = self._hand_over.joined
         """Set once the group has given this replica its partitions, even if there are none."""
+        self.when_first = self._work.when_first
+        self.set_aside = self._work.set_aside
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -251,10 +252,6 @@ class Intake:
     def holds_back(self, record: Record) -> bool:
         """Whether others of its partition wait soon, for the sake of this one that is not answered."""
         return self._work.holds_back(record)
-
-    def when_first(self, record: Record, go: Go) -> None:
-        """Call `go` once the record's answer may go out, after those of earlier records of its key."""
-        self._work.order.when_first(record.ticket, go)
 
     def finish(self, *records: Record) -> None:
         """These are answered. A second time changes nothing."""

@@ -10,7 +10,7 @@ from embedq_consumer.fairness import Cost, Limits, Parking, Starter
 from embedq_consumer.group import OffsetLedger, Ticket
 from embedq_consumer.intake.flow_control import InFlightLimits, ReadAhead
 from embedq_consumer.intake.jobs_consumer import IntakeOptions
-from embedq_consumer.intake.key_order import KeyOrder
+from embedq_consumer.intake.key_order import Go, KeyOrder
 from embedq_consumer.intake.records import Record
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.kafka import TopicPartition
@@ -135,6 +135,16 @@ class Workload:
         """A started record turned out to be a job that takes this. Nothing if it was given up meanwhile."""
         if record.ticket in self._started:
             self._parking.weigh(record, cost)
+
+    def set_aside(self, records: Iterable[Record], *, waits: bool) -> None:
+        """Started records that wait for something outside of the service, or do no more: so long nothing overtakes them."""
+        for record in records:
+            if record.ticket in self._started:
+                self._started[record.ticket] = float("inf") if waits else time.monotonic()
+
+    def when_first(self, record: Record, go: Go) -> None:
+        """Call `go` once the record's answer may go out, after those of earlier records of its key."""
+        self.order.when_first(record.ticket, go)
 
     def _begun(self, records: Iterable[Record]) -> Iterator[Record]:
         now = time.monotonic()
