@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 import shutil
@@ -11,8 +12,8 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -43,9 +44,21 @@ def schema_registry(folder: Path) -> Iterator[str]:
         yield url
 
 
-@contextmanager
-def connect(folder: Path, servers: str, *connectors: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+@asynccontextmanager
+async def connect(
+    folder: Path, servers: str, *connectors: Mapping[str, str]
+) -> AsyncIterator[subprocess.Popen[bytes]]:
     """Kafka Connect with these connectors, in one process."""
+    running = _connect(folder, servers, *connectors)
+    process = await asyncio.to_thread(running.__enter__)
+    try:
+        yield process
+    finally:
+        await asyncio.to_thread(running.__exit__, None, None, None)
+
+
+@contextmanager
+def _connect(folder: Path, servers: str, *connectors: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     home = _made_once(f"connect-{CONNECT}", _fetch_connect)
     [port] = free_ports(1)
     worker = {

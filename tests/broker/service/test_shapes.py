@@ -134,8 +134,8 @@ async def test_every_shape_is_answered_and_a_bad_record_costs_no_other(
     await world.made()
     out = {name: world.name(f"{name}.out") for name in world.mappings}
     name, jobs = world.name, world.topics.jobs
-    with RegistryServer().serving() as registry:
-        avro = AvroSerializer(SchemaRegistryClient({"url": registry.url}), json.dumps(ARTICLE))
+    with RegistryServer().serving() as registry, SchemaRegistryClient({"url": registry.url}) as client:
+        avro = AvroSerializer(client, json.dumps(ARTICLE))
         row = {"id": 1, "text": "hello", "price": 2.5}
         in_avro = avro({**row, "price": 7.0}, SerializationContext(name("avro"), MessageField.VALUE))
         event = {"specversion": "1.0", "id": "e-1", "source": "/shop", "type": "article"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,17 +82,16 @@ async def test_lines_of_a_file_become_flat_results_in_another_one_by_connect_alo
         stack, topics, models / "a", tmp_path / "log", redis=False, mappings=tmp_path / "embedq.yaml"
     )
     out = tmp_path / "out.txt"
-    async with replicas(replica):
-        with connect(tmp_path, stack.kafka_servers, source, sink) as running:
+    async with replicas(replica), connect(tmp_path, stack.kafka_servers, source, sink) as running:
 
-            def stored(count: int) -> bool:
-                assert running.poll() is None, (tmp_path / "connect.log").read_text()[-3000:]
-                return out.exists() and len(out.read_text().splitlines()) >= count
+        def stored(count: int) -> bool:
+            assert running.poll() is None, (tmp_path / "connect.log").read_text()[-3000:]
+            return out.exists() and len(out.read_text().splitlines()) >= count
 
-            await wait_until(lambda: stored(2), within=120, what="two rows in the sink's file")
-            async with producer(stack) as client:
-                await client.send_and_wait(lines, None, key=b"whoever")
-            await wait_until(lambda: stored(3), within=60, what="a tombstone in the sink's file")
+        await wait_until(lambda: stored(2), within=120, what="two rows in the sink's file")
+        async with producer(stack) as client:
+            await client.send_and_wait(lines, None, key=b"whoever")
+        await wait_until(lambda: stored(3), within=60, what="a tombstone in the sink's file")
     first, second, gone = out.read_text().splitlines()
     assert first.startswith(f"Struct{{id={lines}-0-0,model_version=sha256:")
     assert "text=The tide turns.,from=a file,vector=[" in first
@@ -113,8 +112,16 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture
-def client(url: str) -> SchemaRegistryClient:
-    return SchemaRegistryClient({"url": url})
+def client(url: str) -> Iterator[SchemaRegistryClient]:
+    with SchemaRegistryClient({"url": url}) as found:
+        yield found
+
+
+@pytest.fixture
+async def learning(url: str) -> AsyncIterator[Learning]:
+    found = Learning(url)
+    yield found
+    await found.registry.close()
 
 
 def value_of(topic: str) -> SerializationContext:
@@ -122,7 +129,7 @@ def value_of(topic: str) -> SerializationContext:
 
 
 async def test_what_confluents_serializers_write_beside_a_real_registry_is_read(
-    url: str, client: SchemaRegistryClient
+    learning: Learning, client: SchemaRegistryClient
 ) -> None:
     row = {"id": 7, "text": "tides", "price": 2.5}
     schema = {
@@ -136,7 +143,6 @@ async def test_what_confluents_serializers_write_beside_a_real_registry_is_read(
         JSONSerializer(json.dumps(schema), client)(row, value_of("json")),
         ProtobufSerializer(kind, client, {"use.deprecated.format": False})(kind(**row), value_of("protobuf")),
     ]
-    learning = Learning(url)
     one = mapping(id="id", columns=["price"], output={"format": "connect"})
     for value in written:
         found = await learning.reading(one, value)
@@ -144,13 +150,11 @@ async def test_what_confluents_serializers_write_beside_a_real_registry_is_read(
         assert [(its.value, its.schema["type"]) for its in found.answer.columns] == [(2.5, "double")]
     with pytest.raises(BadRow, match="number 65535; the registry says 404"):
         await learning.reading(one, b"\0\0\0\xff\xffx")
-    await learning.registry.close()
 
 
 async def test_results_are_registered_there_and_read_back_by_confluents_deserializer(
-    url: str, client: SchemaRegistryClient
+    learning: Learning, client: SchemaRegistryClient
 ) -> None:
-    learning = Learning(url)
     vector = b"\0\0\0\x3f" * 4
     for format in ("avro", "json-schema", "protobuf"):
         one = mapping(id="id", columns=["price"], output={"format": format, "topic": f"out.{format}"})
@@ -169,10 +173,11 @@ async def test_results_are_registered_there_and_read_back_by_confluents_deserial
         else:
             again = await learning.reading(mapping(text="model_version", id="id", columns=["vector"]), value)
             assert (again.job.input, again.answer.columns[0].value) == ("sha256:x", [0.5] * 4)
-    await learning.registry.close()
 
 
-async def test_a_schema_that_names_others_is_read_with_them(url: str, client: SchemaRegistryClient) -> None:
+async def test_a_schema_that_names_others_is_read_with_them(
+    learning: Learning, client: SchemaRegistryClient
+) -> None:
     author = {
         "type": "record",
         "name": "Author",
@@ -188,8 +193,6 @@ async def test_a_schema_that_names_others_is_read_with_them(url: str, client: Sc
     number = client.register_schema(
         "book-value", Schema(json.dumps(book), "AVRO", [SchemaReference("shop.Author", "author", 1)])
     )
-    learning = Learning(url)
     value = number.to_bytes(5, "big") + b"\x0atides\x06Ann"
     found = await learning.reading(mapping(text="{author.name}: {text}"), value)
     assert found.job.input == "Ann: tides"
-    await learning.registry.close()

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
@@ -67,19 +67,27 @@ def server() -> Iterator[RegistryServer]:
 
 
 @pytest.fixture
-def producer(server: RegistryServer) -> SchemaRegistryClient:
-    return SchemaRegistryClient({"url": server.url})
+def producer(server: RegistryServer) -> Iterator[SchemaRegistryClient]:
+    with SchemaRegistryClient({"url": server.url}) as client:
+        yield client
+
+
+@pytest.fixture
+async def learning(server: RegistryServer) -> AsyncIterator[Learning]:
+    found = Learning(server.url)
+    yield found
+    await found.registry.close()
 
 
 # -- confluent-kafka writes, we read -----------------------------------------------------------------------------------
 
 
 async def test_avro_is_read_by_the_schema_that_it_was_written_with(
-    server: RegistryServer, producer: SchemaRegistryClient
+    server: RegistryServer, producer: SchemaRegistryClient, learning: Learning
 ) -> None:
     written = AvroSerializer(producer, json.dumps(AVRO))(ROW, VALUE)
     one = mapping(id="id", columns={"at": "at", "by": "author.name"}, output={"format": "connect"})
-    found = await Learning(server.url).reading(one, written)
+    found = await learning.reading(one, written)
     assert isinstance(found, Embeddable)
     assert isinstance(found.answer, FlatAnswer)
     assert (found.job.input, found.answer.id) == ("tides", 7)
@@ -88,7 +96,9 @@ async def test_avro_is_read_by_the_schema_that_it_was_written_with(
     assert by.value == "Ann"
 
 
-async def test_json_with_a_schema_is_read(server: RegistryServer, producer: SchemaRegistryClient) -> None:
+async def test_json_with_a_schema_is_read(
+    server: RegistryServer, producer: SchemaRegistryClient, learning: Learning
+) -> None:
     schema = {
         "title": "Article",
         "type": "object",
@@ -96,19 +106,21 @@ async def test_json_with_a_schema_is_read(server: RegistryServer, producer: Sche
     }
     written = JSONSerializer(json.dumps(schema), producer)({"id": 7, "text": "tides", "price": 3}, VALUE)
     one = mapping(id="id", columns=["price"], output={"format": "connect"})
-    found = await Learning(server.url).reading(one, written)
+    found = await learning.reading(one, written)
     assert isinstance(found.answer, FlatAnswer)
     assert (found.job.input, found.answer.columns[0].schema["type"]) == ("tides", "double")
 
 
-async def test_protobuf_is_read(server: RegistryServer, producer: SchemaRegistryClient) -> None:
+async def test_protobuf_is_read(
+    server: RegistryServer, producer: SchemaRegistryClient, learning: Learning
+) -> None:
     kind = message_class()
     message = kind(id=2**40, text="tides", price=2.5, blob=b"\x00", tags=["a", "b"], kind=1)
     message.at.FromSeconds(1_700_000_000)
     message.note.value = "n"
     written = ProtobufSerializer(kind, producer, {"use.deprecated.format": False})(message, VALUE)
     one = mapping(id="id", columns=["price", "blob", "at", "note", "kind", "tags"])
-    found = await Learning(server.url).reading(one, written)
+    found = await learning.reading(one, written)
     assert isinstance(found.answer, FlatAnswer)
     assert (found.job.input, found.answer.id) == ("tides", 2**40)
     assert {column.name: column.value for column in found.answer.columns} == {
@@ -122,7 +134,7 @@ async def test_protobuf_is_read(server: RegistryServer, producer: SchemaRegistry
 
 
 async def test_a_change_event_of_debezium_in_avro_is_read(
-    server: RegistryServer, producer: SchemaRegistryClient
+    server: RegistryServer, producer: SchemaRegistryClient, learning: Learning
 ) -> None:
     envelope = {
         "type": "record",
@@ -135,7 +147,6 @@ async def test_a_change_event_of_debezium_in_avro_is_read(
     }
     serializer = AvroSerializer(producer, json.dumps(envelope))
     one = mapping(shape="debezium", id="id", columns=["at"], output={"format": "connect"})
-    learning = Learning(server.url)
     found = await learning.reading(one, serializer({"before": None, "after": ROW, "op": "c"}, VALUE))
     assert isinstance(found.answer, FlatAnswer)
     assert (found.job.input, found.answer.columns[0].schema["type"]) == ("tides", "int64")
@@ -144,15 +155,15 @@ async def test_a_change_event_of_debezium_in_avro_is_read(
 
 
 async def test_a_tombstones_key_is_read_by_its_schema(
-    server: RegistryServer, producer: SchemaRegistryClient
+    server: RegistryServer, producer: SchemaRegistryClient, learning: Learning
 ) -> None:
     schema = {"type": "record", "name": "Key", "fields": [{"name": "id", "type": "long"}]}
     key = AvroSerializer(producer, json.dumps(schema))({"id": 7}, KEY)
-    assert isinstance(await Learning(server.url).reading(mapping(id="id"), None, key=key), Removal)
+    assert isinstance(await learning.reading(mapping(id="id"), None, key=key), Removal)
 
 
 async def test_a_schema_of_others_is_read_with_them(
-    server: RegistryServer, producer: SchemaRegistryClient
+    server: RegistryServer, producer: SchemaRegistryClient, learning: Learning
 ) -> None:
     author = {
         "type": "record",
@@ -169,17 +180,16 @@ async def test_a_schema_of_others_is_read_with_them(
     references = [SchemaReference("shop.Author", "author", 1)]
     number = producer.register_schema("rows-value", Schema(json.dumps(article), "AVRO", references))
     written = frame(number, b"\x0atides\x06Ann")
-    found = await Learning(server.url).reading(mapping(text="{author.name}: {text}"), written)
+    found = await learning.reading(mapping(text="{author.name}: {text}"), written)
     assert found.job.input == "Ann: tides"
 
 
 async def test_a_schemas_number_or_guid_may_be_in_a_header(
-    server: RegistryServer, producer: SchemaRegistryClient
+    server: RegistryServer, producer: SchemaRegistryClient, learning: Learning
 ) -> None:
     schema = {"type": "record", "name": "A", "fields": [{"name": "text", "type": "string"}]}
     producer.register_schema("rows-value", Schema(json.dumps(schema), "AVRO"))
     guid = bytes.fromhex(server.schemas[0]["guid"].replace("-", ""))
-    learning = Learning(server.url)
     for header in (b"\x01" + guid, frame(1, b"")):
         found = await learning.reading(mapping(), b"\x0atides", ("__value_schema_id", header))
         assert found.job.input == "tides"
@@ -188,8 +198,9 @@ async def test_a_schemas_number_or_guid_may_be_in_a_header(
 # -- we write, and the registry numbers it -----------------------------------------------------------------------------
 
 
-async def test_a_results_schema_is_registered_once_under_its_topic(server: RegistryServer) -> None:
-    learning = Learning(server.url)
+async def test_a_results_schema_is_registered_once_under_its_topic(
+    server: RegistryServer, learning: Learning
+) -> None:
     one = mapping(id="id", columns=["n"], output={"format": "avro"})
     for id in range(3):
         found = await learning.reading(one, {"id": id, "text": "t", "n": 1.5})
@@ -198,9 +209,10 @@ async def test_a_results_schema_is_registered_once_under_its_topic(server: Regis
     assert server.requests == ["POST /subjects/docs.vectors-value/versions"]
 
 
-async def test_a_schema_that_the_registry_does_not_take_costs_that_row_alone(server: RegistryServer) -> None:
+async def test_a_schema_that_the_registry_does_not_take_costs_that_row_alone(
+    server: RegistryServer, learning: Learning
+) -> None:
     server.refused = {'"n"'}
-    learning = Learning(server.url)
     one = mapping(columns="*", output={"format": "avro"})
     with pytest.raises(BadRow, match=r"expected a schema that the registry takes for docs\.vectors-value"):
         await learning.reading(one, {"text": "t", "n": 1})
@@ -210,10 +222,9 @@ async def test_a_schema_that_the_registry_does_not_take_costs_that_row_alone(ser
 # -- trouble -----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_registry_that_is_away_is_waited_for(server: RegistryServer) -> None:
+async def test_a_registry_that_is_away_is_waited_for(server: RegistryServer, learning: Learning) -> None:
     server.schemas.append({"schema": json.dumps(AVRO), "schemaType": "AVRO", "guid": ""})
     server.away = True
-    learning = Learning(server.url)
     waiting = [asyncio.create_task(learning.registry.learn(Fetch(1))) for _ in range(5)]
     await wait_until(learning.is_waiting, within=10, what="a registry that is waited for")
     assert learning.said[0] is not None
@@ -227,9 +238,8 @@ async def test_a_registry_that_is_away_is_waited_for(server: RegistryServer) -> 
 
 
 async def test_a_schema_that_nobody_has_refuses_its_row_and_is_not_asked_for_by_each(
-    server: RegistryServer,
+    server: RegistryServer, learning: Learning
 ) -> None:
-    learning = Learning(server.url)
     for _ in range(2):
         with pytest.raises(BadRow, match="number 9; the registry says 404"):
             await learning.reading(mapping(), frame(9, b"x"))
@@ -238,9 +248,8 @@ async def test_a_schema_that_nobody_has_refuses_its_row_and_is_not_asked_for_by_
     )
 
 
-async def test_closing_ends_what_is_asked_for(server: RegistryServer) -> None:
+async def test_closing_ends_what_is_asked_for(server: RegistryServer, learning: Learning) -> None:
     server.away = True
-    learning = Learning(server.url)
     waiting = asyncio.create_task(learning.registry.learn(Fetch(1)))
     await wait_until(learning.is_waiting, within=10, what="a registry that is waited for")
     await learning.registry.close()
@@ -260,6 +269,7 @@ def test_a_registry_nobody_listens_at_is_unreachable() -> None:
         client.fetch(1)
     with pytest.raises(Unreachable):
         client.register(Registration("s", "AVRO", '"string"'))
+    client.close()
 
 
 @pytest.mark.parametrize(
@@ -334,6 +344,7 @@ def test_a_registrys_password_goes_to_it_and_nowhere_else() -> None:
     client = connect(options)
     assert isinstance(client, ConfluentClient)
     assert client._client._rest_client.auth == ("u", "hunter2")
+    client.close()
 
 
 def test_a_schema_whose_kind_the_registry_leaves_out_is_known_by_its_look() -> None:

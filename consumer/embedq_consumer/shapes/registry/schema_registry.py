@@ -55,6 +55,9 @@ class Client(Protocol):
     def register(self, wanted: Registration) -> int | Refused:
         """The schema's number, new or not; raises Unreachable."""
 
+    def close(self) -> None:
+        """Disconnect."""
+
 
 class RegistryOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Where the registry is, and how to log in."""
@@ -112,7 +115,8 @@ class SchemaRegistry:
         for task in list(self._learning.values()):
             task.cancel()
         await asyncio.gather(*self._learning.values(), return_exceptions=True)
-        await asyncio.to_thread(self._threads.close)
+        if await asyncio.to_thread(self._threads.close):
+            await asyncio.to_thread(self._client.close)
 
     def _refusal(self, want: Want) -> Refused | None:
         found = self._refused.get(want)
@@ -212,6 +216,10 @@ class ConfluentClient:
 
         schema = Schema(wanted.text, wanted.kind)
         return self._asked(lambda: int(self._client.register_schema(wanted.subject, schema)))
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._client.close()
 
     def _given(self, schema: int | str) -> Given:
         # Protobuf's text form has no parser in Python: the registry serializes it. Others ignore the format.
