@@ -61,7 +61,7 @@ class Places:
         if wanted is None:
             wanted = 0 if record.key is None else partition_of(record.key, partitions)
         first = found = self.at((topic, wanted))
-        if found.failing_since is None:
+        if found.failing_since is None or not record.movable:
             return found
         for step in range(1, partitions):
             if not found.avoided(now):
