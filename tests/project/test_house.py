@@ -64,7 +64,7 @@ SDK: Final[Floors] = (
     ("__main__",),
 )
 GATEWAY: Final[Floors] = (
-    ("errors", "settings"),
+    ("errors", "settings", "joining"),
     ("keys",),
     ("http",),
     ("fleet",),
@@ -74,6 +74,7 @@ GATEWAY: Final[Floors] = (
     ("app",),
     ("serving",),
     ("command",),
+    ("__main__",),
 )
 ENGINE: Final[Floors] = (("kernels",), ("models",), ("loading",))
 """The engine's other rooms may stand anywhere, as long as there is no circle."""
