@@ -45,7 +45,9 @@ def minilm() -> Path:
 
 
 @asynccontextmanager
-async def replica(stack: DevStack, model: Path, log: Path, prefix: str = "embed") -> AsyncIterator[str]:
+async def replica(
+    stack: DevStack, model: Path, log: Path, prefix: str = "embed", module: str = "embedq_consumer"
+) -> AsyncIterator[str]:
     """One service process that takes jobs; its metrics page's address."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("EMBEDQ_")} | {
         "EMBEDQ_KAFKA_SERVERS": stack.kafka_servers,
@@ -57,7 +59,7 @@ async def replica(stack: DevStack, model: Path, log: Path, prefix: str = "embed"
     }
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "embedq_consumer", env=environ, stdout=output, stderr=output
+            sys.executable, "-m", module, env=environ, stdout=output, stderr=output
         )
     try:
         address = await _until_ready(process, log)

@@ -170,7 +170,10 @@ class Settings(KafkaSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
     max_batch_items: Annotated[PositiveInt, Meta(description="Texts that a micro-batch may hold.")] = 1024
     max_wait_ms: Annotated[
         NotNegative,
-        Meta(description="Milliseconds that a text waits at most for others to fill its micro-batch."),
+        Meta(
+            description="Milliseconds that a text waits at most for others to fill its micro-batch; not at all while the device "
+            "is idle and no others are at the tokenizer."
+        ),
     ] = 2.0
     bulk_max_wait_s: Annotated[
         NotNegative,

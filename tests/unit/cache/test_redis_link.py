@@ -19,6 +19,7 @@ class Peer:
 
     def __init__(self) -> None:
         self.answer: bytes | None = b"+PONG\r\n"
+        self.delay_s = 0.0
         self.connections = 0
         self.received = b""
         self._writers: list[asyncio.StreamWriter] = []
@@ -30,6 +31,7 @@ class Peer:
         with contextlib.suppress(OSError):
             while received := await reader.read(1 << 16):
                 self.received += received
+                await asyncio.sleep(self.delay_s)
                 if self.answer is not None:
                     writer.write(self.answer)
                     await writer.drain()
@@ -199,3 +201,24 @@ async def test_callers_wait_for_a_connection_within_their_time(peer: Peer, link:
     first.cancel()
     with pytest.raises(asyncio.CancelledError):
         await first
+
+
+async def test_a_caller_waits_for_a_connection_as_long_as_redis_answers_others(
+    peer: Peer, link: RedisLink
+) -> None:
+    """Five round trips over one connection, each of half the time that a caller has."""
+    peer.delay_s = 0.2
+    asked = [asyncio.ensure_future(link.exchange(PING, 0.4)) for _ in range(5)]
+    assert await asyncio.gather(*asked) == [[b"PONG"]] * 5
+
+
+async def test_a_redis_that_stops_answering_costs_those_who_wait_one_time_out(
+    peer: Peer, link: RedisLink
+) -> None:
+    assert await link.exchange(PING, 10) == [b"PONG"]
+    peer.answer = None
+    asked = [asyncio.ensure_future(link.exchange(PING, 0.3)) for _ in range(5)]
+    outcomes = await asyncio.gather(*asked, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [LinkFailed] * 5
+    # One after the other, each with a time of its own, they would all have sent theirs.
+    assert peer.received.count(b"PING") <= 3
