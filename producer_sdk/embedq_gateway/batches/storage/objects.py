@@ -20,6 +20,10 @@ class StorageError(Exception):
     """The storage did not do what it was asked: it is full, away, or lets us not in. The message says which part of it."""
 
 
+class StorageUnfit(StorageError):
+    """The storage answers, and cannot do what batches need; trying again would not help."""
+
+
 class Stored(msgspec.Struct, frozen=True):
     """A small object and the version of its bytes, which `replace` compares."""
 
@@ -47,6 +51,9 @@ class Objects(Protocol):
 
     Every method raises StorageError.
     """
+
+    async def open(self) -> None:
+        """Make what is needed before anything else; several times do no harm."""
 
     async def get(self, key: str) -> Stored | None:
         """A small object; None if there is none."""
@@ -85,7 +92,8 @@ async def check_conditions(objects: Objects, probe: str) -> None:
     """Make sure that the storage heeds the conditions of `create` and `replace`, without which two gateways would run one batch.
 
     Raises:
-        StorageError: it does not, or it cannot be written to.
+        StorageUnfit: it does not.
+        StorageError: it cannot be written to now.
     """
     try:
         await objects.put(probe, b"1")
@@ -96,6 +104,6 @@ async def check_conditions(objects: Objects, probe: str) -> None:
     finally:
         await objects.delete([probe])
     if created or replaced or not rightly:
-        raise StorageError(
+        raise StorageUnfit(
             "the storage does not heed If-None-Match and If-Match: batches need a storage with conditional writes"
         )

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from embedq_gateway.batches.storage.directory import DirectoryObjects
-from embedq_gateway.batches.storage.objects import Objects, StorageError, check_conditions
+from embedq_gateway.batches.storage.objects import Objects, StorageUnfit, check_conditions
 
 _PROBE: Final = "probe"
 
@@ -36,27 +36,29 @@ class StorageAddress(msgspec.Struct, frozen=True):
         return cls(bucket=address.netloc, prefix=address.path.strip("/"))
 
 
-async def open_storage(address: StorageAddress, name: str) -> Objects:
-    """Open it, and prove that it can do what batches need; `name` is this process's, for the proof.
+def storage_at(address: StorageAddress) -> Objects:
+    """The storage, which is not asked for anything yet.
 
     Raises:
-        StorageError: it cannot be used; or the extra `embedq[gateway-s3]` is not installed.
+        StorageUnfit: the extra `embedq[gateway-s3]` is not installed.
     """
     if address.directory is not None:
-        directory = DirectoryObjects(address.directory)
-        await directory.open()
-        await check_conditions(directory, f"{_PROBE}/{name}")
-        return directory
+        return DirectoryObjects(address.directory)
     try:
         from embedq_gateway.batches.storage.s3 import S3Objects
     except ModuleNotFoundError as missing:
-        raise StorageError(
+        raise StorageUnfit(
             f"{missing.name} is not installed: pip install 'embedq[gateway-s3]' for files on S3"
         ) from None
-    bucket = S3Objects(address.bucket, address.prefix)
-    try:
-        await check_conditions(bucket, f"{_PROBE}/{name}")
-    except BaseException:
-        await bucket.close()
-        raise
-    return bucket
+    return S3Objects(address.bucket, address.prefix)
+
+
+async def prepare(objects: Objects, name: str) -> None:
+    """Open a storage, and prove that it can do what batches need; `name` is this process's, for the proof.
+
+    Raises:
+        StorageUnfit: it cannot.
+        StorageError: it does not answer now.
+    """
+    await objects.open()
+    await check_conditions(objects, f"{_PROBE}/{name}")

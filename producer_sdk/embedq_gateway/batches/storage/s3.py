@@ -40,6 +40,9 @@ class S3Objects:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="embedq-s3")
         self._client: Any = None
 
+    async def open(self) -> None:
+        """Nothing: the bucket must be there."""
+
     async def get(self, key: str) -> Stored | None:
         """See `Objects`."""
 
