@@ -32,13 +32,15 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     # Where
 
-    host: Annotated[NotEmpty, Meta(description="Address to listen on: the default is this machine alone.")] = (
-        "127.0.0.1"
-    )
+    host: Annotated[
+        NotEmpty, Meta(description="Address to listen on: the default is this machine alone.")
+    ] = "127.0.0.1"
     port: Annotated[Port, Meta(description="Port to listen on. 0: any free one; the log says which.")] = 8080
     workers: Annotated[
         PositiveInt,
-        Meta(description="Processes that share the port. Each has a client of its own, and reads one reply partition."),
+        Meta(
+            description="Processes that share the port. Each has a client of its own, and reads one reply partition."
+        ),
     ] = 1
     tls_certfile: Annotated[
         str,
@@ -73,7 +75,9 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     ] = 600.0
     max_inputs: Annotated[
         PositiveInt,
-        Meta(description="Texts that a request may have; the service's `EMBEDQ_MAX_INPUTS`, if that is smaller."),
+        Meta(
+            description="Texts that a request may have; the service's `EMBEDQ_MAX_INPUTS`, if that is smaller."
+        ),
     ] = DEFAULT_MAX_INPUTS
     max_body_bytes: Annotated[
         PositiveInt, Meta(description="Bytes that the body of a request may have; more is answered with 413.")
@@ -102,9 +106,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         200 * 1024 * 1024
     )
     max_batch_requests: Annotated[PositiveInt, Meta(description="Lines that a batch may have.")] = 50_000
-    batches_at_once: Annotated[
-        PositiveInt, Meta(description="Batches that this process runs at a time.")
-    ] = 4
+    batches_at_once: Annotated[PositiveInt, Meta(description="Batches that this process runs at a time.")] = 4
     batch_in_flight_texts: Annotated[
         PositiveInt,
         Meta(

@@ -112,7 +112,9 @@ class Files:
         await self.publish(file)
         return file
 
-    def made_of(self, owner: str, name: str, pieces: Sequence[Piece], filename: str, keep_s: int | None) -> File:
+    def made_of(
+        self, owner: str, name: str, pieces: Sequence[Piece], filename: str, keep_s: int | None
+    ) -> File:
         """The document of a file whose pieces are there already."""
         now = int(self._now())
         return File(

@@ -36,9 +36,7 @@ def result_file_id(batch: str, which: str) -> str:
 
 def request_id(batch: str, number: int) -> str:
     """The name of a batch's line, as OpenAI's `batch_req_…`: the same however often the line runs."""
-    return (
-        f"batch_req_{hashlib.blake2b(f'{batch}/{number}'.encode(), digest_size=_REST_BYTES).hexdigest()}"
-    )
+    return f"batch_req_{hashlib.blake2b(f'{batch}/{number}'.encode(), digest_size=_REST_BYTES).hexdigest()}"
 
 
 def owner_folder(owner: str) -> str:

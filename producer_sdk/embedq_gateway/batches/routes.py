@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from functools import wraps
-from typing import Annotated, Any, Concatenate, Final, ParamSpec, TypeVar
+from typing import Annotated, Any, Final
 
 import msgspec
 from msgspec import Meta
@@ -23,8 +23,10 @@ from embedq_gateway.batches.uploads import BadUpload, UploadForm
 from embedq_gateway.errors import ApiError
 from embedq_gateway.http.answers import JsonAnswer
 from embedq_gateway.http.body import HungUp, read_json
-from embedq_gateway.http.entrance import route
+from embedq_gateway.http.entrance import Handler, route
 from embedq_gateway.http.exchange import Exchange
+
+log = logging.getLogger("embedq.gateway")
 
 ENDPOINT: Final = "/v1/embeddings"
 """The one endpoint that batches may have."""
@@ -42,8 +44,6 @@ _MOST_BATCHES: Final = 100
 Seconds = Annotated[int, Meta(ge=_HOUR_S, le=_LONGEST_KEPT_S)]
 Name = Annotated[str, Meta(min_length=1, max_length=64)]
 Value = Annotated[str, Meta(max_length=512)]
-Self = TypeVar("Self")
-Given = ParamSpec("Given")
 
 
 class ExpiresAfter(msgspec.Struct, frozen=True):
@@ -68,21 +68,21 @@ class BatchRequest(msgspec.Struct, frozen=True, kw_only=True):
 _requests: Final = msgspec.json.Decoder(BatchRequest)
 
 
-def _told(
-    handler: Callable[Concatenate[Self, Given], Awaitable[ASGIApp]],
-) -> Callable[Concatenate[Self, Given], Awaitable[ASGIApp]]:
-    """What goes wrong in the storage, as an answer."""
+def _route(path: str, handler: Handler, method: str) -> Route:
+    """A path whose handler asks the storage: what goes wrong there is an answer, too."""
 
-    @wraps(handler)
-    async def told(self: Self, *given: Given.args, **named: Given.kwargs) -> ASGIApp:
+    async def told(exchange: Exchange) -> ASGIApp:
         try:
-            return await handler(self, *given, **named)
+            return await handler(exchange)
         except StorageError as error:
+            log.warning(
+                "request_failed", extra={"request_id": exchange.request_id.decode(), "reason": str(error)}
+            )
             raise ApiError(
                 "storage_unavailable", "the storage of files and batches cannot be used now"
             ) from error
 
-    return told
+    return route(path, told, methods=[method])
 
 
 class FileRoutes:
@@ -95,14 +95,13 @@ class FileRoutes:
     def routes(self) -> list[Route]:
         """The paths."""
         return [
-            route("/v1/files", self.create, methods=["POST"]),
-            route("/v1/files", self.list, methods=["GET"]),
-            route("/v1/files/{id}", self.retrieve, methods=["GET"]),
-            route("/v1/files/{id}", self.delete, methods=["DELETE"]),
-            route("/v1/files/{id}/content", self.content, methods=["GET"]),
+            _route("/v1/files", self.create, "POST"),
+            _route("/v1/files", self.list, "GET"),
+            _route("/v1/files/{id}", self.retrieve, "GET"),
+            _route("/v1/files/{id}", self.delete, "DELETE"),
+            _route("/v1/files/{id}/content", self.content, "GET"),
         ]
 
-    @_told
     async def create(self, exchange: Exchange) -> ASGIApp:
         """Keep an uploaded file."""
         caller = exchange.require("embed")
@@ -125,7 +124,6 @@ class FileRoutes:
             ) from None
         return JsonAnswer.of(file.shown())
 
-    @_told
     async def list(self, exchange: Exchange) -> ASGIApp:
         """The caller's files."""
         caller = exchange.require("embed")
@@ -142,12 +140,10 @@ class FileRoutes:
         )
         return _page([file.shown() for file in files], more)
 
-    @_told
     async def retrieve(self, exchange: Exchange) -> ASGIApp:
         """One file."""
         return JsonAnswer.of((await self._file(exchange)).shown())
 
-    @_told
     async def delete(self, exchange: Exchange) -> ASGIApp:
         """Remove a file that no batch is reading."""
         file = await self._file(exchange)
@@ -156,7 +152,6 @@ class FileRoutes:
         await self._files.delete(file)
         return JsonAnswer.of({"id": file.id, "object": "file", "deleted": True})
 
-    @_told
     async def content(self, exchange: Exchange) -> ASGIApp:
         """A file's bytes."""
         file = await self._file(exchange)
@@ -182,13 +177,12 @@ class BatchRoutes:
     def routes(self) -> list[Route]:
         """The paths."""
         return [
-            route("/v1/batches", self.create, methods=["POST"]),
-            route("/v1/batches", self.list, methods=["GET"]),
-            route("/v1/batches/{id}", self.retrieve, methods=["GET"]),
-            route("/v1/batches/{id}/cancel", self.cancel, methods=["POST"]),
+            _route("/v1/batches", self.create, "POST"),
+            _route("/v1/batches", self.list, "GET"),
+            _route("/v1/batches/{id}", self.retrieve, "GET"),
+            _route("/v1/batches/{id}/cancel", self.cancel, "POST"),
         ]
 
-    @_told
     async def create(self, exchange: Exchange) -> ASGIApp:
         """Begin a batch."""
         caller = exchange.require("embed")
@@ -216,7 +210,6 @@ class BatchRoutes:
         self._poke(batch.id)
         return JsonAnswer.of(batch.shown())
 
-    @_told
     async def list(self, exchange: Exchange) -> ASGIApp:
         """The caller's batches, the newest first."""
         caller = exchange.require("embed")
@@ -226,7 +219,6 @@ class BatchRoutes:
         )
         return _page([batch.shown() for batch in batches], more)
 
-    @_told
     async def retrieve(self, exchange: Exchange) -> ASGIApp:
         """One batch."""
         caller = exchange.require("embed")
@@ -235,7 +227,6 @@ class BatchRoutes:
             raise _no_batch()
         return JsonAnswer.of(batch.shown())
 
-    @_told
     async def cancel(self, exchange: Exchange) -> ASGIApp:
         """Stop a batch; what is done remains."""
         caller = exchange.require("embed")

@@ -147,7 +147,9 @@ class Validation:
             message = f"expected at most {self._most_lines:,} requests in a batch, and the file has more"
             return [FileFault(code="too_many_requests", message=message), *self.faults]
         if not self.total and not self.faults:
-            return [FileFault(code="empty_file", message="expected at least one request, and the file has none")]
+            return [
+                FileFault(code="empty_file", message="expected at least one request, and the file has none")
+            ]
         return self.faults
 
     def _fault(self, line: InputLine) -> FileFault | None:

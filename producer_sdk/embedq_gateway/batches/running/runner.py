@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
+from functools import partial
 from typing import Final, Protocol
 
 import msgspec
@@ -13,6 +14,7 @@ import msgspec
 from embedq_gateway.batches.batch import Batch, FileFault, Segment, WrongStatus
 from embedq_gateway.batches.files import Files
 from embedq_gateway.batches.identities import result_file_id
+from embedq_gateway.batches.register import Register
 from embedq_gateway.batches.running.lines import (
     Answer,
     InputLine,
@@ -26,7 +28,6 @@ from embedq_gateway.batches.running.lines import (
     text_count,
     unfinished,
 )
-from embedq_gateway.batches.register import Register
 from embedq_gateway.batches.running.segment_buffer import FULL_BYTES, SegmentBuffer, Written
 from embedq_shared.backoff import backoff
 from embedq_shared.weighted_semaphore import WeightedSemaphore
@@ -208,7 +209,7 @@ class BatchRun:
                     weight = (text_count(request.body), len(line.data))
                     await window.acquire(*weight)
                     task = running.create_task(self._run_one(line.number, request))
-                    task.add_done_callback(lambda _, weight=weight: window.release(*weight))
+                    task.add_done_callback(partial(_release, window, weight))
             stopper.cancel()
             writer.cancel()
 
@@ -262,9 +263,7 @@ class BatchRun:
             try:
                 return await self._run_line(self.batch, body, max(0.001, self._time_left()))
             except TryAgain:
-                await asyncio.sleep(
-                    backoff(attempt, first_s=_FIRST_PAUSE_S, longest_s=_LONGEST_PAUSE_S)
-                )
+                await asyncio.sleep(backoff(attempt, first_s=_FIRST_PAUSE_S, longest_s=_LONGEST_PAUSE_S))
                 attempt += 1
 
     async def _raise_when_stopped(self) -> None:
@@ -369,3 +368,8 @@ class BatchRun:
 
     def _time_left(self) -> float:
         return max(0.0, self.batch.expires_at - self._register.now())
+
+
+def _release(window: WeightedSemaphore, weight: tuple[int, int], task: asyncio.Task[None]) -> None:
+    """A line's task has ended, in whatever way, even before it began."""
+    window.release(*weight)

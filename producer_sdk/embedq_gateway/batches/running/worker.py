@@ -11,8 +11,8 @@ import msgspec
 
 from embedq_gateway.batches.batch import DAY_S, Batch, FileFault, LeaseLost, WrongStatus
 from embedq_gateway.batches.files import Files
-from embedq_gateway.batches.running.leases import LeaseWatch, next_batch
 from embedq_gateway.batches.register import BatchGone, Register
+from embedq_gateway.batches.running.leases import LeaseWatch, next_batch
 from embedq_gateway.batches.running.runner import BatchRun, RunLine, RunOptions
 from embedq_gateway.batches.storage import StorageError
 from embedq_shared.backoff import backoff
@@ -151,10 +151,12 @@ class BatchWorker:
                 pass  # another gateway runs it, or it is no more
             except* StorageError as errors:
                 self._report(f"batch {name} waits for its storage", errors.exceptions[0])
-        except Exception as error:
-            # Our own fault. It ends this batch with a reason, and not the gateway, where the next life would meet it again.
+        except Exception as error:  # noqa: BLE001  # whatever it is, it is our fault
+            # It ends this batch with a reason, and not the gateway, where the next life would meet it again.
             self._report(f"batch {name} failed by a fault of the gateway", error)
-            fault = FileFault(code="internal_error", message="The gateway failed on this batch; its log says how.")
+            fault = FileFault(
+                code="internal_error", message="The gateway failed on this batch; its log says how."
+            )
             with suppress(LeaseLost, BatchGone, WrongStatus, StorageError):
                 await run.fail(fault)
 

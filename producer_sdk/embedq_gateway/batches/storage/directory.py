@@ -9,7 +9,7 @@ import fcntl
 import os
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Final, TypeVar
 
@@ -192,13 +192,13 @@ class DirectoryObjects:
 
 
 class _FileWriter:
-    def __init__(self, file: BinaryIO, do: Callable[[str, Callable[[], object]], object]) -> None:
+    def __init__(self, file: BinaryIO, do: Callable[[str, Callable[[], int]], Awaitable[int]]) -> None:
         self._file = file
         self._do = do
 
     async def write(self, data: bytes) -> None:
         """See `ObjectWriter`."""
-        await self._do("write", lambda: self._file.write(data))  # type: ignore[misc]
+        await self._do("write", lambda: self._file.write(data))
 
 
 def _read_whole(path: Path) -> bytes | None:

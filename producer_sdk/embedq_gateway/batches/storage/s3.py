@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
 
@@ -25,6 +25,8 @@ _REFUSED: Final = frozenset({"PreconditionFailed", "ConditionalRequestConflict",
 _ABSENT: Final = frozenset({"NoSuchKey", "404", "NotFound"})
 
 Answer = TypeVar("Answer")
+Do = Callable[[str, Callable[[Any], Any]], Awaitable[Any]]
+"""Runs a call of the client in a thread; the word is for the error."""
 
 
 class S3Objects:
@@ -112,7 +114,7 @@ class S3Objects:
     @contextlib.asynccontextmanager
     async def writing(self, key: str) -> AsyncIterator[_PartWriter]:
         """See `Objects`. What a killed process leaves is an upload that never ends: a rule of the bucket should abort such."""
-        writer = _PartWriter(self, self._bucket, self._key(key))
+        writer = _PartWriter(self._do, self._bucket, self._key(key))
         try:
             yield writer
             await writer.end()
@@ -167,8 +169,8 @@ class S3Objects:
 class _PartWriter:
     """An upload in parts; one that fits into a part is a plain one."""
 
-    def __init__(self, objects: S3Objects, bucket: str, key: str) -> None:
-        self._objects = objects
+    def __init__(self, do: Do, bucket: str, key: str) -> None:
+        self._do = do
         self._where = {"Bucket": bucket, "Key": key}
         self._upload: str | None = None
         self._waiting = bytearray()
@@ -185,11 +187,11 @@ class _PartWriter:
         """Make the object be there."""
         rest = bytes(self._waiting)
         if self._upload is None:
-            await self._objects._do("write", lambda client: client.put_object(**self._where, Body=rest))
+            await self._do("write", lambda client: client.put_object(**self._where, Body=rest))
             return
         if rest:
             await self._send(rest)
-        await self._objects._do(
+        await self._do(
             "write",
             lambda client: client.complete_multipart_upload(
                 **self._where, UploadId=self._upload, MultipartUpload={"Parts": self._parts}
@@ -200,17 +202,17 @@ class _PartWriter:
         """Forget the parts."""
         if self._upload is not None:
             with contextlib.suppress(StorageError):  # what ended the block is the error to be told
-                await self._objects._do(
+                await self._do(
                     "abort",
                     lambda client: client.abort_multipart_upload(**self._where, UploadId=self._upload),
                 )
 
     async def _send(self, part: bytes) -> None:
         if self._upload is None:
-            begun = await self._objects._do("write", lambda client: client.create_multipart_upload(**self._where))
+            begun = await self._do("write", lambda client: client.create_multipart_upload(**self._where))
             self._upload = begun["UploadId"]
         number = len(self._parts) + 1
-        sent = await self._objects._do(
+        sent = await self._do(
             "write",
             lambda client: client.upload_part(
                 **self._where, UploadId=self._upload, PartNumber=number, Body=part
