@@ -18,6 +18,8 @@ from typing import Any, Final
 import msgspec
 from starlette.routing import BaseRoute, Router
 
+from embedq_gateway.batches.answering import MAX_ATTEMPTS
+from embedq_gateway.batches.opening import Batches, NoBatches
 from embedq_gateway.dialects.openai import OpenAI
 from embedq_gateway.embedding import Embedder
 from embedq_gateway.fleet.fleet import Fleet
@@ -57,6 +59,13 @@ class Gateway:
         self.fleet = Fleet()
         self.follower = FleetFollower(self.fleet, KafkaConnection.of(servers, options), kafka.topics)
         self.embedder = Embedder(self.client, self.fleet, settings)
+        self.batches: Batches | NoBatches = NoBatches()
+        if settings.files:
+            # A client of its own: what waits there for hours leaves the room of requests alone.
+            client = EmbedClient(
+                servers, topic_prefix=kafka.topic_prefix, max_attempts=MAX_ATTEMPTS, **options
+            )
+            self.batches = Batches(settings, client)
         self.entrance = Entrance(self.routes(), self.keys, self.running)
         if settings.access_log:
             self.entrance.observers.append(logs.log_request)
@@ -65,6 +74,7 @@ class Gateway:
         """Every path, the busiest first."""
         return [
             *OpenAI(self.embedder, self.fleet, self.settings).routes(),
+            *self.batches.routes(),
             *Health().routes(),
         ]
 
@@ -75,6 +85,7 @@ class Gateway:
             self._start("connect", self._connect()),
             self._start("fleet", self.follower.run()),
             self._start("watch", self._watch()),
+            self._start("batches", self.batches.run()),
         ]
         try:
             yield

@@ -13,12 +13,13 @@ from embedq_gateway.batches.answering import EmbedLine
 from embedq_gateway.batches.batch import DAY_S
 from embedq_gateway.batches.files import Files
 from embedq_gateway.batches.register import Register
-from embedq_gateway.batches.routes import BatchRoutes, FileRoutes
+from embedq_gateway.batches.routes import BatchRoutes, FileRoutes, NoStorage
 from embedq_gateway.batches.running.runner import RunOptions
 from embedq_gateway.batches.running.worker import BatchWorker, WorkerOptions
 from embedq_gateway.batches.storage import StorageAddress, StorageError, StorageUnfit, prepare, storage_at
-from embedq_gateway.embedding import Client
 from embedq_gateway.settings import PREFIX, GatewaySettings, SettingsError
+from embedq_sdk import EmbedClient
+from embedq_sdk.errors import ClientClosed, EmbedError
 from embedq_shared.backoff import backoff
 
 log = logging.getLogger("embedq.gateway")
@@ -31,14 +32,29 @@ _BEATS: Final = 3
 """Signs of life within a lease, so that two may come late."""
 
 
+class NoBatches:
+    """A gateway that has no place for files and batches."""
+
+    def routes(self) -> list[Route]:
+        """The paths, which say so."""
+        return NoStorage().routes()
+
+    async def run(self) -> None:
+        """There is nothing to run."""
+
+
 class Batches:
     """Files and batches of one gateway process.
+
+    Args:
+        client: their own, which is opened and closed here.
 
     Raises:
         SettingsError: their place is not one, or needs a package that is missing.
     """
 
-    def __init__(self, settings: GatewaySettings, client: Client) -> None:
+    def __init__(self, settings: GatewaySettings, client: EmbedClient) -> None:
+        self._client = client
         try:
             self._objects = storage_at(StorageAddress.of(settings.files))
         except (ValueError, StorageUnfit) as error:
@@ -79,16 +95,41 @@ class Batches:
             StorageUnfit: the storage can't do what batches need.
         """
         await self._prepare()
+        await self._connect()
         work = asyncio.create_task(self.worker.run(), name="embedq-batches")
+        broken = asyncio.create_task(self._broken(), name="embedq-batches-client")
         try:
-            await asyncio.shield(work)
+            await asyncio.wait((work, broken), return_when=asyncio.FIRST_COMPLETED)
         finally:
+            broken.cancel()
             self.worker.stop()
             _, late = await asyncio.wait((work,), timeout=_LEAVE_S)
             if late:
                 work.cancel()
-                await asyncio.wait((work,))
+            await asyncio.wait((work, broken))
+            await self._client.close()
             await self._objects.close()
+        for task in (work, broken):
+            if not task.cancelled():
+                task.result()
+
+    async def _connect(self) -> None:
+        """Open the client, however long Kafka is away."""
+        while True:
+            try:
+                await self._client.open()
+            except ClientClosed:
+                raise
+            except EmbedError:  # the gateway's other client has said so in the log
+                await asyncio.sleep(_FIRST_PAUSE_S)
+            else:
+                return
+
+    async def _broken(self) -> None:
+        """A client that broke down does not mend itself: recovery is the next process."""
+        while (fault := self._client.fault) is None:
+            await asyncio.sleep(_FIRST_PAUSE_S)
+        raise fault
 
     async def _prepare(self) -> None:
         failures = 0

@@ -154,6 +154,7 @@ class Validation:
 
     def _fault(self, line: InputLine) -> FileFault | None:
         try:
+            line.data.decode()  # a body is not looked into here, and must be text all the same
             fields = _envelopes.decode(line.data)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return _at(line, "invalid_json_line", "expected a JSON object on one line, in UTF-8")
