@@ -131,13 +131,13 @@ class Files:
         """From now on the file is there. Doing so twice does nothing more."""
         await self._objects.create(_document(file.owner, file.id), msgspec.json.encode(file))
 
-    async def get(self, owner: str, name: str) -> File | None:
-        """A file of this owner; None if there is none, or not any more."""
+    async def get(self, owner: str, name: str, *, in_use: bool = False) -> File | None:
+        """A file of this owner; None if there is none, or not any more. While it is in use its time is not over."""
         if not is_id("file", name):
             return None
         stored = await self._objects.get(_document(owner, name))
         file = None if stored is None else _decoder.decode(stored.data)
-        return file if file is not None and self._now() < file.expires_at else None
+        return file if file is not None and (in_use or self._now() < file.expires_at) else None
 
     async def page(
         self, owner: str, *, after: str | None, limit: int, newest_first: bool, purpose: str | None

@@ -233,7 +233,7 @@ class BatchRun:
     # -- lines --------------------------------------------------------------------------------------------------------
 
     async def _lines(self) -> AsyncGenerator[InputLine, None]:
-        file = await self._files.get(self.batch.owner, self.batch.input_file_id)
+        file = await self._files.get(self.batch.owner, self.batch.input_file_id, in_use=True)
         if file is None:
             raise _InputGone
         async with aclosing(self._files.read(file)) as chunks, aclosing(split(chunks)) as lines:

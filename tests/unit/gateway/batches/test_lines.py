@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -183,4 +184,4 @@ def test_only_what_was_answered_with_200_is_output() -> None:
     ],
 )
 def test_texts_are_counted_before_they_are_read(body: bytes, count: int) -> None:
-    assert text_count(module.msgspec.Raw(body)) == count
+    assert text_count(msgspec.Raw(body)) == count
