@@ -8,10 +8,10 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta
 
-from embedq_shared.access.environment import SettingsError, read_settings
-from embedq_shared.kafka_settings import OF_THE_LOCAL_STACK, KafkaSettings, NotEmpty
-from embedq_shared.kafka_settings import PREFIX as KAFKA_PREFIX
 from embedq_shared.messages import DEFAULT_ALIAS, DEFAULT_MAX_INPUTS
+from embedq_shared.settings.environment import SettingsError, read_settings
+from embedq_shared.settings.kafka import OF_THE_LOCAL_STACK, KafkaSettings, NotEmpty
+from embedq_shared.settings.kafka import PREFIX as KAFKA_PREFIX
 
 __all__ = ["PREFIX", "GatewaySettings", "SettingsError", "kafka_settings"]
 
