@@ -127,9 +127,10 @@ class Batches:
 
     async def _broken(self) -> None:
         """A client that broke down does not mend itself: recovery is the next process."""
-        while (fault := self._client.fault) is None:
+        while True:
+            if self._client.fault is not None:
+                raise self._client.fault
             await asyncio.sleep(_FIRST_PAUSE_S)
-        raise fault
 
     async def _prepare(self) -> None:
         failures = 0
