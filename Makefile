@@ -41,7 +41,7 @@ $(BIN)/.ready: pyproject.toml constraints.txt
 	@$(BIN)/python -c 'import sys; sys.exit("embedq needs Python 3.11 or newer, this is %s; run make PYTHON=/path/to/python3.11" % sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	@$(BIN)/python -m pip install -q --disable-pip-version-check uv
 	$(UV) pip install -q --python $(BIN)/python $(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND)) \
-		-c constraints.txt -e '.[cli,consumer,dev,gateway-s3,haystack,langchain,llama-index,schema-registry]' --group test
+		-c constraints.txt -e '.[batch-lancedb,batch-milvus,batch-postgresql,batch-qdrant,cli,consumer,dev,gateway-s3,haystack,langchain,llama-index,schema-registry]' --group test
 	@touch $@
 
 setup: $(BIN)/.ready ## the virtual environment, with everything in it
@@ -54,6 +54,7 @@ check: setup ## lint, types, generated files
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m tools.schemas --check
+	$(BIN)/python -m tools.openapi --check
 	$(BIN)/python -m tools.settings_page --check
 	$(BIN)/python -m tools.broker_errors_page --check
 	$(BIN)/python -m tools.pin_images --check
@@ -87,8 +88,9 @@ format: setup ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-contract: setup ## write the JSON Schemas
+contract: setup ## write the JSON Schemas, and the gateway's OpenAPI document and its page
 	$(BIN)/python -m tools.schemas
+	$(BIN)/python -m tools.openapi
 
 docs: setup ## write docs/settings.md and docs/broker-errors.md
 	$(BIN)/python -m tools.settings_page

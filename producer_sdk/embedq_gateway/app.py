@@ -30,6 +30,7 @@ from embedq_gateway.fleet.follower import FleetFollower
 from embedq_gateway.http import logs
 from embedq_gateway.http.entrance import Entrance
 from embedq_gateway.keys.caller import Keys, OpenDoor
+from embedq_gateway.openapi.pages import Pages
 from embedq_gateway.operations.health import Health
 from embedq_gateway.settings import GatewaySettings, kafka_settings
 from embedq_sdk import EmbedClient
@@ -81,6 +82,7 @@ class Gateway:
             *Tei(self.embedder, self.fleet, self.settings).routes(),
             *Cohere(self.embedder, self.settings).routes(),
             *Health().routes(),
+            *Pages().routes(),
         ]
 
     @asynccontextmanager

@@ -24,6 +24,12 @@ from embedq_gateway.http.answers import JsonAnswer
 from embedq_gateway.http.body import read_json
 from embedq_gateway.http.entrance import route
 from embedq_gateway.http.exchange import MODEL_VERSION, Exchange
+from embedq_gateway.http.operation import (
+    EMBEDDING,
+    EMBEDDING_HEADERS,
+    VERSIONED,
+    Operation,
+)
 from embedq_gateway.settings import GatewaySettings
 from embedq_shared.messages import MIN_DIMENSIONS, InputType, Truncate
 from embedq_shared.vectors import quantize
@@ -123,6 +129,22 @@ def cohere_error(error: ApiError) -> ASGIApp:
     """An error in this interface's shape."""
     body = CohereError(error.message, error.code)
     return JsonAnswer.of(body, status=error.status, headers=error.answer_headers())
+
+
+OPERATIONS: Final = (
+    Operation(
+        method="post",
+        path="/v2/embed",
+        tag="Cohere",
+        summary="Vectors for texts, in several types at once.",
+        parameters=EMBEDDING_HEADERS,
+        body=CohereRequest,
+        answer=CohereAnswer,
+        answer_headers=VERSIONED,
+        error=CohereError,
+        codes=EMBEDDING,
+    ),
+)
 
 
 class Cohere:

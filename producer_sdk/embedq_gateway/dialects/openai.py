@@ -23,6 +23,13 @@ from embedq_gateway.http.answers import JsonAnswer
 from embedq_gateway.http.body import read_json
 from embedq_gateway.http.entrance import route
 from embedq_gateway.http.exchange import MODEL_VERSION, Exchange
+from embedq_gateway.http.operation import (
+    EMBEDDING,
+    EMBEDDING_HEADERS,
+    VERSIONED,
+    Operation,
+    Parameter,
+)
 from embedq_gateway.settings import GatewaySettings
 from embedq_sdk.embeddings import ReadDatum
 from embedq_shared.codec import BadJob, decode_job
@@ -104,6 +111,42 @@ class ModelList(msgspec.Struct, frozen=True, kw_only=True, tag_field="object", t
     """The aliases that are alive now."""
 
     data: list[ModelObject]
+
+
+OPERATIONS: Final = (
+    Operation(
+        method="post",
+        path="/v1/embeddings",
+        tag="OpenAI",
+        summary="Vectors for texts.",
+        parameters=EMBEDDING_HEADERS,
+        body=Job,
+        answer=EmbeddingList,
+        answer_headers=VERSIONED,
+        codes=EMBEDDING,
+    ),
+    Operation(
+        method="get",
+        path="/v1/models",
+        tag="OpenAI",
+        summary="The aliases that are alive now.",
+        answer=ModelList,
+    ),
+    Operation(
+        method="get",
+        path="/v1/models/{id}",
+        tag="OpenAI",
+        summary="One alias that is alive now.",
+        parameters=(
+            Parameter(
+                name="id", place="path", meaning="The alias.", schema={"type": "string", "minLength": 1}
+            ),
+        ),
+        answer=ModelObject,
+        answer_headers=VERSIONED,
+        codes=("unknown_model",),
+    ),
+)
 
 
 class OpenAI:

@@ -20,6 +20,12 @@ from embedq_gateway.http.answers import JsonAnswer
 from embedq_gateway.http.body import read_json
 from embedq_gateway.http.entrance import route
 from embedq_gateway.http.exchange import MODEL_VERSION, Exchange
+from embedq_gateway.http.operation import (
+    EMBEDDING,
+    EMBEDDING_HEADERS,
+    VERSIONED,
+    Operation,
+)
 from embedq_gateway.settings import GatewaySettings
 from embedq_shared.messages import MIN_DIMENSIONS, Truncate
 
@@ -107,6 +113,32 @@ def tei_error(error: ApiError) -> ASGIApp:
     """An error in this interface's shape."""
     body = TeiError(error.message, _TYPES.get(error.status, "Validation"))
     return JsonAnswer.of(body, status=error.status, headers=error.answer_headers())
+
+
+OPERATIONS: Final = (
+    Operation(
+        method="post",
+        path="/embed",
+        tag="text-embeddings-inference",
+        summary="Vectors for texts.",
+        parameters=EMBEDDING_HEADERS,
+        body=TeiRequest,
+        answer=list[list[float]],
+        answer_headers=VERSIONED,
+        error=TeiError,
+        codes=EMBEDDING,
+    ),
+    Operation(
+        method="get",
+        path="/info",
+        tag="text-embeddings-inference",
+        summary="The default model.",
+        answer=TeiInfo,
+        answer_headers=VERSIONED,
+        error=TeiError,
+        codes=("unavailable",),
+    ),
+)
 
 
 class Tei:
