@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import msgspec
 from msgspec.structs import replace
@@ -231,37 +231,3 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     def error_file_id(self) -> str | None:
         """The file of lines that failed, once the batch has ended."""
         return result_file_id(self.id, "errors") if self.failures and self.ended else None
-
-    def shown(self) -> dict[str, Any]:
-        """OpenAI's batch object, and as a field more the model versions."""
-        return {
-            "id": self.id,
-            "object": "batch",
-            "endpoint": self.endpoint,
-            "model": None,
-            "errors": {"object": "list", "data": self.faults} if self.faults else None,
-            "input_file_id": self.input_file_id,
-            "completion_window": self.completion_window,
-            "status": self.status,
-            "output_file_id": self.output_file_id,
-            "error_file_id": self.error_file_id,
-            "created_at": self.created_at,
-            "in_progress_at": self.in_progress_at,
-            "expires_at": self.expires_at,
-            "finalizing_at": self.finalizing_at,
-            "completed_at": self.completed_at,
-            "failed_at": self.failed_at,
-            "expired_at": self.expired_at,
-            "cancelling_at": self.cancelling_at,
-            "cancelled_at": self.cancelled_at,
-            "request_counts": {"total": self.total, "completed": self.completed, "failed": self.failed},
-            "usage": {
-                "input_tokens": self.tokens,
-                "input_tokens_details": {"cached_tokens": 0},
-                "output_tokens": 0,
-                "output_tokens_details": {"reasoning_tokens": 0},
-                "total_tokens": self.tokens,
-            },
-            "metadata": self.metadata,
-            "model_versions": self.model_versions,
-        }

@@ -97,14 +97,12 @@ class Register:
     # -- those that run -----------------------------------------------------------------------------------------------
 
     async def active(self) -> list[Batch]:
-        """The batches that have not ended. Names of those that have, or that never came to be, are removed."""
-        found = []
-        async for batch in documents(await self._objects.names(_ACTIVE), self._active_batch):
-            if batch.ended:
-                await self.leave_active(batch)
-            else:
-                found.append(batch)
-        return found
+        """The batches that have not ended."""
+        return [batch for batch in await self.listed() if not batch.ended]
+
+    async def listed(self) -> list[Batch]:
+        """The batches that somebody has to look at: those that run, and those after whose end nobody has cleared away."""
+        return [batch async for batch in documents(await self._objects.names(_ACTIVE), self._active_batch)]
 
     async def _active_batch(self, name: str) -> Batch | None:
         stored = await self._objects.get(f"{_ACTIVE}/{name}")
@@ -117,7 +115,7 @@ class Register:
         return batch
 
     async def leave_active(self, batch: Batch) -> None:
-        """A batch has ended: nobody need look at it any more."""
+        """A batch has ended, and what was left of it is gone: nobody need look at it any more."""
         await self._objects.delete([f"{_ACTIVE}/{batch.id}"])
 
     # -- housekeeping -------------------------------------------------------------------------------------------------

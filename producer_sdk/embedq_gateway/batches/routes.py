@@ -6,10 +6,9 @@ import logging
 import re
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Annotated, Any, Final
+from typing import Final
 
 import msgspec
-from msgspec import Meta
 from starlette.datastructures import QueryParams
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -18,6 +17,22 @@ from embedq_gateway.batches.batch import DAY_S, Batch, WrongStatus
 from embedq_gateway.batches.files import File, Files, FileTooLarge
 from embedq_gateway.batches.identities import new_id
 from embedq_gateway.batches.register import BatchGone, Register
+from embedq_gateway.batches.shapes import (
+    ENDPOINT,
+    HOUR_S,
+    LONGEST_KEPT_S,
+    LONGEST_WINDOW_S,
+    MOST_BATCHES,
+    MOST_FILES,
+    OPERATIONS,
+    BatchList,
+    BatchRequest,
+    FileDeleted,
+    FileList,
+    batch_object,
+    file_object,
+    page_of,
+)
 from embedq_gateway.batches.storage import StorageError
 from embedq_gateway.batches.uploads import BadUpload, UploadForm
 from embedq_gateway.errors import ApiError
@@ -28,42 +43,9 @@ from embedq_gateway.http.exchange import Exchange
 
 log = logging.getLogger("embedq.gateway")
 
-ENDPOINT: Final = "/v1/embeddings"
-"""The one endpoint that batches may have."""
-
 _MOST_BODY_BYTES: Final = 64 * 1024
 """Of the request that makes a batch: its metadata is the most of it."""
-_HOUR_S: Final = 3600
-_LONGEST_WINDOW_S: Final = 14 * DAY_S
 _WINDOW: Final = re.compile(r"(\d{1,3})([hd])")
-_LONGEST_KEPT_S: Final = 30 * DAY_S
-_MOST_PAIRS: Final = 16
-_MOST_FILES: Final = 10_000
-_MOST_BATCHES: Final = 100
-
-Seconds = Annotated[int, Meta(ge=_HOUR_S, le=_LONGEST_KEPT_S)]
-Name = Annotated[str, Meta(min_length=1, max_length=64)]
-Value = Annotated[str, Meta(max_length=512)]
-
-
-class ExpiresAfter(msgspec.Struct, frozen=True):
-    """How long a file is kept: seconds after it was made."""
-
-    seconds: Seconds
-    anchor: str = "created_at"
-
-
-class BatchRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """The body of `POST /v1/batches`. Fields that it does not have are ignored, as clients send more than they document."""
-
-    input_file_id: str
-    endpoint: str
-    completion_window: Annotated[
-        str, Meta(description="`24h`; beside OpenAI's, other hours (`h`) and days (`d`), up to 14 days.")
-    ]
-    metadata: Annotated[dict[Name, Value], Meta(max_length=_MOST_PAIRS)] | None = None
-    output_expires_after: ExpiresAfter | None = None
-
 
 _requests: Final = msgspec.json.Decoder(BatchRequest)
 
@@ -122,7 +104,7 @@ class FileRoutes:
             raise ApiError(
                 "body_too_large", str(error), "file", headers=((b"connection", b"close"),)
             ) from None
-        return JsonAnswer.of(file.shown())
+        return JsonAnswer.of(file_object(file))
 
     async def list(self, exchange: Exchange) -> ASGIApp:
         """The caller's files."""
@@ -134,15 +116,15 @@ class FileRoutes:
         files, more = await self._files.page(
             caller.name,
             after=query.get("after"),
-            limit=_limit(query, default=_MOST_FILES, most=_MOST_FILES),
+            limit=_limit(query, default=MOST_FILES, most=MOST_FILES),
             newest_first=order == "desc",
             purpose=query.get("purpose"),
         )
-        return _page([file.shown() for file in files], more)
+        return JsonAnswer.of(page_of(FileList, [file_object(file) for file in files], more))
 
     async def retrieve(self, exchange: Exchange) -> ASGIApp:
         """One file."""
-        return JsonAnswer.of((await self._file(exchange)).shown())
+        return JsonAnswer.of(file_object(await self._file(exchange)))
 
     async def delete(self, exchange: Exchange) -> ASGIApp:
         """Remove a file that no batch is reading."""
@@ -150,7 +132,7 @@ class FileRoutes:
         if any(batch.input_file_id == file.id for batch in await self._register.active()):
             raise ApiError("file_in_use", "a batch that has not ended reads this file: cancel it first", "id")
         await self._files.delete(file)
-        return JsonAnswer.of({"id": file.id, "object": "file", "deleted": True})
+        return JsonAnswer.of(FileDeleted(id=file.id))
 
     async def content(self, exchange: Exchange) -> ASGIApp:
         """A file's bytes."""
@@ -208,16 +190,16 @@ class BatchRoutes:
         )
         await self._register.add(batch)
         self._poke(batch.id)
-        return JsonAnswer.of(batch.shown())
+        return JsonAnswer.of(batch_object(batch))
 
     async def list(self, exchange: Exchange) -> ASGIApp:
         """The caller's batches, the newest first."""
         caller = exchange.require("embed")
         query = QueryParams(exchange.scope["query_string"])
         batches, more = await self._register.page(
-            caller.name, after=query.get("after"), limit=_limit(query, default=20, most=_MOST_BATCHES)
+            caller.name, after=query.get("after"), limit=_limit(query, default=20, most=MOST_BATCHES)
         )
-        return _page([batch.shown() for batch in batches], more)
+        return JsonAnswer.of(page_of(BatchList, [batch_object(batch) for batch in batches], more))
 
     async def retrieve(self, exchange: Exchange) -> ASGIApp:
         """One batch."""
@@ -225,7 +207,7 @@ class BatchRoutes:
         batch = await self._register.get(caller.name, exchange.path_params["id"])
         if batch is None:
             raise _no_batch()
-        return JsonAnswer.of(batch.shown())
+        return JsonAnswer.of(batch_object(batch))
 
     async def cancel(self, exchange: Exchange) -> ASGIApp:
         """Stop a batch; what is done remains."""
@@ -241,7 +223,7 @@ class BatchRoutes:
         except BatchGone:
             raise _no_batch() from None
         self._poke(name)
-        return JsonAnswer.of(batch.shown())
+        return JsonAnswer.of(batch_object(batch))
 
 
 class NoStorage:
@@ -249,11 +231,7 @@ class NoStorage:
 
     def routes(self) -> list[Route]:
         """The paths."""
-        every = ["GET", "POST", "DELETE"]
-        return [
-            route(path, self.refuse, methods=every)
-            for path in ("/v1/files", "/v1/files/{rest:path}", "/v1/batches", "/v1/batches/{rest:path}")
-        ]
+        return [route(one.path, self.refuse, methods=[one.method.upper()]) for one in OPERATIONS]
 
     async def refuse(self, exchange: Exchange) -> ASGIApp:
         """Say what is missing."""
@@ -314,8 +292,8 @@ def _read(body: bytes) -> BatchRequest:
 def _window(window: str) -> int:
     """Seconds of a completion window."""
     found = _WINDOW.fullmatch(window)
-    seconds = 0 if found is None else int(found[1]) * (_HOUR_S if found[2] == "h" else DAY_S)
-    if not 0 < seconds <= _LONGEST_WINDOW_S:
+    seconds = 0 if found is None else int(found[1]) * (HOUR_S if found[2] == "h" else DAY_S)
+    if not 0 < seconds <= LONGEST_WINDOW_S:
         raise ApiError(
             "invalid_value",
             "`completion_window`: expected 24h, or another time in hours or days, such as 3d, up to 14d",
@@ -329,10 +307,10 @@ def _kept(fields: dict[str, str]) -> int | None:
     given = fields.get("expires_after[seconds]")
     if given is None:
         return None
-    if not (given.isascii() and given.isdigit() and _HOUR_S <= int(given) <= _LONGEST_KEPT_S):
+    if not (given.isascii() and given.isdigit() and HOUR_S <= int(given) <= LONGEST_KEPT_S):
         raise ApiError(
             "invalid_value",
-            f"`expires_after`: expected from {_HOUR_S:,} to {_LONGEST_KEPT_S:,} seconds",
+            f"`expires_after`: expected from {HOUR_S:,} to {LONGEST_KEPT_S:,} seconds",
             "expires_after",
         )
     return int(given)
@@ -345,18 +323,6 @@ def _limit(query: QueryParams, *, default: int, most: int) -> int:
     if not (given.isascii() and given.isdigit() and len(given) < 9 and 1 <= int(given) <= most):
         raise ApiError("invalid_value", f"`limit`: expected an integer from 1 to {most:,}", "limit")
     return int(given)
-
-
-def _page(data: list[dict[str, Any]], more: bool) -> JsonAnswer:
-    return JsonAnswer.of(
-        {
-            "object": "list",
-            "data": data,
-            "first_id": data[0]["id"] if data else None,
-            "last_id": data[-1]["id"] if data else None,
-            "has_more": more,
-        }
-    )
 
 
 def _no_batch() -> ApiError:

@@ -81,6 +81,12 @@ class _Outgoing(msgspec.Struct, frozen=True):
     written: Written
 
 
+async def clear_away(batch: Batch, register: Register, files: Files) -> None:
+    """After a batch's end: what killed or late writers left of it, and its place among those that run."""
+    await files.delete_other_pieces(batch.owner, batch.id, (*batch.outputs, *batch.failures))
+    await register.leave_active(batch)
+
+
 class BatchRun:
     """Runs a batch that this process holds the lease of.
 
@@ -143,7 +149,7 @@ class BatchRun:
         """It cannot be brought to its end. What was done remains."""
         await self._publish()
         await self._change(lambda batch: batch.refused([fault], self._now()))
-        await self._clear_away()
+        await clear_away(self.batch, self._register, self._files)
 
     # -- the steps ----------------------------------------------------------------------------------------------------
 
@@ -180,7 +186,7 @@ class BatchRun:
             check.too_long(error)
         if faults := check.end():
             await self._change(lambda batch: batch.refused(faults, self._now()))
-            await self._clear_away()
+            await clear_away(self.batch, self._register, self._files)
         else:
             await self._change(lambda batch: batch.validated(check.total, self._now()))
 
@@ -228,7 +234,7 @@ class BatchRun:
             await self._write_all()
         await self._publish()
         await self._change(lambda batch: batch.end(self._now()))
-        await self._clear_away()
+        await clear_away(self.batch, self._register, self._files)
 
     # -- lines --------------------------------------------------------------------------------------------------------
 
@@ -333,11 +339,6 @@ class BatchRun:
                     batch.output_seconds,
                 )
                 await self._files.publish(file)
-
-    async def _clear_away(self) -> None:
-        batch = self.batch
-        await self._files.delete_other_pieces(batch.owner, batch.id, (*batch.outputs, *batch.failures))
-        await self._register.leave_active(batch)
 
     # -- the document -------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from embedq_gateway.batches.batch import DAY_S, Batch, FileFault, LeaseLost, Wro
 from embedq_gateway.batches.files import Files
 from embedq_gateway.batches.register import BatchGone, Register
 from embedq_gateway.batches.running.leases import LeaseWatch, next_batch
-from embedq_gateway.batches.running.runner import BatchRun, RunLine, RunOptions
+from embedq_gateway.batches.running.runner import BatchRun, RunLine, RunOptions, clear_away
 from embedq_gateway.batches.storage import StorageError
 from embedq_shared.backoff import backoff
 
@@ -106,7 +106,11 @@ class BatchWorker:
 
     async def _take(self) -> list[Batch]:
         """Batches whose lease is now ours, as many as may run here."""
-        active = await self._register.active()
+        listed = await self._register.listed()
+        for one in listed:
+            if one.ended and one.id not in self._runs:  # whoever ended it was killed in the next moment
+                await clear_away(one, self._register, self._files)
+        active = [batch for batch in listed if not batch.ended]
         self._watch.forget_others(batch.id for batch in active)
         now = asyncio.get_running_loop().time()
         free = {

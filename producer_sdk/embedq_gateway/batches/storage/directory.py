@@ -75,7 +75,7 @@ class DirectoryObjects:
             while chunk := await self._do("read", lambda: file.read(READ_CHUNK_BYTES)):
                 yield chunk
         finally:
-            file.close()
+            await asyncio.to_thread(file.close)
 
     @contextlib.asynccontextmanager
     async def writing(self, key: str) -> AsyncIterator[_FileWriter]:
@@ -83,13 +83,13 @@ class DirectoryObjects:
         path = self._new_aside()
         file = await self._do("write", lambda: open(path, "xb"))  # noqa: SIM115 - closed below, in a thread
         try:
-            with file:
-                yield _FileWriter(file, self._do)
-                await self._do("write", lambda: _force(file))
+            yield _FileWriter(file, self._do)
+            await self._do("write", lambda: _force(file))
             await self._do("write", lambda: self._publish(path, key))
         except BaseException:
-            path.unlink(missing_ok=True)
+            await asyncio.to_thread(_discard, path, file)
             raise
+        await self._do("write", file.close)
 
     async def close(self) -> None:
         """Nothing is held."""
@@ -199,6 +199,13 @@ class _FileWriter:
     async def write(self, data: bytes) -> None:
         """See `ObjectWriter`."""
         await self._do("write", lambda: self._file.write(data))
+
+
+def _discard(path: Path, file: BinaryIO) -> None:
+    """Forget a file that is not whole."""
+    with contextlib.suppress(OSError):  # what is buffered may not find room, and is not wanted
+        file.close()
+    path.unlink(missing_ok=True)
 
 
 def _read_whole(path: Path) -> bytes | None:

@@ -25,6 +25,7 @@ from embedq_gateway.batches.running.runner import RunOptions, TryAgain
 from embedq_gateway.batches.running.worker import BatchWorker, WorkerOptions
 from embedq_gateway.batches.storage import Objects, ObjectWriter, StorageError, Stored
 from tests.helpers.support import patient, wait_until
+from tests.unit.gateway.batches.test_batch import seen
 
 OWNER = "anna"
 Given = TypeVar("Given")
@@ -171,13 +172,13 @@ async def test_a_batch_has_each_line_once_and_failed_ones_in_a_file_of_their_own
     batch = await place.begin(jsonl(texts))
     async with running(place.worker(Lines())):
         batch = await place.until(batch, "completed")
+        await wait_until(lambda: nothing_to_do(place))
     output, errors = await place.ids(batch)
     assert sorted(errors) == sorted(f"id-{n}" for n in range(50) if n % 10 == 3)
     assert sorted(output + errors) == expected(50)
-    assert batch.shown()["request_counts"] == {"total": 50, "completed": 45, "failed": 5}
+    assert seen(batch)["request_counts"] == {"total": 50, "completed": 45, "failed": 5}
     assert batch.tokens == 45
     assert batch.model_versions == {"v1": 45}
-    assert await place.register.active() == []
 
 
 async def test_each_line_says_which_model_made_it_when_that_changes_on_the_way(place: Place) -> None:
@@ -340,8 +341,14 @@ async def test_a_batch_survives_any_number_of_kills_and_holds_each_line_once(
     assert set(every) == set(texts)
     assert kills > 5
     # Nothing is left of what killed gateways wrote and did not count.
+    async with running(place.worker(Lines())):
+        await wait_until(lambda: nothing_to_do(place))
     pieces = await place.objects.names(f"{owner_folder(OWNER)}/pieces/{batch.id}")
     assert len(pieces) == len(batch.outputs) + len(batch.failures)
+
+
+async def nothing_to_do(place: Place) -> bool:
+    return not await place.register.listed()
 
 
 async def test_two_gateways_share_batches_and_run_none_twice(place: Place) -> None:
