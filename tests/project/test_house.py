@@ -75,6 +75,7 @@ GATEWAY: Final[Floors] = (
     ("app",),
     ("serving",),
     ("command",),
+    ("__main__",),
 )
 ENGINE: Final[Floors] = (("kernels",), ("models",), ("loading",))
 """The engine's other rooms may stand anywhere, as long as there is no circle."""

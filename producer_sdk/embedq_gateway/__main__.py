@@ -1,0 +1,8 @@
+"""`python -m embedq_gateway`: the same as `embedq gateway`."""
+
+from __future__ import annotations
+
+from embedq_gateway.command import gateway
+
+if __name__ == "__main__":
+    gateway()
