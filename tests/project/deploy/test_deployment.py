@@ -63,7 +63,11 @@ def environment(service: str) -> dict[str, str]:
 def stage(name: str = "") -> str:
     """What the Dockerfile says of a stage; of the last one, the consumer's, without a name."""
     stages = DOCKERFILE.split("\nFROM ")
-    return next(each for each in stages if each.partition("\n")[0].endswith(f" AS {name}")) if name else stages[-1]
+    return (
+        next(each for each in stages if each.partition("\n")[0].endswith(f" AS {name}"))
+        if name
+        else stages[-1]
+    )
 
 
 def image_environment(name: str = "") -> dict[str, str]:
@@ -348,7 +352,9 @@ def test_what_the_image_is_built_from_is_there_and_not_ignored() -> None:
     assert ignored(".git")
 
 
-@pytest.mark.parametrize(("dependencies", "image"), [("dependencies", ""), ("gateway-dependencies", "gateway")])
+@pytest.mark.parametrize(
+    ("dependencies", "image"), [("dependencies", ""), ("gateway-dependencies", "gateway")]
+)
 def test_a_code_edit_does_not_reach_the_layer_with_the_dependencies(dependencies: str, image: str) -> None:
     copied = re.findall(r"^COPY (.+)$", stage(dependencies), re.MULTILINE)
     assert copied == ["pyproject.toml constraints.txt ./"]
