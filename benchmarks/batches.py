@@ -114,9 +114,7 @@ async def measure(stack: DevStack, place: str, count: int, directory: Path) -> d
             figures["download_s"] = round(time.monotonic() - ended, 2)
         ids = Counter(json.loads(line)["custom_id"] for line in content.content.splitlines())
         computed = sum(
-            value
-            for name, value in (await replica.metrics()).items()
-            if name.startswith("embedq_jobs_total")
+            value for name, value in (await replica.metrics()).items() if name.startswith("embedq_jobs_total")
         )
     figures |= {
         "status": status,

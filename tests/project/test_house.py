@@ -64,7 +64,7 @@ SDK: Final[Floors] = (
     ("__main__",),
 )
 GATEWAY: Final[Floors] = (
-    ("errors", "settings"),
+    ("errors", "settings", "joining"),
     ("keys",),
     ("http",),
     ("fleet",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 import msgspec
@@ -10,9 +11,10 @@ from embedq_gateway.batches.batch import Batch
 from embedq_gateway.batches.running.lines import Answer
 from embedq_gateway.batches.running.runner import TryAgain
 from embedq_gateway.dialects.openai import embed_request, embedding_list, read_job
-from embedq_gateway.embedding import Client, joined
+from embedq_gateway.embedding import joined
 from embedq_gateway.errors import ApiError, api_error
-from embedq_gateway.keys.caller import Caller
+from embedq_gateway.joining import Client, JoiningClient
+from embedq_gateway.keys.caller import client_id
 from embedq_gateway.settings import GatewaySettings
 from embedq_sdk.errors import (
     ClientClosed,
@@ -30,6 +32,11 @@ from embedq_shared.codec import BadJob
 
 MAX_ATTEMPTS: Final = 3
 """Of a job whose answer is an error that may heal. The service has tried a bulk job several times before it says so."""
+
+JOINED_TEXTS: Final = 32
+"""Texts of lines that share a job, as in the SDK's streams: a record of Kafka costs as much as a few texts."""
+_STEP_S: Final = 60.0
+"""A job's deadline may be so much later than its batch's end, which does not wait for it."""
 
 _NOT_NOW: Final = (
     ClientClosed,
@@ -50,7 +57,7 @@ class EmbedLine:
     """Runs lines whose endpoint is `/v1/embeddings`. A line that fails has the answer that HTTP would have given."""
 
     def __init__(self, client: Client, settings: GatewaySettings) -> None:
-        self._client = client
+        self._client = JoiningClient(client, JOINED_TEXTS)
         self._settings = settings
 
     async def __call__(self, batch: Batch, body: bytes, timeout: float) -> Answer:
@@ -68,9 +75,8 @@ class EmbedLine:
         job = read_job(body, settings.max_inputs)
         request = embed_request(job)
         alias = settings.default_alias if request.alias is None else request.alias
-        aliases = None if batch.aliases is None else frozenset(batch.aliases)
-        owner = Caller(batch.owner, frozenset({"embed"}), aliases=aliases)
-        owner.require_alias(alias)
+        if batch.aliases is not None and alias not in batch.aliases:
+            raise ApiError("permission_denied", "the batch's API key may not use this model", "model")
         options = JobOptions(
             model=alias,
             dimensions=request.dimensions,
@@ -80,8 +86,10 @@ class EmbedLine:
             truncate=request.truncate,
             chunk=request.chunk,
             lane="bulk",
-            client_id=owner.client_id,
+            client_id=client_id(batch.owner),
         )
+        # The same for all lines of a moment, so that they may share a job.
+        timeout = _STEP_S * math.ceil(timeout / _STEP_S)
         finished = await self._client.embed_raw(request.texts, options, timeout=timeout)
         answer = joined(finished, alias)
         return Answer(

@@ -171,6 +171,7 @@ class BatchRoutes:
         asked = _read(await read_json(exchange, _MOST_BODY_BYTES))
         if asked.endpoint != ENDPOINT:
             raise ApiError("invalid_value", f"`endpoint`: expected {ENDPOINT}", "endpoint")
+        caller.lane_for("bulk")  # a key that is bound to the other lane makes no batches
         window_s = _window(asked.completion_window)
         if await self._files.get(caller.name, asked.input_file_id) is None:
             raise ApiError("not_found", "there is no file of this id", "input_file_id")

@@ -156,10 +156,15 @@ def test_the_parts_find_each_other() -> None:
         assert f"INTERNAL://{host}:{port}" in listeners
         assert f"INTERNAL://:{port}" in environment("kafka")["KAFKA_LISTENERS"]
     assert compose_settings().redis_url.startswith("redis://redis:6379")
-    (job,) = PROMETHEUS["scrape_configs"]
-    (discovery,) = job["dns_sd_configs"]
-    assert discovery["names"] == ["consumer"]
-    assert discovery["port"] == compose_settings().http_port
+    ports = {
+        "consumer": compose_settings().http_port,
+        "gateway": gateway_settings(environment("gateway") | image_environment("gateway")).port,
+    }
+    for job in PROMETHEUS["scrape_configs"]:
+        (discovery,) = job["dns_sd_configs"]
+        (name,) = discovery["names"]
+        assert discovery["port"] == ports.pop(name)
+    assert not ports
     source = yaml.safe_load((ROOT / "deploy/grafana/provisioning/datasources/prometheus.yml").read_text())
     assert source["datasources"][0]["url"] == "http://prometheus:9090"
 

@@ -28,6 +28,7 @@ def test_what_openais_client_tries_again_is_what_may_succeed_later(code: str) ->
     status = KINDS[code].status
     worth = {*RETRYABLE, "expired", "rate_limit_exceeded", "model_changed", "unavailable", "gateway_fault"}
     worth.add("storage_unavailable")
+    worth |= {"request_timeout", "too_many_connections", "superseded"}
     assert (status in RETRIED or status >= 500) == (code in worth)
 
 
