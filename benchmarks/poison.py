@@ -100,7 +100,11 @@ async def poison(stack: DevStack, word: str, count: int, rate: float, directory:
             model,
             directory / f"{number}.log",
             redis=False,
-            python=["-m", "tests.helpers.deadly_model"],
+            python=[
+                "-u",
+                "-m",
+                "tests.helpers.deadly_model",
+            ],  # not from a warm process: a restart is measured
             replica=f"r{number}",
             device="cpu",
             session_timeout_ms=int(_SESSION_S * 1000),

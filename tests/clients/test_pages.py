@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from pathlib import Path
 from typing import Any, Final
@@ -28,7 +27,7 @@ EXAMPLES: Final = [
 
 
 @pytest.mark.parametrize("source", EXAMPLES)
-async def test_an_example_does_what_it_says(
+def test_an_example_does_what_it_says(
     source: str, url: str, stack: DevStack, topics: Topics, embedq: EmbedClient
 ) -> None:
     stored: list[int] = []
@@ -39,7 +38,7 @@ async def test_an_example_does_what_it_says(
     program = source.replace('"localhost:9092"', f"{stack.kafka_servers!r}, {prefix}").replace(
         "http://127.0.0.1:8080", url
     )
-    await asyncio.to_thread(exec, compile(program, "page", "exec"), names)
+    exec(compile(program, "page", "exec"), names)  # noqa: S102  # the pages are ours
     documents, query = embedq.embed(TEXTS), embedq.embed("Where does the Danube end?", input_type="query")
     for name, wanted in {"found": documents, "vectors": documents, "query": query, "vector": query}.items():
         if name in names:

@@ -46,57 +46,15 @@ class _LoopClient(AsyncEmbedClient):
         return JobStream(self._runner, options, StreamOptions(limits=self._limits, **window)).jobs(texts)
 
 
-class EmbedClient:
-    """Sends jobs and waits for their results. Use it as a context manager, or as it is: it connects at its first call.
+class _Life:
+    """How a client is opened, closed, copied, and reached in its event loop."""
 
-    The calls, their arguments and their errors are those of `embedq_sdk.EmbedClient`, which lives in an event loop of its own in
-    a background thread. So it may be used where an event loop runs, such as a notebook's cell, and by many threads at once: they
-    share one connection. After a fork the child connects by itself, and a pickled client, as Spark's and Ray's functions
-    carry it along, connects where it is used; all of them count as one client when the service gives clients their turns. A
-    client that has a password or an `ssl_context` is not pickled: make it where it is used.
-
-    A program may end without `close`. Ctrl-C leaves a call at once.
-
-    Raises:
-        InvalidArgument: a setting is wrong.
-    """
-
-    # More than six parameters: keyword-only settings of a public class, each with a default.
-    def __init__(
-        self,
-        servers: str | list[str],
-        *,
-        topic_prefix: str = "embed",
-        connect_timeout: float = 10.0,
-        max_in_flight_texts: int = 16_384,
-        max_in_flight_bytes: int = 64 << 20,
-        max_inputs: int = DEFAULT_MAX_INPUTS,
-        max_job_bytes: int = MAX_JOB_BYTES,
-        instance: str | None = None,
-        client_id: str | None = None,
-        **security: Any,
-    ) -> None:
-        if isinstance(password := security.get("sasl_plain_password"), str):
-            security["sasl_plain_password"] = Secret(password)
+    def __init__(self, servers: str | list[str], settings: dict[str, Any]) -> None:
         self._servers = servers
-        self._settings: dict[str, Any] = {
-            "topic_prefix": topic_prefix,
-            "connect_timeout": connect_timeout,
-            "max_in_flight_texts": max_in_flight_texts,
-            "max_in_flight_bytes": max_in_flight_bytes,
-            "max_inputs": max_inputs,
-            "max_job_bytes": max_job_bytes,
-            "instance": instance,
-            "client_id": uuid.uuid4().hex if client_id is None else client_id,
-            **security,
-        }
-        self._unused: _LoopClient | None = _LoopClient(
-            servers, **self._settings
-        )  # refuses wrong settings here
+        self._settings = settings
+        self._unused: _LoopClient | None = _LoopClient(servers, **settings)  # refuses wrong settings here
         self._session: Session[_LoopClient] | None = None
         self._closed = False
-
-    # -- life ---------------------------------------------------------------------------------------------------------
 
     def open(self) -> Self:
         """Connect now instead of at the first call. Does nothing where it is connected.
@@ -163,6 +121,113 @@ class EmbedClient:
                     "used, in the function that runs there"
                 )
         return _remade, (type(self), self._servers, self._settings)
+
+    def begin(self, work: Callable[[AsyncEmbedClient], Awaitable[T]]) -> Future[T]:
+        """Begin calls of the async client without waiting: `client.begin(lambda embedq: embedq.embed("text"))`.
+
+        `result()` of the future waits in any thread, `await asyncio.wrap_future(…)` in any event loop; cancelling it cancels
+        the calls.
+
+        Raises:
+            ClientClosed.
+        """
+        session = self._here()
+        return session.begin_open(lambda: self._begun(session, work))
+
+    async def _begun(
+        self, session: Session[_LoopClient], work: Callable[[AsyncEmbedClient], Awaitable[T]]
+    ) -> T:
+        """What is under way keeps the client: one that nobody holds is closed."""
+        return await work(session.client)
+
+    def _call(
+        self, work: Callable[[AsyncEmbedClient], Awaitable[T]], source: CallersSource | None = None
+    ) -> T:
+        future = self.begin(work)
+        return outcome(future) if source is None else source.read_until(future)
+
+    def _iterated(
+        self,
+        session: Session[_LoopClient],
+        begin: Callable[[Callable[[], Coroutine[Any, Any, T | None]]], Future[T | None]],
+        items: AsyncGenerator[T, None],
+        source: CallersSource | None = None,
+    ) -> Generator[T, None, None]:
+        """What an async generator gives, a step for each item that is asked for, and its end when the caller has enough."""
+        steps = Steps(items)
+        try:
+            while True:
+                if source is not None:
+                    source.top_up()
+                step = begin(steps.next)
+                item = outcome(step) if source is None else source.read_until(step)
+                if item is None:
+                    return
+                yield item
+        finally:
+            session.finish(steps.close)
+
+    def _here(self) -> Session[_LoopClient]:
+        """This process's session: made at the first call, and in a child at its first one."""
+        session = self._session
+        if session is not None and not session.inherited and not self._closed:
+            return session
+        with making():
+            if self._closed:
+                raise ClientClosed()
+            session = self._session
+            if session is None or session.inherited:
+                client = self._unused or _LoopClient(self._servers, **self._settings)
+                self._unused = None
+                self._session = session = Session(client)
+                weakref.finalize(self, session.end).atexit = False
+            return session
+
+
+class EmbedClient(_Life):
+    """Sends jobs and waits for their results. Use it as a context manager, or as it is: it connects at its first call.
+
+    The calls, their arguments and their errors are those of `embedq_sdk.EmbedClient`, which lives in an event loop of its own in
+    a background thread. So it may be used where an event loop runs, such as a notebook's cell, and by many threads at once: they
+    share one connection. After a fork the child connects by itself, and a pickled client, as Spark's and Ray's functions
+    carry it along, connects where it is used; all of them count as one client when the service gives clients their turns. A
+    client that has a password or an `ssl_context` is not pickled: make it where it is used.
+
+    A program may end without `close`. Ctrl-C leaves a call at once.
+
+    Raises:
+        InvalidArgument: a setting is wrong.
+    """
+
+    # More than six parameters: keyword-only settings of a public class, each with a default.
+    def __init__(
+        self,
+        servers: str | list[str],
+        *,
+        topic_prefix: str = "embed",
+        connect_timeout: float = 10.0,
+        max_in_flight_texts: int = 16_384,
+        max_in_flight_bytes: int = 64 << 20,
+        max_inputs: int = DEFAULT_MAX_INPUTS,
+        max_job_bytes: int = MAX_JOB_BYTES,
+        instance: str | None = None,
+        client_id: str | None = None,
+        **security: Any,
+    ) -> None:
+        if isinstance(password := security.get("sasl_plain_password"), str):
+            security["sasl_plain_password"] = Secret(password)
+        settings = {
+            "topic_prefix": topic_prefix,
+            "connect_timeout": connect_timeout,
+            "max_in_flight_texts": max_in_flight_texts,
+            "max_in_flight_bytes": max_in_flight_bytes,
+            "max_inputs": max_inputs,
+            "max_job_bytes": max_job_bytes,
+            "instance": instance,
+            "client_id": uuid.uuid4().hex if client_id is None else client_id,
+            **security,
+        }
+        super().__init__(servers, settings)
 
     # -- embedding ----------------------------------------------------------------------------------------------------
 
@@ -303,54 +368,6 @@ class EmbedClient:
         found = session.client.results(group=group, from_beginning=from_beginning, timeout=timeout)
         return self._iterated(session, session.begin, found)
 
-    # -- for both worlds ----------------------------------------------------------------------------------------------
-
-    def begin(self, work: Callable[[AsyncEmbedClient], Awaitable[T]]) -> Future[T]:
-        """Begin calls of the async client without waiting: `client.begin(lambda embedq: embedq.embed("text"))`.
-
-        `result()` of the future waits in any thread, `await asyncio.wrap_future(…)` in any event loop; cancelling it cancels
-        the calls.
-
-        Raises:
-            ClientClosed.
-        """
-        session = self._here()
-
-        return session.begin_open(lambda: self._begun(session, work))
-
-    async def _begun(
-        self, session: Session[_LoopClient], work: Callable[[AsyncEmbedClient], Awaitable[T]]
-    ) -> T:
-        """What is under way keeps the client: one that nobody holds is closed."""
-        return await work(session.client)
-
-    def _call(
-        self, work: Callable[[AsyncEmbedClient], Awaitable[T]], source: CallersSource | None = None
-    ) -> T:
-        future = self.begin(work)
-        return outcome(future) if source is None else source.read_until(future)
-
-    def _iterated(
-        self,
-        session: Session[_LoopClient],
-        begin: Callable[[Callable[[], Coroutine[Any, Any, T | None]]], Future[T | None]],
-        items: AsyncGenerator[T, None],
-        source: CallersSource | None = None,
-    ) -> Generator[T, None, None]:
-        """What an async generator gives, a step for each item that is asked for, and its end when the caller has enough."""
-        steps = Steps(items)
-        try:
-            while True:
-                if source is not None:
-                    source.top_up()
-                step = begin(steps.next)
-                item = outcome(step) if source is None else source.read_until(step)
-                if item is None:
-                    return
-                yield item
-        finally:
-            session.finish(steps.close)
-
     def _items(
         self, jobs: Generator[StreamedJob, None, None], errors: Errors
     ) -> Generator[Embedded, None, None]:
@@ -360,22 +377,6 @@ class EmbedClient:
                     if item.error is not None and errors == "raise":
                         raise item.error
                     yield item
-
-    def _here(self) -> Session[_LoopClient]:
-        """This process's session: made at the first call, and in a child at its first one."""
-        session = self._session
-        if session is not None and not session.inherited and not self._closed:
-            return session
-        with making():
-            if self._closed:
-                raise ClientClosed()
-            session = self._session
-            if session is None or session.inherited:
-                client = self._unused or _LoopClient(self._servers, **self._settings)
-                self._unused = None
-                self._session = session = Session(client)
-                weakref.finalize(self, session.end).atexit = False
-            return session
 
 
 async def _nothing(client: AsyncEmbedClient) -> None:

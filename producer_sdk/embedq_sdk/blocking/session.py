@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from concurrent.futures import CancelledError, Future
+from contextlib import AbstractContextManager
 from typing import Any, Final, Generic, TypeVar
 
 from embedq_sdk.client import EmbedClient
@@ -37,12 +38,13 @@ class Session(Generic[Client]):
 
     def __init__(self, client: Client) -> None:
         self.client = client
-        self._turn = threading.Lock()
-        """Held by callers alone, to begin something; the thread of the loop never waits for it while it has other work."""
         self._takes = True
+        self._ended = False
         self._inherited = False
         self._told = asyncio.Event()
         self._opening: asyncio.Task[Client] | None = None
+        self._begun: dict[Future[Any], Coroutine[Any, Any, Any]] = {}
+        """What has not ended. No lock guards it: the garbage collector may run any caller's code in the midst of ours."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="embedq-client", daemon=True)
         self._thread.start()
@@ -59,10 +61,19 @@ class Session(Generic[Client]):
         Raises:
             ClientClosed: the session has ended.
         """
-        with self._turn:
-            if not self._takes:
-                raise self._over()
-            return asyncio.run_coroutine_threadsafe(work(), self._loop)
+        if not self._takes:
+            raise self._over()
+        coroutine = work()
+        try:
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        except RuntimeError:  # the loop has closed since
+            coroutine.close()
+            raise self._over() from None
+        self._begun[future] = coroutine
+        future.add_done_callback(lambda done: self._begun.pop(done, None))
+        if self._ended:  # and so did whoever would have ended this
+            self._end_all()
+        return future
 
     def begin_open(self, work: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
         """Begin work that needs an open client, which is opened first where it is not yet."""
@@ -80,10 +91,10 @@ class Session(Generic[Client]):
 
     def end(self) -> None:
         """Close the client, then end the loop and the thread. Does not wait."""
-        with self._turn:
-            if self._takes:
-                self._takes = False
-                asyncio.run_coroutine_threadsafe(self._close(), self._loop)
+        if self._takes:
+            with contextlib.suppress(ClientClosed):
+                self.begin(self._close)
+            self._takes = False
 
     def join(self, seconds: float) -> None:
         """Wait until the thread has ended, at most so long."""
@@ -91,9 +102,7 @@ class Session(Generic[Client]):
             self._thread.join(seconds)
 
     def disown(self) -> None:
-        """This process is a new child of the one that the session belongs to: there is no such thread here, and whoever held
-        the lock when the process was forked is not here, either."""
-        self._turn = threading.Lock()
+        """This process is a new child of the one that the session belongs to: its thread does not exist here."""
         self._takes = False
         self._inherited = True
 
@@ -102,7 +111,16 @@ class Session(Generic[Client]):
             with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
                 runner.run(self._until_told())
         finally:
+            self._takes = False
+            self._ended = True
+            self._end_all()
             _sessions.discard(self)
+
+    def _end_all(self) -> None:
+        """End what came too late for the loop to begin it."""
+        for future, coroutine in list(self._begun.items()):
+            coroutine.close()
+            future.cancel()
 
     async def _until_told(self) -> None:
         await self._told.wait()  # then the runner cancels what is left
@@ -177,17 +195,17 @@ _sessions: Final[set[Session[Any]]] = set()
 """Of this process, and running."""
 _inherited: Final[list[Session[Any]]] = []
 """Of the parent process. They are kept for ever: collecting one would close the parent's poll of its sockets, and warn."""
-_making = threading.Lock()
+_making = threading.RLock()
 
 
-def making() -> threading.Lock:
-    """The lock of this process under which a client makes its session."""
+def making() -> AbstractContextManager[Any]:
+    """The lock of this process under which a client makes its session. One thread may take it again: a finalizer may close a client."""
     return _making
 
 
 def _in_child() -> None:
     global _making
-    _making = threading.Lock()
+    _making = threading.RLock()  # whoever held the other one is not here
     _inherited.extend(_sessions)
     _sessions.clear()
     for session in _inherited:

@@ -171,7 +171,9 @@ async def test_results_are_registered_there_and_read_back_by_confluents_deserial
             text = client.get_latest_version(f"out.{format}-value").schema.schema_str
             jsonschema.validate(json.loads(written.payload), json.loads(text or ""))
         else:
-            again = await learning.reading(mapping(text="model_version", id="id", columns=["vector"]), value)
+            again = await learning.reading(
+                mapping(text="model_version", id="id", columns={"numbers": "vector"}), value
+            )
             assert (again.job.input, again.answer.columns[0].value) == ("sha256:x", [0.5] * 4)
 
 

@@ -27,6 +27,7 @@ from embedq_sdk import (
     TextTooLong,
 )
 from embedq_sdk.blocking import EmbedClient
+from embedq_sdk.blocking.session import making
 from embedq_shared.headers import client_of
 from embedq_shared.messages import Datum, ErrorBody
 from tests.helpers.fake_service import OLD, Answer, FakeService, Received, changed, expected, rows
@@ -265,6 +266,30 @@ def test_what_is_under_way_keeps_its_client(client: Clients, side: Side) -> None
     gc.collect()
     assert [item.index for item in items] == list(range(100))
     assert np.array_equal(future.result(patient(10)), expected("y"))
+
+
+def test_calls_that_race_with_a_close_end(client: Clients) -> None:
+    """Each is answered or says that the client is closed; none is left waiting, nor begun and forgotten."""
+
+    def call(embedq: EmbedClient) -> bool:
+        try:
+            return np.array_equal(embedq.embed("x"), expected("x"))
+        except ClientClosed:
+            return False
+
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(30):
+            embedq = client().open()
+            calls = [threads.submit(call, embedq) for _ in range(4)]
+            embedq.close()
+            assert {each.result(patient(10)) for each in calls} <= {True, False}
+
+
+def test_a_finalizer_may_close_a_client_wherever_the_garbage_collector_runs(client: Clients) -> None:
+    with making():
+        embedq = client()
+        embedq.embed("x")
+        embedq.close()
 
 
 # -- a source ---------------------------------------------------------------------------------------------------------
