@@ -24,7 +24,7 @@ from typing import Any, Final, Protocol
 
 from embedq_consumer.batching import AssembledText, ComputedText, First, JobInput, Settled, TextQueue, Vectors
 from embedq_consumer.cache import CachedVector, cache_key
-from embedq_consumer.delivery import Deliverer, assembled_outcomes_of, large, outcomes_of
+from embedq_consumer.delivery import FEW_INPUTS, Deliverer, assembled_outcomes_of, large, outcomes_of
 from embedq_consumer.engine import Encoder
 from embedq_consumer.fairness import Cost
 from embedq_consumer.group import Overtaken, Ticket
@@ -227,6 +227,9 @@ class Pipeline:
 
     def computed(self, texts: Sequence[ComputedText], vectors: Vectors) -> None:
         """Texts that ran whole; `vectors` is float32 (texts, hidden_size)."""
+        if sum(len(waiters) for _, waiters in texts) <= FEW_INPUTS:
+            self.settle(outcomes_of(texts, vectors))
+            return
         self._spawn(self._postprocess(outcomes_of, texts, vectors), "postprocess")
 
     def assembled(self, texts: Sequence[AssembledText]) -> None:

@@ -38,6 +38,9 @@ _LARGE_ON_THE_WAY: Final = 2
 not for a client's whole flood: one is encoded while one is sent. A large result is some 10 MB, a tenth of a second."""
 _THREADS: Final = 2
 """While a large result is encoded, the small ones after it go on."""
+FEW_INPUTS: Final = 2
+"""Work on the results of so few inputs stays on the event loop: some 30 µs each, where waking a thread and being woken by it
+takes more, and on a busy machine much more."""
 _ERROR_S: Final = 5.0
 """For an error in place of a result that could not be delivered: its dead letter tells of it anyway."""
 
@@ -159,7 +162,7 @@ class Deliverer:
         if large(jobs[0]):
             await self._deliver_large(jobs[0])
             return
-        replies = await self.in_thread(self._encode, jobs)
+        replies = self._encode(jobs) if _few(jobs) else await self.in_thread(self._encode, jobs)
         self._count_inputs(jobs)
         await self._send(replies)
 
@@ -351,6 +354,11 @@ def large(job: JobState) -> bool:
     """Whether encoding a job's results takes so long that others should not wait for several such ones."""
     several = len(job.outcomes) > 1 or job.request.late
     return several and cost_of(job).result_bytes > _LARGE_BYTES
+
+
+def _few(jobs: Sequence[JobState]) -> bool:
+    """Whether encoding their results takes no longer than to wake a thread for it."""
+    return sum(len(job.outcomes) for job in jobs) <= FEW_INPUTS and not any(job.request.late for job in jobs)
 
 
 class _Batch:
