@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from embedq_consumer.settings import Settings
+from embedq_gateway.settings import GatewaySettings
 from embedq_shared.topics import GROUP, Topics
 from tests.helpers.support import patient
 
@@ -51,6 +52,12 @@ def compose_settings() -> Settings:
     return Settings.from_env({name: interpolate(value) for name, value in environment("consumer").items()})
 
 
+def compose_gateway() -> GatewaySettings:
+    return GatewaySettings.from_env(
+        {name: interpolate(value) for name, value in environment("gateway").items()}
+    )
+
+
 def environment(service: str) -> dict[str, str]:
     found: dict[str, str] = SERVICES[service].get("environment", {})
     return found
@@ -64,13 +71,23 @@ def image_environment() -> dict[str, str]:
 
 
 def deployment() -> dict[str, Any]:
-    kinds = {document["kind"]: document for document in K8S}
-    found: dict[str, Any] = kinds["Deployment"]["spec"]["template"]["spec"]
+    found: dict[str, Any] = manifest("Deployment")["spec"]["template"]["spec"]
+    return found
+
+
+def manifest(kind: str, name: str = "embedq-consumer") -> dict[str, Any]:
+    found: dict[str, Any]
+    (found,) = (each for each in K8S if each["kind"] == kind and each["metadata"]["name"] == name)
     return found
 
 
 def kubernetes_environment() -> dict[str, str]:
     return {entry["name"]: entry.get("value", "pod") for entry in deployment()["containers"][0]["env"]}
+
+
+def gateway() -> dict[str, Any]:
+    found: dict[str, Any] = manifest("Deployment", "embedq-gateway")["spec"]["template"]["spec"]
+    return found
 
 
 def kubernetes_settings() -> Settings:
@@ -112,16 +129,19 @@ def test_the_demo_model_is_the_one_that_the_project_pins() -> None:
 
 def test_the_parts_find_each_other() -> None:
     listeners = environment("kafka")["KAFKA_ADVERTISED_LISTENERS"]
-    for service in ("consumer", "topics"):
+    for service in ("consumer", "topics", "gateway"):
         host, port = environment(service)["EMBEDQ_KAFKA_SERVERS"].split(":")
         assert host in SERVICES
         assert f"INTERNAL://{host}:{port}" in listeners
         assert f"INTERNAL://:{port}" in environment("kafka")["KAFKA_LISTENERS"]
     assert compose_settings().redis_url.startswith("redis://redis:6379")
-    (job,) = PROMETHEUS["scrape_configs"]
-    (discovery,) = job["dns_sd_configs"]
-    assert discovery["names"] == ["consumer"]
-    assert discovery["port"] == compose_settings().http_port
+    scraped = {
+        name: discovery["port"]
+        for job in PROMETHEUS["scrape_configs"]
+        for discovery in job["dns_sd_configs"]
+        for name in discovery["names"]
+    }
+    assert scraped == {"consumer": compose_settings().http_port, "gateway": compose_gateway().port}
     source = yaml.safe_load((ROOT / "deploy/grafana/provisioning/datasources/prometheus.yml").read_text())
     assert source["datasources"][0]["url"] == "http://prometheus:9090"
 
@@ -185,12 +205,12 @@ def test_the_health_pages_are_reached_from_outside_only_where_a_network_policy_o
 
 
 def network_policy() -> dict[str, Any]:
-    found: dict[str, Any] = next(document for document in K8S if document["kind"] == "NetworkPolicy")["spec"]
+    found: dict[str, Any] = manifest("NetworkPolicy")["spec"]
     return found
 
 
 def test_the_network_policy_is_the_consumers_and_denies_what_it_does_not_name() -> None:
-    deployed = next(document for document in K8S if document["kind"] == "Deployment")["spec"]["template"]
+    deployed = manifest("Deployment")["spec"]["template"]
     assert network_policy()["podSelector"]["matchLabels"].items() <= deployed["metadata"]["labels"].items()
     assert sorted(network_policy()["policyTypes"]) == ["Egress", "Ingress"]
     for rule in (*network_policy()["ingress"], *network_policy()["egress"]):
@@ -209,15 +229,54 @@ def test_the_network_policy_allows_what_the_consumer_needs() -> None:
 
 
 def test_the_pod_may_do_nothing_that_it_does_not_need() -> None:
-    pod, (container,) = deployment(), deployment()["containers"]
-    assert pod["automountServiceAccountToken"] is False
-    assert pod["securityContext"]["runAsNonRoot"] is True
-    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-    assert container["securityContext"] == {
-        "allowPrivilegeEscalation": False,
-        "readOnlyRootFilesystem": True,
-        "capabilities": {"drop": ["ALL"]},
-    }
+    for pod in (deployment(), gateway()):
+        (container,) = pod["containers"]
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+
+
+def test_the_gateway_asks_for_keys_where_others_than_this_machine_reach_it() -> None:
+    assert compose_gateway().host == "0.0.0.0"
+    assert compose_gateway().allow_anonymous
+    assert all(port.startswith("127.0.0.1:") for port in SERVICES["gateway"]["ports"])
+    settings = GatewaySettings.from_env(
+        {each["name"]: each["value"] for each in gateway()["containers"][0]["env"]}
+    )
+    assert not settings.allow_anonymous
+    mounts = {mount["name"]: mount["mountPath"] for mount in gateway()["containers"][0]["volumeMounts"]}
+    file = Path(settings.keys_file)
+    assert file.parent == Path(mounts["keys"])
+    assert f"--from-file={file.name}" in (ROOT / "deploy/k8s/gateway.yaml").read_text()
+
+
+def test_the_gateway_is_asked_where_it_listens_and_has_time_to_leave() -> None:
+    container = gateway()["containers"][0]
+    settings = GatewaySettings.from_env({each["name"]: each["value"] for each in container["env"]})
+    assert container["ports"] == [{"name": "http", "containerPort": settings.port}]
+    assert container["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "http"}
+    assert container["livenessProbe"]["httpGet"] == {"path": "/livez", "port": "http"}
+    leave = settings.drain_delay_s + settings.drain_timeout_s
+    assert gateway()["terminationGracePeriodSeconds"] >= leave + 10
+    own = compose_gateway()
+    assert seconds(SERVICES["gateway"]["stop_grace_period"]) >= own.drain_delay_s + own.drain_timeout_s + 10
+    assert str(own.port) in " ".join(SERVICES["gateway"]["healthcheck"]["test"])
+    compile(SERVICES["gateway"]["healthcheck"]["test"][3], "healthcheck", "exec")
+
+
+def test_the_gateways_service_and_policies_are_its_own() -> None:
+    labels = manifest("Deployment", "embedq-gateway")["spec"]["template"]["metadata"]["labels"]
+    assert manifest("Service", "embedq-gateway")["spec"]["selector"] == labels
+    assert manifest("PodDisruptionBudget", "embedq-gateway")["spec"]["selector"]["matchLabels"] == labels
+    policy = manifest("NetworkPolicy", "embedq-gateway")["spec"]
+    assert policy["podSelector"]["matchLabels"] == labels
+    assert sorted(policy["policyTypes"]) == ["Egress", "Ingress"]
+    assert {port["port"] for rule in policy["egress"] for port in rule["ports"]} == {53, 9092}
 
 
 def test_all_replicas_sign_cache_entries_with_one_key() -> None:
@@ -292,6 +351,7 @@ def test_the_health_check_of_the_image_is_valid_python() -> None:
 
 def test_a_service_named_embedq_does_not_break_the_settings_on_kubernetes() -> None:
     assert deployment()["enableServiceLinks"] is False
+    assert gateway()["enableServiceLinks"] is False
 
 
 def test_keda_scales_the_deployment_by_the_lag_of_both_lanes() -> None:
