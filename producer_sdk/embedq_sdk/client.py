@@ -5,17 +5,19 @@ from __future__ import annotations
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, Unpack
+from typing import TYPE_CHECKING, Any, Final, Self, Unpack
 
 from embedq_sdk.embeddings import Chunk, Embeddings, FinishedJob, Vectors, assemble
 from embedq_sdk.errors import ClientClosed, InvalidArgument
 from embedq_sdk.job_options import (
     MAX_JOB_BYTES,
     Column,
+    Errors,
     JobArguments,
     JobInputs,
     JobLimits,
     JobOptions,
+    check_errors,
     checked_client_id,
     checked_count,
     checked_format,
@@ -34,8 +36,6 @@ from embedq_shared.weighted_semaphore import WeightedSemaphore
 
 if TYPE_CHECKING:
     from types import TracebackType
-
-Errors = Literal["raise", "return"]
 
 DEFAULT_TIMEOUT_S: Final = 30.0
 
@@ -252,7 +252,7 @@ class EmbedClient(_Life):
         """
         options = JobOptions(**job)
         timeout = checked_timeout("timeout", timeout)
-        _check_errors(errors)
+        check_errors(errors)
         texts = [texts] if isinstance(texts, str) else texts
         found = await self._embed(texts, options, timeout, allow_mixed=allow_mixed)
         return found if errors == "return" else found.checked()
@@ -288,7 +288,7 @@ class EmbedClient(_Life):
 
     async def embed_many(
         self,
-        texts: Iterable[str] | Column,
+        texts: Iterable[str] | AsyncIterable[str] | Column,
         *,
         timeout: float = DEFAULT_TIMEOUT_S,
         batch_size: int = 32,
@@ -304,7 +304,7 @@ class EmbedClient(_Life):
         errors="return" listed in `Embeddings.errors`. For more than fits in memory there is `stream`.
         """
         options = JobOptions(**job)
-        _check_errors(errors)
+        check_errors(errors)
         window = StreamOptions(
             limits=self._limits, timeout=timeout, batch_size=batch_size, in_flight=in_flight
         )
@@ -336,7 +336,7 @@ class EmbedClient(_Life):
         (`contextlib.aclosing`): that drops what is under way.
         """
         options = JobOptions(**job)
-        _check_errors(errors)
+        check_errors(errors)
         window = StreamOptions(
             limits=self._limits,
             timeout=timeout,
@@ -406,8 +406,3 @@ class EmbedClient(_Life):
             connect_timeout=self._connect_timeout,
             idle=timeout,
         )
-
-
-def _check_errors(errors: object) -> None:
-    if errors not in ("raise", "return"):
-        raise InvalidArgument(argument="errors", expected="one of raise, return", got=repr(errors))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final, Protocol, TypedDict, get_args
+from typing import Any, Final, Literal, Protocol, TypedDict, get_args
 
 import msgspec
 
@@ -29,6 +29,9 @@ from embedq_shared.messages import (
     Truncate,
 )
 from embedq_shared.topics import Lane
+
+Errors = Literal["raise", "return"]
+"""What becomes of texts that failed: an exception, or an entry in what is returned."""
 
 MAX_JOB_BYTES: Final = 900_000
 """Kafka's default limit of a record is 1 MB; the rest is for the job's other fields and headers."""
@@ -255,6 +258,12 @@ def checked_format(value: object) -> Format:
             argument="format", expected=f"one of {', '.join(CONTENT_TYPES)}", got=repr(value)
         )
     return value
+
+
+def check_errors(value: object) -> None:
+    """Check what is to become of texts that failed."""
+    if not isinstance(value, str) or value not in get_args(Errors):
+        raise InvalidArgument(argument="errors", expected="one of raise, return", got=repr(value))
 
 
 def _utf8_size(text: str, name: str) -> int:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 import urllib.error
 import urllib.request
 import uuid
@@ -14,7 +15,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from io import FileIO
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
@@ -143,8 +144,9 @@ class Replica:
         return "\n".join(self.log.read_text().splitlines()[-lines:])
 
     def events(self) -> list[dict[str, Any]]:
-        """Its log."""
-        lines = self.log.read_text().splitlines()
+        """Its log, as far as it is written."""
+        whole, _, _ = self.log.read_text().rpartition("\n")
+        lines = whole.splitlines()
         return [json.loads(line) for line in lines if line.startswith("{")]
 
     def port(self) -> int | None:
@@ -212,6 +214,36 @@ async def replicas(*wanted: Replica) -> AsyncIterator[tuple[Replica, ...]]:
             if replica.process is not None and replica.returncode is None:
                 replica.kill()
                 await replica.ended()
+
+
+class End(NamedTuple):
+    """A supervised replica's process ended: when, in monotonic seconds, which one, and its exit code."""
+
+    at: float
+    replica: Replica
+    code: int
+
+
+@asynccontextmanager
+async def supervised(*wanted: Replica) -> AsyncIterator[list[End]]:
+    """Replicas that are started again whenever they end, as an orchestrator does it; their ends so far."""
+    ends: list[End] = []
+
+    async def supervise(replica: Replica) -> None:
+        while True:
+            code = await replica.ended(within=10_000)
+            ends.append(End(time.monotonic(), replica, code))
+            await replica.start(ready=False)
+
+    async with replicas(*wanted):
+        watching = [asyncio.create_task(supervise(replica)) for replica in wanted]
+        try:
+            yield ends
+        finally:
+            for task in watching:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
 
 
 async def _leave(replica: Replica) -> None:

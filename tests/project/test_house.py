@@ -30,7 +30,7 @@ MOST_PARAMETERS: Final = 6
 Floors = tuple[tuple[str, ...], ...]
 SERVICE: Final[Floors] = (
     ("threads",),
-    ("telemetry", "engine", "fairness"),
+    ("telemetry", "engine", "fairness", "shapes"),
     ("group",),
     ("retries",),
     ("cache", "intake"),
@@ -58,7 +58,8 @@ SDK: Final[Floors] = (
     ("transport",),
     ("result_reader", "stream"),
     ("client",),
-    ("admin",),
+    ("admin", "blocking"),
+    ("adapters",),
     ("__init__",),
     ("cli",),
     ("__main__",),

@@ -271,6 +271,11 @@ async def _send_and_read(connection: AbstractConnection, commands: Sequence[Comm
     refuses, or answers in another form than was asked for, has failed.
     """
     await connection.connect()  # type: ignore[no-untyped-call]
+    writer = connection._writer  # noqa: SLF001  # redis-py does not say it otherwise
+    if writer is not None and writer.transport.is_closing():
+        # Lost since it was last used. From Python 3.12 on, a transport that has let go of its event loop fails in `writelines`
+        # with an AttributeError, for which nobody would look.
+        raise RedisConnectionError("closed")
     await connection.send_packed_command(connection.pack_commands(commands))
     replies: list[Any] = []
     for name, *arguments in commands:

@@ -149,6 +149,23 @@ async def test_a_connection_that_was_closed_meanwhile_is_opened_once_more(
     assert peer.connections == 2
 
 
+@pytest.mark.parametrize("told", [False, True])
+async def test_nothing_is_written_to_a_connection_that_is_lost(
+    peer: Peer, link: RedisLink, monkeypatch: pytest.MonkeyPatch, *, told: bool
+) -> None:
+    """Python 3.12's transports fail there with an AttributeError, which ended the process."""
+    await link.exchange(PING, 10)
+    writer = link._connections[0]._writer
+    assert writer is not None
+    written: list[object] = []
+    monkeypatch.setattr(writer, "writelines", written.append)
+    writer.transport.abort()
+    if told:
+        await writer.wait_closed()
+    assert await link.exchange(PING, 10) == [b"PONG"]
+    assert (written, peer.connections) == ([], 2)
+
+
 async def test_nothing_that_listens_is_a_failure() -> None:
     server = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
