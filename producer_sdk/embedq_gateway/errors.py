@@ -159,7 +159,12 @@ class ApiError(Exception):
         return [*self.headers, (b"retry-after", b"%d" % max(1, -(-seconds // 1)))]
 
 
-_PARAMS: Final = {"texts": "input", "timeout": "x-request-timeout", "lane": "x-embedq-lane"}
+_PARAMS: Final = {
+    "texts": "input",
+    "timeout": "x-request-timeout",
+    "lane": "x-embedq-lane",
+    "tokens": "chunk.tokens",
+}
 """What the SDK calls otherwise than requests do."""
 
 

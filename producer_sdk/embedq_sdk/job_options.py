@@ -18,6 +18,7 @@ from embedq_shared.messages import (
     DEFAULT_MAX_INPUTS,
     MAX_ID_LENGTH,
     MAX_INSTRUCTION_BYTES,
+    MAX_INTEGER,
     MAX_METADATA_BYTES,
     MIN_CHUNK_TOKENS,
     MIN_DIMENSIONS,
@@ -92,7 +93,8 @@ class JobOptions(msgspec.Struct, frozen=True, kw_only=True):
             checked_client_id(self.client_id)
         if self.dimensions is not None:
             step = 8 if self.dtype == "binary" else 1
-            if type(self.dimensions) is not int or self.dimensions < MIN_DIMENSIONS or self.dimensions % step:
+            fits = type(self.dimensions) is int and MIN_DIMENSIONS <= self.dimensions <= MAX_INTEGER
+            if not fits or self.dimensions % step:
                 expected = f"an integer of at least {MIN_DIMENSIONS}"
                 if step == 8:
                     expected += " and a multiple of 8 for dtype 'binary'"
@@ -215,8 +217,8 @@ def checked_timeout(name: str, value: object) -> float:
 
 
 def checked_count(name: str, value: object, least: int = 1) -> int:
-    """An integer of at least `least`."""
-    if type(value) is not int or value < least:
+    """An integer of at least `least`, and one that a job can carry."""
+    if type(value) is not int or not least <= value <= MAX_INTEGER:
         raise _wrong(name, f"an integer of at least {least}", value)
     return value
 
