@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 import socket
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
 
 from embedq_consumer.engine import LoadOptions, Quantization
-from embedq_shared.access import (
-    DEFAULT_MAX_INFLATED_BYTES,
-    BadOption,
-    KafkaOptions,
-    SaslMechanism,
-    SecurityProtocol,
-)
-from embedq_shared.access.setting_words import plain, wrong
+from embedq_shared.access import DEFAULT_MAX_INFLATED_BYTES
+from embedq_shared.access.environment import SettingsError, read_settings
+from embedq_shared.kafka_settings import OF_THE_LOCAL_STACK, PREFIX, KafkaSettings, NotEmpty
 from embedq_shared.messages import DEFAULT_ALIAS, DEFAULT_MAX_INPUTS
-from embedq_shared.secret import Secret, read_secret
-from embedq_shared.topics import GROUP, Topics
+from embedq_shared.secret import Secret
+from embedq_shared.topics import GROUP
 from embedq_shared.user_cache import user_cache
 
 if TYPE_CHECKING:
@@ -34,9 +27,10 @@ if TYPE_CHECKING:
     from embedq_consumer.lifecycle.served_model import ModelOptions
     from embedq_consumer.quarantine import Claimant
 
-PREFIX: Final = "EMBEDQ_"
-_OTHERS: Final = frozenset({"EMBEDQ_CACHE_DIR", "EMBEDQ_KAFKA_VERSION"})
-"""The local stack's own variables begin alike and reach a service that it starts."""
+__all__ = ["PREFIX", "Settings", "SettingsError"]
+
+_GATEWAY: Final = "EMBEDQ_GATEWAY_"
+"""The gateway's own settings begin alike, and both may be told by one file."""
 _LARGEST: Final = 1e9
 """Some 30 years in seconds. "inf" reads as a float too, and is not a time to wait."""
 _DRY_RUN_S: Final = 180.0
@@ -48,16 +42,11 @@ _DEVICE: Final = r"(cpu|cuda(:\d+)?)"
 PositiveInt = Annotated[int, Meta(ge=1)]
 PositiveFloat = Annotated[float, Meta(gt=0, le=_LARGEST)]
 NotNegative = Annotated[float, Meta(ge=0, le=_LARGEST)]
-NotEmpty = Annotated[str, Meta(min_length=1)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 
 
-class SettingsError(Exception):
-    """A setting is missing, mistyped or out of range; the message names the variable."""
-
-
 # More than 300 lines: a field for each environment variable, with its description.
-class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Settings(KafkaSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Each field is the environment variable `EMBEDQ_<FIELD>`; its description is what the page of settings says.
 
     The properties at the end group fields into the options that each room takes. They import the rooms, and this file does
@@ -66,9 +55,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     # Where
 
-    kafka_servers: Annotated[
-        NotEmpty, Meta(description="Kafka brokers to ask first: HOST:PORT, separated by commas.")
-    ]
     redis_url: Annotated[
         Secret,
         Meta(
@@ -76,9 +62,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             "`rediss://HOST:6379/0`. Empty: no cache."
         ),
     ] = Secret("")
-    topic_prefix: Annotated[
-        NotEmpty, Meta(description="First part of every topic's name: `embed` makes `embed.jobs` and so on.")
-    ] = "embed"
     group: Annotated[NotEmpty, Meta(description="Consumer group. Replicas of one group share the jobs.")] = (
         GROUP
     )
@@ -408,55 +391,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         ),
     ] = 15.0
 
-    # Kafka's security, as aiokafka names it
-
-    kafka_security_protocol: Annotated[
-        SecurityProtocol,
-        Meta(description="How the brokers are reached: in the clear or by TLS, with or without SASL."),
-    ] = "PLAINTEXT"
-    kafka_sasl_mechanism: Annotated[
-        SaslMechanism,
-        Meta(description="How SASL proves who we are; used by the SASL protocols alone."),
-    ] = "PLAIN"
-    kafka_sasl_username: Annotated[str, Meta(description="User name for PLAIN and SCRAM.")] = ""
-    kafka_sasl_password: Annotated[Secret, Meta(description="Password for PLAIN and SCRAM.")] = Secret("")
-    kafka_oauth_token_file: Annotated[
-        str,
-        Meta(
-            description="File that holds a token for OAUTHBEARER; it is read for each connection, since tokens rotate."
-        ),
-    ] = ""
-    kafka_oauth_token_url: Annotated[
-        str,
-        Meta(
-            description="Token endpoint of an issuer that gives tokens for OAUTHBEARER by the client credentials grant; "
-            "instead of a file."
-        ),
-    ] = ""
-    kafka_oauth_client_id: Annotated[str, Meta(description="Who we are to the token endpoint.")] = ""
-    kafka_oauth_client_secret: Annotated[Secret, Meta(description="Our secret at the token endpoint.")] = (
-        Secret("")
-    )
-    kafka_oauth_scope: Annotated[
-        str, Meta(description="Scope to ask the token endpoint for. Empty: its default.")
-    ] = ""
-    kafka_oauth_cafile: Annotated[
-        str,
-        Meta(
-            description="PEM file of authorities that sign the token endpoint's certificate. Empty: the system's."
-        ),
-    ] = ""
-    kafka_ssl_cafile: Annotated[
-        str,
-        Meta(description="PEM file of authorities that sign the brokers' certificates. Empty: the system's."),
-    ] = ""
-    kafka_ssl_certfile: Annotated[
-        str, Meta(description="PEM file of this client's certificate. Empty: none is shown.")
-    ] = ""
-    kafka_ssl_keyfile: Annotated[
-        str, Meta(description="PEM file of the certificate's private key. Empty: in the certificate's file.")
-    ] = ""
-
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Settings:
         """The settings of this environment.
@@ -464,19 +398,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Raises:
             SettingsError: naming the variable and what was expected.
         """
-        raw: dict[str, str] = {
-            name.removeprefix(PREFIX).lower(): value
-            for name, value in environ.items()
-            if name.startswith(PREFIX) and name not in _OTHERS
-        }
-        hints = get_type_hints(cls, include_extras=True)
-        for field in _secrets(cls):
-            _read_file(raw, field)
-        meant = {name: plain(hints[name], value) if name in hints else value for name, value in raw.items()}
-        try:
-            return msgspec.convert(meant, cls, strict=False, dec_hook=lambda kind, value: kind(value))
-        except msgspec.ValidationError as error:
-            raise SettingsError(_explain(str(error), raw)) from None
+        return read_settings(cls, PREFIX, environ, ours=_is_ours)
 
     def __post_init__(self) -> None:
         if self.rebalance_timeout_ms < self.session_timeout_ms:
@@ -491,12 +413,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ValueError("EMBEDQ_DEVICE: cannot be set together with EMBEDQ_DEVICES")
         if any(delay > _LONGEST_RETRY_S for delay in self.retry_delays):
             raise ValueError(f"EMBEDQ_RETRY_DELAYS_S: expected at most {_LONGEST_RETRY_S:.0f} each")
-        self._kafka_options()  # what does not fit together is said now
-
-    @property
-    def topics(self) -> Topics:
-        """The topics below this prefix."""
-        return Topics(self.topic_prefix)
+        self.kafka_options()  # what does not fit together is said now
 
     @property
     def root(self) -> Path:
@@ -649,87 +566,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             attempts=Path(self.compile_cache) / "loads" if self.compile_cache else None,
         )
 
-    def kafka(self) -> dict[str, Any]:
-        """What each aiokafka client needs to reach the brokers. Reads the certificate files, if TLS is on.
 
-        Raises:
-            SettingsError: one of the files cannot be used.
-        """
-        try:
-            return self._kafka_options().client_options()
-        except BadOption as error:
-            raise _bad_kafka_setting(error) from error
-
-    def _kafka_options(self) -> KafkaOptions:
-        sasl = self.kafka_security_protocol.startswith("SASL")
-        by_token = sasl and self.kafka_sasl_mechanism == "OAUTHBEARER"
-        try:
-            return KafkaOptions(
-                servers=self.kafka_servers,
-                security_protocol=self.kafka_security_protocol,
-                ssl_cafile=self.kafka_ssl_cafile or None,
-                ssl_certfile=self.kafka_ssl_certfile or None,
-                ssl_keyfile=self.kafka_ssl_keyfile or None,
-                sasl_mechanism=self.kafka_sasl_mechanism if sasl else None,
-                sasl_plain_username=self.kafka_sasl_username if sasl else None,
-                sasl_plain_password=self.kafka_sasl_password if sasl else None,
-                sasl_oauth_token_provider=self._token_provider() if by_token else None,
-            )
-        except BadOption as error:
-            raise _bad_kafka_setting(error) from error
-
-    def _token_provider(self) -> Any:
-        from embedq_shared.kafka import OAuthOptions
-
-        return OAuthOptions(
-            token_file=self.kafka_oauth_token_file,
-            token_url=self.kafka_oauth_token_url,
-            client_id=self.kafka_oauth_client_id,
-            client_secret=self.kafka_oauth_client_secret,
-            scope=self.kafka_oauth_scope,
-            cafile=self.kafka_oauth_cafile,
-        ).provider()
-
-
-def _bad_kafka_setting(error: BadOption) -> SettingsError:
-    """An option of the Kafka room by its variable."""
-    names = (name.replace("sasl_plain_", "sasl_").upper() for name in error.option.split(", "))
-    expected = re.sub(
-        r"`([a-z]+_[a-z_]+)`", lambda found: f"{PREFIX}KAFKA_{found[1].upper()}", error.expected
-    )
-    return SettingsError(
-        f"{', '.join(f'{PREFIX}KAFKA_{name}' for name in names)}: expected {expected}, got {error.got}"
-    )
-
-
-def _secrets(kind: type[msgspec.Struct]) -> list[str]:
-    """The fields that hold secrets, each of which may be in a file of its own."""
-    hints = get_type_hints(kind)
-    return [name for name in kind.__struct_fields__ if hints[name] is Secret]
-
-
-def _read_file(raw: dict[str, str], field: str) -> None:
-    """Put what the file of `EMBEDQ_<FIELD>_FILE` holds where the variable itself would be."""
-    path = raw.pop(f"{field}_file", None)
-    if path is None:
-        return
-    name = f"{PREFIX}{field.upper()}"
-    if field in raw:
-        raise SettingsError(f"{name}: cannot be set together with {name}_FILE")
-    try:
-        raw[field] = read_secret(path)
-    except ValueError as error:
-        raise SettingsError(f"{name}_FILE: expected a file with one secret; {path} {error}") from None
-
-
-def _explain(message: str, raw: Mapping[str, str]) -> str:
-    """msgspec's sentence in plain words, after the variable's name."""
-    if unknown := re.match(r"Object contains unknown field `(.*)`", message):
-        close = difflib.get_close_matches(unknown[1], Settings.__struct_fields__, n=1)
-        hint = f"; did you mean {PREFIX}{close[0].upper()}?" if close else ""
-        return f"unknown setting {PREFIX}{unknown[1].upper()}{hint}"
-    if missing := re.match(r"Object missing required field `(\w+)`", message):
-        return f"{PREFIX}{missing[1].upper()} must be set"
-    if at := re.search(r" - at `\$\.(\w+)`$", message):
-        return f"{PREFIX}{at[1].upper()}: {wrong(Settings, at[1], raw)}"
-    return message
+def _is_ours(name: str) -> bool:
+    return name not in OF_THE_LOCAL_STACK and not name.startswith(_GATEWAY)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import sys
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -14,11 +15,17 @@ from embedq_consumer.engine.loading import compile_cache
 from embedq_consumer.settings import PREFIX, Settings, SettingsError
 from embedq_shared.access.setting_words import described, help_text
 
+_ABOUT: Final = (
+    "Run one replica of the embedq service, or one for each of EMBEDQ_DEVICES, until SIGTERM or Ctrl-C. It takes no "
+    "arguments; these are its environment variables. Exit codes: 0 after a stop, 1 after a failure, 2 for a wrong "
+    "setting or a Kafka that refuses it."
+)
+
 
 def explain_usage(arguments: Sequence[str]) -> int:
     """Print the settings if asked to, and else that there are no arguments; the exit code."""
     if set(arguments) <= {"-h", "--help"}:
-        print(help_text(described(Settings, PREFIX)))  # noqa: T201
+        print(help_text("python -m embedq_consumer", _ABOUT, described(Settings, PREFIX)))  # noqa: T201
         return 0
     print("embedq: expected no arguments; --help shows the settings", file=sys.stderr)  # noqa: T201
     return 2

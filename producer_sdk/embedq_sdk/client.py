@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, Unpack
 
-from embedq_sdk.embeddings import Chunk, Embeddings, Vectors, assemble
+from embedq_sdk.embeddings import Chunk, Embeddings, FinishedJob, Vectors, assemble
 from embedq_sdk.errors import ClientClosed, InvalidArgument
 from embedq_sdk.job_options import (
     MAX_JOB_BYTES,
@@ -116,6 +116,16 @@ class _Life:
         return self._runner.awaiting_reply
 
     @property
+    def answering(self) -> bool:
+        """Whether Kafka answers this client: it is open, and the broker was heard a moment ago."""
+        return self._runner.lifetime.is_open and not self._transport.silent
+
+    @property
+    def fault(self) -> BaseException | None:
+        """Why the client stopped working by itself, which is a bug: every call ends with it. None: it works."""
+        return self._runner.lifetime.fault
+
+    @property
     def unclaimed_replies(self) -> int:
         """Number of replies so far that no call waited for: late ones, repeats, and other clients' on our partition."""
         return self._runner.unclaimed_replies
@@ -130,7 +140,7 @@ class EmbedClient(_Life):
     """Sends jobs and awaits their results. Use it as an async context manager, or with `open` and `close`; in one event loop.
 
     What a job may ask for (`model`, `dimensions`, `dtype`, `input_type`, `instruction`, `truncate`, `chunk`, `metadata`,
-    `lane`, `trace`) are keyword arguments of every call: see `JobArguments`.
+    `lane`, `trace`, `client_id`) are keyword arguments of every call: see `JobArguments`.
 
     Args:
         servers: Kafka's address, "host:port", several separated by commas.
@@ -246,6 +256,20 @@ class EmbedClient(_Life):
         texts = [texts] if isinstance(texts, str) else texts
         found = await self._embed(texts, options, timeout, allow_mixed=allow_mixed)
         return found if errors == "return" else found.checked()
+
+    async def embed_raw(
+        self, texts: Sequence[str] | Column, options: JobOptions, *, timeout: float = DEFAULT_TIMEOUT_S
+    ) -> list[FinishedJob]:
+        """The replies to a call as they came, for programs that pass vectors on: raw bytes of the dtype that was asked for,
+        and int8 with its scale.
+
+        A call is one job, but for one that is too large. All their vectors come from one model, as those of `embed` do. What
+        the service says of a job, or of one of its inputs, is an outcome; other errors are raised.
+        """
+        inputs = self._limits.split(texts)
+        deadline = Deadline.after(checked_timeout("timeout", timeout))
+        finished = await self._runner.run(inputs, options, deadline)
+        return await self._runner.of_one_model(finished, inputs, options, deadline)
 
     async def _embed_one(self, text: str, name: str, options: JobOptions, timeout: float) -> Embeddings:
         size = self._limits.size(text, name)

@@ -50,7 +50,7 @@ class JobOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What a caller asks of a job, the same for all its texts. None means the service's default.
 
     `chunk` is `late(…)` or `mean(…)`. `lane` is "interactive" unless given, and "bulk" for submitted jobs. `trace` is a
-    W3C traceparent.
+    W3C traceparent. `client_id` says whose the job is, where one client works for several: clients take turns.
 
     Raises:
         InvalidArgument: an option is wrong by itself or does not go with another one.
@@ -66,9 +66,10 @@ class JobOptions(msgspec.Struct, frozen=True, kw_only=True):
     metadata: Mapping[str, Any] | None = None
     lane: Lane = "interactive"
     trace: str | None = None
+    client_id: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("model", "dtype", "input_type", "instruction", "truncate", "lane", "trace"):
+        for name in ("model", "dtype", "input_type", "instruction", "truncate", "lane", "trace", "client_id"):
             value = getattr(self, name)
             if isinstance(value, str) and type(value) is not str:
                 msgspec.structs.force_setattr(self, name, plain(value))
@@ -84,6 +85,8 @@ class JobOptions(msgspec.Struct, frozen=True, kw_only=True):
         _choice("lane", self.lane, get_args(Lane), optional=False)
         _text("instruction", self.instruction)
         _text("trace", self.trace, 1)
+        if self.client_id is not None:
+            checked_client_id(self.client_id)
         if self.dimensions is not None:
             step = 8 if self.dtype == "binary" else 1
             if type(self.dimensions) is not int or self.dimensions < MIN_DIMENSIONS or self.dimensions % step:
@@ -159,6 +162,7 @@ class JobArguments(TypedDict, total=False):
     metadata: Mapping[str, Any] | None
     lane: Lane
     trace: str | None
+    client_id: str | None
 
 
 _NONE: Final = msgspec.Raw()

@@ -256,7 +256,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     """What one replica serves and does. `version` is the control record it speaks of; `at` is epoch milliseconds.
 
     `state` says how that command stands, and `serving` whether a model serves: after a reload that failed, the old one does.
-    `serving` is null in records of replicas that do not say it.
+    `serving` is null in records of replicas that do not say it. `dimensions` is the hidden size of the model that serves, and
+    `max_tokens` its longest input, special tokens included; null while none serves, and in records of older replicas.
     """
 
     replica: str
@@ -269,3 +270,5 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     at: Annotated[int, Meta(ge=0, le=MAX_INTEGER)]
     command_id: str | None = None
     serving: bool | None = None
+    dimensions: Annotated[int, Meta(ge=1, le=MAX_INTEGER)] | None = None
+    max_tokens: Annotated[int, Meta(ge=1, le=MAX_INTEGER)] | None = None

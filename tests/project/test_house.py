@@ -18,6 +18,7 @@ import pytest
 ROOT: Final = Path(__file__).parents[2]
 PACKAGES: Final = {
     "embedq_consumer": ROOT / "consumer/embedq_consumer",
+    "embedq_gateway": ROOT / "producer_sdk/embedq_gateway",
     "embedq_sdk": ROOT / "producer_sdk/embedq_sdk",
     "embedq_shared": ROOT / "shared/embedq_shared",
 }
@@ -62,6 +63,18 @@ SDK: Final[Floors] = (
     ("cli",),
     ("__main__",),
 )
+GATEWAY: Final[Floors] = (
+    ("errors", "settings"),
+    ("keys",),
+    ("http",),
+    ("fleet",),
+    ("embedding",),
+    ("dialects", "operations", "console", "batches"),
+    ("openapi",),
+    ("app",),
+    ("serving",),
+    ("command",),
+)
 ENGINE: Final[Floors] = (("kernels",), ("models",), ("loading",))
 """The engine's other rooms may stand anywhere, as long as there is no circle."""
 
@@ -82,7 +95,7 @@ LEAVES: Final = {
 
 
 class Module(NamedTuple):
-    """One file and what it imports of the three packages."""
+    """One file and what it imports of the four packages."""
 
     name: str
     path: Path
@@ -223,10 +236,11 @@ def test_no_rooms_use_each_other_in_a_circle() -> None:
     )
 
 
-def test_the_shared_package_uses_neither_of_the_other_two_and_they_do_not_know_each_other() -> None:
+def test_the_shared_package_uses_no_other_the_gateway_the_sdk_and_nobody_the_service() -> None:
     allowed = {
         "embedq_shared": {"embedq_shared"},
         "embedq_sdk": {"embedq_sdk", "embedq_shared"},
+        "embedq_gateway": {"embedq_gateway", "embedq_sdk", "embedq_shared"},
         "embedq_consumer": {"embedq_consumer", "embedq_shared"},
     }
     found = [
@@ -240,8 +254,13 @@ def test_the_shared_package_uses_neither_of_the_other_two_and_they_do_not_know_e
 
 @pytest.mark.parametrize(
     ("package", "floors"),
-    [("embedq_consumer", SERVICE), ("embedq_sdk", SDK), ("embedq_consumer.engine", ENGINE)],
-    ids=["service", "sdk", "engine"],
+    [
+        ("embedq_consumer", SERVICE),
+        ("embedq_sdk", SDK),
+        ("embedq_gateway", GATEWAY),
+        ("embedq_consumer.engine", ENGINE),
+    ],
+    ids=["service", "sdk", "gateway", "engine"],
 )
 def test_a_room_uses_only_rooms_of_lower_floors(package: str, floors: Floors) -> None:
     floor_of = {name: number for number, floor in enumerate(floors) for name in floor}
@@ -255,7 +274,9 @@ def test_a_room_uses_only_rooms_of_lower_floors(package: str, floors: Floors) ->
     assert not found, said(found)
 
 
-@pytest.mark.parametrize(("package", "floors"), [("embedq_consumer", SERVICE), ("embedq_sdk", SDK)])
+@pytest.mark.parametrize(
+    ("package", "floors"), [("embedq_consumer", SERVICE), ("embedq_sdk", SDK), ("embedq_gateway", GATEWAY)]
+)
 def test_every_room_has_its_floor(package: str, floors: Floors) -> None:
     """A new room is given its place above, so that the one who adds it decides what it may use."""
     placed = {*chain.from_iterable(floors), *(name.rpartition(".")[2] for name in LEAVES), "__init__"}

@@ -99,7 +99,7 @@ class ServedModel:
             options.alias,
             publish,
             metrics,
-            serving=lambda: self.slot.serving is not None,
+            serving=lambda: None if self.slot.serving is None else self.slot.serving.encoder,
         )
         trial = Trial(
             self.slot,

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from embedq_consumer.delivery.outgoing import Outgoing
+from embedq_consumer.engine import Encoder
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.codec import encode_record
 from embedq_shared.messages import STATUS_INTERVAL_S, Control, State, Status, Step
@@ -27,9 +28,9 @@ class StatusReporter:
         alias: str,
         publish: Publish,
         metrics: Metrics,
-        serving: Callable[[], bool] = lambda: False,
+        serving: Callable[[], Encoder | None] = lambda: None,
     ) -> None:
-        """`serving` says whether a model serves."""
+        """`serving` is the model that serves, if one does."""
         self._topic = topics.status
         self._publish = publish
         self._metrics = metrics
@@ -95,8 +96,13 @@ class StatusReporter:
             await self.resend()
 
     async def _send(self, status: Status) -> None:
+        encoder = None if status.state == "STOPPED" else self._serving()
         sent = msgspec.structs.replace(
-            status, at=int(time.time() * 1000), serving=self._serving() and status.state != "STOPPED"
+            status,
+            at=int(time.time() * 1000),
+            serving=encoder is not None,
+            dimensions=None if encoder is None else encoder.hidden_size,
+            max_tokens=None if encoder is None else encoder.max_tokens,
         )
         record = Outgoing(
             topic=self._topic,

@@ -92,9 +92,9 @@ async def reload_model(
     timeout = checked_timeout("timeout", timeout)
     connection = KafkaConnection.of(servers, security)
     topics = Topics(topic_prefix)
-    async with connection.client(_consumer(connection), connect_timeout) as consumer:
+    async with connection.client(control_consumer(connection), connect_timeout) as consumer:
         await require_topics(connection, consumer, [topics.control, topics.status], connect_timeout)
-        reader = _ControlPlaneReader(connection, consumer, topics, alias)
+        reader = ControlPlaneReader(connection, consumer, topics, alias)
         commands = await reader.read_to_end([topics.control, topics.status])
         earlier = [found.command for found in commands]
         command = _next_command(command, earlier, reader.board.live(time.time(), alias))
@@ -145,11 +145,11 @@ async def service_status(
     connection = KafkaConnection.of(servers, security)
     topics = Topics(topic_prefix)
     async with (
-        connection.client(_consumer(connection), connect_timeout) as consumer,
+        connection.client(control_consumer(connection), connect_timeout) as consumer,
         connection.client(connection.admin, connect_timeout) as admin,
     ):
         await require_topics(connection, consumer, [*topics.lanes, topics.status], connect_timeout)
-        reader = _ControlPlaneReader(connection, consumer, topics)
+        reader = ControlPlaneReader(connection, consumer, topics)
         await reader.read_to_end([topics.status])
         now = time.time()
         lag = await connection.call(
@@ -161,7 +161,8 @@ async def service_status(
         )
 
 
-def _consumer(connection: KafkaConnection) -> Callable[[], AIOKafkaConsumer]:
+def control_consumer(connection: KafkaConnection) -> Callable[[], AIOKafkaConsumer]:
+    """Makes a consumer for `ControlPlaneReader`."""
     return lambda: connection.consumer(fetch_max_wait_ms=_POLL_MS)
 
 
@@ -221,10 +222,11 @@ class FoundCommand(msgspec.Struct, frozen=True):
     command: Control
 
 
-class _ControlPlaneReader:
+class ControlPlaneReader:
     """Reads the control and status topics: statuses go to `board`, commands for `alias` are returned, in their order.
 
     What cannot be read or decoded is passed: it is neither a status nor a command, and other programs may write here too.
+    `control_consumer` makes its consumer. With a `board` that another reader has filled, that one is gone on with.
     """
 
     def __init__(
@@ -233,12 +235,13 @@ class _ControlPlaneReader:
         consumer: AIOKafkaConsumer,
         topics: Topics,
         alias: str | None = None,
+        board: StatusBoard | None = None,
     ) -> None:
         self._connection = connection
         self._consumer = consumer
         self._control = TopicPartition(topics.control, 0)
         self._alias = alias
-        self.board = StatusBoard()
+        self.board = StatusBoard() if board is None else board
 
     async def read_to_end(self, topics: Iterable[str]) -> list[FoundCommand]:
         """Read topics of one partition from their beginning to their present end; the commands for the alias.
@@ -324,7 +327,7 @@ async def _write(connection: KafkaConnection, topic: str, command: Control, time
 
 
 async def _take_part(
-    reader: _ControlPlaneReader, command: Control, write: Callable[[Control], Awaitable[int]]
+    reader: ControlPlaneReader, command: Control, write: Callable[[Control], Awaitable[int]]
 ) -> None:
     """Write the command, and see what else was written meanwhile: replicas follow the highest version, and of equal ones the
     first. Compaction keeps the last record, so that must be this one, too: whoever lost writes it once more.

@@ -79,6 +79,10 @@ class StatusBoard:
         """Take a tombstone: compaction removed the replica's status."""
         self._last.pop(replica, None)
 
+    def all(self) -> list[Status]:
+        """The last status of each, those of replicas that are gone too."""
+        return list(self._last.values())
+
     def live(self, now: float, alias: str | None = None) -> list[Status]:
         """The statuses of live replicas, sorted by name, of one alias or of all (None)."""
         return sorted(

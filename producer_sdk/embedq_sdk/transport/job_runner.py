@@ -102,7 +102,7 @@ class JobRunner:
     ) -> None:
         """`client` says whose jobs these are, for fair shares; empty: the reply address does."""
         self._transport = transport
-        self._client: tuple[Header, ...] = ((names.CLIENT, client),) if client else ()
+        self._client = client
         self._topics = topics
         self.in_flight = in_flight
         """Weighs texts and their bytes; `JobStream` acquires from it text by text."""
@@ -125,7 +125,6 @@ class JobRunner:
             (names.REPLY_TOPIC[0], self._topics.replies.encode()),
             (names.REPLY_PARTITION[0], reply_partition_bytes(self._transport.reply_partition)),
             (names.CONTENT_TYPE, _MSGPACK_TYPE),
-            *self._client,
         )
 
     def close(self) -> None:
@@ -194,22 +193,37 @@ class JobRunner:
         *,
         allow_mixed: bool,
     ) -> Embeddings:
-        """The outcomes of a call as one array from one model: jobs of an older model are run once more.
+        """The outcomes of a call as one array; from one model, unless `allow_mixed`.
+
+        Raises:
+            MixedModelVersions, EmbedError: as `of_one_model`, or the first job's error if no job has a result.
+        """
+        return assemble(
+            finished if allow_mixed else await self.of_one_model(finished, inputs, options, deadline)
+        )
+
+    async def of_one_model(
+        self,
+        finished: list[FinishedJob],
+        inputs: Sequence[JobInputs],
+        options: JobOptions,
+        deadline: Deadline,
+    ) -> list[FinishedJob]:
+        """The outcomes of a call from one model: jobs of an older model are run once more.
 
         Only one such round, so that a call never chases a service that keeps reloading.
 
         Raises:
             MixedModelVersions: even then several models made the vectors.
-            EmbedError: as `run`, or the first job's error if no job has a result.
+            EmbedError: as `run`.
         """
-        old = [] if allow_mixed else outdated(finished)
-        if old:
-            again = await self.run([inputs[n] for n in old], options, deadline)
-            finished = list(finished)
-            for n, job in zip(old, again, strict=True):
-                finished[n] = job
-            require_one_version(finished)
-        return assemble(finished)
+        old = outdated(finished)
+        if not old:
+            return finished
+        again = dict(zip(old, await self.run([inputs[n] for n in old], options, deadline), strict=True))
+        finished = [again.get(n, job) for n, job in enumerate(finished)]
+        require_one_version(finished)
+        return finished
 
     def begin(self, inputs: JobInputs, options: JobOptions, deadline: Deadline) -> PendingJob:
         """Send one job and expect its reply. The caller has acquired its weight, and calls `finish` in the end.
@@ -228,6 +242,7 @@ class JobRunner:
             headers=[
                 (_CORRELATION, correlation),
                 *self._reply_headers,
+                *self._whose(options),
                 (names.DEADLINE, b"%d" % int((time.time() + deadline.at - loop.time()) * 1000)),
                 *_trace(options),
             ],
@@ -330,7 +345,7 @@ class JobRunner:
                 value=options.encode(texts, id, format),
                 headers=[
                     (names.CONTENT_TYPE, CONTENT_TYPES[format].encode()),
-                    *self._client,
+                    *self._whose(options),
                     *_trace(options),
                 ],
                 correlation=b"",
@@ -362,6 +377,11 @@ class JobRunner:
         except TimeoutError:
             texts, held = self.in_flight.held
             raise Overloaded(texts=texts, size=held, timeout=deadline.timeout) from None
+
+    def _whose(self, options: JobOptions) -> tuple[Header, ...]:
+        """Whose job it is: the call says so, or else the client."""
+        client = self._client if options.client_id is None else options.client_id.encode()
+        return ((names.CLIENT, client),) if client else ()
 
     def _topic(self, options: JobOptions) -> str:
         return self._topics.bulk if options.lane == "bulk" else self._topics.jobs

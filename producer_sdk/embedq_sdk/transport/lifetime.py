@@ -27,7 +27,8 @@ class Lifetime:
     def __init__(self) -> None:
         self._state = _State.NEW
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._fault: BaseException | None = None
+        self.fault: BaseException | None = None
+        """Why it broke down."""
         self.turn = asyncio.Lock()
         """Held while opening; a lock has waiters of one loop."""
 
@@ -73,7 +74,7 @@ class Lifetime:
 
     def break_down(self, fault: BaseException) -> None:
         """It stopped working by itself, which is our bug."""
-        self._fault = fault
+        self.fault = fault
 
     @property
     def is_open(self) -> bool:
@@ -87,7 +88,7 @@ class Lifetime:
             ClientNotOpened, ClientClosed, WrongEventLoop.
             EmbedError: it broke down.
         """
-        if self._state is _State.CLOSED or self._fault is not None:
+        if self._state is _State.CLOSED or self.fault is not None:
             raise self.ended()
         self.check_loop()
         if self._state is not _State.OPEN:
@@ -113,9 +114,9 @@ class Lifetime:
 
     def ended(self) -> EmbedError:
         """Why it cannot be used any more."""
-        if self._fault is None:
+        if self.fault is None:
             return ClientClosed()
         broken = EmbedError()
-        broken.__cause__ = self._fault
-        broken.add_note(f"the client stopped working ({self._fault!r}). This is a bug.")
+        broken.__cause__ = self.fault
+        broken.add_note(f"the client stopped working ({self.fault!r}). This is a bug.")
         return broken

@@ -102,22 +102,18 @@ def shown(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def help_text(settings: Iterable[Described]) -> str:
-    """What `--help` prints."""
-    lines = [
-        "usage: python -m embedq_consumer",
-        "",
-        *textwrap.wrap(
-            "Run one replica of the embedq service, or one for each of EMBEDQ_DEVICES, until SIGTERM or Ctrl-C. It takes no "
-            "arguments; these are its environment variables. Exit codes: 0 after a stop, 1 after a failure, 2 for a wrong "
-            "setting or a Kafka that refuses it.",
-            _WIDTH,
-        ),
-    ]
+def help_text(usage: str, about: str, settings: Iterable[Described]) -> str:
+    """What `--help` prints: how the program is started, what it does, and its settings."""
+    return "\n".join([f"usage: {usage}", "", *textwrap.wrap(about, _WIDTH), *settings_text(settings)])
+
+
+def settings_text(settings: Iterable[Described]) -> list[str]:
+    """Each setting in a few lines, after an empty one."""
+    lines = []
     for one in settings:
         default = "required" if one.default is None else f"default: {one.default or 'empty'}"
         lines += ["", f"{one.name}  ({one.takes}; {default})"]
         lines += textwrap.wrap(
             one.meaning.replace("`", ""), _WIDTH, initial_indent="    ", subsequent_indent="    "
         )
-    return "\n".join(lines)
+    return lines

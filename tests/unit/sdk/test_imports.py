@@ -51,6 +51,7 @@ SLOW = HEAVY - {"click", "embedq_consumer"} | {
         "dlq --help",
         "dlq replay --help",
         "verify --help",
+        "gateway --help",
         "embed",  # wrong usage
     ],
 )

@@ -1,0 +1,1 @@
+"""The shapes in which others ask for embeddings, each thin over `Embedder`."""

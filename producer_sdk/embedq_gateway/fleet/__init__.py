@@ -1,0 +1,1 @@
+"""The replicas behind the queue, as the status topic shows them."""

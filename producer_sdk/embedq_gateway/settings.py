@@ -1,0 +1,134 @@
+"""The gateway's settings: one frozen struct, read once from the environment. A name that is mistyped is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Final, Literal
+
+import msgspec
+from msgspec import Meta
+
+from embedq_shared.access.environment import SettingsError, read_settings
+from embedq_shared.kafka_settings import OF_THE_LOCAL_STACK, KafkaSettings, NotEmpty
+from embedq_shared.kafka_settings import PREFIX as KAFKA_PREFIX
+from embedq_shared.messages import DEFAULT_ALIAS, DEFAULT_MAX_INPUTS
+
+__all__ = ["PREFIX", "GatewaySettings", "SettingsError", "kafka_settings"]
+
+PREFIX: Final = "EMBEDQ_GATEWAY_"
+_LONGEST_S: Final = 86_400.0
+"""A day: whoever waits longer for an answer over HTTP waits in vain."""
+
+Seconds = Annotated[float, Meta(gt=0, le=_LONGEST_S)]
+PositiveInt = Annotated[int, Meta(ge=1)]
+Port = Annotated[int, Meta(ge=0, le=65535)]
+
+
+class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Each field is the environment variable `EMBEDQ_GATEWAY_<FIELD>`; its description is what the page of settings says.
+
+    Where Kafka is and how to log in there is told as to the service: `EMBEDQ_KAFKA_…` and `EMBEDQ_TOPIC_PREFIX`.
+    """
+
+    # Where
+
+    host: Annotated[NotEmpty, Meta(description="Address to listen on: the default is this machine alone.")] = (
+        "127.0.0.1"
+    )
+    port: Annotated[Port, Meta(description="Port to listen on. 0: any free one; the log says which.")] = 8080
+    workers: Annotated[
+        PositiveInt,
+        Meta(description="Processes that share the port. Each has a client of its own, and reads one reply partition."),
+    ] = 1
+    tls_certfile: Annotated[
+        str,
+        Meta(description="PEM file of the certificate, with those of its authorities. Empty: no TLS."),
+    ] = ""
+    tls_keyfile: Annotated[
+        str, Meta(description="PEM file of the certificate's private key. Empty: in the certificate's file.")
+    ] = ""
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], Meta(description="Least severe events that are logged.")
+    ] = "info"
+    access_log: Annotated[
+        bool, Meta(description="Log a line for each request: never its texts, vectors or keys.")
+    ] = True
+
+    # Requests
+
+    default_alias: Annotated[
+        NotEmpty,
+        Meta(
+            description="The model of requests that name none, and the one that must be served for `/readyz` to say so."
+        ),
+    ] = DEFAULT_ALIAS
+    timeout_s: Annotated[
+        Seconds,
+        Meta(
+            description="Seconds that a request has without a header `x-request-timeout`. It is its job's deadline, too."
+        ),
+    ] = 60.0
+    max_timeout_s: Annotated[
+        Seconds, Meta(description="Seconds that a request has at most, whatever its header asks for.")
+    ] = 600.0
+    max_inputs: Annotated[
+        PositiveInt,
+        Meta(description="Texts that a request may have; the service's `EMBEDQ_MAX_INPUTS`, if that is smaller."),
+    ] = DEFAULT_MAX_INPUTS
+    max_body_bytes: Annotated[
+        PositiveInt, Meta(description="Bytes that the body of a request may have; more is answered with 413.")
+    ] = 16 * 1024 * 1024
+    max_in_flight_texts: Annotated[
+        PositiveInt,
+        Meta(
+            description="Texts of this process that may be under way at once. Further requests wait, and get 503 when their "
+            "time is over."
+        ),
+    ] = 16_384
+
+    # Leaving
+
+    drain_delay_s: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=_LONGEST_S,
+            description="Seconds after SIGTERM in which requests are still accepted while `/readyz` fails and answers close their "
+            "connections, so that load balancers turn away first.",
+        ),
+    ] = 1.0
+    drain_timeout_s: Annotated[
+        Seconds,
+        Meta(description="Seconds that a stop waits for the requests that were accepted; then it ends them."),
+    ] = 60.0
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> GatewaySettings:
+        """The settings of this environment.
+
+        Raises:
+            SettingsError: naming the variable and what was expected.
+        """
+        return read_settings(cls, PREFIX, environ)
+
+    def __post_init__(self) -> None:
+        if self.tls_keyfile and not self.tls_certfile:
+            raise ValueError(f"{PREFIX}TLS_KEYFILE: needs {PREFIX}TLS_CERTFILE")
+        if self.timeout_s > self.max_timeout_s:
+            raise ValueError(f"{PREFIX}TIMEOUT_S: expected at most {PREFIX}MAX_TIMEOUT_S")
+
+
+def kafka_settings(environ: Mapping[str, str]) -> KafkaSettings:
+    """Where Kafka is: `EMBEDQ_KAFKA_…` and `EMBEDQ_TOPIC_PREFIX`. Other variables are the service's.
+
+    Raises:
+        SettingsError: naming the variable and what was expected.
+    """
+
+    def is_kafkas(name: str) -> bool:
+        known = name.startswith(f"{KAFKA_PREFIX}KAFKA_") or name == f"{KAFKA_PREFIX}TOPIC_PREFIX"
+        return known and name not in OF_THE_LOCAL_STACK
+
+    found = read_settings(KafkaSettings, KAFKA_PREFIX, environ, ours=is_kafkas)
+    found.kafka_options()  # what does not fit together is said now
+    return found
