@@ -99,12 +99,10 @@ def test_no_texts_are_an_empty_file(tmp_path: Path) -> None:
 def test_what_was_written_before_ctrl_c_stays_and_is_told(tmp_path: Path) -> None:
     process = started("-", "--out", str(tmp_path / "out.jsonl"))
     assert process.stdin is not None
-    process.stdin.write(b"one\ntwo\n")
+    process.stdin.write(b"text\n" * 100)
     process.stdin.flush()
     part = tmp_path / "out.jsonl.part"
-    wait_for(
-        part.exists, what="the part"
-    )  # the command is at its work: a signal no longer meets it while it imports
+    wait_for(lambda: part.exists() and part.stat().st_size > 0, what="the part")
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=patient(60))
 
