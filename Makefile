@@ -54,6 +54,7 @@ check: setup ## lint, types, generated files
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m tools.schemas --check
+	$(BIN)/python -m tools.openapi --check
 	$(BIN)/python -m tools.settings_page --check
 	$(BIN)/python -m tools.broker_errors_page --check
 	$(BIN)/python -m tools.pin_images --check
@@ -87,8 +88,9 @@ format: setup ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-contract: setup ## write the JSON Schemas
+contract: setup ## write the JSON Schemas, and the gateway's OpenAPI document and its page
 	$(BIN)/python -m tools.schemas
+	$(BIN)/python -m tools.openapi
 
 docs: setup ## write docs/settings.md and docs/broker-errors.md
 	$(BIN)/python -m tools.settings_page

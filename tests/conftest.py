@@ -45,7 +45,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 @pytest.fixture(autouse=True)
 def blocking_calls() -> Iterator[BlockBuster]:
     """A call of ours that blocks the event loop raises. The tests' own code may block."""
-    with blockbuster_ctx(scanned_modules=["embedq_consumer", "embedq_sdk", "embedq_shared"]) as blockbuster:
+    ours = ["embedq_consumer", "embedq_gateway", "embedq_sdk", "embedq_shared"]
+    with blockbuster_ctx(scanned_modules=ours) as blockbuster:
         # What measures the tests takes a lock where a line runs for the first time, and another thread may have it.
         for name in ("threading.Lock.acquire", "threading.Lock.acquire_lock"):
             blockbuster.functions[name].can_block_in("coverage/collector.py", "lock_data")

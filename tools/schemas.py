@@ -56,8 +56,8 @@ def schemas() -> dict[str, Schema]:
     found: dict[str, Schema] = {}
     for stem, struct in ROOTS.items():
         _, parts = msgspec.json.schema_components([struct], ref_template="#/$defs/{name}")
-        parts = {name: _tidy(part) for name, part in parts.items()}
-        _complete(parts)
+        parts = {name: tidy(part) for name, part in parts.items()}
+        complete(parts)
         root = parts.pop(struct.__name__)
         found[stem] = {"$schema": DIALECT, "$id": f"urn:embedq:v1:{stem}", **root}
         if parts:
@@ -89,13 +89,13 @@ def stale(folder: Path = SPEC) -> list[str]:
 # -- schemas: what msgspec wrote, said shorter and completed ----------------------------------------------------------
 
 
-def _tidy(schema: Any) -> Any:
+def tidy(schema: Any) -> Any:
     """`anyOf: [X, null]` as one schema, one-value enums as constants, descriptions without source indentation."""
     if isinstance(schema, list):
-        return [_tidy(item) for item in schema]
+        return [tidy(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    schema = {key: _tidy(value) for key, value in schema.items()}
+    schema = {key: tidy(value) for key, value in schema.items()}
     if isinstance(schema.get("description"), str):
         schema["description"] = " ".join(inspect.cleandoc(schema["description"]).split())
     if "default" in schema and schema["default"] is None:
@@ -114,7 +114,7 @@ def _tidy(schema: Any) -> Any:
     return schema
 
 
-def _complete(parts: dict[str, Schema]) -> None:
+def complete(parts: dict[str, Schema]) -> None:
     """Adds in place the rules that the structs' types cannot carry."""
     if job := parts.get("Job"):
         properties = job["properties"]

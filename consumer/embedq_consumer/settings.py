@@ -13,10 +13,10 @@ from msgspec import Meta
 
 from embedq_consumer.engine import LoadOptions, Quantization
 from embedq_shared.access import DEFAULT_MAX_INFLATED_BYTES
-from embedq_shared.access.environment import SettingsError, read_settings
-from embedq_shared.kafka_settings import OF_THE_LOCAL_STACK, PREFIX, KafkaSettings, NotEmpty
 from embedq_shared.messages import DEFAULT_ALIAS, DEFAULT_MAX_INPUTS
 from embedq_shared.secret import Secret
+from embedq_shared.settings.environment import SettingsError, read_settings
+from embedq_shared.settings.kafka import OF_THE_LOCAL_STACK, PREFIX, KafkaSettings, NotEmpty
 from embedq_shared.topics import GROUP
 from embedq_shared.user_cache import user_cache
 

@@ -13,7 +13,7 @@ import msgspec
 
 from embedq_consumer.engine.loading import compile_cache
 from embedq_consumer.settings import PREFIX, Settings, SettingsError
-from embedq_shared.access.setting_words import described, help_text
+from embedq_shared.settings.words import described, help_text
 
 _ABOUT: Final = (
     "Run one replica of the embedq service, or one for each of EMBEDQ_DEVICES, until SIGTERM or Ctrl-C. It takes no "

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import os
 import signal
+import threading
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -18,19 +19,22 @@ from typing import Any, Final
 import msgspec
 from starlette.routing import BaseRoute, Router
 
+from embedq_gateway.dialects.cohere import Cohere
 from embedq_gateway.dialects.openai import OpenAI
+from embedq_gateway.dialects.tei import Tei
 from embedq_gateway.embedding import Embedder
 from embedq_gateway.fleet.fleet import Fleet
 from embedq_gateway.fleet.follower import FleetFollower
 from embedq_gateway.http import logs
 from embedq_gateway.http.entrance import Entrance
 from embedq_gateway.keys.caller import Keys, OpenDoor
+from embedq_gateway.openapi.pages import Pages
 from embedq_gateway.operations.health import Health
 from embedq_gateway.settings import GatewaySettings, kafka_settings
 from embedq_sdk import EmbedClient
 from embedq_sdk.errors import ClientClosed, EmbedError
 from embedq_sdk.transport import KafkaConnection
-from embedq_shared.kafka_settings import KafkaSettings
+from embedq_shared.settings.kafka import KafkaSettings
 
 log = logging.getLogger("embedq.gateway")
 
@@ -65,12 +69,16 @@ class Gateway:
         """Every path, the busiest first."""
         return [
             *OpenAI(self.embedder, self.fleet, self.settings).routes(),
+            *Tei(self.embedder, self.fleet, self.settings).routes(),
+            *Cohere(self.embedder, self.settings).routes(),
             *Health().routes(),
+            *Pages().routes(),
         ]
 
     @asynccontextmanager
     async def running(self, _: Router) -> AsyncIterator[None]:
         """Connect and follow in the background: requests are answered from the first moment on, with 503 at first."""
+        self._leave_in_two_steps()
         tasks = [
             self._start("connect", self._connect()),
             self._start("fleet", self.follower.run()),
@@ -103,9 +111,25 @@ class Gateway:
 
     async def _watch(self) -> None:
         """A client that broke down does not mend itself: recovery is the next process."""
-        while self.client.fault is None:
+        while True:
+            if self.client.fault is not None:
+                raise self.client.fault
             await asyncio.sleep(_WATCH_S)
-        raise self.client.fault
+
+    def _leave_in_two_steps(self) -> None:
+        """From SIGTERM on answers close their connections, and load balancers see that we are not ready; uvicorn, which then
+        accepts nothing more and waits for what was accepted, is told a little later."""
+        loop = asyncio.get_running_loop()
+        leave = signal.getsignal(signal.SIGTERM)
+
+        def begin(number: int) -> None:
+            if not self.entrance.closing and callable(leave):
+                log.info("leaving")
+                self.entrance.closing = True
+                loop.call_later(self.settings.drain_delay_s, leave, number, None)
+
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda number, frame: loop.call_soon_threadsafe(begin, number))
 
     def _start(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name=f"embedq-gateway-{name}")

@@ -13,7 +13,7 @@ from typing import Final
 import click
 
 from embedq_gateway.settings import PREFIX, GatewaySettings, SettingsError, kafka_settings
-from embedq_shared.access.setting_words import described, settings_text
+from embedq_shared.settings.words import described, settings_text
 
 WRONG_SETTING: Final = 2
 

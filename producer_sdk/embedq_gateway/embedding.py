@@ -117,11 +117,11 @@ def joined(finished: Sequence[FinishedJob], alias: str) -> EmbedAnswer:
         head, data = first[0], first[0].data  # one job in one record, as nearly all are
         tokens = _tokens(finished[0])
     else:
-        data, tokens, head, offset = [], 0, None, 0
+        data, tokens, offset = [], 0, 0
         for job in finished:
             if isinstance(job.outcome, EmbedError):
                 raise job.outcome
-            head = head or job.outcome[0]
+            head = job.outcome[0]
             data += [
                 datum if offset == 0 else msgspec.structs.replace(datum, index=datum.index + offset)
                 for part in job.outcome
@@ -129,8 +129,6 @@ def joined(finished: Sequence[FinishedJob], alias: str) -> EmbedAnswer:
             ]
             offset += job.count
             tokens += _tokens(job)
-        if head is None:
-            raise RuntimeError("a request ran without a job. This is a bug.")
     if any(datum.error is not None for datum in data):
         raise _inputs_failed(data)
     return EmbedAnswer(

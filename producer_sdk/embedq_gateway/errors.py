@@ -54,7 +54,9 @@ KINDS: Final[Mapping[str, Kind]] = {
     ),
     "unknown_model": Kind(404, "not_found_error", "no replica serves this alias"),
     "text_too_long": Kind(
-        413, "invalid_request_error", "a text is over the model's limit, without `truncate` and without `chunk`"
+        413,
+        "invalid_request_error",
+        "a text is over the model's limit, without `truncate` and without `chunk`",
     ),
     "too_many_inputs": Kind(413, "invalid_request_error", "more texts, or spans, than one request may have"),
     "result_too_large": Kind(413, "invalid_request_error", "not even one vector fits into a record of Kafka"),
@@ -70,10 +72,14 @@ KINDS: Final[Mapping[str, Kind]] = {
     "invalid_api_key": Kind(401, "authentication_error", "there is no API key, or it is not known"),
     "permission_denied": Kind(403, "permission_error", "the API key may not do this, or not with this model"),
     "not_found": Kind(404, "not_found_error", "there is nothing at this path"),
-    "method_not_allowed": Kind(405, "invalid_request_error", "the path takes other methods, which `Allow` names"),
+    "method_not_allowed": Kind(
+        405, "invalid_request_error", "the path takes other methods, which `Allow` names"
+    ),
     "body_too_large": Kind(413, "invalid_request_error", "the body has more bytes than the gateway takes"),
     "rate_limit_exceeded": Kind(
-        429, "rate_limit_error", "the API key has used up its tokens of this minute, or its requests in flight"
+        429,
+        "rate_limit_error",
+        "the API key has used up its tokens of this minute, or its requests in flight",
     ),
     "model_changed": Kind(503, "server_error", "the model was reloaded, again, while a large request ran"),
     "unavailable": Kind(503, "server_error", "Kafka does not answer, or the gateway starts or leaves"),
@@ -158,9 +164,7 @@ def api_error(error: Exception, *, index: int | None = None) -> ApiError:
             param = _PARAMS.get(argument, argument)
             if argument.startswith("texts["):
                 param = f"input{argument.removeprefix('texts')}"
-            return ApiError(
-                "invalid_value", f"`{param}`: expected {error.expected}, got {error.got}", param
-            )
+            return ApiError("invalid_value", f"`{param}`: expected {error.expected}, got {error.got}", param)
         case DeadlineExceeded():
             return ApiError("expired", f"no result within {error.timeout:g} s ({error.progress})")
         case Overloaded():

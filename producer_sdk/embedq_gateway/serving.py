@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import signal
 import socket
@@ -25,24 +24,6 @@ _KEEP_ALIVE_S: Final = 75
 """Longer than clients keep a connection that they do not use, so that it is they who close it, and no request meets a closing one."""
 _WORKER_ANSWERS_S: Final = 30
 """A worker that does not answer its parent for this long is replaced; a busy machine must not look like that."""
-
-
-class Server(uvicorn.Server):
-    """uvicorn's server, which leaves in two steps: requests are still accepted for a while, so that load balancers turn away,
-    and then those that were accepted are answered."""
-
-    def __init__(self, config: uvicorn.Config, drain_delay_s: float) -> None:
-        super().__init__(config)
-        self._drain_delay_s = drain_delay_s
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Say that we are leaving, then leave."""
-        entrance = self.config.loaded_app
-        if isinstance(entrance, Entrance):
-            entrance.closing = True
-        log.info("leaving")
-        await asyncio.sleep(self._drain_delay_s)
-        await super().shutdown(sockets)
 
 
 def serve(settings: GatewaySettings) -> int:
@@ -78,12 +59,12 @@ def serve(settings: GatewaySettings) -> int:
         ssl_certfile=settings.tls_certfile or None,
         ssl_keyfile=settings.tls_keyfile or None,
     )
-    server = Server(config, settings.drain_delay_s)
     # uvicorn raises the signal that ended it once more when it has left; that is no reason for an exit code of its own.
     signal.signal(signal.SIGTERM, _leave)
     if settings.workers > 1:
-        Multiprocess(config, target=server.run, sockets=[listener]).run()
+        Multiprocess(config, [listener]).run()
         return 0
+    server = uvicorn.Server(config)
     with suppress(SystemExit):
         server.run(sockets=[listener])
     entrance = config.loaded_app

@@ -8,10 +8,10 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta
 
-from embedq_shared.access.environment import SettingsError, read_settings
-from embedq_shared.kafka_settings import OF_THE_LOCAL_STACK, KafkaSettings, NotEmpty
-from embedq_shared.kafka_settings import PREFIX as KAFKA_PREFIX
 from embedq_shared.messages import DEFAULT_ALIAS, DEFAULT_MAX_INPUTS
+from embedq_shared.settings.environment import SettingsError, read_settings
+from embedq_shared.settings.kafka import OF_THE_LOCAL_STACK, KafkaSettings, NotEmpty
+from embedq_shared.settings.kafka import PREFIX as KAFKA_PREFIX
 
 __all__ = ["PREFIX", "GatewaySettings", "SettingsError", "kafka_settings"]
 
@@ -32,13 +32,15 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     # Where
 
-    host: Annotated[NotEmpty, Meta(description="Address to listen on: the default is this machine alone.")] = (
-        "127.0.0.1"
-    )
+    host: Annotated[
+        NotEmpty, Meta(description="Address to listen on: the default is this machine alone.")
+    ] = "127.0.0.1"
     port: Annotated[Port, Meta(description="Port to listen on. 0: any free one; the log says which.")] = 8080
     workers: Annotated[
         PositiveInt,
-        Meta(description="Processes that share the port. Each has a client of its own, and reads one reply partition."),
+        Meta(
+            description="Processes that share the port. Each has a client of its own, and reads one reply partition."
+        ),
     ] = 1
     tls_certfile: Annotated[
         str,
@@ -73,7 +75,9 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     ] = 600.0
     max_inputs: Annotated[
         PositiveInt,
-        Meta(description="Texts that a request may have; the service's `EMBEDQ_MAX_INPUTS`, if that is smaller."),
+        Meta(
+            description="Texts that a request may have; the service's `EMBEDQ_MAX_INPUTS`, if that is smaller."
+        ),
     ] = DEFAULT_MAX_INPUTS
     max_body_bytes: Annotated[
         PositiveInt, Meta(description="Bytes that the body of a request may have; more is answered with 413.")

@@ -13,8 +13,8 @@ import httpx
 from embedq_gateway.app import Gateway
 from embedq_gateway.settings import GatewaySettings
 from embedq_sdk import client as client_module
-from embedq_shared.kafka_settings import KafkaSettings
 from embedq_shared.messages import Status
+from embedq_shared.settings.kafka import KafkaSettings
 from tests.helpers.fake_service import HIDDEN_SIZE, OLD, FakeService
 from tests.helpers.fake_transport import FakeTransport
 

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from embedq_consumer.settings import Settings
+from embedq_gateway.settings import GatewaySettings
 from embedq_shared.secret import Secret
 from tools import settings_page
 
@@ -35,9 +36,10 @@ def test_every_setting_that_a_page_names_exists(page: Path) -> None:
     others = {"kafka_version", "cache_dir", "test_patience"}
     text = page.read_text(encoding="utf-8")
     named = {found.removeprefix("EMBEDQ_").lower() for found in re.findall(r"`(EMBEDQ_[A-Z0-9_]+)", text)}
-    hints = get_type_hints(Settings)
-    files = {f"{field}_file" for field in Settings.__struct_fields__ if hints[field] is Secret}
-    assert named <= set(Settings.__struct_fields__) | files | others
+    fields = get_type_hints(Settings)
+    fields |= {f"gateway_{field}": hint for field, hint in get_type_hints(GatewaySettings).items()}
+    files = {f"{field}_file" for field, hint in fields.items() if hint is Secret}
+    assert named <= fields.keys() | files | others
 
 
 def test_the_settings_page_is_fresh() -> None:
@@ -46,7 +48,7 @@ def test_the_settings_page_is_fresh() -> None:
 
 def test_every_setting_says_what_it_means() -> None:
     rows = [row.split(" | ") for row in settings_page.page().splitlines() if row.startswith("| `EMBEDQ_")]
-    assert len(rows) == len(Settings.__struct_fields__)
+    assert len(rows) == len(Settings.__struct_fields__) + len(GatewaySettings.__struct_fields__)
     assert [row[0] for row in rows if len(row[-1].strip(" |")) < 10] == []
 
 

@@ -20,8 +20,8 @@ from embedq_consumer.lifecycle import BatchOptions
 from embedq_consumer.service import serve
 from embedq_consumer.settings import Settings, SettingsError
 from embedq_consumer.usage import explain_usage
-from embedq_shared.access.setting_words import described, takes, wrong
 from embedq_shared.secret import Secret
+from embedq_shared.settings.words import described, takes, wrong
 from embedq_shared.topics import DEFAULT_RETRY_TIERS, Topics
 from tests.helpers.support import patient
 

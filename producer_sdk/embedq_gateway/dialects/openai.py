@@ -23,6 +23,13 @@ from embedq_gateway.http.answers import JsonAnswer
 from embedq_gateway.http.body import read_json
 from embedq_gateway.http.entrance import route
 from embedq_gateway.http.exchange import MODEL_VERSION, Exchange
+from embedq_gateway.http.operation import (
+    EMBEDDING,
+    EMBEDDING_HEADERS,
+    VERSIONED,
+    Operation,
+    Parameter,
+)
 from embedq_gateway.settings import GatewaySettings
 from embedq_sdk.embeddings import ReadDatum
 from embedq_shared.codec import BadJob, decode_job
@@ -35,7 +42,9 @@ _TOKENS: Final = (
 )
 
 
-class Embedding(msgspec.Struct, frozen=True, kw_only=True, tag_field="object", tag="embedding", omit_defaults=True):
+class Embedding(
+    msgspec.Struct, frozen=True, kw_only=True, tag_field="object", tag="embedding", omit_defaults=True
+):
     """One input's vector, or that of a span of it. `truncated`, `scale` and `span` are there only where they say something."""
 
     index: int
@@ -80,13 +89,16 @@ class ModelObject(msgspec.Struct, frozen=True, kw_only=True, tag_field="object",
     """One alias that is alive."""
 
     id: Annotated[str, Meta(description="The alias, to be named as `model`.")]
-    created: Annotated[int, Meta(description="Epoch seconds at which this gateway first saw the model version.")]
+    created: Annotated[
+        int, Meta(description="Epoch seconds at which this gateway first saw the model version.")
+    ]
     owned_by: Literal["embedq"] = "embedq"
     model_version: Annotated[
         str, Meta(description="`sha256:` and 64 hex digits: equal exactly when vectors are comparable.")
     ]
     dimensions: Annotated[
-        int | None, Meta(description="The hidden size, the most that `dimensions` may be; null where it is not known.")
+        int | None,
+        Meta(description="The hidden size, the most that `dimensions` may be; null where it is not known."),
     ]
     max_tokens: Annotated[
         int | None,
@@ -99,6 +111,42 @@ class ModelList(msgspec.Struct, frozen=True, kw_only=True, tag_field="object", t
     """The aliases that are alive now."""
 
     data: list[ModelObject]
+
+
+OPERATIONS: Final = (
+    Operation(
+        method="post",
+        path="/v1/embeddings",
+        tag="OpenAI",
+        summary="Vectors for texts.",
+        parameters=EMBEDDING_HEADERS,
+        body=Job,
+        answer=EmbeddingList,
+        answer_headers=VERSIONED,
+        codes=EMBEDDING,
+    ),
+    Operation(
+        method="get",
+        path="/v1/models",
+        tag="OpenAI",
+        summary="The aliases that are alive now.",
+        answer=ModelList,
+    ),
+    Operation(
+        method="get",
+        path="/v1/models/{id}",
+        tag="OpenAI",
+        summary="One alias that is alive now.",
+        parameters=(
+            Parameter(
+                name="id", place="path", meaning="The alias.", schema={"type": "string", "minLength": 1}
+            ),
+        ),
+        answer=ModelObject,
+        answer_headers=VERSIONED,
+        codes=("unknown_model",),
+    ),
+)
 
 
 class OpenAI:
@@ -147,9 +195,7 @@ class OpenAI:
         model = self._fleet.model(alias, time.time())
         if model is None:
             raise ApiError("unknown_model", "no replica serves a model of this name", "model")
-        return JsonAnswer.of(
-            _object(model), headers=[(_VERSION_HEADER, model.model_version.encode())]
-        )
+        return JsonAnswer.of(_object(model), headers=[(_VERSION_HEADER, model.model_version.encode())])
 
 
 def read_job(body: bytes, max_inputs: int) -> Job:
@@ -196,22 +242,15 @@ def written(data: Sequence[ReadDatum], dtype: Dtype, format: EncodingFormat) -> 
 
 
 class _Ids(msgspec.Struct):
-    input: list[int] | None = None
-
-
-class _ListsOfIds(msgspec.Struct):
-    input: list[list[int]] | None = None
+    input: list[int | list[int]] | None = None
 
 
 def _has_token_ids(body: bytes) -> bool:
     """Whether `input` is a list of integers, or of lists of them."""
-    for kind in (_Ids, _ListsOfIds):
-        try:
-            if msgspec.json.decode(body, type=kind).input:
-                return True
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            continue
-    return False
+    try:
+        return bool(msgspec.json.decode(body, type=_Ids).input)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
 
 
 def _echoed(metadata: msgspec.Raw) -> msgspec.Raw | msgspec.UnsetType:

@@ -13,4 +13,6 @@ from embedq_shared.vectors import NUMPY
 def numbers(raw: bytes, dtype: Dtype) -> msgspec.Raw:
     """A vector's bytes as a JSON list: floats by the fewest digits that read back the same, which msgspec cannot write for
     float32; int8 as integers; binary as its packed bytes, from 0 to 255."""
-    return msgspec.Raw(orjson.dumps(np.frombuffer(raw, dtype=NUMPY[dtype]), option=orjson.OPT_SERIALIZE_NUMPY))
+    return msgspec.Raw(
+        orjson.dumps(np.frombuffer(raw, dtype=NUMPY[dtype]), option=orjson.OPT_SERIALIZE_NUMPY)
+    )

@@ -52,9 +52,7 @@ class FleetFollower:
 
     async def _follow(self) -> None:
         async with self._connection.client(control_consumer(self._connection), _CONNECT_S) as consumer:
-            reader = ControlPlaneReader(
-                self._connection, consumer, self._topics, board=self._fleet.board
-            )
+            reader = ControlPlaneReader(self._connection, consumer, self._topics, board=self._fleet.board)
             await reader.read_to_end([self._topics.status])
             while True:
                 self._polled_at = time.monotonic()

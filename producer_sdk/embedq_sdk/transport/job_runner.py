@@ -197,14 +197,14 @@ class JobRunner:
         *,
         allow_mixed: bool,
     ) -> Embeddings:
-        """The outcomes of a call as one array; from one model, unless `allow_mixed`.
+        """The outcomes of a call as one array, unless `allow_mixed` `of_one_model`, whose errors it raises.
 
         Raises:
-            MixedModelVersions, EmbedError: as `of_one_model`, or the first job's error if no job has a result.
+            EmbedError: no job has a result; this is the first one's error.
         """
-        return assemble(
-            finished if allow_mixed else await self.of_one_model(finished, inputs, options, deadline)
-        )
+        if not allow_mixed:
+            finished = await self.of_one_model(finished, inputs, options, deadline)
+        return assemble(finished)
 
     async def of_one_model(
         self,
@@ -246,7 +246,7 @@ class JobRunner:
             headers=[
                 (_CORRELATION, correlation),
                 *self._reply_headers,
-                *self._whose(options),
+                *_whose(options, self._client),
                 (names.DEADLINE, b"%d" % int((time.time() + deadline.at - loop.time()) * 1000)),
                 *_trace(options),
             ],
@@ -350,7 +350,7 @@ class JobRunner:
                 value=options.encode(texts, id, format),
                 headers=[
                     (names.CONTENT_TYPE, CONTENT_TYPES[format].encode()),
-                    *self._whose(options),
+                    *_whose(options, self._client),
                     *_trace(options),
                 ],
                 correlation=b"",
@@ -383,11 +383,6 @@ class JobRunner:
             texts, held = self.in_flight.held
             raise Overloaded(texts=texts, size=held, timeout=deadline.timeout) from None
 
-    def _whose(self, options: JobOptions) -> tuple[Header, ...]:
-        """Whose job it is: the call says so, or else the client."""
-        client = self._client if options.client_id is None else options.client_id.encode()
-        return ((names.CLIENT, client),) if client else ()
-
     def _topic(self, options: JobOptions) -> str:
         return self._topics.bulk if options.lane == "bulk" else self._topics.jobs
 
@@ -398,6 +393,12 @@ async def _finished(job: PendingJob) -> FinishedJob:
         return FinishedJob(count=job.count, outcome=await job.future)
     except JobFailed as error:
         return FinishedJob(count=job.count, outcome=error)
+
+
+def _whose(options: JobOptions, client: bytes) -> tuple[Header, ...]:
+    """Whose job it is: the call says so, or else the client."""
+    said = client if options.client_id is None else options.client_id.encode()
+    return ((names.CLIENT, said),) if said else ()
 
 
 def _trace(options: JobOptions) -> tuple[Header, ...]:

@@ -135,9 +135,7 @@ async def test_a_client_that_hangs_up_ends_its_job_and_gets_no_answer(door: Door
     door.gateway.entrance.observers.append(seen.append)
     door.service.behave = lambda received: None
     request = RawRequest(b'{"input": "a"}')
-    task = asyncio.create_task(
-        door.gateway.entrance(request.scope, request.incoming.get, request.send)  # type: ignore[arg-type]
-    )
+    task = asyncio.create_task(door.gateway.entrance(request.scope, request.incoming.get, request.send))
     await wait_until(lambda: door.gateway.client.in_flight == 1, what="a job under way")
     request.hang_up()
     async with asyncio.timeout(patient(10)):
@@ -153,5 +151,5 @@ async def test_a_client_that_hangs_up_within_its_body_gets_no_answer(door: Door)
     await request.incoming.get()
     request.incoming.put_nowait({"type": "http.request", "body": b'{"in', "more_body": True})
     request.hang_up()
-    await door.gateway.entrance(request.scope, request.incoming.get, request.send)  # type: ignore[arg-type]
+    await door.gateway.entrance(request.scope, request.incoming.get, request.send)
     assert request.sent == []

@@ -31,7 +31,9 @@ def test_what_openais_client_tries_again_is_what_may_succeed_later(code: str) ->
 
 
 def test_the_page_has_the_table() -> None:
-    rows = re.findall(r"^\| (\d{3}) \| `(\w+)` \| `(\w+)` \| (.+) \|$", PAGE.read_text(encoding="utf-8"), re.M)
+    rows = re.findall(
+        r"^\| (\d{3}) \| `(\w+)` \| `(\w+)` \| (.+) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert {code: (int(status), type, meaning) for status, code, type, meaning in rows} == {
         code: (kind.status, kind.type, kind.meaning) for code, kind in KINDS.items()
     }

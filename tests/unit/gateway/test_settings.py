@@ -10,11 +10,13 @@ import pytest
 
 from embedq_consumer.settings import Settings
 from embedq_gateway.settings import GatewaySettings, SettingsError, kafka_settings
-from embedq_shared.access.setting_words import takes, wrong
+from embedq_shared.settings.words import takes, wrong
 
 
 def settings(**environ: str) -> GatewaySettings:
-    return GatewaySettings.from_env({f"EMBEDQ_GATEWAY_{name.upper()}": value for name, value in environ.items()})
+    return GatewaySettings.from_env(
+        {f"EMBEDQ_GATEWAY_{name.upper()}": value for name, value in environ.items()}
+    )
 
 
 def test_nothing_need_be_set() -> None:

@@ -9,8 +9,8 @@ from typing import TypeVar, get_type_hints
 
 import msgspec
 
-from embedq_shared.access.setting_words import plain, wrong
 from embedq_shared.secret import Secret, read_secret
+from embedq_shared.settings.words import plain, wrong
 
 S = TypeVar("S", bound=msgspec.Struct)
 

@@ -9,8 +9,8 @@ import msgspec
 from msgspec import Meta
 
 from embedq_shared.access import BadOption, KafkaOptions, SaslMechanism, SecurityProtocol
-from embedq_shared.access.environment import SettingsError
 from embedq_shared.secret import Secret
+from embedq_shared.settings.environment import SettingsError
 from embedq_shared.topics import Topics
 
 PREFIX: Final = "EMBEDQ_"
