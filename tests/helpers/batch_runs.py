@@ -89,7 +89,7 @@ def vectors_in(path: Path | str) -> dict[Any, npt.NDArray[np.float32]]:
             msgspec.json.decode(line) for line in path.with_suffix(".rows.jsonl").read_bytes().splitlines()
         ]
         rows = [{**name, "vector": vector} for name, vector in zip(names, np.load(path), strict=True)]
-    found = {row["id"]: np.float32(row["vector"]) for row in rows}
+    found = {row["id"]: np.asarray(row["vector"], np.float32) for row in rows}
     assert len(found) == len(rows), "an id twice"
     return found
 

@@ -99,7 +99,7 @@ class Manifest:
         except sqlite3.Error as error:
             self._lock_file.close()
             raise BadTarget(target=str(path), reason=f"expected a manifest: {error}") from None
-        self._versions = {
+        self._versions: dict[str, int] = {
             name: number for number, name in self._db.execute("select number, name from versions")
         }
 
