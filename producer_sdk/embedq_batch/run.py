@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 import numpy as np
@@ -24,6 +24,8 @@ from embedq_batch.sinks.finals import json_line
 from embedq_batch.sinks.sink import Sink
 from embedq_batch.sources.source import Source
 from embedq_sdk.errors import InvalidArgument
+
+_T = TypeVar("_T")
 
 SAME: Final = 0.999
 """Least cosine of a vector to what the target gives back: float16 and int8 keep more, another text far less."""
@@ -86,15 +88,15 @@ async def execute(parts: Parts, report: Callable[[str], None] = lambda line: Non
     async with AsyncExitStack() as stack:
         threads = (Thread("embedq-source"), Thread("embedq-target"))
         for thread in threads:
-            stack.callback(thread.close)
+            stack.push_async_callback(thread.close)
         source_thread, sink_thread = threads
-        stack.callback(parts.source.close)
+        stack.push_async_callback(source_thread, parts.source.close)
         await source_thread(parts.source.open)
         parts.progress.total = await source_thread(parts.source.count)
         path = parts.manifest or parts.sink.manifest
         manifest = await sink_thread(Manifest, path)
-        stack.callback(manifest.close)
-        stack.callback(parts.sink.close)
+        stack.push_async_callback(sink_thread, manifest.close)
+        stack.push_async_callback(sink_thread, parts.sink.close)
         await stack.enter_async_context(reported(parts.progress, report))
         return await _Run(parts, manifest, threads).run()
 
@@ -122,7 +124,8 @@ class _Run:
                 expected=f"{' or '.join(sorted(self._sink.dtypes))} for {self._sink.name}",
                 got=dtype,
             )
-        manifest.claim(about(self._source, self._sink, options), again=options.again)
+        known = about(self._source, self._sink, options)
+        await self._in_turn(lambda: manifest.claim(known, again=options.again))
         probed = await self._embedder.probe()
         shape = Shape(
             width=probed.vectors.shape[1],
@@ -133,16 +136,26 @@ class _Run:
             model_version=probed.model_version,
         )
         await self._patiently(self._open, shape)
-        state = begun(manifest.state, options, manifest.figures().failed)
+        state = await self._in_turn(self._begun)
         version = probed.model_version
         if state is not None:
-            manifest.state = state
             version = await self._passes(state, version)
-        elif not self._sink.complete():
+        elif not await self._in_turn(self._sink.complete):
             await self._patiently(self._sink.finish, manifest)
         await self._write_errors()
         check = await self._check() if options.check else None
-        return self._summary(version, check)
+        return await self._in_turn(lambda: self._summary(version, check))
+
+    def _begun(self) -> State | None:
+        """The state that this run begins with, written down."""
+        state = begun(self._manifest.state, self._options, self._manifest.figures().failed)
+        if state is not None:
+            self._manifest.state = state
+        return state
+
+    async def _in_turn(self, function: Callable[[], _T]) -> _T:
+        """Call a function of target or manifest in their thread."""
+        return await self._threads[1](function)
 
     def _open(self, shape: Shape) -> None:
         self._sink.open(shape, self._manifest, force=self._options.force)
@@ -150,9 +163,10 @@ class _Run:
     async def _passes(self, state: State, version: str) -> str:
         """Pass over the source until all rows have vectors of one model version, which is returned."""
         options, manifest, progress = self._options, self._manifest, self._progress
-        others = [name for name in manifest.figures().versions if name != version]
+        figures = await self._in_turn(manifest.figures)
+        others = [name for name in figures.versions if name != version]
         if others and options.on_model_change == "stop":
-            raise ModelChanged(old=others[0], new=version, done=manifest.figures().done)
+            raise ModelChanged(old=others[0], new=version, done=figures.done)
         versions = Versions(options.on_model_change, version)
         again = False
         while True:
@@ -186,7 +200,7 @@ class _Run:
             if options.delete_missing:
                 await one.delete_missing()
             await one.delete_failed(newest)
-            stale = manifest.stale(newest)
+            stale = await self._threads[1](manifest.stale, newest)
             if not stale:
                 break
             if not one.embedded and wanted.version == newest:
@@ -195,10 +209,13 @@ class _Run:
                     reason=f"{stale:,} rows that the source no longer has are of an older model: --delete-missing deletes them",
                 )
         await self._patiently(self._sink.finish, manifest)
-        manifest.state = msgspec.structs.replace(
-            state, complete=True, ended=time.time(), total=progress.total
-        )
+        await self._threads[1](self._ended, state)
         return newest
+
+    def _ended(self, state: State) -> None:
+        self._manifest.state = msgspec.structs.replace(
+            state, complete=True, ended=time.time(), total=self._progress.total
+        )
 
     async def _patiently(self, function: Callable[..., None], *arguments: Any) -> None:
         await patiently(self._threads[1], self._progress, function, *arguments)

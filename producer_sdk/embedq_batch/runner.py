@@ -76,9 +76,9 @@ class Thread:
         """Run a function there. When the caller is cancelled it still ends there before the next one begins."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Wait for the last one."""
-        self._executor.shutdown(wait=True)
+        await asyncio.to_thread(self._executor.shutdown)
 
 
 class Pass:

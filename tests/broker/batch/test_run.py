@@ -45,21 +45,28 @@ async def test_a_runner_that_is_killed_goes_on_and_every_row_is_there_once(
     out, manifest = tmp_path / "out.parquet", tmp_path / "out.parquet.embedq" / MANIFEST
     command = ("--from", a_table(tmp_path / "in.parquet", TEXTS), "--to", str(out))
 
-    def done() -> int:
+    def look() -> int:
         try:
             return glance(manifest)[2].done
         except sqlite3.Error:
             return 0
 
+    async def done() -> int:
+        return await asyncio.to_thread(look)
+
     async with Responder(servers, prefix) as service:
         for _ in range(2):
-            before = done()
+            before = await done()
             process = started(servers, prefix, *command)
-            await wait_until(lambda before=before: done() > before, what="some rows", within=60)  # type: ignore[misc]
+
+            async def further(before: int = before) -> bool:
+                return await done() > before
+
+            await wait_until(further, what="some rows", within=60)
             process.kill()
             await asyncio.to_thread(process.communicate)
         assert not out.exists()
-        kept = done()
+        kept = await done()
         process = started(servers, prefix, *command, "--check", "10")
         async with asyncio.timeout(patient(120)):
             _, told = await asyncio.to_thread(process.communicate)

@@ -171,7 +171,7 @@ async def test_ctrl_c_keeps_what_is_done(tmp_path: Path) -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
 
-    _, state, figures = glance(manifest)
+    _, state, figures = await asyncio.to_thread(glance, manifest)
     assert not state.complete
     assert 0 < figures.done <= 300
     assert not out.exists()
@@ -215,7 +215,7 @@ async def test_a_reload_in_the_middle_stops_a_run_that_asks_for_that(tmp_path: P
     with pytest.raises(ModelChanged, match="--on-model-change"):
         await run(source, str(out), reloading(after=20), job_texts=10, on_model_change="stop", in_flight=20)
 
-    _, _, figures = glance(tmp_path / "out.parquet.embedq" / MANIFEST)
+    _, _, figures = await asyncio.to_thread(glance, tmp_path / "out.parquet.embedq" / MANIFEST)
     assert figures.versions.keys() == {OLD}
     assert 100 <= figures.done < 500
     assert not out.exists()
