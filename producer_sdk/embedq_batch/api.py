@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,13 +46,15 @@ async def run(
     job["lane"] = "bulk"
     columns = columns or Columns()
     if isinstance(source, (str, list, tuple)):
-        source = opened_source([source] if isinstance(source, str) else source, columns)
+        source = await asyncio.to_thread(
+            opened_source, [source] if isinstance(source, str) else source, columns
+        )
     asked = msgspec.structs.replace(options or RunOptions(), job=JobOptions(**job), about=described(columns))
     async with EmbedClient(servers, topic_prefix=topic_prefix, **(security or {})) as client:
         return await execute(
             Parts(
                 source=source,  # type: ignore[arg-type]  # a string was made a source above
-                sink=opened_sink(sink) if isinstance(sink, str) else sink,
+                sink=await asyncio.to_thread(opened_sink, sink) if isinstance(sink, str) else sink,
                 client=client,
                 options=asked,
                 progress=Progress(time.monotonic()),

@@ -131,6 +131,8 @@ def run(
     if importlib.util.find_spec("pyarrow") is None:
         say("run needs pyarrow: pip install 'embedq[batch]'")
         sys.exit(NO_ANSWER)
+    import asyncio
+
     from embedq_batch.api import described
     from embedq_batch.columns import Columns
     from embedq_batch.run import Parts, execute
@@ -144,8 +146,10 @@ def run(
     async def work() -> int:
         columns = Columns(text=text_column, template=template, id=id_column, keep=keep)
         asked = _options(options, again, described(columns))
-        opened = opened_source(source, columns)
-        sink = opened_sink(target)
+        opened = await asyncio.to_thread(
+            opened_source, source, columns
+        )  # imports what they need, and takes a while
+        sink = await asyncio.to_thread(opened_sink, target)
         client = EmbedClient(
             kafka.servers, topic_prefix=kafka.prefix, connect_timeout=CONNECT_TIMEOUT_S, **kafka.security
         )

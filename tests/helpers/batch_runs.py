@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -59,7 +60,7 @@ async def run(
         return await execute(
             Parts(
                 source=opened_source([source], columns) if isinstance(source, str) else source,
-                sink=opened_sink(sink) if isinstance(sink, str) else sink,
+                sink=await asyncio.to_thread(opened_sink, sink) if isinstance(sink, str) else sink,
                 client=client,
                 options=RunOptions(job=job or JobOptions(lane="bulk"), about=described(columns), **options),
                 progress=Progress(time.monotonic()),

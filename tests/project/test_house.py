@@ -291,7 +291,8 @@ def test_a_room_uses_only_rooms_of_lower_floors(package: str, floors: Floors) ->
 
 
 @pytest.mark.parametrize(
-    ("package", "floors"), [("embedq_consumer", SERVICE), ("embedq_sdk", SDK), ("embedq_gateway", GATEWAY), ("embedq_batch", BATCH)]
+    ("package", "floors"),
+    [("embedq_consumer", SERVICE), ("embedq_sdk", SDK), ("embedq_gateway", GATEWAY), ("embedq_batch", BATCH)],
 )
 def test_every_room_has_its_floor(package: str, floors: Floors) -> None:
     """A new room is given its place above, so that the one who adds it decides what it may use."""

@@ -57,7 +57,11 @@ def importers(package: str, names: set[str]) -> set[str]:
 def test_imports_run_from_the_consumer_and_the_sdk_to_shared_alone_and_from_gateway_and_batch_to_the_sdk(
     package: str,
 ) -> None:
-    may = {package, "embedq_shared", *(["embedq_sdk"] if package in {"embedq_batch", "embedq_gateway"} else [])}
+    may = {
+        package,
+        "embedq_shared",
+        *(["embedq_sdk"] if package in {"embedq_batch", "embedq_gateway"} else []),
+    }
     assert importers(package, PACKAGES.keys() - may) == set()
 
 

@@ -16,7 +16,5 @@ def beside(path: Path) -> Path:
 
 
 def in_working_folder(name: str) -> Path:
-    """The manifest of a store that is on another machine: in a folder of the working directory that is called after it."""
-    return (
-        Path("".join(each if each.isalnum() or each in "-_." else "-" for each in name) + FOLDER) / MANIFEST
-    )
+    """The folder of a store that is on another machine: in the working directory, called after it."""
+    return Path("".join(each if each.isalnum() or each in "-_." else "-" for each in name) + FOLDER)
