@@ -1,4 +1,4 @@
-"""`embedq_batch.run`, and what the command line shares with it."""
+"""`embedq_batch.running.run`, and what the command line shares with it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any, Unpack
 
 import msgspec
 
-from embedq_batch.columns import Columns
-from embedq_batch.options import RunOptions
-from embedq_batch.progress import Progress
-from embedq_batch.run import Parts, Summary, execute
+from embedq_batch.content.columns import Columns
+from embedq_batch.running.options import RunOptions
+from embedq_batch.running.progress import Progress
+from embedq_batch.running.run import Parts, Summary, execute
 from embedq_batch.sinks.opening import opened_sink
 from embedq_batch.sinks.sink import Sink
 from embedq_batch.sources.opening import opened_source
@@ -30,6 +30,8 @@ async def run(
     topic_prefix: str = "embed",
     security: dict[str, Any] | None = None,
     columns: Columns | None = None,
+    query: str | None = None,
+    since: int | None = None,
     options: RunOptions | None = None,
     manifest: str | Path | None = None,
     report: Callable[[str], None] = lambda line: None,
@@ -39,6 +41,7 @@ async def run(
 
     `source` and `sink` are what the command takes after --from and --to, or objects of your own. `columns` say what of a
     row is its text; `job` what is asked of each vector, as in `EmbedClient`. `options` has all else; its `job` is replaced.
+    `query` is for PostgreSQL, instead of a table; `since` (epoch milliseconds) for a Kafka topic.
 
     Raises:
         BadSource, BadTarget, OtherRun, RunBusy, ModelChanged, TooManyFailures, EmbedError.
@@ -47,7 +50,13 @@ async def run(
     columns = columns or Columns()
     if isinstance(source, (str, list, tuple)):
         source = await asyncio.to_thread(
-            opened_source, [source] if isinstance(source, str) else source, columns
+            opened_source,
+            [source] if isinstance(source, str) else source,
+            columns,
+            query=query,
+            since=since,
+            servers=servers,
+            security=security,
         )
     asked = msgspec.structs.replace(options or RunOptions(), job=JobOptions(**job), about=described(columns))
     async with EmbedClient(servers, topic_prefix=topic_prefix, **(security or {})) as client:

@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from embedq_batch.progress import Progress, duration
+from embedq_batch.running.progress import Progress, duration
+from embedq_sdk.cli.dlq import moment
 from embedq_sdk.cli.kafka_options import CONNECT_TIMEOUT_S, KafkaTarget, kafka_options
 from embedq_sdk.cli.running import FAILED, NO_ANSWER, say
 from embedq_sdk.cli.running import run as run_command
 
 if TYPE_CHECKING:
-    from embedq_batch.options import RunOptions
-    from embedq_batch.run import Summary
+    from embedq_batch.running.options import RunOptions
+    from embedq_batch.running.run import Summary
 
 STOPPED: Final = 130
 """The exit code after Ctrl-C, as shells have it."""
@@ -36,9 +37,22 @@ _REDRAWN_S: Final = 0.5
     "source",
     required=True,
     multiple=True,
-    help="Where the texts are: .parquet, .csv, .tsv or .jsonl, a path or a glob, several times; - is JSON Lines on standard input.",
+    help="Where the texts are: .parquet, .csv, .tsv or .jsonl, a path or a glob, several times; - is JSON Lines on standard input; "
+    "postgresql://…#TABLE; kafka:TOPIC, of JSON documents.",
 )
-@click.option("--to", "target", required=True, help="Where the vectors go: a file .parquet, .jsonl or .npy.")
+@click.option("--query", help="For postgresql://…: the rows of this query instead of a table's.")
+@click.option(
+    "--since",
+    callback=moment,
+    help="For kafka:TOPIC: documents from then on, such as 2026-05-01T12:00 or 2h (ago).",
+)
+@click.option(
+    "--to",
+    "target",
+    required=True,
+    help="Where the vectors go: a file .parquet, .jsonl or .npy; lancedb:FOLDER#TABLE, postgresql://…#TABLE, "
+    "qdrant:ADDRESS#COLLECTION or milvus:ADDRESS#COLLECTION, where an address is a server's, or a folder or a file.",
+)
 @click.option("--text-column", help="The column with the text. Default: text.")
 @click.option("--template", help='The text, made of several columns, such as "{title}: {body}".')
 @click.option(
@@ -119,6 +133,8 @@ def run(
     template: str | None,
     id_column: str | None,
     keep: tuple[str, ...],
+    query: str | None,
+    since: int | None,
     manifest: Path | None,
     kafka: KafkaTarget,
     **options: Any,
@@ -134,8 +150,8 @@ def run(
     import asyncio
 
     from embedq_batch.api import described
-    from embedq_batch.columns import Columns
-    from embedq_batch.run import Parts, execute
+    from embedq_batch.content.columns import Columns
+    from embedq_batch.running.run import Parts, execute
     from embedq_batch.sinks.opening import opened_sink
     from embedq_batch.sources.opening import opened_source
     from embedq_sdk.client import EmbedClient
@@ -194,7 +210,7 @@ async def _until_stopped(work: Any) -> int:
 
 
 def _options(given: dict[str, Any], command: str, about: dict[str, Any]) -> RunOptions:
-    from embedq_batch.options import RunOptions
+    from embedq_batch.running.options import RunOptions
     from embedq_sdk.job_options import JobOptions, late, mean
 
     names = ("model", "dimensions", "dtype", "input_type", "instruction", "truncate")

@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 import embedq_sdk.client
 from embedq_batch import Columns, RunOptions, Sink, Source, Summary
 from embedq_batch.api import described
-from embedq_batch.progress import Progress
-from embedq_batch.run import Parts, execute
+from embedq_batch.running.progress import Progress
+from embedq_batch.running.run import Parts, execute
 from embedq_batch.sinks.opening import opened_sink
 from embedq_batch.sources.opening import opened_source
 from embedq_sdk import EmbedClient
@@ -55,7 +55,7 @@ async def run(
     report: Callable[[str], None] = lambda line: None,
     **options: Any,
 ) -> Summary:
-    """One run, as `embedq_batch.run` does it, without Kafka."""
+    """One run, as `embedq_batch.running.run` does it, without Kafka."""
     async with fake_client(service) as (client, _):
         return await execute(
             Parts(

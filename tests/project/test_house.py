@@ -77,14 +77,11 @@ GATEWAY: Final[Floors] = (
     ("command",),
 )
 BATCH: Final[Floors] = (
-    ("errors", "progress"),
-    ("rows",),
-    ("columns",),
+    ("errors",),
+    ("content",),
     ("manifest",),
     ("sources", "sinks"),
-    ("options", "embedding"),
-    ("runner",),
-    ("run",),
+    ("running",),
     ("api",),
     ("__init__",),
     ("command",),

@@ -12,8 +12,8 @@ import numpy.typing as npt
 import pytest
 
 from embedq_batch import Columns, Sink
+from embedq_batch.content.rows import RowId
 from embedq_batch.errors import BadTarget
-from embedq_batch.rows import RowId
 from embedq_batch.sinks.opening import opened_sink
 from embedq_sdk import late
 from embedq_sdk.job_options import JobOptions

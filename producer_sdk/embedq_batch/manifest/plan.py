@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
-from embedq_batch.rows import RowId
+from embedq_batch.content.rows import RowId
 
 OnModelChange = Literal["finish", "restart", "stop"]
+GONE: Final = b"gone"
+"""Stands for the content of a row that is to be deleted."""
 Verdict = Literal["embed", "done", "failed", "repeat", "conflict"]
 
 
@@ -82,13 +84,20 @@ def planned(
     wanted: Wanted,
     under_way: Mapping[RowId, bytes],
 ) -> Planned:
-    """Sort the rows of a batch. `under_way` are rows that were read earlier and are not yet written down."""
+    """Sort the rows of a batch. `under_way` are rows that were read earlier and are not yet written down, with their content, or
+    with `GONE`: of them the manifest does not know yet."""
     found = Planned(embed=[], done=[], failed=[], conflicts=[])
     here: dict[RowId, bytes] = {}
     for n, (id, hash) in enumerate(zip(ids, hashes, strict=True)):
         earlier = here.get(id) or under_way.get(id)
-        if earlier is not None and not wanted.latest_wins:
-            (found.done if earlier == hash else found.conflicts).append(n)
+        if earlier is not None:
+            if earlier == hash:
+                found.done.append(n)
+            elif wanted.latest_wins:
+                found.embed.append(n)
+                here[id] = hash
+            else:
+                found.conflicts.append(n)
             continue
         match verdict(hash, known[0].get(id), known[1].get(id), wanted):
             case "embed":

@@ -16,9 +16,9 @@ from typing import IO, Any, Final, Self
 
 import msgspec
 
+from embedq_batch.content.rows import Problem, RowId
 from embedq_batch.errors import BadTarget, OtherRun, RunBusy
 from embedq_batch.manifest.plan import Done, Failed
-from embedq_batch.rows import Problem, RowId
 
 _SCHEMA: Final = """
 create table if not exists facts (name text primary key, value blob not null);

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from embedq_batch.rows import Shape, VectorBatch
+from embedq_batch.content.rows import Shape, VectorBatch
 from embedq_sdk.errors import InvalidArgument
 
 _ELEMENT: Final = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.int8(), "binary": pa.uint8()}

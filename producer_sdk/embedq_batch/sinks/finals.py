@@ -13,7 +13,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedq_batch.rows import RowId, Shape, VectorType
+from embedq_batch.content.rows import RowId, Shape, VectorType
 from embedq_batch.sinks.arrow import arrow_schema, floats_of, vectors_of
 
 _ALL: Final[frozenset[VectorType]] = frozenset({"float32", "float16", "int8", "binary"})

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+from embedq_batch.content.addresses import place_of
 from embedq_batch.errors import MissingPackage
-from embedq_batch.sinks.places import place_of
 from embedq_batch.sinks.sink import Sink
 from embedq_sdk.errors import InvalidArgument
 

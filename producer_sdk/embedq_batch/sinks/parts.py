@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from embedq_batch.content.rows import RowId, Shape, VectorBatch, VectorType, taken
 from embedq_batch.errors import BadTarget
 from embedq_batch.manifest.place import MANIFEST, beside
-from embedq_batch.rows import RowId, Shape, VectorBatch, VectorType, taken
 from embedq_batch.sinks.arrow import arrow_batch, arrow_schema
 from embedq_batch.sinks.sink import Final as FinalFile
 from embedq_batch.sinks.sink import PartsRecord

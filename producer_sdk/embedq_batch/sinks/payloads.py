@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from embedq_batch.rows import VectorBatch
+from embedq_batch.content.rows import VectorBatch
 
 
 def payloads(batch: VectorBatch) -> list[dict[str, Any]]:

@@ -14,11 +14,11 @@ import pyarrow as pa
 from psycopg import sql
 from psycopg.types.json import Jsonb
 
+from embedq_batch.content.addresses import without_password
+from embedq_batch.content.rows import RowId, Shape, VectorBatch, VectorType
 from embedq_batch.errors import BadTarget, RowsRefused, TargetAway
 from embedq_batch.manifest.place import MANIFEST, in_working_folder
-from embedq_batch.rows import RowId, Shape, VectorBatch, VectorType
 from embedq_batch.sinks.arrow import arrow_schema
-from embedq_batch.sinks.places import without_password
 from embedq_batch.sinks.sink import PartsRecord
 
 _CONNECT_S: Final = 10

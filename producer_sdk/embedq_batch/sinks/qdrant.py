@@ -13,12 +13,12 @@ import numpy.typing as npt
 from qdrant_client import QdrantClient, models
 from qdrant_client.http.exceptions import ApiException, ResponseHandlingException, UnexpectedResponse
 
+from embedq_batch.content.addresses import without_password
+from embedq_batch.content.rows import RowId, Shape, VectorBatch, VectorType
 from embedq_batch.errors import BadTarget, RowsRefused, TargetAway
 from embedq_batch.manifest.place import MANIFEST, beside, in_working_folder
-from embedq_batch.rows import RowId, Shape, VectorBatch, VectorType
 from embedq_batch.sinks.arrow import arrow_schema
 from embedq_batch.sinks.payloads import payloads
-from embedq_batch.sinks.places import without_password
 from embedq_batch.sinks.sink import PartsRecord
 
 _NAMES: Final = uuid.UUID("9b0f6f0e-6f0f-5d0e-8f5c-2f6d1c0b7a11")

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from embedq_batch.rows import RowId, Shape, VectorBatch, VectorType
+from embedq_batch.content.rows import RowId, Shape, VectorBatch, VectorType
 
 
 class PartsRecord(Protocol):

@@ -9,9 +9,9 @@ from typing import Final
 import pyarrow as pa
 import pyarrow.csv as pacsv
 
-from embedq_batch.columns import Columns, RowReader
+from embedq_batch.content.columns import Columns, RowReader
+from embedq_batch.content.rows import BATCH_ROWS, RowBatch
 from embedq_batch.errors import BadSource
-from embedq_batch.rows import BATCH_ROWS, RowBatch
 from embedq_batch.sources.files import found_files
 
 _BLOCK: Final = 4 << 20

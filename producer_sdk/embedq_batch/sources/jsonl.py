@@ -6,18 +6,16 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, Any
 
 import msgspec
 import pyarrow as pa
 
-from embedq_batch.columns import Columns, RowReader
+from embedq_batch.content.columns import Columns, RowReader
+from embedq_batch.content.rows import BATCH_ROWS, Problem, RowBatch
 from embedq_batch.errors import BadSource
-from embedq_batch.rows import BATCH_ROWS, Problem, RowBatch
 from embedq_batch.sources.files import found_files
-
-LOOKED_AT: Final = 1000
-"""Lines from which the types of the kept columns are taken."""
+from embedq_batch.sources.inference import LOOKED_AT, inferred
 
 
 class _Lines:
@@ -47,7 +45,7 @@ class _Lines:
         if (name := self._columns.id) is not None:
             self._ids = int if all(type(record.get(name)) is int for record in records) else str
         if self._columns.keep:
-            self._kept = _schema(records, self._columns.keep, source)
+            self._kept = inferred(records, self._columns.keep, source)
 
     def _batches(self, lines: Iterator[bytes], rows: RowReader) -> Iterator[RowBatch]:
         while block := [line for line in islice(lines, BATCH_ROWS) if not line.isspace()]:
@@ -142,14 +140,3 @@ def _record(line: bytes) -> dict[str, Any] | Problem:
     if not isinstance(found, dict):
         return Problem("malformed", f"expected a JSON object, got {type(found).__name__}")
     return found
-
-
-def _schema(records: Sequence[dict[str, Any]], names: Sequence[str], source: str) -> pa.Schema:
-    fields = []
-    for name in names:
-        try:
-            kind = pa.array([record.get(name) for record in records]).type
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
-            raise BadSource(source=source, reason=f"{name}: expected values of one type: {error}") from None
-        fields.append((name, pa.string() if pa.types.is_null(kind) else kind))
-    return pa.schema(fields)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedq_batch.columns import Columns, RowReader
+from embedq_batch.content.columns import Columns, RowReader
+from embedq_batch.content.rows import BATCH_ROWS, RowBatch
 from embedq_batch.errors import BadSource
-from embedq_batch.rows import BATCH_ROWS, RowBatch
 from embedq_batch.sources.files import found_files
 
 

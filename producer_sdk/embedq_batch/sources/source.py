@@ -7,7 +7,7 @@ from typing import Protocol
 
 import pyarrow as pa
 
-from embedq_batch.rows import RowBatch
+from embedq_batch.content.rows import RowBatch
 
 
 class Source(Protocol):

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.kafka
 
 TEXTS = [f"row {n}" for n in range(12_000)]
 PROGRAM = """
-from embedq_batch import runner
+from embedq_batch.running import runner
 from embedq_batch.command import run
 
 runner._WRITE_ROWS, runner._FLUSH_ROWS = 500, 1000

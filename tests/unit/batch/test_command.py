@@ -25,7 +25,7 @@ from tests.helpers.support import patient, wait_for
 
 PROGRAM = """
 import sys
-from embedq_batch import runner
+from embedq_batch.running import runner
 from embedq_batch.command import {command} as command
 from embedq_sdk import client
 from tests.helpers.fake_transport import FakeTransport

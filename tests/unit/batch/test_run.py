@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedq_batch import Columns, VectorBatch
+from embedq_batch.content.rows import RowId
 from embedq_batch.errors import BadTarget, ModelChanged, OtherRun, RowsRefused, TargetAway, TooManyFailures
 from embedq_batch.manifest.place import MANIFEST
 from embedq_batch.manifest.store import glance
-from embedq_batch.rows import RowId
 from embedq_batch.sinks.finals import ParquetFile
 from embedq_batch.sinks.parts import PartsSink
 from embedq_sdk import InvalidArgument, UnknownModel, late
@@ -84,8 +84,8 @@ async def test_a_table_becomes_a_file(tmp_path: Path, name: str) -> None:
 async def test_a_run_that_is_killed_anywhere_goes_on_and_every_row_is_there_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    monkeypatch.setattr("embedq_batch.runner._WRITE_ROWS", 40)
-    monkeypatch.setattr("embedq_batch.runner._FLUSH_ROWS", 80)
+    monkeypatch.setattr("embedq_batch.running.runner._WRITE_ROWS", 40)
+    monkeypatch.setattr("embedq_batch.running.runner._FLUSH_ROWS", 80)
     source = a_table(tmp_path / "in.parquet", TEXTS)
     chance = random.Random(seed)
     service = FakeService()
@@ -288,7 +288,7 @@ async def test_rows_that_fail_are_kept_apart_and_tried_again_on_demand(tmp_path:
 async def test_a_row_whose_error_may_heal_is_tried_a_few_times(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("embedq_batch.embedding._pause", lambda attempt: 0.0)
+    monkeypatch.setattr("embedq_batch.running.embedding._pause", lambda attempt: 0.0)
     source, out = a_table(tmp_path / "in.parquet", TEXTS[:20]), str(tmp_path / "out.parquet")
     seen: list[str] = []
 
@@ -493,7 +493,7 @@ class Refusing(PartsSink):
 async def test_rows_that_a_store_refuses_fail_alone_and_a_store_that_is_away_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("embedq_batch.runner.backoff", lambda *_, **__: 0.0)
+    monkeypatch.setattr("embedq_batch.running.runner.backoff", lambda *_, **__: 0.0)
     source = a_table(tmp_path / "in.parquet", TEXTS)
     refused = [3, 4, 77, 499]
     sink = Refusing(tmp_path / "out.parquet", refused, away=5)

@@ -9,8 +9,8 @@ from typing import Any, Final
 import msgspec
 import pyarrow as pa
 
+from embedq_batch.content.rows import Problem, RowBatch, RowId
 from embedq_batch.errors import BadSource
-from embedq_batch.rows import Problem, RowBatch, RowId
 from embedq_sdk.errors import InvalidArgument
 from embedq_sdk.job_options import MAX_JOB_BYTES
 

@@ -19,13 +19,13 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
-from embedq_batch.embedding import Answered, Embedder, span_id
+from embedq_batch.content.rows import Problem, RowBatch, RowId, VectorBatch, joined, taken
 from embedq_batch.errors import ModelChanged, RowsRefused, TargetAway, TooManyFailures
-from embedq_batch.manifest.plan import Planned, Versions, Wanted, planned
+from embedq_batch.manifest.plan import GONE, Planned, Versions, Wanted, planned
 from embedq_batch.manifest.store import Manifest, Written
-from embedq_batch.options import RunOptions
-from embedq_batch.progress import Progress
-from embedq_batch.rows import Problem, RowBatch, RowId, VectorBatch, joined, taken
+from embedq_batch.running.embedding import Answered, Embedder, span_id
+from embedq_batch.running.options import RunOptions
+from embedq_batch.running.progress import Progress
 from embedq_batch.sinks.sink import Sink
 from embedq_batch.sources.source import Source
 from embedq_sdk.errors import EmbedError
@@ -165,6 +165,7 @@ class Pass:
             self._progress.read += len(batch)
             self._progress.skipped += len(plan.done) + len(plan.failed)
             if batch.deleted:
+                self._under_way.update(dict.fromkeys(batch.deleted, GONE))
                 await self._queue.put(_Item(deleted=batch.deleted))
             for rows in job_rows(batch, plan.embed, self._options.job_texts):
                 job = _Job(batch.only(rows), [hashes[n] for n in rows], before)
@@ -324,15 +325,20 @@ class Pass:
             written = [msgspec.structs.replace(row, part=part) for row in rows]
             await self._sink_thread(self._manifest.wrote, written, self._wanted.round)
         for row in rows:
-            self._under_way.pop(row.id, None)
+            self._arrived(row.id, row.hash)
+
+    def _arrived(self, id: RowId, content: bytes) -> None:
+        """The manifest knows of a row now, unless there is a later one of its id."""
+        if self._under_way.get(id) == content:
+            del self._under_way[id]
 
     async def _flush(self) -> None:
         await self._flush_part()
         failed, self._failed = self._failed, []
         if failed:
             await self._sink_thread(self._manifest.failed, failed, self._wanted.round)
-        for id, _, _ in failed:
-            self._under_way.pop(id, None)
+        for id, hash, _ in failed:
+            self._arrived(id, hash)
         self._flushed = time.monotonic()
 
     async def _delete(self, ids: Sequence[RowId], *, keep_failures: bool = False) -> None:
@@ -345,6 +351,8 @@ class Pass:
         if gone:
             await self._patiently(self._sink.delete, gone)
         await self._sink_thread(self._manifest.forget, list(ids), keep_failures)
+        for id in ids:
+            self._arrived(id, GONE)
         self._progress.deleted += sum(id in known for id in ids)
 
     async def delete_missing(self) -> None:

@@ -12,14 +12,14 @@ from typing import Any, Final, TypeVar
 import msgspec
 import numpy as np
 
-from embedq_batch.embedding import Embedder, RawClient, span_id
+from embedq_batch.content.rows import Problem, RowBatch, RowId, Shape
 from embedq_batch.errors import BadTarget, ModelChanged
 from embedq_batch.manifest.plan import Versions, Wanted
 from embedq_batch.manifest.store import About, Manifest, State
-from embedq_batch.options import RunOptions
-from embedq_batch.progress import Progress, reported
-from embedq_batch.rows import Problem, RowBatch, RowId, Shape
-from embedq_batch.runner import Pass, Restart, Thread, patiently
+from embedq_batch.running.embedding import Embedder, RawClient, span_id
+from embedq_batch.running.options import RunOptions
+from embedq_batch.running.progress import Progress, reported
+from embedq_batch.running.runner import Pass, Restart, Thread, patiently
 from embedq_batch.sinks.finals import json_line
 from embedq_batch.sinks.sink import Sink
 from embedq_batch.sources.source import Source
