@@ -23,7 +23,7 @@ from embedq_gateway.dialects import cohere, openai, tei
 from embedq_gateway.errors import KINDS
 from embedq_gateway.http.exchange import REQUEST_ID
 from embedq_gateway.http.operation import COMMON, KEYED, Operation, Parameter
-from embedq_gateway.operations import health
+from embedq_gateway.operations import admin, health
 from embedq_shared.topics import JSON
 from tools.schemas import complete, tidy
 
@@ -48,6 +48,7 @@ def operations() -> tuple[Operation, ...]:
         tei.OPERATIONS,
         cohere.OPERATIONS,
         health.OPERATIONS,
+        admin.OPERATIONS,
         embedq_gateway.openapi.OPERATIONS,
     )
     return tuple(chain.from_iterable(rooms))

@@ -12,13 +12,16 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import AsyncIterator, Coroutine, Mapping
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 from starlette.routing import BaseRoute, Router
 
+from embedq_gateway.console.page import console_routes
 from embedq_gateway.dialects.cohere import Cohere
 from embedq_gateway.dialects.openai import OpenAI
 from embedq_gateway.dialects.tei import Tei
@@ -26,12 +29,21 @@ from embedq_gateway.embedding import Embedder
 from embedq_gateway.fleet.fleet import Fleet
 from embedq_gateway.fleet.follower import FleetFollower
 from embedq_gateway.http import logs
+from embedq_gateway.http.access_log import AccessLog
+from embedq_gateway.http.connections import STATE, Connections
 from embedq_gateway.http.entrance import Entrance
-from embedq_gateway.keys.caller import Keys, OpenDoor
+from embedq_gateway.http.pace import Bounds
+from embedq_gateway.joining import JoiningClient
+from embedq_gateway.keys import Door, KeyFileError, KeyKeeper, is_loopback
 from embedq_gateway.openapi.pages import Pages
-from embedq_gateway.operations.health import Health
-from embedq_gateway.settings import GatewaySettings, kafka_settings
+from embedq_gateway.operations.admin import Admin, KeyFileState, ReloadRequest
+from embedq_gateway.operations.health import Health, not_ready
+from embedq_gateway.operations.history import History
+from embedq_gateway.operations.lag import LagReader, sample
+from embedq_gateway.operations.metrics import GatewayMetrics
+from embedq_gateway.settings import PREFIX, GatewaySettings, SettingsError, kafka_settings
 from embedq_sdk import EmbedClient
+from embedq_sdk.admin import RolloutUpdate, reload_model
 from embedq_sdk.errors import ClientClosed, EmbedError
 from embedq_sdk.transport import KafkaConnection
 from embedq_shared.settings.kafka import KafkaSettings
@@ -49,21 +61,42 @@ class Gateway:
 
     def __init__(self, settings: GatewaySettings, kafka: KafkaSettings) -> None:
         self.settings = settings
-        options = msgspec.structs.asdict(kafka.kafka_options())
-        servers = options.pop("servers")
+        self._security = options = msgspec.structs.asdict(kafka.kafka_options())
+        self._servers = servers = options.pop("servers")
+        self._topics = kafka.topics
         self.client = EmbedClient(
             servers,
             topic_prefix=kafka.topic_prefix,
             max_in_flight_texts=settings.max_in_flight_texts,
             **options,
         )
-        self.keys: Keys = OpenDoor()
+        self.metrics = GatewayMetrics()
+        self.keeper = _keeper(settings, self.metrics)
+        self.keys = self.keeper.door if self.keeper else _open_door(settings)
+        self.connections = Connections(_bounds(settings), ended=self.metrics.connections_ended.inc)
         self.fleet = Fleet()
-        self.follower = FleetFollower(self.fleet, KafkaConnection.of(servers, options), kafka.topics)
-        self.embedder = Embedder(self.client, self.fleet, settings)
-        self.entrance = Entrance(self.routes(), self.keys, self.running)
-        if settings.access_log:
-            self.entrance.observers.append(logs.log_request)
+        connection = KafkaConnection.of(servers, options)
+        self.follower = FleetFollower(self.fleet, connection, kafka.topics)
+        self.history = History()
+        self.lag = LagReader(connection, kafka.topics, settings.group)
+        self.leaving = asyncio.Event()
+        joining = JoiningClient(self.client, settings.join_texts)
+        self.embedder = Embedder(joining, self.fleet, settings)
+        self.admin = Admin(
+            fleet=self.fleet,
+            fresh=self._fresh,
+            history=self.history,
+            keys=self._key_file,
+            reload=self._reload,
+            leaving=self.leaving,
+        )
+        self.entrance = Entrance(
+            self.routes(), self.keys, self.running, most_held_bytes=settings.max_held_bytes
+        )
+        self.entrance.observers.append(self.metrics.observe)
+        self.access_log = AccessLog() if settings.access_log else None
+        if self.access_log is not None:
+            self.entrance.observers.append(self.access_log)
 
     def routes(self) -> list[BaseRoute]:
         """Every path, the busiest first."""
@@ -71,26 +104,44 @@ class Gateway:
             *OpenAI(self.embedder, self.fleet, self.settings).routes(),
             *Tei(self.embedder, self.fleet, self.settings).routes(),
             *Cohere(self.embedder, self.settings).routes(),
-            *Health().routes(),
+            *Health(self.not_ready, self.metrics).routes(),
+            *self.admin.routes(),
             *Pages().routes(),
+            *console_routes(),
         ]
 
+    def not_ready(self) -> str | None:
+        """Why no request should be sent here; None: there is no reason."""
+        model = self.fleet.model(self.settings.default_alias, time.time())
+        return not_ready(
+            leaving=self.entrance.closing,
+            answering=self.client.answering,
+            fresh=self._fresh(),
+            alias=self.settings.default_alias,
+            serving=model.replicas if model else 0,
+        )
+
     @asynccontextmanager
-    async def running(self, _: Router) -> AsyncIterator[None]:
+    async def running(self, _: Router) -> AsyncIterator[dict[str, Any]]:
         """Connect and follow in the background: requests are answered from the first moment on, with 503 at first."""
         self._leave_in_two_steps()
         tasks = [
             self._start("connect", self._connect()),
             self._start("fleet", self.follower.run()),
             self._start("watch", self._watch()),
+            self._start("history", sample(self.history, self.lag, self.metrics.tokens_so_far)),
         ]
+        if self.keeper is not None:
+            tasks.append(self._start("keys", self.keeper.follow()))
         try:
-            yield
+            yield {STATE: self.connections}
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
             await self.client.close()
+            if self.access_log is not None:
+                self.access_log.flush()
 
     async def _connect(self) -> None:
         """Open the client, however long Kafka is away."""
@@ -110,10 +161,16 @@ class Gateway:
                 return
 
     async def _watch(self) -> None:
-        """A client that broke down does not mend itself: recovery is the next process."""
+        """Look at what time changes: peers that are too slow, readiness, and a client that broke down. That one does not mend
+        itself: recovery is the next process.
+        """
         while True:
             if self.client.fault is not None:
                 raise self.client.fault
+            self.connections.sweep(time.monotonic())
+            self.measure()
+            if self.entrance.closing:
+                self.leaving.set()
             await asyncio.sleep(_WATCH_S)
 
     def _leave_in_two_steps(self) -> None:
@@ -131,6 +188,37 @@ class Gateway:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, lambda number, frame: loop.call_soon_threadsafe(begin, number))
 
+    def measure(self) -> None:
+        """Bring the gauges of this process up to date."""
+        idle = self.connections.idle
+        self.metrics.measure(
+            in_flight=len(self.entrance.in_flight),
+            busy=len(self.connections) - idle,
+            idle=idle,
+            ready=self.not_ready() is None,
+        )
+
+    def _fresh(self) -> bool:
+        return self.follower.fresh(time.monotonic())
+
+    def _key_file(self) -> KeyFileState | None:
+        if self.keeper is None:
+            return None
+        return KeyFileState(names=self.keys.names, fault=self.keeper.fault)
+
+    def _reload(self, asked: ReloadRequest) -> AsyncGenerator[RolloutUpdate, None]:
+        return reload_model(
+            self._servers,
+            asked.path,
+            alias=asked.alias,
+            digest=asked.digest,
+            policy="availability_preserving" if asked.policy == "availability" else "resource_preserving",
+            min_cosine=asked.min_cosine,
+            timeout=asked.timeout,
+            topic_prefix=self._topics.prefix,
+            **self._security,
+        )
+
     def _start(self, name: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name=f"embedq-gateway-{name}")
         task.add_done_callback(self._ended)
@@ -143,6 +231,39 @@ class Gateway:
         self.entrance.fault = error
         log.critical("task_failed", extra={"task": task.get_name(), "reason": repr(error)}, exc_info=error)
         signal.raise_signal(signal.SIGTERM)
+
+
+def _keeper(settings: GatewaySettings, metrics: GatewayMetrics) -> KeyKeeper | None:
+    """The file of keys, read; None where there is none.
+
+    Raises:
+        SettingsError: it cannot be used.
+    """
+    if not settings.keys_file:
+        return None
+
+    def told(outcome: str) -> None:
+        metrics.key_file_readings.labels(outcome).inc()
+        metrics.key_file_broken.set(outcome != "ok")
+
+    try:
+        return KeyKeeper(Path(settings.keys_file), workers=settings.workers, told=told)
+    except KeyFileError as error:
+        raise SettingsError(f"{PREFIX}KEYS_FILE: {error}") from error
+
+
+def _bounds(settings: GatewaySettings) -> Bounds:
+    return Bounds(
+        connections=settings.max_connections,
+        head_bytes=settings.max_head_bytes,
+        head_s=settings.head_timeout_s,
+        idle_s=settings.idle_timeout_s,
+        body_bytes_per_s=settings.body_bytes_per_s,
+    )
+
+
+def _open_door(settings: GatewaySettings) -> Door:
+    return Door(None, loopback=is_loopback(settings.host) and not settings.allow_anonymous)
 
 
 def create(environ: Mapping[str, str] = os.environ) -> Entrance:

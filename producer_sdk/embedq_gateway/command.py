@@ -12,13 +12,14 @@ from typing import Final
 
 import click
 
+from embedq_gateway.keys.command import keys
 from embedq_gateway.settings import PREFIX, GatewaySettings, SettingsError, kafka_settings
 from embedq_shared.settings.words import described, settings_text
 
 WRONG_SETTING: Final = 2
 
 
-class _WithSettings(click.Command):
+class _WithSettings(click.Group):
     """A command whose help lists its environment variables."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -26,16 +27,19 @@ class _WithSettings(click.Command):
         formatter.write("\n".join(settings_text(described(GatewaySettings, PREFIX))) + "\n")
 
 
-@click.command(cls=_WithSettings)
+@click.group(cls=_WithSettings, invoke_without_command=True)
 @click.option("--host", help=f"Instead of {PREFIX}HOST.")
 @click.option("--port", type=click.IntRange(0, 65535), help=f"Instead of {PREFIX}PORT.")
 @click.option("--workers", type=click.IntRange(1), help=f"Instead of {PREFIX}WORKERS.")
-def gateway(host: str | None, port: int | None, workers: int | None) -> None:
+@click.pass_context
+def gateway(context: click.Context, host: str | None, port: int | None, workers: int | None) -> None:
     """Serve OpenAI's embeddings interface, and others, over HTTP.
 
     Runs until SIGTERM or Ctrl-C, and then answers what it has accepted. Exit codes: 0 after a stop, 1 after a failure, 2 for a
     wrong setting.
     """
+    if context.invoked_subcommand is not None:
+        return
     given = {"HOST": host, "PORT": port, "WORKERS": workers}
     # The processes that serve read the environment, too.
     os.environ.update({f"{PREFIX}{name}": str(value) for name, value in given.items() if value is not None})
@@ -52,6 +56,9 @@ def gateway(host: str | None, port: int | None, workers: int | None) -> None:
         _say(f"gateway needs {missing.name}: pip install 'embedq[gateway]'")
         code = WRONG_SETTING
     sys.exit(code)
+
+
+gateway.add_command(keys)
 
 
 def _say(line: str) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Final, Protocol
+from functools import lru_cache
+from typing import Final
 
 import msgspec
 
@@ -12,11 +13,13 @@ from embedq_gateway.errors import ApiError, api_error
 from embedq_gateway.fleet.fleet import Fleet
 from embedq_gateway.http.exchange import Exchange
 from embedq_gateway.http.hang_up import UntilHungUp
+from embedq_gateway.joining import Client
 from embedq_gateway.settings import GatewaySettings
 from embedq_sdk.embeddings import FinishedJob, ReadDatum, job_failed
 from embedq_sdk.errors import EmbedError
 from embedq_sdk.job_options import JobOptions
 from embedq_shared.messages import Chunking, Dtype, InputType, Truncate
+from embedq_shared.topics import Lane
 
 _SAID: Final = 3
 """Failed inputs that an error names; the others are counted."""
@@ -47,15 +50,6 @@ class EmbedAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """That were run, after truncation."""
 
 
-class Client(Protocol):
-    """What carries jobs: the SDK's `EmbedClient`, or a fake in tests."""
-
-    async def embed_raw(
-        self, texts: Sequence[str], options: JobOptions, *, timeout: float
-    ) -> list[FinishedJob]:
-        """The replies to a call as they came."""
-
-
 class Embedder:
     """Turns requests into answers: who asks may do so, the model is there, and the job runs until its client hangs up."""
 
@@ -77,32 +71,57 @@ class Embedder:
         alias = settings.default_alias if request.alias is None else request.alias
         caller.require_alias(alias)
         timeout = exchange.timeout(settings.timeout_s, settings.max_timeout_s)
-        options = JobOptions(
-            model=alias,
-            dimensions=request.dimensions,
-            dtype=request.dtype,
-            input_type=request.input_type,
-            instruction=request.instruction,
-            truncate=request.truncate,
-            chunk=request.chunk,
-            lane=exchange.lane() if caller.lane is None else caller.lane,
-            trace=exchange.trace(),
-            client_id=caller.client_id,
+        options = _options(
+            alias,
+            request.dimensions,
+            request.dtype,
+            request.input_type,
+            request.instruction,
+            request.truncate,
+            request.chunk,
+            caller.lane_for(exchange.lane()),
+            caller.client_id,
         )
+        if (trace := exchange.trace()) is not None:
+            options = msgspec.structs.replace(options, trace=trace)
         exchange.texts = len(request.texts)
         if len(request.texts) > settings.max_inputs:
             raise ApiError("too_many_inputs", f"expected at most {settings.max_inputs:,} texts", "input")
         if self._fleet.is_unknown(alias, time.time()):
             raise ApiError("unknown_model", "no replica serves a model of this name", "model")
-        caller.begin()
-        try:
+        with caller.admit(characters=sum(map(len, request.texts)), texts=len(request.texts)) as admitted:
             with UntilHungUp(exchange):
                 finished = await self._client.embed_raw(request.texts, options, timeout=timeout)
             answer = joined(finished, alias)
             exchange.tokens = answer.tokens
-        finally:
-            caller.end(exchange.tokens)
+            admitted.settle(answer.tokens)
+        exchange.own_headers += admitted.headers()
         return answer
+
+
+@lru_cache(maxsize=256)  # most requests ask for the same, and checking it costs more than looking it up
+def _options(
+    model: str,
+    dimensions: int | None,
+    dtype: Dtype | None,
+    input_type: InputType | None,
+    instruction: str | None,
+    truncate: Truncate | None,
+    chunk: Chunking | None,
+    lane: Lane,
+    client_id: str | None,
+) -> JobOptions:
+    return JobOptions(
+        model=model,
+        dimensions=dimensions,
+        dtype=dtype,
+        input_type=input_type,
+        instruction=instruction,
+        truncate=truncate,
+        chunk=chunk,
+        lane=lane,
+        client_id=client_id,
+    )
 
 
 def joined(finished: Sequence[FinishedJob], alias: str) -> EmbedAnswer:

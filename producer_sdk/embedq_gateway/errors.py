@@ -75,6 +75,17 @@ KINDS: Final[Mapping[str, Kind]] = {
     "method_not_allowed": Kind(
         405, "invalid_request_error", "the path takes other methods, which `Allow` names"
     ),
+    "malformed_request": Kind(400, "invalid_request_error", "what came is no HTTP/1.1 request"),
+    "request_timeout": Kind(
+        408, "invalid_request_error", "the request's head or body came too slowly; the connection is closed"
+    ),
+    "superseded": Kind(
+        409, "invalid_request_error", "another reload was asked for at the same time, and is followed instead"
+    ),
+    "head_too_large": Kind(
+        431, "invalid_request_error", "the request's line and headers have more bytes than the gateway takes"
+    ),
+    "too_many_connections": Kind(503, "server_error", "no further connection has room; it is closed"),
     "body_too_large": Kind(413, "invalid_request_error", "the body has more bytes than the gateway takes"),
     "rate_limit_exceeded": Kind(
         429,
@@ -185,7 +196,9 @@ def _job_failed(error: JobFailed, index: int | None) -> ApiError:
     """A code that this version does not know counts by whether trying again may help."""
     code = error.code if error.code in KINDS else ("internal" if error.retryable else "invalid_value")
     param = error.param
-    if index is not None and (param is None or param.startswith("input")):
-        param = f"input[{index}]"
     message = error.message or KINDS[code].meaning
+    if index is not None and (param is None or param.startswith("input")):
+        # A request may be several jobs, and the service counts the inputs of each.
+        message = message.replace(f"`{param}`", f"`input[{index}]`", 1)
+        param = f"input[{index}]"
     return ApiError(code, message, param)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import sys
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Final
 
@@ -14,14 +18,15 @@ import uvicorn
 from uvicorn.supervisors import Multiprocess
 
 from embedq_gateway.http import logs
+from embedq_gateway.http.connections import BoundedProtocol
 from embedq_gateway.http.entrance import Entrance
+from embedq_gateway.keys import Exposed, KeyFileError, check_exposure, read_keys
+from embedq_gateway.operations.metrics import DIRECTORY as METRICS_DIRECTORY
 from embedq_gateway.settings import PREFIX, GatewaySettings, SettingsError
 
 log = logging.getLogger("embedq.gateway")
 
 _BACKLOG: Final = 2048
-_KEEP_ALIVE_S: Final = 75
-"""Longer than clients keep a connection that they do not use, so that it is they who close it, and no request meets a closing one."""
 _WORKER_ANSWERS_S: Final = 30
 """A worker that does not answer its parent for this long is replaced; a busy machine must not look like that."""
 
@@ -33,6 +38,7 @@ def serve(settings: GatewaySettings) -> int:
         SettingsError: the address cannot be listened on.
     """
     logs.configure(settings.log_level)
+    check_access(settings)
     listener = bind(settings)
     scheme = "https" if settings.tls_certfile else "http"
     port = listener.getsockname()[1]
@@ -45,7 +51,7 @@ def serve(settings: GatewaySettings) -> int:
         factory=True,
         workers=settings.workers,
         loop="uvloop",
-        http="httptools",
+        http=BoundedProtocol,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -53,7 +59,7 @@ def serve(settings: GatewaySettings) -> int:
         proxy_headers=False,
         server_header=False,
         backlog=_BACKLOG,
-        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_keep_alive=max(1, round(settings.idle_timeout_s)),
         timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
         timeout_worker_healthcheck=_WORKER_ANSWERS_S,
         ssl_certfile=settings.tls_certfile or None,
@@ -62,13 +68,46 @@ def serve(settings: GatewaySettings) -> int:
     # uvicorn raises the signal that ended it once more when it has left; that is no reason for an exit code of its own.
     signal.signal(signal.SIGTERM, _leave)
     if settings.workers > 1:
-        Multiprocess(config, [listener]).run()
+        with _shared_metrics():
+            Multiprocess(config, [listener]).run()
         return 0
     server = uvicorn.Server(config)
     with suppress(SystemExit):
         server.run(sockets=[listener])
     entrance = config.loaded_app
     return 0 if server.started and isinstance(entrance, Entrance) and entrance.fault is None else 1
+
+
+def check_access(settings: GatewaySettings) -> None:
+    """Whether the keys can be read, and whether it may listen where it was told to.
+
+    Raises:
+        SettingsError: it may not.
+    """
+    try:
+        if settings.keys_file:
+            read_keys(Path(settings.keys_file))
+        check_exposure(
+            settings.host, has_keys=bool(settings.keys_file), allow_anonymous=settings.allow_anonymous
+        )
+    except KeyFileError as error:
+        raise SettingsError(f"{PREFIX}KEYS_FILE: {error}") from error
+    except Exposed as error:
+        raise SettingsError(f"{PREFIX}{error}") from error
+
+
+@contextmanager
+def _shared_metrics() -> Iterator[None]:
+    """A directory by which the workers share their metrics, unless the environment names one."""
+    if METRICS_DIRECTORY in os.environ:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="embedq-gateway-metrics-") as directory:
+        os.environ[METRICS_DIRECTORY] = directory
+        try:
+            yield
+        finally:
+            del os.environ[METRICS_DIRECTORY]
 
 
 def bind(settings: GatewaySettings) -> socket.socket:

@@ -12,6 +12,7 @@ from embedq_shared.messages import DEFAULT_ALIAS, DEFAULT_MAX_INPUTS
 from embedq_shared.settings.environment import SettingsError, read_settings
 from embedq_shared.settings.kafka import OF_THE_LOCAL_STACK, KafkaSettings, NotEmpty
 from embedq_shared.settings.kafka import PREFIX as KAFKA_PREFIX
+from embedq_shared.topics import GROUP
 
 __all__ = ["PREFIX", "GatewaySettings", "SettingsError", "kafka_settings"]
 
@@ -56,6 +57,50 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         bool, Meta(description="Log a line for each request: never its texts, vectors or keys.")
     ] = True
 
+    # Who may come in
+
+    keys_file: Annotated[
+        str,
+        Meta(
+            description="File of API keys, as `embedq gateway keys add` writes it; a change is in force a second later. "
+            "Empty: no keys, and whoever reaches the address may do everything."
+        ),
+    ] = ""
+    allow_anonymous: Annotated[
+        bool,
+        Meta(
+            description="Without keys, serve an address that others than this machine reach, and pages of any name that points at it."
+        ),
+    ] = False
+    max_connections: Annotated[
+        PositiveInt,
+        Meta(
+            description="Connections of this process; one more closes the one that has been idle for longest, or is refused."
+        ),
+    ] = 4096
+    max_head_bytes: Annotated[
+        int,
+        Meta(
+            ge=1024,
+            description="Bytes that a request's line and headers may have; more is answered with 431.",
+        ),
+    ] = 32 * 1024
+    head_timeout_s: Annotated[
+        Seconds, Meta(description="Seconds from a request's first byte to the end of its headers.")
+    ] = 10.0
+    body_bytes_per_s: Annotated[
+        PositiveInt,
+        Meta(
+            description="Bytes a second at which a body must come on average, after `EMBEDQ_GATEWAY_HEAD_TIMEOUT_S`."
+        ),
+    ] = 1024
+    idle_timeout_s: Annotated[
+        Seconds,
+        Meta(
+            description="Seconds that a connection may be idle. Longer than clients keep one, so that it is they who close it."
+        ),
+    ] = 75.0
+
     # Requests
 
     default_alias: Annotated[
@@ -82,6 +127,12 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     max_body_bytes: Annotated[
         PositiveInt, Meta(description="Bytes that the body of a request may have; more is answered with 413.")
     ] = 16 * 1024 * 1024
+    max_held_bytes: Annotated[
+        PositiveInt,
+        Meta(
+            description="Bytes of bodies that the requests of this process may hold until they are answered; more is answered with 503."
+        ),
+    ] = 512 * 1024 * 1024
     max_in_flight_texts: Annotated[
         PositiveInt,
         Meta(
@@ -89,6 +140,21 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             "time is over."
         ),
     ] = 16_384
+
+    join_texts: Annotated[
+        PositiveInt,
+        Meta(
+            description="Texts that small requests of one moment may share a job with, if they ask for the same with the same key. "
+            "Nobody is waited for. 1: each request is a job of its own."
+        ),
+    ] = 8
+
+    # Operating
+
+    group: Annotated[
+        NotEmpty,
+        Meta(description="The service's consumer group, its `EMBEDQ_GROUP`: whose lag the console shows."),
+    ] = GROUP
 
     # Leaving
 
@@ -118,6 +184,8 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     def __post_init__(self) -> None:
         if self.tls_keyfile and not self.tls_certfile:
             raise ValueError(f"{PREFIX}TLS_KEYFILE: needs {PREFIX}TLS_CERTFILE")
+        if self.max_body_bytes > self.max_held_bytes:
+            raise ValueError(f"{PREFIX}MAX_BODY_BYTES: expected at most {PREFIX}MAX_HELD_BYTES")
         if self.timeout_s > self.max_timeout_s:
             raise ValueError(f"{PREFIX}TIMEOUT_S: expected at most {PREFIX}MAX_TIMEOUT_S")
 

@@ -330,6 +330,8 @@ def outdated(jobs: Sequence[FinishedJob]) -> list[int]:
 
     The last job was sent last, so its model is taken as the newest.
     """
+    if len(jobs) == 1:
+        return []
     versions = [job.model_version for job in jobs]
     newest = next((version for version in reversed(versions) if version is not None), None)
     return [n for n, version in enumerate(versions) if version is not None and version != newest]

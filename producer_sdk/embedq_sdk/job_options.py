@@ -339,7 +339,8 @@ def text_size(text: object, name: str, limit: int) -> int:
 
 def checked_texts(texts: object, limit: int, name: str = "texts") -> tuple[list[str], list[int]]:
     """The texts as a list, and the bytes of each as UTF-8."""
-    texts = listed_column(texts, name)
+    if type(texts) is not list:
+        texts = listed_column(texts, name)
     if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Sequence):
         expected = "a string or a sequence of strings"
         if isinstance(texts, Iterable) and not isinstance(texts, (bytes, Mapping)):
@@ -347,6 +348,8 @@ def checked_texts(texts: object, limit: int, name: str = "texts") -> tuple[list[
         raise _wrong(name, expected, texts)
     if not texts:
         raise InvalidArgument(argument=name, expected="at least one text", got="none")
+    if all(type(text) is str and text.isascii() and len(text) <= limit for text in texts):
+        return list(texts), [len(text) for text in texts]
     sizes = [text_size(text, f"{name}[{n}]", limit) for n, text in enumerate(texts)]
     return [plain(text) for text in texts], sizes
 

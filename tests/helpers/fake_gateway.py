@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -74,10 +75,13 @@ async def a_gateway(
         return transports[-1]
 
     with mock.patch.object(client_module, "KafkaTransport", connect):
-        gateway = Gateway(GatewaySettings(**settings), KafkaSettings(kafka_servers="fake:9092"))
+        # It reads files, as it may where nothing runs yet.
+        gateway = await asyncio.to_thread(
+            Gateway, GatewaySettings(**settings), KafkaSettings(kafka_servers="fake:9092")
+        )
     change(gateway)
     transport = httpx.ASGITransport(app=gateway.entrance, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as http:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
         door = Door(gateway, transports[0], http)
         door.see()
         if opened:

@@ -10,16 +10,13 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import httpx
 
 from embedq_sdk.dev import DevStack
 from embedq_shared.topics import Topics
 from tests.helpers.support import patient, wait_until
-
-_COMMAND: Final = "from embedq_gateway.command import gateway; gateway()"
-"""Without the command line's entry points, which only an install anew brings up to date."""
 
 
 class GatewayProcess:
@@ -44,7 +41,7 @@ class GatewayProcess:
         """Start the process, and wait until it listens; `connected`: until it has reached Kafka and seen a replica."""
         with await asyncio.to_thread(self.log.open, "ab", buffering=0) as log:
             self.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-c", _COMMAND, env=self._environ, stdout=log, stderr=log
+                sys.executable, "-m", "embedq_gateway", env=self._environ, stdout=log, stderr=log
             )
         await wait_until(self._is(connected), within=60.0, what="a gateway that answers")
         return self

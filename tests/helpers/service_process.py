@@ -12,6 +12,7 @@ import urllib.request
 import uuid
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +23,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from embedq_sdk.dev import DevStack
 from embedq_shared.topics import Topics
+from tests.helpers import warm_start
 from tests.helpers.support import patient, wait_until
+from tests.helpers.warm_start import WarmProcess
 
 _MEASURED: Final = "COVERAGE_PROCESS_CONFIG" in os.environ
 """Whether coverage is measured: it costs the half second that an orderly end takes."""
@@ -94,7 +97,7 @@ class Replica:
             "EMBEDQ_THREADS": "1",
             **{f"EMBEDQ_{name.upper()}": str(value) for name, value in settings.items()},
         }
-        self.process: asyncio.subprocess.Process | None = None
+        self.process: asyncio.subprocess.Process | WarmProcess | None = None
 
     def in_environment(self, more: Mapping[str, str]) -> Replica:
         """Start it with these variables, too."""
@@ -106,12 +109,17 @@ class Replica:
         with await asyncio.to_thread(self.log.open, "ab", buffering=0) as log:
             # What a library said at the end of the process before may lack its line end, and would swallow `starting`.
             log.write(b"\n")
-            self.process = await asyncio.create_subprocess_exec(
-                sys.executable, *self._python, env=self._environ, stdout=log, stderr=log
-            )
+            self.process = await self._started(log)
         if ready:
             await self.until_ready()
         return self
+
+    async def _started(self, log: FileIO) -> asyncio.subprocess.Process | WarmProcess:
+        if self._python[0] == "-m":
+            return await asyncio.to_thread(warm_start.start, self._python[1:], self._environ, log.fileno())
+        return await asyncio.create_subprocess_exec(
+            sys.executable, *self._python, env=self._environ, stdout=log, stderr=log
+        )
 
     async def until_ready(self, within: float = 90.0) -> None:
         async def is_ready() -> bool:

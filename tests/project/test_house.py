@@ -65,7 +65,7 @@ SDK: Final[Floors] = (
     ("__main__",),
 )
 GATEWAY: Final[Floors] = (
-    ("errors", "settings"),
+    ("errors", "settings", "joining"),
     ("keys",),
     ("http",),
     ("fleet",),
@@ -75,6 +75,7 @@ GATEWAY: Final[Floors] = (
     ("app",),
     ("serving",),
     ("command",),
+    ("__main__",),
 )
 BATCH: Final[Floors] = (
     ("errors",),

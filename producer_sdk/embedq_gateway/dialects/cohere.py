@@ -16,7 +16,7 @@ from msgspec import Meta
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from embedq_gateway.dialects.reading import invalid, read
+from embedq_gateway.dialects.reading import invalid, named, read
 from embedq_gateway.dialects.vectors import numbers
 from embedq_gateway.embedding import EmbedAnswer, Embedder, EmbedRequest
 from embedq_gateway.errors import ApiError
@@ -34,6 +34,7 @@ from embedq_gateway.settings import GatewaySettings
 from embedq_shared.messages import MIN_DIMENSIONS, InputType, Truncate
 from embedq_shared.vectors import quantize
 
+_NAMES: Final = {"input": "texts", "dimensions": "output_dimension"}
 _VERSION_HEADER: Final = MODEL_VERSION.encode()
 
 CohereType = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
@@ -127,7 +128,7 @@ class CohereAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
 def cohere_error(error: ApiError) -> ASGIApp:
     """An error in this interface's shape."""
-    body = CohereError(error.message, error.code)
+    body = CohereError(named(error, _NAMES), error.code)
     return JsonAnswer.of(body, status=error.status, headers=error.answer_headers())
 
 

@@ -40,6 +40,16 @@ def invalid(field: str, expected: Mapping[str, str], suffix: str = "") -> ApiErr
     return ApiError("invalid_value", f"`{field}{suffix}`: expected {words}", f"{field}{suffix}")
 
 
+def named(error: ApiError, names: Mapping[str, str]) -> str:
+    """An error's message with its field in front, for interfaces that have no place for it; `names` are theirs."""
+    if error.param is None:
+        return error.message
+    name, bracket, rest = error.param.partition("[")
+    field = f"`{names.get(name, name)}{bracket}{rest}`"
+    message = error.message.removeprefix(f"`{error.param}`: ")
+    return message if field in message else f"{field}: {message}"
+
+
 def _explained(message: str, expected: Mapping[str, str]) -> ApiError:
     if (at := _AT.search(message)) and at[1] in expected:
         return invalid(at[1], expected, at[2])

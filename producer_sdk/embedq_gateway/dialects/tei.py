@@ -11,7 +11,7 @@ from msgspec import Meta
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from embedq_gateway.dialects.reading import invalid, read
+from embedq_gateway.dialects.reading import invalid, named, read
 from embedq_gateway.dialects.vectors import numbers
 from embedq_gateway.embedding import Embedder, EmbedRequest
 from embedq_gateway.errors import ApiError
@@ -29,6 +29,7 @@ from embedq_gateway.http.operation import (
 from embedq_gateway.settings import GatewaySettings
 from embedq_shared.messages import MIN_DIMENSIONS, Truncate
 
+_NAMES: Final = {"input": "inputs", "input_type": "prompt_name"}
 _VERSION_HEADER: Final = MODEL_VERSION.encode()
 _VERSION: Final = importlib.metadata.version("embedq")
 
@@ -57,11 +58,7 @@ class TeiRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     inputs: Annotated[
         str | list[str],
-        Meta(
-            extra_json_schema={
-                "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]
-            }
-        ),
+        Meta(description="A text, or a non-empty list of texts.", extra_json_schema={"minItems": 1}),
     ]
     truncate: Annotated[
         bool | None, Meta(description="Whether a text that is too long is cut; false: it is refused.")
@@ -111,7 +108,7 @@ class TeiInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 def tei_error(error: ApiError) -> ASGIApp:
     """An error in this interface's shape."""
-    body = TeiError(error.message, _TYPES.get(error.status, "Validation"))
+    body = TeiError(named(error, _NAMES), _TYPES.get(error.status, "Validation"))
     return JsonAnswer.of(body, status=error.status, headers=error.answer_headers())
 
 

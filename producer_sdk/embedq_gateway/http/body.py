@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from embedq_gateway.errors import ApiError
 from embedq_gateway.http.exchange import Exchange
 from embedq_shared.topics import JSON
+
+_JSON: Final = JSON.encode()
 
 
 class HungUp(Exception):
@@ -19,8 +23,8 @@ async def read_json(exchange: Exchange, most: int) -> bytes:
     Raises:
         ApiError: it says that it is something else.
     """
-    media_type = exchange.headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-    if media_type != JSON.encode():
+    media_type = exchange.headers.get(b"content-type", b"")
+    if media_type != _JSON and media_type.partition(b";")[0].strip().lower() != _JSON:
         raise ApiError(
             "unsupported_content_type", f"expected the header `content-type: {JSON}`", "content-type"
         )
@@ -33,23 +37,31 @@ async def read_body(exchange: Exchange, most: int) -> bytes:
     """The whole body, of at most this many bytes.
 
     Raises:
-        ApiError: it is larger, which is known before it is read where the client says its length.
+        ApiError: it is larger, which is known before it is read where the client says its length; or requests hold too much.
         HungUp: the client has gone before its end.
     """
     length = exchange.headers.get(b"content-length")
     if length is not None and length.isdigit() and int(length) > most:
         raise _too_large(most)
+    said = length is not None and length.isdigit()
+    if said:
+        exchange.hold(int(length or 0))
     message = await exchange.receive()
     if message["type"] == "http.request" and not message.get("more_body", False):
         body: bytes = message.get("body", b"")  # one part, as most are: it need not be copied
         if len(body) > most:
             raise _too_large(most)
+        if not said:
+            exchange.hold(len(body))
         return body
     parts = bytearray()
     while message["type"] == "http.request":
-        parts += message.get("body", b"")
-        if len(parts) > most:
+        part = message.get("body", b"")
+        if len(parts) + len(part) > most:
             raise _too_large(most)
+        if not said:
+            exchange.hold(len(part))
+        parts += part
         if not message.get("more_body", False):
             return bytes(parts)
         message = await exchange.receive()
@@ -57,7 +69,5 @@ async def read_body(exchange: Exchange, most: int) -> bytes:
 
 
 def _too_large(most: int) -> ApiError:
-    """The rest of the body is not read, so that the connection cannot be used again."""
-    return ApiError(
-        "body_too_large", f"expected a body of at most {most:,} bytes", headers=((b"connection", b"close"),)
-    )
+    """The connection reads the rest and forgets it: a peer that is cut off while it sends would not see this answer."""
+    return ApiError("body_too_large", f"expected a body of at most {most:,} bytes")

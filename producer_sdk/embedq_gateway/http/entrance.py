@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 from starlette.exceptions import HTTPException
@@ -13,8 +13,8 @@ from starlette.types import ASGIApp, Lifespan, Receive, Scope, Send
 from embedq_gateway.errors import ApiError, api_error
 from embedq_gateway.http.answers import JsonAnswer
 from embedq_gateway.http.body import HungUp
-from embedq_gateway.http.exchange import Exchange
-from embedq_gateway.keys.caller import Keys
+from embedq_gateway.http.exchange import Exchange, HeldBytes
+from embedq_gateway.keys import Door
 from embedq_sdk.errors import EmbedError, KafkaUnavailable, TopicMissing, UnreadableReply
 from embedq_shared.codec import BadJob
 
@@ -83,9 +83,14 @@ class Entrance:
         - Each request is shown to every observer once, at its end.
     """
 
-    def __init__(self, routes: Sequence[BaseRoute], keys: Keys, lifespan: Lifespan[Router]) -> None:
+    def __init__(
+        self, routes: Sequence[BaseRoute], keys: Door, lifespan: Lifespan[Router], *, most_held_bytes: int
+    ) -> None:
         self._router = Router(list(routes), redirect_slashes=False, lifespan=lifespan)
+        self._fixed = dict(_fixed(routes))
         self._keys = keys
+        self.held = HeldBytes(most_held_bytes)
+        """Bytes of the bodies of requests that are being answered."""
         self.observers: list[Observer] = []
         self.in_flight: set[Exchange] = set()
         """Requests that are being answered now."""
@@ -99,7 +104,7 @@ class Entrance:
         if scope["type"] != "http":
             await self._router(scope, receive, send)
             return
-        exchange = Exchange(scope, receive, send, self._keys, closing=self.closing)
+        exchange = Exchange(scope, receive, send, self._keys, self.held, closing=self.closing)
         scope[_KEY] = exchange
         scope["app"] = self
         self.in_flight.add(exchange)
@@ -107,13 +112,16 @@ class Entrance:
             await self._answer(exchange)
         finally:
             self.in_flight.discard(exchange)
+            exchange.ended()
             for observe in self.observers:
                 observe(exchange)
 
     async def _answer(self, exchange: Exchange) -> None:
         scope = exchange.scope
+        # A path without variable parts needs no search among all.
+        app = self._fixed.get((scope["method"], scope["path"]), self._router)
         try:
-            await self._router(scope, exchange.receive, exchange.send)
+            await app(scope, exchange.receive, exchange.send)
         except HungUp:
             exchange.status = HUNG_UP
         except HTTPException as error:
@@ -123,6 +131,13 @@ class Entrance:
             if exchange.status:  # the answer has begun, and cannot be taken back
                 raise
             await refusal(exchange, error)(scope, exchange.receive, exchange.send)
+
+
+def _fixed(routes: Iterable[BaseRoute]) -> Iterator[tuple[tuple[str, str], ASGIApp]]:
+    """What answers the paths that have no variable parts, by method and path."""
+    for one in routes:
+        if isinstance(one, Route) and "{" not in one.path:
+            yield from (((method, one.path), one.app) for method in one.methods or ())
 
 
 def _of_starlette(error: HTTPException) -> ApiError:

@@ -10,8 +10,8 @@ from typing import Any, Final
 from starlette.types import Message, Receive, Scope, Send
 
 from embedq_gateway.errors import ApiError
-from embedq_gateway.keys.caller import Caller, Keys
-from embedq_gateway.keys.caller import Scope as Right
+from embedq_gateway.keys import Caller, Door
+from embedq_gateway.keys import Scope as Right
 from embedq_shared.topics import LANES, Lane
 
 REQUEST_ID: Final = "x-request-id"
@@ -26,6 +26,25 @@ _TRACE: Final = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(
 """A W3C traceparent; one of a later version may go on. One that is wrong is none, as the standard has it."""
 
 
+class HeldBytes:
+    """Bytes of bodies that requests hold until they are answered, all together, and the most that they may."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self.held = 0
+
+    def take(self, size: int) -> bool:
+        """Whether there was room for these; then they are held."""
+        if self.held + size > self._most:
+            return False
+        self.held += size
+        return True
+
+    def give(self, size: int) -> None:
+        """These are held no longer."""
+        self.held -= size
+
+
 class Exchange:
     """One request and its answer: made by `Entrance`, passed to the handler of its path, and shown to whoever counts and logs.
 
@@ -33,6 +52,8 @@ class Exchange:
     """
 
     __slots__ = (
+        "_held",
+        "_held_bytes",
         "_receive",
         "_send",
         "answered_at",
@@ -42,6 +63,7 @@ class Exchange:
         "error",
         "headers",
         "keys",
+        "own_headers",
         "received_bytes",
         "request_id",
         "route",
@@ -53,12 +75,21 @@ class Exchange:
     )
 
     def __init__(
-        self, scope: Scope, receive: Receive, send: Send, keys: Keys, *, closing: bool = False
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        keys: Door,
+        held: HeldBytes,
+        *,
+        closing: bool = False,
     ) -> None:
         self.scope = scope
         self._receive = receive
         self._send = send
         self.keys = keys
+        self._held = held
+        self._held_bytes = 0
         self.closing = closing
         """Whether the connection ends with this answer, since the gateway is leaving."""
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
@@ -77,6 +108,8 @@ class Exchange:
         """Of the answer; 0 before it."""
         self.error: str | None = None
         """The code of the error that was answered."""
+        self.own_headers: list[tuple[bytes, bytes]] = []
+        """Headers that its answer gets besides those that the handler gives it."""
         self.texts = 0
         self.tokens = 0
         self.received_bytes = 0
@@ -99,7 +132,7 @@ class Exchange:
         Raises:
             ApiError: nobody who is known, or who may not.
         """
-        self.caller = caller = self.keys.caller(self.headers.get(b"authorization"))
+        self.caller = caller = self.keys.caller(self.headers)
         caller.require(scope)
         return caller
 
@@ -119,15 +152,15 @@ class Exchange:
             raise ApiError("invalid_header", f"`{TIMEOUT}`: expected seconds above 0, such as 2.5", TIMEOUT)
         return min(seconds, most)
 
-    def lane(self) -> Lane:
-        """The lane that the request asks for.
+    def lane(self) -> Lane | None:
+        """The lane that the request asks for; None: it does not say.
 
         Raises:
-            ApiError: its header names none.
+            ApiError: its header names no lane.
         """
         raw = self.headers.get(b"x-embedq-lane")
         if raw is None:
-            return "interactive"
+            return None
         for lane in LANES:
             if raw == lane.encode():
                 return lane
@@ -137,6 +170,23 @@ class Exchange:
         """Its W3C traceparent."""
         raw = self.headers.get(b"traceparent")
         return None if raw is None or _TRACE.fullmatch(raw) is None else raw.decode("ascii")
+
+    def hold(self, size: int) -> None:
+        """Make room for bytes of its body, which it holds until it is answered.
+
+        Raises:
+            ApiError: requests hold too many.
+        """
+        if not self._held.take(size):
+            raise ApiError(
+                "overloaded", "the requests under way are too large to hold another one; try again"
+            )
+        self._held_bytes += size
+
+    def ended(self) -> None:
+        """It holds nothing any more."""
+        self._held.give(self._held_bytes)
+        self._held_bytes = 0
 
     # -- what goes in and out -----------------------------------------------------------------------------------------
 
@@ -151,7 +201,7 @@ class Exchange:
         """A part of the answer."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            own = [(b"x-request-id", self.request_id)]
+            own = [(b"x-request-id", self.request_id), *self.own_headers]
             if self.closing:
                 own.append((b"connection", b"close"))
             message = {**message, "headers": [*message.get("headers", ()), *own]}

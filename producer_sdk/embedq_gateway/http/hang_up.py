@@ -9,8 +9,9 @@ from typing import Final
 from embedq_gateway.http.body import HungUp
 from embedq_gateway.http.exchange import Exchange
 
-WATCH_AFTER_S: Final = 0.05
-"""Most answers are there before; watching costs a task for each request."""
+WATCH_AFTER_S: Final = 0.2
+"""Most answers are there before; watching costs a task for each request. A job that has not waited for so long is in Kafka, and
+nothing is gained by knowing earlier."""
 
 
 class UntilHungUp:

@@ -1,4 +1,4 @@
-"""JSON logs on stdout: one line for each event, and one for each request. Never texts, vectors or keys."""
+"""JSON logs on stdout: one line for each event. Never texts, vectors or keys."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ from typing import Any, Final, TextIO
 
 import msgspec
 
-from embedq_gateway.http.exchange import Exchange
-
 _OWN: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 """What a log record has of itself; the rest are the fields that an event was given."""
 _CHATTY: Final = ("aiokafka", "asyncio", "uvicorn", "uvicorn.error")
-_access: Final = logging.getLogger("embedq.gateway.access")
 
 
 def configure(level: str = "info", *, stream: TextIO | None = None) -> None:
@@ -30,28 +27,6 @@ def configure(level: str = "info", *, stream: TextIO | None = None) -> None:
     for name in _CHATTY:
         logging.getLogger(name).setLevel(max(threshold, logging.WARNING))
     logging.captureWarnings(True)
-
-
-def log_request(exchange: Exchange) -> None:
-    """The line of a request that has ended."""
-    client = exchange.scope.get("client")
-    _access.info(
-        "request",
-        extra={
-            "method": exchange.method,
-            "route": exchange.route or None,
-            "status": exchange.status,
-            "error": exchange.error,
-            "ms": round((time.monotonic() - exchange.began) * 1000, 2),
-            "request_id": exchange.request_id.decode(),
-            "caller": None if exchange.caller is None else exchange.caller.name,
-            "client": None if client is None else client[0],
-            "texts": exchange.texts,
-            "tokens": exchange.tokens,
-            "received_bytes": exchange.received_bytes,
-            "sent_bytes": exchange.sent_bytes,
-        },
-    )
 
 
 class _Json(logging.Formatter):

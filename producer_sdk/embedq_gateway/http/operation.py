@@ -8,7 +8,7 @@ import msgspec
 
 from embedq_gateway.errors import ErrorAnswer
 from embedq_gateway.http.exchange import LANE, MODEL_VERSION, REQUEST_ID, TIMEOUT
-from embedq_gateway.keys.caller import Scope
+from embedq_gateway.keys import Scope
 from embedq_shared.topics import JSON, LANES
 
 

@@ -1,4 +1,4 @@
-"""Prometheus' configuration, its alerts and the Grafana dashboard, against the metrics that the service has."""
+"""Prometheus' configuration, its alerts and the Grafana dashboards, against the metrics that service and gateway have."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from typing import Any
 
 import pytest
 import yaml
-from prometheus_client import Counter, Gauge, Histogram, Info
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
 from embedq_consumer.telemetry.lane_seconds import LaneSeconds
 from embedq_consumer.telemetry.metrics import Metrics
+from embedq_gateway.operations.metrics import GatewayMetrics
 from tests.helpers.support import patient
 
 ROOT = Path(__file__).parents[3]
 DEPLOY = ROOT / "deploy"
-DASHBOARD = json.loads((DEPLOY / "grafana/dashboards/embedq.json").read_text())
+DASHBOARDS = [json.loads(path.read_text()) for path in sorted((DEPLOY / "grafana/dashboards").glob("*.json"))]
 ALERTS = yaml.safe_load((DEPLOY / "prometheus/alerts.yml").read_text())
 RULES = [rule for group in ALERTS["groups"] for rule in group["rules"]]
 DATASOURCE = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/prometheus.yml").read_text())[
@@ -41,7 +42,12 @@ promtool = pytest.mark.skipif(
 
 
 def panels() -> list[dict[str, Any]]:
-    return [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+    return [panel for dashboard in DASHBOARDS for panel in dashboard["panels"] if panel["type"] != "row"]
+
+
+def registries() -> list[CollectorRegistry]:
+    """Of the service and of the gateway."""
+    return [Metrics().registry, GatewayMetrics(None).registry]
 
 
 def expressions() -> Iterator[tuple[str, str]]:
@@ -49,18 +55,19 @@ def expressions() -> Iterator[tuple[str, str]]:
     for panel in panels():
         for target in panel["targets"]:
             yield f"panel {panel['title']}", target["expr"]
-    for variable in DASHBOARD["templating"]["list"]:
-        yield f"variable {variable['name']}", variable["query"]["query"]
-    for annotation in DASHBOARD["annotations"]["list"]:
-        yield f"annotation {annotation['name']}", annotation["expr"]
+    for dashboard in DASHBOARDS:
+        for variable in dashboard["templating"]["list"]:
+            yield f"variable {variable['name']}", variable["query"]["query"]
+        for annotation in dashboard["annotations"]["list"]:
+            yield f"annotation {annotation['name']}", annotation["expr"]
     for rule in RULES:
         yield f"alert {rule['alert']}", rule["expr"]
 
 
 def metrics() -> dict[str, str]:
-    """Each sample name that the service exposes, and the metric that it belongs to."""
+    """Each sample name that is exposed, and the metric that it belongs to."""
     names: dict[str, str] = {}
-    for family in Metrics().registry.collect():
+    for family in (family for registry in registries() for family in registry.collect()):
         suffixes = {
             "counter": ["_total"],
             "histogram": ["_bucket", "_sum", "_count"],
@@ -74,7 +81,7 @@ def metrics() -> dict[str, str]:
 def labels() -> dict[str, set[str]]:
     """The labels of each metric of ours."""
     known: dict[str, set[str]] = {}
-    for value in vars(Metrics()).values():
+    for value in [*vars(Metrics()).values(), *vars(GatewayMetrics(None)).values()]:
         if isinstance(value, Counter | Gauge | Histogram | Info):
             known[value._name] = set(value._labelnames)
         elif isinstance(value, LaneSeconds):
@@ -108,7 +115,7 @@ def test_every_label_asked_for_is_one_that_the_metric_has(where: str, expression
 def test_every_label_value_asked_for_is_one_that_is_written(where: str, expression: str) -> None:
     """Labels of ours whose values are a short list are all there from the start, so a mistyped value shows."""
     written: dict[tuple[str, str], set[str]] = {}
-    for family in Metrics().registry.collect():
+    for family in (family for registry in registries() for family in registry.collect()):
         for sample in family.samples:
             for label, value in sample.labels.items():
                 written.setdefault((family.name, label), set()).add(value)
@@ -146,14 +153,18 @@ def test_every_query_of_a_panel_follows_the_chosen_replicas() -> None:
 
 
 def test_no_two_panels_lie_on_each_other_and_none_is_wider_than_the_page() -> None:
-    taken: set[tuple[int, int]] = set()
-    for panel in DASHBOARD["panels"]:
-        at = panel["gridPos"]
-        cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
-        assert max(x for x, _ in cells) < 24, panel["title"]
-        assert not taken & cells, panel["title"]
-        taken |= cells
-    assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
+    for dashboard in DASHBOARDS:
+        taken: set[tuple[int, int]] = set()
+        for panel in dashboard["panels"]:
+            at = panel["gridPos"]
+            cells = {
+                (x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])
+            }
+            assert max(x for x, _ in cells) < 24, panel["title"]
+            assert not taken & cells, panel["title"]
+            taken |= cells
+        assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+    assert len({dashboard["uid"] for dashboard in DASHBOARDS}) == len(DASHBOARDS)
 
 
 def test_every_alert_says_how_bad_it_is_and_what_to_look_at() -> None:

@@ -6,12 +6,16 @@ import asyncio
 import io
 import json
 import logging
+import re
+from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx
 import pytest
 
 from embedq_gateway.app import Gateway
 from embedq_gateway.http import logs
+from embedq_gateway.http.access_log import AccessLog
 from embedq_gateway.http.answers import JsonAnswer
 from embedq_gateway.http.entrance import HUNG_UP, route
 from embedq_gateway.http.exchange import Exchange
@@ -84,27 +88,64 @@ async def test_every_request_is_seen_once_at_its_end(door: Door) -> None:
     assert not door.gateway.entrance.in_flight
 
 
-async def test_a_line_in_the_log_for_each_request_and_no_text_in_it(
-    door: Door, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stream = io.StringIO()
-    root = logging.getLogger()
-    before = (root.handlers[:], root.level)
-    try:
-        logs.configure("info", stream=stream)
-        await door.post("/v1/embeddings", {"input": "a private text"}, x_request_id="r-1")
-        await door.post("/v1/embeddings", {"input": "x", "private": 1})
-    finally:
-        root.handlers[:], root.level = before
-    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
-    found = [line for line in lines if line["event"] == "request"]
+async def test_a_line_in_the_log_for_each_request_and_no_text_in_it(door: Door) -> None:
+    stream = io.BytesIO()
+    access_log = AccessLog(stream)
+    door.gateway.entrance.observers.append(access_log)
+    await door.post("/v1/embeddings", {"input": "a private text"}, x_request_id="r-1")
+    await door.post("/v1/embeddings", {"input": "x", "private": 1})
+    await wait_until(lambda: len(stream.getvalue().splitlines()) == 2, what="both lines")
+    found = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert [(line["route"], line["status"], line["error"]) for line in found] == [
         ("/v1/embeddings", 200, None),
         ("/v1/embeddings", 400, "unknown_field"),
     ]
     assert found[0]["request_id"] == "r-1"
     assert found[0]["tokens"] == 3
-    assert "private text" not in stream.getvalue()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", found[0]["timestamp"])
+    assert b"private text" not in stream.getvalue()
+
+
+async def test_lines_are_written_whole_and_in_pieces_that_a_pipe_keeps_together(door: Door) -> None:
+    class Pieces(io.BytesIO):
+        def write(self, piece: Any) -> int:
+            pieces.append(bytes(piece))
+            return len(piece)
+
+    pieces: list[bytes] = []
+    access_log = AccessLog(Pieces())
+    door.gateway.entrance.observers.append(access_log)
+    for _ in range(40):
+        await door.http.get("/livez")
+    access_log.flush()
+    assert len(pieces) > 1
+    assert all(len(piece) <= 4096 and piece.endswith(b"\n") for piece in pieces)
+    assert len(b"".join(pieces).splitlines()) == 40
+
+
+def test_an_event_is_a_line_of_json_with_the_fields_that_it_was_given() -> None:
+    stream = io.StringIO()
+    root = logging.getLogger()
+    before = (root.handlers[:], root.level)
+    try:
+        logs.configure("info", stream=stream)
+        logging.getLogger("embedq.gateway").warning("something", extra={"reason": "why", "vector": object()})
+        try:
+            raise ValueError("x")
+        except ValueError:
+            logging.getLogger("embedq.gateway").exception("broke")
+    finally:
+        root.handlers[:] = before[0]
+        root.setLevel(before[1])
+        logging.captureWarnings(False)
+    first, second = map(json.loads, stream.getvalue().splitlines())
+    assert (first["event"], first["level"], first["reason"], first["vector"]) == (
+        "something",
+        "warning",
+        "why",
+        "<object>",
+    )
+    assert "ValueError" in second["exception"]
 
 
 class RawRequest:
@@ -153,3 +194,32 @@ async def test_a_client_that_hangs_up_within_its_body_gets_no_answer(door: Door)
     request.hang_up()
     await door.gateway.entrance(request.scope, request.incoming.get, request.send)
     assert request.sent == []
+
+
+@pytest.mark.parametrize("says_its_length", [True, False])
+async def test_requests_hold_so_many_bytes_at_once_and_give_them_back(says_its_length: bool) -> None:
+    async with a_gateway(max_body_bytes=400, max_held_bytes=500) as door:
+        door.service.behave = lambda received: None
+        body = b'{"input": "%s"}' % (b"a" * 350)
+
+        async def pieces() -> AsyncIterator[bytes]:
+            yield body[:100]
+            yield body[100:]
+
+        async def post() -> httpx.Response:
+            return await door.http.post(
+                "/v1/embeddings",
+                content=body if says_its_length else pieces(),
+                headers={"content-type": "application/json", "x-request-timeout": "0.3"},
+            )
+
+        first = asyncio.create_task(post())
+        await wait_until(
+            lambda: door.gateway.entrance.held.held == len(body), what="a request that holds its body"
+        )
+        refused = await post()
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
+        assert (await first).status_code == 504
+        assert door.gateway.entrance.held.held == 0
+        door.service.behave = None
+        assert (await post()).status_code == 200

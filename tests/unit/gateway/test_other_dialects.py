@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
+from embedq_shared.messages import ErrorBody
 from embedq_shared.vectors import quantize
 from tests.helpers.fake_gateway import MAX_TOKENS, Door, a_gateway
-from tests.helpers.fake_service import OLD, expected
+from tests.helpers.fake_service import OLD, Answer, Received, changed, expected
 
 # -- text-embeddings-inference ---------------------------------------------------------------------------------------------
 
@@ -69,6 +71,28 @@ async def test_embed_says_what_was_expected_in_its_own_shape(door: Door, body: A
     assert answer.status_code == 400
     assert answer.json().keys() == {"error", "error_type"}
     assert named in answer.json()["error"]
+
+
+async def test_an_input_that_fails_is_named_as_the_interface_names_it(door: Door) -> None:
+    def fail(received: Received) -> list[Answer]:
+        good = door.service.good(received)
+        error = ErrorBody(
+            code="text_too_long", message="expected at most 512 tokens, got 700", param="input[1]"
+        )
+        data = [
+            msgspec.structs.replace(each, embedding=None, error=error) if each.index == 1 else each
+            for each in good.data
+        ]
+        return [changed(good, data=data)]
+
+    door.service.behave = fail
+    tei = await door.post("/embed", {"inputs": ["a", "b"], "truncate": False})
+    assert tei.json() == {
+        "error": "`inputs[1]`: expected at most 512 tokens, got 700",
+        "error_type": "Validation",
+    }
+    cohere = await door.post("/v2/embed", {"texts": ["a", "b"], "truncate": "NONE"})
+    assert cohere.json()["message"] == "`texts[1]`: expected at most 512 tokens, got 700"
 
 
 async def test_info_describes_the_default_model(door: Door) -> None:

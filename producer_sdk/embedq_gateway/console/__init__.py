@@ -1,0 +1,1 @@
+"""A page that shows the service, and lets a person try it."""
