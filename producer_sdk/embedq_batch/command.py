@@ -9,7 +9,7 @@ import importlib.util
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -40,7 +40,7 @@ _REDRAWN_S: Final = 0.5
     help="Where the texts are: .parquet, .csv, .tsv or .jsonl, a path or a glob, several times; - is JSON Lines on standard input; "
     "postgresql://…#TABLE; kafka:TOPIC, of JSON documents.",
 )
-@click.option("--query", help="For postgresql://…: the rows of this query instead of a table's.")
+@click.option("--sql", help="For postgresql://…: the rows of this query instead of a table's.")
 @click.option(
     "--since",
     callback=moment,
@@ -133,7 +133,7 @@ def run(
     template: str | None,
     id_column: str | None,
     keep: tuple[str, ...],
-    query: str | None,
+    sql: str | None,
     since: int | None,
     manifest: Path | None,
     kafka: KafkaTarget,
@@ -159,12 +159,19 @@ def run(
     progress = Progress(time.monotonic())
     again = shlex.join(["embedq", *sys.argv[1:]])
 
-    async def work() -> int:
+    async def work(report: Callable[[str], None]) -> int:
         columns = Columns(text=text_column, template=template, id=id_column, keep=keep)
         asked = _options(options, again, described(columns))
+        # Both import what they need, which takes a while.
         opened = await asyncio.to_thread(
-            opened_source, source, columns
-        )  # imports what they need, and takes a while
+            opened_source,
+            source,
+            columns,
+            query=sql,
+            since=since,
+            servers=kafka.servers,
+            security=kafka.security,
+        )
         sink = await asyncio.to_thread(opened_sink, target)
         client = EmbedClient(
             kafka.servers, topic_prefix=kafka.prefix, connect_timeout=CONNECT_TIMEOUT_S, **kafka.security
@@ -173,12 +180,12 @@ def run(
             parts = Parts(
                 source=opened, sink=sink, client=client, options=asked, progress=progress, manifest=manifest
             )
-            with _shown(progress) as report:
-                summary = await execute(parts, report)
+            summary = await execute(parts, report)
         return _conclude(summary, asked)
 
     try:
-        run_command(_until_stopped(work()))
+        with _shown(progress) as report:
+            run_command(_until_stopped(work(report)))
     except KeyboardInterrupt:
         say(f"stopped: {progress.line(time.monotonic())}")
         say(f"what is done is kept; this goes on: {again}")
@@ -226,7 +233,7 @@ def _options(given: dict[str, Any], command: str, about: dict[str, Any]) -> RunO
 
 
 @contextmanager
-def _shown(progress: Progress) -> Iterator[Any]:
+def _shown(progress: Progress) -> Iterator[Callable[[str], None]]:
     """A line that is redrawn where a terminal is, and a line a minute where none is."""
     from rich.console import Console
     from rich.live import Live

@@ -40,7 +40,7 @@ def opened_source(
     first = places[0] if places else ""
     kind = first.partition(":")[0]
     if query is not None and kind not in ("postgresql", "postgres"):
-        raise InvalidArgument(argument="query", expected="no value, but for postgresql://…", got="one")
+        raise InvalidArgument(argument="sql", expected="no value, but for postgresql://…", got="one")
     if since is not None and kind != "kafka":
         raise InvalidArgument(argument="since", expected="no value, but for kafka:TOPIC", got="one")
     if list(places) == ["-"]:
