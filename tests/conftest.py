@@ -45,7 +45,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 @pytest.fixture(autouse=True)
 def blocking_calls() -> Iterator[BlockBuster]:
     """A call of ours that blocks the event loop raises. The tests' own code may block."""
-    ours = ["embedq_consumer", "embedq_gateway", "embedq_sdk", "embedq_shared"]
+    ours = ["embedq_batch", "embedq_consumer", "embedq_gateway", "embedq_sdk", "embedq_shared"]
     with blockbuster_ctx(scanned_modules=ours) as blockbuster:
         # What measures the tests takes a lock where a line runs for the first time, and another thread may have it.
         for name in ("threading.Lock.acquire", "threading.Lock.acquire_lock"):

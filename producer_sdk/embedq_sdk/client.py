@@ -265,16 +265,22 @@ class EmbedClient(_Life):
         return found if errors == "return" else found.checked()
 
     async def embed_raw(
-        self, texts: Sequence[str] | Column, options: JobOptions, *, timeout: float = DEFAULT_TIMEOUT_S
+        self,
+        texts: Sequence[str] | Column,
+        options: JobOptions,
+        *,
+        timeout: float = DEFAULT_TIMEOUT_S,
+        retry: bool = True,
     ) -> list[FinishedJob]:
         """The replies to a call as they came, for programs that pass vectors on: raw bytes of the dtype that was asked for,
         and int8 with its scale.
 
         A call is one job, but for one that is too large. All their vectors come from one model, as those of `embed` do. What
-        the service says of a job, or of one of its inputs, is an outcome; other errors are raised.
+        the service says of a job, or of one of its inputs, is an outcome; other errors are raised. With `retry` false an
+        error that may heal is an outcome at once, for callers who decide themselves what to send again.
         """
         inputs = self._limits.split(texts)
-        deadline = Deadline.after(checked_timeout("timeout", timeout))
+        deadline = Deadline.after(checked_timeout("timeout", timeout), retry=retry)
         finished = await self._runner.run(inputs, options, deadline)
         return await self._runner.of_one_model(finished, inputs, options, deadline)
 

@@ -17,6 +17,7 @@ import pytest
 
 ROOT: Final = Path(__file__).parents[2]
 PACKAGES: Final = {
+    "embedq_batch": ROOT / "producer_sdk/embedq_batch",
     "embedq_consumer": ROOT / "consumer/embedq_consumer",
     "embedq_gateway": ROOT / "producer_sdk/embedq_gateway",
     "embedq_sdk": ROOT / "producer_sdk/embedq_sdk",
@@ -78,6 +79,16 @@ GATEWAY: Final[Floors] = (
     ("command",),
     ("__main__",),
 )
+BATCH: Final[Floors] = (
+    ("errors",),
+    ("content",),
+    ("manifest",),
+    ("sources", "sinks"),
+    ("running",),
+    ("api",),
+    ("__init__",),
+    ("command",),
+)
 ENGINE: Final[Floors] = (("kernels",), ("models",), ("loading",))
 """The engine's other rooms may stand anywhere, as long as there is no circle."""
 
@@ -98,7 +109,7 @@ LEAVES: Final = {
 
 
 class Module(NamedTuple):
-    """One file and what it imports of the four packages."""
+    """One file and what it imports of our packages."""
 
     name: str
     path: Path
@@ -239,11 +250,12 @@ def test_no_rooms_use_each_other_in_a_circle() -> None:
     )
 
 
-def test_the_shared_package_uses_no_other_the_gateway_the_sdk_and_nobody_the_service() -> None:
+def test_the_shared_package_uses_no_other_gateway_and_batch_the_sdk_and_nobody_the_service() -> None:
     allowed = {
         "embedq_shared": {"embedq_shared"},
         "embedq_sdk": {"embedq_sdk", "embedq_shared"},
         "embedq_gateway": {"embedq_gateway", "embedq_sdk", "embedq_shared"},
+        "embedq_batch": {"embedq_batch", "embedq_sdk", "embedq_shared"},
         "embedq_consumer": {"embedq_consumer", "embedq_shared"},
     }
     found = [
@@ -261,9 +273,10 @@ def test_the_shared_package_uses_no_other_the_gateway_the_sdk_and_nobody_the_ser
         ("embedq_consumer", SERVICE),
         ("embedq_sdk", SDK),
         ("embedq_gateway", GATEWAY),
+        ("embedq_batch", BATCH),
         ("embedq_consumer.engine", ENGINE),
     ],
-    ids=["service", "sdk", "gateway", "engine"],
+    ids=["service", "sdk", "gateway", "batch", "engine"],
 )
 def test_a_room_uses_only_rooms_of_lower_floors(package: str, floors: Floors) -> None:
     floor_of = {name: number for number, floor in enumerate(floors) for name in floor}
@@ -278,7 +291,8 @@ def test_a_room_uses_only_rooms_of_lower_floors(package: str, floors: Floors) ->
 
 
 @pytest.mark.parametrize(
-    ("package", "floors"), [("embedq_consumer", SERVICE), ("embedq_sdk", SDK), ("embedq_gateway", GATEWAY)]
+    ("package", "floors"),
+    [("embedq_consumer", SERVICE), ("embedq_sdk", SDK), ("embedq_gateway", GATEWAY), ("embedq_batch", BATCH)],
 )
 def test_every_room_has_its_floor(package: str, floors: Floors) -> None:
     """A new room is given its place above, so that the one who adds it decides what it may use."""

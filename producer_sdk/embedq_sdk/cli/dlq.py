@@ -28,7 +28,7 @@ _SHOWN_BYTES: Final = 4096
 _SHOWN_FAILURES: Final = 20
 
 
-def _time(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+def moment(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
     """Epoch milliseconds, from `2h` (ago) or an ISO date."""
     if value is None:
         return None
@@ -114,12 +114,12 @@ _FILTERS: Final = (
     ),
     click.option(
         "--since",
-        callback=_time,
+        callback=moment,
         metavar="TIME",
         help="Letters of jobs that were written at this time or later: 2026-05-01T12:00, or 2h for two hours ago.",
     ),
     click.option(
-        "--until", callback=_time, metavar="TIME", help="Letters of jobs that were written before this time."
+        "--until", callback=moment, metavar="TIME", help="Letters of jobs that were written before this time."
     ),
 )
 

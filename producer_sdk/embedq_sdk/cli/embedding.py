@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Final, get_args
 
 import click
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from embedq_sdk.client import EmbedClient
     from embedq_sdk.stream import Embedded
     from embedq_shared.messages import Chunking
+
+_TIMEOUT_S: Final = {"interactive": 120.0, "bulk": 86_400.0}
+"""A bulk job waits behind a backlog, which may be hours long; a person waits for two minutes at most."""
 
 
 @click.command()
@@ -39,8 +42,9 @@ if TYPE_CHECKING:
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="The file to write, .jsonl or .npy. Default: JSON lines on standard output.",
+    help="The file to write, .jsonl or .npy, which is NAME.part until it is complete. Default: JSON lines on standard output.",
 )
+@click.option("--force", is_flag=True, help="Overwrite the file of --out, and the part that a run left.")
 @click.option("--model", help="The model's alias. Default: the service's own.")
 @click.option("--dimensions", type=int, help="Length of each vector. Default: the model's own.")
 @click.option(
@@ -74,7 +78,7 @@ if TYPE_CHECKING:
     "--in-flight", type=click.IntRange(1), default=1024, show_default=True, help="Texts in flight at once."
 )
 @click.option(
-    "--timeout", type=float, default=120.0, show_default=True, help="Seconds that each job may take."
+    "--timeout", type=float, help="Seconds that each job may take. Default: 120, and a day in the bulk lane."
 )
 @click.option("--with-text", is_flag=True, help="Repeat each text in its JSON line.")
 @kafka_options
@@ -83,13 +87,18 @@ def embed(
     source: str | None,
     format: Format | None,
     out: Path | None,
+    force: bool,
     with_text: bool,
     chunk: str | None,
     chunk_tokens: int | None,
+    timeout: float | None,
     kafka: KafkaTarget,
     **job: Any,
 ) -> None:
-    """Embed TEXTS, the texts of a file, or with - those of standard input."""
+    """Embed TEXTS, the texts of a file, or with - those of standard input.
+
+    For tables, vector stores, and runs that go on where they were: embedq run.
+    """
     if texts == (STANDARD_INPUT,) and source is None:
         texts, source = (), STANDARD_INPUT
     if bool(texts) == bool(source):
@@ -104,6 +113,7 @@ def embed(
         raise click.BadParameter("spans need a .jsonl file, which says where each begins", param_hint="--out")
     from embedq_sdk.errors import InvalidArgument
 
+    job["timeout"] = _TIMEOUT_S[job["lane"]] if timeout is None else timeout
     try:
         job["chunk"] = _chunking(chunk, chunk_tokens)
     except InvalidArgument as error:
@@ -115,7 +125,7 @@ def embed(
             found, total = _source(stack, texts, source, format, typed)
             client = await _connected(kafka)
             try:
-                writer = stack.enter_context(_writer(out, with_text))
+                writer = stack.enter_context(_kept(_writer(out, with_text, force=force)))
                 advance = stack.enter_context(_progress(total))
                 ids: dict[int, str | int] = {}
                 noted = _noted(found, ids)
@@ -205,12 +215,23 @@ def _source(
     return found, None if typed is not None else count_lines(source)
 
 
-def _writer(out: Path | None, with_text: bool) -> VectorWriter:
+def _writer(out: Path | None, with_text: bool, *, force: bool) -> VectorWriter:
     from embedq_sdk.cli.vector_files import JsonLines, NpyFile
 
     if out is not None and out.suffix == ".npy":
-        return NpyFile(out)
-    return JsonLines(out, sys.stdout.buffer, with_text=with_text)
+        return NpyFile(out, force=force)
+    return JsonLines(out, sys.stdout.buffer, with_text=with_text, force=force)
+
+
+@contextlib.contextmanager
+def _kept(writer: VectorWriter) -> Iterator[VectorWriter]:
+    """The writer, opened. Of a run that ends before its time, Ctrl-C included, it is said how far it came."""
+    try:
+        with writer:
+            yield writer
+    finally:
+        if writer.left is not None:
+            say(f"{writer.left.texts:,} texts are in {writer.left.path}")
 
 
 @contextlib.contextmanager

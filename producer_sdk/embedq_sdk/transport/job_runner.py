@@ -70,15 +70,19 @@ class ReplyRecord(Protocol):
 
 
 class Deadline(msgspec.Struct, frozen=True):
-    """When a call ends: `at` on the event loop's clock, `timeout` seconds after it began."""
+    """When a call ends: `at` on the event loop's clock, `timeout` seconds after it began.
+
+    Until then a job whose error may heal is sent again, unless `retry` is false.
+    """
 
     at: float
     timeout: float
+    retry: bool = True
 
     @classmethod
-    def after(cls, timeout: float) -> Deadline:
+    def after(cls, timeout: float, *, retry: bool = True) -> Deadline:
         """In `timeout` seconds from now."""
-        return cls(asyncio.get_running_loop().time() + timeout, timeout)
+        return cls(asyncio.get_running_loop().time() + timeout, timeout, retry)
 
 
 class JobRunner:
@@ -250,6 +254,7 @@ class JobRunner:
             count=len(texts),
             size=inputs.size,
             timeout=deadline.timeout,
+            retries=deadline.retry,
             asked=Asked(
                 count=len(texts),
                 dtype=options.dtype or "float32",
@@ -286,7 +291,7 @@ class JobRunner:
         except BadReply as bad:
             job.fail(UnreadableReply(detail=f"{bad} at offset {record.offset}"))
             return
-        if outcome is None or (worth_retrying(outcome) and self._retry(job)):
+        if outcome is None or (job.retries and worth_retrying(outcome) and self._retry(job)):
             return
         if isinstance(outcome, list):
             job.complete(outcome)

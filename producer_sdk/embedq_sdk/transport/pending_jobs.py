@@ -47,6 +47,7 @@ class PendingJob:
         "future",
         "headers",
         "joiner",
+        "retries",
         "retry_timer",
         "size",
         "timeout",
@@ -67,6 +68,7 @@ class PendingJob:
         size: int,
         timeout: float,
         awaits_reply: bool = True,
+        retries: bool = True,
         asked: Asked | None = None,
     ) -> None:
         self.future = future
@@ -81,6 +83,8 @@ class PendingJob:
         self.timeout = timeout
         """Seconds that the caller allowed, for error messages; the deadline itself is `deadline_timer`."""
         self.awaits_reply = awaits_reply
+        self.retries = retries
+        """Whether it is sent again when its error may heal."""
         self.asked = asked or Asked(count=count)
         """What its reply must be like."""
         self.joiner: PartJoiner | None = None

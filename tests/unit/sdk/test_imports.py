@@ -93,7 +93,7 @@ def test_the_command_line_says_what_to_install_when_click_is_missing() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
 
     assert done.returncode == 1
-    assert done.stderr == "embedq: the command line needs click and rich: pip install 'embedq[cli]'\n"
+    assert done.stderr == "embedq: the command line needs click, orjson and rich: pip install 'embedq[cli]'\n"
 
 
 def test_everything_in_all_is_there_and_documented() -> None:

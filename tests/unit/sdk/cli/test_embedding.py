@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import msgspec
 import numpy as np
 
 from tests.helpers.fake_service import expected
-from tests.helpers.support import patient
+from tests.helpers.support import patient, wait_for
 
 PROGRAM = """
 from embedq_sdk import client
@@ -68,3 +69,44 @@ def test_a_bad_line_is_named() -> None:
     _, told = started("-", "--format", "jsonl").communicate(b'{"text": "one"}\nno\n', timeout=patient(60))
     assert told.startswith(b"embedq: -: line 2: expected a JSON object")
     assert told.count(b"\n") == 1
+
+
+def ended(*arguments: str) -> tuple[int, bytes]:
+    process = started(*arguments)
+    _, told = process.communicate(b"", timeout=patient(60))
+    return process.returncode, told
+
+
+def test_a_file_is_written_once_and_again_only_by_force(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    assert ended("one", "two", "--out", str(out)) == (0, b"")
+    before = out.read_bytes()
+
+    code, told = ended("three", "--out", str(out))
+    assert (code, told.count(b"\n")) == (2, 1)
+    assert b"exists: give another name, or --force" in told
+    assert out.read_bytes() == before
+
+    assert ended("three", "--out", str(out), "--force") == (0, b"")
+    assert len(out.read_bytes().splitlines()) == 1
+
+
+def test_no_texts_are_an_empty_file(tmp_path: Path) -> None:
+    assert ended("-", "--out", str(tmp_path / "out.jsonl")) == (0, b"")
+    assert (tmp_path / "out.jsonl").read_bytes() == b""
+
+
+def test_what_was_written_before_ctrl_c_stays_and_is_told(tmp_path: Path) -> None:
+    process = started("-", "--out", str(tmp_path / "out.jsonl"))
+    assert process.stdin is not None
+    process.stdin.write(b"text\n" * 100)
+    process.stdin.flush()
+    part = tmp_path / "out.jsonl.part"
+    wait_for(lambda: part.exists() and part.stat().st_size > 0, what="the part")
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=patient(60))
+
+    assert process.returncode != 0
+    assert b"Traceback" not in told
+    assert not (tmp_path / "out.jsonl").exists()
+    assert f"{len(part.read_bytes().splitlines())} texts are in {part}".encode() in told

@@ -1,0 +1,1 @@
+"""Rows, and what they are read from: columns, documents, addresses."""

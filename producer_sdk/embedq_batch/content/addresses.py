@@ -1,0 +1,41 @@
+"""Addresses of stores: KIND:PLACE#NAME, and how they may be shown."""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit, urlunsplit
+
+import msgspec
+
+from embedq_sdk.errors import InvalidArgument
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Where a store is, and the table or collection in it."""
+
+    address: str
+    name: str
+
+
+def place_of(given: str, kind: str, what: str, argument: str = "to") -> Place:
+    """Split `ADDRESS#NAME`.
+
+    Raises:
+        InvalidArgument: one of them is missing.
+    """
+    address, _, name = given.rpartition("#")
+    if not address or not name:
+        raise InvalidArgument(
+            argument=argument,
+            expected=f"{kind}:ADDRESS#{what.upper()}",
+            got=without_password(given) or "nothing",
+        )
+    return Place(address, name)
+
+
+def without_password(address: str) -> str:
+    """An address as it may be shown."""
+    parts = urlsplit(address)
+    if parts.password is None:
+        return address
+    who, _, where = parts.netloc.rpartition("@")
+    return urlunsplit(parts._replace(netloc=f"{who.partition(':')[0]}@{where}"))

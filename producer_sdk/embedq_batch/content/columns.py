@@ -1,0 +1,259 @@
+"""Which columns of a source are a row's text, its id and what goes along, and how they are read whatever they hold."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
+import pyarrow as pa
+
+from embedq_batch.content.rows import Problem, RowBatch, RowId
+from embedq_batch.errors import BadSource
+from embedq_sdk.errors import InvalidArgument
+from embedq_sdk.job_options import MAX_JOB_BYTES
+
+MISSING: Final = Problem("missing_text", "expected a text, got null")
+NOT_UTF8: Final = Problem("invalid_utf8", "expected UTF-8, got other bytes")
+NO_ID: Final = Problem("missing_id", "expected an id, got null")
+_MOST_SHOWN: Final = 10
+
+
+class Columns(msgspec.Struct, frozen=True, kw_only=True):
+    """What of a row is its text: a column, or a template over columns such as "{title}: {body}"; and what else is taken.
+
+    Without an id column a row's id is its number in the source, from 0.
+
+    Raises:
+        InvalidArgument: text and template are both given, or the template cannot be read.
+    """
+
+    text: str | None = None
+    template: str | None = None
+    id: str | None = None
+    keep: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.text is not None and self.template is not None:
+            raise InvalidArgument(argument="template", expected="no value beside a text column", got="one")
+        self.pieces()
+
+    @property
+    def text_names(self) -> list[str]:
+        """The columns that make the text."""
+        if self.template is None:
+            return [self.text or "text"]
+        return list(dict.fromkeys(name for _, name in self.pieces() if name is not None))
+
+    @property
+    def names(self) -> list[str]:
+        """All columns that are read, each once."""
+        return list(dict.fromkeys([*self.text_names, *([self.id] if self.id else []), *self.keep]))
+
+    def pieces(self) -> list[tuple[str, str | None]]:
+        """The template as literal text and the column that follows it, None after the last."""
+        if self.template is None:
+            return []
+        expected = "text with columns as {name}, and {{ and }} for braces"
+        try:
+            parsed = [
+                (text, name)
+                for text, name, form, conversion in string.Formatter().parse(self.template)
+                if not form and not conversion
+            ]
+        except ValueError as error:
+            raise InvalidArgument(argument="template", expected=expected, got=str(error)) from None
+        if not any(name for _, name in parsed) or any(name == "" for _, name in parsed):
+            raise InvalidArgument(argument="template", expected=expected, got=repr(self.template[:80]))
+        return parsed
+
+    def check(self, found: Sequence[str], source: str) -> None:
+        """All columns that are read are there.
+
+        Raises:
+            BadSource: one is not.
+        """
+        missing = [name for name in self.names if name not in found]
+        if missing:
+            shown = ", ".join(found[:_MOST_SHOWN]) + (", …" if len(found) > _MOST_SHOWN else "")
+            hint = (
+                "; --text-column or --template says which is the text"
+                if self.text is None and self.template is None
+                else ""
+            )
+            raise BadSource(
+                source=source,
+                reason=f"no column {', '.join(map(repr, missing))} among {shown or 'none'}{hint}",
+            )
+
+
+class RowReader:
+    """Makes rows of records. One reader reads one source, from its first row on: rows without an id are counted.
+
+    `ids` is what ids are: integers, and then another one is a problem, or else all are made strings.
+    """
+
+    def __init__(self, columns: Columns, ids: type[str | int]) -> None:
+        self._columns = columns
+        self._ids = ids
+        self._names = columns.text_names
+        self._pieces = columns.pieces()
+        self._next = 0
+
+    def of_arrow(self, batch: pa.RecordBatch) -> RowBatch:
+        """Rows of an Arrow batch."""
+        columns = {name: _values(batch.column(name)) for name in self._names}
+        ids = None if self._columns.id is None else _values(batch.column(self._columns.id))
+        texts = [
+            self._text({name: values[n] for name, values in columns.items()}) for n in range(batch.num_rows)
+        ]
+        kept = _readable(batch.select(list(self._columns.keep)), texts) if self._columns.keep else None
+        return self._rows(texts, ids, kept)
+
+    def of_records(
+        self, records: Sequence[Mapping[str, Any] | Problem], schema: pa.Schema | None
+    ) -> RowBatch:
+        """Rows of records of any kind. A kept value that the schema does not allow makes its row a problem."""
+        texts: list[str | Problem] = []
+        kept: list[dict[str, Any]] = []
+        ids = [
+            None if isinstance(each, Problem) or self._columns.id is None else each.get(self._columns.id)
+            for each in records
+        ]
+        for record in records:
+            text = record if isinstance(record, Problem) else self._text(record)
+            kept.append(
+                {} if isinstance(record, Problem) else {name: record.get(name) for name in self._columns.keep}
+            )
+            texts.append(text)
+        batch = None if schema is None else _fitted(kept, schema, texts)
+        return self._rows(texts, None if self._columns.id is None else ids, batch)
+
+    def _rows(
+        self, texts: list[str | Problem], ids: Sequence[Any] | None, kept: pa.RecordBatch | None
+    ) -> RowBatch:
+        first, self._next = self._next, self._next + len(texts)
+        if ids is None:
+            return RowBatch(ids=list(range(first, self._next)), texts=texts, kept=kept)
+        named: list[RowId] = []
+        for n, id in enumerate(ids):
+            known = row_id(id, self._ids)
+            if isinstance(known, Problem):
+                if isinstance(texts[n], str):
+                    texts[n] = known
+                known = f"row {first + n}"
+            named.append(known)
+        return RowBatch(ids=named, texts=texts, kept=kept)
+
+    def _text(self, record: Mapping[str, Any]) -> str | Problem:
+        found = {name: as_text(record.get(name)) for name in self._names}
+        if not self._pieces:
+            return checked(found[self._names[0]])
+        values = [found[name] for _, name in self._pieces if name is not None]
+        for value in values:
+            if isinstance(value, Problem) and value is not MISSING:
+                return value
+        if all(value is MISSING for value in values):
+            return MISSING
+        pieces = []
+        for literal, name in self._pieces:
+            value = "" if name is None else found[name]
+            pieces.append(literal + (value if isinstance(value, str) else ""))
+        return checked("".join(pieces))
+
+
+def as_text(value: Any) -> str | Problem:
+    """A value as text, or why it is none. Numbers are written out: a template may want a year."""
+    if value is None:
+        return MISSING
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return NOT_UTF8
+    if isinstance(value, (list, dict)):
+        return Problem("invalid_text", f"expected a text, got {type(value).__name__}")
+    return str(value)
+
+
+def checked(text: str | Problem) -> str | Problem:
+    """A text that a job can carry, or why it cannot."""
+    if isinstance(text, Problem):
+        return text
+    try:
+        size = len(text) if text.isascii() else len(text.encode())
+    except UnicodeEncodeError as error:
+        return Problem(
+            "invalid_utf8", f"expected valid Unicode, got a lone surrogate at position {error.start}"
+        )
+    if size > MAX_JOB_BYTES:
+        return Problem("text_too_long", f"expected at most {MAX_JOB_BYTES:,} bytes of UTF-8, got {size:,}")
+    return text
+
+
+def row_id(value: Any, kind: type[str | int]) -> RowId | Problem:
+    """A value as an id, or why it is none."""
+    if value is None:
+        return NO_ID
+    if kind is int:
+        if type(value) is int and -(1 << 63) <= value < 1 << 63:
+            return value
+        return Problem(
+            "invalid_id", f"expected an integer of 64 bits, as in the first rows, got {type(value).__name__}"
+        )
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return Problem("invalid_id", NOT_UTF8.message)
+    return str(value)
+
+
+def _values(column: pa.Array) -> list[Any]:
+    """A column's values; strings as bytes, since Arrow's own reading raises for the whole column at one that is no UTF-8."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        return _values(column.dictionary_decode())
+    if pa.types.is_string(kind):
+        return column.cast(pa.binary()).to_pylist()  # type: ignore[no-any-return]
+    if pa.types.is_large_string(kind):
+        return column.cast(pa.large_binary()).to_pylist()  # type: ignore[no-any-return]
+    return column.to_pylist()  # type: ignore[no-any-return]
+
+
+def _fitted(rows: list[dict[str, Any]], schema: pa.Schema, texts: list[str | Problem]) -> pa.RecordBatch:
+    """Kept values as a batch. Row by row where the batch as a whole does not fit, to find those that do not."""
+    try:
+        return pa.RecordBatch.from_pylist(rows, schema=schema)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        pass
+    for n, row in enumerate(rows):
+        for name, value in row.items():
+            try:
+                pa.array([value], schema.field(name).type)
+            except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+                texts[n] = Problem(
+                    "invalid_column",
+                    f"{name}: expected {schema.field(name).type}, as in the first rows, got {type(value).__name__}",
+                )
+                row[name] = None
+    return pa.RecordBatch.from_pylist(rows, schema=schema)
+
+
+def _readable(kept: pa.RecordBatch, texts: list[str | Problem]) -> pa.RecordBatch:
+    """Kept columns without strings that are no UTF-8: their rows become problems."""
+    columns = []
+    for field, column in zip(kept.schema, kept.columns, strict=True):
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid:
+            values = [as_text(value) for value in _values(column)]
+            for n, value in enumerate(values):
+                if value is NOT_UTF8:
+                    texts[n] = Problem(NOT_UTF8.code, f"{field.name}: {NOT_UTF8.message}")
+            column = pa.array([value if isinstance(value, str) else None for value in values], field.type)
+        columns.append(column)
+    return pa.RecordBatch.from_arrays(columns, schema=kept.schema)

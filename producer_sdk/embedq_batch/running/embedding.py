@@ -1,0 +1,254 @@
+"""Texts of rows in, vectors out, for as long as that takes: what may heal is tried again, what will not is a row's problem."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+
+from embedq_batch.content.rows import Problem, RowBatch, RowId, VectorBatch, VectorType, taken
+from embedq_sdk.embeddings import FinishedJob, ReadDatum, ReadResult
+from embedq_sdk.errors import (
+    ClientClosed,
+    DeadlineExceeded,
+    EmbedError,
+    Expired,
+    InvalidArgument,
+    JobFailed,
+    KafkaRefused,
+    KafkaUnavailable,
+    MixedModelVersions,
+    Overloaded,
+    ServiceOverloaded,
+    UnknownModel,
+    UnreadableReply,
+)
+from embedq_sdk.job_options import JobOptions
+from embedq_shared.backoff import backoff
+from embedq_shared.vectors import NUMPY
+
+ASKED_AGAIN_S: Final = 86_400.0
+"""How long an answer is waited for before the job is sent again: longer than any backlog, so that a job waits as long as
+the backlog does, and not for ever, so that an answer that was lost, with its broker's disk perhaps, stops no run."""
+MOST_ATTEMPTS: Final = 3
+"""Of a row whose error may heal. The service has tried it for minutes each time."""
+PROBE: Final = "embedq"
+"""Any text does."""
+_FIRST_PAUSE_S: Final = 0.5
+_LONGEST_PAUSE_S: Final = 10.0
+
+
+class RawClient(Protocol):
+    """What is used of an `EmbedClient`."""
+
+    async def embed_raw(
+        self, texts: Sequence[str], options: JobOptions, *, timeout: float, retry: bool
+    ) -> list[FinishedJob]: ...
+
+
+class Group(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+    """Vectors of one model version: those of the rows with these indices, `counts` of each."""
+
+    rows: list[int]
+    counts: list[int]
+    vectors: VectorBatch
+
+
+class Answered(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+    """What came of some rows: each is in a group, or has a problem."""
+
+    groups: list[Group]
+    problems: dict[int, Problem]
+    tokens: int
+    cached: int
+    """Rows that the service did not compute."""
+
+
+class Embedder:
+    """Embeds rows, some at a time. `waits` is told why nothing comes, and None when it comes again."""
+
+    def __init__(
+        self,
+        client: RawClient,
+        options: JobOptions,
+        waits: Callable[[str | None], None],
+        pause: Callable[[int], float] | None = None,
+    ) -> None:
+        self._client = client
+        self._options = options
+        self._waits = waits
+        self._pause = pause or _pause
+
+    async def embed(self, batch: RowBatch) -> Answered:
+        """The outcome of each row whose text is one. The batch fits one job.
+
+        Raises:
+            UnknownModel, KafkaRefused, InvalidArgument and others: no row will ever be embedded.
+        """
+        found = _Found(batch, self._options.dtype or "float32", spans=self._options.late)
+        waiting = deque([_Waiting([n for n, text in enumerate(batch.texts) if isinstance(text, str)])])
+        while waiting:
+            some = waiting.popleft()
+            if not some.rows:
+                continue
+            outcome = await self._ask([str(batch.texts[n]) for n in some.rows])
+            if isinstance(outcome, list):
+                again = found.take(some.rows, outcome)
+                if again and some.attempt + 1 < MOST_ATTEMPTS:
+                    await asyncio.sleep(self._pause(some.attempt))
+                    waiting.append(_Waiting(list(again), some.attempt + 1))
+                else:
+                    found.problems.update(again)
+            elif isinstance(outcome, UnknownModel):
+                raise outcome
+            elif _heals(outcome) and some.attempt + 1 < MOST_ATTEMPTS:
+                await asyncio.sleep(self._pause(some.attempt))
+                waiting.append(_Waiting(some.rows, some.attempt + 1))
+            elif len(some.rows) > 1:
+                # One of them may be at fault. Alone at once: a text that kills processes should meet few others.
+                waiting.extend(_Waiting([n], some.attempt) for n in some.rows)
+            else:
+                found.problems[some.rows[0]] = _problem(outcome)
+        return found.answered()
+
+    async def probe(self) -> VectorBatch:
+        """The vector of a text of ours: which model answers, and how long its vectors are.
+
+        Raises:
+            EmbedError: the job asks for what the service does not do.
+        """
+        outcome = await self._ask([PROBE])
+        if isinstance(outcome, EmbedError):
+            raise outcome
+        found = _Found(
+            RowBatch(ids=[0], texts=[PROBE]), self._options.dtype or "float32", spans=self._options.late
+        )
+        again = found.take([0], outcome)
+        for problem in (*again.values(), *found.problems.values()):
+            raise JobFailed(code=problem.code, message=problem.message, param=None, retryable=bool(again))
+        return found.answered().groups[0].vectors
+
+    async def _ask(self, texts: list[str]) -> list[ReadResult] | EmbedError:
+        """The answer to a job. Where Kafka or the service have no time for it, it is asked again until they do."""
+        attempt = 0
+        while True:
+            try:
+                (finished,) = await self._client.embed_raw(
+                    texts, self._options, timeout=ASKED_AGAIN_S, retry=False
+                )
+                outcome = finished.outcome
+            except (KafkaRefused, ClientClosed):
+                raise
+            except (KafkaUnavailable, DeadlineExceeded, Overloaded) as error:
+                outcome = error
+            except (InvalidArgument, UnreadableReply, MixedModelVersions) as error:
+                return error
+            if not isinstance(
+                outcome, KafkaUnavailable | DeadlineExceeded | Overloaded | ServiceOverloaded | Expired
+            ):
+                if attempt:
+                    self._waits(None)
+                return outcome
+            self._waits(str(outcome))
+            await asyncio.sleep(self._pause(attempt))
+            attempt += 1
+
+
+class _Waiting(msgspec.Struct, frozen=True):
+    rows: list[int]
+    attempt: int = 0
+
+
+class _Found:
+    """What is known of a batch's rows so far."""
+
+    def __init__(self, batch: RowBatch, dtype: VectorType, *, spans: bool) -> None:
+        self._batch = batch
+        self._dtype = dtype
+        self._spans = spans
+        self._groups: list[Group] = []
+        self._tokens = 0
+        self._cached = 0
+        self.problems: dict[int, Problem] = {
+            n: text for n, text in enumerate(batch.texts) if isinstance(text, Problem)
+        }
+
+    def take(self, rows: list[int], parts: list[ReadResult]) -> dict[int, Problem]:
+        """Take a job's result; the rows whose errors may heal, each with its error."""
+        again: dict[int, Problem] = {}
+        data: list[ReadDatum] = []
+        indices: list[int] = []
+        counts: list[int] = []
+        for datum in (each for part in parts for each in part.data):
+            row = rows[datum.index]
+            if datum.error is not None:
+                problem = Problem(datum.error.code, datum.error.message)
+                (again if datum.error.retryable else self.problems)[row] = problem
+                continue
+            if indices and indices[-1] == row:
+                counts[-1] += 1
+            else:
+                indices.append(row)
+                counts.append(1)
+                self._cached += bool(datum.cached)
+            data.append(datum)
+        usage = parts[0].usage
+        self._tokens += sum(datum.tokens or 0 for datum in data) if usage is None else usage.total_tokens
+        if data:
+            vectors = self._vectors(indices, counts, data, parts[0].model_version)
+            self._groups.append(Group(rows=indices, counts=counts, vectors=vectors))
+        return again
+
+    def _vectors(
+        self, rows: list[int], counts: list[int], data: list[ReadDatum], version: str
+    ) -> VectorBatch:
+        ids: list[RowId] = [self._batch.ids[n] for n in rows]
+        of_row: list[RowId] | None = None
+        spans = None
+        each = rows
+        if self._spans:
+            of_row = [id for id, count in zip(ids, counts, strict=True) for _ in range(count)]
+            each = [n for n, count in zip(rows, counts, strict=True) for _ in range(count)]
+            ids = [span_id(id, n) for id, count in zip(ids, counts, strict=True) for n in range(count)]
+            spans = np.array([datum.span or (0, 0) for datum in data], np.int32)
+        raw = np.frombuffer(b"".join([datum.embedding for datum in data]), NUMPY[self._dtype])
+        kept: pa.RecordBatch | None = None if self._batch.kept is None else taken(self._batch.kept, each)
+        return VectorBatch(
+            ids=ids,
+            vectors=raw.reshape(len(data), -1),
+            model_version=version,
+            tokens=np.array([datum.tokens or 0 for datum in data], np.int32),
+            scales=np.array([datum.scale for datum in data], np.float32) if self._dtype == "int8" else None,
+            rows=of_row,
+            spans=spans,
+            kept=kept,
+        )
+
+    def answered(self) -> Answered:
+        """All of it."""
+        return Answered(groups=self._groups, problems=self.problems, tokens=self._tokens, cached=self._cached)
+
+
+def span_id(id: RowId, number: int) -> str:
+    """The id of a row's span."""
+    return f"{id}#{number}"
+
+
+def _heals(error: EmbedError) -> bool:
+    """Whether the same job may succeed later."""
+    return error.retryable if isinstance(error, JobFailed) else not isinstance(error, InvalidArgument)
+
+
+def _problem(error: EmbedError) -> Problem:
+    if isinstance(error, JobFailed):
+        return Problem(error.code, error.message)
+    return Problem(type(error).__name__, str(error))
+
+
+def _pause(attempt: int) -> float:
+    return backoff(attempt, first_s=_FIRST_PAUSE_S, longest_s=_LONGEST_PAUSE_S)

@@ -1,0 +1,1 @@
+"""Where vectors go. A new kind of store is one file here, and a line in `opening.py`."""

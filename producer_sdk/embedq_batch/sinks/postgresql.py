@@ -1,0 +1,216 @@
+"""PostgreSQL with pgvector: a table whose rows are upserted by id."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pgvector.psycopg
+import psycopg
+import pyarrow as pa
+from psycopg import sql
+from psycopg.types.json import Jsonb
+
+from embedq_batch.content.addresses import without_password
+from embedq_batch.content.rows import RowId, Shape, VectorBatch, VectorType
+from embedq_batch.errors import BadTarget, RowsRefused, TargetAway
+from embedq_batch.manifest.place import MANIFEST, in_working_folder
+from embedq_batch.sinks.arrow import arrow_schema
+from embedq_batch.sinks.sink import PartsRecord
+
+_CONNECT_S: Final = 10
+_VECTOR: Final = {"float32": "vector", "float16": "halfvec", "binary": "bit"}
+
+
+class PostgresSink:
+    """A table: `id`, `vector`, `model_version`, `tokens`, and what is kept; with spans `row`, `start` and `end`.
+
+    It is made where it is missing, and pgvector's extension with it. An index is the reader's business.
+    """
+
+    dtypes = frozenset[VectorType]({"float32", "float16", "binary"})
+
+    def __init__(self, address: str, table: str) -> None:
+        self._address = address
+        self._table_name = table
+        self._table = sql.Identifier(*table.split("."))
+        self._connection: psycopg.Connection[Any] | None = None
+        self._shape: Shape | None = None
+        self._columns: list[tuple[str, str]] = []
+
+    @property
+    def name(self) -> str:
+        return f"{without_password(self._address)}#{self._table_name}"
+
+    @property
+    def manifest(self) -> Path:
+        return in_working_folder(self.name) / MANIFEST
+
+    def open(self, shape: Shape, record: PartsRecord, *, force: bool) -> None:
+        self._shape = shape
+        self._columns = list(_columns(shape))
+        try:
+            connection = self._connected()
+            with connection.transaction():
+                columns = sql.SQL(", ").join(
+                    sql.SQL("{} {}").format(
+                        sql.Identifier(name), sql.SQL(kind + (" primary key" if name == "id" else ""))
+                    )
+                    for name, kind in self._columns
+                )
+                connection.execute(sql.SQL("create table if not exists {} ({})").format(self._table, columns))
+            self._check(connection)
+        except psycopg.Error as error:
+            raise BadTarget(target=self.name, reason=_said(error)) from None
+
+    def _check(self, connection: psycopg.Connection[Any]) -> None:
+        found = dict(
+            connection.execute(
+                "select attname, format_type(atttypid, atttypmod) from pg_attribute "
+                "where attrelid = to_regclass(%s) and attnum > 0 and not attisdropped",
+                (self._table.as_string(connection),),
+            ).fetchall()
+        )
+        for name, kind in self._columns:
+            if found.get(name) != kind:
+                raise BadTarget(
+                    target=self.name, reason=f"column {name}: expected {kind}, got {found.get(name, 'none')}"
+                )
+
+    def write(self, batch: VectorBatch) -> int:
+        if self._shape is None:
+            raise RuntimeError("a table is written before it is opened. This is a bug.")
+        if batch.vectors.shape[1] != self._shape.width:
+            raise BadTarget(
+                target=self.name,
+                reason=f"expected vectors of {self._shape.width}, got {batch.vectors.shape[1]} from another model",
+            )
+        names = sql.SQL(", ").join(sql.Identifier(name) for name, _ in self._columns)
+        new = sql.SQL(", ").join(
+            sql.SQL("{0} = excluded.{0}").format(sql.Identifier(name))
+            for name, _ in self._columns
+            if name != "id"
+        )
+        try:
+            connection = self._connected()
+            with connection.transaction():
+                connection.execute(
+                    sql.SQL("create temp table embedq_rows (like {}) on commit drop").format(self._table)
+                )
+                with (
+                    connection.cursor() as cursor,
+                    cursor.copy(sql.SQL("copy embedq_rows ({}) from stdin").format(names)) as copy,
+                ):
+                    for row in _rows(batch, self._shape):
+                        copy.write_row(row)
+                connection.execute(
+                    sql.SQL(
+                        "insert into {0} ({1}) select {1} from embedq_rows on conflict (id) do update set {2}"
+                    ).format(self._table, names, new)
+                )
+        except psycopg.OperationalError as error:
+            raise self._away(error) from None
+        except psycopg.Error as error:
+            raise RowsRefused(target=self.name, reason=_said(error)) from None
+        return 0
+
+    def flush(self) -> int:
+        return 0
+
+    def delete(self, ids: Sequence[RowId]) -> None:
+        try:
+            connection = self._connected()
+            with connection.transaction():
+                connection.execute(
+                    sql.SQL("delete from {} where id = any(%s)").format(self._table), (list(ids),)
+                )
+        except psycopg.OperationalError as error:
+            raise self._away(error) from None
+
+    def finish(self, record: PartsRecord) -> None:
+        pass
+
+    def complete(self) -> bool:
+        return True
+
+    def fetch(self, ids: Sequence[RowId]) -> dict[RowId, npt.NDArray[np.float32]]:
+        rows = self._connected().execute(
+            sql.SQL("select id, vector from {} where id = any(%s)").format(self._table), (list(ids),)
+        )
+        return {id: _floats(vector) for id, vector in rows}
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _connected(self) -> psycopg.Connection[Any]:
+        if self._connection is None or self._connection.closed:
+            self._connection = psycopg.connect(self._address, autocommit=True, connect_timeout=_CONNECT_S)
+            self._connection.execute("create extension if not exists vector")
+            pgvector.psycopg.register_vector(self._connection)
+        return self._connection
+
+    def _away(self, error: psycopg.Error) -> TargetAway:
+        self.close()
+        return TargetAway(target=self.name, reason=_said(error))
+
+
+def _columns(shape: Shape) -> Iterator[tuple[str, str]]:
+    """Names and types, as PostgreSQL writes them."""
+    for field in arrow_schema(shape):
+        if field.name == "vector":
+            yield "vector", f"{_VECTOR[shape.dtype]}({shape.dimensions})"
+        else:
+            yield field.name, _type(field.type)
+
+
+def _type(kind: pa.DataType) -> str:
+    if pa.types.is_integer(kind):
+        return "bigint"
+    if pa.types.is_floating(kind):
+        return "double precision"
+    if pa.types.is_boolean(kind):
+        return "boolean"
+    if pa.types.is_timestamp(kind):
+        return "timestamp with time zone" if kind.tz else "timestamp without time zone"
+    if pa.types.is_date(kind):
+        return "date"
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return "text"
+    return "jsonb"
+
+
+def _rows(batch: VectorBatch, shape: Shape) -> Iterator[list[Any]]:
+    kept = batch.kept_rows()
+    as_json = {field.name for field in shape.kept or () if _type(field.type) == "jsonb"}
+    for n, id in enumerate(batch.ids):
+        row: list[Any] = [id]
+        if batch.rows is not None and batch.spans is not None:
+            row += [batch.rows[n], int(batch.spans[n, 0]), int(batch.spans[n, 1])]
+        row += [_vector(batch.vectors[n]), batch.model_version, int(batch.tokens[n])]
+        row += [Jsonb(value) if name in as_json else value for name, value in kept[n].items()]
+        yield row
+
+
+def _vector(vector: npt.NDArray[Any]) -> Any:
+    if vector.dtype == np.uint8:
+        return pgvector.Bit(np.unpackbits(vector).astype(bool))
+    if vector.dtype == np.float16:
+        return pgvector.HalfVector(vector)
+    return vector
+
+
+def _floats(vector: Any) -> npt.NDArray[np.float32]:
+    if hasattr(vector, "to_numpy"):
+        return np.asarray(vector.to_numpy(), np.float32)
+    if isinstance(vector, str):  # bits
+        return np.array([each == "1" for each in vector], np.float32)
+    return np.asarray(vector, np.float32)
+
+
+def _said(error: psycopg.Error) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,146 @@
+"""Qdrant: a collection whose points are upserted by id. A server, or a folder of its client's local mode."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from qdrant_client import QdrantClient, models
+from qdrant_client.http.exceptions import ApiException, ResponseHandlingException, UnexpectedResponse
+
+from embedq_batch.content.addresses import without_password
+from embedq_batch.content.rows import RowId, Shape, VectorBatch, VectorType
+from embedq_batch.errors import BadTarget, RowsRefused, TargetAway
+from embedq_batch.manifest.place import MANIFEST, beside, in_working_folder
+from embedq_batch.sinks.arrow import arrow_schema
+from embedq_batch.sinks.payloads import payloads
+from embedq_batch.sinks.sink import PartsRecord
+
+_NAMES: Final = uuid.UUID("9b0f6f0e-6f0f-5d0e-8f5c-2f6d1c0b7a11")
+"""In which ids that are text become UUIDs, the only other ids that Qdrant has."""
+_TIMEOUT_S: Final = 60
+_BUSY: Final = 429
+
+
+class QdrantSink:
+    """A collection with cosine distance. Its payload has `id`, `model_version`, `tokens`, what is kept, and with spans `row`,
+    `start` and `end`. Ids that are not integers from 0 on become UUIDs, always the same ones.
+
+    The key of a server that asks for one is in QDRANT_API_KEY.
+    """
+
+    dtypes = frozenset[VectorType]({"float32", "float16"})
+
+    def __init__(self, address: str, collection: str) -> None:
+        self._address = address
+        self._collection = collection
+        self._client: QdrantClient | None = None
+        self._shape: Shape | None = None
+
+    @property
+    def name(self) -> str:
+        return f"qdrant:{without_password(self._address)}#{self._collection}"
+
+    @property
+    def manifest(self) -> Path:
+        if "://" in self._address:
+            return in_working_folder(self.name) / MANIFEST
+        return (
+            beside(Path(self._address).with_name(f"{Path(self._address).name}-{self._collection}")) / MANIFEST
+        )
+
+    def open(self, shape: Shape, record: PartsRecord, *, force: bool) -> None:
+        arrow_schema(shape)  # kept columns have other names than ours
+        self._shape = shape
+        try:
+            client = self._connected()
+            if not client.collection_exists(self._collection):
+                kind = models.Datatype.FLOAT16 if shape.dtype == "float16" else models.Datatype.FLOAT32
+                client.create_collection(
+                    self._collection,
+                    vectors_config=models.VectorParams(
+                        size=shape.width, distance=models.Distance.COSINE, datatype=kind
+                    ),
+                )
+            found = client.get_collection(self._collection).config.params.vectors
+        except (ApiException, ValueError, RuntimeError, OSError) as error:
+            raise BadTarget(target=self.name, reason=_said(error)) from None
+        if not isinstance(found, models.VectorParams) or found.size != shape.width:
+            there = f"{found.size}" if isinstance(found, models.VectorParams) else "vectors with names"
+            raise BadTarget(target=self.name, reason=f"expected vectors of {shape.width}, got {there}")
+
+    def write(self, batch: VectorBatch) -> int:
+        if self._shape is None:
+            raise RuntimeError("a collection is written before it is opened. This is a bug.")
+        if batch.vectors.shape[1] != self._shape.width:
+            raise BadTarget(
+                target=self.name,
+                reason=f"expected vectors of {self._shape.width}, got {batch.vectors.shape[1]} from another model",
+            )
+        points = models.Batch(
+            ids=[point_id(id) for id in batch.ids],
+            vectors=batch.vectors.astype(np.float32, copy=False).tolist(),
+            payloads=payloads(batch),
+        )
+        self._call(lambda client: client.upsert(self._collection, points, wait=True))
+        return 0
+
+    def flush(self) -> int:
+        return 0
+
+    def delete(self, ids: Sequence[RowId]) -> None:
+        chosen = models.PointIdsList(points=[point_id(id) for id in ids])
+        self._call(lambda client: client.delete(self._collection, chosen, wait=True))
+
+    def finish(self, record: PartsRecord) -> None:
+        pass
+
+    def complete(self) -> bool:
+        return True
+
+    def fetch(self, ids: Sequence[RowId]) -> dict[RowId, npt.NDArray[np.float32]]:
+        points = self._connected().retrieve(
+            self._collection, [point_id(id) for id in ids], with_payload=True, with_vectors=True
+        )
+        return {(point.payload or {})["id"]: np.asarray(point.vector, np.float32) for point in points}
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+
+    def _connected(self) -> QdrantClient:
+        if self._client is None:
+            if "://" in self._address:
+                self._client = QdrantClient(
+                    url=self._address, api_key=os.environ.get("QDRANT_API_KEY"), timeout=_TIMEOUT_S
+                )
+            else:
+                self._client = QdrantClient(path=self._address)
+        return self._client
+
+    def _call(self, function: Any) -> None:
+        try:
+            function(self._connected())
+        except ResponseHandlingException as error:  # no connection, or it broke
+            raise TargetAway(target=self.name, reason=_said(error)) from None
+        except UnexpectedResponse as error:
+            if error.status_code is None or error.status_code >= 500 or error.status_code == _BUSY:
+                raise TargetAway(target=self.name, reason=_said(error)) from None
+            raise RowsRefused(target=self.name, reason=_said(error)) from None
+        except ValueError as error:  # of the local mode
+            raise RowsRefused(target=self.name, reason=_said(error)) from None
+
+
+def point_id(id: RowId) -> int | str:
+    """An id as Qdrant has it."""
+    return id if isinstance(id, int) and id >= 0 else str(uuid.uuid5(_NAMES, str(id)))
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

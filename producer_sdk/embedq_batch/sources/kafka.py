@@ -1,0 +1,171 @@
+"""A Kafka topic of documents, from an offset's time on to where it ends when the pass begins."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
+from typing import Any, Final, TypeVar
+
+import msgspec
+import pyarrow as pa
+
+from embedq_batch.content.columns import Columns, RowReader
+from embedq_batch.content.documents import Document, document
+from embedq_batch.content.rows import Problem, RowBatch, RowId
+from embedq_batch.errors import BadSource
+from embedq_batch.sources.inference import LOOKED_AT, inferred
+from embedq_sdk.errors import KafkaUnavailable, TopicMissing
+from embedq_sdk.transport.kafka import KafkaConnection, require_topics
+from embedq_sdk.transport.kafka import close as closed
+from embedq_shared.kafka import KafkaError, TopicPartition, UnreadableRecord, poll, position
+
+_T = TypeVar("_T")
+_CONNECT_S: Final = 10.0
+_POLL_MS: Final = 500
+
+
+class KafkaSource:
+    """The documents of a topic. Of two with one id the later one counts, and a tombstone deletes.
+
+    Its client runs in an event loop of its own: a source is read in a thread, batch by batch.
+    """
+
+    latest_wins = True
+    ids = str
+
+    def __init__(
+        self,
+        topic: str,
+        columns: Columns,
+        servers: str | Sequence[str],
+        security: Mapping[str, Any],
+        *,
+        since: int | None = None,
+    ) -> None:
+        self._topic = topic
+        self._columns = columns
+        self._connection = KafkaConnection.of(
+            list(servers) if not isinstance(servers, str) else servers, security
+        )
+        self._since = since
+        self._kept: pa.Schema | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def name(self) -> str:
+        return f"kafka:{self._topic}"
+
+    @property
+    def kept(self) -> pa.Schema | None:
+        return self._kept
+
+    def open(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        if not self._columns.keep:
+            self._run(self._checked())
+            return
+        records: list[dict[str, Any]] = []
+        for some in self._documents():
+            records += [each.record for each in some if isinstance(each.record, dict)]
+            if len(records) >= LOOKED_AT:
+                break
+        self._kept = inferred(records[:LOOKED_AT], self._columns.keep, self.name)
+
+    def count(self) -> int | None:
+        return None
+
+    def batches(self) -> Iterator[RowBatch]:
+        reader = DocumentReader(self._columns, self._kept)
+        for some in self._documents():
+            yield reader.batch(some)
+
+    def close(self) -> None:
+        if self._loop is not None:
+            self._loop.close()
+            self._loop = None
+
+    def _documents(self) -> Iterator[list[Document]]:
+        reading = self._read()
+        try:
+            while (some := self._run(anext(reading, None))) is not None:
+                yield some
+        finally:
+            self._run(reading.aclose())
+
+    def _run(self, work: Coroutine[Any, Any, _T] | Any) -> Any:
+        if self._loop is None:
+            raise RuntimeError("a topic is read before it is opened. This is a bug.")
+        try:
+            return self._loop.run_until_complete(work)
+        except (KafkaUnavailable, TopicMissing) as error:
+            raise BadSource(source=self.name, reason=str(error)) from None
+
+    async def _checked(self) -> None:
+        async with self._connection.client(self._connection.consumer, _CONNECT_S) as consumer:
+            await require_topics(self._connection, consumer, [self._topic], _CONNECT_S)
+
+    async def _read(self) -> AsyncGenerator[list[Document], None]:
+        consumer = await self._connection.connect(
+            lambda: self._connection.consumer(isolation_level="read_committed"), _CONNECT_S
+        )
+        try:
+            await require_topics(self._connection, consumer, [self._topic], _CONNECT_S)
+            ends = await self._connection.call(_CONNECT_S, "finding the documents", self._assigned(consumer))
+            while ends:
+                try:
+                    found = await poll(consumer, timeout_ms=_POLL_MS)
+                except (KafkaError, OSError) as error:
+                    raise self._connection.failed(error, "reading the documents") from error
+                some = [self._document(each) for each in found if each.offset < ends.get(each.partition, 0)]
+                if some:
+                    yield some
+                for partition, end in list(ends.items()):
+                    at = await position(consumer, TopicPartition(self._topic, partition))
+                    if at is not None and at >= end:
+                        del ends[partition]
+        finally:
+            await closed(consumer)
+
+    async def _assigned(self, consumer: Any) -> dict[int, int]:
+        """Begin where it is asked for; where each partition ends that has something."""
+        first = TopicPartition(self._topic, 0)
+        consumer.assign([first])
+        await consumer.position(first)  # makes the client ask for the topic's metadata
+        everything = [
+            TopicPartition(self._topic, n) for n in sorted(consumer.partitions_for_topic(self._topic) or {0})
+        ]
+        consumer.assign(everything)
+        starts: dict[Any, int] = await consumer.beginning_offsets(everything)
+        ends: dict[Any, int] = await consumer.end_offsets(everything)
+        if self._since is not None:
+            found = await consumer.offsets_for_times(dict.fromkeys(everything, self._since))
+            starts = {tp: ends[tp] if found.get(tp) is None else found[tp].offset for tp in everything}
+        for tp in everything:
+            consumer.seek(tp, starts[tp])
+        return {tp.partition: ends[tp] for tp in everything if starts[tp] < ends[tp]}
+
+    def _document(self, record: Any) -> Document:
+        if isinstance(record, UnreadableRecord):
+            name = f"{record.topic}-{record.partition}-{record.offset}"
+            return Document(name, Problem("malformed", record.reason))
+        found = document(record.key, record.value, self._columns.id)
+        if found.id is None:  # no key, no id: where it is names it
+            return msgspec.structs.replace(found, id=f"{record.topic}-{record.partition}-{record.offset}")
+        return found
+
+
+class DocumentReader:
+    """Makes rows of documents. Of those with one id in a batch the last one counts."""
+
+    def __init__(self, columns: Columns, kept: pa.Schema | None) -> None:
+        # The id is the document's: it may be in the key alone.
+        self._reader = RowReader(msgspec.structs.replace(columns, id=None), str)
+        self._kept = kept
+
+    def batch(self, documents: Sequence[Document]) -> RowBatch:
+        """The rows of some documents, and the ids of those that are gone."""
+        last = {each.id: each for each in documents if each.id is not None}
+        present = {id: each.record for id, each in last.items() if each.record is not None}
+        rows = self._reader.of_records(list(present.values()), self._kept)
+        deleted: list[RowId] = [id for id, each in last.items() if each.record is None]
+        return RowBatch(ids=list(present), texts=rows.texts, kept=rows.kept, deleted=deleted)

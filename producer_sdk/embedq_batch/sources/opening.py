@@ -1,0 +1,85 @@
+"""A source from what is typed after --from. What a kind needs is imported when it is asked for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import Any, Final
+
+from embedq_batch.content.addresses import place_of, without_password
+from embedq_batch.content.columns import Columns
+from embedq_batch.errors import MissingPackage
+from embedq_batch.sources.source import Source
+from embedq_sdk.errors import InvalidArgument
+
+_DELIMITERS: Final = {".csv": ",", ".tsv": "\t"}
+_KNOWN: Final = (
+    "paths or globs that end with .parquet, .csv, .tsv or .jsonl, - for JSON Lines on standard input, postgresql://…#TABLE or "
+    "kafka:TOPIC"
+)
+
+
+def opened_source(
+    places: Sequence[str],
+    columns: Columns,
+    *,
+    query: str | None = None,
+    since: int | None = None,
+    servers: str | Sequence[str] = (),
+    security: Mapping[str, Any] | None = None,
+) -> Source:
+    """The source that is meant. Nothing is read yet.
+
+    `query` is for PostgreSQL, instead of a table; `since` (epoch milliseconds), `servers` and `security` for Kafka.
+
+    Raises:
+        InvalidArgument: it is none that is known.
+        MissingPackage: its client is not installed.
+    """
+    first = places[0] if places else ""
+    kind = first.partition(":")[0]
+    if query is not None and kind not in ("postgresql", "postgres"):
+        raise InvalidArgument(argument="sql", expected="no value, but for postgresql://…", got="one")
+    if since is not None and kind != "kafka":
+        raise InvalidArgument(argument="since", expected="no value, but for kafka:TOPIC", got="one")
+    if list(places) == ["-"]:
+        from embedq_batch.sources.jsonl import StandardInputSource
+
+        return StandardInputSource(sys.stdin.buffer, columns)
+    if kind in ("postgresql", "postgres") and len(places) == 1:
+        return _postgresql(first, columns, query)
+    if kind == "kafka" and len(places) == 1:
+        from embedq_batch.sources.kafka import KafkaSource
+
+        return KafkaSource(first.removeprefix("kafka:"), columns, servers, security or {}, since=since)
+    kinds = {PurePath(place).suffix.lower() for place in places}
+    if len(kinds) == 1:
+        match kinds.pop():
+            case ".parquet":
+                from embedq_batch.sources.parquet import ParquetSource
+
+                return ParquetSource(places, columns)
+            case ".csv" | ".tsv" as suffix:
+                from embedq_batch.sources.delimited import DelimitedSource
+
+                return DelimitedSource(places, columns, delimiter=_DELIMITERS[suffix])
+            case ".jsonl" | ".ndjson":
+                from embedq_batch.sources.jsonl import JsonLinesSource
+
+                return JsonLinesSource(places, columns)
+    got = ", ".join(map(without_password, places)) or "none"
+    raise InvalidArgument(argument="from", expected=f"{_KNOWN}; all of one kind", got=got)
+
+
+def _postgresql(address: str, columns: Columns, query: str | None) -> Source:
+    try:
+        from embedq_batch.sources.postgresql import PostgresSource
+    except ModuleNotFoundError as missing:
+        raise MissingPackage(
+            what="--from postgresql:", package=str(missing.name), extra="batch-postgresql"
+        ) from None
+    if query is not None:
+        return PostgresSource(address, columns, query=query)
+    place = place_of(address, "postgresql", "table", "from")
+    return PostgresSource(place.address, columns, table=place.name)

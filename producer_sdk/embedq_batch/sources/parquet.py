@@ -1,0 +1,81 @@
+"""Parquet files, read a batch at a time, never a row group as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from embedq_batch.content.columns import Columns, RowReader
+from embedq_batch.content.rows import BATCH_ROWS, RowBatch
+from embedq_batch.errors import BadSource
+from embedq_batch.sources.files import found_files
+
+
+class ParquetSource:
+    """One or more Parquet files with the same columns."""
+
+    latest_wins = False
+
+    def __init__(self, paths: Sequence[str], columns: Columns) -> None:
+        self._paths = paths
+        self._columns = columns
+        self._files: list[Path] = []
+        self._schema: pa.Schema | None = None
+        self._rows = 0
+
+    @property
+    def name(self) -> str:
+        return ", ".join(self._paths)
+
+    @property
+    def kept(self) -> pa.Schema | None:
+        if self._schema is None or not self._columns.keep:
+            return None
+        return pa.schema([self._schema.field(name) for name in self._columns.keep])
+
+    @property
+    def ids(self) -> type[str | int]:
+        if self._columns.id is None or self._schema is None:
+            return int
+        return int if pa.types.is_integer(self._schema.field(self._columns.id).type) else str
+
+    def open(self) -> None:
+        self._files = found_files(self._paths)
+        self._rows = 0
+        for path in self._files:
+            try:
+                with pq.ParquetFile(path) as file:
+                    schema = file.schema_arrow
+                    self._rows += file.metadata.num_rows
+            except (pa.ArrowInvalid, OSError) as error:
+                raise BadSource(source=str(path), reason=str(error)) from None
+            self._columns.check(schema.names, str(path))
+            if self._schema is None:
+                self._schema = schema
+            for name in self._columns.names:
+                if schema.field(name).type != self._schema.field(name).type:
+                    raise BadSource(
+                        source=str(path),
+                        reason=f"{name}: expected {self._schema.field(name).type}, as in {self._files[0]}, got {schema.field(name).type}",
+                    )
+
+    def count(self) -> int | None:
+        return self._rows
+
+    def batches(self) -> Iterator[RowBatch]:
+        reader = RowReader(self._columns, self.ids)
+        for path in self._files:
+            try:
+                with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
+                    for batch in file.iter_batches(
+                        BATCH_ROWS, columns=self._columns.names, use_threads=False
+                    ):
+                        yield reader.of_arrow(batch)
+            except (pa.ArrowInvalid, OSError) as error:
+                raise BadSource(source=str(path), reason=str(error)) from None
+
+    def close(self) -> None:
+        pass

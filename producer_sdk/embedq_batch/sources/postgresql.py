@@ -1,0 +1,104 @@
+"""PostgreSQL: a table, or a query, read through a cursor of the server's, some rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+import psycopg
+import pyarrow as pa
+from psycopg import sql
+from psycopg.rows import dict_row
+
+from embedq_batch.content.addresses import without_password
+from embedq_batch.content.columns import Columns, RowReader
+from embedq_batch.content.rows import BATCH_ROWS, RowBatch
+from embedq_batch.errors import BadSource
+from embedq_batch.sources.inference import LOOKED_AT, inferred
+
+_CONNECT_S: Final = 10
+_INTEGERS: Final = frozenset({20, 21, 23})
+"""The types int8, int2 and int4, by PostgreSQL's own numbers."""
+
+
+class PostgresSource:
+    """A table, or the rows of a query. Each pass is one transaction: it sees the table as it was when it began."""
+
+    latest_wins = False
+
+    def __init__(
+        self, address: str, columns: Columns, *, table: str | None = None, query: str | None = None
+    ) -> None:
+        self._address = address
+        self._columns = columns
+        self._table = table
+        self._query = query
+        self._kept: pa.Schema | None = None
+        self._ids: type[str | int] = int
+
+    @property
+    def name(self) -> str:
+        what = self._table if self._query is None else self._query
+        return f"{without_password(self._address)}#{what}"
+
+    @property
+    def kept(self) -> pa.Schema | None:
+        return self._kept
+
+    @property
+    def ids(self) -> type[str | int]:
+        return self._ids
+
+    def open(self) -> None:
+        try:
+            with self._connected() as connection, connection.cursor("embedq_look") as cursor:
+                cursor.execute(self._selected())
+                records = cursor.fetchmany(LOOKED_AT)
+                found = {column.name: column.type_code for column in cursor.description or ()}
+        except psycopg.Error as error:
+            raise self._failed(error) from None
+        self._columns.check(list(found), self.name)
+        if self._columns.id is not None:
+            self._ids = int if found[self._columns.id] in _INTEGERS else str
+        if self._columns.keep:
+            self._kept = inferred(records, self._columns.keep, self.name)
+
+    def count(self) -> int | None:
+        """The planner's guess for a table, if there is one; counting would read all of it."""
+        if self._table is None:
+            return None
+        try:
+            with self._connected() as connection:
+                row = connection.execute(
+                    "select reltuples::bigint as count from pg_class where oid = to_regclass(%s)",
+                    (self._table,),
+                ).fetchone()
+        except psycopg.Error:
+            return None
+        return row["count"] if row is not None and row["count"] > 0 else None
+
+    def batches(self) -> Iterator[RowBatch]:
+        reader = RowReader(self._columns, self._ids)
+        try:
+            with self._connected() as connection, connection.cursor("embedq_rows") as cursor:
+                cursor.execute(self._selected())
+                while records := cursor.fetchmany(BATCH_ROWS):
+                    yield reader.of_records(records, self._kept)
+        except psycopg.Error as error:
+            raise self._failed(error) from None
+
+    def close(self) -> None:
+        pass
+
+    def _connected(self) -> psycopg.Connection[dict[str, Any]]:
+        return psycopg.connect(self._address, connect_timeout=_CONNECT_S, row_factory=dict_row)
+
+    def _selected(self) -> sql.SQL | sql.Composed:
+        if self._query is not None:
+            return sql.SQL(self._query)
+        names = sql.SQL(", ").join(map(sql.Identifier, self._columns.names))
+        return sql.SQL("select {} from {}").format(names, sql.Identifier(*str(self._table).split(".")))
+
+    def _failed(self, error: psycopg.Error) -> BadSource:
+        said = str(error).strip().partition("\n")[0] or type(error).__name__
+        return BadSource(source=self.name, reason=said)

@@ -1,0 +1,131 @@
+"""Rows out of files, whatever is in them."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from embedq_batch.content.columns import Columns
+from embedq_batch.content.rows import Problem, RowBatch
+from embedq_batch.errors import BadSource
+from embedq_batch.sources.jsonl import StandardInputSource
+from embedq_batch.sources.opening import opened_source
+from embedq_batch.sources.source import Source
+from embedq_sdk import InvalidArgument
+
+
+def rows(source: Source) -> list[tuple[Any, Any, Any]]:
+    """Each row's id, text or problem's code, and what is kept."""
+    source.open()
+
+    def of(batch: RowBatch) -> list[tuple[Any, Any, Any]]:
+        texts = [text.code if isinstance(text, Problem) else text for text in batch.texts]
+        kept = [None] * len(batch) if batch.kept is None else batch.kept.to_pylist()
+        return list(zip(batch.ids, texts, kept, strict=True))
+
+    found = [row for batch in source.batches() for row in of(batch)]
+    assert [row for batch in source.batches() for row in of(batch)] == found, "a second pass reads the same"
+    source.close()
+    return found
+
+
+def test_several_files_are_one_source(tmp_path: Path) -> None:
+    for n in range(3):
+        pq.write_table(pa.table({"text": [f"{n}a", f"{n}b"]}), tmp_path / f"in{n}.parquet")
+    source = opened_source([f"{tmp_path}/in*.parquet"], Columns())
+
+    assert rows(source) == [(n, text, None) for n, text in enumerate(["0a", "0b", "1a", "1b", "2a", "2b"])]
+    assert source.count() == 6
+
+
+def test_files_of_other_columns_are_refused_before_anything_is_read(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "in1.parquet")
+    pq.write_table(pa.table({"text": [1]}), tmp_path / "in2.parquet")
+
+    with pytest.raises(BadSource, match=r"in2\.parquet: text: expected string"):
+        opened_source([f"{tmp_path}/in*.parquet"], Columns()).open()
+
+
+def test_columns_of_text_are_text(tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_bytes(
+        b'\xef\xbb\xbfkey,body,year\n01,"one, and\nmore",1999\n02,bad \xff,x\n03,,\n'
+    )
+    source = opened_source([str(tmp_path / "in.csv")], Columns(text="body", id="key", keep=("year",)))
+
+    assert rows(source) == [
+        ("01", "one, and\nmore", {"year": "1999"}),
+        ("02", "invalid_utf8", {"year": "x"}),
+        ("03", "", {"year": ""}),
+    ]
+
+
+def test_lines_of_json_are_rows_and_their_ids_keep_their_kind(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(
+        b'{"id": 1, "text": "one", "n": 1}\n\n{"id": 2, "text": null}\n{"id": "x", "text": "three", "n": "no"}\nno json\n'
+    )
+    path = str(tmp_path / "in.jsonl")
+
+    assert rows(opened_source([path], Columns(id="id"))) == [
+        ("1", "one", None),
+        ("2", "missing_text", None),
+        ("x", "three", None),
+        ("row 3", "malformed", None),
+    ]
+    (tmp_path / "in.jsonl").write_bytes(
+        b'{"id": 1, "text": "one"}\n' * 1000 + b'{"id": "x", "text": "three"}\n'
+    )
+    assert rows(opened_source([path], Columns(id="id")))[-1] == ("row 1000", "invalid_id", None)
+
+
+def test_a_kept_value_of_another_type_than_before_is_a_problem_of_its_row(tmp_path: Path) -> None:
+    lines = b'{"text": "t", "n": 1}\n' * 1000 + b'{"text": "u", "n": "x"}\n{"text": "v", "n": 2}\n'
+    (tmp_path / "in.jsonl").write_bytes(lines)
+    found = rows(opened_source([str(tmp_path / "in.jsonl")], Columns(keep=("n",))))
+
+    assert found[999:] == [(999, "t", {"n": 1}), (1000, "invalid_column", {"n": None}), (1001, "v", {"n": 2})]
+
+
+def test_standard_input_is_read_once_and_may_be_passed_over_again() -> None:
+    stream = io.BytesIO(b"".join(b'{"text": "t%d"}\n' % n for n in range(3000)))
+    source = StandardInputSource(stream, Columns())
+
+    assert rows(source) == [(n, f"t{n}", None) for n in range(3000)]
+
+
+@pytest.mark.parametrize(
+    ("record", "text"),
+    [
+        ({"title": "T", "body": "B"}, "T {B}: B"),
+        ({"title": "T", "body": None}, "T {}: "),
+        ({"title": None, "body": None}, "missing_text"),
+        ({"title": 7, "body": "B"}, "7 {B}: B"),
+        ({"title": "T", "body": ["x"]}, "invalid_text"),
+    ],
+)
+def test_a_template_makes_one_text_of_several_columns(
+    tmp_path: Path, record: dict[str, Any], text: str
+) -> None:
+    import msgspec
+
+    (tmp_path / "in.jsonl").write_bytes(msgspec.json.encode(record) + b"\n")
+    source = opened_source([str(tmp_path / "in.jsonl")], Columns(template="{title} {{{body}}}: {body}"))
+
+    assert rows(source) == [(0, text, None)]
+
+
+@pytest.mark.parametrize("template", ["{", "{}", "no column", "{a!r}", "{a:>5}"])
+def test_a_template_that_cannot_be_meant_is_refused(template: str) -> None:
+    with pytest.raises(InvalidArgument, match="template"):
+        Columns(template=template)
+
+
+@pytest.mark.parametrize("places", [[], ["a.parquet", "b.csv"], ["x.xlsx"], ["postgresql://me:secret@h/db"]])
+def test_a_source_that_is_not_known_is_refused_without_its_password(places: list[str]) -> None:
+    with pytest.raises(InvalidArgument, match="`from`: expected") as refused:
+        opened_source(places, Columns())
+    assert "secret" not in str(refused.value)
