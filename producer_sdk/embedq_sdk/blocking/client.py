@@ -269,10 +269,15 @@ class EmbedClient(_Life):
         )
 
     def embed_raw(
-        self, texts: Sequence[str] | Column, options: JobOptions, *, timeout: float = DEFAULT_TIMEOUT_S
+        self,
+        texts: Sequence[str] | Column,
+        options: JobOptions,
+        *,
+        timeout: float = DEFAULT_TIMEOUT_S,
+        retry: bool = True,
     ) -> list[FinishedJob]:
         """The replies to a call as they came, for programs that pass vectors on."""
-        return self._call(lambda client: client.embed_raw(texts, options, timeout=timeout))
+        return self._call(lambda client: client.embed_raw(texts, options, timeout=timeout, retry=retry))
 
     # -- many texts ---------------------------------------------------------------------------------------------------
 
