@@ -181,10 +181,12 @@ def measure_crowd(gateway: psutil.Process, port: int, options: argparse.Namespac
         kind = ("alone", "in the crowd")[n % 2]
         with _crowd(port, options) if n % 2 else contextlib.nullcontext():
             before = gateway.cpu_times()
-            found[kind] += _loaded(port, options.rate, options.seconds)
+            took = _loaded(port, options.rate, options.seconds)
+            found[kind] += took
             after = gateway.cpu_times()
             seconds[kind] += after.user + after.system - before.user - before.system
-        print(f"round {n + 1}: p99 {np.percentile(found[kind], 99):.1f} ms {kind}", flush=True)
+        shown = ", ".join(f"p{p} {np.percentile(took, p):.1f}" for p in (50, 95, 99))
+        print(f"round {n + 1}, {kind}: {shown} ms", flush=True)
     figures = {
         kind: {
             "requests": len(took),

@@ -46,12 +46,18 @@ def minilm() -> Path:
 
 @asynccontextmanager
 async def replica(
-    stack: DevStack, model: Path, log: Path, prefix: str = "embed", module: str = "embedq_consumer"
+    stack: DevStack,
+    model: Path,
+    log: Path,
+    prefix: str = "embed",
+    *,
+    module: str = "embedq_consumer",
+    cached: bool = True,
 ) -> AsyncIterator[str]:
     """One service process that takes jobs; its metrics page's address."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("EMBEDQ_")} | {
         "EMBEDQ_KAFKA_SERVERS": stack.kafka_servers,
-        "EMBEDQ_REDIS_URL": stack.redis_url,
+        "EMBEDQ_REDIS_URL": stack.redis_url if cached else "",
         "EMBEDQ_MODEL": str(model),
         "EMBEDQ_HTTP_HOST": "127.0.0.1",
         "EMBEDQ_HTTP_PORT": "0",

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ def serve(settings: GatewaySettings) -> int:
     """
     logs.configure(settings.log_level)
     check_access(settings)
+    check_certificate(settings)
     listener = bind(settings)
     scheme = "https" if settings.tls_certfile else "http"
     port = listener.getsockname()[1]
@@ -108,6 +110,27 @@ def _shared_metrics() -> Iterator[None]:
             yield
         finally:
             del os.environ[METRICS_DIRECTORY]
+
+
+def check_certificate(settings: GatewaySettings) -> None:
+    """Check that the files of the certificate can be used: uvicorn would say so by a traceback of each process.
+
+    Raises:
+        SettingsError: they cannot.
+    """
+    if not settings.tls_certfile:
+        return
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        # An encrypted key would ask the terminal for its password.
+        context.load_cert_chain(settings.tls_certfile, settings.tls_keyfile or None, password=lambda: "")
+    except OSError as error:
+        why = error if isinstance(error, ssl.SSLError) else error.strerror
+        files = " and ".join(each for each in (settings.tls_certfile, settings.tls_keyfile) if each)
+        raise SettingsError(
+            f"{PREFIX}TLS_CERTFILE, {PREFIX}TLS_KEYFILE: expected readable PEM files, the key belonging to the certificate and "
+            f"not encrypted, got {files} ({why})"
+        ) from error
 
 
 def bind(settings: GatewaySettings) -> socket.socket:

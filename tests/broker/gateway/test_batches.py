@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import os
 import sys
@@ -11,11 +12,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 from openai.types import Batch
 
 from embedq_sdk.dev import DevStack
+from embedq_sdk.embeddings import Vectors
 from embedq_shared.topics import Topics
 from tests.helpers.gateway_process import GatewayProcess, running
 from tests.helpers.s3_server import BUCKET, s3_server
@@ -66,6 +69,22 @@ async def lines(client: openai.AsyncOpenAI, file_id: str | None) -> dict[str, di
     found = [json.loads(line) for line in content.text.splitlines()]
     assert [name for name, count in Counter(line["custom_id"] for line in found).items() if count > 1] == []
     return {line["custom_id"]: line for line in found}
+
+
+def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Two answers agree in all but rounding: texts that share a micro-batch with others round differently in the last bits."""
+    vectors = [
+        np.array([vector(each.pop("embedding")) for each in answer["data"]]) for answer in (one, other)
+    ]
+    assert one == other
+    np.testing.assert_allclose(*vectors, atol=1e-5)
+
+
+def vector(written: str | list[float]) -> Vectors:
+    """As numbers or as base64."""
+    if isinstance(written, str):
+        return np.frombuffer(base64.b64decode(written), dtype="<f4")
+    return np.array(written, dtype=np.float32)
 
 
 async def test_openais_client_runs_a_batch_and_its_vectors_are_those_of_single_requests(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -119,7 +120,7 @@ def client(url: str) -> Iterator[SchemaRegistryClient]:
 
 @pytest.fixture
 async def learning(url: str) -> AsyncIterator[Learning]:
-    found = Learning(url)
+    found = await asyncio.to_thread(Learning, url)  # as the service connects: its packages read files
     yield found
     await found.registry.close()
 

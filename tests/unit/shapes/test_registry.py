@@ -74,7 +74,7 @@ def producer(server: RegistryServer) -> Iterator[SchemaRegistryClient]:
 
 @pytest.fixture
 async def learning(server: RegistryServer) -> AsyncIterator[Learning]:
-    found = Learning(server.url)
+    found = await asyncio.to_thread(Learning, server.url)  # as the service connects: its packages read files
     yield found
     await found.registry.close()
 

@@ -1,0 +1,310 @@
+"""embedq beside its peers on a CPU: texts a second and idle latency, each way in turn in every round: `python -m benchmarks.peers_cpu`.
+
+Loads: short texts of one length, long ones of one length, and mixed ones; one text a request and 32, eight requests at once.
+embedq runs through Kafka, and its encoder alone. sentence-transformers runs with each backend that is installed (torch, ONNX,
+OpenVINO), infinity where it is installed, with the pooling that the model means; text-embeddings-inference where its binary is
+given. Each way is a process of its own, and its first vector is compared with sentence-transformers' before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import importlib.util
+import json
+import statistics
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.encoder_cpu import mixed
+from benchmarks.machine import write
+from benchmarks.pipeline import minilm, replica
+from benchmarks.texts import sentences
+from embedq_sdk import EmbedClient
+from embedq_sdk.admin.topics import create_topics
+from embedq_sdk.dev import DevStack
+
+Vectors = npt.NDArray[np.float32]
+Embed = Callable[[list[str]], Awaitable[Vectors]]
+"""The vectors of one request."""
+
+REFERENCE: Final = "sentence-transformers torch"
+LEAST_COSINE: Final = 0.9999
+AT_ONCE: Final = 8
+"""Requests under way at once, but for the idle latency."""
+INSTALLED: Final = {
+    REFERENCE: "sentence_transformers",
+    "sentence-transformers onnx": "optimum.onnxruntime",
+    "sentence-transformers openvino": "optimum.intel",
+    "infinity": "infinity_emb",
+    "embedq, encoder alone": "embedq_consumer",
+}
+"""What is measured in a process of `serve`, and the package that it needs."""
+
+
+# -- the ways -----------------------------------------------------------------------------------------------------------
+
+
+def serve(way: str, model: str) -> None:
+    """Answer each line of standard input, a JSON list of texts, with a line of vectors."""
+    embed = _loaded(way, model)
+    for line in sys.stdin:
+        print(json.dumps(np.asarray(embed(json.loads(line))).tolist()), flush=True)
+
+
+def _loaded(way: str, model: str) -> Callable[[list[str]], Any]:
+    if way == "embedq, encoder alone":
+        from benchmarks.encoder_cpu import embed
+        from embedq_consumer.engine import load_encoder
+
+        encoder = load_encoder(Path(model), device="cpu")
+        return lambda texts: embed(encoder, texts, 1024)
+    if way == "infinity":
+        return _infinity(model)
+    from sentence_transformers import SentenceTransformer
+
+    made: Any = SentenceTransformer(model, device="cpu", backend=way.rpartition(" ")[2])  # type: ignore[arg-type]
+    return lambda texts: made.encode(texts, normalize_embeddings=True, show_progress_bar=False)
+
+
+def _infinity(model: str) -> Callable[[list[str]], Any]:
+    engine_module = importlib.import_module("infinity_emb")
+    arguments = engine_module.EngineArgs(
+        model_name_or_path=model,
+        engine="torch",
+        device="cpu",
+        pooling_method="mean",
+        lengths_via_tokenize=True,
+    )
+    engine = engine_module.AsyncEmbeddingEngine.from_args(arguments)
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(engine.astart())
+
+    def embed(texts: list[str]) -> Any:
+        vectors, _ = loop.run_until_complete(engine.embed(sentences=texts))
+        return np.asarray(vectors)
+
+    return embed
+
+
+@asynccontextmanager
+async def process(way: str, model: Path) -> AsyncIterator[Embed]:
+    """`serve` in a process of its own, which takes one request at a time."""
+    child = await asyncio.create_subprocess_exec(
+        *(
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "benchmarks.peers_cpu",
+            "--serve",
+            way,
+            "--model",
+            str(model),
+        ),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        limit=1 << 26,
+    )
+    turn = asyncio.Lock()
+
+    async def embed(texts: list[str]) -> Vectors:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        async with turn:
+            child.stdin.write(json.dumps(texts).encode() + b"\n")
+            await child.stdin.drain()
+            return np.array(json.loads(await child.stdout.readline()), dtype=np.float32)
+
+    try:
+        yield embed
+    finally:
+        assert child.stdin is not None
+        child.stdin.close()
+        await child.wait()
+
+
+@asynccontextmanager
+async def through_kafka(model: Path) -> AsyncIterator[Embed]:
+    """One replica, without a cache that would answer the second round."""
+    with DevStack() as stack, tempfile.TemporaryDirectory() as scratch:
+        await create_topics(stack.kafka_servers, partitions=4, reply_partitions=4)
+        async with (
+            replica(stack, model, Path(scratch) / "log", cached=False),
+            EmbedClient(stack.kafka_servers) as client,
+        ):
+
+            async def embed(texts: list[str]) -> Vectors:
+                return np.asarray(await client.embed(texts, timeout=300), dtype=np.float32)
+
+            yield embed
+
+
+@asynccontextmanager
+async def text_embeddings_inference(binary: Path, model: Path) -> AsyncIterator[Embed]:
+    """`text-embeddings-router` on a port of this machine."""
+    port = 18_080
+    child = await asyncio.create_subprocess_exec(
+        *(str(binary), "--model-id", str(model), "--port", str(port), "--pooling", "mean"),
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+
+    def post(texts: list[str]) -> Vectors:
+        asked = urllib.request.Request(
+            f"http://127.0.0.1:{port}/embed",
+            json.dumps({"inputs": texts, "truncate": True}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(asked) as answer:
+            return np.array(json.loads(answer.read()), dtype=np.float32)
+
+    try:
+        while child.returncode is None:
+            with contextlib.suppress(OSError):
+                await asyncio.to_thread(post, ["ready?"])
+                break
+            await asyncio.sleep(0.2)
+        yield lambda texts: asyncio.to_thread(post, texts)
+    finally:
+        child.terminate()
+        await child.wait()
+
+
+# -- the loads ----------------------------------------------------------------------------------------------------------
+
+
+def loads(count: int) -> dict[str, list[str]]:
+    """Texts of each load."""
+    lines = sentences()
+    short = [f"{lines[n % len(lines)][:50]:.<50}" for n in range(count)]
+    long = [" ".join((lines * 2)[n % len(lines) : n % len(lines) + 8])[:700] for n in range(count // 4)]
+    return {"short": short, "mixed": (mixed(lines) * count)[: count // 2], "long": long}
+
+
+async def seconds(embed: Embed, texts: Sequence[str], a_request: int) -> float:
+    """For all of them, `AT_ONCE` requests at a time."""
+    requests = iter([[*texts[n : n + a_request]] for n in range(0, len(texts), a_request)])
+
+    async def caller() -> None:
+        for request in requests:
+            await embed(request)
+
+    began = time.perf_counter()
+    await asyncio.gather(*(caller() for _ in range(AT_ONCE)))
+    return time.perf_counter() - began
+
+
+async def idle_ms(embed: Embed, texts: Sequence[str]) -> float:
+    """The median of single texts, one after the other."""
+    found = []
+    for text in texts:
+        began = time.perf_counter()
+        await embed([text])
+        found.append((time.perf_counter() - began) * 1000)
+    return statistics.median(found)
+
+
+async def run(model: Path, tei: Path | None, texts: int, rounds: int) -> dict[str, Any]:
+    """Everything, in one run."""
+    cases = [(load, a_request) for load in ("short", "mixed", "long") for a_request in (1, 32)]
+    found: dict[str, dict[str, list[float]]] = {}
+    async with AsyncExitStack() as opened:
+        ways: dict[str, Embed] = {}
+        for way, package in INSTALLED.items():
+            if _is_installed(package):
+                ways[way] = await opened.enter_async_context(process(way, model))
+        if tei is not None:
+            ways["text-embeddings-inference"] = await opened.enter_async_context(
+                text_embeddings_inference(tei, model)
+            )
+        ways["embedq through Kafka"] = await opened.enter_async_context(through_kafka(model))
+        of_load = loads(texts)
+        await _compare(ways, of_load["mixed"][:8])
+        for number in range(rounds + 1):
+            for load, a_request in cases:
+                for way, embed in ways.items():
+                    some = of_load[load] if number else of_load[load][:32]  # the first round warms up
+                    took = await seconds(embed, some, a_request)
+                    if number:
+                        name = f"{load}, {a_request} a request: texts/s"
+                        found.setdefault(name, {}).setdefault(way, []).append(len(some) / took)
+            for way, embed in ways.items():
+                if number:
+                    took = await idle_ms(embed, of_load["short"][:30])
+                    found.setdefault("one short text, idle: ms", {}).setdefault(way, []).append(took)
+    return {
+        case: {
+            way: {"median": round(statistics.median(each), 2), "rounds": each} for way, each in its.items()
+        }
+        for case, its in found.items()
+    }
+
+
+async def _compare(ways: dict[str, Embed], texts: list[str]) -> None:
+    expected = await ways[REFERENCE](texts)
+    for way, embed in ways.items():
+        cosines = np.sum(await embed(texts) * expected, axis=1)
+        if cosines.min() < LEAST_COSINE:
+            raise SystemExit(f"{way}: cosine {cosines.min():.4f} to {REFERENCE}: there is nothing to time")
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # the package that it is a part of
+        return False
+
+
+def show(results: dict[str, Any]) -> None:
+    """Print the table."""
+    ways = list(next(iter(results.values())))
+    table = Table(title="medians of the rounds")
+    for column in ("what", *ways):
+        table.add_column(column, justify="left" if column == "what" else "right")
+    for case, its in results.items():
+        table.add_row(case, *(f"{its[way]['median']:,.1f}" for way in ways))
+    Console().print(table)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=None, help="a model directory; default: MiniLM")
+    parser.add_argument("--tei", type=Path, default=None, help="the binary of text-embeddings-inference")
+    parser.add_argument("--texts", type=int, default=640, help="short texts a round; half as many mixed ones")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--serve", default=None, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    model = arguments.model or minilm()
+    if arguments.serve is not None:
+        serve(arguments.serve, str(model))
+        return
+    results = asyncio.run(run(model, arguments.tei, arguments.texts, arguments.rounds))
+    show(results)
+    packages = (
+        "embedq",
+        "torch",
+        "sentence-transformers",
+        "onnxruntime",
+        "openvino",
+        "infinity-emb",
+        "aiokafka",
+    )
+    print(f"written to {write('peers_cpu', {'model': model.parent.name, **results}, *packages)}")
+
+
+if __name__ == "__main__":
+    main()
