@@ -45,7 +45,9 @@ def minilm() -> Path:
 
 
 @asynccontextmanager
-async def replica(stack: DevStack, model: Path, log: Path, prefix: str = "embed") -> AsyncIterator[str]:
+async def replica(
+    stack: DevStack, model: Path, log: Path, prefix: str = "embed", module: str = "embedq_consumer"
+) -> AsyncIterator[str]:
     """One service process that takes jobs; its metrics page's address."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("EMBEDQ_")} | {
         "EMBEDQ_KAFKA_SERVERS": stack.kafka_servers,
@@ -57,7 +59,7 @@ async def replica(stack: DevStack, model: Path, log: Path, prefix: str = "embed"
     }
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "embedq_consumer", env=environ, stdout=output, stderr=output
+            sys.executable, "-m", module, env=environ, stdout=output, stderr=output
         )
     try:
         address = await _until_ready(process, log)
@@ -114,7 +116,8 @@ async def latencies(
 
 
 async def backlog(stack: DevStack, model: Path, log: Path, texts: list[str], jobs: int) -> dict[str, float]:
-    """One replica alone against a backlog of cached jobs: no client runs meanwhile. Rates from the broker's timestamps."""
+    """One replica alone against a backlog of cached jobs: no client runs meanwhile. Rates from the broker's timestamps, and the
+    replica's processor time between the first and the last tenth."""
     topics = Topics()
     producer = AIOKafkaProducer(bootstrap_servers=stack.kafka_servers, linger_ms=5, max_batch_size=500_000)
     await producer.start()
@@ -130,9 +133,14 @@ async def backlog(stack: DevStack, model: Path, log: Path, texts: list[str], job
     for partition in partitions:
         await consumer.position(partition)
     stamps: list[int] = []
-    async with replica(stack, model, log):
+    start = sum((await consumer.end_offsets(partitions)).values())
+    spent: list[tuple[int, float]] = []
+    async with replica(stack, model, log) as address:
         while len(stamps) < jobs:
             ends = await consumer.end_offsets(partitions)
+            answered = sum(ends.values()) - start
+            if jobs // 10 <= answered <= jobs - jobs // 10:
+                spent.append((answered, await asyncio.to_thread(_processor_s, address)))
             positions = [await consumer.position(p) for p in partitions]
             if sum(ends.values()) - sum(positions) < jobs - len(stamps):
                 await asyncio.sleep(0.2)  # leave the cores to the replica until it is done
@@ -147,7 +155,23 @@ async def backlog(stack: DevStack, model: Path, log: Path, texts: list[str], job
         "jobs": jobs,
         "jobs_per_s": round(jobs / ((stamps[-1] - stamps[0]) / 1000), 1),
         "steady_jobs_per_s": round((jobs - 2 * tenth) / ((stamps[-1 - tenth] - stamps[tenth]) / 1000), 1),
+        "processor_us_a_job": _processor_us(spent),
     }
+
+
+def _processor_s(address: str) -> float:
+    """Processor time that the replica has taken."""
+    with urllib.request.urlopen(f"{address}/metrics") as page:
+        lines = page.read().decode().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith("process_cpu_seconds_total "))
+
+
+def _processor_us(spent: list[tuple[int, float]]) -> float:
+    """Of each job, between the first and the last look; NaN where it was too quick for two."""
+    if len(spent) < 2 or spent[0][0] == spent[-1][0]:
+        return float("nan")
+    (first, began), *_, (last, ended) = spent
+    return round((ended - began) / (last - first) * 1e6, 1)
 
 
 async def run(model: Path, texts: int, rounds: int, backlog_jobs: int) -> dict[str, Any]:
@@ -226,7 +250,7 @@ def show(results: dict[str, Any]) -> None:
     found = results["cached_backlog"]
     print(
         f"backlog of {found['jobs']:,} cached jobs, one replica: {found['jobs_per_s']:,.0f} jobs/s, "
-        f"steady {found['steady_jobs_per_s']:,.0f}"
+        f"steady {found['steady_jobs_per_s']:,.0f}, {found['processor_us_a_job']} µs of processor time a job"
     )
 
 

@@ -160,7 +160,7 @@ def logs(jobs: int, clients: int) -> dict[TopicPartition, list[ConsumerRecord]]:
 
 async def microseconds(jobs: int, *, cached: bool, clients: int) -> float:
     """Processor time of all threads for each job."""
-    settings = Settings(kafka_servers="none", model="none", topic_prefix="t").named()
+    settings = Settings(kafka_servers="none:9092", model="none", topic_prefix="t").named()
     consumer, member, metrics = _Consumer(logs(jobs, clients)), ScriptedMember(), Metrics()
     suspects = Suspects(settings.claimant())
     intake = Intake(

@@ -19,6 +19,7 @@ from typing import Any, Final
 import msgspec
 
 import embedq_gateway.openapi
+from embedq_gateway.batches import shapes
 from embedq_gateway.dialects import cohere, openai, tei
 from embedq_gateway.errors import KINDS
 from embedq_gateway.http.exchange import REQUEST_ID
@@ -45,6 +46,7 @@ def operations() -> tuple[Operation, ...]:
     """Every path, in the order of the page."""
     rooms = (
         openai.OPERATIONS,
+        shapes.OPERATIONS,
         tei.OPERATIONS,
         cohere.OPERATIONS,
         health.OPERATIONS,

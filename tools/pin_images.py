@@ -24,7 +24,7 @@ _IMAGE: Final = re.compile(
     r"^(?P<before>\s*image:\s+|ARG \w+_IMAGE=)(?P<name>[\w./-]+:[\w.-]+)(?P<digest>@\S+)?(?P<after>.*)$",
     re.MULTILINE,
 )
-_BUILT_HERE: Final = "embedq:local"
+_BUILT_HERE: Final = frozenset({"embedq:local", "embedq-gateway:local"})
 
 
 class NoDigest(Exception):
@@ -34,7 +34,7 @@ class NoDigest(Exception):
 def images(text: str) -> list[tuple[str, str | None]]:
     """The images that a file names, each with its digest or None; not those that are built from this repository."""
     found = [(match["name"], (match["digest"] or "").lstrip("@") or None) for match in _IMAGE.finditer(text)]
-    return [(name, digest) for name, digest in found if name != _BUILT_HERE]
+    return [(name, digest) for name, digest in found if name not in _BUILT_HERE]
 
 
 def pinned(text: str, digest_of: Callable[[str], str]) -> str:
@@ -42,7 +42,7 @@ def pinned(text: str, digest_of: Callable[[str], str]) -> str:
 
     def one(match: re.Match[str]) -> str:
         name = match["name"]
-        digest = "" if name == _BUILT_HERE else f"@{digest_of(name)}"
+        digest = "" if name in _BUILT_HERE else f"@{digest_of(name)}"
         return f"{match['before']}{name}{digest}{match['after']}"
 
     return _IMAGE.sub(one, text)

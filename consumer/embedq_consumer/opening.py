@@ -27,6 +27,7 @@ from embedq_consumer.lifecycle.served_model import ServedModel
 from embedq_consumer.quarantine import Suspects
 from embedq_consumer.retries import RetryTiers
 from embedq_consumer.settings import Settings, SettingsError
+from embedq_consumer.shapes import Mappings, MissingExtra, SchemaRegistry, connect
 from embedq_consumer.telemetry.health import CannotListen, Health, HealthServer
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.backoff import backoff
@@ -140,24 +141,33 @@ async def open_cache(settings: Settings, metrics: Metrics) -> AsyncIterator[Vect
 
 @asynccontextmanager
 async def open_publisher(
-    settings: Settings, metrics: Metrics, health: Health, stop: asyncio.Event
+    settings: Settings, mappings: Mappings, metrics: Metrics, health: Health, stop: asyncio.Event
 ) -> AsyncIterator[Publisher]:
+    topics = settings.topics
     publisher = Publisher(
         KafkaProducers(settings.kafka(), max_bytes=_MAX_REQUEST_BYTES),
         metrics,
         # Half of a partition's jobs that are started: the other half goes on with places that work.
         max_held=max(1, min(settings.max_in_flight_jobs, settings.max_uncommitted_jobs) // 2),
         hinder=partial(health.hinder, "delivery"),
+        ours=(topics.results, topics.replies, topics.dead_letters, topics.status, topics.control),
     )
     try:
         await once_kafka_answers(publisher.open, health, stop)
-        topics = settings.topics
         needed = (*topics.lanes, topics.results, topics.control, topics.status, topics.dead_letters)
         if missing := [topic for topic in needed if publisher.topics.partitions(topic) is None]:
             raise MissingTopics(
                 f"no topic {', '.join(missing)} on the broker, or none that this user may see; "
                 "`embedq topics create` makes them"
             )
+        if missing := [topic for topic in mappings.outputs if publisher.topics.partitions(topic) is None]:
+            raise MissingTopics(
+                f"no topic {', '.join(missing)} on the broker, or none that this user may see; the results of mappings go "
+                "there, and whoever reads them decides how it is made"
+            )
+        if missing := [topic for topic in mappings.topics if publisher.topics.partitions(topic) is None]:
+            # Connectors make their topics with the first row.
+            log.warning("mapped_topics_missing", topics=missing, hint="they are read once they are there")
         yield publisher
     finally:
         await publisher.close()
@@ -189,15 +199,37 @@ async def open_control(settings: Settings, metrics: Metrics) -> AsyncIterator[Co
 
 
 @asynccontextmanager
+async def open_schemas(settings: Settings, health: Health) -> AsyncIterator[SchemaRegistry | None]:
+    """What is known of schemas, if there is a registry. It is not asked before the first record that needs it."""
+    if (options := settings.schema_registry) is None:
+        yield None
+        return
+    try:
+        client = await asyncio.to_thread(connect, options)
+    except MissingExtra as error:
+        raise SettingsError(f"EMBEDQ_SCHEMA_REGISTRY_URL: {error}") from None
+    except (ValueError, TypeError, OSError) as error:  # its message may quote a password
+        raise SettingsError(
+            f"EMBEDQ_SCHEMA_REGISTRY_URL: expected an address such as https://HOST:8081 ({type(error).__name__})"
+        ) from None
+    registry = SchemaRegistry(client, partial(health.hinder, "schemas"))
+    try:
+        yield registry
+    finally:
+        await registry.close()
+
+
+@asynccontextmanager
 async def open_intake(
     settings: Settings,
+    mappings: Mappings,
     tiers: RetryTiers,
     suspects: Suspects,
     metrics: Metrics,
     health: Health,
     stop: asyncio.Event,
 ) -> AsyncIterator[Intake]:
-    options = msgspec.structs.replace(settings.intake, retries=tiers)
+    options = msgspec.structs.replace(settings.intake, retries=tiers, mappings=mappings)
     intake = Intake(
         make_jobs_clients(settings.kafka(), options),
         options,
@@ -252,7 +284,9 @@ async def open_deliverer(
     metrics: Metrics,
 ) -> AsyncIterator[Deliverer]:
     limits = DeliveryLimits(reply_timeout_s=settings.reply_timeout_s, holds_back=intake.holds_back)
-    deliverer = Deliverer(results, publisher, finish, metrics, limits, bulk=releases)
+    deliverer = Deliverer(
+        results, publisher, finish, metrics, limits, bulk=releases, when_first=intake.when_first
+    )
     try:
         yield deliverer
     finally:

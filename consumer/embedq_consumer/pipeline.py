@@ -1,7 +1,8 @@
 """The path of a job, a step a line.
 
 take         the intake starts records that were polled and parked: in fair order by client, as far as there is room
-admit        is it a job that can run here? If not: rejected, which `Deliverer` answers
+admit        is it a job that can run here? If not: rejected, which `Deliverer` answers. A row that was deleted is answered at once,
+             and one whose schema is not known yet waits in a task of its own
 weigh        its texts and the size of its results count against its client's share
 check        texts over the size limit are settled with an error; of equal inputs of a job only the first goes on
 look up      what the cache holds is settled
@@ -23,14 +24,21 @@ from typing import Any, Final, Protocol
 
 from embedq_consumer.batching import AssembledText, ComputedText, First, JobInput, Settled, TextQueue, Vectors
 from embedq_consumer.cache import CachedVector, cache_key
-from embedq_consumer.delivery import Deliverer, assembled_outcomes_of, large, outcomes_of
+from embedq_consumer.delivery import FEW_INPUTS, Deliverer, assembled_outcomes_of, large, outcomes_of
 from embedq_consumer.engine import Encoder
 from embedq_consumer.fairness import Cost
 from embedq_consumer.group import Overtaken, Ticket
-from embedq_consumer.intake.admission import AdmissionPolicy, Rejection, UnknownAddress
+from embedq_consumer.intake.admission import (
+    AdmissionPolicy,
+    DeletedRow,
+    Rejection,
+    UnknownAddress,
+    UnknownSchema,
+)
 from embedq_consumer.intake.jobs import InputVector, JobState
 from embedq_consumer.intake.records import Death, Record
 from embedq_consumer.intake.result_sizes import cost_of
+from embedq_consumer.shapes import Want
 from embedq_shared.codec import Envelope
 from embedq_shared.grouping import batched_by
 from embedq_shared.headers import JobHeaders
@@ -52,6 +60,20 @@ class Cache(Protocol):
         """Keep these entries."""
 
 
+class Registry(Protocol):
+    """Learns what admission must know of schemas."""
+
+    async def learn(self, want: Want) -> None:
+        """Return once it is known, or refused."""
+
+
+class SetAside(Protocol):
+    """Hears which records wait for something outside of the service: nobody need wonder that others overtake them."""
+
+    def __call__(self, records: Iterable[Record], *, waits: bool) -> None:
+        """They wait, or do no more."""
+
+
 class Pipeline:
     """Takes polled records and answers each of them, whatever it holds.
 
@@ -70,7 +92,11 @@ class Pipeline:
         deliverer: Deliverer,
         tasks: asyncio.TaskGroup,
         weigh: Callable[[Record, Cost], None],
+        registry: Registry | None = None,
+        set_aside: SetAside = lambda records, *, waits: None,
     ) -> None:
+        self._registry = registry
+        self._set_aside = set_aside
         self._policy = policy
         self._serving = serving
         self._cache = cache
@@ -119,6 +145,8 @@ class Pipeline:
         jobs: list[JobState] = []
         rejected: list[tuple[Record, Rejection]] = []
         unknown: list[tuple[Record, UnknownAddress]] = []
+        deleted: list[tuple[Record, DeletedRow]] = []
+        schemas: dict[Want, list[Record]] = {}
         for record in records:
             match self._policy.admit(record, encoder, now_ms, self._deliverer.partitions):
                 case JobState() as job:
@@ -128,7 +156,24 @@ class Pipeline:
                     rejected.append((record, rejection))
                 case UnknownAddress() as address:
                     unknown.append((record, address))
+                case UnknownSchema(want):
+                    schemas.setdefault(want, []).append(record)
+                case DeletedRow() as row:
+                    deleted.append((record, row))
+        for want, waiting in schemas.items():
+            self._spawn(self._ask_for_schema(want, waiting), "ask_for_schema")
+        if deleted:
+            self._spawn(self._deliverer.remove(deleted), "remove")
         return jobs, rejected, unknown
+
+    async def _ask_for_schema(self, want: Want, waiting: Sequence[Record]) -> None:
+        """Admit these again once the registry has said what their schema is; so long they are in flight."""
+        if self._registry is None:
+            raise RuntimeError("a schema is to be learned, and there is no registry. This is a bug.")
+        self._set_aside(waiting, waits=True)
+        await self._registry.learn(want)
+        self._set_aside(waiting, waits=False)
+        self.take(waiting)
 
     async def _ask_for_topics(self, waiting: Sequence[tuple[Record, UnknownAddress]]) -> None:
         """A reply topic or partition that is not known may be new. Only such jobs wait for the brokers' answer."""
@@ -182,6 +227,9 @@ class Pipeline:
 
     def computed(self, texts: Sequence[ComputedText], vectors: Vectors) -> None:
         """Texts that ran whole; `vectors` is float32 (texts, hidden_size)."""
+        if sum(len(waiters) for _, waiters in texts) <= FEW_INPUTS:
+            self.settle(outcomes_of(texts, vectors))
+            return
         self._spawn(self._postprocess(outcomes_of, texts, vectors), "postprocess")
 
     def assembled(self, texts: Sequence[AssembledText]) -> None:

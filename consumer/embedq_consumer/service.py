@@ -22,6 +22,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Final, Protocol
 
+import msgspec
 import structlog
 
 from embedq_consumer.delivery.result_records import ResultEncoder
@@ -38,11 +39,13 @@ from embedq_consumer.opening import (
     open_model,
     open_publisher,
     open_releases,
+    open_schemas,
 )
 from embedq_consumer.pipeline import Pipeline
 from embedq_consumer.quarantine import Quarantine, Suspects
 from embedq_consumer.retries import RetryPolicy, open_tiers
 from embedq_consumer.settings import Settings
+from embedq_consumer.shapes import NoRegistry
 from embedq_consumer.telemetry.health import Health
 from embedq_consumer.telemetry.metrics import Metrics
 
@@ -83,11 +86,12 @@ async def _serve(settings: Settings, stop: asyncio.Event, leaving: Callable[[], 
     settings = settings.named()
     if not await _done_before(stop, asyncio.to_thread(check_directories, settings)):
         return
+    mappings = await asyncio.to_thread(settings.read_mappings)
     health, metrics = Health(), Metrics()
     async with _Parts(leaving) as parts:
         await parts.enter_async_context(open_health_pages(settings, metrics, health))
         cache = await parts.enter_async_context(open_cache(settings, metrics))
-        publisher = await parts.enter_async_context(open_publisher(settings, metrics, health, stop))
+        publisher = await parts.enter_async_context(open_publisher(settings, mappings, metrics, health, stop))
         model = await parts.enter_async_context(open_model(settings, publisher, metrics, health))
         control = await parts.enter_async_context(open_control(settings, metrics))
 
@@ -96,12 +100,13 @@ async def _serve(settings: Settings, stop: asyncio.Event, leaving: Callable[[], 
         desired = await once_kafka_answers(control.open, health, stop)
         if not await _done_before(stop, model.start(desired)):
             return
+        schemas = await parts.enter_async_context(open_schemas(settings, health))
         parts.enter_context(_long_lived_objects_frozen())
 
         suspects = Suspects(settings.claimant())
         tiers = open_tiers(settings.topics, settings.retry_delays, publisher.topics.partitions)
         intake = await parts.enter_async_context(
-            open_intake(settings, tiers, suspects, metrics, health, stop)
+            open_intake(settings, mappings, tiers, suspects, metrics, health, stop)
         )
         quarantine = Quarantine(suspects, intake.commits, intake, metrics)
         results = ResultEncoder(
@@ -117,9 +122,20 @@ async def _serve(settings: Settings, stop: asyncio.Event, leaving: Callable[[], 
         deliverer = await parts.enter_async_context(
             open_deliverer(settings, publisher, results, releases, intake, quarantine.finish, metrics)
         )
+        policy = msgspec.structs.replace(
+            settings.admission, mappings=mappings, schemas=schemas or NoRegistry()
+        )
         async with _tasks() as tasks:
             pipeline = Pipeline(
-                settings.admission, model.encoder, cache, model.queue, deliverer, tasks, intake.weigh
+                policy,
+                model.encoder,
+                cache,
+                model.queue,
+                deliverer,
+                tasks,
+                intake.weigh,
+                schemas,
+                intake.set_aside,
             )
             quarantine.hand_to(pipeline)
             _expect_heartbeats(health, settings.stall_timeout_s)

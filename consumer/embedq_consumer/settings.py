@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from embedq_consumer.intake import AdmissionPolicy, IntakeOptions
     from embedq_consumer.lifecycle.served_model import ModelOptions
     from embedq_consumer.quarantine import Claimant
+    from embedq_consumer.shapes import Mappings, RegistryOptions
 
 __all__ = ["PREFIX", "Settings", "SettingsError"]
 
@@ -169,7 +170,10 @@ class Settings(KafkaSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
     max_batch_items: Annotated[PositiveInt, Meta(description="Texts that a micro-batch may hold.")] = 1024
     max_wait_ms: Annotated[
         NotNegative,
-        Meta(description="Milliseconds that a text waits at most for others to fill its micro-batch."),
+        Meta(
+            description="Milliseconds that a text waits at most for others to fill its micro-batch; not at all while the device "
+            "is idle and no others are at the tokenizer."
+        ),
     ] = 2.0
     bulk_max_wait_s: Annotated[
         NotNegative,
@@ -241,6 +245,35 @@ class Settings(KafkaSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
             description="Topics besides `embed.replies` and `embed.results` that a job may name for its reply: shell patterns, "
             "separated by commas, such as `team-*.replies`. Patterns never match internal topics of Kafka, of its companions "
             "or of another embedq; their names must be given in full. Empty: none."
+        ),
+    ] = ""
+
+    # Records of other shapes
+
+    mappings: Annotated[
+        str,
+        Meta(
+            description="YAML file of mappings, for records of other shapes than embedq's own: rows, change events, events, "
+            "lines of batches ([shapes](shapes.md)). Empty: there are no others."
+        ),
+    ] = ""
+    schema_registry_url: Annotated[
+        str,
+        Meta(
+            description="Schema Registry for records in its wire format, such as `https://registry:8081`; several with commas. "
+            "Needs the extra `schema-registry`. Empty: none."
+        ),
+    ] = ""
+    schema_registry_username: Annotated[
+        str, Meta(description="User name for the Schema Registry. Empty: none is shown.")
+    ] = ""
+    schema_registry_password: Annotated[Secret, Meta(description="Password for the Schema Registry.")] = (
+        Secret("")
+    )
+    schema_registry_cafile: Annotated[
+        str,
+        Meta(
+            description="PEM file of authorities that sign the Schema Registry's certificate. Empty: the system's."
         ),
     ] = ""
 
@@ -539,6 +572,41 @@ class Settings(KafkaSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
             max_text_bytes=self.max_text_bytes,
             max_result_bytes=self.max_result_bytes,
             reply_patterns=self.reply_patterns,
+        )
+
+    def read_mappings(self) -> Mappings:
+        """How records of other shapes are read. Blocks on the file system.
+
+        Raises:
+            SettingsError: the file cannot be used, or needs a Schema Registry that is not set.
+        """
+        from embedq_consumer.shapes import BadMappings, Mappings, read_mappings
+
+        if not self.mappings:
+            return Mappings()
+        try:
+            found = read_mappings(Path(self.mappings), self.topics)
+        except BadMappings as error:
+            raise SettingsError(f"EMBEDQ_MAPPINGS: {error}") from None
+        if found.registered and not self.schema_registry_url:
+            raise SettingsError(
+                f"EMBEDQ_SCHEMA_REGISTRY_URL: must be set, since the results of the mapping {found.registered[0]} have a "
+                "registered schema"
+            )
+        return found
+
+    @property
+    def schema_registry(self) -> RegistryOptions | None:
+        """Where the Schema Registry is; None without one."""
+        from embedq_consumer.shapes import RegistryOptions
+
+        if not self.schema_registry_url:
+            return None
+        return RegistryOptions(
+            url=self.schema_registry_url,
+            username=self.schema_registry_username,
+            password=self.schema_registry_password,
+            cafile=self.schema_registry_cafile,
         )
 
     def served_model(self, batch_tokens: int) -> ModelOptions:

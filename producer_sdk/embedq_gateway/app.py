@@ -21,6 +21,8 @@ from typing import Any, Final
 import msgspec
 from starlette.routing import BaseRoute, Router
 
+from embedq_gateway.batches.answering import MAX_ATTEMPTS
+from embedq_gateway.batches.opening import Batches, NoBatches
 from embedq_gateway.console.page import console_routes
 from embedq_gateway.dialects.cohere import Cohere
 from embedq_gateway.dialects.openai import OpenAI
@@ -90,6 +92,13 @@ class Gateway:
             reload=self._reload,
             leaving=self.leaving,
         )
+        self.batches: Batches | NoBatches = NoBatches()
+        if settings.files:
+            # A client of its own: what waits there for hours leaves the room of requests alone.
+            client = EmbedClient(
+                servers, topic_prefix=kafka.topic_prefix, max_attempts=MAX_ATTEMPTS, **options
+            )
+            self.batches = Batches(settings, client)
         self.entrance = Entrance(
             self.routes(), self.keys, self.running, most_held_bytes=settings.max_held_bytes
         )
@@ -102,6 +111,7 @@ class Gateway:
         """Every path, the busiest first."""
         return [
             *OpenAI(self.embedder, self.fleet, self.settings).routes(),
+            *self.batches.routes(),
             *Tei(self.embedder, self.fleet, self.settings).routes(),
             *Cohere(self.embedder, self.settings).routes(),
             *Health(self.not_ready, self.metrics).routes(),
@@ -129,6 +139,7 @@ class Gateway:
             self._start("connect", self._connect()),
             self._start("fleet", self.follower.run()),
             self._start("watch", self._watch()),
+            self._start("batches", self.batches.run()),
             self._start("history", sample(self.history, self.lag, self.metrics.tokens_so_far)),
         ]
         if self.keeper is not None:

@@ -93,6 +93,11 @@ KINDS: Final[Mapping[str, Kind]] = {
         "the API key has used up its tokens of this minute, or its requests in flight",
     ),
     "model_changed": Kind(503, "server_error", "the model was reloaded, again, while a large request ran"),
+    "file_in_use": Kind(400, "invalid_request_error", "the file is read by a batch that has not ended"),
+    "batch_ended": Kind(400, "invalid_request_error", "the batch has ended, or is about to"),
+    "storage_unavailable": Kind(
+        503, "server_error", "the storage of files and batches is full, or does not answer"
+    ),
     "unavailable": Kind(503, "server_error", "Kafka does not answer, or the gateway starts or leaves"),
     "gateway_fault": Kind(500, "server_error", "a fault of the gateway itself, which is in its log"),
 }
@@ -154,7 +159,12 @@ class ApiError(Exception):
         return [*self.headers, (b"retry-after", b"%d" % max(1, -(-seconds // 1)))]
 
 
-_PARAMS: Final = {"texts": "input", "timeout": "x-request-timeout", "lane": "x-embedq-lane"}
+_PARAMS: Final = {
+    "texts": "input",
+    "timeout": "x-request-timeout",
+    "lane": "x-embedq-lane",
+    "tokens": "chunk.tokens",
+}
 """What the SDK calls otherwise than requests do."""
 
 

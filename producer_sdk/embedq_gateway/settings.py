@@ -141,6 +141,37 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         ),
     ] = 16_384
 
+    # Files and batches
+
+    files: Annotated[
+        str,
+        Meta(
+            description="Where `/v1/files` and `/v1/batches` keep what they need: a directory, or `s3://BUCKET/PREFIX`, the same "
+            "for all gateways that share their batches. Empty: there are no files and no batches."
+        ),
+    ] = ""
+    files_keep_days: Annotated[
+        int, Meta(ge=1, le=3650, description="Days that a file, and an ended batch, is kept.")
+    ] = 30
+    max_file_bytes: Annotated[PositiveInt, Meta(description="Bytes that an uploaded file may have.")] = (
+        200 * 1024 * 1024
+    )
+    max_batch_requests: Annotated[PositiveInt, Meta(description="Lines that a batch may have.")] = 50_000
+    batches_at_once: Annotated[PositiveInt, Meta(description="Batches that this process runs at a time.")] = 4
+    batch_in_flight_texts: Annotated[
+        PositiveInt,
+        Meta(
+            description="Texts of one batch that may be under way at once. If the gateway is killed, they are computed again."
+        ),
+    ] = 1024
+    batch_lease_s: Annotated[
+        Seconds,
+        Meta(
+            description="Seconds without a sign of life after which another gateway goes on with a batch; the same for all that "
+            "share them."
+        ),
+    ] = 15.0
+
     join_texts: Annotated[
         PositiveInt,
         Meta(

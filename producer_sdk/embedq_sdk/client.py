@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, Unpack
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Self, Unpack
 
 from embedq_sdk.embeddings import Chunk, Embeddings, FinishedJob, Vectors, assemble
 from embedq_sdk.errors import ClientClosed, InvalidArgument
 from embedq_sdk.job_options import (
     MAX_JOB_BYTES,
     Column,
+    Errors,
     JobArguments,
     JobInputs,
     JobLimits,
     JobOptions,
+    check_errors,
     checked_client_id,
     checked_count,
     checked_format,
@@ -26,7 +29,7 @@ from embedq_sdk.job_options import (
 )
 from embedq_sdk.result_reader import JobResult, read_results
 from embedq_sdk.stream import Embedded, JobStream, StreamOptions
-from embedq_sdk.transport import Deadline, JobRunner, KafkaConnection, KafkaTransport
+from embedq_sdk.transport import Deadline, JobRunner, KafkaConnection, KafkaTransport, retry_pause
 from embedq_shared.codec import Format
 from embedq_shared.messages import DEFAULT_MAX_INPUTS
 from embedq_shared.topics import Topics, is_topic_name
@@ -35,14 +38,13 @@ from embedq_shared.weighted_semaphore import WeightedSemaphore
 if TYPE_CHECKING:
     from types import TracebackType
 
-Errors = Literal["raise", "return"]
-
 DEFAULT_TIMEOUT_S: Final = 30.0
 
 
 class _Life:
     """How a client is opened and closed, and what it has in hand."""
 
+    # More than six parameters: what a client is told, checked; one caller.
     def __init__(
         self,
         connection: KafkaConnection,
@@ -51,6 +53,7 @@ class _Life:
         connect_timeout: float,
         in_flight: WeightedSemaphore,
         client: bytes,
+        pause: Callable[[int], float],
     ) -> None:
         self._connection = connection
         self._topics = topics
@@ -63,7 +66,7 @@ class _Life:
             broken=lambda fault: self._runner.break_down(fault),
             refused=lambda error: self._runner.refuse(error),
         )
-        self._runner = JobRunner(self._transport, topics, in_flight, client=client)
+        self._runner = JobRunner(self._transport, topics, in_flight, pause, client)
 
     async def open(self) -> Self:
         """Connect, as `async with` does at its beginning; `close` belongs to it. Does nothing where it is open.
@@ -148,6 +151,7 @@ class EmbedClient(_Life):
         connect_timeout: seconds that entering may take.
         max_in_flight_texts, max_in_flight_bytes: at once, over all calls; a call beyond waits, and at its deadline raises Overloaded.
         max_inputs, max_job_bytes: the most that one job holds; longer lists become several jobs.
+        max_attempts: how often a job is sent at most when the service's answer is an error that may heal; None: until its deadline.
         instance: a stable name of this process, which chooses its reply partition; random by default.
         client_id: whose jobs these are: clients take turns, and those with one name take one's. Random by default.
         security: as aiokafka takes it; instead of `ssl_context` also PEM files (`ssl_cafile`, `ssl_certfile`, `ssl_keyfile`).
@@ -167,6 +171,7 @@ class EmbedClient(_Life):
         max_in_flight_bytes: int = 64 << 20,
         max_inputs: int = DEFAULT_MAX_INPUTS,
         max_job_bytes: int = MAX_JOB_BYTES,
+        max_attempts: int | None = None,
         instance: str | None = None,
         client_id: str | None = None,
         **security: Any,
@@ -183,7 +188,9 @@ class EmbedClient(_Life):
         )
         timeout = checked_timeout("connect_timeout", connect_timeout)
         client = checked_client_id(client_id)
-        super().__init__(connection, Topics(topic_prefix), instance, timeout, in_flight, client)
+        most = None if max_attempts is None else checked_count("max_attempts", max_attempts)
+        pause = partial(retry_pause, most=most)
+        super().__init__(connection, Topics(topic_prefix), instance, timeout, in_flight, client, pause)
 
     # -- embedding ----------------------------------------------------------------------------------------------------
 
@@ -252,7 +259,7 @@ class EmbedClient(_Life):
         """
         options = JobOptions(**job)
         timeout = checked_timeout("timeout", timeout)
-        _check_errors(errors)
+        check_errors(errors)
         texts = [texts] if isinstance(texts, str) else texts
         found = await self._embed(texts, options, timeout, allow_mixed=allow_mixed)
         return found if errors == "return" else found.checked()
@@ -294,7 +301,7 @@ class EmbedClient(_Life):
 
     async def embed_many(
         self,
-        texts: Iterable[str] | Column,
+        texts: Iterable[str] | AsyncIterable[str] | Column,
         *,
         timeout: float = DEFAULT_TIMEOUT_S,
         batch_size: int = 32,
@@ -310,7 +317,7 @@ class EmbedClient(_Life):
         errors="return" listed in `Embeddings.errors`. For more than fits in memory there is `stream`.
         """
         options = JobOptions(**job)
-        _check_errors(errors)
+        check_errors(errors)
         window = StreamOptions(
             limits=self._limits, timeout=timeout, batch_size=batch_size, in_flight=in_flight
         )
@@ -342,7 +349,7 @@ class EmbedClient(_Life):
         (`contextlib.aclosing`): that drops what is under way.
         """
         options = JobOptions(**job)
-        _check_errors(errors)
+        check_errors(errors)
         window = StreamOptions(
             limits=self._limits,
             timeout=timeout,
@@ -412,8 +419,3 @@ class EmbedClient(_Life):
             connect_timeout=self._connect_timeout,
             idle=timeout,
         )
-
-
-def _check_errors(errors: object) -> None:
-    if errors not in ("raise", "return"):
-        raise InvalidArgument(argument="errors", expected="one of raise, return", got=repr(errors))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final, Protocol, TypedDict, get_args
+from typing import Any, Final, Literal, Protocol, TypedDict, get_args
 
 import msgspec
 
@@ -18,6 +18,7 @@ from embedq_shared.messages import (
     DEFAULT_MAX_INPUTS,
     MAX_ID_LENGTH,
     MAX_INSTRUCTION_BYTES,
+    MAX_INTEGER,
     MAX_METADATA_BYTES,
     MIN_CHUNK_TOKENS,
     MIN_DIMENSIONS,
@@ -29,6 +30,9 @@ from embedq_shared.messages import (
     Truncate,
 )
 from embedq_shared.topics import Lane
+
+Errors = Literal["raise", "return"]
+"""What becomes of texts that failed: an exception, or an entry in what is returned."""
 
 MAX_JOB_BYTES: Final = 900_000
 """Kafka's default limit of a record is 1 MB; the rest is for the job's other fields and headers."""
@@ -89,7 +93,8 @@ class JobOptions(msgspec.Struct, frozen=True, kw_only=True):
             checked_client_id(self.client_id)
         if self.dimensions is not None:
             step = 8 if self.dtype == "binary" else 1
-            if type(self.dimensions) is not int or self.dimensions < MIN_DIMENSIONS or self.dimensions % step:
+            fits = type(self.dimensions) is int and MIN_DIMENSIONS <= self.dimensions <= MAX_INTEGER
+            if not fits or self.dimensions % step:
                 expected = f"an integer of at least {MIN_DIMENSIONS}"
                 if step == 8:
                     expected += " and a multiple of 8 for dtype 'binary'"
@@ -212,8 +217,8 @@ def checked_timeout(name: str, value: object) -> float:
 
 
 def checked_count(name: str, value: object, least: int = 1) -> int:
-    """An integer of at least `least`."""
-    if type(value) is not int or value < least:
+    """An integer of at least `least`, and one that a job can carry."""
+    if type(value) is not int or not least <= value <= MAX_INTEGER:
         raise _wrong(name, f"an integer of at least {least}", value)
     return value
 
@@ -255,6 +260,12 @@ def checked_format(value: object) -> Format:
             argument="format", expected=f"one of {', '.join(CONTENT_TYPES)}", got=repr(value)
         )
     return value
+
+
+def check_errors(value: object) -> None:
+    """Check what is to become of texts that failed."""
+    if not isinstance(value, str) or value not in get_args(Errors):
+        raise InvalidArgument(argument="errors", expected="one of raise, return", got=repr(value))
 
 
 def _utf8_size(text: str, name: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Iterator, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Final, Protocol
 
 import msgspec
@@ -209,7 +209,9 @@ class JobStream:
             for job in self._entries:
                 job.drop()  # `_job_ended` then gives its weight back
 
-    async def collect(self, source: Iterable[str] | Column) -> tuple[list[JobInputs], list[FinishedJob]]:
+    async def collect(
+        self, source: Iterable[str] | AsyncIterable[str] | Column
+    ) -> tuple[list[JobInputs], list[FinishedJob]]:
         """All jobs of a source that ends.
 
         Raises:
@@ -253,6 +255,10 @@ class JobStream:
                     if self._pulled % _TEXTS_PER_TURN == 0:
                         await asyncio.sleep(0)
             self._flush()
+        except Exception:
+            with suppress(EmbedError):
+                self._flush()  # what it gave before
+            raise
         finally:
             self._source_ended = True
             self._news.set()

@@ -116,6 +116,8 @@ _IN_CHUNK: Final = " - at `$.chunk`"
 # At the end, since the text before may quote the value.
 _AT: Final = re.compile(r" - at `\$\.(\w+)((?:\[\d+\]|\.\w+)?)[^`]*`\Z")
 _WHERE: Final = re.compile(r"\((?:byte|char) (\d+)\)")
+_TOKENS: Final = re.compile(r"got `(?:int|array)`")
+"""In `input`: OpenAI's clients may send a text as the numbers of its tokens, or several such lists."""
 
 
 def decode_job(value: bytes | None, format: Format, *, max_inputs: int = DEFAULT_MAX_INPUTS) -> Job:
@@ -285,6 +287,14 @@ def _explain(error: msgspec.ValidationError, value: bytes, format: Format) -> Ba
     if missing := _MISSING.match(message):
         return _invalid(missing[1], envelope=envelope)
     if at := _AT.search(message):
+        if at[1] == "input" and at[2] and _TOKENS.search(message):
+            return BadJob(
+                "invalid_value",
+                f"`input{at[2]}`: expected a string, got token ids; they are of another model's vocabulary: send the text "
+                "(LangChain's OpenAIEmbeddings does with check_embedding_ctx_length=False)",
+                f"input{at[2]}",
+                envelope=envelope,
+            )
         return _invalid(at[1], at[2], envelope=envelope)
     return BadJob("malformed", "expected an object at the top level", envelope=envelope)
 

@@ -7,23 +7,28 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import random
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
+from benchmarks.machine import machine
 from tests.faults import checker, history, load
 from tests.faults.reference import expected
 from tests.faults.run import EVERYTHING, Harness, Plan
+from tests.faults.schedule import TRANSACTIONAL
 from tests.helpers.cluster import Cluster
 from tests.helpers.small_disk import small_disk
 from tests.helpers.tiny_models import make_tiny_bert, minilm_path
 
 _DISK_MIB: Final = 1024
-"""Of the broker whose disk is filled: more than a long run writes."""
+_DISK_MIB_A_JOB: Final = 1 / 128
+"""Of the broker whose disk is filled: more than a long run writes. A job and its results take 3 KB, internal topics included."""
 
 
 def main() -> int:
@@ -36,10 +41,12 @@ def main() -> int:
         seed=seed,
         jobs=options.jobs,
         mode=options.mode,
-        faults=tuple(options.faults.split(",")) if options.faults else EVERYTHING,
+        faults=tuple(options.faults.split(",")) if options.faults else _everything(options.mode),
         workers=options.workers,
         texts=options.texts,
         window=options.window,
+        longest_s=options.longest,
+        settle_s=options.settle,
         settings=dict(pair.split("=", 1) for pair in options.set),
     )
     _say(f"seed {seed}, {plan.jobs} jobs, {plan.mode}, in {directory}")
@@ -50,7 +57,7 @@ async def _run(plan: Plan, model: str, directory: Path, *, chosen: bool) -> int:
     """`chosen`: the plan's faults are those that somebody asked for, and no others are to come."""
     models = await asyncio.to_thread(_models, model, directory)
     vectors = await asyncio.to_thread(expected, models, load.texts(plan.seed, plan.texts), directory)
-    with small_disk(directory / "small-disk", mib=_DISK_MIB) as disk:
+    with small_disk(directory / "small-disk", mib=_DISK_MIB + int(plan.jobs * _DISK_MIB_A_JOB)) as disk:
         if disk is None:
             _say("no small disk can be mounted here: no broker's disk will be full")
         elif not chosen:
@@ -68,7 +75,25 @@ async def _run(plan: Plan, model: str, directory: Path, *, chosen: bool) -> int:
             await asyncio.to_thread(cluster.close)
     verdict = checker.check(history.read(path))
     _say(checker.report(path, verdict))
+    _write(directory / "verdict.json", plan, path, verdict)
     return 1 if verdict.breaches else 0
+
+
+def _everything(mode: str) -> tuple[str, ...]:
+    return (*EVERYTHING, *sorted(TRANSACTIONAL)) if mode == "exactly-once" else EVERYTHING
+
+
+def _write(file: Path, plan: Plan, path: Path, verdict: checker.Verdict) -> None:
+    """What a closing note needs: the plan, the numbers, which rules are broken how often, and the history's digest."""
+    document = {
+        "command": " ".join(["python", "-m", "tests.faults", *sys.argv[1:]]),
+        "machine": machine("embedq", "torch", "aiokafka"),
+        "plan": msgspec.to_builtins(plan),
+        "numbers": verdict.numbers,
+        "broken": Counter(breach.rule for breach in verdict.breaches),
+        "history": f"sha256:{history.digest(path)}",
+    }
+    file.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
 def _models(name: str, directory: Path) -> list[Path]:
@@ -91,6 +116,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--texts", type=int, default=400, help="different texts that jobs are made of")
     parser.add_argument("--window", type=int, default=2000, help="jobs without an answer, at most")
+    parser.add_argument(
+        "--longest", type=float, help="seconds after which no job is sent, whatever --jobs says"
+    )
+    parser.add_argument(
+        "--settle", type=float, default=240.0, help="seconds that the rest may take without faults"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a worker's setting")
     parser.add_argument("--out", help="directory of logs and history; a temporary one if not given")
     return parser.parse_args()

@@ -29,6 +29,7 @@ class Producing:
         window: how many jobs in the log may be without a result, before it waits.
         waiting: how many there are.
         more: whether it is to go on beyond `jobs`.
+        over: whether it is to stop now, come what may.
     """
 
     # More than six parameters: how much is sent, and how fast.
@@ -41,6 +42,7 @@ class Producing:
         window: int,
         waiting: Callable[[], int],
         more: Callable[[], bool],
+        over: Callable[[], bool],
     ) -> None:
         self._servers = servers
         self._maker = maker
@@ -48,12 +50,13 @@ class Producing:
         self._window = window
         self._waiting = waiting
         self._more = more
+        self._over = over
         self._attempts = 0
         self.acknowledged = 0
 
     @property
     def _done(self) -> bool:
-        return self.acknowledged >= self._jobs and not self._more()
+        return self._over() or (self.acknowledged >= self._jobs and not self._more())
 
     async def run(self) -> None:
         """Send until enough are acknowledged."""

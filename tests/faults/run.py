@@ -6,10 +6,10 @@ import asyncio
 import signal
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 import structlog
@@ -31,6 +31,8 @@ from tests.helpers.support import wait_until
 
 log = structlog.get_logger()
 
+T = TypeVar("T")
+
 WORKER_FAULTS: Final = ("kill", "kill_at", "leave", "freeze", "freeze_at", "reload", "kill_in_reload")
 REDIS_FAULTS: Final = tuple(name for name, kind in KINDS.items() if kind.track == "redis")
 BROKER_FAULTS: Final = tuple(
@@ -48,6 +50,10 @@ _REPLY_TIMEOUT_S: Final = 90
 _POINT_S: Final = 8.0
 """How long a worker has to come to the point that it was told."""
 _SAY_EVERY_S: Final = 10.0
+_ATTEMPT_S: Final = 20.0
+_PAUSE_S: Final = 0.5
+_LOOKS: Final = 10
+"""For a topic that is to be gone, with a pause between two."""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,6 +67,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     texts: int = 400
     window: int = 2000
     """Jobs without an answer, at most, before the producer waits."""
+    longest_s: float | None = None
+    """After so many seconds no more jobs are sent, whatever `jobs` says."""
     settle_s: float = 240.0
     """After the last fault: how long the rest may take, on a quiet machine."""
     settings: dict[str, str] = {}
@@ -122,6 +130,7 @@ class Harness:
             window=plan.window,
             waiting=lambda: len(self._observer.progress.open),
             more=lambda: bool(self._first_round),
+            over=lambda: plan.longest_s is not None and self._clock() > plan.longest_s,
         )
         self._quiet = asyncio.Event()
         """No more faults are to begin."""
@@ -302,18 +311,36 @@ class Harness:
 
     async def _delete_topic(self, topic: str, seconds: float) -> None:
         """Delete a client's topic, and make it again later; nobody else may make it in between."""
-        admin = AIOKafkaAdminClient(bootstrap_servers=self._cluster.direct_servers)
-        await admin.start()
-        try:
-            await admin.delete_topics([topic])
-            self._observer.forget(topic)
-            await asyncio.sleep(seconds)
-            if topic in await admin.list_topics():
-                self._note("topic_came_back", topic, "begin", "nobody made it")
-                return
-            await admin.create_topics([NewTopic(topic, PARTITIONS, COPIES)])
-        finally:
-            await admin.close()
+        await self._administered(lambda admin: admin.delete_topics([topic]))
+        await self._administered(lambda admin: _gone(admin, topic))
+        self._observer.forget(topic)
+        await asyncio.sleep(seconds)
+        for _ in range(_LOOKS):  # a broker that stood still a moment ago may not know yet that it is gone
+            if topic not in await self._administered(lambda admin: admin.list_topics()):
+                break
+            await asyncio.sleep(_PAUSE_S)
+        else:
+            self._note("topic_came_back", topic, "begin", "nobody made it")
+            return
+        await self._administered(lambda admin: admin.create_topics([NewTopic(topic, PARTITIONS, COPIES)]))
+
+    async def _administered(self, work: Callable[[AIOKafkaAdminClient], Awaitable[T]]) -> T:
+        """What `work` returns, tried again with another client while brokers come and go."""
+        while True:
+            admin = AIOKafkaAdminClient(
+                bootstrap_servers=self._cluster.direct_servers, request_timeout_ms=10_000
+            )
+            try:
+                async with asyncio.timeout(_ATTEMPT_S):
+                    await admin.start()
+                    return await work(admin)
+            except (KafkaError, OSError, TimeoutError) as error:
+                self._say(f"{self._clock():7.1f} s  tried again: {error!r}")
+                await asyncio.sleep(_PAUSE_S)
+            finally:
+                with suppress(KafkaError, OSError, TimeoutError):
+                    async with asyncio.timeout(_ATTEMPT_S):
+                        await admin.close()
 
     @asynccontextmanager
     async def _noted(self, step: Step, target: str) -> AsyncIterator[None]:
@@ -336,7 +363,10 @@ class Harness:
         progress = self._observer.progress
 
         async def all_answered() -> bool:
-            if progress.open or len(progress.accepted) < self._producing.acknowledged:
+            # What was written to a topic that was then deleted is an answer that nobody sees; the commits tell of it.
+            if any(not self._maker.job(id).fragile for id in progress.open):
+                return False
+            if len(progress.accepted) < self._producing.acknowledged:
                 return False
             ends = await self._ends(self.topics.lanes)
             return ends is not None and all(
@@ -391,3 +421,10 @@ class Harness:
             finally:
                 for task in running:
                     task.cancel()
+
+
+async def _gone(admin: AIOKafkaAdminClient, topic: str) -> None:
+    """Raises KafkaError as long as the topic is there: the brokers may still be at it, or never have heard of it."""
+    if topic in await admin.list_topics():
+        await admin.delete_topics([topic])
+        raise KafkaError(f"{topic} is still there")

@@ -54,7 +54,11 @@ class SupervisedWorker:
             topics,
             model,
             directory / f"{name}.log",
-            python=["-m", "tests.faults.worker"],
+            python=[
+                "-u",
+                "-m",
+                "tests.faults.worker",
+            ],  # not from a warm process: it starts as any service does
             replica=name,
             **settings,
         ).in_environment({ORDERS: str(self._orders), "PYTHONPATH": _PATH})

@@ -26,6 +26,7 @@ from aiokafka.record.util import calc_crc32c
 from embedq_consumer.cache.entries import CachedVector, EntryCodec, cache_key
 from embedq_consumer.engine import ModelError, Text
 from embedq_consumer.engine.model_directory import read_directory
+from embedq_consumer.shapes import BadRow, Embeddable, FlatAnswer
 from embedq_sdk.embeddings import FinishedJob, ReadFailure, assemble, job_failed
 from embedq_sdk.errors import EmbedError
 from embedq_sdk.reply_checks import Asked, BadReply, check_whole, read_checked
@@ -44,6 +45,7 @@ from embedq_shared.kafka.reading.record_batches import BoundedRecords, Unreadabl
 from embedq_shared.messages import ErrorCode
 from embedq_shared.vectors import quantize
 from tests.fuzz.mutator import Mutator, damaged
+from tests.helpers.shapes import mapping, reading
 from tests.helpers.tiny_models import make_tiny_gemma3
 
 _MOST_MESSAGE: Final = 1000
@@ -148,6 +150,71 @@ def _check_error(bad: BadJob) -> None:
         raise Finding("an envelope whose id no result may have")
     # A result repeats the envelope: it must be possible to write.
     msgspec.json.encode({"id": envelope.id, "model": envelope.model, "error": bad.error})
+
+
+class ShapeDecoder(_Trees):
+    """`shapes.read` by a mapping of each shape, and the result that it is answered with."""
+
+    name = "shapes"
+    formats = ("json", "msgpack")
+    examples: ClassVar[list[Any]] = [
+        {"id": 1, "text": "a text", "price": 2.5, "tags": ["a"], "__deleted": "false"},
+        {
+            "schema": {"type": "struct", "fields": [{"field": "id", "type": "int64"}]},
+            "payload": {"id": 1, "text": "t"},
+        },
+        {"before": {"id": 1}, "after": {"id": 1, "text": "t"}, "op": "u", "ts_ms": 1},
+        {"before": {"id": 1}, "after": None, "op": "d"},
+        {
+            "specversion": "1.0",
+            "id": "e",
+            "source": "/s",
+            "type": "t",
+            "data": {"text": "t"},
+            "data_base64": "eA==",
+        },
+        {
+            "custom_id": "c",
+            "method": "POST",
+            "url": "/v1/embeddings",
+            "body": {"input": ["a", "b"], "dimensions": 64},
+        },
+        {
+            "specversion": "1.0",
+            "id": "e",
+            "source": "/s",
+            "type": "t",
+            "data": "x",
+            "datacontenttype": "text/plain",
+        },
+    ]
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        shapes: tuple[dict[str, Any], ...] = (
+            {"id": "id", "columns": "*", "output": {"key": "source"}},
+            {"shape": "connect", "columns": "*", "output": {"format": "connect"}},
+            {"shape": "debezium", "id": "id", "text": "{text}{price?}"},
+            {"shape": "cloudevents", "columns": "*", "null_text": "delete"},
+            {"shape": "openai-batch"},
+        )
+        self._mappings = [mapping(**part) for part in shapes]
+
+    def decode(self, given: Any) -> str:
+        data, format = given
+        headers = [("content-type", b"application/msgpack")] if format == "msgpack" else []
+        said = set()
+        for one in self._mappings:
+            try:
+                found = reading(one, data, *headers, key=data[:40])
+            except BadRow as bad:
+                if bad.code not in _CODES or len(str(bad)) > _MOST_MESSAGE or len(bad.param or "") > 100:
+                    raise Finding(f"an error of code {bad.code}, or as long as the input") from None
+                continue
+            said.add(type(found).__name__)
+            if isinstance(found, Embeddable) and isinstance(found.answer, FlatAnswer):
+                json.loads(found.answer.value(bytes(8), _VERSION, truncated=False))
+        return " ".join(sorted(said)) or "refused"
 
 
 class HeaderDecoder(Decoder):
@@ -603,6 +670,7 @@ DECODERS: Final[dict[str, type[Decoder]]] = {
     kind.name: kind
     for kind in (
         JobDecoder,
+        ShapeDecoder,
         HeaderDecoder,
         ResultDecoder,
         ReplyDecoder,

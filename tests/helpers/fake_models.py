@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,9 @@ from embedq_shared.topics import Topics
 from tests.helpers.support import patient
 
 Vectors = npt.NDArray[np.float32]
+
+
+_BATCHES: Final = BatchOptions(max_tokens=512, max_items=4, max_wait_s=0.0, bulk_max_wait_s=5.0)
 
 
 class FakeVectors(Pending):
@@ -126,7 +129,13 @@ class Bench:
     """
 
     def __init__(
-        self, root: Path, *, stall_timeout_s: float = 60.0, **models: list[FakeModel | BaseException]
+        self,
+        root: Path,
+        *,
+        stall_timeout_s: float = 60.0,
+        load_timeout_s: float = 30.0,
+        batches: BatchOptions = _BATCHES,
+        **models: list[FakeModel | BaseException],
     ) -> None:
         self.root = root.resolve()
         self.metrics = Metrics()
@@ -146,9 +155,9 @@ class Bench:
                 topics=self.topics,
                 configured=self.root / "old",
                 root=self.root,
-                batches=BatchOptions(max_tokens=512, max_items=4, max_wait_s=0.0, bulk_max_wait_s=5.0),
+                batches=batches,
                 drain_timeout_s=7.0,
-                load_timeout_s=patient(30.0),
+                load_timeout_s=patient(load_timeout_s),
                 stall_timeout_s=stall_timeout_s,
                 attempts=self.root / "attempts",
             ),

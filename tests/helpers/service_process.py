@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 import urllib.error
 import urllib.request
 import uuid
@@ -14,7 +15,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from io import FileIO
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
@@ -29,6 +30,9 @@ from tests.helpers.warm_start import WarmProcess
 
 _MEASURED: Final = "COVERAGE_PROCESS_CONFIG" in os.environ
 """Whether coverage is measured: it costs the half second that an orderly end takes."""
+
+_IN_THE_SUITE: Final = "PYTEST_VERSION" in os.environ
+"""Where a start may be a fork of a process that has imported everything. A benchmark measures a start as users have it."""
 
 _LEAVE_S: Final = 5.0
 
@@ -115,8 +119,10 @@ class Replica:
         return self
 
     async def _started(self, log: FileIO) -> asyncio.subprocess.Process | WarmProcess:
-        if self._python[0] == "-m":
-            return await asyncio.to_thread(warm_start.start, self._python[1:], self._environ, log.fileno())
+        if self._python[0] == "-m" and _IN_THE_SUITE:
+            warm = await asyncio.to_thread(warm_start.start, self._python[1:], self._environ, log.fileno())
+            if warm is not None:
+                return warm
         return await asyncio.create_subprocess_exec(
             sys.executable, *self._python, env=self._environ, stdout=log, stderr=log
         )
@@ -143,8 +149,9 @@ class Replica:
         return "\n".join(self.log.read_text().splitlines()[-lines:])
 
     def events(self) -> list[dict[str, Any]]:
-        """Its log."""
-        lines = self.log.read_text().splitlines()
+        """Its log, as far as it is written."""
+        whole, _, _ = self.log.read_text().rpartition("\n")
+        lines = whole.splitlines()
         return [json.loads(line) for line in lines if line.startswith("{")]
 
     def port(self) -> int | None:
@@ -212,6 +219,36 @@ async def replicas(*wanted: Replica) -> AsyncIterator[tuple[Replica, ...]]:
             if replica.process is not None and replica.returncode is None:
                 replica.kill()
                 await replica.ended()
+
+
+class End(NamedTuple):
+    """A supervised replica's process ended: when, in monotonic seconds, which one, and its exit code."""
+
+    at: float
+    replica: Replica
+    code: int
+
+
+@asynccontextmanager
+async def supervised(*wanted: Replica) -> AsyncIterator[list[End]]:
+    """Replicas that are started again whenever they end, as an orchestrator does it; their ends so far."""
+    ends: list[End] = []
+
+    async def supervise(replica: Replica) -> None:
+        while True:
+            code = await replica.ended(within=10_000)
+            ends.append(End(time.monotonic(), replica, code))
+            await replica.start(ready=False)
+
+    async with replicas(*wanted):
+        watching = [asyncio.create_task(supervise(replica)) for replica in wanted]
+        try:
+            yield ends
+        finally:
+            for task in watching:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
 
 
 async def _leave(replica: Replica) -> None:

@@ -38,6 +38,7 @@ _IMPORTED: Final = (
 )
 """What a replica imports by itself, before or while it loads a model."""
 _LOOK_EVERY_S: Final = 0.01
+_READY: Final = b"ready"
 _MOST_BYTES: Final = 1 << 20
 """Of one request, which is mostly its environment."""
 
@@ -73,10 +74,14 @@ class WarmProcess:
         return code
 
 
-def start(module: Sequence[str], environ: Mapping[str, str], log: int) -> WarmProcess:
-    """Run `python -m MODULE ARGUMENTS` with this environment; `log` is the descriptor of its output. Blocks for milliseconds."""
+def start(module: Sequence[str], environ: Mapping[str, str], log: int) -> WarmProcess | None:
+    """Run `python -m MODULE ARGUMENTS` with this environment; `log` is the descriptor of its output. Blocks for milliseconds.
+
+    None where it cannot be: a library has started a thread, which no child would have.
+    """
     with _lock:
-        channel = _channel()
+        if (channel := _channel()) is None:
+            return None
         reading, writing = os.pipe()
         request = json.dumps(
             {"argv": list(module), "environ": dict(environ), "cwd": str(Path.cwd())}
@@ -92,12 +97,13 @@ def start(module: Sequence[str], environ: Mapping[str, str], log: int) -> WarmPr
 
 _lock: Final = threading.Lock()
 _open: socket.socket | None = None
+_cannot = False
 
 
-def _channel() -> socket.socket:
-    """The connection to this worker's starting process."""
-    global _open
-    if _open is None:
+def _channel() -> socket.socket | None:
+    """The connection to this worker's starting process; None where there can be none."""
+    global _open, _cannot
+    if _open is None and not _cannot:
         _open, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         _open.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * _MOST_BYTES)
         with theirs:
@@ -107,6 +113,8 @@ def _channel() -> socket.socket:
                 env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             )
         atexit.register(_close, _open, process)
+        if _open.recv(16) != _READY:
+            _open, _cannot = None, True
     return _open
 
 
@@ -190,8 +198,7 @@ if __name__ == "__main__":
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # what is there is never looked at again, so that its pages stay shared
-    alone = threading.active_count() == 1 and len(os.listdir("/proc/self/task")) == 1
-    if not alone:
-        raise RuntimeError("a library started a thread, which no child would have")
     with socket.socket(fileno=int(sys.argv[1])) as connection:
-        _serve(connection)
+        if len(os.listdir("/proc/self/task")) == 1:
+            connection.send(_READY)
+            _serve(connection)

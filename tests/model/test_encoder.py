@@ -157,4 +157,4 @@ def test_an_encoder_says_how_long_each_step_of_its_load_took(tmp_path: Path) -> 
     encoder = load_encoder(make_tiny_bert(tmp_path), device="cpu")
     assert set(encoder.phases) >= {"directory", "weights", "device", "digest", "proof"}
     assert all(seconds >= 0 for seconds in encoder.phases.values())
-    assert encoder.kernels == {"attention": "torch_sdpa"}
+    assert encoder.kernels == {"attention": "torch_sdpa", "few_rows": "packed"}

@@ -31,7 +31,7 @@ MOST_PARAMETERS: Final = 6
 Floors = tuple[tuple[str, ...], ...]
 SERVICE: Final[Floors] = (
     ("threads",),
-    ("telemetry", "engine", "fairness"),
+    ("telemetry", "engine", "fairness", "shapes"),
     ("group",),
     ("retries",),
     ("cache", "intake"),
@@ -59,7 +59,8 @@ SDK: Final[Floors] = (
     ("transport",),
     ("result_reader", "stream"),
     ("client",),
-    ("admin",),
+    ("admin", "blocking"),
+    ("adapters",),
     ("__init__",),
     ("cli",),
     ("__main__",),
@@ -70,7 +71,8 @@ GATEWAY: Final[Floors] = (
     ("http",),
     ("fleet",),
     ("embedding",),
-    ("dialects", "operations", "console", "batches"),
+    ("dialects", "operations", "console"),
+    ("batches",),
     ("openapi",),
     ("app",),
     ("serving",),

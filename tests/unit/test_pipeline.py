@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -31,10 +31,13 @@ from embedq_consumer.fairness import Cost
 from embedq_consumer.group import Overtaken
 from embedq_consumer.intake.records import Record
 from embedq_consumer.pipeline import Pipeline
+from embedq_consumer.shapes import Want
+from embedq_consumer.shapes.registry.schemas import Fetch, Given, JsonReader, Reader, Registration
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.headers import value_of
 from tests.helpers.fake_parts import DictCache, Letters, ScriptedDevice, ScriptedSink
 from tests.helpers.in_flight import TOPICS, VERSION, record, rules
+from tests.helpers.shapes import mappings_of
 from tests.helpers.support import wait_until
 
 LIMITS = DeliveryLimits(reply_timeout_s=15)
@@ -475,3 +478,54 @@ async def test_a_job_that_is_given_up_is_answered_and_dead_lettered_and_its_late
         device.gate.set()
         await parts.finished(1, 2)
         assert len(parts.sink.to(TOPICS.results)) == 2
+
+
+async def test_a_record_whose_schema_is_not_known_waits_for_it_alone() -> None:
+    class Registry:
+        """Says nothing until it is told to."""
+
+        def __init__(self) -> None:
+            self.there = asyncio.Event()
+            self.asked: list[Want] = []
+
+        def reader(self, want: Fetch) -> Reader | None:
+            return JsonReader(Given(kind="JSON", text="{}")) if self.there.is_set() else None
+
+        def number(self, want: Registration) -> None:
+            return None
+
+        async def learn(self, want: Want) -> None:
+            self.asked.append(want)
+            await self.there.wait()
+
+    registry = Registry()
+    named = ("embedq-mapping", b"docs")
+    async with running(mappings=mappings_of(docs={}), schemas=registry) as parts:
+        parts.pipeline._registry = registry
+        aside: list[tuple[list[int], bool]] = []
+
+        def set_aside(records: Iterable[Record], *, waits: bool) -> None:
+            aside.append(([found.ticket.offset for found in records], waits))
+
+        parts.pipeline._set_aside = set_aside
+        framed = [record(b"\0\0\0\0\x07" + b'{"text": "a"}', named, offset=offset) for offset in (1, 2)]
+        parts.pipeline.take([*framed, job(3, input="b")])
+        await parts.finished(3)
+        assert registry.asked == [Fetch(7)], "once for all that wait"
+        registry.there.set()
+        await parts.finished(1, 2, 3)
+        assert len(parts.sink.to("docs.vectors")) == 2
+        assert aside == [([1, 2], True), ([1, 2], False)], "nobody gives them up for waiting"
+
+
+async def test_a_deleted_row_is_answered_without_the_model() -> None:
+    async with running(mappings=mappings_of(docs={})) as parts:
+        gone = msgspec.structs.replace(
+            record(b"", ("embedq-mapping", b"docs"), key=b"k", offset=1), value=None
+        )
+        parts.pipeline.take([gone])
+        await parts.finished(1)
+        assert [(sent.topic, sent.key, sent.value) for sent in parts.sink.sent] == [
+            ("docs.vectors", b"k", None)
+        ]
+        assert parts.device.ran == []

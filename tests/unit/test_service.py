@@ -128,6 +128,11 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 
         def weigh(self, record: object, cost: object) -> None: ...
 
+        def set_aside(self, records: object, *, waits: bool) -> None: ...
+
+        def when_first(self, record: object, go: Callable[[bool], None]) -> None:
+            go(True)
+
         def holds_back(self, record: object) -> bool:
             return False
 

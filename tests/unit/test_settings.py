@@ -19,6 +19,7 @@ from embedq_consumer.intake.admission import AdmissionPolicy
 from embedq_consumer.lifecycle import BatchOptions
 from embedq_consumer.service import serve
 from embedq_consumer.settings import Settings, SettingsError
+from embedq_consumer.shapes import RegistryOptions
 from embedq_consumer.usage import explain_usage
 from embedq_shared.secret import Secret
 from embedq_shared.settings.words import described, takes, wrong
@@ -387,3 +388,39 @@ async def test_settings_that_cannot_be_used_are_named_before_anything_is_connect
     }
     with pytest.raises(SettingsError, match=reason):
         await serve(Settings(**(usable | wrong)), asyncio.Event())
+
+
+MAPPING = "mappings: {rows: {text: text, output: {topic: out, format: FORMAT}}}"
+
+
+def test_mappings_are_read_from_their_file(tmp_path: Path) -> None:
+    path = tmp_path / "embedq.yaml"
+    assert not settings().read_mappings()
+    path.write_text(MAPPING.replace("FORMAT", "json"))
+    assert settings(mappings=str(path)).read_mappings().names == ("rows",)
+
+
+@pytest.mark.parametrize(
+    ("source", "wrong"),
+    [
+        ("mappings: {rows: {}}", "EMBEDQ_MAPPINGS: .*mappings.rows: object missing required field `output`"),
+        (None, "EMBEDQ_MAPPINGS: .*expected a file that can be read"),
+        (MAPPING.replace("FORMAT", "avro"), "EMBEDQ_SCHEMA_REGISTRY_URL: must be set, .* the mapping rows"),
+    ],
+)
+def test_a_wrong_mapping_ends_the_start_with_its_place(
+    tmp_path: Path, source: str | None, wrong: str
+) -> None:
+    path = tmp_path / "embedq.yaml"
+    if source is not None:
+        path.write_text(source)
+    with pytest.raises(SettingsError, match=wrong):
+        settings(mappings=str(path)).read_mappings()
+
+
+def test_a_schema_registry_has_an_address_and_a_login() -> None:
+    assert settings().schema_registry is None
+    found = settings(
+        schema_registry_url="https://r", schema_registry_username="u", schema_registry_password="p"
+    )
+    assert found.schema_registry == RegistryOptions(url="https://r", username="u", password=Secret("p"))

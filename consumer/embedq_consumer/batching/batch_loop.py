@@ -39,6 +39,11 @@ class PrefetchLimit:
         limit = 3 if self._last_seconds < _QUICK_S else 2
         return not self._long and self._under_way < limit
 
+    @property
+    def idle(self) -> bool:
+        """Whether none is under way."""
+        return not self._under_way
+
     def begin(self, *, long: bool) -> None:
         """One is taken; `long`: it is a text over the budget."""
         self._under_way += 1
@@ -67,6 +72,7 @@ class BatchLoop(Generic[ItemT]):
 
     async def run(self) -> None:
         """Run until cancelled."""
+        self._batcher.note_idle(True)
         while True:
             while not self._prefetch.allows_another():
                 self._ended.clear()
@@ -74,6 +80,7 @@ class BatchLoop(Generic[ItemT]):
             batch = await self._batcher.next()
             long = batch[0].cost > self._batcher.max_tokens
             self._prefetch.begin(long=long)
+            self._batcher.note_idle(False)
             self._tasks.create_task(self._run(batch, long), name="micro_batch")
             self._observe(batch)
 
@@ -83,6 +90,7 @@ class BatchLoop(Generic[ItemT]):
             await self._run_batch(batch)
         finally:
             self._prefetch.end(began, time.monotonic(), long=long)
+            self._batcher.note_idle(self._prefetch.idle)
             self._ended.set()
 
     def _observe(self, batch: Sequence[ItemT]) -> None:

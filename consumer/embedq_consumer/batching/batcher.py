@@ -268,7 +268,8 @@ class BatchPolicy(Generic[ItemT]):
           micro-batch.
         - Interactive texts go before bulk ones; bulk texts that waited `bulk_max_wait` seconds get their share first. The
           share is saved up while the next of them is longer than the share of one micro-batch.
-        - A text waits at most `max_wait` seconds for others to fill its micro-batch.
+        - A text waits at most `max_wait` seconds for others to fill its micro-batch; not at all while the device is `idle` and
+          no others are known to come.
     """
 
     def __init__(self, *, max_tokens: int, max_items: int, max_wait: float, bulk_max_wait: float) -> None:
@@ -277,6 +278,9 @@ class BatchPolicy(Generic[ItemT]):
         self.max_wait = max_wait
         self.bulk_max_wait = bulk_max_wait
         self._lanes: dict[Lane, _LaneQueue[ItemT]] = {lane: _LaneQueue(max_tokens) for lane in LANES}
+        self.idle = False
+        """Whether the device has nothing to do."""
+        self._followed = False
         self._owed = 0  # tokens that overdue bulk texts may run before interactive ones
 
     @property
@@ -290,8 +294,9 @@ class BatchPolicy(Generic[ItemT]):
         for queue in self._lanes.values():
             queue.resize(max_tokens)
 
-    def put(self, items: Iterable[ItemT]) -> None:
-        """Queue these texts."""
+    def put(self, items: Iterable[ItemT], *, followed: bool = False) -> None:
+        """Queue these texts; `followed`: others are on their way, which will be put soon."""
+        self._followed = followed
         for item in items:
             self._lanes[item.lane].put(item)
 
@@ -301,6 +306,8 @@ class BatchPolicy(Generic[ItemT]):
         if not waiting:
             return math.inf
         if waiting >= self.max_items or self.waiting_tokens() >= self._max_tokens:
+            return 0.0
+        if self.idle and not self._followed:
             return 0.0
         oldest = min(queue.oldest() for queue in self._lanes.values() if queue)
         return max(0.0, oldest + self.max_wait - now)
@@ -377,10 +384,16 @@ class Batcher(Generic[ItemT]):
         self._policy.resize(max_tokens)
         self._arrived.set()  # what waits may be a full micro-batch now
 
-    def put(self, items: Iterable[ItemT]) -> None:
-        """Queue these texts and wake `next`."""
-        self._policy.put(items)
+    def put(self, items: Iterable[ItemT], *, followed: bool = False) -> None:
+        """Queue these texts and wake `next`; `followed`: others are on their way, which will be put soon."""
+        self._policy.put(items, followed=followed)
         self._arrived.set()
+
+    def note_idle(self, idle: bool) -> None:
+        """Whether the device has nothing to do: then what waits need not wait for company."""
+        self._policy.idle = idle
+        if idle:
+            self._arrived.set()
 
     async def next(self) -> list[ItemT]:
         """The next micro-batch, once one is due."""

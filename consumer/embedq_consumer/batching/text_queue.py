@@ -139,7 +139,8 @@ class TextQueue:
                 errors += [(waiter, index, error(waiter.request, index)) for waiter, index in waiters]
             else:
                 queued += _queued(identity, job, text, now)
-        self._batcher.put(queued)
+        others = self._calls > 1 or any(self._waiting.values())
+        self._batcher.put(queued, followed=others)
         return errors
 
 

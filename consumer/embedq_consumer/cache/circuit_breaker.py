@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from typing import Literal, NewType
@@ -21,6 +22,7 @@ class CircuitBreaker:
     - open → probing: the pause is over and a caller asks; only that caller gets a permit.
     - probing → closed: the probe succeeded.
     - probing → open: the probe failed, and the pause doubles, up to `longest_pause_s`.
+    - One that opens again within `longest_pause_s` of a probe that succeeded has not recovered: its pause doubles, too.
     - An outcome that belongs to an earlier state is ignored: a call that began before the breaker opened neither closes
       it nor fails the probe.
     - Every pause is jittered by ±`jitter`, so that replicas do not return together.
@@ -45,11 +47,16 @@ class CircuitBreaker:
         self._failed_in_a_row = 0
         self._pause = pause_s
         self._probe_at = 0.0
+        self._probed_at = -math.inf
 
     @property
     def state(self) -> State:
         """`closed` while calls are let through, `open` while none is, `probing` while one probe is under way."""
         return self._state
+
+    def recovered(self, now: float) -> bool:
+        """Whether it is closed, and has been for so long that what opens it next is another failure."""
+        return self._state == "closed" and now - self._probed_at >= self._longest
 
     def admit(self, now: float) -> Permit | None:
         """Ask before a call. The caller that gets a permit reports once, by `succeeded`, `failed` or `abandoned`."""
@@ -57,6 +64,7 @@ class CircuitBreaker:
             return Permit(self._era)
         if self._state == "open" and now >= self._probe_at:
             self._enter("probing")
+            self._probed_at = now
             return Permit(self._era)
         return None
 
@@ -66,7 +74,6 @@ class CircuitBreaker:
             return
         self._failed_in_a_row = 0
         if self._state == "probing":
-            self._pause = self._shortest
             self._enter("closed")
 
     def failed(self, permit: Permit, now: float) -> None:
@@ -74,10 +81,9 @@ class CircuitBreaker:
         if permit != self._era:
             return
         self._failed_in_a_row += 1
-        if self._state == "probing":
-            self._pause = min(2 * self._pause, self._longest)
-        elif self._failed_in_a_row < self._limit:
+        if self._state == "closed" and self._failed_in_a_row < self._limit:
             return
+        self._pause = self._shortest if self.recovered(now) else min(2 * self._pause, self._longest)
         self._probe_at = now + self._pause * self._uniform(1 - self._jitter, 1 + self._jitter)
         self._enter("open")
 

@@ -11,8 +11,9 @@ and 8.1; look at them again before another major version is allowed.
 from __future__ import annotations
 
 import asyncio
+import math
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Final, Self
 from urllib.parse import parse_qs, urlsplit
@@ -175,6 +176,8 @@ class RedisLink:
       used again: a late reply must not answer the next command.
     - Each connection comes back to the pool, whatever happened to its round trip.
     - An answer takes a few megabytes at most, whatever the other side claims or sends.
+    - Waiting for a connection costs no caller its time while Redis answers others: under load there are more round trips
+      than connections, and none of them is late. A Redis that answers nobody costs a caller one time-out.
 
     Making one blocks, for TLS some ten milliseconds.
 
@@ -205,6 +208,7 @@ class RedisLink:
         self._idle: asyncio.LifoQueue[AbstractConnection] = asyncio.LifoQueue()
         for connection in self._connections:
             self._idle.put_nowait(connection)
+        self._answered_at = -math.inf  # on the event loop's clock
 
     async def exchange(self, commands: Sequence[Command], timeout_s: float) -> list[Any]:
         """Send all commands in one write; one reply for each. `connect_timeout_s` more where it must first connect.
@@ -213,10 +217,13 @@ class RedisLink:
             LinkFailed: no connection, no reply in time, or not the reply of a Redis.
         """
         try:
-            async with _Deadline(timeout_s) as deadline:
+            async with _Deadline(timeout_s, lambda: self._answered_at) as deadline:
                 connection = await self._idle.get()
+                deadline.begin()
                 try:
-                    return await self._converse(connection, commands, deadline)
+                    replies = await self._converse(connection, commands, deadline)
+                    self._answered_at = asyncio.get_running_loop().time()
+                    return replies
                 except BaseException:
                     # Not suspended here, so that a second cancellation cannot come in between.
                     await connection.disconnect(nowait=True)
@@ -271,6 +278,11 @@ async def _send_and_read(connection: AbstractConnection, commands: Sequence[Comm
     refuses, or answers in another form than was asked for, has failed.
     """
     await connection.connect()  # type: ignore[no-untyped-call]
+    writer = connection._writer  # noqa: SLF001  # redis-py does not say it otherwise
+    if writer is not None and writer.transport.is_closing():
+        # Lost since it was last used. From Python 3.12 on, a transport that has let go of its event loop fails in `writelines`
+        # with an AttributeError, for which nobody would look.
+        raise RedisConnectionError("closed")
     await connection.send_packed_command(connection.pack_commands(commands))
     replies: list[Any] = []
     for name, *arguments in commands:
@@ -330,11 +342,14 @@ class _Deadline:
     """`asyncio.timeout`, but Redis is not charged for the event loop's own stalls.
 
     A loop that was held up finds the reply and the deadline due in the same turn, and plain `timeout` lets the deadline
-    win. Here a deadline that fires late is put off once more, by as much as it was late.
+    win. Here a deadline that fires late is put off once more, by as much as it was late. Before `begin` the time counts from
+    Redis's last answer to anybody.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, answered_at: Callable[[], float]) -> None:
         self._seconds = seconds
+        self._answered_at = answered_at
+        self._waits = True
         self._timeout = asyncio.timeout(None)
 
     async def __aenter__(self) -> Self:
@@ -349,6 +364,13 @@ class _Deadline:
         self._timer.cancel()
         await self._timeout.__aexit__(kind, error, trace)
 
+    def begin(self) -> None:
+        """A connection is free. The whole time counts from now on, unless Redis answered nobody meanwhile."""
+        self._waits = False
+        if (now := self._loop.time()) - self._answered_at() < self._seconds:
+            self._timer.cancel()
+            self._timer = self._loop.call_at(now + self._seconds, self._due)
+
     def extend(self, seconds: float) -> None:
         """Allow this much more time."""
         when = self._timer.when() + seconds
@@ -357,4 +379,7 @@ class _Deadline:
 
     def _due(self) -> None:
         now = self._loop.time()
+        if self._waits and (until := self._answered_at() + self._seconds) > now:
+            self._timer = self._loop.call_at(until, self._due)
+            return
         self._timeout.reschedule(now + min(now - self._timer.when(), self._seconds))

@@ -97,6 +97,7 @@ class VectorCache:
         self._breaker = breaker or CircuitBreaker()
         self._usable: Link | None = None  # the link from `open` until `close`
         self._said: Reason | None = None  # the last reason that was logged, until Redis answers again
+        self._said_open = False  # that the breaker opened was logged, and not yet that it closed
         self._refusal: str | None = None  # why Redis refuses writes, if it did the last time
 
     async def open(self) -> None:
@@ -185,18 +186,19 @@ class VectorCache:
             self._metrics.cache_seconds.labels(operation).observe(time.perf_counter() - began)
 
     def _succeeded(self, permit: Permit) -> None:
+        """Log once that Redis answers again: where the breaker was open, once it has done so for a while."""
         before = self._breaker.state
         self._breaker.succeeded(permit)
         if before != (after := self._breaker.state) and after == "closed":
             self._metrics.cache_open.set(0)
-            log.info("cache_breaker_closed")
-        elif self._said is not None and after == "closed":
-            log.info("cache_reachable")
-        if after == "closed":
-            self._said = None
+        if self._said is not None and self._breaker.recovered(time.monotonic()):
+            log.info("cache_breaker_closed" if self._said_open else "cache_reachable")
+            self._said, self._said_open = None, False
 
     def _failed(self, permit: Permit, failure: LinkFailed, say: bool) -> None:
-        """Log each state once: a wrong password or the like at once, what may pass when the breaker opens."""
+        """Log each state once: a wrong password or the like at once, what may pass when the breaker opens.
+
+        A breaker that opens, closes and opens again under load is one state."""
         before = self._breaker.state
         self._breaker.failed(permit, time.monotonic())
         after = self._breaker.state
@@ -205,10 +207,11 @@ class VectorCache:
         if opened:
             self._metrics.cache_open.set(1)
         other = failure.reason != self._said and failure.reason in _SETTINGS
-        if opened or other or say:
+        if (opened and not self._said_open) or other or say:
             event = "cache_breaker_opened" if opened else "cache_unreachable"
             log.warning(event, error=str(failure), reason=failure.reason, hint=_HINTS[failure.reason])
             self._said = failure.reason
+            self._said_open = self._said_open or opened
 
     def _note_refusal(self, code: str | None) -> None:
         """Log once that Redis refuses writes, or takes them again."""

@@ -18,7 +18,7 @@ from embedq_consumer.delivery.destination import Settled, Undelivered, Urgent
 from embedq_consumer.delivery.outgoing import Outgoing
 from embedq_consumer.delivery.result_records import Reply, ResultEncoder
 from embedq_consumer.fairness import Turns, TurnsByPlace
-from embedq_consumer.intake.admission import Rejection
+from embedq_consumer.intake.admission import DeletedRow, Rejection
 from embedq_consumer.intake.jobs import InputVector, JobState
 from embedq_consumer.intake.records import Record
 from embedq_consumer.intake.result_sizes import cost_of
@@ -38,11 +38,16 @@ _LARGE_ON_THE_WAY: Final = 2
 not for a client's whole flood: one is encoded while one is sent. A large result is some 10 MB, a tenth of a second."""
 _THREADS: Final = 2
 """While a large result is encoded, the small ones after it go on."""
+FEW_INPUTS: Final = 2
+"""Work on the results of so few inputs stays on the event loop: some 30 µs each, where waking a thread and being woken by it
+takes more, and on a busy machine much more."""
 _ERROR_S: Final = 5.0
 """For an error in place of a result that could not be delivered: its dead letter tells of it anyway."""
 
 Finish = Callable[[*tuple[Record, ...]], None]
 """Says that records need no more work: from here on their offsets may be committed."""
+WhenFirst = Callable[[Record, Callable[[bool], None]], None]
+"""Calls the function once a record's answer may go out, after those of earlier records of its key; with False if it never may."""
 Args = TypeVarTuple("Args")
 Returned = TypeVar("Returned")
 
@@ -105,6 +110,8 @@ class Deliverer:
         - A result without a reply address and a dead letter wait for as long as it takes.
         - Large results are encoded one at a time, and at most two of them are with the producers for one place; their clients
           take turns. So small ones never wait for more than these.
+        - Answers of ordered records of one key go out in their order, each after the one before it was acknowledged. In a
+          transaction all of a partition's do.
     """
 
     # More than six parameters: what every answer passes, handed in once by `service.py`.
@@ -117,8 +124,10 @@ class Deliverer:
         limits: DeliveryLimits,
         *,
         bulk: Transactional | None = None,
+        when_first: WhenFirst = lambda record, go: go(True),
     ) -> None:
         """`bulk` takes the answers of the bulk lane, if they are not to go out by themselves."""
+        self._when_first = when_first
         self._encoder = encoder
         self._sink = sink
         self._finish = finish
@@ -153,7 +162,7 @@ class Deliverer:
         if large(jobs[0]):
             await self._deliver_large(jobs[0])
             return
-        replies = await self.in_thread(self._encode, jobs)
+        replies = self._encode(jobs) if _few(jobs) else await self.in_thread(self._encode, jobs)
         self._count_inputs(jobs)
         await self._send(replies)
 
@@ -175,10 +184,40 @@ class Deliverer:
         """Answer records that are no jobs of ours, and finish them."""
         await self._send([self._encoder.of_rejection(record, rejection) for record, rejection in rejections])
 
+    async def remove(self, deleted: Sequence[tuple[Record, DeletedRow]]) -> None:
+        """Answer rows that are gone with tombstones, and finish their records."""
+        await self._send([self._encoder.of_deleted(record, row) for record, row in deleted])
+
     def _encode(self, jobs: Sequence[JobState]) -> list[Reply]:
         return [self._encoder.of_job(job) for job in jobs]
 
     async def _send(self, replies: Sequence[Reply]) -> None:
+        """Send results, those of ordered records each in its turn."""
+        at_once = [reply for reply in replies if not reply.record.ordered or self._bulk is not None]
+        if len(at_once) == len(replies):
+            await self._send_now(replies)
+            return
+        async with asyncio.TaskGroup() as tasks:
+            for reply in replies:
+                if reply.record.ordered:
+                    tasks.create_task(self._send_in_turn(reply))
+            if at_once:
+                await self._send_now(at_once)
+
+    async def _send_in_turn(self, reply: Reply) -> None:
+        turn: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+        def go(ours: bool) -> None:
+            if not turn.done():  # whoever waited may be gone
+                turn.set_result(ours)
+
+        self._when_first(reply.record, go)
+        if await turn:
+            await self._send_now([reply])
+        else:  # its partition is another replica's, whose answers may be newer than this one
+            self._finish(reply.record)
+
+    async def _send_now(self, replies: Sequence[Reply]) -> None:
         """Send results and finish each record as soon as the brokers have all of its own.
 
         One that needs more than its result, an error in its place or a dead letter, goes on in a task of its own.
@@ -315,6 +354,11 @@ def large(job: JobState) -> bool:
     """Whether encoding a job's results takes so long that others should not wait for several such ones."""
     several = len(job.outcomes) > 1 or job.request.late
     return several and cost_of(job).result_bytes > _LARGE_BYTES
+
+
+def _few(jobs: Sequence[JobState]) -> bool:
+    """Whether encoding their results takes no longer than to wake a thread for it."""
+    return sum(len(job.outcomes) for job in jobs) <= FEW_INPUTS and not any(job.request.late for job in jobs)
 
 
 class _Batch:

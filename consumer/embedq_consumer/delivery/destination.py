@@ -25,6 +25,10 @@ _LONGEST_PROBE_S: Final = 30.0
 _PROBATION_S: Final = 10.0
 _LONGEST_PROBATION_S: Final = 600.0
 
+HOPE: Final = 0.5
+"""The share of its time for which a record waits for a place that worked until now, whatever waits behind it: with the default
+of 30 s, longer than an election after a lost broker takes (9 s), or a broker that is cut off or frozen for a while."""
+
 Urgent = Callable[[], bool]
 """Whether a record may wait no longer for a place that fails, since too much waits for it."""
 
@@ -92,7 +96,8 @@ class Destination:
           after a probation that is twice as long each time.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, *, ours: bool = False) -> None:
+        """`ours`: of a topic of embedq's own, which nothing but the brokers can make fail."""
         self.place = place
         self._waiting: deque[Parcel] = deque()  # as they came
         self._returned: list[Parcel] = []  # a heap of what waited before, is older, and waits again
@@ -110,6 +115,8 @@ class Destination:
         self._probes = 0
         self._well_since: float | None = None
         self._relapses = 0
+        self.in_good_standing: bool | None = True if ours else None
+        """Whether it works, or did until it began to fail; False once it was given up, None for one that never had a record."""
 
     # -- what it holds --------------------------------------------------------------------------------------------------
 
@@ -203,6 +210,7 @@ class Destination:
         """The brokers took a record here."""
         self.failing_since = None
         self.given_up = False
+        self.in_good_standing = True
         self._failures = self._probes = 0
         self._retry_at = 0.0
         if self.apart and self._well_since is None:
@@ -245,8 +253,16 @@ class Destination:
     def give_up(self, now: float) -> None:
         """It failed for too long: from here on records are refused at once, but for one now and then."""
         self.given_up = True
+        self.in_good_standing = False
         self._probe_at = now + backoff(self._probes, first_s=_FIRST_PROBE_S, longest_s=_LONGEST_PROBE_S)
         self._probes += 1
+
+    def may_heal(self, timeout_s: float, now: float, *, others_lost: bool) -> bool:
+        """Whether a record with this time-out waits for it even if much waits behind: it worked until it began to fail, which
+        was not long ago. A broker was lost, say, and a leader is being elected. Of a place that was never tried before, this is
+        believed where such ones fail as well (`others_lost`)."""
+        believed = others_lost if self.in_good_standing is None else self.in_good_standing
+        return believed and self.failing_since is not None and now - self.failing_since < HOPE * timeout_s
 
     def pauses(self, now: float) -> bool:
         """Whether it is too early to try again."""

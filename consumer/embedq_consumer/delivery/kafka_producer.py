@@ -10,7 +10,7 @@ import structlog
 
 from embedq_consumer.delivery.destination import MAX_BATCH_BYTES
 from embedq_consumer.delivery.outgoing import Outgoing, Place
-from embedq_shared.kafka import PartitionwiseProducer, connect, stop_client
+from embedq_shared.kafka import KafkaConnectionError, PartitionwiseProducer, connect, stop_client
 
 log = structlog.get_logger()
 
@@ -116,6 +116,7 @@ class KafkaProducer:
     def __init__(self, make: Callable[[], PartitionwiseProducer]) -> None:
         self._make = make
         self._connected: PartitionwiseProducer | None = None
+        self._abandoned = False
 
     @property
     def alive(self) -> bool:
@@ -180,12 +181,14 @@ class KafkaProducer:
 
     async def abandon(self) -> None:
         """Stop without waiting for ever: while the brokers are gone, aiokafka's `stop` would."""
-        producer, self._connected = self._connected, None
+        producer, self._connected, self._abandoned = self._connected, None, True
         if producer is not None and (problem := await stop_client(producer, _CLOSE_S)):
             log.warning("producer_abandoned", reason=problem)
 
     @property
     def _producer(self) -> PartitionwiseProducer:
+        if self._abandoned:  # while somebody waited to ask it
+            raise KafkaConnectionError("the producer was closed")
         if self._connected is None:
             raise RuntimeError("the producer is not connected. This is a bug.")
         return self._connected

@@ -14,6 +14,7 @@ class Outgoing(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One record to publish.
 
     `partition` is None where the key decides. `anywhere`: while that partition is out of order, another one will do.
+    `by_key`: no other one will, since a later record of the key must replace this one.
     """
 
     topic: str
@@ -23,11 +24,12 @@ class Outgoing(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     headers: list[Header]
     timestamp_ms: int | None = None
     anywhere: bool = False
+    by_key: bool = False
 
     @property
     def movable(self) -> bool:
         """Whether another partition of the topic will do."""
-        return self.anywhere or self.partition is None
+        return not self.by_key and (self.anywhere or self.partition is None)
 
     @property
     def size(self) -> int:

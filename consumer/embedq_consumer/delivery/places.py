@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Final
 
 from embedq_consumer.delivery.broker_errors import name_of
@@ -23,12 +23,21 @@ class Places:
 
     Invariants:
         - Only parcels with a time-out are given up, and never while Kafka is away: silence of all says nothing of one.
-        - What waits for failing places is at most `max_held` parcels, but for those without a time-out.
+        - What waits for failing places is at most `max_held` parcels, but for those without a time-out and for those of a
+          place that may heal soon: a lost broker costs no job its answer, however many come while a leader is elected.
     """
 
-    def __init__(self, partitions: Callable[[str], int | None], *, max_held: int, now: float) -> None:
-        """`partitions`: how many a topic has."""
+    def __init__(
+        self,
+        partitions: Callable[[str], int | None],
+        *,
+        max_held: int,
+        now: float,
+        ours: Collection[str] = (),
+    ) -> None:
+        """`partitions`: how many a topic has. `ours`: embedq's own topics."""
         self._partitions = partitions
+        self._ours = frozenset(ours)
         self._max_held = max_held
         self._places: dict[Place, Destination] = {}
         self.presence = Presence(now)
@@ -40,7 +49,7 @@ class Places:
     def at(self, place: Place) -> Destination:
         """The destination of this name, made if need be."""
         if (found := self._places.get(place)) is None:
-            found = self._places[place] = Destination(place)
+            found = self._places[place] = Destination(place, ours=place[0] in self._ours)
         return found
 
     def destination_of(self, record: Outgoing, now: float) -> Destination:
@@ -52,7 +61,7 @@ class Places:
         if wanted is None:
             wanted = 0 if record.key is None else partition_of(record.key, partitions)
         first = found = self.at((topic, wanted))
-        if found.failing_since is None:
+        if found.failing_since is None or not record.movable:
             return found
         for step in range(1, partitions):
             if not found.avoided(now):
@@ -118,7 +127,7 @@ class Places:
                 destination.give_up(now)
                 late = timed  # it has failed for all of them
             elif failing is not None:
-                late = [parcel for parcel in timed if parcel.urgent()]
+                late = [parcel for parcel in self._without_hope(destination, now) if parcel.urgent()]
             if not late:
                 return []
             reason = destination.undelivered(now, min(parcel.since for parcel in late))
@@ -135,18 +144,30 @@ class Places:
         """What is given up so that failing places hold no more than they may: the oldest of those with most."""
         if self.presence.away_since is not None:
             return []
-        failing = [one for one in self if one.failing_since is not None and one.busy]
-        excess = sum(map(len, failing)) - self._max_held
+        failing = [
+            (one, self._without_hope(one, now)) for one in self if one.failing_since is not None and one.busy
+        ]
+        excess = sum(len(parcels) for _, parcels in failing) - self._max_held
         ended: list[Ended] = []
-        for destination in sorted(failing, key=len, reverse=True):
+        for destination, parcels in sorted(failing, key=lambda each: len(each[1]), reverse=True):
             if excess <= 0:
                 break
-            timed = [parcel for parcel in destination.parcels() if parcel.timeout_s is not None][:excess]
+            oldest = parcels[:excess]
             reason = destination.undelivered(now)
-            destination.remove(timed)
-            ended += [(parcel, reason) for parcel in timed]
-            excess -= len(timed)
+            destination.remove(oldest)
+            ended += [(parcel, reason) for parcel in oldest]
+            excess -= len(oldest)
         return ended
+
+    def _without_hope(self, destination: Destination, now: float) -> list[Parcel]:
+        """Those of a failing place's parcels that would end after a time and do not wait until it heals, oldest first."""
+        lost = any(one.in_good_standing and one.failing_since is not None for one in self)
+        return [
+            parcel
+            for parcel in destination.parcels()
+            if parcel.timeout_s is not None
+            and not destination.may_heal(parcel.timeout_s, now, others_lost=lost)
+        ]
 
     def elsewhere(self, destination: Destination, now: float) -> list[Destination]:
         """Move what waits for a failing place, and may, to others of its topic: those others."""

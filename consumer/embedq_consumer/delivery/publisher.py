@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from functools import partial
 from itertools import count
 from typing import Any, Final
@@ -51,8 +51,10 @@ class Publisher:
         max_held: int,
         hinder: Callable[[str | None], None] = lambda reason: None,
         topics: TopicDirectory | None = None,
+        ours: Collection[str] = (),
     ) -> None:
-        """`max_held`: records that wait for failing places, all together. `hinder` is told why this replica is not ready."""
+        """`max_held`: records that wait for failing places, all together. `hinder` is told why this replica is not ready.
+        `ours`: embedq's own topics."""
         self._metrics = metrics
         self._hinder = hinder
         self._running: set[asyncio.Task[None]] = set()
@@ -65,7 +67,7 @@ class Publisher:
         self._looking: set[Place] = set()
         self._lanes = Lanes(make, self._spawn, metrics)
         self.topics = topics or TopicDirectory()
-        self._places = Places(self.topics.partitions, max_held=max_held, now=time.monotonic())
+        self._places = Places(self.topics.partitions, max_held=max_held, now=time.monotonic(), ours=ours)
         self.presence = self._places.presence
 
     # -- life -----------------------------------------------------------------------------------------------------------

@@ -13,12 +13,13 @@ import numpy as np
 import orjson
 
 from embedq_consumer.delivery.outgoing import Outgoing
-from embedq_consumer.intake.admission import Rejection
+from embedq_consumer.intake.admission import DeletedRow, Rejection
 from embedq_consumer.intake.jobs import InputVector, JobState, Outcome, Request, Spans
 from embedq_consumer.intake.records import Death, Record
 from embedq_consumer.intake.result_sizes import fixed_bytes
 from embedq_consumer.retries import HEALS, Attempt, RetryPolicy, RetryTiers, Tier, headers_of
 from embedq_consumer.retries.past import HISTORY, history_of
+from embedq_consumer.shapes import Answer, BatchAnswer, FlatAnswer
 from embedq_shared import codec
 from embedq_shared.codec import Envelope, Format
 from embedq_shared.headers import Header, JobHeaders
@@ -77,6 +78,8 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True):
     """The processes that the record killed."""
     model_version: str | None = None
     """The model that the job was accepted for, where it came that far."""
+    answer: Answer | None = None
+    """How a mapping has the record answered."""
     retry: Retry | None = None
     """`outgoing` is the record for a retry topic then, and not an answer."""
 
@@ -115,26 +118,42 @@ class ResultEncoder:
 
     def of_job(self, job: JobState) -> Reply:
         """The result of a job whose every input has its outcome."""
-        error = job.failure()
         request = job.request
+        error = job.failure() or _failure_of_line(job)
         envelope = Envelope(request.id, request.model, request.metadata)
         version = job.encoder.model_version
         if error is not None:
             return self._failure(
-                job.record, job.headers, request.format, envelope, error, model_version=version
+                job.record,
+                job.headers,
+                request.format,
+                envelope,
+                error,
+                model_version=version,
+                answer=request.answer,
             )
-        made: dict[int, _Embedding] = {}
-        data = [
-            datum
-            for index, outcome in enumerate(job.outcomes)
-            for datum in _data(request, index, outcome, made)
-        ]
-        tokens = sum(outcome.tokens for outcome in job.outcomes if isinstance(outcome, InputVector | Spans))
         errors = tuple(outcome for outcome in job.outcomes if isinstance(outcome, ErrorBody))
         status: ResultStatus = (
             "ok" if not errors else "partial" if len(errors) < len(job.outcomes) else "error"
         )
-        parts = list(_split(data, self._limit - fixed_bytes(job.record, job.headers, request)))
+        return Reply(
+            record=job.record,
+            headers=job.headers,
+            format=request.format,
+            envelope=envelope,
+            outgoing=self._parts(job, status)
+            if request.answer is None
+            else [self._whole(job, request.answer)],
+            status=status,
+            errors=errors,
+            model_version=version,
+            answer=request.answer,
+        )
+
+    def _parts(self, job: JobState, status: ResultStatus) -> list[Outgoing]:
+        """The result, in as many records as it needs."""
+        request, version = job.request, job.encoder.model_version
+        parts = _split(_all_data(job), self._limit - fixed_bytes(job.record, job.headers, request))
         outgoing = []
         for number, part in enumerate(parts):
             result = EncodedResult(
@@ -144,25 +163,27 @@ class ResultEncoder:
                 dimensions=request.dimensions,
                 dtype=request.dtype,
                 data=part,
-                usage=Usage(tokens, tokens),
+                usage=_usage(job),
                 timings=Timings(job.queue_s, job.tokenize_s, job.compute_s),
                 metadata=request.metadata,
                 part=number,
                 parts=len(parts),
             )
             value = codec.encode(result, request.format)
-            headers = self._headers(job.headers, request.format, status, version)
+            headers = _headers(job.headers, request.format, status, version)
             outgoing.append(self._addressed(job.record, job.headers, request.id, value, headers))
-        return Reply(
-            record=job.record,
-            headers=job.headers,
-            format=request.format,
-            envelope=envelope,
-            outgoing=outgoing,
-            status=status,
-            errors=errors,
-            model_version=version,
-        )
+        return outgoing
+
+    def _whole(self, job: JobState, answer: Answer) -> Outgoing:
+        """The result as its mapping wants it, in one record: admission has made sure that it fits."""
+        version = job.encoder.model_version
+        if isinstance(answer, BatchAnswer):
+            value = answer.value(_all_data(job), job.request.model, version, _usage(job))
+        else:
+            [outcome] = [one for one in job.outcomes if isinstance(one, InputVector)]
+            value = answer.value(outcome.vector, version, truncated=outcome.truncated is not None)
+        own = _headers(job.headers, "json", "ok", version)
+        return self._mapped(answer.output.topic, job.headers, answer.key, value, own)
 
     def of_rejection(self, record: Record, rejection: Rejection) -> Reply:
         """The error result of a record that is not a job that can run here."""
@@ -174,6 +195,22 @@ class ResultEncoder:
             rejection.error,
             dead_letter=rejection.dead_letter,
             deaths=rejection.deaths,
+            answer=rejection.answer,
+        )
+
+    def of_deleted(self, record: Record, row: DeletedRow) -> Reply:
+        """A tombstone for the result of a row that is gone."""
+        removal = row.removal
+        outgoing = self._mapped(
+            removal.mapping.output.topic, row.headers, removal.key, None, [*row.headers.echo, (STATUS, b"ok")]
+        )
+        return Reply(
+            record=record,
+            headers=row.headers,
+            format="json",
+            envelope=Envelope(removal.id),
+            outgoing=[outgoing],
+            status="ok",
         )
 
     def of_undeliverable(self, reply: Reply, error: ErrorBody) -> Reply:
@@ -187,6 +224,7 @@ class ResultEncoder:
             error,
             model_version=reply.model_version,
             dead_letter=True,
+            answer=reply.answer,
         )
 
     def or_retry(self, reply: Reply) -> Reply:
@@ -198,6 +236,8 @@ class ResultEncoder:
         error = next((one for one in reply.errors if one.code in HEALS), None)
         record, now_ms = reply.record, time.time() * 1000
         if error is None or reply.status != "error" or reply.retry is not None or record.value is None:
+            return reply
+        if record.ordered:  # a later row of its key must not be answered before it
             return reply
         codes = [one.code for one in reply.errors]
         tier = self._retries.tier_for(record.ticket, record.lane, codes, reply.headers.deadline_ms, now_ms)
@@ -234,7 +274,7 @@ class ResultEncoder:
             partition=partition,
             key=key,
             value=record.value,
-            headers=[*record.headers, *self._about(reply)],
+            headers=[*record.headers, *_about(reply, self._group, self._replica)],
             timestamp_ms=record.timestamp_ms if record.timestamp_ms >= 0 else None,
         )
 
@@ -244,46 +284,8 @@ class ResultEncoder:
             self.dead_letter(reply, partition),
             key=reply.record.name.encode(),
             value=None,
-            headers=self._about(reply),
+            headers=_about(reply, self._group, self._replica),
         )
-
-    def _about(self, reply: Reply) -> list[Header]:
-        """The headers of a dead letter that say where the record came from and what was wrong with it."""
-        record, error = reply.record, reply.dead_letter
-        if error is None:
-            raise RuntimeError("a reply without an error went to the dead letters. This is a bug.")
-        origin = record.origin
-        text = error.message.encode()
-        return [
-            ("kafka_dlt-original-topic", origin.topic.encode()),
-            ("kafka_dlt-original-partition", struct.pack(">i", origin.partition)),
-            ("kafka_dlt-original-offset", struct.pack(">q", origin.offset)),
-            ("kafka_dlt-original-timestamp", struct.pack(">q", origin.timestamp_ms)),
-            (
-                "kafka_dlt-original-timestamp-type",
-                b"LogAppendTime" if origin.timestamp_type else b"CreateTime",
-            ),
-            ("kafka_dlt-original-consumer-group", self._group.encode()),
-            ("kafka_dlt-exception-fqcn", f"embedq.{error.code}".encode()),
-            ("kafka_dlt-exception-message", text),
-            ("__connect.errors.topic", origin.topic.encode()),
-            ("__connect.errors.partition", str(origin.partition).encode()),
-            ("__connect.errors.offset", str(origin.offset).encode()),
-            ("__connect.errors.connector.name", self._group.encode()),
-            ("__connect.errors.stage", _CONNECT_STAGES.get(error.code, b"VALUE_CONVERTER")),
-            ("__connect.errors.class.name", b"embedq_consumer"),
-            ("__connect.errors.exception.class.name", f"embedq.{error.code}".encode()),
-            ("__connect.errors.exception.message", text),
-            ("embedq-error-code", error.code.encode()),
-            ("embedq-error-message", text),
-            ("embedq-attempts", str(len(origin.attempts) + (len(reply.deaths) or 1)).encode()),
-            ("embedq-result-sent", b"true" if reply.outgoing else b"false"),
-            ("embedq-replica", self._replica.encode()),
-            ("embedq-first-seen", str(_first_seen_ms(reply)).encode()),
-            *([("embedq-history", _history(reply.deaths))] if reply.deaths else []),
-            *([(HISTORY, history_of(origin))] if origin.attempts else []),
-            *([(MODEL_VERSION, reply.model_version.encode())] if reply.model_version else []),
-        ]
 
     def _failure(
         self,
@@ -296,22 +298,32 @@ class ResultEncoder:
         model_version: str | None = None,
         dead_letter: bool = False,
         deaths: tuple[Death, ...] = (),
+        answer: Answer | None = None,
     ) -> Reply:
-        """An error result. The caller's own key, headers and metadata are left out where they make even that too large."""
+        """An error result. The caller's own key, headers and metadata are left out where they make even that too large.
+
+        Of a mapped row it goes to the results topic, since a sink that stores flat results could make nothing of it, and a copy
+        of the record to the dead letters. A batch line's is a line itself.
+        """
+        if isinstance(answer, FlatAnswer):
+            error = answer.explained(error)
         id = envelope.id if envelope.id is not None else record.name
         metadata = envelope.metadata if bytes(envelope.metadata) else codec.null(format)
         failure = Failure(
             id=id, model=envelope.model, model_version=model_version, error=error, metadata=metadata
         )
         value = codec.encode(failure, format)
-        outgoing = self._addressed(
-            record, headers, id, value, self._headers(headers, format, "error", model_version)
-        )
+        own = _headers(headers, format, "error", model_version)
+        if isinstance(answer, BatchAnswer):
+            line = answer.failure(error)
+            outgoing = self._mapped(answer.output.topic, headers, answer.key, line, own)
+        else:
+            outgoing = self._addressed(record, headers, id, value, own)
         if _size(outgoing) > self._limit:
             bare = msgspec.structs.replace(failure, metadata=codec.null(format))
             outgoing = msgspec.structs.replace(outgoing, key=id.encode(), value=codec.encode(bare, format))
         if _size(outgoing) > self._limit:
-            silent = self._headers(JobHeaders(), format, "error", model_version)
+            silent = _headers(JobHeaders(), format, "error", model_version)
             outgoing = msgspec.structs.replace(outgoing, headers=silent)
         return Reply(
             record=record,
@@ -321,22 +333,25 @@ class ResultEncoder:
             outgoing=[outgoing],
             status="error",
             errors=(error,),
-            dead_letter=error if dead_letter else None,
+            dead_letter=error if dead_letter or isinstance(answer, FlatAnswer) else None,
             deaths=deaths,
             model_version=model_version,
+            answer=answer,
         )
 
-    def _headers(
-        self, headers: JobHeaders, format: Format, status: ResultStatus, version: str | None
-    ) -> list[Header]:
-        found = [
-            *headers.echo,
-            (CONTENT_TYPE, codec.CONTENT_TYPES[format].encode()),
-            (STATUS, status.encode()),
-        ]
-        if version is not None:
-            found.append((MODEL_VERSION, version.encode()))
-        return found
+    def _mapped(
+        self, topic: str, headers: JobHeaders, key: bytes, value: bytes | None, own: list[Header]
+    ) -> Outgoing:
+        """A mapped record's answer: at the caller's address if there is one, else on the mapping's topic, by its key."""
+        called = headers.reply_topic is not None or headers.reply_partition is not None
+        return Outgoing(
+            topic=(headers.reply_topic or self._topics.results) if called else topic,
+            partition=headers.reply_partition,
+            key=key,
+            value=value,
+            headers=own,
+            by_key=not called,
+        )
 
     def _addressed(
         self, record: Record, headers: JobHeaders, id: str, value: bytes, own: list[Header]
@@ -349,6 +364,78 @@ class ResultEncoder:
             value=value,
             headers=own,
         )
+
+
+def _about(reply: Reply, group: str, replica: str) -> list[Header]:
+    """The headers of a dead letter that say where the record came from and what was wrong with it."""
+    record, error = reply.record, reply.dead_letter
+    if error is None:
+        raise RuntimeError("a reply without an error went to the dead letters. This is a bug.")
+    origin = record.origin
+    text = error.message.encode()
+    return [
+        ("kafka_dlt-original-topic", origin.topic.encode()),
+        ("kafka_dlt-original-partition", struct.pack(">i", origin.partition)),
+        ("kafka_dlt-original-offset", struct.pack(">q", origin.offset)),
+        ("kafka_dlt-original-timestamp", struct.pack(">q", origin.timestamp_ms)),
+        (
+            "kafka_dlt-original-timestamp-type",
+            b"LogAppendTime" if origin.timestamp_type else b"CreateTime",
+        ),
+        ("kafka_dlt-original-consumer-group", group.encode()),
+        ("kafka_dlt-exception-fqcn", f"embedq.{error.code}".encode()),
+        ("kafka_dlt-exception-message", text),
+        ("__connect.errors.topic", origin.topic.encode()),
+        ("__connect.errors.partition", str(origin.partition).encode()),
+        ("__connect.errors.offset", str(origin.offset).encode()),
+        ("__connect.errors.connector.name", group.encode()),
+        ("__connect.errors.stage", _CONNECT_STAGES.get(error.code, b"VALUE_CONVERTER")),
+        ("__connect.errors.class.name", b"embedq_consumer"),
+        ("__connect.errors.exception.class.name", f"embedq.{error.code}".encode()),
+        ("__connect.errors.exception.message", text),
+        ("embedq-error-code", error.code.encode()),
+        ("embedq-error-message", text),
+        ("embedq-attempts", str(len(origin.attempts) + (len(reply.deaths) or 1)).encode()),
+        ("embedq-result-sent", b"true" if reply.outgoing else b"false"),
+        ("embedq-replica", replica.encode()),
+        ("embedq-first-seen", str(_first_seen_ms(reply)).encode()),
+        *([("embedq-history", _history(reply.deaths))] if reply.deaths else []),
+        *([(HISTORY, history_of(origin))] if origin.attempts else []),
+        *([(MODEL_VERSION, reply.model_version.encode())] if reply.model_version else []),
+    ]
+
+
+def _headers(headers: JobHeaders, format: Format, status: ResultStatus, version: str | None) -> list[Header]:
+    found = [
+        *headers.echo,
+        (CONTENT_TYPE, codec.CONTENT_TYPES[format].encode()),
+        (STATUS, status.encode()),
+    ]
+    if version is not None:
+        found.append((MODEL_VERSION, version.encode()))
+    return found
+
+
+def _failure_of_line(job: JobState) -> ErrorBody | None:
+    """The first error of a batch line: OpenAI's requests fail whole."""
+    if not isinstance(job.request.answer, BatchAnswer):
+        return None
+    return next((one for one in job.outcomes if isinstance(one, ErrorBody)), None)
+
+
+def _all_data(job: JobState) -> list[msgspec.Raw]:
+    """Every input's outcome, encoded."""
+    made: dict[int, _Embedding] = {}
+    return [
+        datum
+        for index, outcome in enumerate(job.outcomes)
+        for datum in _data(job.request, index, outcome, made)
+    ]
+
+
+def _usage(job: JobState) -> Usage:
+    tokens = sum(outcome.tokens for outcome in job.outcomes if isinstance(outcome, InputVector | Spans))
+    return Usage(tokens, tokens)
 
 
 def _unaddressed(headers: JobHeaders) -> JobHeaders:

@@ -33,6 +33,7 @@ from embedq_consumer.engine.cuda_graphs import Graphs
 from embedq_consumer.engine.dense import DenseLayers
 from embedq_consumer.engine.device import means_out_of_memory, memory, translate_errors, translated
 from embedq_consumer.engine.kernels.attention import Packing
+from embedq_consumer.engine.kernels.few_rows import FEW_TOKENS
 from embedq_consumer.engine.model_directory import ModelDirectory
 from embedq_consumer.engine.models import registry
 from embedq_consumer.engine.models.traits import ForwardOptions, Limits, Probe, last_norm_eps_of
@@ -310,6 +311,9 @@ class PackedEncoder:
         try:
             asked = (probes, expected) if self._takes_positions else of_whole
             problem = self._difference(*asked)
+            if problem is None and self.kernels.get("few_rows") == "packed":
+                # These are few tokens; many times over, they are not.
+                problem = self._difference(*_repeated(*asked, FEW_TOKENS + 1))
             if problem is None and self._graphs is not None:
                 # In a row of a graph every text begins at its first position.
                 problem = self._difference_of_graphs(*of_whole)
@@ -352,6 +356,12 @@ class PackedEncoder:
         if bool((cosines >= self._least_cosine).all()):
             return None
         return "packed sequences do not give the same as each one alone"
+
+
+def _repeated(probes: Sequence[Probe], expected: Tensor, tokens: int) -> tuple[list[Probe], Tensor]:
+    """The same so many times over that they have at least `tokens`."""
+    times = -(-tokens // len(expected))
+    return [*probes] * times, expected.repeat(times, 1)
 
 
 def release(model: Any) -> None:

@@ -13,9 +13,27 @@ from embedq_consumer.engine.text.prompts import prompt_for
 from embedq_consumer.intake.jobs import JobState, Request, input_param
 from embedq_consumer.intake.records import Death, Record
 from embedq_consumer.intake.result_sizes import datum_bytes, fixed_bytes
+from embedq_consumer.shapes import (
+    MAPPING_HEADER,
+    Answer,
+    BadLine,
+    BadRow,
+    BatchAnswer,
+    Embeddable,
+    Mapping,
+    Mappings,
+    Message,
+    NoRegistry,
+    Removal,
+    Schemas,
+    Unknown,
+    Want,
+    hint,
+    read,
+)
 from embedq_shared import codec
 from embedq_shared.codec import BadJob, Envelope, Format
-from embedq_shared.headers import JobHeaders, parse
+from embedq_shared.headers import JobHeaders, parse, value_of
 from embedq_shared.messages import DEFAULT_ALIAS, DEFAULT_CHUNK_TOKENS, Chunking, ErrorBody, Job
 from embedq_shared.topics import CONTENT_TYPE, MSGPACK_TYPES, Topics, is_reserved
 
@@ -37,6 +55,21 @@ class Rejection(msgspec.Struct, frozen=True, kw_only=True):
     reply: bool = True
     deaths: tuple[Death, ...] = ()
     """The processes that it killed."""
+    answer: Answer | None = None
+    """How a mapping has the record answered, where that is known."""
+
+
+class DeletedRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A row that is gone: nothing is computed, and its result's key gets a tombstone."""
+
+    removal: Removal
+    headers: JobHeaders
+
+
+class UnknownSchema(msgspec.Struct, frozen=True):
+    """The record can be admitted once the Schema Registry has said what this is."""
+
+    want: Want
 
 
 class UnknownAddress(msgspec.Struct, frozen=True):
@@ -49,8 +82,11 @@ class UnknownAddress(msgspec.Struct, frozen=True):
     error: ErrorBody
 
 
+Admitted = JobState | Rejection | UnknownAddress | UnknownSchema | DeletedRow
+
+
 class AdmissionPolicy(msgspec.Struct, frozen=True):
-    """The settings that decide what is accepted."""
+    """The settings that decide what is accepted. `schemas` is what the Schema Registry has said so far."""
 
     topics: Topics
     alias: str
@@ -58,22 +94,31 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
     max_text_bytes: int
     max_result_bytes: int
     reply_patterns: tuple[str, ...]
+    mappings: Mappings = Mappings()
+    schemas: Schemas = NoRegistry()
 
-    def admit(
-        self, record: Record, encoder: Encoder, now_ms: float, partitions: PartitionCount
-    ) -> JobState | Rejection | UnknownAddress:
+    def admit(self, record: Record, encoder: Encoder, now_ms: float, partitions: PartitionCount) -> Admitted:
         """The job of one record, or why it is rejected. Raises nothing, whatever the record holds."""
-        headers = parse(record.headers)
+        headers = self._headers_of(record)
+        if (mapping := self._mapping_of(record)) is not None:
+            return self._admit_mapped(mapping, record, headers, encoder, now_ms)
         format = codec.format_of(headers.content_type)
         address = self._check_address(headers, partitions)
         if isinstance(address, UnknownAddress):
             return address
         if address is not None:
             return self._reject_address(record, headers, format, address)
+        if (name := value_of(record.headers, MAPPING_HEADER)) is not None:
+            named = self.mappings.named(name.decode("utf-8", "replace"))
+            if named is None:
+                return self._unknown_mapping(headers, format)
+            return self._admit_mapped(named, record, headers, encoder, now_ms)
         if format is None:
             known = ", ".join(["application/json", *sorted(MSGPACK_TYPES)])
             error = ErrorBody.of(
-                "unsupported_content_type", f"header `{CONTENT_TYPE}`: expected one of {known}", CONTENT_TYPE
+                "unsupported_content_type",
+                f"header `{CONTENT_TYPE}`: expected one of {known}{hint(record.value, record.headers)}",
+                CONTENT_TYPE,
             )
             return Rejection(
                 error=error, format="json", headers=headers, envelope=Envelope(), dead_letter=True
@@ -83,7 +128,7 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
         except BadJob as bad:
             # A value that does not decode is kept, so that its producer can be debugged.
             return Rejection(
-                error=bad.error,
+                error=_with_hint(bad.error, record),
                 format=format,
                 headers=headers,
                 envelope=bad.envelope,
@@ -95,9 +140,58 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
             return Rejection(error=request, format=format, headers=headers, envelope=envelope)
         return JobState(record, headers, request, encoder)
 
+    def _admit_mapped(
+        self, mapping: Mapping, record: Record, headers: JobHeaders, encoder: Encoder, now_ms: float
+    ) -> Admitted:
+        """The same for a record that a mapping reads."""
+        message = Message(
+            key=record.key,
+            value=record.value,
+            headers=record.headers,
+            name=record.name,
+            max_inputs=self.max_inputs,
+        )
+        try:
+            found = read(mapping, message, self.schemas)
+        except BadRow as bad:
+            error = ErrorBody.of(bad.code, f"mapping {mapping.name}: {bad}", bad.param)
+            return Rejection(
+                error=error, format="json", headers=headers, envelope=Envelope(bad.id), dead_letter=True
+            )
+        match found:
+            case Unknown(want):
+                return UnknownSchema(want)
+            case Removal():
+                return DeletedRow(removal=found, headers=headers)
+            case BadLine(why, answer):
+                envelope = Envelope(answer.custom_id, why.envelope.model, why.envelope.metadata)
+                return Rejection(
+                    error=why.error, format="json", headers=headers, envelope=envelope, answer=answer
+                )
+            case Embeddable(job, answer):
+                request = _check_deadline(headers, now_ms) or self._request(
+                    record, headers, job, "json", encoder, answer
+                )
+        if isinstance(request, ErrorBody):
+            return Rejection(
+                error=request, format="json", headers=headers, envelope=codec.envelope_of(job), answer=answer
+            )
+        return JobState(record, headers, request, encoder)
+
+    def _unknown_mapping(self, headers: JobHeaders, format: Format | None) -> Rejection:
+        known = ", ".join(self.mappings.names) or "none, since the setting `EMBEDQ_MAPPINGS` is empty"
+        error = ErrorBody.of(
+            "invalid_header",
+            f"header `{MAPPING_HEADER}`: expected the name of a mapping: {known}",
+            MAPPING_HEADER,
+        )
+        return Rejection(
+            error=error, format=format or "json", headers=headers, envelope=Envelope(), dead_letter=True
+        )
+
     def condemn(self, record: Record, deaths: Sequence[Death], partitions: PartitionCount) -> Rejection:
         """The rejection of a record that killed processes. Its value is not looked at: decoding it may be what kills."""
-        headers = parse(record.headers)
+        headers = self._headers_of(record)
         error = ErrorBody.of(
             "crashed",
             f"expected a job that the service survives; {len(deaths)} processes ended while it ran, the last ones while it ran alone",
@@ -122,6 +216,17 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
         return ErrorBody.of(
             "text_too_long", f"`{param}`: expected at most {self.max_text_bytes} bytes of UTF-8", param
         )
+
+    def _mapping_of(self, record: Record) -> Mapping | None:
+        """The mapping that reads the record's topic."""
+        return self.mappings.of_topic(record.origin.topic) if self.mappings else None
+
+    def _headers_of(self, record: Record) -> JobHeaders:
+        headers = parse(record.headers)
+        if self._mapping_of(record) is None:
+            return headers
+        # Rows have no caller: who copied a reply address along with them waits for nothing.
+        return JobHeaders(content_type=headers.content_type, echo=headers.echo)
 
     def _check_address(
         self, headers: JobHeaders, partitions: PartitionCount
@@ -173,7 +278,7 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
 
     def given_up(self, record: Record, error: ErrorBody) -> Rejection:
         """The rejection of a job that was accepted and is not answered, with what can be read of its id and metadata."""
-        headers = parse(record.headers)
+        headers = self._headers_of(record)
         format = codec.format_of(headers.content_type) or "json"
         try:
             envelope = codec.envelope_of(codec.decode_job(record.value, format, max_inputs=self.max_inputs))
@@ -182,14 +287,20 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
         return Rejection(error=error, format=format, headers=headers, envelope=envelope, dead_letter=True)
 
     def _request(
-        self, record: Record, headers: JobHeaders, job: Job, format: Format, encoder: Encoder
+        self,
+        record: Record,
+        headers: JobHeaders,
+        job: Job,
+        format: Format,
+        encoder: Encoder,
+        answer: Answer | None = None,
     ) -> Request | ErrorBody:
         """The job with every default filled in, or the first rule of the model and the service that it breaks."""
         alias = DEFAULT_ALIAS if job.model is None else job.model
         if alias != self.alias:
             return ErrorBody.of(
                 "unknown_model",
-                f"`model`: expected {self.alias!r}, the only model alias served here",
+                f"`model`: expected {self.alias!r}, the only model alias served here{_of_openai(alias)}",
                 "model",
             )
         dimensions = encoder.hidden_size if job.dimensions is None else job.dimensions
@@ -228,8 +339,11 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
             max_spans=self.max_inputs,
             metadata=job.metadata if bytes(job.metadata) else codec.null(format),
             format=format,
+            answer=answer,
         )
         fixed = fixed_bytes(record, headers, request)
+        if isinstance(answer, BatchAnswer):
+            return self._whole(request, fixed)
         if fixed + datum_bytes(request) > self.max_result_bytes:
             return ErrorBody.of(
                 "result_too_large",
@@ -238,10 +352,41 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
             )
         return request
 
+    def _whole(self, request: Request, fixed: int) -> Request | ErrorBody:
+        """The request, if its whole result fits one record: lines of a batch have no parts."""
+        several = request.max_spans if request.late else len(request.texts)
+        most = fixed + several * datum_bytes(request)
+        if most <= self.max_result_bytes:
+            return request
+        return ErrorBody.of(
+            "result_too_large",
+            f"`body.input`: expected a line whose result is at most {self.max_result_bytes} bytes, got up to {most}; fewer inputs "
+            "a line, `dimensions`, or `encoding_format` base64 make it smaller",
+            "body.input",
+        )
+
 
 EXPIRED: Final = ErrorBody.of(
     "expired", "header `deadline`: expected a time in the future when the job is read", "deadline"
 )
+
+
+def _with_hint(error: ErrorBody, record: Record) -> ErrorBody:
+    """An error of the strict contract, which says what mapping would read such a record."""
+    if error.code not in ("malformed", "unknown_field", "invalid_value"):
+        return error
+    more = hint(record.value, record.headers, unknown_field=error.code == "unknown_field")
+    return msgspec.structs.replace(error, message=error.message + more)
+
+
+_OPENAI: Final = ("text-embedding-", "text-similarity-", "text-search-")
+
+
+def _of_openai(alias: str) -> str:
+    """What to do about OpenAI's model names, which clients send unless told otherwise."""
+    if not alias.startswith(_OPENAI):
+        return ""
+    return "; OpenAI's model names mean nothing here: leave `model` out, or set a mapping with `options: {model: …}`"
 
 
 def _bad_address(header: str | None, expected: str) -> ErrorBody:

@@ -10,6 +10,7 @@ import msgspec
 
 from embedq_consumer.engine import Encoder, Text
 from embedq_consumer.intake.records import Record
+from embedq_consumer.shapes import Answer
 from embedq_shared.codec import Format
 from embedq_shared.headers import JobHeaders
 from embedq_shared.messages import Chunking, Dtype, EncodingFormat, ErrorBody, Truncate
@@ -70,6 +71,8 @@ class Request(msgspec.Struct, frozen=True):
     """Of all its inputs together."""
     metadata: msgspec.Raw
     format: Format
+    answer: Answer | None = None
+    """How it is answered, if a mapping says so."""
 
     def text(self, index: int) -> Text:
         """What the model sees of one input: the single flight's identity and the cache key are made from it."""

@@ -13,6 +13,7 @@ import msgspec
 
 from embedq_consumer.group import Member, make_member
 from embedq_consumer.retries import RetryTiers, TierConsumer
+from embedq_consumer.shapes import Mappings
 from embedq_shared.kafka import (
     DEFAULT_MAX_INFLATED_BYTES,
     BoundedConsumer,
@@ -53,6 +54,8 @@ class IntakeOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_inflated_bytes: int = DEFAULT_MAX_INFLATED_BYTES
     """Of one compressed batch of records."""
     retries: RetryTiers = RetryTiers()
+    mappings: Mappings = Mappings()
+    """Whose topics are read, too."""
 
 
 class JobsConsumer(Protocol):

@@ -30,7 +30,7 @@ from embedq_consumer.intake.flow_control import PollPlanner
 from embedq_consumer.intake.jobs_consumer import IntakeOptions, JobsClients, PolledRecords
 from embedq_consumer.intake.poll_state import PollState
 from embedq_consumer.intake.reading import POLL_MS, Changes, Reading
-from embedq_consumer.intake.records import Record, run_before
+from embedq_consumer.intake.records import Record, mapped, run_before
 from embedq_consumer.intake.workload import Take, Workload
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.kafka import Unreadable, stop_client
@@ -91,7 +91,8 @@ class Intake:
         self._beat = beat
         self._retry_topics = options.retries.topics
         self._lane_of: dict[str, Lane] = dict(zip(topics.lanes, LANES, strict=True))
-        self._lane_of |= dict.fromkeys(self._retry_topics, "bulk")
+        self._lane_of |= dict.fromkeys((*self._retry_topics, *options.mappings.topics), "bulk")
+        self._mappings = options.mappings
         self._state = PollState()
         self._changes = Changes()
         self._ledger = OffsetLedger()
@@ -135,6 +136,8 @@ class Intake:
         )
         self.joined = self._hand_over.joined
         """Set once the group has given this replica its partitions, even if there are none."""
+        self.when_first = self._work.when_first
+        self.set_aside = self._work.set_aside
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -331,7 +334,7 @@ class Intake:
                     record = Record.read(ticket, lane, raw, now)
                     if partition.topic in self._retry_topics:
                         record = run_before(record)
-                    records.append(record)
+                    records.append(record := mapped(record, self._mappings))
                 self._work.add(record)
             self._metrics.records.labels(lane).inc(len(found))
         return records, unread

@@ -9,6 +9,7 @@ import msgspec
 
 from embedq_consumer.group import Ticket
 from embedq_consumer.retries import Past, past_of
+from embedq_consumer.shapes import Mappings
 from embedq_shared.headers import client_of
 from embedq_shared.kafka import ConsumerRecord
 from embedq_shared.topics import Lane
@@ -44,6 +45,8 @@ class Record(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """Bytes of memory that it holds while in flight (`size_of`)."""
 
     past: Past | None = None
+    ordered: bool = False
+    """Its answer may not overtake that of an earlier record of its key, so it is not run again later either."""
 
     @classmethod
     def read(cls, ticket: Ticket, lane: Lane, raw: ConsumerRecord, polled_at: float) -> Record:
@@ -121,4 +124,17 @@ def run_before(record: Record) -> Record:
         timestamp_ms=past.timestamp_ms,
         timestamp_type=past.timestamp_type,
         past=past,
+    )
+
+
+def mapped(record: Record, mappings: Mappings) -> Record:
+    """A row of a mapping's topic with whose it is, and whether its answer keeps its key's order; another record as it is."""
+    mapping = mappings.of_topic(record.origin.topic) if mappings else None
+    if mapping is None:
+        return record
+    return msgspec.structs.replace(
+        record,
+        client=f"map {mapping.name}".encode(),
+        # One that is run again is out of its order already.
+        ordered=mapping.keeps_order and record.key is not None and record.past is None,
     )

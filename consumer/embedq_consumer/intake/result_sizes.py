@@ -23,6 +23,8 @@ def fixed_bytes(record: Record, headers: JobHeaders, request: Request) -> int:
     echoed = 0
     for name, value in headers.echo:
         echoed += len(name) + len(value) + 8
+    if request.answer is not None:
+        return _RESULT_OVERHEAD + echoed + request.answer.size
     key = len(record.key) if record.key is not None else 4 * len(request.id)
     # JSON writes a control character as six bytes.
     return (

@@ -10,6 +10,7 @@ from embedq_consumer.fairness import Cost, Limits, Parking, Starter
 from embedq_consumer.group import OffsetLedger, Ticket
 from embedq_consumer.intake.flow_control import InFlightLimits, ReadAhead
 from embedq_consumer.intake.jobs_consumer import IntakeOptions
+from embedq_consumer.intake.key_order import Go, KeyOrder
 from embedq_consumer.intake.records import Record
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.kafka import TopicPartition
@@ -34,6 +35,7 @@ class Workload:
     def __init__(self, options: IntakeOptions, ledger: OffsetLedger, may_start: Callable[[], bool]) -> None:
         self._ledger = ledger
         self._in_flight: dict[Ticket, Record] = {}
+        self.order = KeyOrder(ledger.epoch)
         self._started: dict[Ticket, float] = {}
         self._newest_answered = dict.fromkeys(LANES, float("-inf"))
         self.limits = InFlightLimits(
@@ -61,6 +63,8 @@ class Workload:
     def add(self, record: Record) -> None:
         """It was polled."""
         self._in_flight[record.ticket] = record
+        if record.ordered and record.key is not None:
+            self.order.begin(record.ticket, record.key)
         self.limits.add(record.lane, record.size)
 
     def finish(self, records: Iterable[Record]) -> tuple[list[Record], bool]:
@@ -68,6 +72,8 @@ class Workload:
         being full."""
         answered: dict[Lane, list[Record]] = {}
         for record in records:
+            if record.ordered:
+                self.order.finish(record.ticket)
             if self._in_flight.pop(record.ticket, None) is not None:
                 answered.setdefault(record.lane, []).append(record)
         reopened = False
@@ -98,6 +104,7 @@ class Workload:
         for record in self._parking.drop(self._parking.partitions - self._ledger.partitions):
             del self._in_flight[record.ticket]
             self.limits.remove(record.lane, record.size)
+        self.order.follow()
         self._starter.soon()
 
     # -- and are started ----------------------------------------------------------------------------------------------
@@ -128,6 +135,16 @@ class Workload:
         """A started record turned out to be a job that takes this. Nothing if it was given up meanwhile."""
         if record.ticket in self._started:
             self._parking.weigh(record, cost)
+
+    def set_aside(self, records: Iterable[Record], *, waits: bool) -> None:
+        """Started records that wait for something outside of the service, or do no more: so long nothing overtakes them."""
+        for record in records:
+            if record.ticket in self._started:
+                self._started[record.ticket] = float("inf") if waits else time.monotonic()
+
+    def when_first(self, record: Record, go: Go) -> None:
+        """Call `go` once the record's answer may go out, after those of earlier records of its key."""
+        self.order.when_first(record.ticket, go)
 
     def _begun(self, records: Iterable[Record]) -> Iterator[Record]:
         now = time.monotonic()

@@ -16,7 +16,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from embedq_gateway.dialects.vectors import numbers
-from embedq_gateway.embedding import Embedder, EmbedRequest
+from embedq_gateway.embedding import EmbedAnswer, Embedder, EmbedRequest
 from embedq_gateway.errors import ApiError
 from embedq_gateway.fleet.fleet import Fleet, Model
 from embedq_gateway.http.answers import JsonAnswer
@@ -170,15 +170,9 @@ class OpenAI:
         exchange.require("embed")  # before a large body is read for somebody who may not
         job = read_job(await read_json(exchange, self._settings.max_body_bytes), self._settings.max_inputs)
         answer = await self._embedder.embed(exchange, embed_request(job))
-        data = written(answer.data, answer.dtype, job.encoding_format or "float")
-        found = EmbeddingList(
-            data=data,
-            model=answer.alias,
-            model_version=answer.model_version,
-            usage=EmbeddingUsage(answer.tokens, answer.tokens),
-            metadata=_echoed(job.metadata),
+        return JsonAnswer.of(
+            embedding_list(job, answer), headers=[(_VERSION_HEADER, answer.model_version.encode())]
         )
-        return JsonAnswer.of(found, headers=[(_VERSION_HEADER, answer.model_version.encode())])
 
     async def models(self, exchange: Exchange) -> ASGIApp:
         """The aliases that are alive, and that the caller may use."""
@@ -224,6 +218,17 @@ def embed_request(job: Job) -> EmbedRequest:
         instruction=job.instruction,
         truncate=job.truncate,
         chunk=job.chunk,
+    )
+
+
+def embedding_list(job: Job, answer: EmbedAnswer) -> EmbeddingList:
+    """The body of the answer to a job."""
+    return EmbeddingList(
+        data=written(answer.data, answer.dtype, job.encoding_format or "float"),
+        model=answer.alias,
+        model_version=answer.model_version,
+        usage=EmbeddingUsage(answer.tokens, answer.tokens),
+        metadata=_echoed(job.metadata),
     )
 
 

@@ -32,7 +32,7 @@ class Caller(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def client_id(self) -> str | None:
         """Whose its jobs are, for fair turns among clients; None: the gateway's."""
-        return None if self.name == ANYBODY else f"key:{self.name}"
+        return client_id(self.name)
 
     def require(self, scope: Scope) -> None:
         """Whether it may do this at all. Whoever may administer may read the metrics too.
@@ -123,6 +123,11 @@ class Admission:
 
 def _shown(scopes: frozenset[Scope]) -> str:
     return " and ".join(f"`{scope}`" for scope in sorted(scopes)) or "none"
+
+
+def client_id(name: str) -> str | None:
+    """Whose the jobs of a caller of this name are; see `Caller.client_id`."""
+    return None if name == ANYBODY else f"key:{name}"
 
 
 def caller_of(entry: KeyEntry, allowance: Allowance, clock: Callable[[], float]) -> Caller:

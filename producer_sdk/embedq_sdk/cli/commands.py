@@ -323,9 +323,10 @@ def create(
     help="Where the replica serves its health pages and metrics; 0: any free port, which its log says.",
 )
 def dev(model: str | None, topics: bool, brokers: int, consumer_log: Path | None, http_port: int) -> None:
-    """Run a real Kafka and a real Redis on this machine, until Ctrl-C.
+    """Run a real Kafka, a real Redis and an HTTP gateway on this machine, until Ctrl-C.
 
-    They have their usual ports, 9092 and 6379, or other ones if these are taken.
+    They have their usual ports, 9092, 6379 and 8080, or other ones if these are taken. The gateway's settings are those of
+    `embedq gateway`, from the environment.
     """
     from embedq_sdk.dev.command import run
 

@@ -1,29 +1,35 @@
-"""What `embedq dev` does: it runs the stack, creates its topics, and runs a replica if asked to, until Ctrl-C."""
+"""What `embedq dev` does: it runs the stack, creates its topics, runs a gateway, and a replica if asked to, until Ctrl-C."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import BinaryIO, Final
 
 from embedq_sdk.admin.topics import create_topics
 from embedq_sdk.dev.errors import DevStackError
-from embedq_sdk.dev.ports import HOST, is_free
+from embedq_sdk.dev.ports import HOST, USUAL_GATEWAY, free_ports, is_free
 from embedq_sdk.dev.processes import Processes
 from embedq_sdk.dev.stack import DevStack
 from embedq_sdk.errors import EmbedError
 
 _CONSUMER: Final = "consumer"
+_GATEWAY: Final = "gateway"
+_NAMES: Final = {_CONSUMER: "replica", _GATEWAY: "gateway"}
+"""What users call them."""
 _CHECK_EVERY_S: Final = 0.2
 _DRAIN_GRACE_S: Final = 60.0
 """For the replica to finish what it accepted: twice its default drain timeout."""
+_GATEWAY_GRACE_S: Final = 10.0
+"""For the gateway to answer what it accepted; before the replica stops, which answers it."""
 _LOST_GRACE_S: Final = 2.0
 """Without Kafka there is nothing that it could finish."""
 DEFAULT_HTTP_PORT: Final = 9464
@@ -39,11 +45,11 @@ def run(
     http_port: int = DEFAULT_HTTP_PORT,
     echo: Callable[[str], None] | None = None,
 ) -> int:
-    """Run Kafka and Redis until Ctrl-C or SIGTERM. Must be called from the main thread, since it handles signals.
+    """Run Kafka, Redis and a gateway until Ctrl-C or SIGTERM. Must be called from the main thread, since it handles signals.
 
     Args:
         model: a model directory; one replica of the service serves it.
-        topics: whether to create embedq's topics.
+        topics: whether to create embedq's topics. Without them there is no gateway either.
         brokers: nodes of the Kafka cluster.
         consumer_log: the file that the replica's log is appended to; None: standard output.
         http_port: where the replica serves `/livez`, `/readyz` and `/metrics`; 0: any free port.
@@ -72,17 +78,21 @@ def run(
             if model is not None:
                 _start_consumer(consumers, stack, Path(model), http_port)
                 say(f"A replica is loading {model}.")
+            started = [_CONSUMER] if model is not None else []
+            if topics:
+                started += _start_gateway(consumers, stack, say)
             say("Press Ctrl-C to stop.")
             with _following(consumers.log(_CONSUMER), consumer_log) as copy_log:
-                grace_s = _DRAIN_GRACE_S
+                longest_s = _DRAIN_GRACE_S
                 try:
-                    _watch(stack, consumers if model is not None else None, copy_log)
+                    _watch(stack, consumers, started, copy_log)
                 except DevStackError as error:
                     say(str(error))  # now, since ending takes a while
-                    grace_s = _LOST_GRACE_S
+                    longest_s = _LOST_GRACE_S
                     return 1
                 finally:  # while Kafka still runs, to take the replica's last results
-                    consumers.stop(_CONSUMER, grace_s=grace_s)
+                    consumers.stop(_GATEWAY, grace_s=min(longest_s, _GATEWAY_GRACE_S))
+                    consumers.stop(_CONSUMER, grace_s=longest_s)
     except KeyboardInterrupt:
         pass
     except (DevStackError, EmbedError) as error:
@@ -119,7 +129,32 @@ def _start_consumer(consumers: Processes, stack: DevStack, model: Path, http_por
     )
 
 
-def _watch(stack: DevStack, consumers: Processes | None, copy_log: Callable[[], None]) -> None:
+def _start_gateway(processes: Processes, stack: DevStack, say: Callable[[str], None]) -> list[str]:
+    """Start a gateway, if its packages are there; what was started. Its settings are the environment's, as everywhere."""
+    if importlib.util.find_spec("uvicorn") is None or importlib.util.find_spec("embedq_gateway") is None:
+        say("No HTTP gateway: pip install 'embedq[gateway]' for one.")
+        return []
+    host = os.environ.get("EMBEDQ_GATEWAY_HOST", HOST)
+    port = os.environ.get("EMBEDQ_GATEWAY_PORT") or str(free_ports(1, USUAL_GATEWAY)[0])
+    mine = {
+        "EMBEDQ_KAFKA_SERVERS": stack.kafka_servers,
+        "EMBEDQ_GATEWAY_PORT": port,
+        # Files and batches are gone with the stack, as all else is.
+        "EMBEDQ_GATEWAY_FILES": os.environ.get("EMBEDQ_GATEWAY_FILES", str(processes.directory / "files")),
+        "EMBEDQ_GATEWAY_DRAIN_DELAY_S": os.environ.get("EMBEDQ_GATEWAY_DRAIN_DELAY_S", "0"),
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    processes.start(_GATEWAY, [sys.executable, "-m", "embedq_gateway"], mine)
+    shown = f"[{host}]" if ":" in host else host
+    scheme = "https" if os.environ.get("EMBEDQ_GATEWAY_TLS_CERTFILE") else "http"
+    say(f"A gateway answers at {scheme}://{shown}:{port}; for OpenAI's clients:")
+    say(f"  export OPENAI_BASE_URL={scheme}://{shown}:{port}/v1")
+    return [_GATEWAY]
+
+
+def _watch(
+    stack: DevStack, processes: Processes, started: Sequence[str], copy_log: Callable[[], None]
+) -> None:
     """Wait for a signal.
 
     Raises:
@@ -130,8 +165,10 @@ def _watch(stack: DevStack, consumers: Processes | None, copy_log: Callable[[], 
         while not signaled.wait(_CHECK_EVERY_S):
             copy_log()
             stack.check()
-            if consumers is not None and (code := consumers.exit_code(_CONSUMER)) is not None:
-                raise DevStackError(f"the replica ended with exit code {code}")
+            for name in started:
+                if (code := processes.exit_code(name)) is not None:
+                    tail = "" if name == _CONSUMER else f":\n{processes.log_tail(name)}"
+                    raise DevStackError(f"the {_NAMES[name]} ended with exit code {code}{tail}")
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ _TRIES: Final = 500
 
 USUAL_KAFKA: Final = (9092, 19092, 29092)
 USUAL_REDIS: Final = (6379, 16379, 26379)
+USUAL_GATEWAY: Final = (8080, 18080, 28080)
 """Where clients look first, and where the next start will look again if that is taken."""
 
 

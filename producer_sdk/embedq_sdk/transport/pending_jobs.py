@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import Final
 
 from embedq_sdk.embeddings import JobOutcome, PartJoiner, ReadFailure, ReadResult, job_failed
@@ -17,8 +18,10 @@ LONGEST_BACKOFF_S: Final = 5.0
 """A retry should still fit several times into the default deadline of 30 s."""
 
 
-def retry_pause(attempt: int) -> float:
-    """Seconds to wait before a job is sent again, after attempt number `attempt` (from 0)."""
+def retry_pause(attempt: int, most: int | None = None) -> float:
+    """Seconds to wait before a job is sent again, after attempt number `attempt` (from 0); for ever after the last of `most`."""
+    if most is not None and attempt + 1 >= most:
+        return math.inf
     return backoff(attempt, first_s=FIRST_BACKOFF_S, longest_s=LONGEST_BACKOFF_S)
 
 

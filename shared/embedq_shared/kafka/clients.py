@@ -17,6 +17,7 @@ import aiokafka
 import aiokafka.admin
 from aiokafka.client import AIOKafkaClient
 from aiokafka.conn import AIOKafkaConnection
+from aiokafka.errors import KafkaConnectionError
 from aiokafka.protocol.metadata import MetadataRequest
 
 for _library in ("aiokafka", "embedq_shared"):
@@ -28,7 +29,7 @@ class AIOKafkaProducer(aiokafka.AIOKafkaProducer):  # type: ignore[misc]  # aiok
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.client.__class__ = _Client
+        self.client.__class__ = KafkaConnections
 
 
 class AIOKafkaConsumer(aiokafka.AIOKafkaConsumer):  # type: ignore[misc]
@@ -36,7 +37,7 @@ class AIOKafkaConsumer(aiokafka.AIOKafkaConsumer):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._client.__class__ = _Client
+        self._client.__class__ = KafkaConnections
 
 
 class AIOKafkaAdminClient(aiokafka.admin.AIOKafkaAdminClient):  # type: ignore[misc]
@@ -44,11 +45,21 @@ class AIOKafkaAdminClient(aiokafka.admin.AIOKafkaAdminClient):  # type: ignore[m
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._client.__class__ = _Client
+        self._client.__class__ = KafkaConnections
 
 
-class _Client(AIOKafkaClient):  # type: ignore[misc]
-    """Every request but the first one, which names no topic, goes over a connection from here."""
+class KafkaConnections(AIOKafkaClient):  # type: ignore[misc]
+    """Every request but the first one, which names no topic, goes over a connection from here.
+
+    A broker that was just started may say that it knows no brokers at all, which aiokafka takes for a fault of ours where it
+    looks for a coordinator (`AssertionError`). Here it is an error that may pass, after which aiokafka asks again.
+    """
+
+    async def coordinator_lookup(self, *args: Any) -> int:
+        if not self.cluster.brokers() and not (await self.force_metadata_update() and self.cluster.brokers()):
+            raise KafkaConnectionError("the broker knows no brokers yet")
+        node: int = await super().coordinator_lookup(*args)
+        return node
 
     async def _get_conn(self, *args: Any, **options: Any) -> AIOKafkaConnection | None:
         connection = await super()._get_conn(*args, **options)

@@ -25,7 +25,7 @@ from typing import Any, Final, Protocol
 
 import msgspec
 from aiokafka import TopicPartition
-from aiokafka.client import AIOKafkaClient, ConnectionGroup
+from aiokafka.client import ConnectionGroup
 from aiokafka.consumer.group_coordinator import GroupCoordinator
 from aiokafka.consumer.subscription_state import SubscriptionState
 from aiokafka.coordinator.protocol import ConsumerProtocolMemberAssignment, ConsumerProtocolMemberMetadata
@@ -45,6 +45,7 @@ from aiokafka.protocol.commit import OffsetCommitRequest
 from aiokafka.protocol.group import LeaveGroupRequest
 from aiokafka.structs import OffsetAndMetadata
 
+from embedq_shared.kafka.clients import KafkaConnections
 from embedq_shared.kafka.requests import StableOffsets, TopicIds, offsets_of, topic_ids_of
 from embedq_shared.kafka.stopping import finished
 
@@ -119,7 +120,7 @@ class GroupMember:
         Raises:
             KafkaError: no broker answers.
         """
-        self._client = AIOKafkaClient(
+        self._client = KafkaConnections(
             **self._kafka,
             client_id=self._options.client_id,
             # A JoinGroup waits for the whole rebalance.

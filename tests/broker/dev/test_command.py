@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient
@@ -146,6 +147,36 @@ def test_the_lines_to_copy_lead_to_a_broker_that_has_embedqs_topics() -> None:
         assert screen.exported("EMBEDQ_REDIS_URL").startswith("redis://127.0.0.1:")
         topics = asyncio.run(topics_of(screen.exported("EMBEDQ_KAFKA_SERVERS")))
         assert {"embed.jobs", "embed.jobs.bulk", "embed.replies", "embed.control"} <= topics
+
+
+def test_the_gateways_address_answers_openais_clients(tmp_path: Path) -> None:
+    model = make_tiny_bert(tmp_path / "model")
+    with terminal(repr(str(model)), "True", "http_port=0") as screen:
+        started(screen)
+        url = screen.exported("OPENAI_BASE_URL")
+        assert re.search(
+            rf"^A gateway answers at {re.escape(url.removesuffix('/v1'))};", screen.shown(), re.MULTILINE
+        )
+
+        def answers() -> bool:
+            screen.shown()
+            with contextlib.suppress(httpx.TransportError):
+                return httpx.post(f"{url}/embeddings", json={"input": "a"}, timeout=5).status_code == 200
+            return False
+
+        wait_for(answers, within=120, what="a vector over HTTP")
+        upload = httpx.post(f"{url}/files", data={"purpose": "batch"}, files={"file": b"{}"}, timeout=5)
+        assert upload.status_code == 200
+        screen.press_ctrl_c()
+        assert end_of(screen) == 0
+
+
+def test_a_gateway_that_fails_is_told_with_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBEDQ_GATEWAY_FILES", "ftp://nowhere")
+    with terminal() as screen:
+        assert end_of(screen) == 1
+        assert "the gateway ended with exit code" in screen.shown()
+        assert "EMBEDQ_GATEWAY_FILES: expected a directory, or s3://BUCKET" in screen.shown()
 
 
 def test_a_server_that_dies_ends_the_command_with_exit_code_1() -> None:

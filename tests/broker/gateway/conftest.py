@@ -45,7 +45,8 @@ async def replica(
 async def gateway(
     stack: DevStack, topics: Topics, replica: Replica, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[GatewayProcess]:
-    """A gateway without keys."""
-    log = tmp_path_factory.mktemp("gateway") / "gateway.log"
-    async with running(GatewayProcess(stack, topics, log)) as started:
+    """A gateway without keys, that keeps files and runs batches."""
+    folder = tmp_path_factory.mktemp("gateway")
+    files = folder / "files"
+    async with running(GatewayProcess(stack, topics, folder / "gateway.log", files=files)) as started:
         yield started

@@ -24,6 +24,7 @@ from tests.helpers.service_process import (
     producer,
     reader,
     replicas,
+    supervised,
 )
 from tests.helpers.support import patient, wait_until
 
@@ -31,27 +32,6 @@ pytestmark = [pytest.mark.kafka, pytest.mark.slow, pytest.mark.timeout(400)]
 
 PARTITIONS = 4
 DEADLY = ["-m", "tests.helpers.deadly_model"]
-
-
-@asynccontextmanager
-async def supervised(*wanted: Replica) -> AsyncIterator[list[int]]:
-    """Replicas that are started again whenever they end, as an orchestrator does it; the exit codes so far."""
-    codes: list[int] = []
-
-    async def supervise(replica: Replica) -> None:
-        while True:
-            codes.append(await replica.ended(within=10_000))
-            await replica.start(ready=False)
-
-    async with replicas(*wanted):
-        watching = [asyncio.create_task(supervise(replica)) for replica in wanted]
-        try:
-            yield codes
-        finally:
-            for task in watching:
-                task.cancel()
-                with suppress(asyncio.CancelledError):
-                    await task
 
 
 class Stream:
@@ -123,7 +103,7 @@ async def test_a_job_that_kills_the_process_is_dead_lettered_with_its_history_an
         for n in (0, 1)
     ]
     async with (
-        supervised(*two) as codes,
+        supervised(*two) as ends,
         producer(stack) as client,
         reader(stack, topics.results) as results,
         reader(stack, topics.replies) as replies,
@@ -144,7 +124,7 @@ async def test_a_job_that_kills_the_process_is_dead_lettered_with_its_history_an
                 return bool(await letters.all())
 
             await wait_until(condemned, within=150.0, what="a dead letter")
-            deaths = len(codes)
+            deaths = len(ends)
         await stream.all_answered()
         [letter] = await letters.all()
         assert (letter.partition, json.loads(letter.value)["id"]) == (1, "guilty")
@@ -160,7 +140,7 @@ async def test_a_job_that_kills_the_process_is_dead_lettered_with_its_history_an
         assert value_of(reply.headers, "correlation-id") == b"c"
         assert stream.errors == []
         assert deaths == 4
-        assert len(codes) == deaths, "it goes on without deaths"
+        assert len(ends) == deaths, "it goes on without deaths"
         waits = sorted(stream.answered[id] - sent for id, sent in stream.sent.items())
         for name, share in (("p50_s", 0.5), ("p99_s", 0.99)):
             record_property(name, round(waits[int(len(waits) * share)], 3))
@@ -173,7 +153,7 @@ async def test_healthy_replicas_that_are_killed_again_and_again_dead_letter_noth
     two = [Replica(stack, topics, models / "a", tmp_path / f"log{n}", redis=False) for n in (0, 1)]
     chance = random.Random(7)
     async with (
-        supervised(*two) as codes,
+        supervised(*two) as ends,
         producer(stack) as client,
         reader(stack, topics.results) as results,
         reader(stack, topics.dead_letters) as letters,
@@ -191,13 +171,13 @@ async def test_healthy_replicas_that_are_killed_again_and_again_dead_letter_noth
                 chance.choice(two).kill()
 
                 def ended(kill: int = kill) -> bool:
-                    return len(codes) > kill
+                    return len(ends) > kill
 
                 await wait_until(ended, what="its end")
         await stream.all_answered()
         assert await letters.all() == []
         assert stream.errors == []
-        assert len(codes) == 6
+        assert len(ends) == 6
 
 
 async def test_a_replica_that_is_stopped_in_order_leaves_no_suspects(

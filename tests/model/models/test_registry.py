@@ -57,7 +57,7 @@ def test_a_plain_bert_on_a_cpu_runs_on_the_forward_that_is_written_out() -> None
     built = registry.build(model, options())
     assert isinstance(built.hidden, PackedBert)
     assert built.pooled is None
-    assert built.kernels == {"attention": "torch_sdpa"}
+    assert built.kernels == {"attention": "torch_sdpa", "few_rows": "packed"}
 
 
 def test_a_bert_with_a_rare_activation_runs_on_transformers_layers() -> None:

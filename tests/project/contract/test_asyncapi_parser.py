@@ -2,64 +2,26 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
-import os
 import shutil
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from embedq_sdk.dev.jars import cache_directory
+from tests.helpers.node_modules import node_modules
 from tests.helpers.support import patient
 from tools.schemas import SPEC
 
 HERE = Path(__file__).parent
-LOCK = HERE / "package-lock.json"
-
-
-@contextmanager
-def held(path: Path) -> Iterator[None]:
-    """One process at a time."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+ROOT = HERE.parents[2]
+LOCKS = sorted(ROOT.glob("tests/**/package-lock.json"))
 
 
 @pytest.fixture(scope="module")
 def modules() -> Path:
     """A folder outside the source tree with the pinned parser installed, kept between runs."""
-    for command in ("node", "npm"):
-        if shutil.which(command) is None:
-            pytest.skip(f"no {command} on the PATH: the AsyncAPI project's parser is a Node.js package")
-    folder = (
-        cache_directory(os.environ) / f"asyncapi-parser-{hashlib.sha256(LOCK.read_bytes()).hexdigest()[:16]}"
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    with held(folder / "lock"):
-        if not (folder / "complete").exists():
-            for name in ("package.json", "package-lock.json"):
-                shutil.copy(HERE / name, folder / name)
-            done = subprocess.run(
-                ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"],
-                cwd=folder,
-                capture_output=True,
-                text=True,
-                timeout=patient(100),
-                check=False,
-            )
-            if done.returncode and any(
-                sign in done.stderr
-                for sign in ("ENOTFOUND", "EAI_AGAIN", "ECONNREFUSED", "ETIMEDOUT", "ENETUNREACH")
-            ):
-                pytest.skip("npm reaches no registry, and the AsyncAPI project's parser is not installed yet")
-            assert done.returncode == 0, done.stderr
-            (folder / "complete").touch()
-    return folder
+    return node_modules(HERE, "asyncapi-parser", "the AsyncAPI project's parser")
 
 
 def parse(document: Path, modules: Path) -> subprocess.CompletedProcess[str]:
@@ -106,8 +68,9 @@ def test_the_asyncapi_parser_refuses_a_broken_document(
     assert json.loads(done.stdout)["errors"] != []
 
 
-def test_the_lock_file_names_no_registry() -> None:
-    packages = json.loads(LOCK.read_text(encoding="utf-8"))["packages"]
+@pytest.mark.parametrize("lock", LOCKS, ids=lambda lock: lock.parent.name)
+def test_a_lock_file_names_no_registry(lock: Path) -> None:
+    packages = json.loads(lock.read_text(encoding="utf-8"))["packages"]
     assert len(packages) > 1
     assert [name for name, package in packages.items() if "resolved" in package] == []
     assert [name for name, package in packages.items() if name and "integrity" not in package] == []

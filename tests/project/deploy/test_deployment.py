@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from embedq_consumer.settings import Settings
+from embedq_gateway.settings import GatewaySettings, kafka_settings
 from embedq_shared.topics import GROUP, Topics
 from tests.helpers.support import patient
 
@@ -28,6 +29,9 @@ K8S = [
     for file in sorted((ROOT / "deploy/k8s").glob("*.yaml"))
     for document in yaml.safe_load_all(file.read_text())
 ]
+
+
+CONSUMER, GATEWAY = "embedq-consumer", "embedq-gateway"
 
 
 def interpolate(value: str, **environ: str) -> str:
@@ -56,21 +60,43 @@ def environment(service: str) -> dict[str, str]:
     return found
 
 
-def image_environment() -> dict[str, str]:
-    """What the Dockerfile's ENV of the last stage sets."""
-    block = re.search(r"^ENV PATH.*?(?<!\\)\n", DOCKERFILE.split("\nFROM ")[-1], re.MULTILINE | re.DOTALL)
+def stage(name: str = "") -> str:
+    """What the Dockerfile says of a stage; of the last one, the consumer's, without a name."""
+    stages = DOCKERFILE.split("\nFROM ")
+    return (
+        next(each for each in stages if each.partition("\n")[0].endswith(f" AS {name}"))
+        if name
+        else stages[-1]
+    )
+
+
+def image_environment(name: str = "") -> dict[str, str]:
+    """What the Dockerfile's ENV of a stage sets."""
+    block = re.search(r"^ENV PATH.*?(?<!\\)\n", stage(name), re.MULTILINE | re.DOTALL)
     assert block is not None
     return dict(re.findall(r"(\w+)=(\S+)", block[0]))
 
 
-def deployment() -> dict[str, Any]:
-    kinds = {document["kind"]: document for document in K8S}
-    found: dict[str, Any] = kinds["Deployment"]["spec"]["template"]["spec"]
+def named(kind: str, name: str) -> dict[str, Any]:
+    """What a manifest says of the object of this kind and name."""
+    found: dict[str, Any] = next(
+        document for document in K8S if document["kind"] == kind and document["metadata"]["name"] == name
+    )
     return found
 
 
-def kubernetes_environment() -> dict[str, str]:
-    return {entry["name"]: entry.get("value", "pod") for entry in deployment()["containers"][0]["env"]}
+def deployment(name: str = CONSUMER) -> dict[str, Any]:
+    found: dict[str, Any] = named("Deployment", name)["spec"]["template"]["spec"]
+    return found
+
+
+def kubernetes_environment(name: str = CONSUMER) -> dict[str, str]:
+    return {entry["name"]: entry.get("value", "pod") for entry in deployment(name)["containers"][0]["env"]}
+
+
+def gateway_settings(environ: dict[str, str]) -> GatewaySettings:
+    kafka_settings(environ)
+    return GatewaySettings.from_env({name: interpolate(value) for name, value in environ.items()})
 
 
 def kubernetes_settings() -> Settings:
@@ -87,6 +113,9 @@ def test_every_setting_in_the_files_is_one_that_the_service_has() -> None:
         {"EMBEDQ_KAFKA_SERVERS": "kafka:9092"}
         | {name: value for name, value in image_environment().items() if name.startswith("EMBEDQ_")}
     )
+    for environ in (environment("gateway"), kubernetes_environment(GATEWAY)):
+        gateway_settings(environ)
+    GatewaySettings.from_env(image_environment("gateway"))
     gpu = yaml.safe_load((ROOT / "deploy/compose.gpu.yml").read_text())["services"]["consumer"]["environment"]
     Settings.from_env(environment("consumer") | {"EMBEDQ_LOG_LEVEL": "info"} | gpu)
 
@@ -95,6 +124,15 @@ def test_the_consumer_has_time_to_drain_before_it_is_killed() -> None:
     assert seconds(SERVICES["consumer"]["stop_grace_period"]) >= compose_settings().drain_timeout_s + 10
     drain = kubernetes_settings().drain_timeout_s
     assert deployment()["terminationGracePeriodSeconds"] >= drain + 10
+
+
+def test_the_gateway_has_time_to_answer_what_it_accepted_and_to_hand_its_batches_over() -> None:
+    composed = gateway_settings(environment("gateway"))
+    needed = composed.drain_delay_s + composed.drain_timeout_s + 10
+    assert seconds(SERVICES["gateway"]["stop_grace_period"]) >= needed
+    deployed = gateway_settings(kubernetes_environment(GATEWAY))
+    needed = deployed.drain_delay_s + deployed.drain_timeout_s + 10
+    assert deployment(GATEWAY)["terminationGracePeriodSeconds"] >= needed
 
 
 def test_the_model_that_is_served_lies_below_the_root_and_in_the_image() -> None:
@@ -112,16 +150,21 @@ def test_the_demo_model_is_the_one_that_the_project_pins() -> None:
 
 def test_the_parts_find_each_other() -> None:
     listeners = environment("kafka")["KAFKA_ADVERTISED_LISTENERS"]
-    for service in ("consumer", "topics"):
+    for service in ("consumer", "topics", "gateway"):
         host, port = environment(service)["EMBEDQ_KAFKA_SERVERS"].split(":")
         assert host in SERVICES
         assert f"INTERNAL://{host}:{port}" in listeners
         assert f"INTERNAL://:{port}" in environment("kafka")["KAFKA_LISTENERS"]
     assert compose_settings().redis_url.startswith("redis://redis:6379")
-    (job,) = PROMETHEUS["scrape_configs"]
-    (discovery,) = job["dns_sd_configs"]
-    assert discovery["names"] == ["consumer"]
-    assert discovery["port"] == compose_settings().http_port
+    ports = {
+        "consumer": compose_settings().http_port,
+        "gateway": gateway_settings(environment("gateway") | image_environment("gateway")).port,
+    }
+    for job in PROMETHEUS["scrape_configs"]:
+        (discovery,) = job["dns_sd_configs"]
+        (name,) = discovery["names"]
+        assert discovery["port"] == ports.pop(name)
+    assert not ports
     source = yaml.safe_load((ROOT / "deploy/grafana/provisioning/datasources/prometheus.yml").read_text())
     assert source["datasources"][0]["url"] == "http://prometheus:9090"
 
@@ -135,6 +178,43 @@ def test_the_health_checks_ask_the_port_that_is_served() -> None:
     assert container["ports"] == [{"name": "http", "containerPort": port}]
     assert container["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "http"}
     assert container["livenessProbe"]["httpGet"] == {"path": "/livez", "port": "http"}
+
+
+def test_the_gateways_health_checks_ask_the_port_that_is_served() -> None:
+    port = gateway_settings(environment("gateway") | image_environment("gateway")).port
+    assert str(port) in " ".join(SERVICES["gateway"]["healthcheck"]["test"])
+    assert SERVICES["gateway"]["ports"] == [f"127.0.0.1:{port}:{port}"]
+    assert gateway_settings(kubernetes_environment(GATEWAY)).port == port
+    [container] = deployment(GATEWAY)["containers"]
+    assert container["ports"] == [{"name": "http", "containerPort": port}]
+    assert container["readinessProbe"]["httpGet"] == {"path": "/readyz", "port": "http"}
+    assert container["livenessProbe"]["httpGet"] == {"path": "/livez", "port": "http"}
+    assert named("Service", GATEWAY)["spec"]["ports"] == [{"name": "http", "port": 80, "targetPort": "http"}]
+
+
+def test_the_gateway_asks_for_keys_where_others_reach_it() -> None:
+    composed = gateway_settings(environment("gateway"))
+    assert not composed.keys_file
+    assert composed.allow_anonymous
+    assert all(port.startswith("127.0.0.1:") for port in SERVICES["gateway"]["ports"])
+    deployed = gateway_settings(kubernetes_environment(GATEWAY))
+    assert not deployed.allow_anonymous
+    mounts = {mount["name"]: mount for mount in deployment(GATEWAY)["containers"][0]["volumeMounts"]}
+    assert Path(deployed.keys_file).parent == Path(mounts["keys"]["mountPath"])
+
+
+def test_the_gateways_image_has_no_pytorch() -> None:
+    installed = stage("gateway-dependencies")
+    assert "--extra gateway --extra gateway-s3" in installed
+    assert "consumer" not in installed
+    assert "--from=dependencies" not in stage("gateway")
+    assert "--from=gateway-dependencies" in stage("gateway")
+
+
+def test_files_and_batches_outlive_the_gateways_container() -> None:
+    assert environment("gateway")["EMBEDQ_GATEWAY_FILES"] == "/files"
+    assert "files:/files" in SERVICES["gateway"]["volumes"]
+    assert "-o 10001 -g 10001 -m 700 /files" in stage("gateway")
 
 
 def test_what_depends_on_something_names_a_service_and_a_check_that_it_has() -> None:
@@ -184,16 +264,17 @@ def test_the_health_pages_are_reached_from_outside_only_where_a_network_policy_o
     assert all(port.startswith("127.0.0.1:") for port in SERVICES["consumer"]["ports"])
 
 
-def network_policy() -> dict[str, Any]:
-    found: dict[str, Any] = next(document for document in K8S if document["kind"] == "NetworkPolicy")["spec"]
+def network_policy(name: str = CONSUMER) -> dict[str, Any]:
+    found: dict[str, Any] = named("NetworkPolicy", name)["spec"]
     return found
 
 
-def test_the_network_policy_is_the_consumers_and_denies_what_it_does_not_name() -> None:
-    deployed = next(document for document in K8S if document["kind"] == "Deployment")["spec"]["template"]
-    assert network_policy()["podSelector"]["matchLabels"].items() <= deployed["metadata"]["labels"].items()
-    assert sorted(network_policy()["policyTypes"]) == ["Egress", "Ingress"]
-    for rule in (*network_policy()["ingress"], *network_policy()["egress"]):
+@pytest.mark.parametrize("name", [CONSUMER, GATEWAY])
+def test_a_network_policy_is_of_its_pods_and_denies_what_it_does_not_name(name: str) -> None:
+    labels = named("Deployment", name)["spec"]["template"]["metadata"]["labels"]
+    assert network_policy(name)["podSelector"]["matchLabels"].items() <= labels.items()
+    assert sorted(network_policy(name)["policyTypes"]) == ["Egress", "Ingress"]
+    for rule in (*network_policy(name)["ingress"], *network_policy(name)["egress"]):
         assert rule["ports"]
         assert rule.get("from") or rule.get("to")
 
@@ -208,8 +289,17 @@ def test_the_network_policy_allows_what_the_consumer_needs() -> None:
     assert allowed == {53, kafka, redis}
 
 
-def test_the_pod_may_do_nothing_that_it_does_not_need() -> None:
-    pod, (container,) = deployment(), deployment()["containers"]
+def test_the_network_policy_allows_what_the_gateway_needs() -> None:
+    (users,) = network_policy(GATEWAY)["ingress"]
+    assert [port["port"] for port in users["ports"]] == ["http"]
+    allowed = {port["port"] for rule in network_policy(GATEWAY)["egress"] for port in rule["ports"]}
+    kafka = int(kubernetes_environment(GATEWAY)["EMBEDQ_KAFKA_SERVERS"].rpartition(":")[2])
+    assert allowed == {53, kafka}
+
+
+@pytest.mark.parametrize("name", [CONSUMER, GATEWAY])
+def test_the_pod_may_do_nothing_that_it_does_not_need(name: str) -> None:
+    pod, (container,) = deployment(name), deployment(name)["containers"]
     assert pod["automountServiceAccountToken"] is False
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -267,31 +357,36 @@ def test_what_the_image_is_built_from_is_there_and_not_ignored() -> None:
     assert ignored(".git")
 
 
-def test_a_code_edit_does_not_reach_the_layer_with_the_dependencies() -> None:
-    stage = re.search(r"AS dependencies\n(.*?)\nFROM ", DOCKERFILE, re.DOTALL)
-    assert stage is not None
-    assert re.findall(r"^COPY (.+)$", stage[1], re.MULTILINE) == ["pyproject.toml constraints.txt ./"]
-    last = DOCKERFILE.split("\nFROM ")[-1]
-    assert last.index("COPY --from=dependencies") < last.index("from=wheel")
+@pytest.mark.parametrize(
+    ("dependencies", "image"), [("dependencies", ""), ("gateway-dependencies", "gateway")]
+)
+def test_a_code_edit_does_not_reach_the_layer_with_the_dependencies(dependencies: str, image: str) -> None:
+    copied = re.findall(r"^COPY (.+)$", stage(dependencies), re.MULTILINE)
+    assert copied == ["pyproject.toml constraints.txt ./"]
+    assert stage(image).index(f"COPY --from={dependencies}") < stage(image).index("from=wheel")
 
 
 def test_no_process_of_the_image_runs_as_root() -> None:
-    user = re.findall(r"^USER (\S+)$", DOCKERFILE, re.MULTILINE)[-1].split(":")[0]
-    assert user == "10001"
-    assert deployment()["securityContext"]["runAsUser"] == int(user)
+    users = re.findall(r"^USER (\S+)$", DOCKERFILE, re.MULTILINE)
+    assert users == ["10001:10001"] * 2
+    for name in (CONSUMER, GATEWAY):
+        assert deployment(name)["securityContext"]["runAsUser"] == 10001
 
 
 def test_the_health_check_of_the_image_is_valid_python() -> None:
-    block = re.search(r"^HEALTHCHECK [^\n]*CMD (\[.*?\"\])$", DOCKERFILE, re.MULTILINE | re.DOTALL)
-    assert block is not None
-    command = json.loads(block[1].replace("\\\n", ""))
-    assert command[:2] == ["python", "-c"]
-    compile(command[2], "HEALTHCHECK", "exec")
-    compile(SERVICES["consumer"]["healthcheck"]["test"][3], "healthcheck", "exec")
+    blocks = re.findall(r"^HEALTHCHECK [^\n]*CMD (\[.*?\"\])$", DOCKERFILE, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        command = json.loads(block.replace("\\\n", ""))
+        assert command[:2] == ["python", "-c"]
+        compile(command[2], "HEALTHCHECK", "exec")
+    for service in ("consumer", "gateway"):
+        compile(SERVICES[service]["healthcheck"]["test"][3], "healthcheck", "exec")
 
 
 def test_a_service_named_embedq_does_not_break_the_settings_on_kubernetes() -> None:
-    assert deployment()["enableServiceLinks"] is False
+    for name in (CONSUMER, GATEWAY):
+        assert deployment(name)["enableServiceLinks"] is False
 
 
 def test_keda_scales_the_deployment_by_the_lag_of_both_lanes() -> None:

@@ -88,10 +88,10 @@ class Device:
 
 @asynccontextmanager
 async def working(
-    device: Device, *costs: int, metrics: Metrics | None = None
+    device: Device, *costs: int, metrics: Metrics | None = None, max_wait: float = 0.0
 ) -> AsyncIterator[Batcher[Item]]:
     """A loop around a budget of 100 tokens, with these texts waiting."""
-    batcher = Batcher[Item](BatchPolicy(max_tokens=100, max_items=10, max_wait=0.0, bulk_max_wait=5.0))
+    batcher = Batcher[Item](BatchPolicy(max_tokens=100, max_items=10, max_wait=max_wait, bulk_max_wait=5.0))
     batcher.put(Item(number, cost) for number, cost in enumerate(costs))
     async with asyncio.TaskGroup() as tasks:
         loop = tasks.create_task(BatchLoop(batcher, device.run, metrics or Metrics(), tasks).run())
@@ -116,6 +116,20 @@ async def test_the_next_micro_batch_is_assembled_when_one_ends_and_not_before() 
         batcher.put([Item(3, 40)])  # in time for the third, which is not assembled yet
         device.ends[0].set_result(None)
         await wait_until(lambda: device.started == [[0], [1], [2, 3]], within=10)
+
+
+async def test_a_text_waits_for_others_only_while_the_device_has_something_to_do() -> None:
+    device = Device()
+    async with working(device, max_wait=3600.0) as batcher:
+        now = asyncio.get_running_loop().time()
+        batcher.put([Item(0, 10, arrived=now)])
+        await wait_until(lambda: device.started == [[0]], within=10)
+        batcher.put([Item(1, 10, arrived=now)])
+        batcher.put([Item(2, 10, arrived=now)])
+        await settled()
+        assert device.started == [[0]]
+        device.ends[0].set_result(None)
+        await wait_until(lambda: device.started == [[0], [1, 2]], within=10)
 
 
 async def test_a_short_text_goes_before_the_next_of_many_long_ones() -> None:

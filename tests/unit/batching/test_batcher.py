@@ -59,6 +59,18 @@ def test_a_lone_text_waits_for_others_as_long_as_allowed_and_no_longer() -> None
     assert waiting.due_in(6.0) == math.inf
 
 
+def test_a_text_that_nobody_follows_does_not_wait_while_the_device_is_idle() -> None:
+    waiting = policy(max_wait=1.0)
+    waiting.put(items(10, arrived=5.0), followed=True)
+    waiting.idle = True
+    assert waiting.due_in(5.25) == 0.75
+    waiting.put([], followed=False)  # the others came to nothing
+    assert numbers(waiting.take(5.25)) == [0]
+    waiting.idle = False
+    waiting.put(items(10, arrived=6.0))
+    assert waiting.due_in(6.25) == 0.75
+
+
 def test_the_wait_is_counted_from_the_oldest_text_of_both_lanes() -> None:
     waiting = policy(max_wait=1.0)
     waiting.put(items(10, arrived=5.0, lane="bulk"))

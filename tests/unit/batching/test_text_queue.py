@@ -26,11 +26,11 @@ from tests.helpers.in_flight import admitted
 class Parts:
     """A text queue and what is around it."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_wait: float = 0.0) -> None:
         self.metrics = Metrics()
         self.flights = SingleFlight()
         self.policy = BatchPolicy[QueuedText](
-            max_tokens=10_000, max_items=1024, max_wait=0.0, bulk_max_wait=5.0
+            max_tokens=10_000, max_items=1024, max_wait=max_wait, bulk_max_wait=5.0
         )
         batcher = Batcher[QueuedText](self.policy)
         self.budget = TokenBudget(batcher, self.metrics, lambda facts: None)
@@ -90,6 +90,22 @@ async def test_equal_inputs_of_two_lanes_do_not_wait_for_each_other(parts: Parts
     assert model.calls == [["a"], ["a"]]
     assert [text.lane for text in parts.queued()] == ["interactive", "bulk"]
     assert parts.sample("deduplicated_total") == 0
+
+
+async def test_texts_wait_for_others_that_are_still_at_the_tokenizer_and_the_last_ones_for_nobody() -> None:
+    parts = Parts(max_wait=3600.0)
+    parts.policy.idle = True
+    job = admitted(input=[str(number) for number in range(300)], model=Letters())
+    parts.queue.join([(job, index) for index in job.distinct])
+    first = parts.queue.next_call()
+    assert first is not None
+    await parts.queue.tokenize(first)
+    assert parts.queued() == []
+    last = parts.queue.next_call()
+    assert last is not None
+    await parts.queue.tokenize(last)
+    assert len(parts.queued()) == 300
+    await asyncio.to_thread(parts.queue.close)
 
 
 async def test_one_call_of_the_tokenizer_has_at_most_256_texts(parts: Parts) -> None:

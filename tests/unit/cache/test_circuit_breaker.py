@@ -73,13 +73,26 @@ def test_each_failed_probe_doubles_the_pause_up_to_the_longest() -> None:
         one.failed(permitted(one, now), now)
 
 
-def test_a_successful_probe_makes_the_next_pause_short_again() -> None:
+def test_a_recovery_makes_the_next_pause_short_again() -> None:
     one = opened()
     one.failed(permitted(one, 1.0), 1.0)
     one.succeeded(permitted(one, 3.0))
-    one.failed(permitted(one, 3.0), 3.0)
-    assert one.admit(3.99) is None
-    permitted(one, 4.0)
+    assert not one.recovered(10.9)
+    assert one.recovered(11.0)
+    one.failed(permitted(one, 11.0), 11.0)
+    assert one.admit(11.99) is None
+    permitted(one, 12.0)
+
+
+def test_one_that_opens_again_soon_goes_on_with_longer_pauses() -> None:
+    one = opened()
+    one.succeeded(permitted(one, 1.0))
+    one.failed(permitted(one, 1.5), 1.5)
+    assert one.admit(3.49) is None
+    one.succeeded(permitted(one, 3.5))
+    one.failed(permitted(one, 4.0), 4.0)
+    assert one.admit(7.99) is None
+    permitted(one, 8.0)
 
 
 def test_an_abandoned_probe_leaves_the_next_caller_to_probe() -> None:

@@ -19,6 +19,7 @@ class Peer:
 
     def __init__(self) -> None:
         self.answer: bytes | None = b"+PONG\r\n"
+        self.delay_s = 0.0
         self.connections = 0
         self.received = b""
         self._writers: list[asyncio.StreamWriter] = []
@@ -30,6 +31,7 @@ class Peer:
         with contextlib.suppress(OSError):
             while received := await reader.read(1 << 16):
                 self.received += received
+                await asyncio.sleep(self.delay_s)
                 if self.answer is not None:
                     writer.write(self.answer)
                     await writer.drain()
@@ -149,6 +151,23 @@ async def test_a_connection_that_was_closed_meanwhile_is_opened_once_more(
     assert peer.connections == 2
 
 
+@pytest.mark.parametrize("told", [False, True])
+async def test_nothing_is_written_to_a_connection_that_is_lost(
+    peer: Peer, link: RedisLink, monkeypatch: pytest.MonkeyPatch, *, told: bool
+) -> None:
+    """Python 3.12's transports fail there with an AttributeError, which ended the process."""
+    await link.exchange(PING, 10)
+    writer = link._connections[0]._writer
+    assert writer is not None
+    written: list[object] = []
+    monkeypatch.setattr(writer, "writelines", written.append)
+    writer.transport.abort()
+    if told:
+        await writer.wait_closed()
+    assert await link.exchange(PING, 10) == [b"PONG"]
+    assert (written, peer.connections) == ([], 2)
+
+
 async def test_nothing_that_listens_is_a_failure() -> None:
     server = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
@@ -182,3 +201,24 @@ async def test_callers_wait_for_a_connection_within_their_time(peer: Peer, link:
     first.cancel()
     with pytest.raises(asyncio.CancelledError):
         await first
+
+
+async def test_a_caller_waits_for_a_connection_as_long_as_redis_answers_others(
+    peer: Peer, link: RedisLink
+) -> None:
+    """Five round trips over one connection, each of half the time that a caller has."""
+    peer.delay_s = 0.2
+    asked = [asyncio.ensure_future(link.exchange(PING, 0.4)) for _ in range(5)]
+    assert await asyncio.gather(*asked) == [[b"PONG"]] * 5
+
+
+async def test_a_redis_that_stops_answering_costs_those_who_wait_one_time_out(
+    peer: Peer, link: RedisLink
+) -> None:
+    assert await link.exchange(PING, 10) == [b"PONG"]
+    peer.answer = None
+    asked = [asyncio.ensure_future(link.exchange(PING, 0.3)) for _ in range(5)]
+    outcomes = await asyncio.gather(*asked, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [LinkFailed] * 5
+    # One after the other, each with a time of its own, they would all have sent theirs.
+    assert peer.received.count(b"PING") <= 3

@@ -89,10 +89,17 @@ class FakeLink:
 class Opened:
     """An open cache, its link, and what its metrics say."""
 
-    def __init__(self, *, failures: int = 3, pause_s: float = 3600, options: CacheOptions = OPTIONS) -> None:
+    def __init__(
+        self,
+        *,
+        failures: int = 3,
+        pause_s: float = 3600,
+        longest_pause_s: float = 3600,
+        options: CacheOptions = OPTIONS,
+    ) -> None:
         self.link = FakeLink()
         self.metrics = Metrics()
-        self.breaker = CircuitBreaker(failures=failures, pause_s=pause_s)
+        self.breaker = CircuitBreaker(failures=failures, pause_s=pause_s, longest_pause_s=longest_pause_s)
         self.cache = VectorCache(options, CODEC, self.metrics, link=self.link, breaker=self.breaker)
 
     async def open(self) -> Opened:
@@ -315,8 +322,20 @@ async def test_a_breaker_that_many_look_ups_open_at_once_is_logged_once() -> Non
     assert [line["event"] for line in logs] == ["cache_breaker_opened"]
 
 
-async def test_a_probe_that_succeeds_closes_the_breaker_and_says_so() -> None:
+async def test_a_breaker_that_opens_again_and_again_is_logged_once() -> None:
     one = await Opened(failures=1, pause_s=0).open()
+    with capture_logs() as logs:
+        for _ in range(3):
+            one.link.failure = LinkFailed("TimeoutError")
+            await one.cache.get_many([key("a")])
+            one.link.failure = None
+            await one.cache.get_many([key("a")])
+    assert [line["event"] for line in logs] == ["cache_breaker_opened"]
+    assert one.sample("cache_breaker_open") == 0
+
+
+async def test_a_probe_that_succeeds_closes_the_breaker_and_says_so() -> None:
+    one = await Opened(failures=1, pause_s=0, longest_pause_s=0).open()
     one.link.failure = LinkFailed("ConnectionError")
     await one.cache.get_many([key("a")])
     await one.cache.get_many([key("a")])  # a probe that fails

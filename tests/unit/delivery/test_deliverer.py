@@ -116,6 +116,33 @@ async def test_a_record_is_finished_after_the_brokers_have_its_result() -> None:
         assert parts.sink.events == [TOPICS.results, TOPICS.results, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("fields", "loop_alone"),
+    [
+        ({"input": "a"}, True),
+        ({"input": ["a", "b"]}, True),
+        ({"input": ["a", "b", "c"]}, False),
+        ({"input": "a", "chunk": {"mode": "late", "tokens": 8}}, False),  # it may have thousands of spans
+    ],
+    ids=str,
+)
+async def test_results_of_one_or_two_inputs_need_no_thread(
+    fields: dict[str, Any], loop_alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_thread: list[object] = []
+    in_thread = Deliverer.in_thread
+
+    async def noted(deliverer: Deliverer, work: Callable[..., Any], *args: Any) -> Any:
+        on_thread.append(work)
+        return await in_thread(deliverer, work, *args)
+
+    monkeypatch.setattr(Deliverer, "in_thread", noted)
+    async with delivering() as parts:
+        await parts.deliver(answered(**fields))
+        assert parts.sink.finished == [7]
+        assert bool(on_thread) != loop_alone
+
+
 async def test_a_job_that_waits_for_its_address_delays_no_other_of_its_delivery() -> None:
     async with delivering() as parts:
         parts.sink.stuck.add("elsewhere")

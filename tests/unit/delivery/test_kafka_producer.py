@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 from embedq_consumer.delivery import kafka_producer
 from embedq_consumer.delivery.kafka_producer import KafkaProducer, KafkaProducers
 from embedq_consumer.delivery.outgoing import Outgoing
-from embedq_shared.kafka import KafkaError, PartitionwiseProducer
+from embedq_shared.kafka import KafkaConnectionError, KafkaError, PartitionwiseProducer
 
 NOBODY = {"bootstrap_servers": "127.0.0.1:1"}
 
@@ -84,6 +84,15 @@ async def test_a_producer_that_stops_is_left_in_peace() -> None:
     await producer.abandon()
     assert not underlying.client.closed
     assert not producer.alive
+
+
+async def test_whoever_still_asks_a_producer_that_was_closed_is_told_so_as_of_a_broker() -> None:
+    producer, _ = await adapted()
+    await producer.abandon()
+    with pytest.raises(KafkaConnectionError, match="the producer was closed"):
+        await producer.partition_counts()
+    with pytest.raises(KafkaConnectionError, match="the producer was closed"):
+        await producer.look_up(("t", 0))
 
 
 async def test_a_producer_whose_stop_hangs_is_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from aiokafka.errors import (
     InvalidTimestampError,
     KafkaConnectionError,
     LeaderNotAvailableError,
+    NodeNotReadyError,
     NotEnoughReplicasError,
     UnknownTopicOrPartitionError,
 )
@@ -42,8 +43,10 @@ def record(
     return Outgoing(topic=topic, partition=partition, key=key, value=value, headers=[], anywhere=anywhere)
 
 
-def parcel(now: float = 0, timeout_s: float | None = 15, sent: Outgoing | None = None) -> Parcel:
-    return Parcel(sent or record(), lambda error: None, timeout_s, next(serials), now)
+def parcel(
+    now: float = 0, timeout_s: float | None = 15, sent: Outgoing | None = None, *, urgent: bool = False
+) -> Parcel:
+    return Parcel(sent or record(), lambda error: None, timeout_s, next(serials), now, lambda: urgent)
 
 
 def places(*, max_held: int = 100, **partitions: int) -> Places:
@@ -293,6 +296,67 @@ def test_failing_places_hold_no_more_than_they_may_and_the_oldest_of_the_fullest
     assert [one for one, _ in found.excess(1)] == oldest
     assert (len(small), len(full)) == (3, 7)
     assert found.excess(1) == []
+
+
+def lost(found: Places, *, urgent: bool = False, count: int = 12) -> Destination:
+    """A place that has worked, whose broker is lost at second 1; its records may wait for 15 s."""
+    destination = found.at(("t", 0))
+    destination.note_taken(0)
+    for _ in range(count):
+        destination.add(parcel(1, timeout_s=15, urgent=urgent))
+    destination.note_failure(NodeNotReadyError(), 1, 1)
+    found.note_taken(2)
+    return destination
+
+
+def test_a_place_that_worked_until_now_has_half_of_its_time_to_heal_whatever_waits_for_it() -> None:
+    found = places(max_held=10)
+    destination = lost(found)
+    assert found.excess(1 + 7.4) == []
+    assert len(found.excess(1 + 7.5)) == 2
+    destination.note_taken(10)
+    destination.note_failure(NodeNotReadyError(), 11, 11)
+    assert found.excess(12) == [], "it worked again"
+
+
+def test_nor_does_what_waits_behind_its_records_end_them_before() -> None:
+    found = places()
+    destination = lost(found, urgent=True)
+    assert found.overdue(destination, 1 + 7.4) == []
+    assert len(found.overdue(destination, 1 + 7.5)) == 12
+
+
+def test_a_place_that_was_given_up_has_no_time_to_heal_until_it_has_worked_again() -> None:
+    found = places(max_held=10)
+    destination = lost(found, urgent=True)
+    found.note_taken(12)
+    assert len(found.overdue(destination, 1 + 15)) == 12
+    destination.add(parcel(20, timeout_s=15, urgent=True))
+    destination.note_failure(NodeNotReadyError(), 20, 20)
+    assert len(found.overdue(destination, 20.1)) == 1
+
+
+def test_a_place_that_was_never_tried_is_believed_to_heal_where_others_fail_that_did_not_before() -> None:
+    found = places(max_held=10)
+    new = failing(found, ("t", 1), count=12)
+    assert len(found.excess(1)) == 2, "its own fault, for all that is known"
+    lost(found)
+    for _ in range(5):
+        new.add(parcel(1))
+    assert found.excess(2) == []
+
+
+def test_a_place_of_our_own_topics_is_believed_to_heal_before_it_has_had_a_record() -> None:
+    found = Places({"t": 4}.get, max_held=10, now=0, ours=["t"])
+    failing(found, count=12)
+    assert found.excess(1) == []
+
+
+def test_a_place_that_heals_takes_nothing_of_what_others_that_fail_may_hold() -> None:
+    found = places(max_held=10)
+    lost(found, count=100)
+    failing(found, ("t", 1), count=10)
+    assert found.excess(2) == []
 
 
 def test_a_place_that_works_may_hold_what_it_likes() -> None:

@@ -190,6 +190,12 @@ async def test_a_head_that_is_too_long_is_told_so_in_one_piece_or_many(pieces: i
         assert await one.refusal() == (431, "head_too_large")
 
 
+async def test_so_is_one_that_never_ends() -> None:
+    async with serving() as server, peer(server) as one:
+        await one.send(b"GET / HTTP/1.1\r\nx-long: " + b"a" * 5000)
+        assert await one.refusal() == (431, "head_too_large")
+
+
 async def test_so_is_a_request_line() -> None:
     async with serving() as server, peer(server) as one:
         await one.send(b"GET /" + b"a" * 5000 + b" HTTP/1.1\r\nhost: x\r\n\r\n")

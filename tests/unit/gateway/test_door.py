@@ -195,3 +195,10 @@ def test_a_key_is_found_in_the_header_that_has_one() -> None:
     assert key_in({b"authorization": b"Bearer a", b"x-api-key": b"b"}) == "a"
     assert key_in({b"authorization": b"Basic a", b"x-api-key": b"b"}) == "b"
     assert key_in({b"authorization": b"Bearer ", b"x-api-key": b" "}) is None
+
+
+def test_a_hash_that_only_begins_like_a_keys_does_not_open_the_door() -> None:
+    digest = hash_of("good")
+    other = digest[:-1] + ("0" if digest[-1] != "0" else "1")
+    with pytest.raises(ApiError):
+        Door([KeyEntry(name="search", hash=other)]).caller(bearer("good"))

@@ -27,6 +27,7 @@ def test_every_code_of_the_contract_has_a_status() -> None:
 def test_what_openais_client_tries_again_is_what_may_succeed_later(code: str) -> None:
     status = KINDS[code].status
     worth = {*RETRYABLE, "expired", "rate_limit_exceeded", "model_changed", "unavailable", "gateway_fault"}
+    worth.add("storage_unavailable")
     worth |= {"request_timeout", "too_many_connections", "superseded"}
     assert (status in RETRIED or status >= 500) == (code in worth)
 

@@ -179,6 +179,8 @@ async def test_token_ids_are_refused_with_what_to_set(door: Door, value: Any) ->
         ({"input": "a", "dimension": 3}, "unknown_field", "dimension"),
         ({"input": "a", "dimensions": 3}, "invalid_value", "dimensions"),
         ({"input": "a", "dimensions": "64"}, "invalid_value", "dimensions"),
+        ({"input": "a", "dimensions": 2**70}, "invalid_value", "dimensions"),
+        ({"input": "a", "chunk": {"mode": "mean", "tokens": 2**64}}, "invalid_value", "chunk.tokens"),
         ({"input": "a", "encoding_format": "hex"}, "invalid_value", "encoding_format"),
         ({"input": "a", "instruction": "x", "input_type": "document"}, "invalid_value", "instruction"),
         ({"input": "a", "chunk": {"mode": "late"}, "truncate": "end"}, "invalid_value", "truncate"),

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedq_consumer.engine.text.prompts import prompt_for
-from embedq_consumer.intake.admission import Rejection, UnknownAddress
+from embedq_consumer.intake.admission import Admitted, Rejection, UnknownAddress
 from embedq_consumer.intake.jobs import JobState, input_param
 from embedq_consumer.intake.records import Record
 from embedq_consumer.intake.result_sizes import datum_bytes, fixed_bytes, held_bytes
@@ -23,9 +23,7 @@ from tests.helpers.in_flight import NOW_MS, PARTITIONS, TOPICS, Model, admitted,
 REPLIES = ("reply-topic", TOPICS.replies.encode())
 
 
-def admit(
-    found: Record, model: Model | None = None, **settings: Any
-) -> JobState | Rejection | UnknownAddress:
+def admit(found: Record, model: Model | None = None, **settings: Any) -> Admitted:
     return rules(**settings).admit(found, model or Model(), NOW_MS, PARTITIONS.get)
 
 

@@ -21,7 +21,7 @@ from aiokafka.errors import (
     KafkaError,
     TopicAuthorizationFailedError,
 )
-from aiokafka.structs import OffsetAndMetadata
+from aiokafka.structs import BrokerMetadata, OffsetAndMetadata
 
 from embedq_shared.backoff import backoff
 from embedq_shared.kafka import (
@@ -41,6 +41,7 @@ from embedq_shared.kafka import (
     poll_partition,
     stop_client,
 )
+from embedq_shared.kafka.clients import KafkaConnections
 
 A, B = TopicPartition("t", 0), TopicPartition("t", 1)
 
@@ -315,6 +316,33 @@ async def test_connecting_does_not_hide_our_own_faults() -> None:
 
     with pytest.raises(ZeroDivisionError):
         await connect(lambda: Starting(wrong), 5.0)
+
+
+class Starved(KafkaConnections):
+    """A client whose broker names `later` nodes once it is asked again; node 7 coordinates everything."""
+
+    def __init__(self, later: int) -> None:
+        super().__init__(bootstrap_servers="localhost:1")
+        self._later = later
+
+    def force_metadata_update(self) -> Any:
+        self.cluster._brokers = {
+            number: BrokerMetadata(number, "localhost", 1, None) for number in range(self._later)
+        }
+        return asyncio.ensure_future(self._answered())
+
+    async def send(self, node_id: int, request: Any, **options: Any) -> Any:
+        return SimpleNamespace(error_code=0, coordinator_id=7)
+
+    async def _answered(self) -> bool:
+        return bool(self._later)
+
+
+async def test_a_broker_that_knows_no_brokers_yet_is_asked_again() -> None:
+    assert await Starved(1).coordinator_lookup(0, "group") == 7
+    with pytest.raises(KafkaConnectionError, match="knows no brokers yet") as raised:
+        await Starved(0).coordinator_lookup(0, "group")
+    assert raised.value.retriable  # aiokafka's own loop looks again
 
 
 def test_back_off_doubles_up_to_its_limit_and_half_of_it_is_random() -> None:

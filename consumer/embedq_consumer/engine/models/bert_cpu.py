@@ -1,7 +1,8 @@
 """BERT's forward over a packed row, written out in PyTorch: what MiniLM and its family run on a CPU.
 
 It computes what transformers' BertModel computes, with one product for query, key and value, sums taken in place, and
-position and token-type tables added up once. PackedEncoder proves it against BertModel at every load.
+position and token-type tables added up once. PackedEncoder proves it against BertModel at every load. A row of few tokens is
+multiplied with weights that were laid out for the processor once (`kernels/few_rows.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embedq_consumer.engine.kernels.attention import Packing, attend_runs
+from embedq_consumer.engine.kernels.few_rows import FEW_TOKENS, packable, packed, packed_linear
 from embedq_consumer.engine.models.traits import ForwardOptions
 from embedq_consumer.engine.row import PooledForward
 
@@ -62,7 +64,8 @@ class PackedBert:
         self._embedding_norm = pair(embeddings.LayerNorm)
         self._scratch: _Workspace | None = None
         self._layers = [self._layer(layer) for layer in model.encoder.layer]
-        self.kernels = {"attention": "torch_sdpa"}
+        self._packed_layers = _packed(self._layers)
+        self.kernels = {"attention": "torch_sdpa", "few_rows": "packed" if self._packed_layers else "plain"}
 
     @staticmethod
     def fits(model: Any) -> bool:
@@ -81,15 +84,15 @@ class PackedBert:
         scratch = self._workspace(len(ids))
         scale = self._head_dim**-0.5
         bias = self._bias(packing)
-        for layer in self._layers:
-            q, k, v = _linear(x, layer.qkv, scratch.qkv).view(-1, 3, self._heads, self._head_dim).unbind(1)
+        few = self._packed_layers if len(ids) <= FEW_TOKENS else None
+        linear = _linear if few is None else _packed_linear
+        for layer in few or self._layers:
+            q, k, v = linear(x, layer.qkv, scratch.qkv).view(-1, 3, self._heads, self._head_dim).unbind(1)
             attend_runs(q, k, v, scratch.attended, packing.runs, causal=False, scale=scale, bias=bias)
             attended = scratch.attended.flatten(1)
-            x = self._normalized(
-                _linear(attended, layer.o_proj, scratch.narrow).add_(x), layer.attention_norm
-            )
-            wide = torch.ops.aten.gelu_(_linear(x, layer.up, scratch.wide))
-            x = self._normalized(_linear(wide, layer.down, scratch.narrow).add_(x), layer.norm)
+            x = self._normalized(linear(attended, layer.o_proj, scratch.narrow).add_(x), layer.attention_norm)
+            wide = torch.ops.aten.gelu_(linear(x, layer.up, scratch.wide))
+            x = self._normalized(linear(wide, layer.down, scratch.narrow).add_(x), layer.norm)
         return x
 
     def pooled(self) -> PooledForward | None:
@@ -143,6 +146,32 @@ class PackedBert:
 def _linear(x: Tensor, layer: tuple[Tensor, Tensor], out: Tensor) -> Tensor:
     weight, bias = layer
     return torch.addmm(bias, x, weight.t(), out=out)
+
+
+def _packed_linear(x: Tensor, layer: tuple[Tensor, Tensor], out: Tensor) -> Tensor:
+    """The same with a packed weight; `out` is not used, since what few tokens give is small."""
+    return packed_linear(x, *layer)
+
+
+def _packed(layers: Sequence[BertLayer]) -> list[BertLayer] | None:
+    """The same layers with packed weights; None where that is of no use."""
+    weights = [pair[0] for layer in layers for pair in _products(layer)]
+    if not packable(weights):
+        return None
+    return [
+        msgspec.structs.replace(
+            layer,
+            qkv=(packed(layer.qkv[0]), layer.qkv[1]),
+            o_proj=(packed(layer.o_proj[0]), layer.o_proj[1]),
+            up=(packed(layer.up[0]), layer.up[1]),
+            down=(packed(layer.down[0]), layer.down[1]),
+        )
+        for layer in layers
+    ]
+
+
+def _products(layer: BertLayer) -> tuple[tuple[Tensor, Tensor], ...]:
+    return layer.qkv, layer.o_proj, layer.up, layer.down
 
 
 def bert_layer(queries_keys_values: Sequence[Any], o_proj: Any, attention_norm: Any, layer: Any) -> BertLayer:

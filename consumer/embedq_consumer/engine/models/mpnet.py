@@ -34,7 +34,6 @@ class PackedMPNet(PackedBert):
         weights: Tensor = model.encoder.relative_attention_bias.weight.detach()
         buckets = t5_buckets(self._most, buckets=_BUCKETS, max_distance=_MAX_DISTANCE)
         self._biases = F.embedding(buckets.to(weights.device), weights).t().contiguous()
-        self.kernels = {"attention": "torch_sdpa"}
 
     @staticmethod
     def fits(model: Any) -> bool:

@@ -1,0 +1,66 @@
+"""Products of few tokens with weights that were laid out once, against the same products without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from embedq_consumer.engine import ModelError, load_encoder
+from embedq_consumer.engine.kernels import few_rows
+from embedq_consumer.engine.models import bert_cpu
+from tests.helpers.encoders import normalized
+from tests.helpers.tiny_models import make_tiny_bert
+
+Row = list[np.ndarray]
+
+
+def row(*lengths: int) -> Row:
+    random = np.random.default_rng(0)
+    return [random.integers(1, 300, length).astype(np.int32) for length in lengths]
+
+
+@pytest.mark.parametrize("tokens", [1, 7, few_rows.FEW_TOKENS])
+def test_a_packed_product_is_the_plain_one(tokens: int) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((tokens, 48), (40, 48), (40,)))
+    found = few_rows.packed_linear(x, few_rows.packed(weight), bias)
+    torch.testing.assert_close(found, torch.nn.functional.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_not_float32_or_not_a_number_or_too_much_is_not_packed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight = torch.randn(8, 8)
+    assert few_rows.packable([weight])
+    assert not few_rows.packable([weight.bfloat16()])
+    assert not few_rows.packable([weight * torch.nan])
+    monkeypatch.setattr(few_rows, "PACKED_BYTES", 2 * weight.nbytes)
+    assert few_rows.packable([weight, weight])
+    assert not few_rows.packable([weight, weight, weight])
+
+
+def test_texts_of_few_tokens_and_of_many_get_the_vectors_that_a_model_without_copies_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_tiny_bert(tmp_path, max_tokens=128)
+    packed = load_encoder(path, device="cpu")
+    monkeypatch.setattr(few_rows, "PACKED_BYTES", 0)
+    plain = load_encoder(path, device="cpu")
+    assert (packed.kernels["few_rows"], plain.kernels["few_rows"]) == ("packed", "plain")
+    for batch in (row(16), row(3, 9, 3), row(few_rows.FEW_TOKENS), row(100, 40)):
+        difference = np.abs(normalized(packed.encode(batch)) - normalized(plain.encode(batch)))
+        assert difference.max() <= 1e-6
+
+
+@pytest.mark.parametrize("broken", ["_linear", "_packed_linear"])
+def test_a_load_proves_both_ways_to_multiply(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    path = make_tiny_bert(tmp_path)
+    right = getattr(bert_cpu, broken)
+    monkeypatch.setattr(bert_cpu, broken, lambda x, layer, out: right(x.flip(0), layer, out))
+    with pytest.raises(ModelError, match="do not give the same"):
+        load_encoder(path, device="cpu")
