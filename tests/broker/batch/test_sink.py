@@ -38,7 +38,9 @@ def following(servers: str, prefix: str, *arguments: str) -> Iterator[subprocess
         yield process
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
+        assert process.stderr is not None
+        process.stderr.close()
 
 
 class Stored:
