@@ -21,7 +21,7 @@ __all__ = ["stack"]
 
 HERE: Final = Path(__file__).parent
 
-ORDER: Final = ("faults", "broker/service", "broker", "clients", "redis", "project", "model", "gpu", "unit")
+ORDER: Final = ("faults", "broker/service", "broker", "clients", "redis", "stores", "project", "model", "gpu", "unit")
 """Folders in the order in which their tests run. What mostly waits comes first: with two workers, short and busy tests
 then fill the gaps, and neither worker is left alone with a long file at the end."""
 

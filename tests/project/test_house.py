@@ -89,7 +89,7 @@ BATCH: Final[Floors] = (
     ("api",),
     ("__init__",),
     ("command",),
-    ("sink_command",),
+    ("sink_command", "switch_command"),
 )
 ENGINE: Final[Floors] = (("kernels",), ("models",), ("loading",))
 """The engine's other rooms may stand anywhere, as long as there is no circle."""
