@@ -50,7 +50,8 @@ def run(settings: Settings, leave_within: Callable[[float], object] = lambda _: 
     try:
         if settings.devices:
             return supervise(settings, os.environ)
-        asyncio.run(_run(settings, leave_within))
+        with asyncio.Runner(loop_factory=_loop_factory(settings.event_loop)) as runner:
+            runner.run(_run(settings, leave_within))
     except* _EXPECTED as group:
         failures = _leaves(group)
     for failure in failures:
@@ -59,6 +60,22 @@ def run(settings: Settings, leave_within: Callable[[float], object] = lambda _: 
     if any(isinstance(failure, SettingsError) or is_permanent(failure) for failure in failures):
         return 2
     return 1 if failures else 0
+
+
+def _loop_factory(name: str) -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """What makes the event loop; None for Python's own.
+
+    Raises:
+        SettingsError: it is not installed.
+    """
+    if name == "asyncio":
+        return None
+    try:
+        import uvloop
+    except ModuleNotFoundError:
+        raise SettingsError("EMBEDQ_EVENT_LOOP: uvloop is not installed: pip install uvloop") from None
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
 
 
 async def _run(settings: Settings, leave_within: Callable[[float], object]) -> None:

@@ -84,6 +84,10 @@ class Settings(KafkaSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
             description="Name of this replica in statuses and logs. Empty: the host name and a random suffix.",
         ),
     ] = ""
+    event_loop: Annotated[
+        Literal["asyncio", "uvloop"],
+        Meta(description="The event loop: Python's own, or uvloop, where that package is installed."),
+    ] = "asyncio"
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], Meta(description="Least severe events that are logged.")
     ] = "info"

@@ -69,7 +69,7 @@ def device() -> Iterator[Device]:
 @pytest.fixture
 def bench(models: Path, device: Device) -> Iterator[Bench]:
     """A served model whose loads are real ones, onto the device. Everything that it held is free afterwards."""
-    made = Bench(models, stall_timeout_s=120.0, load_timeout_s=120.0, batches=BATCHES, old=[], new=[])
+    made = Bench(models, {"old": [], "new": []}, stall_timeout_s=120.0, load_timeout_s=120.0, batches=BATCHES)
     made.model.slot._load = device.load
     yield made
     if (loaded := made.model.slot.serving) is not None:

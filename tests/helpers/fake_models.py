@@ -131,11 +131,11 @@ class Bench:
     def __init__(
         self,
         root: Path,
+        models: Mapping[str, list[FakeModel | BaseException]],
         *,
         stall_timeout_s: float = 60.0,
         load_timeout_s: float = 30.0,
         batches: BatchOptions = _BATCHES,
-        **models: list[FakeModel | BaseException],
     ) -> None:
         self.root = root.resolve()
         self.metrics = Metrics()

@@ -55,6 +55,31 @@ async def until_stopped(settings: Settings, stop: asyncio.Event, leaving: Callab
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.parametrize(("name", "module"), [("asyncio", "asyncio"), ("uvloop", "uvloop")])
+def test_the_event_loop_is_the_one_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, name: str, module: str
+) -> None:
+    pytest.importorskip("uvloop")
+    running: list[str] = []
+
+    async def serve(settings: Settings, stop: asyncio.Event, leaving: Callable[[], object]) -> None:
+        running.append(type(asyncio.get_running_loop()).__module__.partition(".")[0])
+
+    monkeypatch.setattr(process, "serve", serve)
+    monkeypatch.setenv("EMBEDQ_EVENT_LOOP", name)
+    assert main() == 0
+    assert running == [module]
+
+
+def test_an_event_loop_that_is_not_installed_is_a_wrong_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "uvloop", None)
+    monkeypatch.setattr(process, "serve", until_stopped)
+    monkeypatch.setenv("EMBEDQ_EVENT_LOOP", "uvloop")
+    with capture_logs() as logs:
+        assert main() == 2
+    assert "EMBEDQ_EVENT_LOOP" in logs[-1]["detail"]
+
+
 def test_a_wrong_setting_is_one_line_and_code_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, Final
 
+import httptools
 import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -16,6 +18,8 @@ from embedq_gateway.http.pace import Bounds, Pace
 
 STATE: Final = "connections"
 """Where the lifespan's state has the `Connections` of this process."""
+_OFFERS: Final = (b"upgrade", b"http2-settings")
+"""Headers of an offer to speak another protocol."""
 _LINE_AND_COLONS: Final = 4
 """Bytes of each header besides its name and value."""
 
@@ -104,9 +108,45 @@ class BoundedProtocol(HttpToolsProtocol):
             return
         self._all.busy(self)
         self._pace.received(len(data), time.monotonic())
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._parse(data)
         if self._pace.too_long_a_head:
             self._refuse_head()
+
+    def _parse(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as offer:
+            if not self._over:
+                self._stay(data[offer.args[0] :])
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+
+    def _stay(self, rest: bytes) -> None:
+        """A client offers another protocol, as Java's own HTTP client offers h2c with every first request, and sends its request
+        nevertheless. The offer is not taken up. The parser has taken it for the end of the request, so it gets the head
+        anew, without the offer, and then the rest.
+        """
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            self.send_400_response("This is no proxy.")
+            return
+        tokens = [
+            token.strip()
+            for name, value in self.headers
+            if name == b"connection"
+            for token in value.split(b",")
+            if token.strip().lower() not in _OFFERS
+        ]
+        kept = [(name, value) for name, value in self.headers if name not in (b"connection", *_OFFERS)]
+        if tokens:
+            kept.append((b"connection", b", ".join(tokens)))
+        line = b"%s %s HTTP/%s" % (method, self.url, self.parser.get_http_version().encode())
+        head = [line, *(b"%s: %s" % header for header in kept), b"", b""]
+        self.parser = httptools.HttpRequestParser(self)
+        with contextlib.suppress(AttributeError):  # httptools before 0.6.3; as uvicorn does
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self._parse(b"\r\n".join(head) + rest)
 
     def pause_writing(self) -> None:
         """The peer does not read."""
@@ -122,6 +162,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """A head has come whole, perhaps with one piece of data that is larger than a head may be."""
+        if self.parser.should_upgrade():
+            return  # it comes again, see `_stay`
         size = len(self.url) + sum(len(name) + len(value) + _LINE_AND_COLONS for name, value in self.headers)
         if size > self._all.bounds.head_bytes:
             self._refuse_head()
@@ -137,7 +179,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """A request has come whole."""
-        if not self._over:
+        if not self._over and not self.parser.should_upgrade():
             self._pace.body_ended(time.monotonic())
             super().on_message_complete()
             self._note_idle()

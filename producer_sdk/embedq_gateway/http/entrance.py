@@ -125,12 +125,24 @@ class Entrance:
         except HungUp:
             exchange.status = HUNG_UP
         except HTTPException as error:
-            await refusal(exchange, _of_starlette(error))(scope, exchange.receive, exchange.send)
+            await refusal(exchange, self._no_route(error, scope["path"]))(
+                scope, exchange.receive, exchange.send
+            )
         except Exception as error:
             log.exception("request_broke", extra={"request_id": exchange.request_id.decode()})
             if exchange.status:  # the answer has begun, and cannot be taken back
                 raise
             await refusal(exchange, error)(scope, exchange.receive, exchange.send)
+
+    def _no_route(self, error: HTTPException, path: str) -> ApiError:
+        """What the router says where no route fits. It names the methods of one route; a path may have several."""
+        if error.status_code != 405:
+            return ApiError("not_found", "there is nothing at this path")
+        fit = [one for one in self._router.routes if isinstance(one, Route) and one.path_regex.match(path)]
+        allowed = ", ".join(sorted({method for one in fit for method in one.methods or ()}))
+        return ApiError(
+            "method_not_allowed", f"this path takes {allowed}", headers=((b"allow", allowed.encode()),)
+        )
 
 
 def _fixed(routes: Iterable[BaseRoute]) -> Iterator[tuple[tuple[str, str], ASGIApp]]:
@@ -138,11 +150,3 @@ def _fixed(routes: Iterable[BaseRoute]) -> Iterator[tuple[tuple[str, str], ASGIA
     for one in routes:
         if isinstance(one, Route) and "{" not in one.path:
             yield from (((method, one.path), one.app) for method in one.methods or ())
-
-
-def _of_starlette(error: HTTPException) -> ApiError:
-    """What the router says where no route fits."""
-    headers = tuple((name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items())
-    if error.status_code == 405:
-        return ApiError("method_not_allowed", "this path takes other methods", headers=headers)
-    return ApiError("not_found", "there is nothing at this path", headers=headers)

@@ -33,7 +33,8 @@ async def test_a_json_job_comes_back_as_the_models_own_vector(
     stack: DevStack, models: Path, tmp_path: Path
 ) -> None:
     topics = await make_topics(stack, fresh_prefix())
-    replica = Replica(stack, topics, models / "qwen", tmp_path / "log")
+    # The event loop that no other test of the service has.
+    replica = Replica(stack, topics, models / "qwen", tmp_path / "log", event_loop="uvloop")
     async with (
         replicas(replica),
         producer(stack) as client,

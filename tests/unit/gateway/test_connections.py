@@ -24,7 +24,7 @@ REQUEST = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
 class Server:
-    """A server whose application answers `/` at once, `/body` when it has the body, `/early` before, `/large` with 64 MB, and
+    """A server whose application answers `/` at once, `/body` when it has the body, `/echo` with it, `/early` before, `/large` with 64 MB, and
     `/held` when it is released."""
 
     def __init__(self, **bounds: Any) -> None:
@@ -47,14 +47,18 @@ class Server:
             await send({"type": "lifespan.shutdown.complete"})
             return
         body = b"ok"
-        if scope["path"] == "/body":
-            more = True
+        if scope["path"] in ("/body", "/echo"):
+            more, received = True, b""
             while more:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     self.disconnected += 1
                     return
+                received += message.get("body", b"")
                 more = message.get("more_body", False)
+            if scope["path"] == "/echo":
+                offered = {b"upgrade", b"http2-settings"} & {name for name, _ in scope["headers"]}
+                body = b"an offer" if offered else received
         if scope["path"] == "/held":
             await self.released.wait()
         if scope["path"] == "/large":
@@ -144,6 +148,48 @@ async def test_requests_follow_each_other_on_one_connection_and_may_be_sent_ahea
         await one.send(REQUEST)
         assert await one.answer() == (200, b"ok")
         assert server.ended == 0
+
+
+OFFER = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAEAAEAA\r\n"
+"""What Java's own HTTP client puts into its first request, whose body it sends nevertheless."""
+
+
+@pytest.mark.parametrize("apart", [True, False])
+@pytest.mark.parametrize(
+    ("length", "body"),
+    [
+        (b"transfer-encoding: chunked\r\n", b"5\r\nhello\r\n0\r\n\r\n"),
+        (b"content-length: 5\r\n", b"hello"),
+    ],
+)
+async def test_a_client_that_offers_another_protocol_is_answered_in_this_one(
+    length: bytes, body: bytes, apart: bool
+) -> None:
+    async with serving() as server, peer(server) as one:
+        head = b"POST /echo HTTP/1.1\r\nhost: x\r\n" + OFFER + length + b"\r\n"
+        for _ in range(2):
+            for piece in [head, body] if apart else [head + body]:
+                await one.send(piece)
+                await asyncio.sleep(0)
+            assert await one.answer() == (200, b"hello")
+        await one.send(b"GET / HTTP/1.1\r\nhost: x\r\n" + OFFER + b"\r\n" + REQUEST)
+        assert [await one.answer(), await one.answer()] == [(200, b"ok")] * 2
+        await one.send(
+            b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close, upgrade\r\nupgrade: websocket\r\n\r\n"
+        )
+        assert await one.answer() == (200, b"ok")
+        assert await one.ended()
+        assert server.ended == 0
+
+
+async def test_an_offer_does_not_get_around_the_bounds() -> None:
+    async with serving() as server:
+        async with peer(server) as one:
+            await one.send(b"GET / HTTP/1.1\r\nhost: x\r\n" + OFFER + b"a: " + b"x" * 3000 + b"\r\n\r\n")
+            assert (await one.refusal())[1] == "head_too_large"
+        async with peer(server) as one:
+            await one.send(b"CONNECT somewhere:443 HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert await one.refusal() == (400, "malformed_request")
 
 
 async def test_a_head_that_comes_too_slowly_is_told_so() -> None:

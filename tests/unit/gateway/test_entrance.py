@@ -47,6 +47,8 @@ async def test_another_method_is_405_and_says_which(door: Door) -> None:
     assert answer.status_code == 405
     assert answer.json()["error"]["code"] == "method_not_allowed"
     assert answer.headers["allow"] == "POST"
+    several = await door.http.put("/v1/batches")
+    assert several.headers["allow"] == "GET, HEAD, POST"
 
 
 def broken(gateway: Gateway) -> None:

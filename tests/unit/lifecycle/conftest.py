@@ -17,7 +17,7 @@ def bench(tmp_path: Path) -> Iterator[MakeBench]:
 
     def make(stall_timeout_s: float = 600.0, **models: list[FakeModel | BaseException]) -> Bench:
         models.setdefault("old", [FakeModel()])
-        made.append(Bench(tmp_path, stall_timeout_s=stall_timeout_s, **models))
+        made.append(Bench(tmp_path, models, stall_timeout_s=stall_timeout_s))
         return made[-1]
 
     yield make
