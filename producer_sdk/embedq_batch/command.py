@@ -184,15 +184,15 @@ def run(
         return _conclude(summary, asked)
 
     try:
-        with _shown(progress) as report:
-            run_command(_until_stopped(work(report)))
+        with shown(progress) as report:
+            run_command(until_stopped(work(report)))
     except KeyboardInterrupt:
         say(f"stopped: {progress.line(time.monotonic())}")
         say(f"what is done is kept; this goes on: {again}")
         sys.exit(STOPPED)
 
 
-async def _until_stopped(work: Any) -> int:
+async def until_stopped(work: Any) -> int:
     """SIGTERM is Ctrl-C: what is done is written down before the process ends."""
     import asyncio
     import signal
@@ -233,7 +233,7 @@ def _options(given: dict[str, Any], command: str, about: dict[str, Any]) -> RunO
 
 
 @contextmanager
-def _shown(progress: Progress) -> Iterator[Callable[[str], None]]:
+def shown(progress: Progress) -> Iterator[Callable[[str], None]]:
     """A line that is redrawn where a terminal is, and a line a minute where none is."""
     from rich.console import Console
     from rich.live import Live

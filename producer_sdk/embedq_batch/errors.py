@@ -69,6 +69,14 @@ class TooManyFailures(EmbedError):
     first: str
 
 
+class DocumentRefused(EmbedError):
+    """The record {where} cannot be stored: {code}: {reason}. With --dead-letters TOPIC such records go there, and the others on"""
+
+    where: str
+    code: str
+    reason: str
+
+
 class MissingPackage(EmbedError):
     """{what} needs {package}: pip install 'embedq[{extra}]'"""
 

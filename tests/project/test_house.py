@@ -85,9 +85,11 @@ BATCH: Final[Floors] = (
     ("manifest",),
     ("sources", "sinks"),
     ("running",),
+    ("following",),
     ("api",),
     ("__init__",),
     ("command",),
+    ("sink_command", "switch_command"),
 )
 ENGINE: Final[Floors] = (("kernels",), ("models",), ("loading",))
 """The engine's other rooms may stand anywhere, as long as there is no circle."""

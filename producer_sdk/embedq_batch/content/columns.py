@@ -127,7 +127,7 @@ class RowReader:
                 {} if isinstance(record, Problem) else {name: record.get(name) for name in self._columns.keep}
             )
             texts.append(text)
-        batch = None if schema is None else _fitted(kept, schema, texts)
+        batch = None if schema is None else fitted(kept, schema, texts)
         return self._rows(texts, None if self._columns.id is None else ids, batch)
 
     def _rows(
@@ -184,7 +184,7 @@ def checked(text: str | Problem) -> str | Problem:
     if isinstance(text, Problem):
         return text
     try:
-        size = len(text) if text.isascii() else len(text.encode())
+        size = text_bytes(text)
     except UnicodeEncodeError as error:
         return Problem(
             "invalid_utf8", f"expected valid Unicode, got a lone surrogate at position {error.start}"
@@ -192,6 +192,15 @@ def checked(text: str | Problem) -> str | Problem:
     if size > MAX_JOB_BYTES:
         return Problem("text_too_long", f"expected at most {MAX_JOB_BYTES:,} bytes of UTF-8, got {size:,}")
     return text
+
+
+def text_bytes(text: str) -> int:
+    """Bytes of a text as UTF-8.
+
+    Raises:
+        UnicodeEncodeError: it has a lone surrogate.
+    """
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def row_id(value: Any, kind: type[str | int]) -> RowId | Problem:
@@ -224,7 +233,7 @@ def _values(column: pa.Array) -> list[Any]:
     return column.to_pylist()  # type: ignore[no-any-return]
 
 
-def _fitted(rows: list[dict[str, Any]], schema: pa.Schema, texts: list[str | Problem]) -> pa.RecordBatch:
+def fitted(rows: list[dict[str, Any]], schema: pa.Schema, texts: list[str | Problem]) -> pa.RecordBatch:
     """Kept values as a batch. Row by row where the batch as a whole does not fit, to find those that do not."""
     try:
         return pa.RecordBatch.from_pylist(rows, schema=schema)

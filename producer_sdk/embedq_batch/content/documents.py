@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
+import pyarrow as pa
 
-from embedq_batch.content.rows import Problem
+from embedq_batch.content.columns import Columns, RowReader
+from embedq_batch.content.rows import Problem, RowBatch, RowId
+from embedq_shared.kafka import Polled, UnreadableRecord
 
 _ENVELOPE: Final = frozenset({"before", "after", "op"})
 _DELETED: Final = "__deleted"
@@ -89,3 +92,29 @@ def _as_id(value: Any) -> str | None:
     if value is None or isinstance(value, (dict, list)):
         return None
     return value if isinstance(value, str) else str(value)
+
+
+def document_of(record: Polled, id_column: str | None) -> Document:
+    """A record's document. One that has neither id nor key is named by where it is."""
+    name = f"{record.topic}-{record.partition}-{record.offset}"
+    if isinstance(record, UnreadableRecord):
+        return Document(name, Problem("malformed", record.reason))
+    found = document(record.key, record.value, id_column)
+    return msgspec.structs.replace(found, id=name) if found.id is None else found
+
+
+class DocumentReader:
+    """Makes rows of documents. Of those with one id in a batch the last one counts."""
+
+    def __init__(self, columns: Columns, kept: pa.Schema | None) -> None:
+        # The id is the document's: it may be in the key alone.
+        self._reader = RowReader(msgspec.structs.replace(columns, id=None), str)
+        self._kept = kept
+
+    def batch(self, documents: Sequence[Document]) -> RowBatch:
+        """The rows of some documents, and the ids of those that are gone."""
+        last = {each.id: each for each in documents if each.id is not None}
+        present = {id: each.record for id, each in last.items() if each.record is not None}
+        rows = self._reader.of_records(list(present.values()), self._kept)
+        deleted: list[RowId] = [id for id, each in last.items() if each.record is None]
+        return RowBatch(ids=list(present), texts=rows.texts, kept=rows.kept, deleted=deleted)

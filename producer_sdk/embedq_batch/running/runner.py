@@ -19,6 +19,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
+from embedq_batch.content.columns import text_bytes
 from embedq_batch.content.rows import Problem, RowBatch, RowId, VectorBatch, joined, taken
 from embedq_batch.errors import ModelChanged, RowsRefused, TargetAway, TooManyFailures
 from embedq_batch.manifest.plan import GONE, Planned, Versions, Wanted, planned
@@ -395,7 +396,7 @@ def job_rows(batch: RowBatch, rows: Sequence[int], most: int) -> Iterator[list[i
     size = 0
     for n in rows:
         text = batch.texts[n]
-        length = len(text.encode()) if isinstance(text, str) else 0
+        length = text_bytes(text) if isinstance(text, str) else 0
         if some and (len(some) >= most or size + length > _JOB_BYTES):
             yield some
             some, size = [], 0

@@ -118,6 +118,22 @@ class MilvusSink:
         )
         return {row["id"]: np.asarray(row["vector"], np.float32) for row in found}
 
+    def point(self, alias: str) -> str | None:
+        """An alias of the collection, moved in one request."""
+        client = self._connected()
+        try:
+            before = str(client.describe_alias(alias)["collection_name"])
+        except MilvusException:
+            before = None  # there is none
+        try:
+            if before is None:
+                client.create_alias(self._collection, alias)
+            else:
+                client.alter_alias(self._collection, alias)
+        except (MilvusException, grpc.RpcError) as error:
+            raise BadTarget(target=self.name, reason=_said(error)) from None
+        return before
+
     def close(self) -> None:
         if self._client is not None:
             self._client.close()

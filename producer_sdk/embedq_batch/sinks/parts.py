@@ -139,6 +139,23 @@ class PartsSink:
             found.update({id: vectors[n].copy() for n, id in enumerate(some) if id in wanted})
         return found
 
+    def point(self, alias: str) -> str | None:
+        """A symbolic link, which is replaced as a whole."""
+        link = Path(alias)
+        before = os.readlink(link) if link.is_symlink() else None
+        if before is None and link.exists():
+            raise BadTarget(target=alias, reason="is a file of its own, not a link that can be switched")
+        if not self._path.exists():
+            raise BadTarget(target=str(self._path), reason="no such file")
+        aside = link.with_name(f".{link.name}.embedq-new")
+        try:
+            aside.unlink(missing_ok=True)
+            aside.symlink_to(os.path.relpath(self._path, link.parent))
+            os.replace(aside, link)
+        except OSError as error:
+            raise self._failed(error) from None
+        return before
+
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()

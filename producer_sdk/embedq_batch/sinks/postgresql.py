@@ -22,6 +22,8 @@ from embedq_batch.sinks.arrow import arrow_schema
 from embedq_batch.sinks.sink import PartsRecord
 
 _CONNECT_S: Final = 10
+_MARK: Final = "embedq: "
+"""What begins the comment of a view, which says what it is of."""
 _VECTOR: Final = {"float32": "vector", "float16": "halfvec", "binary": "bit"}
 
 
@@ -141,6 +143,32 @@ class PostgresSink:
             sql.SQL("select id, vector from {} where id = any(%s)").format(self._table), (list(ids),)
         )
         return {id: _floats(vector) for id, vector in rows}
+
+    def point(self, alias: str) -> str | None:
+        """A view of the table, made anew in one transaction: queries wait for it, and none fails."""
+        name = sql.Identifier(*alias.split("."))
+        try:
+            connection = self._connected()
+            with connection.transaction():
+                found = connection.execute(
+                    "select relkind::text, obj_description(oid, 'pg_class') from pg_class where oid = to_regclass(%s)",
+                    (name.as_string(connection),),
+                ).fetchone()
+                if found is not None and found[0] != "v":
+                    raise BadTarget(
+                        target=alias, reason="is a table of its own, not a view that can be switched"
+                    )
+                if found is not None:
+                    connection.execute(sql.SQL("drop view {}").format(name))
+                connection.execute(sql.SQL("create view {} as select * from {}").format(name, self._table))
+                connection.execute(
+                    sql.SQL("comment on view {} is {}").format(
+                        name, sql.Literal(f"{_MARK}{self._table_name}")
+                    )
+                )
+        except psycopg.Error as error:
+            raise BadTarget(target=self.name, reason=_said(error)) from None
+        return None if found is None else str(found[1] or "a view of another maker").removeprefix(_MARK)
 
     def close(self) -> None:
         if self._connection is not None:

@@ -109,6 +109,26 @@ class QdrantSink:
         )
         return {(point.payload or {})["id"]: np.asarray(point.vector, np.float32) for point in points}
 
+    def point(self, alias: str) -> str | None:
+        """An alias of the collection, moved in one request."""
+        try:
+            client = self._connected()
+            known = {each.alias_name: each.collection_name for each in client.get_aliases().aliases}
+            operations: list[Any] = []
+            if alias in known:
+                operations.append(
+                    models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name=alias))
+                )
+            operations.append(
+                models.CreateAliasOperation(
+                    create_alias=models.CreateAlias(collection_name=self._collection, alias_name=alias)
+                )
+            )
+            client.update_collection_aliases(operations)
+        except (ApiException, ValueError, RuntimeError, OSError) as error:
+            raise BadTarget(target=self.name, reason=_said(error)) from None
+        return known.get(alias)
+
     def close(self) -> None:
         if self._client is not None:
             self._client.close()

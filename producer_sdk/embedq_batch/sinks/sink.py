@@ -82,6 +82,17 @@ class Sink(Protocol):
         """Let go of files and connections. What was not flushed may be lost."""
 
 
+class Switchable(Protocol):
+    """A target that readers can be given under another name, which means one target at a time."""
+
+    def point(self, alias: str) -> str | None:
+        """Make `alias` mean this target, in one step; what it meant before, if anything.
+
+        Raises:
+            BadTarget: it cannot, or the name is something else.
+        """
+
+
 class Final(Protocol):
     """A file of vectors of one kind, as it is written once all of them are known."""
 

@@ -12,10 +12,10 @@ import msgspec
 import pyarrow as pa
 
 from embedq_batch.content.columns import Columns, RowReader
+from embedq_batch.content.inference import LOOKED_AT, inferred
 from embedq_batch.content.rows import BATCH_ROWS, Problem, RowBatch
 from embedq_batch.errors import BadSource
 from embedq_batch.sources.files import found_files
-from embedq_batch.sources.inference import LOOKED_AT, inferred
 
 
 class _Lines:

@@ -6,18 +6,17 @@ import asyncio
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
-import msgspec
 import pyarrow as pa
 
-from embedq_batch.content.columns import Columns, RowReader
-from embedq_batch.content.documents import Document, document
-from embedq_batch.content.rows import Problem, RowBatch, RowId
+from embedq_batch.content.columns import Columns
+from embedq_batch.content.documents import Document, DocumentReader, document_of
+from embedq_batch.content.inference import LOOKED_AT, inferred
+from embedq_batch.content.rows import RowBatch
 from embedq_batch.errors import BadSource
-from embedq_batch.sources.inference import LOOKED_AT, inferred
 from embedq_sdk.errors import KafkaUnavailable, TopicMissing
 from embedq_sdk.transport.kafka import KafkaConnection, require_topics
 from embedq_sdk.transport.kafka import close as closed
-from embedq_shared.kafka import KafkaError, TopicPartition, UnreadableRecord, poll, position
+from embedq_shared.kafka import KafkaError, TopicPartition, poll, position
 
 _T = TypeVar("_T")
 _CONNECT_S: Final = 10.0
@@ -116,7 +115,11 @@ class KafkaSource:
                     found = await poll(consumer, timeout_ms=_POLL_MS)
                 except (KafkaError, OSError) as error:
                     raise self._connection.failed(error, "reading the documents") from error
-                some = [self._document(each) for each in found if each.offset < ends.get(each.partition, 0)]
+                some = [
+                    document_of(each, self._columns.id)
+                    for each in found
+                    if each.offset < ends.get(each.partition, 0)
+                ]
                 if some:
                     yield some
                 for partition, end in list(ends.items()):
@@ -143,29 +146,3 @@ class KafkaSource:
         for tp in everything:
             consumer.seek(tp, starts[tp])
         return {tp.partition: ends[tp] for tp in everything if starts[tp] < ends[tp]}
-
-    def _document(self, record: Any) -> Document:
-        if isinstance(record, UnreadableRecord):
-            name = f"{record.topic}-{record.partition}-{record.offset}"
-            return Document(name, Problem("malformed", record.reason))
-        found = document(record.key, record.value, self._columns.id)
-        if found.id is None:  # no key, no id: where it is names it
-            return msgspec.structs.replace(found, id=f"{record.topic}-{record.partition}-{record.offset}")
-        return found
-
-
-class DocumentReader:
-    """Makes rows of documents. Of those with one id in a batch the last one counts."""
-
-    def __init__(self, columns: Columns, kept: pa.Schema | None) -> None:
-        # The id is the document's: it may be in the key alone.
-        self._reader = RowReader(msgspec.structs.replace(columns, id=None), str)
-        self._kept = kept
-
-    def batch(self, documents: Sequence[Document]) -> RowBatch:
-        """The rows of some documents, and the ids of those that are gone."""
-        last = {each.id: each for each in documents if each.id is not None}
-        present = {id: each.record for id, each in last.items() if each.record is not None}
-        rows = self._reader.of_records(list(present.values()), self._kept)
-        deleted: list[RowId] = [id for id, each in last.items() if each.record is None]
-        return RowBatch(ids=list(present), texts=rows.texts, kept=rows.kept, deleted=deleted)

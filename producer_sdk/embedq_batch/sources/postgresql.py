@@ -12,9 +12,9 @@ from psycopg.rows import dict_row
 
 from embedq_batch.content.addresses import without_password
 from embedq_batch.content.columns import Columns, RowReader
+from embedq_batch.content.inference import LOOKED_AT, inferred
 from embedq_batch.content.rows import BATCH_ROWS, RowBatch
 from embedq_batch.errors import BadSource
-from embedq_batch.sources.inference import LOOKED_AT, inferred
 
 _CONNECT_S: Final = 10
 _INTEGERS: Final = frozenset({20, 21, 23})

@@ -1,0 +1,262 @@
+"""Follow a topic into a store, as a member of a group: read, embed, write, commit; then the next ones.
+
+An offset is committed after the store has acknowledged everything before it, so a kill repeats what was in hand, and an upsert by id
+makes nothing of that. Of a document that is changed while its partition moves to another member, the slower member may write last;
+the next change, or a run over the topic, mends that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import msgspec
+
+from embedq_batch.content.rows import Problem, Shape, VectorBatch, joined
+from embedq_batch.errors import DocumentRefused, RowsRefused
+from embedq_batch.following.feeds import Feed, Taken
+from embedq_batch.running.embedding import Embedder
+from embedq_batch.running.progress import Progress
+from embedq_batch.running.runner import Thread, job_rows, patiently
+from embedq_batch.sinks.sink import Sink
+from embedq_sdk.transport.kafka import KafkaConnection, close, require_topics
+from embedq_shared.kafka import (
+    AIOKafkaProducer,
+    ConsumerRebalanceListener,
+    KafkaError,
+    Polled,
+    TopicPartition,
+    UnreadableRecord,
+    poll,
+)
+
+_POLL_MS: Final = 500
+_CONNECT_S: Final = 10.0
+_SESSION_MS: Final = 30_000
+_LONGEST_PAUSE_MS: Final = 3_600_000
+"""Between two polls: a store may be away for as long without losing us our partitions."""
+_COMMIT_S: Final = 10.0
+ERROR_CODE: Final = "embedq-error-code"
+ERROR_MESSAGE: Final = "embedq-error-message"
+ORIGIN: Final = "embedq-origin"
+"""Headers of a dead letter: why, and the topic, partition and offset of the record that it is a copy of."""
+
+
+class FollowOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What is followed, and how."""
+
+    topic: str
+    group: str
+    dead_letters: str | None = None
+    """The topic for what cannot be embedded or stored; None: the first such record ends the command."""
+    job_texts: int = 64
+    in_flight: int = 64
+    """Jobs at once."""
+
+
+class _NoParts:
+    """A store that is followed into has no manifest."""
+
+    def parts(self) -> list[int]:
+        return []
+
+    def in_part(self, part: int) -> Any:
+        return iter(())
+
+
+class Following:
+    """One member of the group.
+
+    Invariants:
+        - An offset is committed only when the store has everything before it, or a dead letter says why not.
+        - At most one poll's records are in hand.
+    """
+
+    # More than six parameters: the parts of a standing sink, each with another owner.
+    def __init__(
+        self,
+        connection: KafkaConnection,
+        feed: Feed,
+        embedder: Embedder | None,
+        sink: Sink,
+        shape: Callable[[VectorBatch], Shape],
+        options: FollowOptions,
+        progress: Progress,
+    ) -> None:
+        self._connection = connection
+        self._feed = feed
+        self._embedder = embedder
+        self._sink = sink
+        self._shape = shape
+        self._options = options
+        self._progress = progress
+        self._thread = Thread("embedq-sink")
+        self._open = False
+        self._letters: AIOKafkaProducer | None = None
+
+    async def run(self) -> None:
+        """Follow until cancelled.
+
+        Raises:
+            DocumentRefused, BadTarget, KafkaUnavailable, TopicMissing, EmbedError.
+        """
+        options, connection = self._options, self._connection
+        consumer = await connection.connect(
+            lambda: connection.consumer(
+                group_id=options.group,
+                session_timeout_ms=_SESSION_MS,
+                max_poll_interval_ms=_LONGEST_PAUSE_MS,
+                isolation_level="read_committed",
+            ),
+            _CONNECT_S,
+        )
+        try:
+            wanted = [options.topic, *([options.dead_letters] if options.dead_letters else [])]
+            await require_topics(connection, consumer, wanted, _CONNECT_S)
+            if options.dead_letters:
+                self._letters = await connection.connect(connection.producer, _CONNECT_S)
+            consumer.subscribe([options.topic], listener=_OnRebalance(self._feed))
+            while True:
+                try:
+                    records = await poll(consumer, timeout_ms=_POLL_MS)
+                except (KafkaError, OSError) as error:
+                    raise connection.failed(error, "reading the topic") from error
+                if records:
+                    await self._take(records)
+                    await self._commit(consumer)
+        finally:
+            await close(consumer)
+            if self._letters is not None:
+                await close(self._letters)
+            await self._thread(self._sink.close)
+            await self._thread.close()
+
+    async def _take(self, records: Sequence[Polled]) -> None:
+        taken = self._feed.take(records)
+        for record, problem in taken.problems:
+            await self._refused(record, problem)
+        vectors = list(taken.vectors)
+        if taken.rows is not None:
+            vectors += await self._embedded(taken)
+        for some in _alike(vectors):
+            await self._write(joined(some), taken)
+        deleted = [] if taken.rows is None else taken.rows.deleted
+        if deleted and self._open:
+            await patiently(self._thread, self._progress, self._sink.delete, deleted)
+            self._progress.deleted += len(deleted)
+        if self._open:
+            await patiently(self._thread, self._progress, self._sink.flush)
+        self._progress.read += len(records)
+
+    async def _embedded(self, taken: Taken) -> list[VectorBatch]:
+        """The vectors of rows, several jobs at once."""
+        rows, embedder = taken.rows, self._embedder
+        if rows is None or embedder is None:
+            raise RuntimeError("rows came from a topic of results. This is a bug.")
+        if not self._open and rows.deleted and not len(rows):
+            await self._opened(await embedder.probe())
+        room = asyncio.Semaphore(self._options.in_flight)
+        found: list[VectorBatch] = []
+
+        async def one(chosen: list[int]) -> None:
+            batch = rows.only(chosen)
+            async with room:
+                answered = await embedder.embed(batch)
+            self._progress.tokens += answered.tokens
+            self._progress.cached += answered.cached
+            found.extend(group.vectors for group in answered.groups)
+            for n, problem in answered.problems.items():
+                await self._refused(taken.origins[batch.ids[n]], problem)
+
+        async with asyncio.TaskGroup() as jobs:
+            for chosen in job_rows(rows, range(len(rows)), self._options.job_texts):
+                jobs.create_task(one(chosen))
+        return found
+
+    async def _opened(self, like: VectorBatch) -> None:
+        """Open the store for vectors like these."""
+        if not self._open:
+            shape = self._shape(like)
+            await patiently(
+                self._thread, self._progress, lambda: self._sink.open(shape, _NoParts(), force=False)
+            )
+            self._open = True
+
+    async def _write(self, batch: VectorBatch, taken: Taken) -> None:
+        await self._opened(batch)
+        try:
+            await patiently(self._thread, self._progress, self._sink.write, batch)
+        except RowsRefused as refused:
+            if len(batch) == 1:
+                await self._refused(taken.origins[batch.ids[0]], Problem("refused", refused.reason))
+                return
+            half = len(batch) // 2
+            await self._write(batch.part(0, half), taken)
+            await self._write(batch.part(half, len(batch)), taken)
+            return
+        self._progress.embedded += len(batch)
+
+    async def _refused(self, record: Polled, problem: Problem) -> None:
+        """A record of which the store gets nothing: a dead letter, or the end."""
+        where = f"{record.topic}-{record.partition}-{record.offset}"
+        if self._letters is None:
+            raise DocumentRefused(where=where, code=problem.code, reason=problem.message)
+        key, value, headers = None, b"", []
+        if not isinstance(record, UnreadableRecord):
+            key, value, headers = record.key, record.value, list(record.headers)
+        headers += [
+            (ERROR_CODE, problem.code.encode()),
+            (ERROR_MESSAGE, problem.message.encode()),
+            (ORIGIN, where.encode()),
+        ]
+        await self._connection.call(
+            _COMMIT_S,
+            "writing a dead letter",
+            self._letters.send_and_wait(self._options.dead_letters, key=key, value=value, headers=headers),
+        )
+        self._progress.failed += 1
+
+    async def _commit(self, consumer: Any) -> None:
+        """Commit, or not: what is not committed is read again, and written again, which changes nothing."""
+        held = {tp.partition for tp in consumer.assignment()}
+        offsets = {
+            TopicPartition(self._options.topic, n): at
+            for n, at in self._feed.committable().items()
+            if n in held
+        }
+        if not offsets:
+            return
+        try:
+            async with asyncio.timeout(_COMMIT_S):
+                await consumer.commit(offsets)
+        except (KafkaError, OSError, TimeoutError) as error:
+            self._progress.waiting = f"offsets are not committed: {error}"
+        else:
+            self._progress.waiting = None
+
+
+class _OnRebalance(ConsumerRebalanceListener):  # type: ignore[misc]
+    def __init__(self, feed: Feed) -> None:
+        self._feed = feed
+
+    def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
+        self._feed.forget([tp.partition for tp in revoked])
+
+    def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
+        pass
+
+
+def _alike(batches: list[VectorBatch]) -> list[list[VectorBatch]]:
+    """Batches that can be written at once, one after the other."""
+    found: list[list[VectorBatch]] = []
+    for batch in batches:
+        last = found[-1][0] if found else None
+        if last is not None and (last.model_version, last.vectors.shape[1]) == (
+            batch.model_version,
+            batch.vectors.shape[1],
+        ):
+            found[-1].append(batch)
+        else:
+            found.append([batch])
+    return found

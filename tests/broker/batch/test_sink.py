@@ -1,0 +1,143 @@
+"""`embedq sink` on a real Kafka, into a real store: what is in it after changes, kills and refusals."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lancedb
+import numpy as np
+import pytest
+from aiokafka import AIOKafkaConsumer
+
+from embedq_sdk import EmbedClient
+from tests.broker.batch.test_documents import Record, a_topic, written
+from tests.helpers.fake_service import OLD, expected
+from tests.helpers.responder import Responder
+from tests.helpers.support import wait_until
+
+pytestmark = pytest.mark.kafka
+PROGRAM = "from embedq_batch.sink_command import sink; sink(prog_name='embedq sink')"
+
+
+@contextmanager
+def following(servers: str, prefix: str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *arguments],
+        stderr=subprocess.PIPE,
+        env=os.environ | {"EMBEDQ_KAFKA_SERVERS": servers, "EMBEDQ_TOPIC_PREFIX": prefix},
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stderr is not None
+        process.stderr.close()
+
+
+class Stored:
+    """The table that is followed into."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.to = f"lancedb:{folder}#docs"
+
+    def _look(self) -> dict[str, Any]:
+        database = lancedb.connect(self._folder)
+        try:
+            rows = database.open_table("docs").to_arrow().to_pylist()
+        except ValueError:
+            return {}
+        assert len({row["id"] for row in rows}) == len(rows)
+        return {row["id"]: row for row in rows}
+
+    async def rows(self) -> dict[str, Any]:
+        return await asyncio.to_thread(self._look)
+
+    async def become(self, texts: dict[str, str]) -> dict[str, Any]:
+        """Wait until these are in it, each with its vector, and nothing else."""
+
+        async def same() -> bool:
+            rows = await self.rows()
+            return rows.keys() == texts.keys() and all(
+                np.array_equal(np.asarray(rows[id]["vector"], np.float32), expected(text))
+                for id, text in texts.items()
+            )
+
+        await wait_until(same, within=60, what="the table")
+        return await self.rows()
+
+
+async def test_changes_of_documents_are_followed_across_a_kill(
+    servers: str, prefix: str, tmp_path: Path
+) -> None:
+    store = Stored(tmp_path / "lance")
+    texts = {str(n): f"text {n}" for n in range(500)}
+    async with a_topic(servers) as topic, Responder(servers, prefix):
+        arguments = (
+            *("--from", topic, "--to", store.to, "--id-column", "id", "--keep", "n"),
+            *("--group", f"g-{uuid.uuid4().hex[:6]}"),
+        )
+        await written(
+            servers, topic, [({"id": id}, {"id": id, "text": text, "n": 1}) for id, text in texts.items()]
+        )
+        with following(servers, prefix, *arguments):
+            rows = await store.become(texts)
+        assert (rows["7"]["n"], rows["7"]["model_version"]) == (1, OLD)
+        changes: list[Record] = [
+            ({"id": "3"}, {"before": None, "after": {"id": "3", "text": "changed", "n": 2}, "op": "u"}),
+            ({"id": "4"}, None),
+            ({"id": "new"}, {"schema": {}, "payload": {"id": "new", "text": "new", "n": 3}}),
+        ]
+        await written(servers, topic, changes)
+        del texts["4"]
+        texts |= {"3": "changed", "new": "new"}
+        with following(servers, prefix, *arguments):
+            rows = await store.become(texts)
+        assert rows["3"]["n"] == 2
+
+
+async def test_results_of_submitted_jobs_are_followed(servers: str, prefix: str, tmp_path: Path) -> None:
+    store = Stored(tmp_path / "lance")
+    async with Responder(servers, prefix), EmbedClient(servers, topic_prefix=prefix) as client:
+        for n in range(20):
+            await client.submit(f"row {n}", id=f"r{n}", metadata={"n": n})
+        await client.submit(["a", "b"], id="two", metadata={"n": -1})
+        wanted = {f"r{n}": f"row {n}" for n in range(20)} | {"two#0": "a", "two#1": "b"}
+        arguments = ("--from", "results", "--to", store.to, "--keep", "n", "--group", uuid.uuid4().hex)
+        with following(servers, prefix, *arguments):
+            rows = await store.become(wanted)
+    assert (rows["r7"]["n"], rows["two#1"]["n"]) == (7, -1)
+
+
+async def test_what_cannot_be_stored_is_a_dead_letter_or_the_end(
+    servers: str, prefix: str, tmp_path: Path
+) -> None:
+    store = Stored(tmp_path / "lance")
+    async with a_topic(servers) as topic, a_topic(servers) as letters, Responder(servers, prefix):
+        records: list[Record] = [("a", {"text": "one"}), ("b", {"title": "no text"}), ("c", ["no document"])]
+        await written(servers, topic, records)
+        arguments = ("--from", topic, "--to", store.to)
+        with following(servers, prefix, *arguments, "--group", uuid.uuid4().hex) as process:
+            _, told = await asyncio.to_thread(process.communicate)
+        assert process.returncode == 1
+        assert b"cannot be stored: " in told
+        assert b"--dead-letters" in told
+
+        more = ("--group", uuid.uuid4().hex, "--dead-letters", letters)
+        with following(servers, prefix, *arguments, *more):
+            await store.become({"a": "one"})
+            async with AIOKafkaConsumer(
+                letters, bootstrap_servers=servers, auto_offset_reset="earliest"
+            ) as consumer:
+                found = [await consumer.getone() for _ in range(2)]
+        codes = {record.key: dict(record.headers)["embedq-error-code"] for record in found}
+        assert codes == {b'"b"': b"missing_text", b'"c"': b"malformed"}
