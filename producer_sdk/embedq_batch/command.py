@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from embedq_batch.running.progress import Progress, duration
 from embedq_sdk.cli.dlq import moment
 from embedq_sdk.cli.kafka_options import CONNECT_TIMEOUT_S, KafkaTarget, kafka_options
 from embedq_sdk.cli.running import FAILED, NO_ANSWER, say
@@ -24,6 +23,7 @@ from embedq_sdk.cli.running import run as run_command
 
 if TYPE_CHECKING:
     from embedq_batch.running.options import RunOptions
+    from embedq_batch.running.progress import Progress
     from embedq_batch.running.run import Summary
 
 STOPPED: Final = 130
@@ -151,6 +151,7 @@ def run(
 
     from embedq_batch.api import described
     from embedq_batch.content.columns import Columns
+    from embedq_batch.running.progress import Progress
     from embedq_batch.running.run import Parts, execute
     from embedq_batch.sinks.opening import opened_sink
     from embedq_batch.sources.opening import opened_source
@@ -254,6 +255,8 @@ def shown(progress: Progress) -> Iterator[Callable[[str], None]]:
 
 def _conclude(summary: Summary, options: RunOptions) -> int:
     """Say how the run ended; the exit code."""
+    from embedq_batch.running.progress import duration
+
     rate = summary.embedded / max(summary.seconds, 1e-9)
     cached = f", {summary.cached / summary.embedded:.0%} from the cache" if summary.embedded else ""
     deleted = f", {summary.deleted:,} deleted" if summary.deleted else ""

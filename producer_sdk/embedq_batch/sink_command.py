@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from embedq_batch.command import STOPPED, shown, until_stopped
-from embedq_batch.running.progress import Progress, reported
 from embedq_sdk.cli.kafka_options import CONNECT_TIMEOUT_S, KafkaTarget, kafka_options
 from embedq_sdk.cli.running import NO_ANSWER, say
 from embedq_sdk.cli.running import run as run_command
@@ -88,6 +87,7 @@ def sink(
     from embedq_batch.following.feeds import DocumentFeed, ResultFeed
     from embedq_batch.following.follow import Following, FollowOptions
     from embedq_batch.running.embedding import Embedder
+    from embedq_batch.running.progress import Progress, reported
     from embedq_batch.sinks.opening import opened_sink
     from embedq_sdk.client import EmbedClient
     from embedq_sdk.job_options import JobOptions

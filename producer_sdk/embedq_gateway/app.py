@@ -36,7 +36,8 @@ from embedq_gateway.http.connections import STATE, Connections
 from embedq_gateway.http.entrance import Entrance
 from embedq_gateway.http.pace import Bounds
 from embedq_gateway.joining import JoiningClient
-from embedq_gateway.keys import Door, KeyFileError, KeyKeeper, is_loopback
+from embedq_gateway.keys import Door, KeyFileError, is_loopback
+from embedq_gateway.keys.keeper import KeyKeeper
 from embedq_gateway.openapi.pages import Pages
 from embedq_gateway.operations.admin import Admin, KeyFileState, ReloadRequest
 from embedq_gateway.operations.health import Health, not_ready

@@ -3,7 +3,6 @@
 from embedq_gateway.keys.caller import ANYBODY, Admission, Caller
 from embedq_gateway.keys.door import Door, key_in
 from embedq_gateway.keys.exposure import Exposed, check_exposure, is_loopback, is_same_site
-from embedq_gateway.keys.keeper import KeyKeeper
 from embedq_gateway.keys.key_file import KeyEntry, KeyFileError, Scope, read_keys
 
 __all__ = [
@@ -14,7 +13,6 @@ __all__ = [
     "Exposed",
     "KeyEntry",
     "KeyFileError",
-    "KeyKeeper",
     "Scope",
     "check_exposure",
     "is_loopback",

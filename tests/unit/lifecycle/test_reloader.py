@@ -544,7 +544,7 @@ async def test_a_stop_during_a_load_waits_for_nothing(bench: MakeBench) -> None:
             assert gate.wait(60)
             return FakeModel()
 
-    b = Slow((bench().root), old=[FakeModel()])
+    b = Slow(bench().root, {"old": [FakeModel()]})
     start = asyncio.create_task(b.model.start(None))
     await wait_until(lambda: "load_0" in left_behind(), what="a load")
     start.cancel()
