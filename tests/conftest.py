@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -52,6 +53,11 @@ settings.load_profile("embedq")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One worker for each core, so one thread for each: OpenMP's threads spin while they wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts what runs in the background so, and the programs of the tests would inherit it: Ctrl-C would mean nothing to them.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

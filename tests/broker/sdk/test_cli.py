@@ -169,8 +169,9 @@ async def test_wrong_usage_is_exit_code_2(embedq: Run, arguments: tuple[str, ...
     assert told in done.err
 
 
-async def test_bytes_that_are_no_text_are_named_by_line(embedq: Run) -> None:
-    done = await embedq("embed", "--file", "-", stdin=b"good\n\xff\xfe\n")
+async def test_bytes_that_are_no_text_are_named_by_line(embedq: Run, responder: Responders) -> None:
+    async with responder():
+        done = await embedq("embed", "--file", "-", stdin=b"good\n\xff\xfe\n")
 
     assert done.code == 2
     assert "line 2" in done.err

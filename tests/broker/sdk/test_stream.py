@@ -254,5 +254,13 @@ async def test_an_empty_stream_is_empty_and_an_empty_array_is_an_error(client: C
             await embedq.embed_many([])
         with pytest.raises(InvalidArgument, match="an iterable of strings"):
             await anext(embedq.stream("a string is not a list of texts"))
+
+
+async def test_what_came_before_a_value_that_is_no_text_is_embedded_and_then_the_value_is_named(
+    client: Clients, responder: Responders
+) -> None:
+    async with responder(), client() as embedq:
+        stream = embedq.stream(["a", 5], ordered=False, flush_after=1.0)  # type: ignore[list-item]
+        assert (await anext(stream)).text == "a"
         with pytest.raises(InvalidArgument, match=r"texts\[1\]"):
-            await anext(embedq.stream(["a", 5], ordered=False, flush_after=1.0))  # type: ignore[list-item]
+            await anext(stream)

@@ -360,4 +360,4 @@ async def test_a_mapping_whose_results_have_no_topic_is_an_error_that_names_it(
     await world.made(missing=[world.name("rows.out")])
     replica = await world.replica(models / "a").start(ready=False)
     assert await replica.ended() == 1
-    assert f"no topic {world.name('rows.out')} on the broker" in replica.tail()
+    assert f"no topic {world.name('rows.out')} on the broker" in replica.log.read_text()

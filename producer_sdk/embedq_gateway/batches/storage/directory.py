@@ -10,6 +10,7 @@ import os
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Final, TypeVar
 
@@ -70,7 +71,7 @@ class DirectoryObjects:
 
     async def read(self, key: str) -> AsyncGenerator[bytes, None]:
         """See `Objects`."""
-        file = await self._do("read", lambda: open(self._path(key), "rb"))  # noqa: SIM115 - closed below, in a thread
+        file = await self._opened("read", lambda: open(self._path(key), "rb"), lambda file: file.close())  # noqa: SIM115 - closed below, in a thread
         try:
             while chunk := await self._do("read", lambda: file.read(READ_CHUNK_BYTES)):
                 yield chunk
@@ -81,7 +82,7 @@ class DirectoryObjects:
     async def writing(self, key: str) -> AsyncIterator[_FileWriter]:
         """See `Objects`."""
         path = self._new_aside()
-        file = await self._do("write", lambda: open(path, "xb"))  # noqa: SIM115 - closed below, in a thread
+        file = await self._opened("write", lambda: open(path, "xb"), partial(_discard, path))  # noqa: SIM115 - closed below, in a thread
         try:
             yield _FileWriter(file, self._do)
             await self._do("write", lambda: _force(file))
@@ -95,6 +96,22 @@ class DirectoryObjects:
         """Nothing is held."""
 
     # -- in threads ---------------------------------------------------------------------------------------------------
+
+    async def _opened(
+        self, what: str, work: Callable[[], BinaryIO], let_go: Callable[[BinaryIO], object]
+    ) -> BinaryIO:
+        """What `work` opens. A thread cannot be called back: if nobody waits any more, `let_go` gets the file when it is open."""
+        opening = asyncio.ensure_future(self._do(what, work))
+
+        def opened_for_nobody(done: asyncio.Future[BinaryIO]) -> None:
+            if not done.cancelled() and done.exception() is None:
+                done.get_loop().run_in_executor(None, let_go, done.result())
+
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(opened_for_nobody)
+            raise
 
     async def _do(self, what: str, work: Callable[[], Answer]) -> Answer:
         try:
