@@ -33,7 +33,10 @@ async def gateway(
     """A gateway without keys, and one replica."""
     logs = tmp_path_factory.mktemp("clients")
     replica = Replica(stack, topics, minilm_path(), logs / "replica.log", redis=False, deterministic="true")
-    async with replicas(replica), running(GatewayProcess(stack, topics, logs / "gateway.log")) as started:
+    async with (
+        replicas(replica),
+        running(GatewayProcess(stack, topics, logs / "gateway.log", files=logs / "files")) as started,
+    ):
         yield started
 
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -28,8 +29,16 @@ EXAMPLES: Final = [
 
 @pytest.mark.parametrize("source", EXAMPLES)
 def test_an_example_does_what_it_says(
-    source: str, url: str, stack: DevStack, topics: Topics, embedq: EmbedClient
+    source: str,
+    url: str,
+    stack: DevStack,
+    topics: Topics,
+    embedq: EmbedClient,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lines.jsonl").write_bytes(b"\n".join(map(_line, TEXTS)))
     stored: list[int] = []
     names: dict[str, Any] = {"texts": TEXTS, "store": lambda index, vector: stored.append(index)}
     prefix = f"topic_prefix={topics.prefix!r}"
@@ -48,3 +57,14 @@ def test_an_example_does_what_it_says(
         assert all(each.embedding for each in names["embedded"])
     if "store(" in source:
         assert stored == [0, 1, 2]
+    if "batches.create(" in source:
+        results = [
+            msgspec.json.decode(line) for line in (tmp_path / "vectors.jsonl").read_bytes().splitlines()
+        ]
+        assert {each["custom_id"] for each in results} == set(TEXTS)
+
+
+def _line(text: str) -> bytes:
+    """A line of a batch."""
+    body = {"model": "default", "input": text}
+    return msgspec.json.encode({"custom_id": text, "method": "POST", "url": "/v1/embeddings", "body": body})
