@@ -18,3 +18,11 @@ def beside(path: Path) -> Path:
 def in_working_folder(name: str) -> Path:
     """The folder of a store that is on another machine: in the working directory, called after it."""
     return Path("".join(each if each.isalnum() or each in "-_." else "-" for each in name) + FOLDER)
+
+
+def of_collection(address: str, collection: str, name: str) -> Path:
+    """The manifest of a store's collection: beside a local store, and in the working directory for a server, called after `name`."""
+    if "://" in address:
+        return in_working_folder(name) / MANIFEST
+    path = Path(address)
+    return beside(path.with_name(f"{path.name}-{collection}")) / MANIFEST

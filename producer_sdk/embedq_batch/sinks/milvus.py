@@ -15,7 +15,7 @@ from pymilvus import DataType, MilvusClient, MilvusException
 from embedq_batch.content.addresses import without_password
 from embedq_batch.content.rows import RowId, Shape, VectorBatch, VectorType
 from embedq_batch.errors import BadTarget, RowsRefused, TargetAway
-from embedq_batch.manifest.place import MANIFEST, beside, in_working_folder
+from embedq_batch.manifest.place import of_collection
 from embedq_batch.sinks.arrow import arrow_schema
 from embedq_batch.sinks.payloads import payloads
 from embedq_batch.sinks.places import quoted
@@ -48,10 +48,7 @@ class MilvusSink:
 
     @property
     def manifest(self) -> Path:
-        if "://" in self._address:
-            return in_working_folder(self.name) / MANIFEST
-        path = Path(self._address)
-        return beside(path.with_name(f"{path.name}-{self._collection}")) / MANIFEST
+        return of_collection(self._address, self._collection, self.name)
 
     def open(self, shape: Shape, record: PartsRecord, *, force: bool) -> None:
         arrow_schema(shape)  # kept columns have other names than ours

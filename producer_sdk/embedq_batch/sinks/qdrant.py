@@ -16,7 +16,7 @@ from qdrant_client.http.exceptions import ApiException, ResponseHandlingExceptio
 from embedq_batch.content.addresses import without_password
 from embedq_batch.content.rows import RowId, Shape, VectorBatch, VectorType
 from embedq_batch.errors import BadTarget, RowsRefused, TargetAway
-from embedq_batch.manifest.place import MANIFEST, beside, in_working_folder
+from embedq_batch.manifest.place import of_collection
 from embedq_batch.sinks.arrow import arrow_schema
 from embedq_batch.sinks.payloads import payloads
 from embedq_batch.sinks.sink import PartsRecord
@@ -48,11 +48,7 @@ class QdrantSink:
 
     @property
     def manifest(self) -> Path:
-        if "://" in self._address:
-            return in_working_folder(self.name) / MANIFEST
-        return (
-            beside(Path(self._address).with_name(f"{Path(self._address).name}-{self._collection}")) / MANIFEST
-        )
+        return of_collection(self._address, self._collection, self.name)
 
     def open(self, shape: Shape, record: PartsRecord, *, force: bool) -> None:
         arrow_schema(shape)  # kept columns have other names than ours
