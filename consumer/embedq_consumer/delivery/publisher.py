@@ -8,6 +8,7 @@ up (`Places`), unless Kafka takes nothing at all: then everything waits. What ea
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from functools import partial
@@ -23,6 +24,7 @@ from embedq_consumer.delivery.lane import UNREACHABLE, Lane, Lanes
 from embedq_consumer.delivery.outgoing import Outgoing, Place
 from embedq_consumer.delivery.places import Ended, Places
 from embedq_consumer.delivery.topic_directory import TopicDirectory
+from embedq_consumer.fairness import BulkTurns, InteractiveTraffic
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.kafka import BatchFull, Evicted, KafkaError
 
@@ -30,6 +32,9 @@ log = structlog.get_logger()
 
 _TICK_S: Final = 0.1
 _TOPICS_AGE_S: Final = 10.0
+_SENT_A_TURN: Final = 64
+_TAKEN_A_TURN: Final = 256
+"""Records that are handed to producers, and answers that are taken of them, in one of bulk's turns: a millisecond or two."""
 
 Answer = tuple[Destination, Parcel, "asyncio.Future[Any]"]
 
@@ -41,8 +46,10 @@ class Publisher:
         - Every parcel is settled exactly once, unless the publisher is closed before.
         - A parcel without a time-out is settled with an error only if the brokers refuse the record itself.
         - State changes on the event loop alone; the producers' answers are taken in one task.
+        - While interactive work comes, its results are sent at once, and what else there is to do is done in bulk's turns.
     """
 
+    # More than six parameters: what it needs of the service, and what tests replace.
     def __init__(
         self,
         make: MakeProducers,
@@ -52,9 +59,11 @@ class Publisher:
         hinder: Callable[[str | None], None] = lambda reason: None,
         topics: TopicDirectory | None = None,
         ours: Collection[str] = (),
+        bulk_turns: BulkTurns | None = None,
     ) -> None:
         """`max_held`: records that wait for failing places, all together. `hinder` is told why this replica is not ready.
         `ours`: embedq's own topics."""
+        self._bulk_turns = bulk_turns or BulkTurns(InteractiveTraffic())
         self._metrics = metrics
         self._hinder = hinder
         self._running: set[asyncio.Task[None]] = set()
@@ -63,6 +72,8 @@ class Publisher:
         self._serial = count()
         self._answers: list[Answer] = []
         self._fresh: dict[Place, Destination] = {}
+        self._express: dict[Place, Destination] = {}
+        self._left = asyncio.Event()
         self._woken = asyncio.Event()
         self._looking: set[Place] = set()
         self._lanes = Lanes(make, self._spawn, metrics)
@@ -85,6 +96,7 @@ class Publisher:
             await self._lanes.common.close()
             raise
         self._spawn(self._run())
+        self._spawn(self._run_in_turns())
         self._spawn(self._keep_topics())
 
     async def watch(self) -> None:
@@ -117,6 +129,8 @@ class Publisher:
             # Its producer gets it in a moment, with the others of the same delivery.
             destination.add(parcel)
             self._fresh[destination.place] = destination
+            if record.express:
+                self._express[destination.place] = destination
             self._woken.set()
         else:
             asyncio.get_running_loop().call_soon(settled, destination.undelivered(now))
@@ -144,28 +158,44 @@ class Publisher:
 
     # -- to the producers -------------------------------------------------------------------------------------------------
 
-    def _pump(self, destination: Destination, now: float) -> None:
-        """Hand to the place's producer what it may have now; what it may not have yet is tried again at the next tick."""
+    def _pump(self, destination: Destination, now: float, *, express: bool = False, most: int = sys.maxsize) -> int:
+        """Hand to the place's producer what it may have now, or the `express` part of it; what it may not have yet is tried
+        again at the next tick. Returns how many it got, `most` at most."""
+        sent = 0
         if not destination.has_waiting:
-            return
+            return sent
         destination.used_at = now
         lane = self._lanes.choose(destination)
         if lane is None or lane.producer is None:
-            return
+            return sent
         producer, (_, partition) = lane.producer, destination.place
         if not producer.has_leader(destination.place):
             self._look_up(destination, lane)
-            return
-        while (parcel := destination.next_to_send(now)) is not None:
+            return sent
+        beside = self._bulk_turns.needed
+        while (
+            sent < most
+            and (parcel := destination.next_to_send(now, beside=beside, express=express)) is not None
+        ):
             try:
                 sending = producer.send(parcel.record, partition)
             except BatchFull:
                 destination.add(parcel)
-                return
+                break
             except KafkaError as error:
                 sending = _failed(error)
             destination.opened(parcel, sending, now)
             sending.add_done_callback(partial(self._note, destination, parcel))
+            sent += 1
+        return sent
+
+    def _pump_in_turn(self, destination: Destination, now: float) -> None:
+        if not self._bulk_turns.needed:
+            self._pump(destination, now)
+        elif destination.has_waiting:
+            self._pump(destination, now, express=True)
+            self._fresh[destination.place] = destination
+            self._left.set()
 
     def _note(self, destination: Destination, parcel: Parcel, sending: asyncio.Future[Any]) -> None:
         self._answers.append((destination, parcel, sending))
@@ -202,17 +232,39 @@ class Publisher:
             await self._woken.wait()
             self._woken.clear()
             now = time.monotonic()
-            self._take_answers(now)
-            fresh, self._fresh = self._fresh, {}
-            for destination in fresh.values():
-                self._pump(destination, now)
+            if self._bulk_turns.needed:
+                for destination in self._express.values():
+                    self._pump(destination, now, express=True)
+                self._left.set()
+            else:
+                self._take_answers(now)
+                fresh, self._fresh = self._fresh, {}
+                for destination in fresh.values():
+                    self._pump(destination, now)
+            self._express.clear()
             if now >= next_tick:
                 self._tick(now)
                 next_tick = now + _TICK_S
                 asyncio.get_running_loop().call_later(_TICK_S, self._woken.set)
 
-    def _take_answers(self, now: float) -> None:
-        answers, self._answers = self._answers, []
+    async def _run_in_turns(self) -> None:
+        """Do what is left in bulk's turns: in each, take some answers, or else send some records."""
+        while True:
+            await self._left.wait()
+            await self._bulk_turns.turn()
+            now, left = time.monotonic(), _SENT_A_TURN
+            if self._answers:
+                self._take_answers(now, _TAKEN_A_TURN)
+            while self._fresh and left > 0:
+                place, destination = next(iter(self._fresh.items()))
+                left -= self._pump(destination, now, most=left)
+                if left > 0:
+                    del self._fresh[place]
+            if not self._answers and not self._fresh:
+                self._left.clear()
+
+    def _take_answers(self, now: float, most: int | None = None) -> None:
+        answers, self._answers = self._answers[:most], self._answers[most:] if most else []
         taken = size = 0
         touched: dict[Destination, bool] = {}  # whether the brokers took something there
         for destination, parcel, sending in answers:
@@ -236,7 +288,7 @@ class Publisher:
             if self._places.note_taken(now):
                 log.info("kafka_back")
         for destination in touched:
-            self._pump(destination, now)
+            self._pump_in_turn(destination, now)
 
     def _take_back(self, destination: Destination, parcel: Parcel, error: BaseException) -> None:
         """A parcel failed: it is refused, or waits again."""
@@ -306,7 +358,7 @@ class Publisher:
             self._pump(other, now)
         if destination.apart and destination.may_return(now) and self._lanes.may_return(place, now):
             destination.rejoin()
-        self._pump(destination, now)
+        self._pump_in_turn(destination, now)
 
     def _start_anew(self) -> None:
         """The common producer was replaced since nothing went through it: everything begins with the new one."""

@@ -14,7 +14,7 @@ from typing import Final, Protocol
 
 import structlog
 
-from embedq_consumer.fairness import Cost
+from embedq_consumer.fairness import BulkTurns, Cost, InteractiveTraffic
 from embedq_consumer.group import (
     Custodian,
     GroupCommits,
@@ -75,6 +75,7 @@ class Intake:
         - A crash repeats at most `max_uncommitted` records of a partition: what was never started was never answered.
     """
 
+    # More than six parameters: the service's own, which tests leave out.
     def __init__(
         self,
         clients: JobsClients,
@@ -84,6 +85,7 @@ class Intake:
         metrics: Metrics,
         beat: Callable[[], None],
         custodian: Custodian | None = None,
+        bulk_turns: BulkTurns | None = None,
     ) -> None:
         self._consumer = clients.consumer
         self._member = clients.member
@@ -98,7 +100,9 @@ class Intake:
         self._ledger = OffsetLedger()
         self._ownership = Ownership()
         self._gate: Gate | None = None
-        self._work = Workload(options, self._ledger, self._may_start)
+        self._work = Workload(
+            options, self._ledger, self._may_start, bulk_turns or BulkTurns(InteractiveTraffic())
+        )
         self._planner = PollPlanner(
             self._work.limits, self._lane_of, max_poll_records=options.max_poll_records
         )

@@ -31,6 +31,7 @@ from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.codec import Envelope
 from embedq_shared.headers import JobHeaders, parse, value_of
 from embedq_shared.messages import ErrorBody
+from embedq_shared.topics import LANES, Lane
 from tests.helpers.fake_parts import ScriptedSink
 from tests.helpers.in_flight import TOPICS, admitted, record
 from tests.helpers.support import wait_until
@@ -132,9 +133,9 @@ async def test_results_of_one_or_two_inputs_need_no_thread(
     on_thread: list[object] = []
     in_thread = Deliverer.in_thread
 
-    async def noted(deliverer: Deliverer, work: Callable[..., Any], *args: Any) -> Any:
+    async def noted(deliverer: Deliverer, lane: Lane, work: Callable[..., Any], *args: Any) -> Any:
         on_thread.append(work)
-        return await in_thread(deliverer, work, *args)
+        return await in_thread(deliverer, lane, work, *args)
 
     monkeypatch.setattr(Deliverer, "in_thread", noted)
     async with delivering() as parts:
@@ -419,8 +420,9 @@ async def test_what_an_operator_reads_of_an_address_that_took_nothing() -> None:
 
 async def test_closing_ends_the_threads() -> None:
     async with delivering() as parts:
-        thread = await parts.deliverer.in_thread(threading.current_thread)
-    assert not thread.is_alive()
+        threads = [await parts.deliverer.in_thread(lane, threading.current_thread) for lane in LANES]
+    assert threads[0] is not threads[1]
+    assert not any(thread.is_alive() for thread in threads)
 
 
 async def test_topics_are_those_of_the_sink() -> None:
