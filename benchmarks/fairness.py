@@ -180,7 +180,9 @@ async def beside(
     batches = grew(_ENDED)
     mean = grew("embedq_compute_seconds_sum") / batches if batches else 0.0
     answered = sum(grew(key) for key in after if key.startswith("embedq_jobs_total"))
-    left = jobs + count + 1 - sum(value for key, value in after.items() if key.startswith("embedq_jobs_total"))
+    left = (
+        jobs + count + 1 - sum(value for key, value in after.items() if key.startswith("embedq_jobs_total"))
+    )
     seconds, between = zip(*found, strict=True)
     p50, p99 = np.percentile(seconds, [50, 99])
     return {
@@ -202,9 +204,7 @@ async def beside(
     }
 
 
-async def run(
-    model: Path, count: int, bulk_jobs: int, only: Collection[str], module: str
-) -> dict[str, Any]:
+async def run(model: Path, count: int, bulk_jobs: int, only: Collection[str], module: str) -> dict[str, Any]:
     """Each kind of flood, one after the other, in one run; first none."""
     floods: dict[str, tuple[str, str, Iterable[bytes]]] = {
         "equal": ("60 jobs of 2,048 equal inputs", "interactive", equal_inputs(60)),
@@ -221,9 +221,7 @@ async def run(
     }
     with DevStack() as stack:
         results["kafka"] = stack.kafka_description
-        alone = results["alone"] = await beside(
-            stack, model, "alone", ("interactive", ()), count, module
-        )
+        alone = results["alone"] = await beside(stack, model, "alone", ("interactive", ()), count, module)
         for name, lane, values in (flood for key, flood in floods.items() if key in only):
             found = await beside(stack, model, name, (lane, values), count, module)
             more = found["p99_s"] - alone["p99_s"]

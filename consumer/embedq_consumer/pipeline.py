@@ -250,9 +250,7 @@ class Pipeline:
             if its := [each for each in texts if each[0].lane == lane]:
                 self._spawn(self._postprocess(lane, assembled_outcomes_of, its), "postprocess")
 
-    async def _postprocess(
-        self, lane: Lane, work: Callable[..., list[Settled]], *results: Any
-    ) -> None:
+    async def _postprocess(self, lane: Lane, work: Callable[..., list[Settled]], *results: Any) -> None:
         outcomes = await self._deliverer.in_thread(lane, work, *results)
         await self._deliverer.turn(lane)
         self.settle(outcomes)

@@ -125,9 +125,7 @@ async def _serve(settings: Settings, stop: asyncio.Event, leaving: Callable[[], 
             open_releases(settings, publisher, intake, results, health)
         )
         deliverer = await parts.enter_async_context(
-            open_deliverer(
-                settings, publisher, results, releases, intake, quarantine.finish, turns, metrics
-            )
+            open_deliverer(settings, publisher, results, releases, intake, quarantine.finish, turns, metrics)
         )
         policy = msgspec.structs.replace(
             settings.admission, mappings=mappings, schemas=schemas or NoRegistry()

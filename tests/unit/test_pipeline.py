@@ -71,7 +71,9 @@ class Parts:
         encoder = ResultEncoder(TOPICS, "group", 900_000)
         self.weighed: dict[int, Cost] = {}
         self.queue = TextQueue(flights, batcher, budget, self.metrics)
-        self.deliverer = Deliverer(encoder, self.sink, self.sink.finish, self.metrics, LIMITS, bulk_turns=turns)
+        self.deliverer = Deliverer(
+            encoder, self.sink, self.sink.finish, self.metrics, LIMITS, bulk_turns=turns
+        )
         self.pipeline = Pipeline(
             rules(**settings), lambda: self.model, self.cache, self.queue, self.deliverer, tasks, self.weigh
         )
@@ -120,6 +122,7 @@ def computed(offset: int, lane: Lane) -> ComputedText:
         of.request,
         of.encoder,
     )
+    state.keys[0] = b"%d" % offset
     tokens = Tokens(np.array([1, 2], dtype=np.int32))
     return QueuedText(identity=Identity.of(state, 0), tokens=tokens, arrived=0.0), [(state, 0)]
 

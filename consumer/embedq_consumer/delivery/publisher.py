@@ -158,7 +158,9 @@ class Publisher:
 
     # -- to the producers -------------------------------------------------------------------------------------------------
 
-    def _pump(self, destination: Destination, now: float, *, express: bool = False, most: int = sys.maxsize) -> int:
+    def _pump(
+        self, destination: Destination, now: float, *, express: bool = False, most: int = sys.maxsize
+    ) -> int:
         """Hand to the place's producer what it may have now, or the `express` part of it; what it may not have yet is tried
         again at the next tick. Returns how many it got, `most` at most."""
         sent = 0

@@ -573,7 +573,9 @@ def beside(now: float = 0.0) -> InteractiveTraffic:
     return traffic
 
 
-def test_bulk_runs_in_quarters_of_a_micro_batch_while_interactive_texts_come_and_whole_ones_afterwards() -> None:
+def test_bulk_runs_in_quarters_of_a_micro_batch_while_interactive_texts_come_and_whole_ones_afterwards() -> (
+    None
+):
     waiting = policy(max_tokens=400, max_items=1000, traffic=beside(0.0))
     waiting.put(items(*[10] * 500, lane="bulk"))
     assert sum(item.cost for item in waiting.take(2.0)) == 400 // SHORT

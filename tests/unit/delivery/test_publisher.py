@@ -160,7 +160,7 @@ class Broker:
 class Opened:
     """An open publisher, its broker and its metrics."""
 
-    def __init__(self, max_held: int, turns: BulkTurns | None) -> None:
+    def __init__(self, max_held: int, turns: BulkTurns | None = None) -> None:
         self.broker = Broker()
         self.metrics = Metrics()
         self.trouble: str | None = None

@@ -29,9 +29,7 @@ def a_replica(**more: Any) -> ReplicaView:
 
 def shown(*replicas: ReplicaView, plain: bool) -> str:
     tiers = [LaneLag(topic="embed.retry.1", jobs=0), LaneLag(topic="embed.retry.2", jobs=4)]
-    status = ServiceStatus(
-        replicas=list(replicas), lag=[LaneLag(topic="embed.jobs", jobs=2)], retries=tiers
-    )
+    status = ServiceStatus(replicas=list(replicas), lag=[LaneLag(topic="embed.jobs", jobs=2)], retries=tiers)
     console = Console(width=200, force_terminal=False)
     with console.capture() as capture:
         for line in status_lines(status, plain=plain):
