@@ -48,7 +48,9 @@ async def make_topics(
 ) -> Topics:
     """embedq's topics below this prefix, and other ones by name, with this many copies of each partition."""
     wanted = wanted_topics(prefix, partitions=partitions, reply_partitions=partitions, retry_tiers=0)
-    new = [NewTopic(topic.name, topic.partitions, copies, topic_configs=dict(topic.config)) for topic in wanted]
+    new = [
+        NewTopic(topic.name, topic.partitions, copies, topic_configs=dict(topic.config)) for topic in wanted
+    ]
     new += [NewTopic(name, partitions, copies) for name in names]
     admin = AIOKafkaAdminClient(bootstrap_servers=stack.kafka_servers)
     await admin.start()

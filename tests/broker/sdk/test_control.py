@@ -193,7 +193,9 @@ async def test_a_record_that_its_producer_stamped_long_ago_is_kept_as_long_as_an
             sent = await client.send_and_wait(topic, b"{}", timestamp_ms=1000)
             assert sent.timestamp / 1000 >= before - 1, f"{topic}: Kafka would delete it by its age"
         letter = await client.send_and_wait(topics.dead_letters, b"{}", timestamp_ms=1000)
-        assert letter.timestamp == 1000, "a dead letter keeps its record's timestamp; its topic deletes nothing by age"
+        assert letter.timestamp == 1000, (
+            "a dead letter keeps its record's timestamp; its topic deletes nothing by age"
+        )
 
 
 async def test_more_copies_than_brokers_is_an_argument_error(servers: str) -> None:
