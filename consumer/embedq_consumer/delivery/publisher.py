@@ -20,7 +20,7 @@ import structlog
 from embedq_consumer.delivery.broker_errors import meaning_of, name_of
 from embedq_consumer.delivery.destination import Destination, Parcel, Settled, Urgent
 from embedq_consumer.delivery.kafka_producer import MakeProducers
-from embedq_consumer.delivery.lane import UNREACHABLE, Lane, Lanes
+from embedq_consumer.delivery.lane import UNREACHABLE, Lane, Lanes, Spawn
 from embedq_consumer.delivery.outgoing import Outgoing, Place
 from embedq_consumer.delivery.places import Ended, Places
 from embedq_consumer.delivery.topic_directory import TopicDirectory
@@ -37,128 +37,27 @@ _TAKEN_A_TURN: Final = 256
 """Records that are handed to producers, and answers that are taken of them, in one of bulk's turns: a millisecond or two."""
 
 Answer = tuple[Destination, Parcel, "asyncio.Future[Any]"]
+Fail = Callable[[Destination, BaseException, float], None]
 
 
-class Publisher:
-    """Sends records; says of each, through `settled`, that the brokers have it, or why they will not.
+class _Pump:
+    """Hands to each place's producer what it may have, and collects the producers' answers, of which `woken` tells.
 
-    Invariants:
-        - Every parcel is settled exactly once, unless the publisher is closed before.
-        - A parcel without a time-out is settled with an error only if the brokers refuse the record itself.
-        - State changes on the event loop alone; the producers' answers are taken in one task.
-        - While interactive work comes, its results are sent at once, and what else there is to do is done in bulk's turns.
+    While interactive work comes, a producer gets less at once of what is not express.
     """
 
-    # More than six parameters: what it needs of the service, and what tests replace.
-    def __init__(
-        self,
-        make: MakeProducers,
-        metrics: Metrics,
-        *,
-        max_held: int,
-        hinder: Callable[[str | None], None] = lambda reason: None,
-        topics: TopicDirectory | None = None,
-        ours: Collection[str] = (),
-        bulk_turns: BulkTurns | None = None,
-    ) -> None:
-        """`max_held`: records that wait for failing places, all together. `hinder` is told why this replica is not ready.
-        `ours`: embedq's own topics."""
-        self._bulk_turns = bulk_turns or BulkTurns(InteractiveTraffic())
-        self._metrics = metrics
-        self._hinder = hinder
-        self._running: set[asyncio.Task[None]] = set()
-        self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._closed = False
-        self._serial = count()
-        self._answers: list[Answer] = []
-        self._fresh: dict[Place, Destination] = {}
-        self._express: dict[Place, Destination] = {}
-        self._left = asyncio.Event()
-        self._woken = asyncio.Event()
+    def __init__(self, lanes: Lanes, bulk_turns: BulkTurns, spawn: Spawn, fail: Fail) -> None:
+        """`fail` hears of a place that does not work, why, and since when."""
+        self._lanes = lanes
+        self._bulk_turns = bulk_turns
+        self._spawn = spawn
+        self._fail = fail
         self._looking: set[Place] = set()
-        self._lanes = Lanes(make, self._spawn, metrics)
-        self.topics = topics or TopicDirectory()
-        self._places = Places(self.topics.partitions, max_held=max_held, now=time.monotonic(), ours=ours)
-        self.presence = self._places.presence
+        self.answers: list[Answer] = []
+        self.woken = asyncio.Event()
+        self.closed = False
 
-    # -- life -----------------------------------------------------------------------------------------------------------
-
-    async def open(self) -> None:
-        """Connect, learn the topics, and begin to work. After an error it may be called again.
-
-        Raises:
-            KafkaError, TimeoutError, OSError: no broker answers, or lets us in.
-        """
-        producer = await self._lanes.common.connect()
-        try:
-            await self.topics.refresh(producer, since=time.monotonic())
-        except BaseException:
-            await self._lanes.common.close()
-            raise
-        self._spawn(self._run())
-        self._spawn(self._run_in_turns())
-        self._spawn(self._keep_topics())
-
-    async def watch(self) -> None:
-        """Wait until something here fails that is no doing of the brokers, and raise it."""
-        await asyncio.shield(self._failure)
-
-    async def close(self) -> None:
-        """Disconnect. What was not acknowledged was not committed either."""
-        self._closed = True
-        for task in self._running:
-            task.cancel()
-        await self._lanes.close()
-
-    # -- what others ask ------------------------------------------------------------------------------------------------
-
-    def send(
-        self,
-        record: Outgoing,
-        settled: Settled,
-        *,
-        timeout_s: float | None,
-        urgent: Urgent = lambda: False,
-    ) -> None:
-        """Send a record; `settled` is called once, later. Without a time-out it waits until its place works; with one, also
-        no longer for a place that fails once it is `urgent`."""
-        now = time.monotonic()
-        parcel = Parcel(record, settled, timeout_s, next(self._serial), now, urgent)
-        destination = self._places.destination_of(record, now)
-        if not destination.given_up or destination.accepts(parcel, now):
-            # Its producer gets it in a moment, with the others of the same delivery.
-            destination.add(parcel)
-            self._fresh[destination.place] = destination
-            if record.express:
-                self._express[destination.place] = destination
-            self._woken.set()
-        else:
-            asyncio.get_running_loop().call_soon(settled, destination.undelivered(now))
-
-    async def publish(
-        self, records: Sequence[Outgoing], *, timeout_s: float | None = None
-    ) -> list[Exception | None]:
-        """Send all and wait for all. For each record None, or why the brokers will not have it."""
-        outcomes = [_outcome() for _ in records]
-        for record, outcome in zip(records, outcomes, strict=True):
-            self.send(record, _into(outcome), timeout_s=timeout_s)
-        return list(await asyncio.gather(*outcomes))
-
-    async def announce(self, records: Sequence[Outgoing], *, within: float) -> None:
-        """Send what will soon be out of date, and wait for it, at most so long. It may get lost."""
-        try:
-            async with asyncio.timeout(within):
-                await self.publish(records, timeout_s=within)
-        except TimeoutError:
-            self._places.withdraw(records)
-
-    async def refresh_topics(self) -> None:
-        """See topics that were made since, and those that are gone. While Kafka is away, this waits for it."""
-        await self.topics.refresh_at_last(lambda: self._lanes.common.producer)
-
-    # -- to the producers -------------------------------------------------------------------------------------------------
-
-    def _pump(
+    def run(
         self, destination: Destination, now: float, *, express: bool = False, most: int = sys.maxsize
     ) -> int:
         """Hand to the place's producer what it may have now, or the `express` part of it; what it may not have yet is tried
@@ -191,18 +90,10 @@ class Publisher:
             sent += 1
         return sent
 
-    def _pump_in_turn(self, destination: Destination, now: float) -> None:
-        if not self._bulk_turns.needed:
-            self._pump(destination, now)
-        elif destination.has_waiting:
-            self._pump(destination, now, express=True)
-            self._fresh[destination.place] = destination
-            self._left.set()
-
     def _note(self, destination: Destination, parcel: Parcel, sending: asyncio.Future[Any]) -> None:
-        self._answers.append((destination, parcel, sending))
-        self._woken.set()
-        if self._closed and not sending.cancelled():
+        self.answers.append((destination, parcel, sending))
+        self.woken.set()
+        if self.closed and not sending.cancelled():
             sending.exception()  # nobody will look at it again, of which asyncio would complain
 
     def _look_up(self, destination: Destination, lane: Lane) -> None:
@@ -220,34 +111,157 @@ class Publisher:
                 self._fail(destination, error, asked_at)
             finally:
                 self._looking.discard(place)
-            self._pump(destination, time.monotonic())
+            self.run(destination, time.monotonic())
 
         self._spawn(look_up())
+
+
+class Publisher:
+    """Sends records; says of each, through `settled`, that the brokers have it, or why they will not.
+
+    Invariants:
+        - Every parcel is settled exactly once, unless the publisher is closed before.
+        - A parcel without a time-out is settled with an error only if the brokers refuse the record itself.
+        - State changes on the event loop alone; the producers' answers are taken in one task.
+        - While interactive work comes, its results are sent at once, and what else there is to do is done in bulk's turns.
+    """
+
+    # More than six parameters: what it needs of the service, and what tests replace.
+    def __init__(
+        self,
+        make: MakeProducers,
+        metrics: Metrics,
+        *,
+        max_held: int,
+        hinder: Callable[[str | None], None] = lambda reason: None,
+        topics: TopicDirectory | None = None,
+        ours: Collection[str] = (),
+        bulk_turns: BulkTurns | None = None,
+    ) -> None:
+        """`max_held`: records that wait for failing places, all together. `hinder` is told why this replica is not ready.
+        `ours`: embedq's own topics."""
+        self._bulk_turns = bulk_turns or BulkTurns(InteractiveTraffic())
+        self._metrics = metrics
+        self._hinder = hinder
+        self._running: set[asyncio.Task[None]] = set()
+        self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._serial = count()
+        self._fresh: dict[Place, Destination] = {}
+        self._express: dict[Place, Destination] = {}
+        self._left = asyncio.Event()
+        self._lanes = Lanes(make, self._spawn, metrics)
+        self._pump = _Pump(self._lanes, self._bulk_turns, self._spawn, self._fail)
+        self.topics = topics or TopicDirectory()
+        self._places = Places(self.topics.partitions, max_held=max_held, now=time.monotonic(), ours=ours)
+        self.presence = self._places.presence
+
+    # -- life -----------------------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Connect, learn the topics, and begin to work. After an error it may be called again.
+
+        Raises:
+            KafkaError, TimeoutError, OSError: no broker answers, or lets us in.
+        """
+        producer = await self._lanes.common.connect()
+        try:
+            await self.topics.refresh(producer, since=time.monotonic())
+        except BaseException:
+            await self._lanes.common.close()
+            raise
+        self._spawn(self._run())
+        self._spawn(self._run_in_turns())
+        self._spawn(self._keep_topics())
+
+    async def watch(self) -> None:
+        """Wait until something here fails that is no doing of the brokers, and raise it."""
+        await asyncio.shield(self._failure)
+
+    async def close(self) -> None:
+        """Disconnect. What was not acknowledged was not committed either."""
+        self._pump.closed = True
+        for task in self._running:
+            task.cancel()
+        await self._lanes.close()
+
+    # -- what others ask ------------------------------------------------------------------------------------------------
+
+    def send(
+        self,
+        record: Outgoing,
+        settled: Settled,
+        *,
+        timeout_s: float | None,
+        urgent: Urgent = lambda: False,
+    ) -> None:
+        """Send a record; `settled` is called once, later. Without a time-out it waits until its place works; with one, also
+        no longer for a place that fails once it is `urgent`."""
+        now = time.monotonic()
+        parcel = Parcel(record, settled, timeout_s, next(self._serial), now, urgent)
+        destination = self._places.destination_of(record, now)
+        if not destination.given_up or destination.accepts(parcel, now):
+            # Its producer gets it in a moment, with the others of the same delivery.
+            destination.add(parcel)
+            self._fresh[destination.place] = destination
+            if record.express:
+                self._express[destination.place] = destination
+            self._pump.woken.set()
+        else:
+            asyncio.get_running_loop().call_soon(settled, destination.undelivered(now))
+
+    async def publish(
+        self, records: Sequence[Outgoing], *, timeout_s: float | None = None
+    ) -> list[Exception | None]:
+        """Send all and wait for all. For each record None, or why the brokers will not have it."""
+        outcomes = [_outcome() for _ in records]
+        for record, outcome in zip(records, outcomes, strict=True):
+            self.send(record, _into(outcome), timeout_s=timeout_s)
+        return list(await asyncio.gather(*outcomes))
+
+    async def announce(self, records: Sequence[Outgoing], *, within: float) -> None:
+        """Send what will soon be out of date, and wait for it, at most so long. It may get lost."""
+        try:
+            async with asyncio.timeout(within):
+                await self.publish(records, timeout_s=within)
+        except TimeoutError:
+            self._places.withdraw(records)
+
+    async def refresh_topics(self) -> None:
+        """See topics that were made since, and those that are gone. While Kafka is away, this waits for it."""
+        await self.topics.refresh_at_last(lambda: self._lanes.common.producer)
+
+    def _pump_in_turn(self, destination: Destination, now: float) -> None:
+        if not self._bulk_turns.needed:
+            self._pump.run(destination, now)
+        elif destination.has_waiting:
+            self._pump.run(destination, now, express=True)
+            self._fresh[destination.place] = destination
+            self._left.set()
 
     # -- from the producers -----------------------------------------------------------------------------------------------
 
     async def _run(self) -> None:
         """Take the producers' answers as they come, and look at every place now and then."""
         next_tick = 0.0
-        self._woken.set()
+        self._pump.woken.set()
         while True:
-            await self._woken.wait()
-            self._woken.clear()
+            await self._pump.woken.wait()
+            self._pump.woken.clear()
             now = time.monotonic()
             if self._bulk_turns.needed:
                 for destination in self._express.values():
-                    self._pump(destination, now, express=True)
+                    self._pump.run(destination, now, express=True)
                 self._left.set()
             else:
                 self._take_answers(now)
                 fresh, self._fresh = self._fresh, {}
                 for destination in fresh.values():
-                    self._pump(destination, now)
+                    self._pump.run(destination, now)
             self._express.clear()
             if now >= next_tick:
                 self._tick(now)
                 next_tick = now + _TICK_S
-                asyncio.get_running_loop().call_later(_TICK_S, self._woken.set)
+                asyncio.get_running_loop().call_later(_TICK_S, self._pump.woken.set)
 
     async def _run_in_turns(self) -> None:
         """Do what is left in bulk's turns: in each, take some answers, or else send some records."""
@@ -255,18 +269,18 @@ class Publisher:
             await self._left.wait()
             await self._bulk_turns.turn()
             now, left = time.monotonic(), _SENT_A_TURN
-            if self._answers:
+            if self._pump.answers:
                 self._take_answers(now, _TAKEN_A_TURN)
             while self._fresh and left > 0:
                 place, destination = next(iter(self._fresh.items()))
-                left -= self._pump(destination, now, most=left)
+                left -= self._pump.run(destination, now, most=left)
                 if left > 0:
                     del self._fresh[place]
-            if not self._answers and not self._fresh:
+            if not self._pump.answers and not self._fresh:
                 self._left.clear()
 
     def _take_answers(self, now: float, most: int | None = None) -> None:
-        answers, self._answers = self._answers[:most], self._answers[most:] if most else []
+        answers, self._pump.answers = self._pump.answers[:most], self._pump.answers[most:] if most else []
         taken = size = 0
         touched: dict[Destination, bool] = {}  # whether the brokers took something there
         for destination, parcel, sending in answers:
@@ -357,7 +371,7 @@ class Publisher:
                 self.topics.forget(place[0])
             _settle(ended)
         for other in self._places.elsewhere(destination, now):
-            self._pump(other, now)
+            self._pump.run(other, now)
         if destination.apart and destination.may_return(now) and self._lanes.may_return(place, now):
             destination.rejoin()
         self._pump_in_turn(destination, now)
@@ -367,7 +381,7 @@ class Publisher:
         for destination in self._places:
             self._lanes.strand(destination)
             destination.rejoin()
-            self._pump(destination, time.monotonic())
+            self._pump.run(destination, time.monotonic())
 
     # -- tasks --------------------------------------------------------------------------------------------------------------
 

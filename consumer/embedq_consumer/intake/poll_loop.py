@@ -14,7 +14,7 @@ from typing import Final, Protocol
 
 import structlog
 
-from embedq_consumer.fairness import BulkTurns, Cost, InteractiveTraffic
+from embedq_consumer.fairness import BulkTurns, Cost
 from embedq_consumer.group import (
     Custodian,
     GroupCommits,
@@ -100,9 +100,7 @@ class Intake:
         self._ledger = OffsetLedger()
         self._ownership = Ownership()
         self._gate: Gate | None = None
-        self._work = Workload(
-            options, self._ledger, self._may_start, bulk_turns or BulkTurns(InteractiveTraffic())
-        )
+        self._work = Workload(options, self._ledger, self._may_start, bulk_turns)
         self._planner = PollPlanner(
             self._work.limits, self._lane_of, max_poll_records=options.max_poll_records
         )

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Final
 
-from embedq_consumer.fairness import BulkTurns, Cost, Limits, Parking, Starter
+from embedq_consumer.fairness import BulkTurns, Cost, InteractiveTraffic, Limits, Parking, Starter
 from embedq_consumer.group import OffsetLedger, Ticket
 from embedq_consumer.intake.flow_control import InFlightLimits, ReadAhead
 from embedq_consumer.intake.jobs_consumer import IntakeOptions
@@ -37,7 +37,7 @@ class Workload:
         options: IntakeOptions,
         ledger: OffsetLedger,
         may_start: Callable[[], bool],
-        bulk_turns: BulkTurns,
+        bulk_turns: BulkTurns | None = None,
     ) -> None:
         self._ledger = ledger
         self._in_flight: dict[Ticket, Record] = {}
@@ -62,6 +62,7 @@ class Workload:
             ),
             ledger.committed,
         )
+        bulk_turns = bulk_turns or BulkTurns(InteractiveTraffic())
         self._traffic = bulk_turns.traffic
         self._starter = Starter(self._parking, may_start, bulk_turns)
 
