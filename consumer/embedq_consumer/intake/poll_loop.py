@@ -14,7 +14,7 @@ from typing import Final, Protocol
 
 import structlog
 
-from embedq_consumer.fairness import BulkTurns, Cost
+from embedq_consumer.fairness import BulkTurns
 from embedq_consumer.group import (
     Custodian,
     DeletionWatch,
@@ -142,6 +142,7 @@ class Intake:
         """Set once the group has given this replica its partitions, even if there are none."""
         self.when_first = self._work.when_first
         self.set_aside = self._work.set_aside
+        self.weigh = self._work.weigh
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -248,10 +249,6 @@ class Intake:
     async def running(self) -> None:
         """Wait while there is a hold or a stop: nothing may be started meanwhile."""
         await self._changes.until(lambda: self._state.phase == "running")
-
-    def weigh(self, record: Record, cost: Cost) -> None:
-        """A started record turned out to be a job that takes this."""
-        self._work.weigh(record, cost)
 
     def holds_back(self, record: Record) -> bool:
         """Whether others of its partition wait soon, for the sake of this one that is not answered."""
