@@ -124,5 +124,13 @@ class LanceSink:
             for id, vector in zip(batch.column("id").to_pylist(), floats_of(batch), strict=True)
         }
 
+    def stored(self, version: str | None = None) -> int:
+        if self._table is None:
+            try:
+                self._table = lancedb.connect(self._place).open_table(self._table_name)
+            except (OSError, RuntimeError, ValueError) as error:
+                raise BadTarget(target=self.name, reason=str(error)) from None
+        return int(self._table.count_rows(None if version is None else f"model_version = {quoted(version)}"))
+
     def close(self) -> None:
         self._waiting = []

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, LiteralString
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,10 @@ from embedq_batch.sinks.sink import PartsRecord
 _CONNECT_S: Final = 10
 _MARK: Final = "embedq: "
 """What begins the comment of a view, which says what it is of."""
+OTHERS: Final = "a view of another maker"
+_VIEW_WAIT_MS: Final = 2000
+"""How long a switch waits for queries that have the view: those that come meanwhile wait behind it."""
+_VIEW_TRIES: Final = 15
 _VECTOR: Final = {"float32": "vector", "float16": "halfvec", "binary": "bit"}
 
 
@@ -139,36 +144,35 @@ class PostgresSink:
         return True
 
     def fetch(self, ids: Sequence[RowId]) -> dict[RowId, npt.NDArray[np.float32]]:
-        rows = self._connected().execute(
-            sql.SQL("select id, vector from {} where id = any(%s)").format(self._table), (list(ids),)
-        )
+        rows = self._asked("select id, vector from {} where id = any(%s)", list(ids))
         return {id: _floats(vector) for id, vector in rows}
 
-    def point(self, alias: str) -> str | None:
-        """A view of the table, made anew in one transaction: queries wait for it, and none fails."""
-        name = sql.Identifier(*alias.split("."))
+    def stored(self, version: str | None = None) -> int:
+        rows = self._asked(
+            "select count(*) from {} where %s::text is null or model_version = %s", version, version
+        )
+        return int(rows[0][0])
+
+    def _asked(self, query: LiteralString, *arguments: Any) -> list[tuple[Any, ...]]:
+        """The rows of a query of this table."""
         try:
-            connection = self._connected()
-            with connection.transaction():
-                found = connection.execute(
-                    "select relkind::text, obj_description(oid, 'pg_class') from pg_class where oid = to_regclass(%s)",
-                    (name.as_string(connection),),
-                ).fetchone()
-                if found is not None and found[0] != "v":
-                    raise BadTarget(
-                        target=alias, reason="is a table of its own, not a view that can be switched"
-                    )
-                if found is not None:
-                    connection.execute(sql.SQL("drop view {}").format(name))
-                connection.execute(sql.SQL("create view {} as select * from {}").format(name, self._table))
-                connection.execute(
-                    sql.SQL("comment on view {} is {}").format(
-                        name, sql.Literal(f"{_MARK}{self._table_name}")
-                    )
-                )
+            return self._connected().execute(sql.SQL(query).format(self._table), arguments).fetchall()
+        except psycopg.OperationalError as error:
+            raise self._away(error) from None
         except psycopg.Error as error:
             raise BadTarget(target=self.name, reason=_said(error)) from None
-        return None if found is None else str(found[1] or "a view of another maker").removeprefix(_MARK)
+
+    def point(self, alias: str) -> str | None:
+        """A view of the table, made anew in one transaction: queries wait for it, and none fails. Its owner and the rights to it stay."""
+        view = sql.Identifier(*alias.split("."))
+        try:
+            connection = self._connected()
+            for _ in range(_VIEW_TRIES):
+                with contextlib.suppress(psycopg.errors.LockNotAvailable):
+                    return _switched(connection, view, alias, self._table, self._table_name)
+        except psycopg.Error as error:
+            raise BadTarget(target=self.name, reason=_said(error)) from None
+        raise BadTarget(target=alias, reason="queries that do not end keep it: try again when they have")
 
     def close(self) -> None:
         if self._connection is not None:
@@ -185,6 +189,64 @@ class PostgresSink:
     def _away(self, error: psycopg.Error) -> TargetAway:
         self.close()
         return TargetAway(target=self.name, reason=_said(error))
+
+
+def _switched(
+    connection: psycopg.Connection[Any],
+    view: sql.Identifier,
+    alias: str,
+    table: sql.Identifier,
+    table_name: str,
+) -> str | None:
+    """Make a view one of this table; the table that it was of.
+
+    Raises:
+        BadTarget: the name is no view's.
+        LockNotAvailable: queries had it for too long. Nothing is changed, and those that came meanwhile go on.
+    """
+    with connection.transaction():
+        connection.execute(sql.SQL("set local lock_timeout = {}").format(_VIEW_WAIT_MS))
+        found = connection.execute(
+            "select relkind::text, obj_description(c.oid, 'pg_class'), pg_get_userbyid(relowner) from pg_class c "
+            "where c.oid = to_regclass(%s)",
+            (view.as_string(connection),),
+        ).fetchone()
+        if found is not None and found[0] != "v":
+            raise BadTarget(target=alias, reason="is a table of its own, not a view that can be switched")
+        try:
+            with connection.transaction():
+                query = sql.SQL("create or replace view {} as select * from {}").format(view, table)
+                connection.execute(query)
+        except (
+            psycopg.errors.InvalidTableDefinition
+        ):  # its columns are others, such as vectors of another length
+            _replace(connection, view, table, str(found and found[2]))
+        mark = sql.Literal(f"{_MARK}{table_name}")
+        connection.execute(sql.SQL("comment on view {} is {}").format(view, mark))
+    return None if found is None else str(found[1] or OTHERS).removeprefix(_MARK)
+
+
+def _replace(
+    connection: psycopg.Connection[Any], view: sql.Identifier, table: sql.Identifier, owner: str
+) -> None:
+    """Drop a view and make it anew, with the owner and the rights that it had."""
+    rights = connection.execute(
+        "select privilege_type, is_grantable, rolname from pg_class c cross join aclexplode(relacl) "
+        "left join pg_roles r on r.oid = grantee where c.oid = to_regclass(%s)",
+        (view.as_string(connection),),
+    ).fetchall()
+    connection.execute(sql.SQL("drop view {}").format(view))
+    connection.execute(sql.SQL("create view {} as select * from {}").format(view, table))
+    for privilege, grantable, role in rights:
+        connection.execute(
+            sql.SQL("grant {} on {} to {}{}").format(
+                sql.SQL(privilege),
+                view,
+                sql.SQL("public") if role is None else sql.Identifier(role),
+                sql.SQL(" with grant option" if grantable else ""),
+            )
+        )
+    connection.execute(sql.SQL("alter view {} owner to {}").format(view, sql.Identifier(owner)))
 
 
 def _columns(shape: Shape) -> Iterator[tuple[str, str]]:

@@ -28,9 +28,12 @@ PROGRAM = "from embedq_batch.sink_command import sink; sink(prog_name='embedq si
 
 
 @contextmanager
-def following(servers: str, prefix: str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+def following(
+    servers: str, prefix: str, *arguments: str, program: str = PROGRAM
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A standing sink, which is killed in the end."""
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *arguments],
+        [sys.executable, "-c", program, *arguments],
         stderr=subprocess.PIPE,
         env=os.environ | {"EMBEDQ_KAFKA_SERVERS": servers, "EMBEDQ_TOPIC_PREFIX": prefix},
     )
