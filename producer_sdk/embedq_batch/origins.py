@@ -33,10 +33,11 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
     """How they were embedded, as the store's manifest says."""
 
 
-def origin_of(store: str, places: Sequence[str], columns: Columns) -> Origin:
+def origin_of(store: str, places: Sequence[str], columns: Columns, target: str) -> Origin:
     """Where the texts of `store`, a target of an earlier run or sink, are read: from `places`, or else from itself.
 
-    Columns that are not given are those of its run, and of a store itself all that it has besides ours.
+    Columns that are not given are those of its run, and of a store itself all that it has besides ours; a `target` that is a column of
+    a table takes none along.
 
     Raises:
         BadSource: it has no texts.
@@ -53,9 +54,14 @@ def origin_of(store: str, places: Sequence[str], columns: Columns) -> Origin:
     columns = msgspec.structs.replace(
         columns,
         id=columns.id or ("row" if "row" in names else "id"),
-        keep=columns.keep or tuple(name for name in names if name not in OURS),
+        keep=columns.keep or (() if _is_column(target) else tuple(name for name in names if name not in OURS)),
     )
     return Origin(places=[place], columns=columns, mirrors=True, job=job)
+
+
+def _is_column(target: str) -> bool:
+    """Whether a target is a column of a table: that has all others already."""
+    return target.startswith("postgres") and ":" in target.rpartition("#")[2]
 
 
 def _recorded(store: str) -> tuple[Columns, dict[str, Any]]:

@@ -103,7 +103,7 @@ def reembed(
         if target == store:
             raise BadTarget(target=target, reason="is what serves now: --to takes a new one beside it")
         given = Columns(text=text_column, template=template, id=id_column, keep=keep)
-        origin = await asyncio.to_thread(origin_of, store, source, given)
+        origin = await asyncio.to_thread(origin_of, store, source, given, target)
         _take_over(options, origin.job)
         options["only_changed"] = True
         options["delete_missing"] = options["delete_missing"] or origin.mirrors

@@ -223,6 +223,46 @@ def test_what_changes_meanwhile_is_counted_as_stale_and_followed_by_the_same_com
     assert counted(store.old).version == OLD
 
 
+def test_a_column_of_vectors_stands_beside_the_old_one_in_the_readers_own_table(
+    tmp_path: Path, postgres: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An application's own table, whose texts are where their vectors are to be."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("embedq_sdk.cli.commands._corpus_status", lambda: show)
+    address, mark = postgres.get_uri(), uuid.uuid4().hex[:8]
+    table, view = f"articles_{mark}", f"docs_{mark}"
+    old, new = f"{address}#{table}:embedding", f"{address}#{table}:second"
+    with psycopg.connect(address, autocommit=True) as owner:
+
+        def ask(query: str) -> list[Any]:
+            return owner.execute(query.replace("articles", table).replace("docs", view).encode()).fetchall()
+
+        owner.execute(f"create table {table} (nr bigint primary key, body text, title text)".encode())
+        owner.execute(f"insert into {table} select n, 'text ' || n, 't' from generate_series(0, 99) n".encode())
+        columns = Columns(text="body", id="nr")
+        asyncio.run(run(f"{address}#{table}", old, two_models(), columns=columns, check=10))
+        invoked(switch, view, "--to", old)
+        assert ask("select count(vector), min(model_version), max(title) from docs") == [(100, OLD, "t")]
+
+        command = ("--of", old, "--text-column", "body", "--id-column", "nr", "--to", new, "--model", "new")
+        done = invoked(reembed, *command, "--check", "10", "--switch", view)
+        assert done.exit_code == 0, done.output
+        assert "in the store: 100 vectors, 100 of them of this version\n" in done.output
+        assert ask("select count(vector), min(model_version), max(title) from docs") == [(100, NEW, "t")]
+        assert ask("select count(embedding), min(embedding_model_version) from articles") == [(100, OLD)]
+
+        owner.execute(f"delete from {table} where nr = 1".encode())
+        owner.execute(f"update {table} set body = 'changed' where nr = 2".encode())
+        done = invoked(status, "--corpus", new, "--from", old, "--json")
+        found = msgspec.json.decode(done.stdout, type=Figures)
+        assert (found.rows, found.changed, found.gone, found.stored) == (99, 1, 1, 99)
+        assert invoked(reembed, *command).exit_code == 0
+        [(vector,)] = ask("select second::text from articles where nr = 2")
+        assert np.allclose(np.fromstring(vector[1:-1], sep=","), expected("changed", salt=NEW), atol=1e-6)
+        assert invoked(switch, view, "--to", old).exit_code == 0
+        assert ask("select min(model_version) from docs") == [(OLD,)]
+
+
 def test_rights_to_a_view_stay_where_vectors_become_shorter(
     tmp_path: Path, postgres: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

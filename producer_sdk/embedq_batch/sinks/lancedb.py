@@ -11,11 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from embedq_batch.content.rows import RowId, Shape, VectorBatch, VectorType
+from embedq_batch.content.rows import RowId, Shape, VectorBatch, VectorType, quoted
 from embedq_batch.errors import BadTarget, TargetAway
 from embedq_batch.manifest.place import MANIFEST, beside, in_working_folder
 from embedq_batch.sinks.arrow import arrow_batch, arrow_schema, floats_of
-from embedq_batch.sinks.places import quoted
 from embedq_batch.sinks.sink import PartsRecord
 
 _MERGED_BYTES: Final = 64 << 20

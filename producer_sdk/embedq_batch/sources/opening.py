@@ -115,4 +115,4 @@ def _postgresql(address: str, columns: Columns, query: str | None) -> Source:
     if query is not None:
         return PostgresSource(address, columns, query=query)
     place = place_of(address, "postgresql", "table", "from")
-    return PostgresSource(place.address, columns, table=place.name)
+    return PostgresSource(place.address, columns, table=place.name.partition(":")[0])

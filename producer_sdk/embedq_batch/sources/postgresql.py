@@ -59,8 +59,11 @@ class PostgresSource:
             with self._connected() as connection, connection.cursor("embedq_look") as cursor:
                 if self._table is not None:
                     all_of_it = sql.SQL("select * from {} limit 0").format(self._identifier())
-                    self._names = [each.name for each in connection.execute(all_of_it).description or ()]
-                    self._columns.check(self._names, self.name)
+                    there = connection.execute(all_of_it).description or ()
+                    self._columns.check([each.name for each in there], self.name)
+                    # A type that psycopg does not know, such as a vector, is not taken along by itself.
+                    known = connection.adapters.types
+                    self._names = [each.name for each in there if known.get(each.type_code) is not None]
                 cursor.execute(self._selected())
                 records = cursor.fetchmany(LOOKED_AT)
                 found = {column.name: column.type_code for column in cursor.description or ()}
