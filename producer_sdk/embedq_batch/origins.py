@@ -54,7 +54,8 @@ def origin_of(store: str, places: Sequence[str], columns: Columns, target: str) 
     columns = msgspec.structs.replace(
         columns,
         id=columns.id or ("row" if "row" in names else "id"),
-        keep=columns.keep or (() if _is_column(target) else tuple(name for name in names if name not in OURS)),
+        keep=columns.keep
+        or (() if _is_column(target) else tuple(name for name in names if name not in OURS)),
     )
     return Origin(places=[place], columns=columns, mirrors=True, job=job)
 

@@ -238,7 +238,9 @@ def test_a_column_of_vectors_stands_beside_the_old_one_in_the_readers_own_table(
             return owner.execute(query.replace("articles", table).replace("docs", view).encode()).fetchall()
 
         owner.execute(f"create table {table} (nr bigint primary key, body text, title text)".encode())
-        owner.execute(f"insert into {table} select n, 'text ' || n, 't' from generate_series(0, 99) n".encode())
+        owner.execute(
+            f"insert into {table} select n, 'text ' || n, 't' from generate_series(0, 99) n".encode()
+        )
         columns = Columns(text="body", id="nr")
         asyncio.run(run(f"{address}#{table}", old, two_models(), columns=columns, check=10))
         invoked(switch, view, "--to", old)

@@ -49,7 +49,9 @@ class PostgresColumnSink(PostgresSink):
         try:
             connection = self._connected()
             for name, its in ((self._column_name, kind), (f"{self._column_name}{VERSION}", "text")):
-                if name not in self._columns_there(connection):  # a look alone: adding one waits for all who read the table
+                if name not in self._columns_there(
+                    connection
+                ):  # a look alone: adding one waits for all who read the table
                     connection.execute(
                         sql.SQL("alter table {} add column if not exists {} {}").format(
                             self._table, sql.Identifier(name), sql.SQL(its)
