@@ -201,3 +201,12 @@ def test_a_target_that_nobody_made_is_one_line(tmp_path: Path, monkeypatch: pyte
     refused = asked(monkeypatch, FakeService(), "--metrics")
     assert refused.exit_code == 2
     assert "--from and --metrics are for --corpus" in refused.stderr
+
+
+def test_without_the_package_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedq_sdk.cli.commands.importlib.metadata.entry_points", lambda **_: [])
+
+    done = invoked(status, "--corpus", "out.parquet")
+
+    assert done.exit_code == 2
+    assert "pip install 'embedq[batch]'" in done.stderr
