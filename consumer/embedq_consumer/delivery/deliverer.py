@@ -46,6 +46,8 @@ _AT_ONCE: Final = 64
 _AT_ONCE_BESIDE: Final = 32
 """Bulk jobs, while interactive ones come: two milliseconds or so, since they are encoded on the event loop."""
 _INPUTS_BESIDE: Final = 64
+_BYTES_BESIDE: Final = 256 * 1024
+"""Unless they have more inputs or larger results than these: 32 times 384 decimals are some 200 KB."""
 _ERROR_S: Final = 5.0
 """For an error in place of a result that could not be delivered: its dead letter tells of it anyway."""
 
@@ -187,7 +189,7 @@ class Deliverer:
             await self._deliver_large(jobs[0])
             return
         lane = jobs[0].record.lane
-        if _few(jobs, _INPUTS_BESIDE if self.takes_turns(lane) else FEW_INPUTS):
+        if _few(jobs, FEW_INPUTS) or (self.takes_turns(lane) and _quick(jobs)):
             replies = self._encode(jobs)
         else:
             replies = await self.in_thread(lane, self._encode, jobs)
@@ -383,6 +385,11 @@ def large(job: JobState) -> bool:
     """Whether encoding a job's results takes so long that others should not wait for several such ones."""
     several = len(job.outcomes) > 1 or job.request.late
     return several and cost_of(job).result_bytes > _LARGE_BYTES
+
+
+def _quick(jobs: Sequence[JobState]) -> bool:
+    """Whether encoding their results takes a millisecond or two."""
+    return _few(jobs, _INPUTS_BESIDE) and sum(cost_of(job).result_bytes for job in jobs) <= _BYTES_BESIDE
 
 
 def _few(jobs: Sequence[JobState], inputs: int) -> bool:

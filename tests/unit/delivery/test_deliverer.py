@@ -20,7 +20,7 @@ from aiokafka.errors import (
     TopicAuthorizationFailedError,
 )
 
-from embedq_consumer.delivery.deliverer import Deliverer, DeliveryLimits, large, undeliverable
+from embedq_consumer.delivery.deliverer import Deliverer, DeliveryLimits, _quick, large, undeliverable
 from embedq_consumer.delivery.destination import Undelivered
 from embedq_consumer.delivery.outgoing import Outgoing
 from embedq_consumer.delivery.result_records import ResultEncoder
@@ -142,6 +142,15 @@ async def test_results_of_one_or_two_inputs_need_no_thread(
         await parts.deliver(answered(**fields))
         assert parts.sink.finished == [7]
         assert bool(on_thread) != loop_alone
+
+
+def test_beside_interactive_work_bulk_results_are_encoded_on_the_event_loop_only_where_that_is_quick() -> (
+    None
+):
+    one, many = answered(input="a"), answered(input=["a", "b"] * 33)  # of 256 decimals each
+    assert _quick([one] * 32)
+    assert not _quick([one] * 64), "too many bytes"
+    assert not _quick([many]), "too many inputs"
 
 
 async def test_a_job_that_waits_for_its_address_delays_no_other_of_its_delivery() -> None:
