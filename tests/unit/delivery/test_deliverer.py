@@ -147,10 +147,7 @@ async def test_results_of_one_or_two_inputs_need_no_thread(
 def test_beside_interactive_work_bulk_results_are_encoded_on_the_event_loop_only_where_that_is_quick() -> (
     None
 ):
-    one, many = (
-        answered(input="a"),
-        answered(input=[f"{number}" for number in range(65)]),
-    )  # of 256 decimals each
+    one, many = answered(input="a", dimensions=256), answered(input=[f"{number}" for number in range(65)])
     assert _quick([one] * 32)
     assert not _quick([one] * 64), "too many bytes"
     assert not _quick([many]), "too many inputs"
