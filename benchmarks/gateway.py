@@ -1,12 +1,12 @@
 """The gateway beside other HTTP servers of embeddings, on one machine: `python -m benchmarks.gateway`.
 
-    python -m benchmarks.gateway --peers VENV --tei BINARY --onnx MODEL.onnx
+    python -m benchmarks.gateway --infinity VENV --fastapi VENV --tei BINARY --onnx MODEL.onnx
 
 Every server gets the same requests over the same client, 64 in flight, each in turn in every round: one short text each, and 32
-texts each whose lengths nobody chose. infinity and FastAPI run from a virtual environment (`--peers`), text-embeddings-inference
-from its binary (`--tei`; `--onnx` for one with ONNX Runtime); what is not given is left out. The gateway comes with Kafka and a
-replica, without Redis. Then one request at a time to each of them and to the SDK, in turns; and last, with Redis, requests whose
-texts are cached. Vectors are compared before anything is timed. All share the cores with the client.
+texts each whose lengths nobody chose. infinity and sentence-transformers behind FastAPI run from virtual environments of their own,
+text-embeddings-inference from its binary (`--onnx` for one with ONNX Runtime); what is not given is left out. The gateway comes with
+Kafka and a replica, without Redis. Then one request at a time to each of them and to the SDK, in turns; and last, with Redis, requests
+whose texts are cached. Vectors are compared before anything is timed. All share the cores with the client.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rich.table import Table
 
 from benchmarks import http_servers
 from benchmarks.http_load import Connection, load
-from benchmarks.http_servers import OURS, Server, processor_ms, processor_seconds, versions
+from benchmarks.http_servers import OURS, Server, processor_ms, processor_seconds, version_of, versions
 from benchmarks.machine import write
 from benchmarks.pipeline import minilm
 from benchmarks.texts import any_length, short
@@ -187,9 +187,10 @@ async def _started(
     ways = [http_servers.gateway(stack, model, scratch, prefix=UNCACHED, cached=False)]
     if options.tei is not None:
         ways.append(http_servers.text_embeddings_inference(options.tei, options.onnx, model, scratch))
-    if options.peers is not None:
-        ways.append(http_servers.infinity(options.peers, model, scratch))
-        ways.append(http_servers.fastapi(options.peers, model, scratch))
+    if options.infinity is not None:
+        ways.append(http_servers.infinity(options.infinity, model, scratch))
+    if options.fastapi is not None:
+        ways.append(http_servers.fastapi(options.fastapi, model, scratch))
     return [await opened.enter_async_context(way) for way in ways]
 
 
@@ -216,7 +217,7 @@ def show(results: dict[str, Any]) -> None:
     for case, its in results.get("throughput", {}).items():
         table = Table(title=f"{case}, {AT_ONCE} in flight: medians of {results['rounds']} rounds")
         for column in ("server", "texts/s", "p50 ms", "p99 ms", "processor ms a text, by part"):
-            table.add_column(column, justify="right" if "s" == column[-1] and column != "server" else "left")
+            table.add_column(column, justify="right" if column[-1] == "s" and column != "server" else "left")
         for name, figures in its.items():
             if name != "over_the_best_other":
                 parts = ", ".join(f"{part} {ms:.2f}" for part, ms in figures["processor_ms_a_text"].items())
@@ -248,7 +249,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=None, help="a model directory; default: MiniLM")
     parser.add_argument(
-        "--peers", type=Path, default=None, help="a virtual environment with infinity-emb[torch,server]"
+        "--infinity", type=Path, default=None, help="a virtual environment with infinity-emb[torch,server]"
+    )
+    parser.add_argument(
+        "--fastapi", type=Path, default=None, help="one with fastapi, uvicorn and sentence-transformers"
     )
     parser.add_argument("--tei", type=Path, default=None, help="the binary of text-embeddings-inference")
     parser.add_argument(
@@ -264,9 +268,12 @@ def main() -> None:
     parser.add_argument("--cached-requests", type=int, default=6000, help="a round")
     options = parser.parse_args()
     results = uvloop.run(run(options))
-    results["peers"] = versions(
-        options.peers, "infinity-emb", "fastapi", "uvicorn", "torch", "transformers", "sentence-transformers"
-    )
+    common = ("fastapi", "uvicorn", "torch", "transformers", "sentence-transformers")
+    results["packages_of_others"] = {
+        "infinity": versions(options.infinity, "infinity-emb", *common),
+        "FastAPI": versions(options.fastapi, *common),
+        "text-embeddings-inference": version_of(options.tei),
+    }
     show(results)
     packages = ("embedq", "torch", "aiokafka", "uvicorn", "httptools", "uvloop", "msgspec")
     print(f"written to {write('gateway', results, *packages)}")

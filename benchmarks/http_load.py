@@ -82,7 +82,8 @@ class Connection:
         if self._wire.transport is None:
             self._wire = wire = _Wire()
             await loop.create_connection(lambda: wire, "127.0.0.1", self._port)
-        self._wire.answer = answer = loop.create_future()
+        answer: asyncio.Future[int] = loop.create_future()
+        self._wire.answer = answer
         if self._wire.transport is None:
             raise ConnectionResetError("the server hung up at once")
         self._wire.transport.write(data)

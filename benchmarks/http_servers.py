@@ -199,3 +199,10 @@ def versions(environment: Path | None, *packages: str) -> dict[str, str]:
         [environment / "bin" / "python", "-c", program, *packages], capture_output=True, text=True, check=True
     )
     return dict(zip(packages, done.stdout.split(), strict=True))
+
+
+def version_of(binary: Path | None) -> str | None:
+    """What a program says of itself."""
+    if binary is None:
+        return None
+    return subprocess.run([binary, "--version"], capture_output=True, text=True, check=True).stdout.strip()
