@@ -35,7 +35,7 @@ PARTS = {
     "text-embeddings-router": "server",
 }
 """What a process is, by a word of its command line."""
-_START_S = 180.0
+_START_S = 300.0
 
 
 class Server(msgspec.Struct, frozen=True, kw_only=True):
