@@ -1,6 +1,7 @@
 """What Ray's users write, as a program of its own: a client that its functions captured, and one that an actor makes.
 
-Arguments: Kafka's address, the topics' prefix, seconds for a call, texts. Prints the vectors of both ways in JSON.
+Arguments: Kafka's address, the topics' prefix, seconds for a call, texts. Prints the vectors of both ways in JSON. Ends with code 3
+where Ray itself does not start, for which it gives itself 30 s.
 """
 
 import json
@@ -11,6 +12,8 @@ import ray
 import ray.data
 
 from embedq_sdk.blocking import EmbedClient
+
+NOT_STARTED = 3
 
 
 def main(servers: str, prefix: str, seconds: str, *texts: str) -> None:
@@ -29,7 +32,11 @@ def main(servers: str, prefix: str, seconds: str, *texts: str) -> None:
             found = self.client.embed_many(batch["text"], timeout=timeout)
             return {"number": batch["number"], "vector": np.asarray(found)}
 
-    ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False)
+    try:
+        ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False)
+    except Exception as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(NOT_STARTED)
     tasks = ray.get([embed.remote(text) for text in texts])
     table = ray.data.from_items([{"number": n, "text": text} for n, text in enumerate(texts)])
     rows = table.map_batches(Embed, concurrency=1, batch_size=2).take_all()

@@ -25,6 +25,7 @@ pytestmark = [
     pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'ray[data]'"),
 ]
 
+NOT_STARTED = 3
 PROGRAM = Path(__file__).with_name("on_ray.py")
 
 
@@ -39,6 +40,8 @@ def test_tasks_and_map_functions(stack: DevStack, topics: Topics, expected: Vect
         timeout=patient(180),
         check=False,
     )
+    if done.returncode == NOT_STARTED:
+        pytest.skip(f"Ray did not start on this machine: {done.stderr.splitlines()[-1]}")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert same_bits(found["tasks"], expected)
