@@ -34,7 +34,7 @@ def main(servers: str, prefix: str, seconds: str, *texts: str) -> None:
 
     try:
         ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, log_to_driver=False)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  # Ray raises nothing narrower
         sys.stderr.write(f"{error}\n")
         sys.exit(NOT_STARTED)
     tasks = ray.get([embed.remote(text) for text in texts])
