@@ -183,7 +183,7 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
 async def _started(
     opened: AsyncExitStack, stack: DevStack, model: Path, scratch: Path, options: argparse.Namespace
 ) -> list[Server]:
-    """Ours first."""
+    """Ours first; they start side by side."""
     ways = [http_servers.gateway(stack, model, scratch, prefix=UNCACHED, cached=False)]
     if options.tei is not None:
         ways.append(http_servers.text_embeddings_inference(options.tei, options.onnx, model, scratch))
@@ -191,7 +191,9 @@ async def _started(
         ways.append(http_servers.infinity(options.infinity, model, scratch))
     if options.fastapi is not None:
         ways.append(http_servers.fastapi(options.fastapi, model, scratch))
-    return [await opened.enter_async_context(way) for way in ways]
+    async with asyncio.TaskGroup() as starting:
+        started = [starting.create_task(opened.enter_async_context(way)) for way in ways]
+    return [task.result() for task in started]
 
 
 async def _same_vectors(servers: Sequence[Server]) -> None:
