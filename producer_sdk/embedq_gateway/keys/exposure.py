@@ -27,7 +27,9 @@ def check_exposure(host: str, *, has_keys: bool, allow_anonymous: bool) -> None:
         )
 
 
-@lru_cache(maxsize=64)  # reading an address costs a twentieth of a request, and most requests name the same one
+@lru_cache(
+    maxsize=64
+)  # reading an address costs a twentieth of a request, and most requests name the same one
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches an address. Of a name, only the usual ones are believed."""
     try:
