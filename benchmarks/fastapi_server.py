@@ -19,7 +19,7 @@ class EmbeddingsRequest(BaseModel):
     model: str
 
 
-@app.post("/v1/embeddings")
+@app.post("/v1/embeddings")  # type: ignore[untyped-decorator]
 def embeddings(request: EmbeddingsRequest) -> dict[str, Any]:
     texts = [request.input] if isinstance(request.input, str) else request.input
     vectors = model.encode(texts, normalize_embeddings=True)

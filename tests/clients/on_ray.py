@@ -20,7 +20,7 @@ def main(servers: str, prefix: str, seconds: str, *texts: str) -> None:
     timeout = float(seconds)
     client = EmbedClient(servers, topic_prefix=prefix, connect_timeout=timeout)
 
-    @ray.remote
+    @ray.remote  # type: ignore[untyped-decorator]
     def embed(text: str) -> np.ndarray:
         return client.embed(text, timeout=timeout)
 
