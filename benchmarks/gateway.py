@@ -58,7 +58,7 @@ async def throughput(servers: Sequence[Server], options: argparse.Namespace) -> 
         for case, count in counts.items():
             of_a_request = 1 if case == ONE else 32
             for server in servers if number % 2 else reversed(servers):
-                some = count if number else max(AT_ONCE, count // 8)
+                some = count if number else count // 8
                 requests = requests_of(case, server, some, f"r{number}.")
                 before = processor_seconds()
                 done = await load(
@@ -262,9 +262,9 @@ def main() -> None:
     )
     parser.add_argument("--only", choices=["throughput", "alone", "cached"], default=None)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=6.0, help="after which a round sends nothing more")
+    parser.add_argument("--seconds", type=float, default=5.0, help="after which a round sends nothing more")
     parser.add_argument("--single-requests", type=int, default=1536, help="of one text, at most, a round")
-    parser.add_argument("--large-requests", type=int, default=96, help="of 32 texts, at most, a round")
+    parser.add_argument("--large-requests", type=int, default=80, help="of 32 texts, at most, a round")
     parser.add_argument("--alone-requests", type=int, default=60, help="to each way")
     parser.add_argument("--cached-texts", type=int, default=512)
     parser.add_argument("--cached-requests", type=int, default=6000, help="a round")
