@@ -67,9 +67,9 @@ async def order_of(
         return order, await replica.metrics()
 
 
-def over_a_quarter(metrics: dict[str, float]) -> float:
-    """How many micro-batches had more than a quarter of a CPU's 2,048 tokens."""
-    return metrics["embedq_batch_tokens_count"] - metrics['embedq_batch_tokens_bucket{le="512.0"}']
+def over_a_half(metrics: dict[str, float]) -> float:
+    """How many micro-batches had more than half of a CPU's 2,048 tokens: a quarter of bulk ones, and the interactive ones."""
+    return metrics["embedq_batch_tokens_count"] - metrics['embedq_batch_tokens_bucket{le="1024.0"}']
 
 
 async def test_behind_6000_jobs_of_one_client_another_ones_is_answered_among_the_first(
@@ -127,15 +127,15 @@ async def test_an_interactive_job_does_not_wait_for_a_bulk_backlog(
         await results.until(200, within=240)
         last = (float("-inf"), 0.0)
         for number in range(5):
-            before = len(await results.all())
+            before, began = len(await results.all()), time.monotonic()
             await send(stack, topics.jobs, [{"id": f"urgent-{number}", "input": f"urgent {number}"}], "other")
             order = await answers(stack, topics, f"urgent-{number}")
             # What micro-batches, and this test's own way to the broker and back, take.
             assert order.index(f"urgent-{number}") - before < 4000
-            whole = over_a_quarter(await replica.metrics())
-            if time.monotonic() - last[0] < LATELY_S / 2:  # else bulk had the device for itself again
+            whole = over_a_half(await replica.metrics())
+            if time.monotonic() - last[0] < LATELY_S:  # else bulk may have had the device for itself again
                 assert whole == last[1], "beside interactive jobs bulk runs in quarters of a micro-batch"
-            last = time.monotonic(), whole
+            last = began, whole
         metrics = await replica.metrics()
         assert metrics['embedq_in_flight_jobs{lane="bulk"}'] <= 32_768
 
