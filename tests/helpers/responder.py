@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import TopicPartition
 
+from embedq_shared.kafka import AIOKafkaConsumer, AIOKafkaProducer
 from embedq_shared.topics import Topics
 from tests.helpers.fake_service import Answer, FakeService, Received, reply_record
 

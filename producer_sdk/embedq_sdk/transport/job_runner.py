@@ -24,6 +24,7 @@ from embedq_sdk.errors import (
     KafkaRefused,
     KafkaUnavailable,
     Overloaded,
+    TopicMissing,
     UnreadableReply,
 )
 from embedq_sdk.job_options import JobInputs, JobOptions
@@ -72,17 +73,18 @@ class ReplyRecord(Protocol):
 class Deadline(msgspec.Struct, frozen=True):
     """When a call ends: `at` on the event loop's clock, `timeout` seconds after it began.
 
-    Until then a job whose error may heal is sent again, unless `retry` is false.
+    Until then a job whose error may heal is sent again, `max_attempts` times in all at most; None: as often as the runner
+    allows.
     """
 
     at: float
     timeout: float
-    retry: bool = True
+    max_attempts: int | None = None
 
     @classmethod
-    def after(cls, timeout: float, *, retry: bool = True) -> Deadline:
+    def after(cls, timeout: float, *, max_attempts: int | None = None) -> Deadline:
         """In `timeout` seconds from now."""
-        return cls(asyncio.get_running_loop().time() + timeout, timeout, retry)
+        return cls(asyncio.get_running_loop().time() + timeout, timeout, max_attempts)
 
 
 class JobRunner:
@@ -103,14 +105,17 @@ class JobRunner:
         in_flight: WeightedSemaphore,
         pause: Callable[[int], float] = retry_pause,
         client: bytes = b"",
+        max_attempts: int | None = None,
     ) -> None:
-        """`client` says whose jobs these are, for fair shares; empty: the reply address does."""
+        """`client` says whose jobs these are, for fair shares; empty: the reply address does. `max_attempts` is for jobs whose
+        deadline does not say; None: until then."""
         self._transport = transport
         self._client = client
         self._topics = topics
         self.in_flight = in_flight
         """Weighs texts and their bytes; `JobStream` acquires from it text by text."""
         self._pause = pause
+        self._max_attempts = max_attempts
         self._replies = PendingReplies()
         self._submitted: set[PendingJob] = set()
         self.lifetime = Lifetime()
@@ -125,7 +130,23 @@ class JobRunner:
             ClientClosed: it was closed while the transport connected.
         """
         self.lifetime.opened()
-        self._reply_headers = (
+        self._reply_headers = self._address()
+
+    def move(self) -> None:
+        """The reply topic is another one than before: what was on its way to the old one will not come, so that all jobs of now
+        are sent again, with the new address. What comes twice is counted, and claimed by nobody."""
+        former, self._reply_headers = self._reply_headers, self._address()
+        for job in self._replies.jobs():
+            job.headers = [header for header in job.headers if header not in former]
+            job.headers += self._reply_headers
+            if (
+                job.retry_timer is None and not job.future.done()
+            ):  # else it will be sent anyway, or need not be
+                job.begin_anew()
+                self._transport.send(job)
+
+    def _address(self) -> tuple[Header, ...]:
+        return (
             (names.REPLY_TOPIC[0], self._topics.replies.encode()),
             (names.REPLY_PARTITION[0], reply_partition_bytes(self._transport.reply_partition)),
             (names.CONTENT_TYPE, _MSGPACK_TYPE),
@@ -145,9 +166,10 @@ class JobRunner:
         self.lifetime.break_down(fault)
         self._fail_all(self.lifetime.ended)
 
-    def refuse(self, error: KafkaRefused) -> None:
-        """Kafka lets us read no replies, and says that it will not: the jobs of now end with `error`."""
-        self._fail_all(lambda: KafkaRefused(**vars(error)))
+    def refuse(self, error: KafkaRefused | TopicMissing) -> None:
+        """Kafka lets us read no replies, or has no topic for them: the jobs that await one now end with `error`."""
+        for job in self._replies.jobs():
+            job.fail(type(error)(**vars(error)))
 
     def _fail_all(self, error: Callable[[], Exception]) -> None:
         for job in (*self._replies.jobs(), *self._submitted):
@@ -254,7 +276,7 @@ class JobRunner:
             count=len(texts),
             size=inputs.size,
             timeout=deadline.timeout,
-            retries=deadline.retry,
+            max_attempts=self._max_attempts if deadline.max_attempts is None else deadline.max_attempts,
             asked=Asked(
                 count=len(texts),
                 dtype=options.dtype or "float32",
@@ -291,7 +313,7 @@ class JobRunner:
         except BadReply as bad:
             job.fail(UnreadableReply(detail=f"{bad} at offset {record.offset}"))
             return
-        if outcome is None or (job.retries and worth_retrying(outcome) and self._retry(job)):
+        if outcome is None or (worth_retrying(outcome) and self._retry(job)):
             return
         if isinstance(outcome, list):
             job.complete(outcome)
@@ -299,7 +321,9 @@ class JobRunner:
             job.fail(outcome)
 
     def _retry(self, job: PendingJob) -> bool:
-        """Send the same job once more after a pause, if that can end before its deadline."""
+        """Send the same job once more after a pause, if it may, and if that can end before its deadline."""
+        if job.is_last_attempt:
+            return False
         loop = asyncio.get_running_loop()
         pause = self._pause(job.attempt)
         if job.deadline_timer is None:
@@ -307,8 +331,12 @@ class JobRunner:
         if loop.time() + pause >= job.deadline_timer.when():
             return False
         job.restart()
-        job.retry_timer = loop.call_later(pause, self._transport.send, job)
+        job.retry_timer = loop.call_later(pause, self._send_again, job)
         return True
+
+    def _send_again(self, job: PendingJob) -> None:
+        job.retry_timer = None
+        self._transport.send(job)
 
     def _expire(self, job: PendingJob) -> None:
         """The job's deadline has passed: say what is likely wrong."""

@@ -50,9 +50,11 @@ from embedq_shared.kafka.reading.unreadable import (
     poll_partition,
     position,
 )
+from embedq_shared.kafka.requests import TopicFacts
 from embedq_shared.kafka.security.refusals import KafkaRefused, explain, is_permanent
 from embedq_shared.kafka.security.tokens import OAuthOptions
 from embedq_shared.kafka.stopping import stop_client
+from embedq_shared.kafka.topic_facts import topic_facts
 from embedq_shared.kafka.transactions import (
     FencedMember,
     FencedProducer,
@@ -97,6 +99,7 @@ __all__ = [
     "SaslMechanism",
     "SecurityProtocol",
     "TopicAuthorizationFailedError",
+    "TopicFacts",
     "TopicPartition",
     "UnknownMemberIdError",
     "UnknownTopicOrPartitionError",
@@ -118,6 +121,7 @@ __all__ = [
     "stable_offsets",
     "start_client",
     "stop_client",
+    "topic_facts",
 ]
 
 TOO_LARGE: Final = (MessageSizeTooLargeError, RecordListTooLargeError)
