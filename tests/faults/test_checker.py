@@ -207,7 +207,7 @@ def test_a_repeat_though_nothing_happened_is_found() -> None:
         Result(at=91.0, id="q", topic=RESULTS, partition=3, offset=1, status="ok", cosine=1.0),
     ]
     job = Accepted(at=89.0, id="q", topic=JOBS, partition=2, offset=0, reply_topic=RESULTS)
-    commit = [
+    commit: list[Event] = [
         Committed(at=92.0, record=9, partition=f"{JOBS}/2", offset=1),
         Ends(at=92.0, ends={f"{RESULTS}/3": 2}),
     ]
@@ -259,7 +259,10 @@ def test_a_group_log_that_was_read_in_another_order_is_found() -> None:
 @pytest.mark.parametrize("offset", [1, 0, None])
 def test_a_commit_that_goes_back_or_vanishes_is_found(offset: int | None) -> None:
     events = good()
-    back = [Committed(at=4.5, record=4, partition=f"{JOBS}/0", offset=offset), Ends(at=4.5, ends={})]
+    back: list[Event] = [
+        Committed(at=4.5, record=4, partition=f"{JOBS}/0", offset=offset),
+        Ends(at=4.5, ends={}),
+    ]
     assert broken([*events[:-4], *back, *events[-4:]]) == ["commits never back"]
 
 
@@ -321,12 +324,11 @@ def fragile(*more: Event) -> list[Event]:
         reply_partition=0,
         fragile=True,
     )
-    commit = Committed(
-        at=5.5,
-        offsets={f"{JOBS}/0": 3, f"{JOBS}/1": 1, f"{JOBS}/3": 1},
-        ends={f"{RESULTS}/0": 9, f"{DEAD}/0": 9},
-    )
-    return [*events[:-1], job, *more, commit, Ended(at=6.0, ends={f"{JOBS}/3": 1}, acknowledged=5)]
+    commit: list[Event] = [
+        Committed(at=5.5, record=9, partition=f"{JOBS}/3", offset=1),
+        Ends(at=5.5, ends={f"{RESULTS}/0": 9, f"{DEAD}/0": 9}),
+    ]
+    return [*events[:-1], job, *more, *commit, Ended(at=6.0, ends={f"{JOBS}/3": 1}, acknowledged=5)]
 
 
 def test_a_fragile_job_may_be_answered_by_an_error_and_a_dead_letter() -> None:

@@ -126,7 +126,7 @@ async def asked_as_workers_do(member: GroupMember, partition: TopicPartition) ->
             await asyncio.sleep(0.1)
         else:
             assert stored is not None
-            return stored.offset
+            return int(stored.offset)
 
 
 async def test_a_new_coordinator_may_forget_a_commit_for_a_moment_and_neither_a_worker_nor_the_log_does(

@@ -18,7 +18,6 @@ from embedq_shared.kafka import (
     UnreadableRecord,
     is_permanent,
     poll_partition,
-    topic_facts,
 )
 
 _FETCH_WAIT_MS: Final = 500
@@ -146,7 +145,7 @@ class ReplyReader:
         """Where no broker answers, or says which topic it is, nothing is known."""
         try:
             async with asyncio.timeout(_LOOK_S):
-                facts = await topic_facts(consumer._client, self._topic)
+                facts = await consumer.topic_facts(self._topic)
         except (KafkaError, OSError, TimeoutError):
             return
         news = self._identity.note(facts, time.monotonic())

@@ -54,7 +54,6 @@ from embedq_shared.kafka.requests import TopicFacts
 from embedq_shared.kafka.security.refusals import KafkaRefused, explain, is_permanent
 from embedq_shared.kafka.security.tokens import OAuthOptions
 from embedq_shared.kafka.stopping import stop_client
-from embedq_shared.kafka.topic_facts import topic_facts
 from embedq_shared.kafka.transactions import (
     FencedMember,
     FencedProducer,
@@ -121,7 +120,6 @@ __all__ = [
     "stable_offsets",
     "start_client",
     "stop_client",
-    "topic_facts",
 ]
 
 TOO_LARGE: Final = (MessageSizeTooLargeError, RecordListTooLargeError)

@@ -47,7 +47,8 @@ class Consumer:
         return self.answered_ms
 
     async def getmany(self, *, timeout_ms: int, max_records: int) -> dict[TopicPartition, list[Any]]:
-        stand_still(self.stands_still_s)
+        # Not in here: that a call of ours blocks the loop is another fault than the one this is about.
+        asyncio.get_running_loop().call_soon(time.sleep, self.stands_still_s)
         self.stands_still_s = 0.0
         await asyncio.sleep(0.01)
         return {}

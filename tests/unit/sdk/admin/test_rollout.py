@@ -74,7 +74,7 @@ def test_a_replica_that_appears_meanwhile_counts() -> None:
 def test_a_replica_is_silent_by_the_time_up_to_which_the_statuses_were_read() -> None:
     """A reader whose event loop stood still would else call a rollout ready without the one that is slow."""
     board = StatusBoard()
-    for status in (ours("r1", at=START), a_status("r2", at=START)):
+    for status in (ours("r1", at=START + 60), a_status("r2", at=START)):
         board.see(status)
     rollout = RolloutView(board, alias="default", version=2, command_id="c", started=START, timeout=600)
     assert rollout.at(START + 60).progress == "ready"

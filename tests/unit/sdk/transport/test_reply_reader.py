@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from aiokafka import TopicPartition
@@ -17,7 +17,7 @@ from embedq_sdk.errors import KafkaRefused, KafkaUnavailable, TopicMissing
 from embedq_sdk.transport import reply_reader, reply_topic
 from embedq_sdk.transport.kafka import KafkaConnection
 from embedq_sdk.transport.reply_reader import ReplyReader
-from embedq_shared.kafka import KafkaOptions, Unreadable
+from embedq_shared.kafka import KafkaOptions, TopicFacts, Unreadable
 from tests.helpers.support import wait_until
 
 PARTITIONS = 4
@@ -29,33 +29,13 @@ class Topic:
     def __init__(self) -> None:
         self.records: dict[int, list[bytes | None]] = {n: [] for n in range(PARTITIONS)}
         """None stands for a record that cannot be read."""
-        self.id = b"1" * 16
+        self.id = "1"
         """Empty where there is no such topic."""
 
     def make_anew(self, partitions: int = PARTITIONS) -> None:
         """Delete it, and make another one of its name."""
         self.records = {n: [] for n in range(partitions)}
-        self.id = bytes([self.id[0] + 1]) * 16
-
-
-class Described(NamedTuple):
-    topics: list[Any]
-
-
-class Client:
-    """aiokafka's client, as far as the broker is asked about the topic."""
-
-    def __init__(self, topic: Topic) -> None:
-        self._topic = topic
-
-    def get_random_node(self) -> int:
-        return 1
-
-    async def send(self, node: int, request: Any) -> Described:
-        await asyncio.sleep(0)
-        return Described(
-            [(0 if self._topic.id else 3, "replies", self._topic.id, False, list(self._topic.records), 0, {})]
-        )
+        self.id = f"{self.id}'"
 
 
 class Consumer:
@@ -63,7 +43,6 @@ class Consumer:
 
     def __init__(self, topic: Topic, *, knows_topic: bool = False) -> None:
         self._topic = topic
-        self._client = Client(topic)
         self._known = knows_topic
         self.assigned: list[TopicPartition] = []
         self.at = 0
@@ -71,6 +50,10 @@ class Consumer:
         self.failure = KafkaError("gone")
         self.stopped = False
         self.last_poll: int | None = None
+
+    async def topic_facts(self, topic: str) -> TopicFacts | None:
+        await asyncio.sleep(0)
+        return TopicFacts(self._topic.id, len(self._topic.records)) if self._topic.id else None
 
     async def topics(self) -> set[str]:
         return {"replies", "jobs"}
@@ -256,14 +239,14 @@ async def test_a_topic_that_stays_away_is_said_again_and_again_until_it_is_there
     monkeypatch.setattr(reply_topic, "GONE_S", 0.05)
     topic, refusals = Topic(), list[Exception]()
     async with running(Consumer(topic), Consumer(topic), refused=refusals.append) as (_, delivered):
-        topic.id = b""
+        topic.id = ""
         await wait_until(lambda: len(refusals) > 2)
         assert {(type(error), str(error)) for error in refusals} == {
             (TopicMissing, str(TopicMissing(servers="a:1", topic="replies")))
         }
-        topic.id = b"7" * 16
+        topic.make_anew()
         topic.records[3] = [b"one"]
-        await wait_until(lambda: delivered == [b"one"])
+        await wait_until(lambda: delivered[-1:] == [b"one"])
 
 
 async def test_a_missing_topic_closes_the_connection_again() -> None:
