@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from typing import Any, Final, TypeVar
 
 from embedq_sdk.errors import InvalidArgument, KafkaRefused, KafkaUnavailable, TopicMissing
-from embedq_shared.fair_timeout import fair_timeout
+from embedq_sdk.transport.fair_timeout import fair_timeout
 from embedq_shared.kafka import (
     AIOKafkaAdminClient,
     AIOKafkaConsumer,

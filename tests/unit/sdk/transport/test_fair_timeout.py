@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedq_shared.fair_timeout import fair_timeout, put_off
+from embedq_sdk.transport.fair_timeout import fair_timeout, put_off
 
 
 async def test_an_answer_that_came_while_the_loop_stood_still_is_taken() -> None:
