@@ -334,8 +334,7 @@ class Publisher:
 
     def _note_end(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
-        error = None if task.cancelled() else task.exception()
-        if error is not None and not self._failure.done():
+        if not task.cancelled() and (error := task.exception()) and not self._failure.done():
             self._failure.set_exception(error)
 
 

@@ -20,6 +20,7 @@ from embedq_sdk.embeddings import (
 from embedq_sdk.errors import (
     ClientClosed,
     DeadlineExceeded,
+    EmbedError,
     JobFailed,
     KafkaRefused,
     KafkaUnavailable,
@@ -130,27 +131,17 @@ class JobRunner:
             ClientClosed: it was closed while the transport connected.
         """
         self.lifetime.opened()
-        self._reply_headers = self._address()
+        self._reply_headers = _address(self._topics, self._transport)
 
     def move(self) -> None:
         """The reply topic is another one than before: what was on its way to the old one will not come, so that all jobs of now
         are sent again, with the new address. What comes twice is counted, and claimed by nobody."""
-        former, self._reply_headers = self._reply_headers, self._address()
+        former, self._reply_headers = self._reply_headers, _address(self._topics, self._transport)
         for job in self._replies.jobs():
-            job.headers = [header for header in job.headers if header not in former]
-            job.headers += self._reply_headers
-            if (
-                job.retry_timer is None and not job.future.done()
-            ):  # else it will be sent anyway, or need not be
+            job.headers = [*(each for each in job.headers if each not in former), *self._reply_headers]
+            if job.retry_timer is None and not job.future.done():  # the others will be sent anyway
                 job.begin_anew()
                 self._transport.send(job)
-
-    def _address(self) -> tuple[Header, ...]:
-        return (
-            (names.REPLY_TOPIC[0], self._topics.replies.encode()),
-            (names.REPLY_PARTITION[0], reply_partition_bytes(self._transport.reply_partition)),
-            (names.CONTENT_TYPE, _MSGPACK_TYPE),
-        )
 
     def close(self) -> None:
         """End all jobs with ClientClosed and accept no more.
@@ -263,7 +254,7 @@ class JobRunner:
         texts = inputs.texts
         job = PendingJob(
             loop.create_future(),
-            topic=self._topic(options),
+            topic=_lane(self._topics, options),
             value=options.encode(texts[0] if len(texts) == 1 else texts, correlation.hex()),
             headers=[
                 (_CORRELATION, correlation),
@@ -299,17 +290,12 @@ class JobRunner:
 
     def deliver(self, record: ReplyRecord) -> None:
         """Take a record of the reply partition. Never raises."""
-        correlation = content_type = None
-        for name, value in record.headers:
-            if name == _CORRELATION:
-                correlation = value
-            elif name == names.CONTENT_TYPE:
-                content_type = value
-        job = self._replies.claim(correlation)
+        headers = dict(record.headers)
+        job = self._replies.claim(headers.get(_CORRELATION))
         if job is None:
             return
         try:
-            outcome = settle(job, read_checked(record.value, content_type))
+            outcome = settle(job, read_checked(record.value, headers.get(names.CONTENT_TYPE)))
         except BadReply as bad:
             job.fail(UnreadableReply(detail=f"{bad} at offset {record.offset}"))
             return
@@ -331,21 +317,12 @@ class JobRunner:
         if loop.time() + pause >= job.deadline_timer.when():
             return False
         job.restart()
-        job.retry_timer = loop.call_later(pause, self._send_again, job)
+        job.retry_timer = loop.call_later(pause, _send_again, self._transport, job)
         return True
 
-    def _send_again(self, job: PendingJob) -> None:
-        job.retry_timer = None
-        self._transport.send(job)
-
     def _expire(self, job: PendingJob) -> None:
-        """The job's deadline has passed: say what is likely wrong."""
-        if self._transport.silent:
-            progress = "took the job, then stopped answering" if job.acknowledged else "did not take the job"
-            job.fail(self._transport.unavailable(f"it {progress} within {job.timeout:g} s"))
-        else:
-            progress = "the job is in Kafka" if job.acknowledged else "the job is on its way to Kafka"
-            job.fail(DeadlineExceeded(timeout=job.timeout, progress=progress))
+        """The job's deadline has passed."""
+        job.fail(_overdue(job, self._transport))
 
     # -- jobs whose results go to the results topic -------------------------------------------------------------------
 
@@ -374,7 +351,7 @@ class JobRunner:
             loop = asyncio.get_running_loop()
             job = PendingJob(
                 loop.create_future(),
-                topic=self._topic(options),
+                topic=_lane(self._topics, options),
                 value=options.encode(texts, id, format),
                 headers=[
                     (names.CONTENT_TYPE, CONTENT_TYPES[format].encode()),
@@ -411,8 +388,32 @@ class JobRunner:
             texts, held = self.in_flight.held
             raise Overloaded(texts=texts, size=held, timeout=deadline.timeout) from None
 
-    def _topic(self, options: JobOptions) -> str:
-        return self._topics.bulk if options.lane == "bulk" else self._topics.jobs
+
+def _address(topics: Topics, transport: JobTransport) -> tuple[Header, ...]:
+    """Where replies shall go to, and what they shall be."""
+    return (
+        (names.REPLY_TOPIC[0], topics.replies.encode()),
+        (names.REPLY_PARTITION[0], reply_partition_bytes(transport.reply_partition)),
+        (names.CONTENT_TYPE, _MSGPACK_TYPE),
+    )
+
+
+def _send_again(transport: JobTransport, job: PendingJob) -> None:
+    job.retry_timer = None
+    transport.send(job)
+
+
+def _lane(topics: Topics, options: JobOptions) -> str:
+    return topics.bulk if options.lane == "bulk" else topics.jobs
+
+
+def _overdue(job: PendingJob, transport: JobTransport) -> EmbedError:
+    """What is likely wrong, where there is no reply in time."""
+    if transport.silent:
+        progress = "took the job, then stopped answering" if job.acknowledged else "did not take the job"
+        return transport.unavailable(f"it {progress} within {job.timeout:g} s")
+    progress = "the job is in Kafka" if job.acknowledged else "the job is on its way to Kafka"
+    return DeadlineExceeded(timeout=job.timeout, progress=progress)
 
 
 async def _finished(job: PendingJob) -> FinishedJob:
