@@ -83,6 +83,8 @@ class Responder(FakeService):
         partition = received.headers.reply_partition
         if partition is None:
             partition = hash(received.id) % len(await self._producer.partitions_for(topic))
+        while partition not in await self._producer.partitions_for(topic):
+            await self._producer.client.force_metadata_update()  # another topic of that name than we knew
         value, headers = reply_record(received, answer)
         key = (topic, partition)
         batch = batches.setdefault(key, self._producer.create_batch())
