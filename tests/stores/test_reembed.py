@@ -222,6 +222,13 @@ def test_what_changes_meanwhile_is_counted_as_stale_and_followed_by_the_same_com
     assert (found.coverage, found.stale, found.gone, found.stored) == (1.0, 0, 0, 100)
     assert counted(store.old).version == OLD
 
+    opened_sink(store.old).manifest.unlink()  # as where a standing sink filled the store
+    found = counted(store.old)
+    assert (found.recorded, found.rows, found.coverage, found.version) == (False, 100, 1.0, OLD)
+    absent = invoked(status, "--corpus", f"{store.old}x")
+    assert absent.exit_code == 1, absent.output
+    assert "refuses" not in absent.output
+
 
 def test_a_column_of_vectors_stands_beside_the_old_one_in_the_readers_own_table(
     tmp_path: Path, postgres: Any, monkeypatch: pytest.MonkeyPatch
