@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import shlex
+import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -94,14 +96,24 @@ class Store:
                     yield lambda text: connection.execute(query.encode(), (expected(text),)).fetchall()
 
 
+@pytest.fixture
+def in_memory(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory where there is one: Qdrant's local mode waits for the disk after each point."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else tmp_path) as folder:
+        yield Path(folder)
+
+
 @pytest.fixture(params=KINDS)
-def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+def store(
+    request: pytest.FixtureRequest, tmp_path: Path, in_memory: Path, monkeypatch: pytest.MonkeyPatch
+) -> Store:
     monkeypatch.chdir(tmp_path)
     match request.param:
         case "lancedb":
             return Store("lancedb", f"lancedb:{tmp_path}/lance", str(tmp_path / "docs.json"))
         case "qdrant":
-            return Store("qdrant", f"qdrant:{tmp_path}/qdrant", "docs")
+            return Store("qdrant", f"qdrant:{in_memory}/qdrant", "docs")
         case "milvus":
             return Store("milvus", f"milvus:{tmp_path}/milvus.db", "docs")
         case _:
