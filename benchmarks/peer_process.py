@@ -28,9 +28,10 @@ NEEDS: Final = {
 
 def serve(way: str, model: str) -> None:
     """Answer each line of standard input, a JSON list of texts, with a line of vectors."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # some say on the screen what they do
     embed = _loaded(way, model)
     for line in sys.stdin:
-        print(json.dumps(np.asarray(embed(json.loads(line))).tolist()), flush=True)
+        print(json.dumps(np.asarray(embed(json.loads(line))).tolist()), file=answers, flush=True)
 
 
 def _loaded(way: str, model: str) -> Callable[[list[str]], Any]:
