@@ -15,7 +15,7 @@ from embedq_batch.content.rows import RowId, Shape, VectorBatch, VectorType
 from embedq_batch.errors import BadTarget, TargetAway
 from embedq_batch.manifest.place import MANIFEST, beside, in_working_folder
 from embedq_batch.sinks.arrow import arrow_batch, arrow_schema, floats_of
-from embedq_batch.sinks.places import quoted
+from embedq_batch.sinks.payloads import quoted
 from embedq_batch.sinks.sink import PartsRecord
 
 _MERGED_BYTES: Final = 64 << 20

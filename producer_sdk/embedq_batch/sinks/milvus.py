@@ -17,8 +17,7 @@ from embedq_batch.content.rows import RowId, Shape, VectorBatch, VectorType
 from embedq_batch.errors import BadTarget, RowsRefused, TargetAway
 from embedq_batch.manifest.place import of_collection
 from embedq_batch.sinks.arrow import arrow_schema
-from embedq_batch.sinks.payloads import payloads
-from embedq_batch.sinks.places import quoted
+from embedq_batch.sinks.payloads import payloads, quoted
 from embedq_batch.sinks.sink import PartsRecord
 
 _LONGEST_ID: Final = 1024

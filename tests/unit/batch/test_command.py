@@ -25,13 +25,13 @@ from tests.helpers.support import patient, wait_for
 
 PROGRAM = """
 import sys
-from embedq_batch.running import runner
+from embedq_batch.running import runner, writing
 from embedq_batch.command import {command} as command
 from embedq_sdk import client
 from tests.helpers.fake_transport import FakeTransport
 
 client.KafkaTransport = FakeTransport
-runner._WRITE_ROWS, runner._FLUSH_ROWS = 200, 400
+runner._WRITE_ROWS, writing._FLUSH_ROWS = 200, 400
 command(prog_name="embedq {command}")
 """
 
