@@ -24,7 +24,7 @@ from embedq_sdk.errors import EmbedError
 _T = TypeVar("_T")
 
 _CHUNKS: Final = 2
-"""That wait for the target: one is written while the next one comes together."""
+"""One that is written, and one that waits, while the next one comes together."""
 _FLUSH_ROWS: Final = 20_000
 FLUSH_S: Final = 30.0
 """What a kill can cost: rows and seconds since the last flush."""
@@ -66,7 +66,7 @@ class Writer:
 
     Invariants:
         - A row is in the manifest as done after the target has it, and never before.
-        - At most `_CHUNKS` chunks wait; who puts another one waits for the target.
+        - At most `_CHUNKS` chunks are here; who puts another one waits for the target.
     """
 
     # More than six parameters: the target, the manifest, and who is told of what came of it.
