@@ -58,6 +58,8 @@ _WORDS: Final = [
     "market",
 ]
 _PROGRAM: Final = "from embedq_batch.command import run; run(prog_name='embedq run')"
+_FLUSHES: Final = "from embedq_batch.running import writing; writing._FLUSH_ROWS = {rows}; "
+"""What is done is written down each so many rows: a short run must be far enough to be killed."""
 _STREAM: Final = "import sys; from benchmarks.batch_run import stream_alone; stream_alone(*sys.argv[1:])"
 _SERVED: Final = "import asyncio, sys; from tests.helpers.responder import Responder\n" + (
     "async def serve():\n"
@@ -115,8 +117,8 @@ def _cpu_of(who: int) -> float:
 class Runner:
     """The command as a process, and the memory that it took."""
 
-    def __init__(self, environ: dict[str, str], *arguments: str) -> None:
-        self._command = [sys.executable, "-c", _PROGRAM, *arguments]
+    def __init__(self, environ: dict[str, str], *arguments: str, flush_rows: int = 20_000) -> None:
+        self._command = [sys.executable, "-c", _FLUSHES.format(rows=flush_rows) + _PROGRAM, *arguments]
         self._environ = os.environ | environ
         self.memory: list[list[int]] = []
         """Bytes resident at each look, of each process."""
@@ -163,7 +165,7 @@ async def killed(
     manifest = folder / "out.parquet.embedq" / MANIFEST
     await asyncio.to_thread(make_source, source, options.rows, options.distinct)
     command = ("--from", str(source), "--to", str(out), "--id-column", "id", "--check", "1000")
-    runner = Runner(environ, *command)
+    runner = Runner(environ, *command, flush_rows=min(20_000, options.rows // 20))
     chance = random.Random(options.seed)
     points = sorted(chance.uniform(0.1, 0.9) for _ in range(3))
     victims = ["runner", "replica", "broker"]

@@ -33,9 +33,10 @@ import pyarrow.parquet as pq
 from benchmarks.machine import write
 from embedq_batch import Columns, Shape, VectorBatch
 from embedq_batch.sinks.opening import opened_sink
-from embedq_shared.messages import Datum
+from embedq_shared.codec import null
+from embedq_shared.messages import Datum, Result, Timings, Usage
 from tests.helpers.batch_runs import run
-from tests.helpers.fake_service import OLD, FakeService, Received
+from tests.helpers.fake_service import OLD, Answer, FakeService, Received
 
 Vectors = npt.NDArray[np.float32]
 DIMENSIONS: Final = 64
@@ -54,12 +55,11 @@ _WORDS: Final = [
 def documents(rows: int, length: int) -> list[str]:
     """Texts of about this length, each another one."""
     chance = Random(1)
+    words = " ".join(chance.choice(_WORDS) for _ in range(20 * length))
     found = []
     for n in range(rows):
-        words = [f"document {n}"]
-        while sum(map(len, words)) + len(words) < length:
-            words.append(chance.choice(_WORDS))
-        found.append(" ".join(words))
+        start = chance.randrange(len(words) - length)
+        found.append(f"document {n} {words[start : start + length]}"[:length])
     return found
 
 
@@ -71,9 +71,31 @@ class Ready(FakeService):
         self._known = known
         self._any = next(iter(known.values()))
 
-    def datum(self, received: Received, index: int, text: str, dimensions: int) -> Datum:
-        raw = self._known.get(text, self._any)  # the probe's text is in no table
-        return Datum(index=index, embedding=raw, tokens=1, truncated=False, cached=True)
+    def answers(self, received: Received) -> list[Answer]:
+        texts = received.texts
+        return [
+            Result(
+                id=received.id,
+                model="default",
+                model_version=OLD,
+                dimensions=DIMENSIONS,
+                dtype="float32",
+                data=[
+                    # The probe's text is in no table.
+                    Datum(
+                        index=n,
+                        embedding=self._known.get(text, self._any),
+                        tokens=1,
+                        truncated=False,
+                        cached=True,
+                    )
+                    for n, text in enumerate(texts)
+                ],
+                usage=Usage(len(texts), len(texts)),
+                timings=Timings(),
+                metadata=null(received.format),
+            )
+        ]
 
 
 class NoParts:
