@@ -5,6 +5,9 @@ A Kafka of its own, and replicas of a tiny random model (`--replicas 0`: a fake 
 `--kills`: the runner, a replica and the broker are killed with SIGKILL, each once, at random points, and the same command ends the
 run. Then each id must be there once, and every vector must be the one that sentence-transformers gives for its text.
 
+`--client N`: the same comparison without Kafka, N rounds in one process whose fake service answers within it: processor time of a row,
+its service's included, and of it the event loop's. On a busy machine this is steadier than a rate.
+
 `--rounds N`: the bare stream and the command in turn, N times each, each a process of its own, on texts that nobody saw before. What is
 compared is rows a second from the client's first step to the last one, imports left out, and the processor time of a row.
 """
@@ -35,11 +38,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.machine import write
+from embedq_batch import Columns
 from embedq_batch.manifest.place import MANIFEST
 from embedq_batch.manifest.store import glance
 from embedq_sdk import EmbedClient
 from embedq_sdk.dev import DevStack
 from embedq_shared.topics import Topics
+from tests.helpers.batch_runs import fake_client
+from tests.helpers.batch_runs import run as run_with
+from tests.helpers.fake_service import FakeService
 from tests.helpers.service_process import Replica, fresh_prefix, make_topics
 from tests.helpers.tiny_models import make_tiny_bert
 
@@ -318,6 +325,45 @@ def _run(environ: dict[str, str], source: Path, out: Path) -> float:
     return float(found.group(1).replace(",", ""))
 
 
+# -- the client alone --------------------------------------------------------------------------------------------------------
+
+
+def client_alone(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Processor time of a row, in microseconds: of the whole process, and of the event loop's thread."""
+    rows = options.rows
+    source = folder / "in.parquet"
+    make_source(source, rows, rows)
+
+    async def stream(out: Path) -> None:
+        async with fake_client(FakeService(keep=False, compute=False)) as (client, _):
+            texts = (text(n) for n in range(rows))
+            async for _ in client.stream(
+                texts, lane="bulk", batch_size=64, in_flight=4096, ordered=True, timeout=86_400
+            ):
+                pass
+
+    async def command(out: Path) -> None:
+        service = FakeService(keep=False, compute=False)
+        await run_with(str(source), str(out), service, columns=Columns(id="id"))
+
+    found: dict[str, list[float]] = {}
+    for n in range(options.client):
+        for name, work in (("stream", stream), ("run", command)):
+            whole, loop = time.process_time(), time.thread_time()
+            asyncio.run(work(folder / f"out{n}.parquet"))
+            for what, spent in (("", time.process_time() - whole), ("_loop", time.thread_time() - loop)):
+                found.setdefault(f"{name}{what}_cpu_us_a_row", []).append(round(spent / rows * 1e6, 2))
+    medians = {name: statistics.median(spent) for name, spent in found.items()}
+    return {
+        "rows_a_round": rows,
+        **found,
+        "stream_to_run": round(medians["stream_cpu_us_a_row"] / medians["run_cpu_us_a_row"], 3),
+        "stream_to_run_loop": round(
+            medians["stream_loop_cpu_us_a_row"] / medians["run_loop_cpu_us_a_row"], 3
+        ),
+    }
+
+
 async def measured(stack: DevStack, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     topics = await make_topics(stack, fresh_prefix())
     async with AsyncExitStack() as exits:
@@ -356,6 +402,7 @@ def main() -> int:
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--redis", action="store_true", help="the replicas keep vectors in Redis")
     parser.add_argument("--kills", action="store_true")
+    parser.add_argument("--client", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--name", default="batch_run")
@@ -363,8 +410,12 @@ def main() -> int:
     options.distinct = options.distinct or options.rows
     if options.kills and not options.replicas:
         parser.error("--kills needs replicas")
-    with DevStack(report=print) as stack, tempfile.TemporaryDirectory() as folder:
-        found = asyncio.run(measured(stack, options, Path(folder)))
+    with tempfile.TemporaryDirectory() as folder:
+        if options.client:
+            found = client_alone(options, Path(folder))
+        else:
+            with DevStack(report=print) as stack:
+                found = asyncio.run(measured(stack, options, Path(folder)))
     width = max(map(len, found))
     for name, value in found.items():
         print(f"{name.replace('_', ' '):<{width}}  {value}")
