@@ -1,10 +1,10 @@
-"""What stands beside a vector in stores whose records have no columns, and ids as their queries have them."""
+"""What stands beside a vector in stores whose records have no columns."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from embedq_batch.content.rows import RowId, VectorBatch
+from embedq_batch.content.rows import VectorBatch
 
 
 def payloads(batch: VectorBatch) -> list[dict[str, Any]]:
@@ -24,8 +24,3 @@ def payloads(batch: VectorBatch) -> list[dict[str, Any]]:
             }
         found.append(known | row)
     return found
-
-
-def quoted(value: RowId) -> str:
-    """An id as SQL and what is like it have it."""
-    return str(value) if isinstance(value, int) else "'" + value.replace("'", "''") + "'"
