@@ -65,6 +65,13 @@ _WORDS: Final = [
     "market",
 ]
 _PROGRAM: Final = "from embedq_batch.command import run; run(prog_name='embedq run')"
+_TIMED: Final = (
+    "import atexit, sys; import embedq_batch.api, embedq_batch.sources.parquet, embedq_batch.sinks.parts, embedq_batch.sinks.finals\n"
+    "from benchmarks.batch_run import cpu_of_this_process\n"
+    "before = cpu_of_this_process()\n"
+    "atexit.register(lambda: print('cpu', cpu_of_this_process() - before, file=sys.stderr))\n"
+) + _PROGRAM
+"""All imports, and then the command."""
 _FLUSHES: Final = "from embedq_batch.running import writing; writing._FLUSH_ROWS = {rows}; "
 """What is done is written down each so many rows: a short run must be far enough to be killed."""
 _STREAM: Final = "import sys; from benchmarks.batch_run import stream_alone; stream_alone(*sys.argv[1:])"
@@ -111,13 +118,14 @@ def stream_alone(servers: str, prefix: str, rows: str, salt: str) -> None:
                 pass
         return int(rows) / (time.monotonic() - started)
 
-    before = _cpu_of(resource.RUSAGE_SELF)
+    before = cpu_of_this_process()
     rate = asyncio.run(stream())
-    print(rate, _cpu_of(resource.RUSAGE_SELF) - before)
+    print(rate, cpu_of_this_process() - before)
 
 
-def _cpu_of(who: int) -> float:
-    used = resource.getrusage(who)
+def cpu_of_this_process() -> float:
+    """Seconds of processor time so far."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
 
 
@@ -273,14 +281,12 @@ async def rounds(servers: str, topics: Topics, options: argparse.Namespace, fold
     for n in range(options.rounds):
         measured: dict[str, float] = {}
         for what in ("stream", "run") if n % 2 == 0 else ("run", "stream"):
-            before = _cpu_of(resource.RUSAGE_CHILDREN)
             if what == "stream":
                 rate, cpu = await asyncio.to_thread(_stream, servers, topics.prefix, options.rows, f" s{n}")
             else:
                 source, out = folder / f"in{n}.parquet", folder / f"out{n}.parquet"
                 await asyncio.to_thread(make_source, source, options.rows, options.rows, f" r{n}")
-                rate = await asyncio.to_thread(_run, environ, source, out)
-                cpu = _cpu_of(resource.RUSAGE_CHILDREN) - before
+                rate, cpu = await asyncio.to_thread(_run, environ, source, out)
                 out.unlink()
             measured |= {what: rate, f"{what}_cpu": cpu}
         found.append(measured)
@@ -310,19 +316,20 @@ def _stream(servers: str, prefix: str, rows: int, salt: str) -> tuple[float, flo
     return float(said[0]), float(said[1])
 
 
-def _run(environ: dict[str, str], source: Path, out: Path) -> float:
-    """Rows a second, as the command says them: from its first step to the file under its name."""
+def _run(environ: dict[str, str], source: Path, out: Path) -> tuple[float, float]:
+    """Rows a second, as the command says them, from its first step to the file under its name; and CPU seconds."""
     done = subprocess.run(
-        [sys.executable, "-c", _PROGRAM, "--from", str(source), "--to", str(out), "--id-column", "id"],
+        [sys.executable, "-c", _TIMED, "--from", str(source), "--to", str(out), "--id-column", "id"],
         env=os.environ | environ,
         check=True,
         capture_output=True,
         text=True,
     )
     found = re.search(r"\(([\d,]+) rows/s", done.stderr)
-    if found is None:
+    cpu = re.search(r"^cpu ([\d.]+)$", done.stderr, re.M)
+    if found is None or cpu is None:
         raise RuntimeError(done.stderr)
-    return float(found.group(1).replace(",", ""))
+    return float(found.group(1).replace(",", "")), float(cpu.group(1))
 
 
 # -- the client alone --------------------------------------------------------------------------------------------------------

@@ -21,12 +21,13 @@ from embedq_batch.sources.parquet import ParquetSource
 from embedq_consumer.engine import Text, Tokens, load_encoder
 from embedq_sdk.admin.control import reload_model
 from embedq_sdk.dev import DevStack
+from embedq_shared.vectors import cut_and_normalize
 from tests.helpers.batch_runs import a_table, vectors_in
 from tests.helpers.service_process import Replica, fresh_prefix, make_topics, replicas
 from tests.helpers.support import patient
 from tests.helpers.tiny_models import make_tiny_bert
 
-pytestmark = [pytest.mark.kafka, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.kafka, pytest.mark.timeout(600)]
 
 TEXTS: Final = [f"row {n} of the table" for n in range(3000)]
 IN_FLIGHT: Final = 64
@@ -55,7 +56,8 @@ def own(model: Path) -> tuple[str, dict[int, npt.NDArray[np.float32]]]:
     tokenized = encoder.tokenize([Text(text) for text in TEXTS])
     for start in range(0, len(TEXTS), 256):
         some = [each.ids for each in tokenized[start : start + 256] if isinstance(each, Tokens)]
-        found.update(enumerate(encoder.encode(some), start))
+        whole = enumerate(encoder.encode(some), start)
+        found.update((n, cut_and_normalize(vector, len(vector))) for n, vector in whole)
     encoder.close()
     return encoder.model_version, found
 
