@@ -326,7 +326,7 @@ def _run(environ: dict[str, str], source: Path, out: Path) -> tuple[float, float
         text=True,
     )
     found = re.search(r"\(([\d,]+) rows/s", done.stderr)
-    cpu = re.search(r"^cpu ([\d.]+)$", done.stderr, re.M)
+    cpu = re.search(r"^cpu ([\d.]+)$", done.stderr, re.MULTILINE)
     if found is None or cpu is None:
         raise RuntimeError(done.stderr)
     return float(found.group(1).replace(",", "")), float(cpu.group(1))
