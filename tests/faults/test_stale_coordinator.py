@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 import pytest
 
@@ -90,8 +91,8 @@ async def joined(cluster: Cluster, topic: str) -> AsyncIterator[tuple[GroupMembe
         await member.close(5)
 
 
-async def copies_of_the_log(cluster: Cluster) -> list[int]:
-    """The brokers that have it: first the leader, which is the coordinator, then the one that follows it in this office."""
+async def the_log(cluster: Cluster) -> dict[str, Any]:
+    """Its leader and its copies, as the brokers have them now."""
     admin = AIOKafkaAdminClient(bootstrap_servers=cluster.direct_servers)
     await admin.start()
     try:
@@ -99,8 +100,24 @@ async def copies_of_the_log(cluster: Cluster) -> list[int]:
     finally:
         await admin.close()
     [partition] = described["partitions"]
-    leader: int = partition["leader"]
-    return [leader, *(node for node in partition["replicas"] if node != leader)]
+    return dict(partition)
+
+
+async def copies_of_the_log(cluster: Cluster) -> list[int]:
+    """The brokers that have it: first the leader, which is the coordinator, then the one that follows it in this office. The
+    last one was started anew, so that another one is the cluster's controller: frozen, this one would keep all from it."""
+    found = await the_log(cluster)
+    leader: int = found["leader"]
+    copies = [leader, *(node for node in found["replicas"] if node != leader)]
+    await asyncio.to_thread(cluster.stop_kafka, copies[-1])
+    await asyncio.to_thread(cluster.start_kafka, copies[-1])
+
+    async def whole() -> bool:
+        now = await the_log(cluster)
+        return now["leader"] == leader and len(now["isr"]) == len(copies)
+
+    await wait_until(whole, within=60, what="all copies of the log")
+    return copies
 
 
 async def asked_plainly(cluster: Cluster, node: int, partition: TopicPartition) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import os
 import signal
@@ -182,12 +183,16 @@ class Replica:
         if port is None:
             return None, ""
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=patient(10)) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, error.read().decode()
-        except OSError:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=patient(10)) as answer:
+                    return answer.status, answer.read().decode()
+            except urllib.error.HTTPError as error:
+                with error:
+                    return error.code, error.read().decode()
+        except (
+            OSError,
+            http.client.HTTPException,
+        ):  # it ends, or was starved for longer than it lets a caller wait
             return None, ""
 
     def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
