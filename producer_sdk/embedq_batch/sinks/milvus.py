@@ -13,11 +13,11 @@ import numpy.typing as npt
 from pymilvus import DataType, MilvusClient, MilvusException
 
 from embedq_batch.content.addresses import without_password
+from embedq_batch.content.payloads import payloads
 from embedq_batch.content.rows import RowId, Shape, VectorBatch, VectorType, quoted
 from embedq_batch.errors import BadTarget, RowsRefused, TargetAway
 from embedq_batch.manifest.place import of_collection
 from embedq_batch.sinks.arrow import arrow_schema
-from embedq_batch.sinks.payloads import payloads
 from embedq_batch.sinks.sink import PartsRecord
 
 _LONGEST_ID: Final = 1024
@@ -106,7 +106,7 @@ class MilvusSink:
     def fetch(self, ids: Sequence[RowId]) -> dict[RowId, npt.NDArray[np.float32]]:
         if not ids:
             return {}
-        found = self._call(
+        found = self._asked(
             lambda client: client.query(
                 self._collection,
                 filter=f"id in [{', '.join(map(quoted, ids))}]",
@@ -148,12 +148,19 @@ class MilvusSink:
 
     def stored(self, version: str | None = None) -> int:
         chosen = "" if version is None else f"model_version == {quoted(version)}"
-        found = self._call(
+        found = self._asked(
             lambda client: client.query(
                 self._collection, filter=chosen, output_fields=["count(*)"], consistency_level="Strong"
             )
         )
         return int(found[0]["count(*)"])
+
+    def _asked(self, function: Any) -> Any:
+        """What the store says to a question."""
+        try:
+            return self._call(function)
+        except RowsRefused as refused:
+            raise BadTarget(target=self.name, reason=refused.reason) from None
 
     def _call(self, function: Any) -> Any:
         try:

@@ -14,11 +14,11 @@ from qdrant_client.http.exceptions import ApiException, ResponseHandlingExceptio
 
 from embedq_batch.clients.qdrant import connected, let_go
 from embedq_batch.content.addresses import without_password
+from embedq_batch.content.payloads import payloads
 from embedq_batch.content.rows import RowId, Shape, VectorBatch, VectorType
 from embedq_batch.errors import BadTarget, RowsRefused, TargetAway
 from embedq_batch.manifest.place import of_collection
 from embedq_batch.sinks.arrow import arrow_schema
-from embedq_batch.sinks.payloads import payloads
 from embedq_batch.sinks.sink import PartsRecord
 
 _NAMES: Final = uuid.UUID("9b0f6f0e-6f0f-5d0e-8f5c-2f6d1c0b7a11")
@@ -99,7 +99,7 @@ class QdrantSink:
         return True
 
     def fetch(self, ids: Sequence[RowId]) -> dict[RowId, npt.NDArray[np.float32]]:
-        points = self._call(
+        points = self._asked(
             lambda client: client.retrieve(
                 self._collection, [point_id(id) for id in ids], with_payload=True, with_vectors=True
             )
@@ -141,8 +141,15 @@ class QdrantSink:
         if version is not None:
             match = models.FieldCondition(key="model_version", match=models.MatchValue(value=version))
             chosen = models.Filter(must=[match])
-        found = self._call(lambda client: client.count(self._collection, count_filter=chosen, exact=True))
+        found = self._asked(lambda client: client.count(self._collection, count_filter=chosen, exact=True))
         return int(found.count)
+
+    def _asked(self, function: Any) -> Any:
+        """What the store says to a question."""
+        try:
+            return self._call(function)
+        except RowsRefused as refused:
+            raise BadTarget(target=self.name, reason=refused.reason) from None
 
     def _call(self, function: Any) -> Any:
         try:
