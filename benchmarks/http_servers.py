@@ -121,7 +121,7 @@ async def text_embeddings_inference(
         (directory / "model.onnx").symlink_to(onnx.absolute())
     command = [
         *(binary, "--model-id", directory, "--pooling", "mean"),
-        *("--hostname", "127.0.0.1", "--port", port),
+        *("--served-model-name", "default", "--hostname", "127.0.0.1", "--port", port),
     ]
     server = Server(name="text-embeddings-inference", port=port)
     async with _started(server, command, scratch, {}):
