@@ -15,6 +15,7 @@ from typing import Unpack
 
 import msgspec
 
+from embedq_consumer.cancellation import Abandoned, Cancellation
 from embedq_consumer.engine.api import (
     Chunked,
     DeviceLost,
@@ -34,7 +35,6 @@ from embedq_consumer.engine.api import (
     Tokens,
     Truncate,
 )
-from embedq_consumer.engine.cancellation import Abandoned, Cancellation
 from embedq_consumer.engine.safety.foreign import OFFLINE
 
 __all__ = [

@@ -9,8 +9,8 @@ from pathlib import Path
 import msgspec
 import torch
 
+from embedq_consumer.cancellation import Cancellation
 from embedq_consumer.engine.api import Inspection, LoadOptions, ModelError, Quantization
-from embedq_consumer.engine.cancellation import Cancellation
 from embedq_consumer.engine.loading.dry_run import dry_run
 from embedq_consumer.engine.loading.load_cache import LoadCache, libraries
 from embedq_consumer.engine.loading.memory_check import (

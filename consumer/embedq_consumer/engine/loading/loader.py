@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from embedq_consumer.cancellation import Abandoned, Cancellation
 from embedq_consumer.engine.api import DeviceLost, LoadOptions, ModelError, OutOfMemory, Quantization
-from embedq_consumer.engine.cancellation import Abandoned, Cancellation
 from embedq_consumer.engine.device import means_out_of_memory, translate_errors
 from embedq_consumer.engine.encoder import PackedEncoder, release
 from embedq_consumer.engine.loading.dry_run import dry_run
