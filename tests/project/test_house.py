@@ -30,7 +30,7 @@ MOST_PARAMETERS: Final = 6
 
 Floors = tuple[tuple[str, ...], ...]
 SERVICE: Final[Floors] = (
-    ("threads", "cancellation"),
+    ("threads",),
     ("telemetry", "engine", "fairness", "shapes"),
     ("group",),
     ("retries",),

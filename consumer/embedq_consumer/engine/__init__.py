@@ -15,7 +15,6 @@ from typing import Unpack
 
 import msgspec
 
-from embedq_consumer.cancellation import Abandoned, Cancellation
 from embedq_consumer.engine.api import (
     Chunked,
     DeviceLost,
@@ -35,6 +34,7 @@ from embedq_consumer.engine.api import (
     Tokens,
     Truncate,
 )
+from embedq_consumer.engine.safety.cancellation import Abandoned, Cancellation
 from embedq_consumer.engine.safety.foreign import OFFLINE
 
 __all__ = [

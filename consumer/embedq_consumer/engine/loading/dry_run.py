@@ -17,8 +17,8 @@ from typing import IO, Final
 
 import msgspec
 
-from embedq_consumer.cancellation import Cancellation
 from embedq_consumer.engine.api import ModelError
+from embedq_consumer.engine.safety.cancellation import Cancellation
 from embedq_consumer.engine.safety.foreign import OFFLINE
 
 __all__ = ["Verdict", "Wanted", "dry_run"]
