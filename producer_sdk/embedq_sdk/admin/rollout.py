@@ -116,11 +116,12 @@ def _state_of(status: Status) -> State:
 
 
 class RolloutView:
-    """One reload command, and how the live replicas answer it. `started` and `now` are epoch seconds, `timeout` seconds.
+    """One reload command, and how the live replicas answer it. `started`, `now` and `heard` are epoch seconds, `timeout` seconds.
 
     Invariants:
         - A replica has answered once it says READY or FAILED for this command, by version and id.
         - Replicas that start meanwhile count; one that falls silent counts until its last status is stale.
+        - What was not read yet says nothing: a replica is silent by the time up to which the statuses were `heard`.
         - A replica that follows a later command, or another one with the same version, ends the reload as "superseded".
           That it refuses another one of the same version, which came later, does not.
     """
@@ -142,24 +143,25 @@ class RolloutView:
         self._started = started
         self._timeout = timeout
 
-    def at(self, now: float) -> RolloutUpdate:
-        """How the reload stands at `now`."""
-        live = self._board.live(now, self._alias)
+    def at(self, now: float, heard: float | None = None) -> RolloutUpdate:
+        """How the reload stands at `now`, by what was `heard` until then; None: everything."""
+        heard = now if heard is None else heard
+        live = self._board.live(heard, self._alias)
         replicas = tuple(view_of(status, now, answered=self._answered(status)) for status in live)
         return RolloutUpdate(
             alias=self._alias,
             version=self._version,
             command_id=self._command_id,
-            progress=self._progress(live, now),
+            progress=self._progress(live, now, heard),
             replicas=replicas,
         )
 
-    def _progress(self, live: list[Status], now: float) -> Progress:
+    def _progress(self, live: list[Status], now: float, heard: float) -> Progress:
         if any(self._is_of_another(status) for status in live):
             return "superseded"
         if live and all(self._answered(status) for status in live):
             return "ready" if all(status.state == "READY" for status in live) else "failed"
-        if not live and now - self._started >= min(NO_REPLICAS_AFTER_S, self._timeout):
+        if not live and heard - self._started >= min(NO_REPLICAS_AFTER_S, self._timeout):
             return "no_replicas"
         return "timeout" if now - self._started >= self._timeout else "running"
 
