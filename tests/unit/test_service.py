@@ -23,7 +23,7 @@ from embedq_consumer.telemetry.health import Health
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.codec import decode_status
 from embedq_shared.messages import Control
-from tests.helpers.fake_models import FakeModel, command
+from tests.helpers.fake_models import INSPECTION, FakeModel, command
 from tests.helpers.support import wait_until
 
 
@@ -130,6 +130,10 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 
         def set_aside(self, records: object, *, waits: bool) -> None: ...
 
+        class deletions:
+            @staticmethod
+            async def run() -> None: ...
+
         def when_first(self, record: object, go: Callable[[bool], None]) -> None:
             go(True)
 
@@ -163,6 +167,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
         "Intake": FakeIntake,
         "make_jobs_clients": lambda *_: None,
         "load_encoder": load,
+        "inspect_model": lambda *_: INSPECTION,
     }
     own = {
         "Metrics": metrics,

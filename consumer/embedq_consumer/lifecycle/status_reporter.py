@@ -72,14 +72,14 @@ class StatusReporter:
         )
         await self._send(self.status)
 
-    async def reject(self, command: Control, error: str) -> None:
-        """Say once that a command was not applied, without changing the status, which should be sent again after it."""
+    async def reject(self, command: Control, error: str, step: Step = "validate") -> None:
+        """Say once that a command was not applied, or given up, without changing the status, which should be sent again after it."""
         await self._send(
             msgspec.structs.replace(
                 self.status,
                 version=command.version,
                 command_id=command.command_id,
-                step="validate",
+                step=step,
                 state="FAILED",
                 error=error,
             )
