@@ -219,6 +219,7 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True, tag_field="object", tag
 # -- control and status ---------------------------------------------------------------------------------------------
 
 Policy = Literal["availability_preserving", "resource_preserving"]
+Quantization = Literal["none", "fp8"]
 Step = Literal["starting", "validate", "load", "warm_up", "check", "drain", "swap", "serving", "stopped"]
 State = Literal["LOADING", "READY", "FAILED", "STOPPED"]
 
@@ -226,12 +227,29 @@ STATUS_INTERVAL_S: Final = 3.0
 """Each replica repeats its status this often."""
 STATUS_STALE_AFTER_S: Final = 15.0
 """A replica whose last status is older is gone."""
+SAME_SPACE_COSINE: Final = 0.995
+"""Two runs of one model in other precision, on another device or quantized to 8 bits agree to this on every text; two models do not."""
+GOLDEN_FILE: Final = "embedq_golden.json"
+"""In a model directory: texts, and the vectors that the model must give for them."""
 
 
-class Control(msgspec.Struct, frozen=True, kw_only=True):
+class Rollout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How a fleet follows a command. Without it every replica follows at once."""
+
+    max_unavailable: (
+        Annotated[int, Meta(ge=1, description="Replicas that change at once; absent: all.")] | None
+    ) = None
+    canary: Annotated[bool, Meta(description="One replica changes alone first.")] = False
+    replicas: (
+        Annotated[list[str], Meta(description="Those that shall follow this record now; absent: all.")] | None
+    ) = None
+
+
+class Control(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The desired model of one alias, complete in one record; `version` only rises.
 
-    `fallback` is the directory that served before: a replica that starts and cannot load `path` loads that one.
+    A writer's version is one above the one that it has read, and so says which one it expects: of two that have read the same one,
+    the first counts. `fallback` is the directory that served before: a replica that starts and cannot load `path` loads that one.
     """
 
     alias: Annotated[str, Meta(min_length=1, max_length=256)]
@@ -241,7 +259,12 @@ class Control(msgspec.Struct, frozen=True, kw_only=True):
     digest: Annotated[str, Meta(description="The model version that must come out; absent: any.")] | None = (
         None
     )
-    policy: Policy = "availability_preserving"
+    quantization: (
+        Annotated[Quantization, Meta(description="Of this model; absent: the replica's setting.")] | None
+    ) = None
+    policy: Annotated[Policy, Meta(description="Absent: each replica chooses by its free memory.")] | None = (
+        None
+    )
     min_cosine: (
         Annotated[
             float,
@@ -249,7 +272,44 @@ class Control(msgspec.Struct, frozen=True, kw_only=True):
         ]
         | None
     ) = None
+    golden: (
+        Annotated[
+            str,
+            Meta(
+                min_length=1,
+                description="A file of texts and expected vectors, below the configured root; absent: "
+                "`embedq_golden.json` in the model directory, if it is there.",
+            ),
+        ]
+        | None
+    ) = None
+    golden_min_cosine: (
+        Annotated[
+            float, Meta(ge=-1, le=1, description="Least cosine to the expected vectors; absent: 0.995.")
+        ]
+        | None
+    ) = None
+    min_dimensions: (
+        Annotated[
+            int,
+            Meta(
+                ge=1,
+                le=MAX_INTEGER,
+                description="Least hidden size; absent: the most `dimensions` that jobs lately asked for.",
+            ),
+        ]
+        | None
+    ) = None
+    rollout: Rollout | None = None
     fallback: str | None = None
+    fallback_quantization: (
+        Annotated[Quantization, Meta(description="Of the fallback; absent: the replica's setting.")] | None
+    ) = None
+    rollback_of: (
+        Annotated[int, Meta(ge=1, le=MAX_INTEGER, description="The version that this command takes back.")]
+        | None
+    ) = None
+    reason: Annotated[str, Meta(description="Why it was written, for people.")] | None = None
 
 
 class Status(msgspec.Struct, frozen=True, kw_only=True):
@@ -258,6 +318,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     `state` says how that command stands, and `serving` whether a model serves: after a reload that failed, the old one does.
     `serving` is null in records of replicas that do not say it. `dimensions` is the hidden size of the model that serves, and
     `max_tokens` its longest input, special tokens included; null while none serves, and in records of older replicas.
+    `turn` is the version of a roll-out whose turn this replica takes. `path` is the directory that serves, as a command would name
+    it; null where none could. `memory_used` and `memory_total` are bytes of the device, on a CPU of the process and its machine.
     """
 
     replica: str
@@ -272,3 +334,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     serving: bool | None = None
     dimensions: Annotated[int, Meta(ge=1, le=MAX_INTEGER)] | None = None
     max_tokens: Annotated[int, Meta(ge=1, le=MAX_INTEGER)] | None = None
+    turn: Annotated[int, Meta(ge=1, le=MAX_INTEGER)] | None = None
+    path: str | None = None
+    memory_used: Annotated[int, Meta(ge=0, le=MAX_INTEGER)] | None = None
+    memory_total: Annotated[int, Meta(ge=0, le=MAX_INTEGER)] | None = None

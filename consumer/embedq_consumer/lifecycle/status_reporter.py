@@ -9,13 +9,23 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from embedq_consumer.delivery.outgoing import Outgoing
-from embedq_consumer.engine import Encoder
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.codec import encode_record
 from embedq_shared.messages import STATUS_INTERVAL_S, Control, State, Status, Step
 from embedq_shared.topics import Topics
 
 Publish = Callable[[list[Outgoing]], Awaitable[object]]
+
+
+class Serving(msgspec.Struct, frozen=True, kw_only=True):
+    """The model that serves, as a status says it."""
+
+    dimensions: int
+    max_tokens: int
+    path: str | None
+    """The directory, as a command would name it; None where none could."""
+    memory_used: int | None
+    memory_total: int | None
 
 
 class StatusReporter:
@@ -28,7 +38,7 @@ class StatusReporter:
         alias: str,
         publish: Publish,
         metrics: Metrics,
-        serving: Callable[[], Encoder | None] = lambda: None,
+        serving: Callable[[], Serving | None] = lambda: None,
     ) -> None:
         """`serving` is the model that serves, if one does."""
         self._topic = topics.status
@@ -68,9 +78,21 @@ class StatusReporter:
             error=error,
             version=command.version if command else self.status.version,
             command_id=command.command_id if command else self.status.command_id,
+            turn=self._turn_after(command, state),
             model_version=model_version or self.status.model_version,
         )
         await self._send(self.status)
+
+    async def take_turn(self, version: int | None) -> None:
+        """Say that this replica takes its turn of a command, or (None) that it does not. A turn ends with READY or STOPPED, and where
+        another command takes the place; one that FAILED stays, for all to see."""
+        self.status = msgspec.structs.replace(self.status, turn=version)
+        await self._send(self.status)
+
+    def _turn_after(self, command: Control | None, state: State) -> int | None:
+        turn = self.status.turn
+        others = command is not None and command.version != turn
+        return None if others or state in ("READY", "STOPPED") else turn
 
     async def reject(self, command: Control, error: str) -> None:
         """Say once that a command was not applied, without changing the status, which should be sent again after it."""
@@ -96,14 +118,10 @@ class StatusReporter:
             await self.resend()
 
     async def _send(self, status: Status) -> None:
-        encoder = None if status.state == "STOPPED" else self._serving()
-        sent = msgspec.structs.replace(
-            status,
-            at=int(time.time() * 1000),
-            serving=encoder is not None,
-            dimensions=None if encoder is None else encoder.hidden_size,
-            max_tokens=None if encoder is None else encoder.max_tokens,
-        )
+        serving = None if status.state == "STOPPED" else self._serving()
+        sent = msgspec.structs.replace(status, at=int(time.time() * 1000), serving=serving is not None)
+        if serving is not None:
+            sent = msgspec.structs.replace(sent, **msgspec.structs.asdict(serving))
         record = Outgoing(
             topic=self._topic,
             partition=None,

@@ -6,15 +6,17 @@ import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
-from typing import Any, Final, get_args
+from contextlib import aclosing
+from typing import Any, Final, NamedTuple, get_args
 
 import msgspec
 
-from embedq_sdk.admin.rollout import ReplicaView, RolloutUpdate, RolloutView, StatusBoard, view_of
+from embedq_sdk.admin.rollout import ReplicaView, RolloutUpdate, RolloutView, view_of
 from embedq_sdk.errors import EmbedError, InvalidArgument
 from embedq_sdk.job_options import checked_timeout
 from embedq_sdk.transport.kafka import KafkaConnection, require_topics
 from embedq_shared.codec import encode_record, read_command, read_status
+from embedq_shared.fleet import StatusBoard
 from embedq_shared.kafka import (
     AIOKafkaConsumer,
     KafkaError,
@@ -24,13 +26,17 @@ from embedq_shared.kafka import (
     group_lag,
     poll,
 )
-from embedq_shared.messages import Control, Policy, Status
+from embedq_shared.messages import Control, Policy, Quantization, Rollout, Status
 from embedq_shared.topics import GROUP, Topics
 
 _UNDECODABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
 _MAX_ALIAS_CHARS: Final = 256
 _MAX_PATH_CHARS: Final = 4096
+DEFAULT_WAVE: Final = "25%"
+"""As Kubernetes has it: enough for speed, and three quarters go on serving as they did."""
+_PERCENT: Final = re.compile(r"([1-9][0-9]?|100)%")
+_WAVE_EXPECTED: Final = "a number of replicas of at least 1, a percentage from 1% to 100%, or None for all"
 _STEP_S: Final = 10.0
 """One step of a command, such as finding the end of a topic."""
 _READ_S: Final = 3 * _STEP_S
@@ -44,6 +50,13 @@ class LostRace(EmbedError):
     """Another command for {alias} was written at the same time and takes precedence: see `embedq status`, then reload again"""
 
     alias: str
+
+
+class NothingBefore(EmbedError):
+    """There is nothing to take {alias} back to: {reason}"""
+
+    alias: str
+    reason: str
 
 
 class LaneLag(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,6 +81,8 @@ async def reload_model(
     digest: str | None = None,
     policy: Policy = "availability_preserving",
     min_cosine: float | None = None,
+    max_unavailable: int | str | None = DEFAULT_WAVE,
+    canary: bool = True,
     timeout: float = 600.0,
     topic_prefix: str = "embed",
     connect_timeout: float = 10.0,
@@ -75,11 +90,17 @@ async def reload_model(
 ) -> AsyncGenerator[RolloutUpdate, None]:
     """Write a reload command, then yield how the replicas follow it, each time something changed; the last update is done.
 
+    The replicas follow it by themselves, whether or not anybody watches: one replica first, then as many at once as
+    `max_unavailable` says. If one fails in its turn, all of them go back to the model of before.
+
     Args:
         path: a model directory below the service's configured root.
         digest: the model version that must result ("sha256:…"); another one is FAILED.
         policy: load alongside the old model, or after unloading it.
         min_cosine: least cosine similarity of the check texts' vectors to the old model's.
+        max_unavailable: replicas that change at once, or which part of the live ones ("25%", at least one); None: all.
+        canary: one replica changes alone first. Without it, and with None for `max_unavailable`, each replica follows for itself:
+            one that fails keeps its old model, and the others go on with the new one.
         timeout: seconds until the last update says "timeout".
         security: as for `EmbedClient`.
 
@@ -89,38 +110,100 @@ async def reload_model(
         LostRace: another writer was faster; replicas follow that one.
     """
     command = _checked_command(path, alias, digest, policy, min_cosine)
-    timeout = checked_timeout("timeout", timeout)
-    connection = KafkaConnection.of(servers, security)
-    topics = Topics(topic_prefix)
+    wave = _checked_wave(max_unavailable)
+
+    def decide(earlier: list[Control], live: list[Status]) -> Control:
+        return msgspec.structs.replace(
+            _next_command(command, earlier, live), rollout=_rollout(wave, canary, len(live))
+        )
+
+    place = _Place(KafkaConnection.of(servers, security), Topics(topic_prefix), alias, connect_timeout)
+    updates = _carry_out(place, decide, checked_timeout("timeout", timeout))
+    async with aclosing(updates):
+        async for update in updates:
+            yield update
+
+
+async def rollback_model(
+    servers: str | list[str],
+    *,
+    alias: str = "default",
+    max_unavailable: int | str | None = DEFAULT_WAVE,
+    timeout: float = 600.0,
+    topic_prefix: str = "embed",
+    connect_timeout: float = 10.0,
+    **security: Any,
+) -> AsyncGenerator[RolloutUpdate, None]:
+    """Bring back what the alias served before its present command, and yield how the replicas follow, as `reload_model` does.
+
+    Args:
+        max_unavailable, timeout, security: as for `reload_model`.
+
+    Raises:
+        NothingBefore: no command was written, since nothing is known to go back to.
+        InvalidArgument, TopicMissing, KafkaUnavailable, LostRace: as for `reload_model`.
+    """
+    _check_name("alias", alias, _MAX_ALIAS_CHARS)
+    wave = _checked_wave(max_unavailable)
+
+    def decide(earlier: list[Control], live: list[Status]) -> Control:
+        command = _command_back(alias, earlier, live)
+        return msgspec.structs.replace(command, rollout=_rollout(wave, False, len(live)))
+
+    place = _Place(KafkaConnection.of(servers, security), Topics(topic_prefix), alias, connect_timeout)
+    updates = _carry_out(place, decide, checked_timeout("timeout", timeout))
+    async with aclosing(updates):
+        async for update in updates:
+            yield update
+
+
+class _Place(NamedTuple):
+    """Where a command goes."""
+
+    connection: KafkaConnection
+    topics: Topics
+    alias: str
+    connect_timeout: float
+
+
+async def _carry_out(
+    place: _Place, decide: Callable[[list[Control], list[Status]], Control], timeout: float
+) -> AsyncGenerator[RolloutUpdate, None]:
+    """Write the command that `decide` makes of the alias's earlier ones and its live replicas, and watch it."""
+    connection, topics, alias, connect_timeout = place
     async with connection.client(control_consumer(connection), connect_timeout) as consumer:
         await require_topics(connection, consumer, [topics.control, topics.status], connect_timeout)
         reader = ControlPlaneReader(connection, consumer, topics, alias)
         commands = await reader.read_to_end([topics.control, topics.status])
         earlier = [found.command for found in commands]
-        command = _next_command(command, earlier, reader.board.live(time.time(), alias))
+        command = decide(earlier, reader.board.live(time.time(), alias))
 
         async def write(command: Control) -> int:
             return await _write(connection, topics.control, command, connect_timeout)
 
         await _take_part(reader, command, write)
-        rollout = RolloutView(
-            reader.board,
-            alias=alias,
-            version=command.version,
-            command_id=command.command_id,
-            started=time.time(),
-            timeout=timeout,
-        )
+        rollout = RolloutView(reader.board, command, started=time.time(), timeout=timeout)
         shown: object = None
         while True:
             update = rollout.at(time.time())
-            news = (update.progress, [msgspec.structs.replace(r, age_s=0.0) for r in update.replicas])
+            news = msgspec.structs.replace(
+                update, replicas=tuple(_without_what_drifts(replica) for replica in update.replicas)
+            )
             if news != shown:
                 shown = news
                 yield update
             if update.done:
                 return
-            await reader.poll()
+            if (rollback := rollout.overdue_rollback(time.time())) is not None:
+                await _take_part(reader, rollback, write)
+                rollout.take(rollback)
+            for found in await reader.poll():
+                rollout.take(found.command)
+
+
+def _without_what_drifts(replica: ReplicaView) -> ReplicaView:
+    """A replica without what changes while nothing happens."""
+    return msgspec.structs.replace(replica, age_s=0.0, memory_used=None)
 
 
 async def service_status(
@@ -161,6 +244,27 @@ async def service_status(
         )
 
 
+async def live_replicas(
+    servers: str | list[str], *, topic_prefix: str = "embed", connect_timeout: float = 10.0, **security: Any
+) -> list[ReplicaView]:
+    """The live replicas and what each serves, now, sorted by name.
+
+    Args:
+        security: as for `EmbedClient`.
+
+    Raises:
+        InvalidArgument, KafkaUnavailable, TopicMissing.
+    """
+    connection = KafkaConnection.of(servers, security)
+    topics = Topics(topic_prefix)
+    async with connection.client(control_consumer(connection), connect_timeout) as consumer:
+        await require_topics(connection, consumer, [topics.status], connect_timeout)
+        reader = ControlPlaneReader(connection, consumer, topics)
+        await reader.read_to_end([topics.status])
+        now = time.time()
+        return [view_of(status, now) for status in reader.board.live(now)]
+
+
 def control_consumer(connection: KafkaConnection) -> Callable[[], AIOKafkaConsumer]:
     """Makes a consumer for `ControlPlaneReader`."""
     return lambda: connection.consumer(fetch_max_wait_ms=_POLL_MS)
@@ -170,10 +274,8 @@ def _checked_command(
     path: str, alias: str, digest: str | None, policy: Policy, min_cosine: float | None
 ) -> Control:
     """The command, checked, but for its version."""
-    for name, value, most in (("path", path, _MAX_PATH_CHARS), ("alias", alias, _MAX_ALIAS_CHARS)):
-        if not isinstance(value, str) or not 1 <= len(value) <= most:
-            got = f"{len(value):,}" if isinstance(value, str) else type(value).__name__
-            raise InvalidArgument(argument=name, expected=f"a string of 1 to {most:,} characters", got=got)
+    _check_name("path", path, _MAX_PATH_CHARS)
+    _check_name("alias", alias, _MAX_ALIAS_CHARS)
     if digest is not None and not (isinstance(digest, str) and _DIGEST.fullmatch(digest)):
         raise InvalidArgument(
             argument="digest", expected="sha256: and 64 lower-case hex digits", got="something else"
@@ -197,22 +299,94 @@ def _checked_command(
     )
 
 
+def _check_name(name: str, value: object, most: int) -> None:
+    if not isinstance(value, str) or not 1 <= len(value) <= most:
+        got = f"{len(value):,}" if isinstance(value, str) else type(value).__name__
+        raise InvalidArgument(argument=name, expected=f"a string of 1 to {most:,} characters", got=got)
+
+
 def _next_command(command: Control, earlier: list[Control], live: list[Status]) -> Control:
     """The command with the next version, and with a fallback directory that is known to load.
 
     What live replicas follow counts, too: the control topic may have been deleted and made again, and their versions only rise.
-    The fallback is the current command's path if a live replica serves it, else that command's own fallback.
+    The fallback is the directory that all live replicas serve, if they say so. Else it is the current command's path if a live
+    replica serves it (in a roll-out: if all do), else that command's own fallback.
     """
     followed = max((status.version or 0 for status in live), default=0)
-    if not earlier:
-        return msgspec.structs.replace(command, version=followed + 1)
-    current = max(earlier, key=lambda record: record.version)
-    served = any(s.version == current.version and s.state == "READY" for s in live)
+    current = max(earlier, key=lambda record: record.version, default=None)
+    fallback = _fallback(current, live)
     return msgspec.structs.replace(
         command,
-        version=max(current.version, followed) + 1,
-        fallback=current.path if served else current.fallback,
+        version=max(current.version if current else 0, followed) + 1,
+        fallback=fallback,
+        fallback_quantization=_quantization_of(fallback, current),
     )
+
+
+def _fallback(current: Control | None, live: list[Status]) -> str | None:
+    served = {status.path for status in live if status.serving}
+    if len(served) == 1 and (path := next(iter(served))) is not None:
+        return path
+    if current is None:
+        return None
+    ready = [status.version == current.version and status.state == "READY" for status in live]
+    through = any(ready) if current.rollout is None else ready != [] and all(ready)
+    return current.path if through else current.fallback
+
+
+def _quantization_of(path: str | None, current: Control | None) -> Quantization | None:
+    """That of a directory which the current command names."""
+    if current is None or path is None:
+        return None
+    return current.quantization if path == current.path else current.fallback_quantization
+
+
+def _command_back(alias: str, earlier: list[Control], live: list[Status]) -> Control:
+    """The command that brings back what served before the current one.
+
+    Raises:
+        NothingBefore: that is not known, or a rollback brought it back already.
+    """
+    current = max(earlier, key=lambda record: record.version, default=None)
+    if current is None:
+        raise NothingBefore(alias=alias, reason="no command was ever written for it")
+    if current.fallback is None:
+        raise NothingBefore(
+            alias=alias, reason=f"version {current.version} does not say what served before it"
+        )
+    if current.fallback == current.path:
+        raise NothingBefore(alias=alias, reason=f"version {current.version} has brought {current.path} back")
+    followed = max((status.version or 0 for status in live), default=0)
+    return Control(
+        alias=alias,
+        version=max(current.version, followed) + 1,
+        path=current.fallback,
+        command_id=uuid.uuid4().hex,
+        quantization=current.fallback_quantization,
+        policy=current.policy,
+        fallback=current.path,
+        fallback_quantization=current.quantization,
+        rollback_of=current.version,
+        reason="embedq rollback",
+    )
+
+
+def _checked_wave(max_unavailable: int | str | None) -> int | str | None:
+    """The number of replicas, or their percentage."""
+    percent = isinstance(max_unavailable, str) and _PERCENT.fullmatch(max_unavailable)
+    whole = (
+        isinstance(max_unavailable, int) and not isinstance(max_unavailable, bool) and max_unavailable >= 1
+    )
+    if not (percent or whole or max_unavailable is None):
+        raise InvalidArgument(argument="max_unavailable", expected=_WAVE_EXPECTED, got=repr(max_unavailable))
+    return max_unavailable
+
+
+def _rollout(wave: int | str | None, canary: bool, live: int) -> Rollout | None:
+    """How so many live replicas follow a command."""
+    if isinstance(wave, str):
+        wave = max(1, live * int(wave.rstrip("%")) // 100)
+    return None if wave is None and not canary else Rollout(max_unavailable=wave, canary=canary)
 
 
 class FoundCommand(msgspec.Struct, frozen=True):
@@ -309,7 +483,8 @@ class ControlPlaneReader:
                 alias = self._alias
                 command = None if alias is None else read_command(record.key, record.value, alias)
                 return None if command is None else FoundCommand(record.offset, command)
-            self.board.see(read_status(record.key, record.value))
+            key = (record.key or b"").decode(errors="replace")
+            self.board.see(key, read_status(record.key, record.value))
         except _UNDECODABLE:
             return None
         return None
