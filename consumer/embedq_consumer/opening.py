@@ -20,10 +20,19 @@ from embedq_consumer.delivery.kafka_producer import KafkaProducers
 from embedq_consumer.delivery.outgoing import Outgoing
 from embedq_consumer.delivery.publisher import Publisher
 from embedq_consumer.delivery.result_records import ResultEncoder
-from embedq_consumer.engine import default_batch_tokens, load_encoder
+from embedq_consumer.engine import (
+    Cancellation,
+    Encoder,
+    Inspection,
+    LoadOptions,
+    default_batch_tokens,
+    inspect_model,
+    load_encoder,
+)
 from embedq_consumer.exactly_once import ReleaseLoop, make_release_loop, transactional_producers
 from embedq_consumer.intake import Intake, make_jobs_clients
 from embedq_consumer.lifecycle.control_topic import ControlTopic
+from embedq_consumer.lifecycle.model_slot import Source
 from embedq_consumer.lifecycle.served_model import ServedModel
 from embedq_consumer.quarantine import Suspects
 from embedq_consumer.retries import RetryTiers
@@ -175,6 +184,28 @@ async def open_publisher(
         await publisher.close()
 
 
+class _Loader:
+    """Makes encoders as the settings say, but for what a command says."""
+
+    def __init__(self, options: LoadOptions) -> None:
+        self._options = options
+
+    def inspect(self, source: Source, cancel: Cancellation) -> Inspection:
+        return inspect_model(source.path, self._of(source), cancel)
+
+    def load(self, source: Source, cancel: Cancellation) -> Encoder:
+        return load_encoder(source.path, self._of(source), cancel)
+
+    def _of(self, source: Source) -> LoadOptions:
+        options = self._options
+        if source.tried:
+            options = msgspec.structs.replace(options, dry_run_s=None)
+        if source.quantization is None:
+            return options
+        kept = () if source.quantization == "none" else options.keep_bf16
+        return msgspec.structs.replace(options, quantization=source.quantization, keep_bf16=kept)
+
+
 @asynccontextmanager
 async def open_model(
     settings: Settings, publisher: Publisher, metrics: Metrics, health: Health
@@ -182,9 +213,9 @@ async def open_model(
     batch_tokens = settings.max_batch_tokens or await asyncio.to_thread(default_batch_tokens, settings.device)
     options = await asyncio.to_thread(settings.served_model, batch_tokens)
 
-    load = partial(load_encoder, options=await asyncio.to_thread(lambda: settings.load))
+    loader = _Loader(await asyncio.to_thread(lambda: settings.load))
     announce = partial(publisher.announce, within=STATUS_INTERVAL_S)
-    model = ServedModel(options, load, announce, metrics, health.tell)
+    model = ServedModel(options, loader, announce, metrics, health.tell)
     try:
         yield model
     finally:

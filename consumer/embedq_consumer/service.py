@@ -126,7 +126,10 @@ async def _serve(settings: Settings, stop: asyncio.Event, leaving: Callable[[], 
             open_deliverer(settings, publisher, results, releases, intake, quarantine.finish, metrics)
         )
         policy = msgspec.structs.replace(
-            settings.admission, mappings=mappings, schemas=schemas or NoRegistry()
+            settings.admission,
+            mappings=mappings,
+            schemas=schemas or NoRegistry(),
+            note_dimensions=model.note_dimensions,
         )
         async with _tasks() as tasks:
             pipeline = Pipeline(

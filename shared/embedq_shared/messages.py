@@ -240,9 +240,6 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         Annotated[int, Meta(ge=1, description="Replicas that change at once; absent: all.")] | None
     ) = None
     canary: Annotated[bool, Meta(description="One replica changes alone first.")] = False
-    replicas: (
-        Annotated[list[str], Meta(description="Those that shall follow this record now; absent: all.")] | None
-    ) = None
 
 
 class Control(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

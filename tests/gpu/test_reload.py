@@ -70,7 +70,7 @@ def device() -> Iterator[Device]:
 def bench(models: Path, device: Device) -> Iterator[Bench]:
     """A served model whose loads are real ones, onto the device. Everything that it held is free afterwards."""
     made = Bench(models, {"old": [], "new": []}, stall_timeout_s=120.0, load_timeout_s=120.0, batches=BATCHES)
-    made.model.slot._load = device.load
+    made.loader.load_path = device.load
     yield made
     if (loaded := made.model.slot.serving) is not None:
         loaded.encoder.close()

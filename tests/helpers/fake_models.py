@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,13 +12,26 @@ import numpy as np
 import numpy.typing as npt
 
 from embedq_consumer.delivery.outgoing import Outgoing
-from embedq_consumer.engine import Chunked, Encoder, Failed, Memory, Pending, Text, TextTooLong, Tokens
+from embedq_consumer.engine import (
+    Cancellation,
+    Chunked,
+    Encoder,
+    Failed,
+    Inspection,
+    Memory,
+    Pending,
+    Text,
+    TextTooLong,
+    Tokens,
+)
 from embedq_consumer.lifecycle import BatchOptions, ModelOptions, ServedModel
+from embedq_consumer.lifecycle.model_slot import Loader, Source
+from embedq_consumer.lifecycle.reloader import Turn, everybodys_turn
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.codec import decode_status
 from embedq_shared.messages import Control, Status
 from embedq_shared.topics import Topics
-from tests.helpers.support import patient
+from tests.helpers.support import patient, wait_until
 
 Vectors = npt.NDArray[np.float32]
 
@@ -61,6 +75,7 @@ class FakeModel(Encoder):
         self.default_prompt = ""
         self.notes: Sequence[str] = ()
         self.phases: Mapping[str, float] = {"read": 0.5}
+        self.weight_bytes = 100
         self.closed = False
         self.batches: list[list[int]] = []
         self._vector = np.array(vector, dtype=np.float32)
@@ -110,15 +125,47 @@ class ScriptEnded(Exception):
 
 
 class Script:
-    """Hands out these commands, then ends the loop that reads it."""
+    """Hands out these commands, each poll once `idle`, then ends the loop that reads it."""
 
-    def __init__(self, *polls: Sequence[Control]) -> None:
+    def __init__(self, idle: Callable[[], bool], *polls: Sequence[Control]) -> None:
+        self._idle = idle
         self._polls = list(polls)
 
     async def next(self) -> Sequence[Control]:
+        await wait_until(self._idle, what="the end of a reload")
         if not self._polls:
             raise ScriptEnded
         return self._polls.pop(0)
+
+
+class LiveCommands:
+    """Commands that a test writes while a reload runs."""
+
+    def __init__(self) -> None:
+        self._written: asyncio.Queue[Sequence[Control]] = asyncio.Queue()
+
+    def write(self, *commands: Control) -> None:
+        """All of one poll."""
+        self._written.put_nowait(commands)
+
+    async def next(self) -> Sequence[Control]:
+        return await self._written.get()
+
+
+class FakeLoader(Loader):
+    """Loads by a function, and inspects by another; by default there is room for everything."""
+
+    def __init__(self, load: Callable[[Path], Encoder]) -> None:
+        self.load_path = load
+        self.inspection = Inspection(needed=100, free=1000, total=1000, device="the device", hidden_size=None)
+        self.cancels: list[Cancellation] = []
+
+    def inspect(self, source: Source, cancel: Cancellation) -> Inspection:
+        return self.inspection
+
+    def load(self, source: Source, cancel: Cancellation) -> Encoder:
+        self.cancels.append(cancel)
+        return self.load_path(source.path)
 
 
 class Bench:
@@ -146,6 +193,8 @@ class Bench:
         self.holds: list[str] = []
         self.drains = True
         self._models = models
+        self.loads: list[str] = []
+        self.loader = FakeLoader(self._load)
         for name in models:
             (root / name).mkdir(exist_ok=True)
         self.model = ServedModel(
@@ -161,13 +210,14 @@ class Bench:
                 stall_timeout_s=stall_timeout_s,
                 attempts=self.root / "attempts",
             ),
-            self._load,
+            self.loader,
             self._publish,
             self.metrics,
             self.facts.update,
         )
 
     def _load(self, path: Path) -> Encoder:
+        self.loads.append(path.name)
         models = self._models[path.name]
         found = models.pop(0) if len(models) > 1 else models[0]
         if isinstance(found, BaseException):
@@ -204,12 +254,33 @@ class Bench:
         loaded = self.model.slot.serving
         return loaded.path.name if loaded else ""
 
-    async def follow(self, *polls: Sequence[Control]) -> None:
-        """Apply commands, given by what each poll returns."""
+    async def follow(self, *polls: Sequence[Control], turn: Turn = everybodys_turn) -> None:
+        """Apply commands, given by what each poll returns; a poll comes when the reload before has ended."""
+        script = Script(lambda: self.sample("reload_running_seconds") == 0, *polls)
+        with suppress(ScriptEnded):
+            await self.model.follow(script, self.hold, turn)
+
+    @asynccontextmanager
+    async def live(self, turn: Turn = everybodys_turn) -> AsyncIterator[LiveCommands]:
+        """Follow what is written inside."""
+        commands = LiveCommands()
+        following = asyncio.create_task(self.model.follow(commands, self.hold, turn))
         try:
-            await self.model.follow(Script(*polls), self.hold)
-        except ScriptEnded:
-            return
+            yield commands
+        finally:
+            following.cancel()
+            await asyncio.wait({following})
+            if not following.cancelled() and (error := following.exception()) is not None:
+                raise error
+
+    async def until(self, version: int, state: str) -> Status:
+        """The first status that says this of a command."""
+
+        def found() -> list[Status]:
+            return [said for said in self.sent if (said.version, said.state) == (version, state)]
+
+        await wait_until(lambda: bool(found()), what=f"{state} of version {version}")
+        return found()[0]
 
     def steps(self) -> list[str]:
         """The steps that were reported, each once in a row."""

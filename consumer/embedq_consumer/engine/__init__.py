@@ -20,6 +20,7 @@ from embedq_consumer.engine.api import (
     DeviceLost,
     Encoder,
     Failed,
+    Inspection,
     LoadArguments,
     LoadOptions,
     Memory,
@@ -33,13 +34,17 @@ from embedq_consumer.engine.api import (
     Tokens,
     Truncate,
 )
+from embedq_consumer.engine.cancellation import Abandoned, Cancellation
 from embedq_consumer.engine.safety.foreign import OFFLINE
 
 __all__ = [
+    "Abandoned",
+    "Cancellation",
     "Chunked",
     "DeviceLost",
     "Encoder",
     "Failed",
+    "Inspection",
     "LoadArguments",
     "LoadOptions",
     "Memory",
@@ -54,6 +59,7 @@ __all__ = [
     "Truncate",
     "count_gpus",
     "default_batch_tokens",
+    "inspect_model",
     "load_encoder",
 ]
 
@@ -91,17 +97,39 @@ def default_batch_tokens(device: str) -> int:
     return 2_048 if device == "cpu" else 16_384
 
 
-def load_encoder(path: Path, options: LoadOptions | None = None, **changes: Unpack[LoadArguments]) -> Encoder:
+def inspect_model(
+    path: Path, options: LoadOptions | None = None, cancel: Cancellation | None = None
+) -> Inspection:
+    """Check a model directory, as far as that goes without reading its weights; `load_encoder` with the same options is next.
+
+    Raises:
+        ModelError: the directory is incomplete, or asks for something that embedq does not run.
+        Abandoned: `cancel` was set meanwhile.
+    """
+    _before_torch()
+    os.environ.update(OFFLINE)
+    from embedq_consumer.engine.loading.inspection import inspect
+
+    return inspect(path, options or LoadOptions(), cancel or Cancellation())
+
+
+def load_encoder(
+    path: Path,
+    options: LoadOptions | None = None,
+    cancel: Cancellation | None = None,
+    **changes: Unpack[LoadArguments],
+) -> Encoder:
     """Load a directory in Hugging Face / sentence-transformers layout, as `options` say, with `changes` to them.
 
     Raises:
         ModelError: the directory is incomplete, or asks for something that embedq does not run.
+        Abandoned: `cancel` was set meanwhile; what was loaded is freed.
     """
     _before_torch()
     os.environ.update(OFFLINE)
     from embedq_consumer.engine.loading.loader import load
 
-    return load(path, msgspec.structs.replace(options or LoadOptions(), **changes))
+    return load(path, msgspec.structs.replace(options or LoadOptions(), **changes), cancel)
 
 
 def _before_torch() -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypedDict
 
 import msgspec
 
-from embedq_shared.messages import Chunking
+from embedq_shared.messages import Chunking, Quantization
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,6 +22,7 @@ __all__ = [
     "DeviceLost",
     "Encoder",
     "Failed",
+    "Inspection",
     "LoadArguments",
     "LoadOptions",
     "Memory",
@@ -37,7 +38,6 @@ __all__ = [
 ]
 
 Truncate = Literal["error", "start", "end"]
-Quantization = Literal["none", "fp8"]
 
 
 class ModelError(Exception):
@@ -86,6 +86,18 @@ class LoadArguments(TypedDict, total=False):
     known_models: Path | None
     root: Path | None
     dry_run_s: float | None
+
+
+class Inspection(msgspec.Struct, frozen=True, kw_only=True):
+    """What a model directory asks of its device, from its files' headers alone; bytes."""
+
+    needed: int
+    """At least, weights and the smallest micro-batches."""
+    free: int
+    total: int
+    device: str
+    hidden_size: int | None
+    """Components of a vector; None where only the load will know."""
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True):
@@ -208,6 +220,8 @@ class Encoder(Protocol):
     """Seconds of each step of the load, in order."""
     notes: Sequence[str]
     """What an operator should know of how the directory was read, a sentence each."""
+    weight_bytes: int
+    """Of its device's memory that closing it gives back, at least."""
 
     @property
     def kernels(self) -> Mapping[str, str]:

@@ -121,6 +121,7 @@ class PackedEncoder:
         self.phases: Mapping[str, float] = {}
         self.notes: Sequence[str] = tokenizer.notes
         self.late_chunks: bool = self._pooling.supports_spans
+        self.weight_bytes: int = 0
         self._tokenizer = tokenizer
         self._limits = limits
         self._device: torch.device = model.device

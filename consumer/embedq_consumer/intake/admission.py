@@ -85,6 +85,10 @@ class UnknownAddress(msgspec.Struct, frozen=True):
 Admitted = JobState | Rejection | UnknownAddress | UnknownSchema | DeletedRow
 
 
+def _nobody_asks(dimensions: int) -> None:
+    """Nobody wants to know."""
+
+
 class AdmissionPolicy(msgspec.Struct, frozen=True):
     """The settings that decide what is accepted. `schemas` is what the Schema Registry has said so far."""
 
@@ -96,6 +100,8 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
     reply_patterns: tuple[str, ...]
     mappings: Mappings = Mappings()
     schemas: Schemas = NoRegistry()
+    note_dimensions: Callable[[int], None] = _nobody_asks
+    """Hears of the `dimensions` that an admitted job names."""
 
     def admit(self, record: Record, encoder: Encoder, now_ms: float, partitions: PartitionCount) -> Admitted:
         """The job of one record, or why it is rejected. Raises nothing, whatever the record holds."""
@@ -310,6 +316,8 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
                 f"`dimensions`: expected an integer from 32 to {encoder.hidden_size}, the model's hidden size",
                 "dimensions",
             )
+        if job.dimensions is not None:
+            self.note_dimensions(job.dimensions)
         dtype = job.dtype or "float32"
         if dtype == "binary" and dimensions % 8:
             return ErrorBody.of(

@@ -1,7 +1,7 @@
 """A model is loaded, checked, swapped in while nothing is in flight, and reported on the status topic."""
 
-from embedq_consumer.lifecycle.checks import ModelRejected
 from embedq_consumer.lifecycle.control_topic import ControlTopic
+from embedq_consumer.lifecycle.gates.checks import ModelRejected
 from embedq_consumer.lifecycle.model_slot import ModelSlot, NoModel
 from embedq_consumer.lifecycle.served_model import BatchOptions, ModelOptions, ServedModel
 

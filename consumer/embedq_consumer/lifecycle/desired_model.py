@@ -1,12 +1,16 @@
-"""Which command of the control topic applies to this replica."""
+"""Which command of the control topic applies to this replica, and when it is begun."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import msgspec
 
 from embedq_shared.messages import Control
+
+_QUIET_S: Final = 0.5
+"""Commands of a burst come within milliseconds, those of people within seconds."""
 
 
 class Ignored(msgspec.Struct, frozen=True):
@@ -55,3 +59,32 @@ class DesiredModel:
             if command is not applied
         )
         return Decision(applied, ignored)
+
+
+class NextCommand:
+    """The command to begin next. Pure; times are monotonic seconds.
+
+    One that takes another one's place waits until none has come for a moment, so that a burst costs one load on the way to
+    its last command, not one for each.
+    """
+
+    def __init__(self) -> None:
+        self._command: Control | None = None
+        self._due = 0.0
+
+    def put(self, command: Control, now: float, *, supersedes: bool) -> Control | None:
+        """Begin this one next. `supersedes`: another one is under way. Returns the one that waited and is never begun."""
+        waited, self._command = self._command, command
+        self._due = now + _QUIET_S if supersedes or waited is not None else now
+        return waited
+
+    def take(self, now: float) -> Control | None:
+        """The command, if it is time to begin it."""
+        if self._command is None or now < self._due:
+            return None
+        taken, self._command = self._command, None
+        return taken
+
+    def wait(self, now: float) -> float | None:
+        """Seconds until it is time; None while no command waits."""
+        return None if self._command is None else max(0.0, self._due - now)

@@ -7,35 +7,72 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 import structlog
 
-from embedq_consumer.engine import Encoder, Memory, Pending, Tokens
+from embedq_consumer.engine import Abandoned, Cancellation, Encoder, Inspection, Memory, Pending, Tokens
 from embedq_consumer.engine.safety.panics import panics_caught
-from embedq_consumer.lifecycle.checks import ModelRejected
+from embedq_consumer.lifecycle.gates.checks import ModelRejected
 from embedq_consumer.threads import CLOSE_S, WorkerThreads
+from embedq_shared.messages import Quantization
 
 log = structlog.get_logger()
 
 _MOST_HUNG: Final = 3
 """Threads that may hang in what a command asked for. Each may hold a model's memory; with more, the process needs a restart."""
+_STOP_S: Final = 60.0
+"""What a load that is not wanted any more has to come to its next step: the longest, which reads and compiles, takes as long for
+the largest models. After that the next command need not wait for it."""
 
-Argument = TypeVar("Argument")
 Returned = TypeVar("Returned")
-Loader = Callable[[Path], Encoder]
-"""Makes an encoder of a model directory. Blocks; runs on a thread of its own."""
+
+
+class Source(msgspec.Struct, frozen=True):
+    """What a model is loaded from, and how."""
+
+    path: Path
+    quantization: Quantization | None = None
+    """None: as the settings say."""
+    tried: bool = False
+    """`inspect` has just had a process of its own try it."""
+
+
+class Loader(Protocol):
+    """Makes encoders. Both block, and run on threads of their own."""
+
+    def inspect(self, source: Source, cancel: Cancellation) -> Inspection:
+        """What a directory asks for.
+
+        Raises:
+            ModelError: it cannot be served.
+            Abandoned: `cancel` was set meanwhile.
+        """
+
+    def load(self, source: Source, cancel: Cancellation) -> Encoder:
+        """The model of a directory.
+
+        Raises:
+            ModelError: it cannot be served.
+            Abandoned: `cancel` was set meanwhile; nothing is left of it.
+        """
 
 
 class Loaded(msgspec.Struct, frozen=True):
-    """An encoder and the directory that it came from."""
+    """An encoder and what it was loaded from."""
 
     encoder: Encoder
-    path: Path
+    source: Source
+
+    @property
+    def path(self) -> Path:
+        """Its directory."""
+        return self.source.path
 
 
 class NoModel(Exception):
@@ -51,9 +88,10 @@ class ModelSlot:
     event loop alone.
     """
 
-    def __init__(self, load: Loader, *, load_timeout_s: float = 900.0) -> None:
-        self._load = load
+    def __init__(self, loader: Loader, *, load_timeout_s: float = 900.0, stop_s: float = _STOP_S) -> None:
+        self._loader = loader
         self._load_timeout_s = load_timeout_s
+        self._stop_s = stop_s
         self._compute = WorkerThreads("compute")
         self._results = WorkerThreads("results")
         self._hung: list[Future[Any]] = []
@@ -75,37 +113,57 @@ class ModelSlot:
             raise NoModel("no model is loaded")
         return self.serving
 
-    async def load(self, path: Path) -> Loaded:
+    async def inspect(self, source: Source, cancel: Cancellation) -> Inspection:
+        """What a directory asks for, before anything is given up for it.
+
+        Raises:
+            ModelError: it cannot be served.
+            ModelRejected: it took too long.
+            Abandoned: `cancel` was set meanwhile.
+        """
+        return await self.apart(
+            "validate", partial(self._loader.inspect, source, cancel), lambda _: None, cancel
+        )
+
+    async def load(self, source: Source, cancel: Cancellation | None = None) -> Loaded:
         """Load a directory without touching the serving model.
 
         Raises:
             ModelRejected: it took too long. Should it end some day, it is freed.
+            Abandoned: `cancel` was set meanwhile, and the load has ended and freed what it had; or it does not come to its next
+                step, and is freed then.
         """
-        return Loaded(await self.apart("load", self._load, path, late=self._free), path)
+        cancel = cancel or Cancellation()
+        load = partial(self._loader.load, source, cancel)
+        return Loaded(await self.apart("load", load, self._free, cancel), source)
 
     async def apart(
         self,
         name: str,
-        work: Callable[[Argument], Returned],
-        argument: Argument,
+        work: Callable[[], Returned],
         late: Callable[[Returned], object] = lambda _: None,
+        cancel: Cancellation | None = None,
     ) -> Returned:
         """What `work` returns, on a thread of its own, which is left behind when this is cancelled or takes too long.
 
-        `late` gets what comes nevertheless, on that thread.
+        `late` gets what comes nevertheless, on that thread. Work that looks at `cancel` has a while to end once that is set.
 
         Raises:
             ModelRejected: it did not end within `load_timeout_s`; or too many did not before.
+            Abandoned: `cancel` is set, and `work` did not end.
             Panic: a native library panicked.
         """
         self._hung = [each for each in self._hung if not each.done()]
         if len(self._hung) >= _MOST_HUNG:
             raise ModelRejected(f"{len(self._hung)} earlier loads still hang: restart this replica")
+        cancel = cancel or Cancellation()
         threads = WorkerThreads(name)
-        call: Future[Returned] = threads.submit(_guarded, work, argument)
+        call: Future[Returned] = threads.submit(_guarded, work)
+        limit = asyncio.timeout(self._load_timeout_s)
         try:
-            async with asyncio.timeout(self._load_timeout_s) as limit:
-                return await asyncio.wrap_future(call)
+            async with limit:
+                with cancel.stopping(partial(self._hurry, limit)):
+                    return await asyncio.wrap_future(call)
         except BaseException as error:
             call.add_done_callback(
                 lambda done: _hand_late(done, late)
@@ -113,7 +171,10 @@ class ModelSlot:
             if not isinstance(error, TimeoutError) or not limit.expired():
                 raise
             self._hung.append(call)
-            log.warning("load_left_behind", step=name, seconds=self._load_timeout_s)
+            seconds = self._stop_s if cancel.is_set else self._load_timeout_s
+            log.warning("load_left_behind", step=name, seconds=seconds)
+            if cancel.is_set:
+                raise Abandoned from None
             raise ModelRejected(f"{name}: it did not end within {self._load_timeout_s:g} s") from None
         finally:
             threads.shutdown(wait=False)
@@ -150,8 +211,8 @@ class ModelSlot:
         old, self.serving = self.serving, new
         return old
 
-    async def unload(self) -> Path:
-        """Free the serving model, for which nothing may be in flight; returns the directory that it came from.
+    async def unload(self) -> Source:
+        """Free the serving model, for which nothing may be in flight; returns what it was loaded from.
 
         Raises:
             NoModel: none serves right now.
@@ -159,7 +220,7 @@ class ModelSlot:
         old = self.loaded
         self.serving = None
         await self.discard(old)
-        return old.path
+        return old.source
 
     async def discard(self, unused: Loaded) -> None:
         """Free a model that does not serve."""
@@ -170,6 +231,12 @@ class ModelSlot:
         until = time.monotonic() + within_s
         for threads in (self._compute, self._results):
             threads.close(until - time.monotonic())
+
+    def _hurry(self, limit: asyncio.Timeout) -> None:
+        """Nobody wants this work any more."""
+        when = asyncio.get_running_loop().time() + self._stop_s
+        if not limit.expired():
+            limit.reschedule(when if (before := limit.when()) is None else min(before, when))
 
     def _free(self, late: Encoder) -> None:
         """Free a model that nobody waits for any more, on the compute thread."""
@@ -191,9 +258,9 @@ class ModelSlot:
         return vectors, self._last_result - begin
 
 
-def _guarded(work: Callable[[Argument], Returned], argument: Argument) -> Returned:
+def _guarded(work: Callable[[], Returned]) -> Returned:
     with panics_caught():
-        return work(argument)
+        return work()
 
 
 def _hand_late(call: Future[Returned], late: Callable[[Returned], object]) -> None:

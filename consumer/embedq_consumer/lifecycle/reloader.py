@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from functools import partial
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import msgspec
 import structlog
 
 from embedq_consumer.batching.token_budget import TokenBudget
 from embedq_consumer.engine import Encoder, ModelError
-from embedq_consumer.lifecycle.checks import ModelRejected
-from embedq_consumer.lifecycle.desired_model import DesiredModel, Ignored
-from embedq_consumer.lifecycle.model_slot import Loaded, ModelSlot, NoModel
+from embedq_consumer.lifecycle.desired_model import DesiredModel, Ignored, NextCommand
+from embedq_consumer.lifecycle.gates.checks import ModelRejected, Vectors
+from embedq_consumer.lifecycle.model_slot import Loaded, ModelSlot, NoModel, Source
+from embedq_consumer.lifecycle.pursuit import Pursuit, Superseded
 from embedq_consumer.lifecycle.status_reporter import StatusReporter
-from embedq_consumer.lifecycle.trial import Candidate, Trial
+from embedq_consumer.lifecycle.trial import Candidate, Examined, Trial
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.messages import Control
 
@@ -25,13 +27,34 @@ log = structlog.get_logger()
 
 Hold = Callable[[float], AbstractAsyncContextManager[None]]
 """Nothing is in flight inside. Raises TimeoutError if that takes more than this many seconds; nothing is held then."""
+Turn = Callable[[Control], Awaitable[None]]
+"""Returns when it is this replica's turn to follow a command. Cancelled when a newer command is there."""
 
 
 class Commands(Protocol):
     """Where commands come from, such as the control topic."""
 
     async def next(self) -> Sequence[Control]:
-        """The commands since the last call, in order; waits for one."""
+        """The commands since the last call, in order; waits for one. May be cancelled."""
+
+
+class _Vacancy(NamedTuple):
+    """The slot is empty, and nothing is in flight."""
+
+    held: AsyncExitStack
+    before: Source
+    """What served."""
+    reference: Vectors
+    """Its vectors of the check texts."""
+
+
+class _Following(NamedTuple):
+    pursuit: Pursuit
+    task: asyncio.Task[None]
+
+
+async def everybodys_turn(command: Control) -> None:
+    """Nobody waits for others."""
 
 
 class Reloader:
@@ -41,7 +64,8 @@ class Reloader:
         - A command ends in READY or FAILED, and after FAILED a model serves as before. Only a lost device, or both models
           lost, ends the process.
         - Nothing is in flight while the slot changes, so that no job is split over two models.
-        - Versions only rise. A command that is not newer changes nothing.
+        - Versions only rise. A command that is not newer changes nothing; one that is abandons the command under way. If that
+          had emptied the slot, the newer one's model fills it, and jobs wait until then.
     """
 
     def __init__(
@@ -61,6 +85,8 @@ class Reloader:
         self._metrics = metrics
         self._drain_timeout_s = drain_timeout_s
         self._desired = DesiredModel()
+        self._next = NextCommand()
+        self._vacancy: _Vacancy | None = None
         self._since: float | None = None
         metrics.reload_running.set_function(self._running_s)
 
@@ -83,31 +109,61 @@ class Reloader:
             error=problem,
         )
 
-    async def follow(self, commands: Commands, hold: Hold) -> None:
+    async def follow(self, commands: Commands, hold: Hold, turn: Turn = everybodys_turn) -> None:
         """Apply commands as they arrive, until cancelled. `hold` keeps everything out of flight during a swap."""
-        while True:
-            decision = self._desired.decide(await commands.next())
-            for ignored in decision.ignored:
-                await self._ignore(ignored)
-            if decision.apply is not None:
-                await self._apply(decision.apply, hold)
-            else:
-                # What was said of the others must not stay the last word: the command in force has its outcome.
-                await self._reporter.resend()
+        following: _Following | None = None
+        reading = asyncio.ensure_future(commands.next())
+        try:
+            while True:
+                if following is not None and following.task.done():
+                    following.task.result()
+                    following = None
+                if reading.done():
+                    await self._take(reading.result(), following)
+                    reading = asyncio.ensure_future(commands.next())
+                if following is None and (command := self._next.take(time.monotonic())) is not None:
+                    pursuit = Pursuit(command)
+                    following = _Following(pursuit, asyncio.create_task(self._apply(pursuit, hold, turn)))
+                waits = {reading} if following is None else {reading, following.task}
+                wait = self._next.wait(time.monotonic()) if following is None else None
+                await asyncio.wait(waits, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await self._end(reading, following)
+
+    async def _end(self, reading: asyncio.Future[Sequence[Control]], following: _Following | None) -> None:
+        reading.cancel()
+        if following is not None:
+            following.pursuit.cancel.set()
+            following.task.cancel()
+            await asyncio.wait({following.task})
+        await asyncio.wait({reading})
+        await self._end_vacancy()
+
+    async def _take(self, commands: Sequence[Control], following: _Following | None) -> None:
+        """Note the newest command, answer those that are not applied, and give up what the newest supersedes."""
+        decision = self._desired.decide(commands)
+        if (newest := decision.apply) is not None:
+            self._since = self._since or time.monotonic()
+            if following is not None:
+                following.pursuit.supersede(newest)
+            now = time.monotonic()
+            if (waited := self._next.put(newest, now, supersedes=following is not None)) is not None:
+                await self._ignore(Ignored(waited, f"superseded by version {newest.version}"))
+        for ignored in decision.ignored:
+            await self._ignore(ignored)
+        if newest is None:
+            # What was said of the others must not stay the last word: the command in force has its outcome.
+            await self._reporter.resend()
 
     async def _first_candidate(
         self, desired: Control | None, configured: Path
     ) -> tuple[Candidate, str | None]:
         """A model to begin with, and why it is not the desired one, if it is not."""
         problem: str | None = None
-        trials = []
-        if desired is not None:
-            trials.append(partial(self._trial.desired, desired))
-            if desired.fallback and desired.fallback != desired.path:
-                trials.append(partial(self._trial.fallback, desired, desired.fallback))
-        for stand in trials:
+        for command in [] if desired is None else [desired, *_fallback_of(desired)]:
+            pursuit = Pursuit(command)
             try:
-                return await stand(), problem
+                return await self._trial.stand(pursuit, await self._trial.examine(pursuit)), problem
             except (ModelError, ModelRejected) as error:
                 problem = problem or str(error)
                 log.warning("model_not_loaded", reason=str(error))
@@ -118,90 +174,123 @@ class Reloader:
         if ignored.reason is not None:
             await self._reporter.reject(ignored.command, ignored.reason)
 
-    async def _apply(self, command: Control, hold: Hold) -> None:
-        self._since = begin = time.monotonic()
+    async def _apply(self, pursuit: Pursuit, hold: Hold, turn: Turn) -> None:
+        command, begin = pursuit.command, time.monotonic()
+        self._since = begin
         with structlog.contextvars.bound_contextvars(command=command.command_id, version=command.version):
             try:
-                if command.policy == "availability_preserving":
-                    await self._load_then_swap(command, hold)
-                else:
-                    await self._unload_then_load(command, hold)
+                if not await self._serves_already(pursuit):
+                    await self._change(pursuit, hold, turn)
+            except Superseded as superseded:
+                log.info("reload_abandoned", reason=str(superseded))
+                outcome = "superseded"
+                await self._reporter.reject(command, str(superseded), self._reporter.status.step)
             except (ModelError, ModelRejected) as error:
-                self._note_ended("failed", begin)
+                outcome = "failed"
+                await self._bring_back()
                 await self._note_failure(command, str(error))
             else:
-                self._note_ended("ready", begin)
+                outcome = "ready"
                 await self._note_success(command)
+        self._metrics.reloads.labels(outcome).inc()
+        self._metrics.reload_seconds.labels(outcome).observe(time.monotonic() - begin)
+        self._since = None if self._next.wait(0.0) is None else self._since
 
-    async def _load_then_swap(self, command: Control, hold: Hold) -> None:
+    async def _serves_already(self, pursuit: Pursuit) -> bool:
+        """Whether a command takes another one back that this replica did not follow."""
+        return pursuit.command.rollback_of is not None and await self._trial.serves(pursuit)
+
+    async def _change(self, pursuit: Pursuit, hold: Hold, turn: Turn) -> None:
+        if pursuit.command.rollout is not None:
+            await self._bring_back()  # its turn may take a while to come, and jobs must not wait for that
+        examined = await self._trial.examine(pursuit)
+        async with pursuit.interruptible():
+            await turn(pursuit.command)
+        if self._vacancy is not None or examined.policy == "resource_preserving":
+            await self._unload_then_load(pursuit, examined, hold)
+        else:
+            await self._load_then_swap(pursuit, examined, hold)
+
+    async def _load_then_swap(self, pursuit: Pursuit, examined: Examined, hold: Hold) -> None:
         """Availability-preserving: both models in memory for a while; jobs wait for the swap alone."""
-        candidate = await self._trial.desired(command)
+        candidate = await self._trial.stand(pursuit, examined)
         try:
-            await self._reporter.update("drain", "LOADING", command=command)
-            async with self._nothing_in_flight(hold):
+            await self._reporter.update("drain", "LOADING", command=pursuit.command)
+            async with await self._nothing_in_flight(pursuit, hold):
                 old = self._serve(candidate)
-        except ModelRejected:
+        except (ModelRejected, Superseded):
             await self._slot.discard(candidate.loaded)
             raise
-        await self._reporter.update("swap", "LOADING", command=command)
+        await self._reporter.update("swap", "LOADING", command=pursuit.command)
         if old is not None:
             await self._slot.discard(old)  # while jobs flow again: freeing gigabytes takes its time
-            await self._measure_again(candidate, hold)
+            await self._measure_again(candidate, pursuit, hold)
 
-    async def _measure_again(self, candidate: Candidate, hold: Hold) -> None:
+    async def _measure_again(self, candidate: Candidate, pursuit: Pursuit, hold: Hold) -> None:
         """Both models were in memory when the budget was found. If that made it smaller, it is found anew now, while nothing
         else runs: what is in flight would take memory from the trial, and the trial from it."""
         if self._trial.is_whole(candidate):
             return
         try:
-            async with self._nothing_in_flight(hold):
-                self._budget.serve(await self._trial.measure(candidate.loaded.encoder))
-        except ModelRejected as error:  # it serves all the same, within the budget that was found first
+            async with await self._nothing_in_flight(pursuit, hold):
+                self._budget.serve(await self._trial.measure(candidate.loaded.encoder, pursuit))
+        except (ModelRejected, Superseded) as error:  # it serves all the same, within the budget found first
             log.warning("batch_budget_not_measured_again", reason=str(error))
 
-    async def _unload_then_load(self, command: Control, hold: Hold) -> None:
+    async def _unload_then_load(self, pursuit: Pursuit, examined: Examined, hold: Hold) -> None:
         """Resource-preserving: one model in memory at a time; jobs wait for the whole load, and the old model comes back if
         it fails."""
-        await self._trial.resolve(command.path)  # before the old model is given up for it
-        reference = await self._trial.check_vectors(self._slot.loaded.encoder)
-        await self._reporter.update("drain", "LOADING", command=command)
-        async with self._nothing_in_flight(hold):
-            before = await self._slot.unload()
-            try:
-                candidate = await self._trial.desired(command, reference)
-            except Exception:  # not a cancellation: a process that ends needs no model
-                self._slot.install(await self._load_again(before))
-                raise
-            await self._reporter.update("swap", "LOADING", command=command)
-            self._serve(candidate)
+        if self._vacancy is None:
+            await self._vacate(pursuit, hold)
+        vacancy = self._vacancy
+        assert vacancy is not None
+        candidate = await self._trial.stand(pursuit, examined, vacancy.reference)
+        await self._reporter.update("swap", "LOADING", command=pursuit.command)
+        self._serve(candidate)
+        await self._end_vacancy()
 
-    @asynccontextmanager
-    async def _nothing_in_flight(self, hold: Hold) -> AsyncIterator[None]:
-        async with AsyncExitStack() as held:
-            try:
+    async def _vacate(self, pursuit: Pursuit, hold: Hold) -> None:
+        reference = await self._trial.check_vectors(self._slot.loaded.encoder, pursuit)
+        await self._reporter.update("drain", "LOADING", command=pursuit.command)
+        held = await self._nothing_in_flight(pursuit, hold)
+        try:
+            self._vacancy = _Vacancy(held, await self._slot.unload(), reference)
+        except BaseException:
+            await held.aclose()
+            raise
+
+    async def _bring_back(self) -> None:
+        """Load the model that served before, if it was given up for one that may not serve. Its budget is still in force."""
+        if self._vacancy is None:
+            return
+        before = self._vacancy.before
+        try:
+            self._slot.install(await self._slot.load(before))
+        except Exception as error:
+            raise NoModel(f"neither the new model nor the old one at {before.path} can be loaded") from error
+        await self._end_vacancy()
+
+    async def _end_vacancy(self) -> None:
+        if self._vacancy is not None:
+            held, self._vacancy = self._vacancy.held, None
+            await held.aclose()
+
+    async def _nothing_in_flight(self, pursuit: Pursuit, hold: Hold) -> AsyncExitStack:
+        """A hold, which ends when what is returned is closed."""
+        held = AsyncExitStack()
+        try:
+            async with pursuit.interruptible():
                 await held.enter_async_context(hold(self._drain_timeout_s))
-            except TimeoutError:
-                raise ModelRejected(
-                    f"drain: the jobs in flight were not finished within {self._drain_timeout_s:g} s"
-                ) from None
-            yield
+        except TimeoutError:
+            raise ModelRejected(
+                f"drain: the jobs in flight were not finished within {self._drain_timeout_s:g} s"
+            ) from None
+        return held
 
     def _serve(self, candidate: Candidate) -> Loaded | None:
         """The swap itself: this model serves from now on, within its budget. Returns the one before."""
         self._budget.serve(candidate.budget)
         return self._slot.install(candidate.loaded)
-
-    async def _load_again(self, path: Path) -> Loaded:
-        """The model that served before, since the new one may not. Its budget is still in force."""
-        try:
-            return await self._slot.load(path)
-        except Exception as error:
-            raise NoModel(f"neither the new model nor the old one at {path} can be loaded") from error
-
-    def _note_ended(self, outcome: str, begin: float) -> None:
-        self._metrics.reloads.labels(outcome).inc()
-        self._metrics.reload_seconds.labels(outcome).observe(time.monotonic() - begin)
-        self._since = None
 
     def _running_s(self) -> float:
         """Seconds of the reload under way. Any thread may ask."""
@@ -228,3 +317,21 @@ class Reloader:
         self._metrics.model.info(
             {"model_version": encoder.model_version, "hidden_size": str(encoder.hidden_size)}
         )
+
+
+def _fallback_of(command: Control) -> list[Control]:
+    """The model that served before, of which nothing is asked but that it can serve; none if there is no other one."""
+    if not command.fallback or command.fallback == command.path:
+        return []
+    return [
+        msgspec.structs.replace(
+            command,
+            path=command.fallback,
+            quantization=command.fallback_quantization,
+            digest=None,
+            min_cosine=None,
+            golden=None,
+            golden_min_cosine=None,
+            min_dimensions=None,
+        )
+    ]

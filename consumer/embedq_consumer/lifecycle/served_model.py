@@ -17,12 +17,13 @@ from embedq_consumer.batching.single_flight import QueuedText, SingleFlight
 from embedq_consumer.batching.text_queue import TextQueue
 from embedq_consumer.batching.token_budget import TokenBudget
 from embedq_consumer.engine import Encoder, Memory
-from embedq_consumer.lifecycle.load_attempts import LoadAttempts
-from embedq_consumer.lifecycle.model_root import ModelRoot
+from embedq_consumer.lifecycle.gates.dimensions import DimensionsInUse
+from embedq_consumer.lifecycle.gates.load_attempts import LoadAttempts
+from embedq_consumer.lifecycle.gates.model_root import ModelRoot
 from embedq_consumer.lifecycle.model_slot import Loader, ModelSlot
-from embedq_consumer.lifecycle.reloader import Commands, Hold, Reloader
+from embedq_consumer.lifecycle.reloader import Commands, Hold, Reloader, Turn, everybodys_turn
 from embedq_consumer.lifecycle.status_reporter import Publish, Serving, StatusReporter
-from embedq_consumer.lifecycle.trial import Trial, TrialLimits
+from embedq_consumer.lifecycle.trial import Gates, Trial, TrialLimits
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_consumer.telemetry.process_memory import machine_bytes, resident_bytes
 from embedq_consumer.threads import CLOSE_S
@@ -73,7 +74,7 @@ class ServedModel:
     def __init__(
         self,
         options: ModelOptions,
-        load: Loader,
+        loader: Loader,
         publish: Publish,
         metrics: Metrics,
         show_facts: Callable[[Mapping[str, object]], None],
@@ -84,7 +85,7 @@ class ServedModel:
         self._configured = options.configured
         self._root = options.root
         self._memory: Memory | None = None
-        self.slot = ModelSlot(load, load_timeout_s=options.load_timeout_s)
+        self.slot = ModelSlot(loader, load_timeout_s=options.load_timeout_s)
         self._flights = SingleFlight()
         self._batcher = Batcher[QueuedText](
             BatchPolicy(
@@ -104,10 +105,14 @@ class ServedModel:
             metrics,
             serving=self._serving,
         )
+        self._dimensions = DimensionsInUse()
         trial = Trial(
             self.slot,
-            ModelRoot(options.root),
-            LoadAttempts(options.attempts),
+            Gates(
+                root=ModelRoot(options.root),
+                attempts=LoadAttempts(options.attempts),
+                dimensions=self._dimensions,
+            ),
             self.reporter,
             TrialLimits(
                 batch_tokens=batches.max_tokens,
@@ -145,9 +150,13 @@ class ServedModel:
         runner = BatchRunner(self._flights, self.slot, self._budget, results, self._metrics, tasks)
         await BatchLoop(self._batcher, runner.run, self._metrics, tasks).run()
 
-    async def follow(self, commands: Commands, hold: Hold) -> None:
+    async def follow(self, commands: Commands, hold: Hold, turn: Turn = everybodys_turn) -> None:
         """Reload as commands say, until cancelled. The swap runs inside `hold`, where nothing is in flight."""
-        await self._reloader.follow(commands, hold)
+        await self._reloader.follow(commands, hold, turn)
+
+    def note_dimensions(self, dimensions: int) -> None:
+        """A job asks for vectors of this length: no command's model may give shorter ones for a while."""
+        self._dimensions.note(dimensions, time.monotonic())
 
     async def watch_memory(self) -> None:
         """Measure the device's memory again and again, until cancelled."""

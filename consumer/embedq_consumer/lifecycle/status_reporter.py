@@ -75,37 +75,43 @@ class StatusReporter:
             self.status,
             step=step,
             state=state,
-            error=error,
+            error=error or _taken_back(command, state),
             version=command.version if command else self.status.version,
             command_id=command.command_id if command else self.status.command_id,
-            turn=self._turn_after(command, state),
+            turn=self._turn_after(command, step, state),
             model_version=model_version or self.status.model_version,
         )
         await self._send(self.status)
 
     async def take_turn(self, version: int | None) -> None:
         """Say that this replica takes its turn of a command, or (None) that it does not. A turn ends with READY or STOPPED, and where
-        another command takes the place; one that FAILED stays, for all to see."""
+        another command takes the place."""
         self.status = msgspec.structs.replace(self.status, turn=version)
         await self._send(self.status)
 
-    def _turn_after(self, command: Control | None, state: State) -> int | None:
-        turn = self.status.turn
-        others = command is not None and command.version != turn
-        return None if others or state in ("READY", "STOPPED") else turn
-
-    async def reject(self, command: Control, error: str) -> None:
-        """Say once that a command was not applied, without changing the status, which should be sent again after it."""
+    async def reject(self, command: Control, error: str, step: Step = "validate") -> None:
+        """Say once that a command was not applied, or given up, without changing the status, which should be sent again after it."""
+        if command.version == self.status.turn:
+            self.status = msgspec.structs.replace(self.status, turn=None)  # it is over, and nobody failed
         await self._send(
             msgspec.structs.replace(
                 self.status,
                 version=command.version,
                 command_id=command.command_id,
-                step="validate",
+                step=step,
                 state="FAILED",
                 error=error,
             )
         )
+
+    def _turn_after(self, command: Control | None, step: Step, state: State) -> int | None:
+        """The turn that a status leaves. A failure keeps it, and takes it where it came before the turn, so that the others go no
+        further; one of a replica that starts is its own."""
+        if state in ("READY", "STOPPED"):
+            return None
+        if command is not None and command.rollout is not None and state == "FAILED" and step != "serving":
+            return command.version
+        return self.status.turn if command is None or command.version == self.status.turn else None
 
     async def resend(self) -> None:
         """Publish the status as it is."""
@@ -130,3 +136,10 @@ class StatusReporter:
             headers=[],
         )
         await self._publish([record])
+
+
+def _taken_back(command: Control | None, state: State) -> str | None:
+    """What people should know of a command that was followed: it took another one back."""
+    if command is None or command.rollback_of is None or state != "READY":
+        return None
+    return f"version {command.rollback_of} was taken back: {command.reason}"

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +16,7 @@ import structlog
 
 from embedq_consumer.batching.token_budget import Budget, find_budget
 from embedq_consumer.engine import (
+    Abandoned,
     DeviceLost,
     Encoder,
     Failed,
@@ -24,7 +26,7 @@ from embedq_consumer.engine import (
     TextTooLong,
     Tokens,
 )
-from embedq_consumer.lifecycle.checks import (
+from embedq_consumer.lifecycle.gates.checks import (
     CHECK_TEXTS,
     ModelRejected,
     Vectors,
@@ -32,17 +34,29 @@ from embedq_consumer.lifecycle.checks import (
     check_similarity,
     check_version,
 )
-from embedq_consumer.lifecycle.load_attempts import Attempt, LoadAttempts
-from embedq_consumer.lifecycle.model_root import ModelRoot
-from embedq_consumer.lifecycle.model_slot import Loaded, ModelSlot
+from embedq_consumer.lifecycle.gates.dimensions import DimensionsInUse, check_dimensions
+from embedq_consumer.lifecycle.gates.golden import Golden, check_golden, read_golden
+from embedq_consumer.lifecycle.gates.load_attempts import Attempt, LoadAttempts
+from embedq_consumer.lifecycle.gates.model_root import ModelRoot
+from embedq_consumer.lifecycle.gates.policy import choose_policy
+from embedq_consumer.lifecycle.model_slot import Loaded, ModelSlot, Source
+from embedq_consumer.lifecycle.pursuit import Pursuit
 from embedq_consumer.lifecycle.status_reporter import StatusReporter
-from embedq_shared.messages import Control, Step
+from embedq_shared.messages import GOLDEN_FILE, Control, Policy, Step
 from embedq_shared.vectors import cut_and_normalize
 
 log = structlog.get_logger()
 
 _MOST_WORDS: Final = 1 << 17
 """Of the warm-up's longest text: a model that says it takes more is warmed up with this."""
+
+
+class Examined(msgspec.Struct, frozen=True, kw_only=True):
+    """A directory that passed whatever can be known before it is loaded: how to load it, and what its vectors must be."""
+
+    source: Source
+    policy: Policy
+    golden: Golden | None
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,6 +75,14 @@ class TrialLimits(msgspec.Struct, frozen=True, kw_only=True):
     """A micro-batch that takes longer means that the device hangs."""
 
 
+class Gates(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of models and of the jobs before a model is loaded."""
+
+    root: ModelRoot
+    attempts: LoadAttempts
+    dimensions: DimensionsInUse
+
+
 class Trial:
     """Makes a candidate of a directory. Each step is reported before it begins; a model that fails one is freed.
 
@@ -68,20 +90,14 @@ class Trial:
         - Nothing but the tokenizer of a model on trial runs off the compute thread.
         - A failure that is the model's, whatever its files hold, is `ModelError` or `ModelRejected`: no command ends the
           process. A lost or a hanging device does, and so does native code that crashes: what a command's model did to the
-          processes before is asked of `attempts`.
+          processes before is asked of `gates.attempts`.
+        - A command that is superseded is given up at its next step, and its model is freed. Not interrupted are a micro-batch that
+          runs, and what `loader.load` names.
     """
 
-    def __init__(
-        self,
-        slot: ModelSlot,
-        root: ModelRoot,
-        attempts: LoadAttempts,
-        reporter: StatusReporter,
-        limits: TrialLimits,
-    ) -> None:
+    def __init__(self, slot: ModelSlot, gates: Gates, reporter: StatusReporter, limits: TrialLimits) -> None:
         self._slot = slot
-        self._root = root
-        self._attempts = attempts
+        self._gates = gates
         self._reporter = reporter
         self._limits = limits
 
@@ -92,35 +108,132 @@ class Trial:
             ModelError, ModelRejected: it may not serve. Its memory is not freed: there is no other to serve instead.
         """
         await self._reporter.update("load", "LOADING")
-        loaded = await self._load(directory)
+        golden = await self._slot.apart("validate", partial(_golden_of, directory))
+        try:
+            loaded = await self._slot.load(Source(directory))
+        except (ModelError, ModelRejected, DeviceLost):
+            raise
+        except Exception as error:
+            raise _cannot_be_loaded(directory, error) from error
         budget = await self._warm_up(loaded.encoder)
         check_finite(await self.check_vectors(loaded.encoder))
+        await self._compare_golden(loaded.encoder, golden, None)
         return Candidate(loaded=loaded, budget=budget)
 
-    async def desired(self, command: Control, old: Vectors | None = None) -> Candidate:
-        """The model of a command, if it is what that asks for.
+    async def examine(self, pursuit: Pursuit) -> Examined:
+        """Validate: everything that can be said against a command's model before anything is given up for it.
+
+        Raises:
+            ModelError, ModelRejected: it may not serve.
+            Superseded: there is a newer command.
+        """
+        command = pursuit.command
+        await self._report("validate", command)
+        async with self._noted(pursuit):
+            async with pursuit.interruptible():
+                directory, golden = await self._slot.apart("validate", partial(self._find, command))
+            source = Source(directory, command.quantization)
+            try:
+                found = await self._slot.inspect(source, pursuit.cancel)
+            except Abandoned:
+                pursuit.check()
+                raise
+            except (ModelError, ModelRejected, DeviceLost):
+                raise
+            except Exception as error:
+                raise _cannot_be_loaded(directory, error) from error
+            self._check_dimensions(found.hidden_size, command)
+            policy: Policy = command.policy or "availability_preserving"
+            if (serving := self._slot.serving) is not None:
+                policy = choose_policy(command.policy, found, serving.encoder.weight_bytes)
+            return Examined(source=msgspec.structs.replace(source, tried=True), policy=policy, golden=golden)
+
+    async def serves(self, pursuit: Pursuit) -> bool:
+        """Whether the model that a command names is the one that serves right now.
+
+        Raises:
+            ModelRejected: its path names no model directory.
+            Superseded: there is a newer command.
+        """
+        command, serving = pursuit.command, self._slot.serving
+        if serving is None:
+            return False
+        async with pursuit.interruptible():
+            resolve = partial(self._gates.root.resolve, command.path)
+            directory = await self._slot.apart("validate", resolve)
+        same = (serving.source.path, serving.source.quantization) == (directory, command.quantization)
+        return same and command.digest in (None, serving.encoder.model_version)
+
+    async def stand(self, pursuit: Pursuit, examined: Examined, old: Vectors | None = None) -> Candidate:
+        """The model of a command, loaded and checked.
 
         `old` is what to compare with; None: the check vectors of the model that serves, if one does.
 
         Raises:
             ModelError, ModelRejected: it may not serve; its memory is free again.
+            Superseded: there is a newer command; its memory is free again.
         """
-        async with self._noted(f"{command.command_id} {command.path}"):
-            return await self._candidate(command.path, command, old)
+        command = pursuit.command
+        async with self._noted(pursuit):
+            await self._report("load", command)
+            loaded = await self._load(examined.source, pursuit)
+            try:
+                await self._report("warm_up", command)
+                budget = await self._warm_up(loaded.encoder, pursuit)
+                await self._report("check", command)
+                await self._check(loaded.encoder, pursuit, examined.golden, old)
+                pursuit.check()
+            except DeviceLost:
+                raise  # there is nothing left to free
+            except BaseException:
+                await self._slot.discard(loaded)
+                raise
+            return Candidate(loaded=loaded, budget=budget)
 
-    async def fallback(self, command: Control, path: str) -> Candidate:
-        """The model that served before the command, in place of the command's own.
+    async def check_vectors(self, encoder: Encoder, pursuit: Pursuit | None = None) -> Vectors:
+        """Unit vectors of the check texts, float32 (texts, hidden_size).
 
         Raises:
-            ModelError, ModelRejected: it may not serve; its memory is free again.
+            ModelRejected: the model cannot run.
+            Superseded: there is a newer command.
         """
-        async with self._noted(f"{command.command_id} {path}"):
-            return await self._candidate(path, None, None)
+        texts = [Text(text, encoder.default_prompt, "end") for text in CHECK_TEXTS]
+        return await self._unit_vectors(encoder, texts, pursuit)
+
+    def is_whole(self, candidate: Candidate) -> bool:
+        """Whether its budget is all that was wished for: there is nothing that more memory could add."""
+        whole = candidate.budget.tokens >= self._limits.batch_tokens
+        return whole and candidate.budget.longest >= candidate.loaded.encoder.max_tokens
+
+    async def measure(self, encoder: Encoder, pursuit: Pursuit | None = None) -> Budget:
+        """The largest micro-batches that fit, found by running them, so that memory runs out now or never.
+
+        Raises:
+            ModelRejected: none does.
+            Superseded: there is a newer command.
+        """
+        words = min(encoder.max_tokens, _MOST_WORDS)
+        [tokens] = await self._tokens(encoder, [Text("warm up " * words, truncate="end")], pursuit)
+        try:
+            return await find_budget(
+                encoder,
+                lambda batch: self._encode(encoder, batch, pursuit),
+                tokens.ids,
+                tokens=self._limits.batch_tokens,
+                max_items=self._limits.batch_items,
+            )
+        except OutOfMemory as error:
+            raise _too_little_memory() from error
+
+    # -- the steps --------------------------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def _noted(self, model: str) -> AsyncIterator[None]:
-        """Around a load that may end the process, so that the next process knows."""
-        attempt = await self._slot.apart("validate", self._attempts.begin, model, late=Attempt.end)
+    async def _noted(self, pursuit: Pursuit) -> AsyncIterator[None]:
+        """Around what may end the process, so that the next process knows."""
+        model = f"{pursuit.command.command_id} {pursuit.command.path}"
+        async with pursuit.interruptible():
+            begin = partial(self._gates.attempts.begin, model)
+            attempt = await self._slot.apart("validate", begin, late=Attempt.end)
         try:
             yield
         except DeviceLost:
@@ -130,91 +243,68 @@ class Trial:
             raise
         await asyncio.to_thread(attempt.end)
 
-    async def _candidate(self, path: str, command: Control | None, old: Vectors | None) -> Candidate:
-        """With the command, also what that asks of the model."""
-        await self._report("validate", command)
-        directory = await self.resolve(path)
-        await self._report("load", command)
-        loaded = await self._load(directory)
-        try:
-            await self._report("warm_up", command)
-            budget = await self._warm_up(loaded.encoder)
-            await self._report("check", command)
-            vectors = await self.check_vectors(loaded.encoder)
-            check_finite(vectors)
-            if command is not None:
-                check_version(command.digest, loaded.encoder.model_version)
-                await self._compare(command.min_cosine, old, vectors)
-        except DeviceLost:
-            raise  # there is nothing left to free
-        except BaseException:
-            await self._slot.discard(loaded)
-            raise
-        return Candidate(loaded=loaded, budget=budget)
-
-    async def resolve(self, path: str) -> Path:
-        """The directory that a command's path names.
-
-        Raises:
-            ModelRejected: it is not a directory below the model root.
-        """
-        return await self._slot.apart(
-            "validate", self._root.resolve, path
-        )  # a file system may be slow, or hang
-
-    async def check_vectors(self, encoder: Encoder) -> Vectors:
-        """Unit vectors of the check texts, float32 (texts, hidden_size).
-
-        Raises:
-            ModelRejected: the model cannot run.
-        """
-        texts = [Text(text, encoder.default_prompt, "end") for text in CHECK_TEXTS]
-        tokens = await self._tokens(encoder, texts)
-        try:
-            # Each alone: together they may exceed a budget that was found on a small device.
-            raw = [(await self._encode(encoder, [found]))[0] for found in tokens]
-        except OutOfMemory as error:
-            raise _too_little_memory() from error
-        return np.stack([cut_and_normalize(vector, encoder.hidden_size) for vector in raw])
-
-    async def _report(self, step: Step, command: Control | None) -> None:
+    async def _report(self, step: Step, command: Control) -> None:
         await self._reporter.update(step, "LOADING", command=command)
 
-    async def _load(self, directory: Path) -> Loaded:
+    def _find(self, command: Control) -> tuple[Path, Golden | None]:
+        """The directory and the golden texts of a command. Blocks on the file system, which may be slow, or hang."""
+        directory = self._gates.root.resolve(command.path)
+        if command.golden is None:
+            return directory, _golden_of(directory)
+        return directory, read_golden(self._gates.root.golden(command.golden))
+
+    async def _load(self, source: Source, pursuit: Pursuit) -> Loaded:
         try:
-            return await self._slot.load(directory)
+            return await self._slot.load(source, pursuit.cancel)
+        except Abandoned:
+            pursuit.check()
+            raise
         except (ModelError, ModelRejected, DeviceLost):
             raise
         except Exception as error:  # a command must not end the process, whatever its files hold
-            raise ModelRejected(f"{directory} cannot be loaded: {type(error).__name__}") from error
+            raise _cannot_be_loaded(source.path, error) from error
 
-    def is_whole(self, candidate: Candidate) -> bool:
-        """Whether its budget is all that was wished for: there is nothing that more memory could add."""
-        whole = candidate.budget.tokens >= self._limits.batch_tokens
-        return whole and candidate.budget.longest >= candidate.loaded.encoder.max_tokens
+    async def _check(
+        self, encoder: Encoder, pursuit: Pursuit, golden: Golden | None, old: Vectors | None
+    ) -> None:
+        command = pursuit.command
+        vectors = await self.check_vectors(encoder, pursuit)
+        check_finite(vectors)
+        check_version(command.digest, encoder.model_version)
+        self._check_dimensions(encoder.hidden_size, command)
+        await self._compare_golden(encoder, golden, command.golden_min_cosine, pursuit)
+        if command.min_cosine is None:
+            return
+        if old is None:
+            if self._slot.serving is None:
+                return  # a replica that starts has no old model to compare with
+            old = await self.check_vectors(self._slot.serving.encoder, pursuit)
+        check_similarity(command.min_cosine, old, vectors)
 
-    async def measure(self, encoder: Encoder) -> Budget:
-        """The largest micro-batches that fit, found by running them, so that memory runs out now or never.
+    def _check_dimensions(self, hidden_size: int | None, command: Control) -> None:
+        in_use = self._gates.dimensions.most(time.monotonic())
+        check_dimensions(hidden_size, command.min_dimensions, in_use)
 
-        Raises:
-            ModelRejected: none does.
-        """
-        words = min(encoder.max_tokens, _MOST_WORDS)
-        [tokens] = await self._tokens(encoder, [Text("warm up " * words, truncate="end")])
-        try:
-            return await find_budget(
-                encoder,
-                lambda batch: self._encode(encoder, batch),
-                tokens.ids,
-                tokens=self._limits.batch_tokens,
-                max_items=self._limits.batch_items,
-            )
-        except OutOfMemory as error:
-            raise _too_little_memory() from error
+    async def _compare_golden(
+        self,
+        encoder: Encoder,
+        golden: Golden | None,
+        min_cosine: float | None,
+        pursuit: Pursuit | None = None,
+    ) -> None:
+        if golden is None:
+            return
+        texts = []
+        for each in golden.texts:
+            prompt = encoder.default_prompt
+            if each.input_type is not None:
+                prompt = encoder.prompts.get(each.input_type, "")
+            texts.append(Text(each.text, prompt, "end"))
+        check_golden(golden, await self._unit_vectors(encoder, texts, pursuit), min_cosine)
 
-    async def _warm_up(self, encoder: Encoder) -> Budget:
+    async def _warm_up(self, encoder: Encoder, pursuit: Pursuit | None = None) -> Budget:
         begin = time.monotonic()
-        budget = await self.measure(encoder)
+        budget = await self.measure(encoder, pursuit)
         phases = dict(encoder.phases) | {"warm_up": time.monotonic() - begin}
         log.info(
             "model_loaded",
@@ -226,14 +316,29 @@ class Trial:
             log.warning("model_note", model_version=encoder.model_version, note=note)
         return budget
 
-    async def _tokens(self, encoder: Encoder, texts: Sequence[Text]) -> list[Tokens]:
+    # -- running it -------------------------------------------------------------------------------------------------------
+
+    async def _unit_vectors(
+        self, encoder: Encoder, texts: Sequence[Text], pursuit: Pursuit | None
+    ) -> Vectors:
+        tokens = await self._tokens(encoder, texts, pursuit)
+        try:
+            # Each alone: together they may exceed a budget that was found on a small device.
+            raw = [(await self._encode(encoder, [found], pursuit))[0] for found in tokens]
+        except OutOfMemory as error:
+            raise _too_little_memory() from error
+        return np.stack([cut_and_normalize(vector, encoder.hidden_size) for vector in raw])
+
+    async def _tokens(self, encoder: Encoder, texts: Sequence[Text], pursuit: Pursuit | None) -> list[Tokens]:
         """Tokens of texts that may be cut.
 
         Raises:
             ModelRejected: the tokenizer cannot read one, or hangs.
         """
+        if pursuit is not None:
+            pursuit.check()
         try:
-            found = await self._slot.apart("tokenize", encoder.tokenize, texts)
+            found = await self._slot.apart("tokenize", partial(encoder.tokenize, texts))
         except ModelRejected:
             raise
         except Exception as error:
@@ -245,8 +350,10 @@ class Trial:
                 raise ModelRejected(f"the tokenizer does not take every text: {each.reason}")
         return [each for each in found if isinstance(each, Tokens)]
 
-    async def _encode(self, encoder: Encoder, batch: Sequence[Tokens]) -> Vectors:
+    async def _encode(self, encoder: Encoder, batch: Sequence[Tokens], pursuit: Pursuit | None) -> Vectors:
         """Vectors of a model on trial: what it raises is a reason to reject it, or to try a smaller micro-batch."""
+        if pursuit is not None:
+            pursuit.check()
         try:
             async with asyncio.timeout(self._limits.stall_timeout_s):
                 vectors, _ = await self._slot.encode(encoder, batch)
@@ -261,14 +368,19 @@ class Trial:
             raise ModelRejected(f"the model cannot run: {type(error).__name__}") from error
         return vectors
 
-    async def _compare(self, min_cosine: float | None, old: Vectors | None, new: Vectors) -> None:
-        if min_cosine is None:
-            return
-        if old is None:
-            if self._slot.serving is None:
-                return  # a replica that starts has no old model to compare with
-            old = await self.check_vectors(self._slot.serving.encoder)
-        check_similarity(min_cosine, old, new)
+
+def _golden_of(directory: Path) -> Golden | None:
+    """The golden texts that lie in a model directory, if some do. Blocks on the file system.
+
+    Raises:
+        ModelRejected: the file cannot be read.
+    """
+    file = directory / GOLDEN_FILE
+    return read_golden(file) if file.exists() else None
+
+
+def _cannot_be_loaded(directory: Path, error: Exception) -> ModelRejected:
+    return ModelRejected(f"{directory} cannot be loaded: {type(error).__name__}")
 
 
 def _too_little_memory() -> ModelRejected:

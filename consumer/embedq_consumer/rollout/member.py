@@ -10,6 +10,7 @@ from typing import Final, Protocol
 import structlog
 
 from embedq_consumer.delivery.outgoing import Outgoing
+from embedq_consumer.lifecycle import ModelRejected
 from embedq_consumer.rollout.followed_commands import Commands, FollowedCommands
 from embedq_consumer.rollout.status_topic import Said
 from embedq_shared.codec import encode_record
@@ -87,12 +88,20 @@ class FleetMember:
 
     async def turn(self, command: Control, voice: Voice) -> None:
         """Wait until it is this replica's turn to follow a command. The turn ends with the status that says how following it
-        ended."""
+        ended.
+
+        Raises:
+            ModelRejected: another replica has failed it, and nothing is known to go back to.
+        """
         if command.rollout is None:
             return
         while True:
             async with self._heard:
-                await self._heard.wait_for(lambda: self._turns.may_claim(command, time.monotonic()))
+                await self._heard.wait_for(
+                    lambda: self._turns.may_claim(command, time.monotonic()) or self._is_lost(command)
+                )
+                if self._is_lost(command):
+                    raise ModelRejected(f"not tried: {self._turns.failure(command)}")
                 self._turns.claim(command, int(time.time() * 1000))
             await voice.take_turn(command.version)
             async with self._heard:
@@ -101,6 +110,11 @@ class FleetMember:
                 log.info("turn_taken", version=command.version)
                 return
             await voice.take_turn(None)
+
+    def _is_lost(self, command: Control) -> bool:
+        """Whether a command has failed and nobody will take it back, since nothing is known to go back to."""
+        final = command.rollback_of is None and rollback_of(command, "") is None
+        return final and self._turns.failure(command) is not None
 
     async def run(self) -> None:
         """Listen to the others, take back what has failed, and tidy up, until cancelled."""

@@ -164,10 +164,12 @@ class Metrics:
 
         # Model
         self.model = Info("embedq_model", "The model that the replica serves.", registry=registry)
-        self.reloads = counter("reloads_total", "Control records applied: ready, failed, ignored.", "outcome")
+        self.reloads = counter(
+            "reloads_total", "Control records: ready, failed, superseded, ignored.", "outcome"
+        )
         self.reload_seconds = seconds(
             "reload",
-            "A whole reload, from its command to its outcome: ready, failed.",
+            "A whole reload, from its command to its outcome: ready, failed, superseded.",
             "outcome",
             buckets=_RELOAD_SECONDS,
         )
@@ -201,9 +203,9 @@ class Metrics:
         for code in get_args(ErrorCode):
             self.errors.labels(code)
             self.dead_letters.labels(code)
-        for outcome in ("ready", "failed", "ignored"):
+        for outcome in ("ready", "failed", "superseded", "ignored"):
             self.reloads.labels(outcome)
-        for outcome in ("ready", "failed"):
+        for outcome in ("ready", "failed", "superseded"):
             self.reload_seconds.labels(outcome)
         for outcome in ("ok", "error", "fenced"):
             self.commits.labels(outcome)

@@ -164,7 +164,7 @@ async def test_two_replicas_change_models_to_and_fro_under_load_and_every_vector
                 *("validate", "load", "warm_up", "check", "drain", "swap", "serving")
             ]
             assert await steps(status, unload_first, name) == [
-                *("drain", "validate", "load", "warm_up", "check", "swap", "serving")
+                *("validate", "drain", "load", "warm_up", "check", "swap", "serving")
             ]
         assert await asyncio.gather(*(replica.stop() for replica in pair)) == [0, 0]
 

@@ -12,8 +12,8 @@ import pytest
 
 from embedq_consumer.engine import Pending, Tokens
 from embedq_consumer.lifecycle import ModelRejected, ModelSlot, NoModel
-from embedq_consumer.lifecycle.model_slot import Loaded
-from tests.helpers.fake_models import FakeModel, Vectors
+from embedq_consumer.lifecycle.model_slot import Loaded, Source
+from tests.helpers.fake_models import FakeLoader, FakeModel, Vectors
 from tests.helpers.support import wait_until
 
 ONE_TEXT = [Tokens(np.zeros(3, dtype=np.int32))]
@@ -55,7 +55,7 @@ def model() -> Gated:
 
 @pytest.fixture
 def slot(model: Gated) -> Iterator[ModelSlot]:
-    slot = ModelSlot(lambda path: model)
+    slot = ModelSlot(FakeLoader(lambda path: model))
     yield slot
     for gate in model.gates:
         gate.open.set()
@@ -71,18 +71,18 @@ async def test_an_empty_slot_has_no_model_and_cannot_be_unloaded(slot: ModelSlot
 
 
 async def test_a_loaded_model_serves_only_once_it_is_installed(slot: ModelSlot, model: Gated) -> None:
-    loaded = await slot.load(Path("one"))
+    loaded = await slot.load(Source(Path("one")))
     assert slot.serving is None
     assert slot.install(loaded) is None
-    assert slot.loaded == Loaded(model, Path("one"))
-    assert slot.install(Loaded(FakeModel(), Path("two"))) == loaded
+    assert slot.loaded == Loaded(model, Source(Path("one")))
+    assert slot.install(Loaded(FakeModel(), Source(Path("two")))) == loaded
 
 
 async def test_unloading_frees_the_model_on_the_compute_thread_and_says_where_it_came_from(
     slot: ModelSlot, model: Gated
 ) -> None:
-    slot.install(Loaded(model, Path("one")))
-    assert await slot.unload() == Path("one")
+    slot.install(Loaded(model, Source(Path("one"))))
+    assert await slot.unload() == Source(Path("one"))
     assert (model.closed, slot.serving) == (True, None)
     assert {name.rsplit("_", 1)[0] for name in model.threads} == {"compute"}
 
@@ -152,26 +152,26 @@ def stuck() -> Iterator[Stuck]:
 
 
 async def test_a_load_that_takes_too_long_is_given_up_and_the_next_one_runs(stuck: Stuck) -> None:
-    slot = ModelSlot(stuck.load, load_timeout_s=0.05)
+    slot = ModelSlot(FakeLoader(stuck.load), load_timeout_s=0.05)
     with pytest.raises(ModelRejected, match=r"load: it did not end within 0\.05 s"):
-        await slot.load(Path("hangs"))
-    slot = ModelSlot(stuck.load, load_timeout_s=60)
-    assert (await slot.load(Path("well"))).path == Path("well")
+        await slot.load(Source(Path("hangs")))
+    slot = ModelSlot(FakeLoader(stuck.load), load_timeout_s=60)
+    assert (await slot.load(Source(Path("well")))).path == Path("well")
     await asyncio.to_thread(slot.close)
 
 
 async def test_a_model_that_comes_too_late_is_freed(stuck: Stuck) -> None:
-    slot = ModelSlot(stuck.load, load_timeout_s=0.05)
+    slot = ModelSlot(FakeLoader(stuck.load), load_timeout_s=0.05)
     with pytest.raises(ModelRejected):
-        await slot.load(Path("hangs"))
+        await slot.load(Source(Path("hangs")))
     stuck.gate.set()
     await wait_until(lambda: bool(stuck.models) and stuck.models[0].closed, what="a freed model")
     await asyncio.to_thread(slot.close)
 
 
 async def test_a_load_that_is_cancelled_is_freed_too_and_nobody_waits_for_it(stuck: Stuck) -> None:
-    slot = ModelSlot(stuck.load)
-    load = asyncio.create_task(slot.load(Path("hangs")))
+    slot = ModelSlot(FakeLoader(stuck.load))
+    load = asyncio.create_task(slot.load(Source(Path("hangs"))))
     await asyncio.sleep(0)
     load.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -182,18 +182,18 @@ async def test_a_load_that_is_cancelled_is_freed_too_and_nobody_waits_for_it(stu
 
 
 async def test_with_three_hanging_loads_the_next_ones_are_refused(stuck: Stuck) -> None:
-    slot = ModelSlot(stuck.load, load_timeout_s=0.01)
+    slot = ModelSlot(FakeLoader(stuck.load), load_timeout_s=0.01)
     for _ in range(3):
         with pytest.raises(ModelRejected, match="did not end"):
-            await slot.load(Path("hangs"))
+            await slot.load(Source(Path("hangs")))
     with pytest.raises(ModelRejected, match="3 earlier loads still hang: restart this replica"):
-        await slot.load(Path("well"))
+        await slot.load(Source(Path("well")))
     stuck.gate.set()
     await wait_until(lambda: len(stuck.models) == 3)
 
     async def loads() -> bool:
         try:
-            await slot.load(Path("well"))
+            await slot.load(Source(Path("well")))
         except ModelRejected:  # a thread may take a moment to end, or this one more than its 10 ms
             return False
         return True

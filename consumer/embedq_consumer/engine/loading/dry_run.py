@@ -18,6 +18,7 @@ from typing import IO, Final
 import msgspec
 
 from embedq_consumer.engine.api import ModelError
+from embedq_consumer.engine.cancellation import Cancellation
 from embedq_consumer.engine.safety.foreign import OFFLINE
 
 __all__ = ["Verdict", "Wanted", "dry_run"]
@@ -45,12 +46,21 @@ class Verdict(msgspec.Struct, frozen=True):
     error: str | None
 
 
-def dry_run(path: Path, root: Path | None, *, within_s: float, command: tuple[str, ...] = ()) -> None:
+def dry_run(
+    path: Path,
+    root: Path | None,
+    *,
+    within_s: float,
+    command: tuple[str, ...] = (),
+    cancel: Cancellation | None = None,
+) -> None:
     """Let a process try `path`: its tokenizer on texts of every kind, its layers without their weights. Blocks.
 
     Raises:
         ModelError: the model cannot be served; or the process crashed, ran out of memory, or took longer than `within_s`.
+        Abandoned: `cancel` was set meanwhile; the process is gone.
     """
+    cancel = cancel or Cancellation()
     wanted = Wanted(
         path=str(path),
         root=None if root is None else str(root),
@@ -60,7 +70,7 @@ def dry_run(path: Path, root: Path | None, *, within_s: float, command: tuple[st
     )
     with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as complained:
         try:
-            code = _run(wanted, command or (sys.executable, "-m", _PROCESS), said, complained)
+            code = _run(wanted, command or (sys.executable, "-m", _PROCESS), said, complained, cancel)
         except subprocess.TimeoutExpired:
             raise ModelError(f"{path}: a dry run of it did not end within {within_s:g} s") from None
         if code:
@@ -74,7 +84,13 @@ def dry_run(path: Path, root: Path | None, *, within_s: float, command: tuple[st
         raise ModelError(verdict.error)
 
 
-def _run(wanted: Wanted, command: tuple[str, ...], said: IO[bytes], complained: IO[bytes]) -> int:
+def _run(
+    wanted: Wanted,
+    command: tuple[str, ...],
+    said: IO[bytes],
+    complained: IO[bytes],
+    cancel: Cancellation,
+) -> int:
     """The exit code; the process is gone when this returns or raises."""
     process = subprocess.Popen(
         command,
@@ -85,7 +101,9 @@ def _run(wanted: Wanted, command: tuple[str, ...], said: IO[bytes], complained: 
         start_new_session=True,
     )
     try:
-        process.communicate(msgspec.json.encode(wanted), timeout=wanted.within_s)
+        with cancel.stopping(process.kill):
+            process.communicate(msgspec.json.encode(wanted), timeout=wanted.within_s)
+        cancel.check()
     except BaseException:
         process.kill()
         process.wait()

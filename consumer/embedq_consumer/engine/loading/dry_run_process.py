@@ -23,6 +23,9 @@ _FILE_BYTES: Final = 16 * 1024 * 1024
 """Of anything that it writes: what a library says of a foreign file must not fill the disk."""
 _MOST_MISSING: Final = 2
 """How many times the checkpoint's parameters a model may have. More are missing in the files, and would be made up first."""
+_UNUSED: Final = "pooler."
+"""Parameters that no embedding needs, and that many checkpoints lack."""
+_FORMER_ENDS: Final = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
 def main() -> None:
@@ -72,16 +75,25 @@ def _try(directory: ModelDirectory) -> None:
     )
     if directory.quantization_method is not None:
         return  # its layers have other shapes than its configuration says
-    described = _parameters(directory)
+    model = _described(directory)
+    if model is None:
+        return
+    described = sum(
+        math.prod(parameter.shape)
+        for name, parameter in model.named_parameters()
+        if not name.startswith(_UNUSED)
+    )
     held = sum(math.prod(tensor.shape) for tensor in directory.tensors)
     if described > _MOST_MISSING * held:
         raise ModelError(
             f"{directory.checkpoint / 'config.json'}: describes a model of {described:,} parameters, the weights have {held:,}"
         )
+    if not _renames(model):
+        _refuse_other_weights(directory, model)
 
 
-def _parameters(directory: ModelDirectory) -> int:
-    """How many parameters the model has that the configuration describes; 0 if it cannot be built, which the load will explain."""
+def _described(directory: ModelDirectory) -> Any:
+    """The model that the configuration describes, without weights; None if it cannot be built, which the load will explain."""
     import torch
     import transformers
     from transformers import AutoConfig
@@ -92,7 +104,7 @@ def _parameters(directory: ModelDirectory) -> int:
         )
         with torch.device("meta"):
             encoder = ENCODERS.get(directory.config["model_type"])
-            model: Any = (
+            return (
                 transformers.AutoModel.from_config(config, trust_remote_code=False)
                 if encoder is None
                 else getattr(transformers, encoder)(config)
@@ -100,12 +112,57 @@ def _parameters(directory: ModelDirectory) -> int:
     except MemoryError:
         raise
     except Exception:  # noqa: BLE001  # transformers raises many kinds
-        return 0
-    return sum(
-        math.prod(parameter.shape)
-        for name, parameter in model.named_parameters()
-        if not name.startswith("pooler.")
-    )
+        return None
+
+
+def _renames(model: Any) -> bool:
+    """Whether transformers makes this model's parameters out of tensors of other names or shapes: then only the load can tell."""
+    try:
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    except ImportError:  # it lies elsewhere in this version
+        return True
+    parts = [part for part in model.modules() if hasattr(part, "config")]
+    names = {type(part).__name__ for part in parts}
+    names |= {str(getattr(part.config, "model_type", "")) for part in parts}
+    return any(get_checkpoint_conversion_mapping(name) is not None for name in names)
+
+
+def _refuse_other_weights(directory: ModelDirectory, model: Any) -> None:
+    """
+    Raises:
+        ModelError: a parameter of `model` is not among the tensors, or has another shape there.
+    """
+    held = {_current(tensor.name, model.base_model_prefix): tensor for tensor in directory.tensors}
+    names: dict[int, list[str]] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        names.setdefault(id(parameter), []).append(name)  # shared ones are written once
+    missing = []
+    for known in names.values():
+        if known[0].startswith(_UNUSED):
+            continue
+        tensor = next((held[name] for name in known if name in held), None)
+        shape = tuple(parameters[known[0]].shape)
+        if tensor is None:
+            missing.append(known[0])
+        elif tensor.shape != shape:
+            raise ModelError(
+                f"{tensor.file}: tensor {tensor.name[:100]}: expected the shape {shape}, as config.json describes it, got "
+                f"{tensor.shape}"
+            )
+    if missing:
+        raise ModelError(
+            f"{directory.tensors[0].file}: {len(missing)} tensors are missing, among them {missing[0]}"
+        )
+
+
+def _current(name: str, prefix: str) -> str:
+    """A tensor's name as the base model has it: without the prefix that a model with a head adds, and not as TensorFlow's BERT
+    named a norm's weights."""
+    for old, new in _FORMER_ENDS.items():
+        if name.endswith(old):
+            name = name.removesuffix(old) + new
+    return name.removeprefix(f"{prefix}.")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from embedq_consumer.engine.loading.model_version import model_version
 from embedq_consumer.engine.model_directory import ModelDirectory
 from embedq_consumer.engine.safety.files import read_bounded
 
-__all__ = ["LoadCache", "ModelSnapshot", "Rotary", "key_of"]
+__all__ = ["LoadCache", "ModelSnapshot", "Rotary", "key_of", "libraries"]
 
 _FORMAT: Final = "2"
 """To be raised when the meaning of a field below changes."""
@@ -124,11 +124,11 @@ class LoadCache:
             self._evict("*.model", _CAPACITY)
 
     def was_tried(self, key: str) -> bool:
-        """Whether the model under `key` has passed a dry run."""
+        """Whether the model under `key` has passed a dry run, or a load."""
         return (self._folder / f"{key}.tried").exists()
 
     def note_tried(self, key: str) -> None:
-        """The model under `key` has passed a dry run, and needs no other one: the key says what it follows from."""
+        """The model under `key` has passed a dry run, or a load, and needs no other one: the key says what it follows from."""
         with suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             (self._folder / f"{key}.tried").touch()
@@ -158,8 +158,12 @@ def key_of(directory: ModelDirectory, device: str, digests: Sequence[bytes]) -> 
         max_tokens=directory.max_seq_length or 0,
         digests=digests,
     )
-    versions = [f"{name} {metadata.version(name)}" for name in _LIBRARIES]
-    return hashlib.sha256("\n".join([_FORMAT, content, device, *versions]).encode()).hexdigest()
+    return hashlib.sha256("\n".join([_FORMAT, content, device, *libraries()]).encode()).hexdigest()
+
+
+def libraries() -> list[str]:
+    """The libraries that read a model directory, with their versions."""
+    return [f"{name} {metadata.version(name)}" for name in _LIBRARIES]
 
 
 def _files_digest(directory: ModelDirectory) -> str:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,14 @@ import torch
 from torch import Tensor
 
 from embedq_consumer.engine.api import DeviceLost, LoadOptions, ModelError, OutOfMemory, Quantization
+from embedq_consumer.engine.cancellation import Abandoned, Cancellation
 from embedq_consumer.engine.device import means_out_of_memory, translate_errors
 from embedq_consumer.engine.encoder import PackedEncoder, release
 from embedq_consumer.engine.loading.dry_run import dry_run
+from embedq_consumer.engine.loading.inspection import available, device_named, needed
 from embedq_consumer.engine.loading.load_cache import LoadCache, ModelSnapshot, key_of
 from embedq_consumer.engine.loading.load_timer import LoadTimer
-from embedq_consumer.engine.loading.memory_check import DeviceMemory, estimate_of, refuse_if_too_large
+from embedq_consumer.engine.loading.memory_check import MemoryEstimate, refuse_if_too_large
 from embedq_consumer.engine.loading.model_version import model_version, tensor_digests
 from embedq_consumer.engine.loading.probes import limits_of, probes_of, reference
 from embedq_consumer.engine.loading.weights import CheckpointWeights, snapshot_of
@@ -38,19 +39,23 @@ from embedq_consumer.engine.text.tokenizer import TextTokenizer
 __all__ = ["kept_layers", "load"]
 
 
-def load(path: Path, options: LoadOptions) -> PackedEncoder:
+def load(path: Path, options: LoadOptions, cancel: Cancellation | None = None) -> PackedEncoder:
     """Load `path`, and prove on a few random tokens that packed it computes what transformers' own code does.
+
+    `cancel` is looked at between the steps, and while weights are read: what was loaded is freed then. Not within an import, a
+    read of the weights by transformers, the proof, or the capture of the graphs.
 
     Raises:
         ModelError: the directory or the device cannot be used.
+        Abandoned: `cancel` was set meanwhile.
     """
-    target = _device(options.device)
+    target = device_named(options.device)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     try:
         with translate_errors(target), panics_caught():
-            return _load(path, target, options)
-    except (ModelError, DeviceLost):
+            return _load(path, target, options, cancel or Cancellation())
+    except (ModelError, DeviceLost, Abandoned):
         raise
     except OutOfMemory as error:
         raise ModelError(f"{path}: the device has too little memory left to load it") from error
@@ -58,45 +63,73 @@ def load(path: Path, options: LoadOptions) -> PackedEncoder:
         raise ModelError(f"{path}: cannot be loaded: {type(error).__name__}: {first_line(error)}") from error
 
 
-def _load(path: Path, target: torch.device, options: LoadOptions) -> PackedEncoder:
-    timer = LoadTimer(wait=lambda: _wait_for(target))
+def _load(path: Path, target: torch.device, options: LoadOptions, cancel: Cancellation) -> PackedEncoder:
+    timer = LoadTimer(wait=lambda: _wait_for(target), cancel=cancel)
     cache = None if options.known_models is None else LoadCache(options.known_models)
     with timer.step("directory"):
         directory = read_directory(path, options.root)
     layers = kept_layers(options.keep_bf16, directory, options.quantization)
     options = msgspec.structs.replace(options, keep_bf16=layers)
     with timer.step("memory"):
-        _refuse_if_too_large(directory, target, options.quantization)
-    with ThreadPoolExecutor(2, thread_name_prefix="load") as pool:
-        # The digest reads every byte once more: it does so while transformers is imported, if it has to be.
-        digests = pool.submit(tensor_digests, directory.tensors, options.threads)
-        key, source = "", None
-        if cache is not None:
+        estimate = needed(directory, target, options.quantization)
+        _refuse_if_too_large(directory, target, estimate)
+    with ExitStack() as unless_it_serves:
+        with ThreadPoolExecutor(2, thread_name_prefix="load") as pool:
+            # The digest reads every byte once more: it does so while transformers is imported, if it has to be.
+            digests = pool.submit(tensor_digests, directory.tensors, options.threads, cancel)
+            key, source = "", None
+            if cache is not None:
+                with timer.step("digest"):
+                    key = key_of(directory, _kind(target), digests.result())
+                snapshot = cache.get(key)
+                if snapshot is not None:
+                    kernels = pool.submit(registry.import_ahead, snapshot.architecture, target)
+                    source = _from_snapshot(snapshot, directory, target, timer, cancel)
+                    unless_it_serves.callback(release, source.model)
+                    with timer.step("imports"):
+                        kernels.result()
+            if source is None:
+                if options.dry_run_s is not None and not (cache is not None and cache.was_tried(key)):
+                    with timer.step("dry_run"):
+                        transformers = pool.submit(_import_transformers)
+                        dry_run(path, options.root, within_s=options.dry_run_s, cancel=cancel)
+                        transformers.result()
+                    if cache is not None:
+                        cache.note_tried(key)
+                source = _from_transformers(directory, target, timer, cancel)
+                unless_it_serves.callback(release, source.model)
             with timer.step("digest"):
-                key = key_of(directory, _kind(target), digests.result())
-            snapshot = cache.get(key)
-            if snapshot is not None:
-                kernels = pool.submit(registry.import_ahead, snapshot.architecture, target)
-                source = _from_snapshot(snapshot, directory, target, timer)
-                with timer.step("imports"):
-                    kernels.result()
-        if source is None:
-            if options.dry_run_s is not None and not (cache is not None and cache.was_tried(key)):
-                with timer.step("dry_run"):
-                    transformers = pool.submit(_import_transformers)
-                    dry_run(path, options.root, within_s=options.dry_run_s)
-                    transformers.result()
-                if cache is not None:
-                    cache.note_tried(key)
-            source = _from_transformers(directory, target, timer)
-        with timer.step("digest"):
-            version = model_version(
-                directory,
-                options,
-                tokenizer=source.tokenizer.effective.digest,
-                max_tokens=source.limits.max_tokens,
-                digests=digests.result(),
-            )
+                version = model_version(
+                    directory,
+                    options,
+                    tokenizer=source.tokenizer.effective.digest,
+                    max_tokens=source.limits.max_tokens,
+                    digests=digests.result(),
+                )
+        encoder = _built(directory, source, version, options, timer, unless_it_serves)
+        unless_it_serves.pop_all()
+    if cache is not None:
+        if source.new is not None:
+            cache.put(key, source.new)
+        cache.note_tried(key)
+    encoder.phases = timer.seconds
+    encoder.weight_bytes = estimate.weights
+    return encoder
+
+
+def _built(
+    directory: ModelDirectory,
+    source: _Source,
+    version: str,
+    options: LoadOptions,
+    timer: LoadTimer,
+    unless_it_serves: ExitStack,
+) -> PackedEncoder:
+    """The encoder, proved and captured.
+
+    Raises:
+        ModelError: packed, it does not compute what transformers' own code does.
+    """
     try:
         with timer.step("forward"):
             encoder = PackedEncoder(
@@ -107,6 +140,7 @@ def _load(path: Path, target: torch.device, options: LoadOptions) -> PackedEncod
                 limits=source.limits,
                 options=options,
             )
+            unless_it_serves.callback(encoder.close)
         with timer.step("proof"):
             encoder.prove(source.probes, source.expected)
         with timer.step("graphs"):
@@ -116,9 +150,6 @@ def _load(path: Path, target: torch.device, options: LoadOptions) -> PackedEncod
         raise ModelError(
             f"{directory.checkpoint / 'config.json'}: model_type {model_type}: {error}"
         ) from error
-    if cache is not None and source.new is not None:
-        cache.put(key, source.new)
-    encoder.phases = timer.seconds
     return encoder
 
 
@@ -140,47 +171,72 @@ class _Source(msgspec.Struct, frozen=True, kw_only=True):
     """What lets the next load do without transformers."""
 
 
-def _from_transformers(directory: ModelDirectory, target: torch.device, timer: LoadTimer) -> _Source:
+def _from_transformers(
+    directory: ModelDirectory, target: torch.device, timer: LoadTimer, cancel: Cancellation
+) -> _Source:
     """Ask transformers. Where a forward is written out for the model, transformers' own copy is gone when this returns."""
     with timer.step("transformers"):
         _import_transformers()
     with timer.step("weights"), _quiet_transformers():
         model = _load_model(directory, target)
-    limits = limits_of(directory, model)
-    with timer.step("tokenizer"), _quiet_transformers():
-        tokenizer = TextTokenizer.load(directory, limits.max_tokens, int(model.config.vocab_size))
-    _refuse_token_types(directory, model, tokenizer)
-    with timer.step("device"):
-        if model.device != target:
-            model.to(target)
-        elif target.type == "cpu":
-            # Before it runs: afterwards some layers have made others of their weights.
-            _copy_from_files(model)
-    with timer.step("reference"):
-        probes, expected = _asked(directory, model, limits)
-    snapshot = None
-    if directory.quantization_method is None and registry.is_written_out(model):
-        snapshot = snapshot_of(
-            model,
-            directory,
-            limits,
-            tokenizer=tokenizer.effective,
-            probes=probes,
-            expected=expected,
-        )
+    with _freed_on_failure(model):
+        limits = limits_of(directory, model)
+        with timer.step("tokenizer"), _quiet_transformers():
+            tokenizer = TextTokenizer.load(directory, limits.max_tokens, int(model.config.vocab_size))
+        _refuse_token_types(directory, model, tokenizer)
+        with timer.step("device"):
+            if model.device != target:
+                model.to(target)
+            elif target.type == "cpu":
+                # Before it runs: afterwards some layers have made others of their weights.
+                _copy_from_files(model)
+        with timer.step("reference"):
+            probes, expected = _asked(directory, model, limits)
+        snapshot = None
+        if directory.quantization_method is None and registry.is_written_out(model):
+            snapshot = snapshot_of(
+                model,
+                directory,
+                limits,
+                tokenizer=tokenizer.effective,
+                probes=probes,
+                expected=expected,
+            )
     if snapshot is None:
         return _Source(model=model, tokenizer=tokenizer, limits=limits, probes=probes, expected=expected)
     release(model)
     # What serves now is what the next start will serve, and so this start proves it.
-    return msgspec.structs.replace(_from_snapshot(snapshot, directory, target, timer), new=snapshot)
+    return msgspec.structs.replace(_from_snapshot(snapshot, directory, target, timer, cancel), new=snapshot)
+
+
+@contextmanager
+def _freed_on_failure(model: Any) -> Iterator[None]:
+    """Without this, the collector would free it some day: modules refer to each other in cycles."""
+    try:
+        yield
+    except BaseException:
+        release(model)
+        raise
+
+
+def _refuse_if_too_large(directory: ModelDirectory, target: torch.device, estimate: MemoryEstimate) -> None:
+    """Before a weight is read. On a CPU against all of its memory: what others have taken may be swapped out."""
+    memory = available(target)
+    if target.type == "cpu":
+        memory = msgspec.structs.replace(memory, free=memory.total)
+    refuse_if_too_large(str(directory.checkpoint), estimate, memory)
 
 
 def _from_snapshot(
-    snapshot: ModelSnapshot, directory: ModelDirectory, target: torch.device, timer: LoadTimer
+    snapshot: ModelSnapshot,
+    directory: ModelDirectory,
+    target: torch.device,
+    timer: LoadTimer,
+    cancel: Cancellation,
 ) -> _Source:
     """The same without transformers."""
     with timer.step("weights"):
-        model = CheckpointWeights(snapshot, directory, target)
+        model = CheckpointWeights(snapshot, directory, target, cancel)
     with timer.step("tokenizer"):
         effective = EffectiveTokenizer(
             snapshot.tokenizer,
@@ -239,41 +295,6 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
-def _refuse_if_too_large(directory: ModelDirectory, target: torch.device, quantization: Quantization) -> None:
-    """Before a weight is read. On the CPU only weights count, and against all memory, since it swaps before it fails."""
-    on_cuda = target.type == "cuda"
-    estimate = estimate_of(
-        directory.tensors,
-        directory.config,
-        dtype="bf16" if on_cuda else "float32",
-        quantized=quantization == "fp8",
-    )
-    if on_cuda:
-        free, total = torch.cuda.mem_get_info(target)
-        # What PyTorch holds without using it is free, too.
-        free += torch.cuda.memory_reserved(target) - torch.cuda.memory_allocated(target)
-        available = DeviceMemory(device=str(target), free=free, total=total)
-    else:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        estimate = msgspec.structs.replace(estimate, activations=0)
-        available = DeviceMemory(device="the machine", free=total, total=total)
-    refuse_if_too_large(str(directory.checkpoint), estimate, available)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ModelError(f"device {name!r}: expected auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ModelError(f"device {name!r}: expected auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ModelError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """Suppress progress bars and load reports on stderr: what matters in them is checked and raised."""
@@ -316,7 +337,24 @@ def _load_model(directory: ModelDirectory, target: torch.device) -> Any:
             )
     except Exception as error:  # transformers and its config validation raise many kinds
         raise ModelError(f"{file}: {first_line(error)}") from error
-    if quantized and getattr(model, "hf_quantizer", None) is None:
+    with _freed_on_failure(model):
+        _check(model, loading, directory)
+    for module in model.modules():
+        # Only saves memory, and fails on lengths that it does not divide.
+        if getattr(module, "chunk_size_feed_forward", 0):
+            module.chunk_size_feed_forward = 0
+    model.config.use_cache = False
+    return model.eval().requires_grad_(False)
+
+
+def _check(model: Any, loading: Mapping[str, Any], directory: ModelDirectory) -> None:
+    """What transformers has loaded is the whole model, and fits what comes after it.
+
+    Raises:
+        ModelError: it is not, or does not.
+    """
+    file = directory.checkpoint / "config.json"
+    if directory.quantization_method is not None and getattr(model, "hf_quantizer", None) is None:
         raise ModelError(
             f"{file}: quantization_config: transformers cannot load {directory.quantization_method}"
         )
@@ -344,12 +382,6 @@ def _load_model(directory: ModelDirectory, target: torch.device) -> Any:
             f"{file}: hidden_size is {hidden}, so that {' and '.join(directory.pooling)} pooling gives {pooled} components, "
             f"but the first Dense module takes {directory.dense[0].width_in}"
         )
-    for module in model.modules():
-        # Only saves memory, and fails on lengths that it does not divide.
-        if getattr(module, "chunk_size_feed_forward", 0):
-            module.chunk_size_feed_forward = 0
-    model.config.use_cache = False
-    return model.eval().requires_grad_(False)
 
 
 def _refuse_token_types(directory: ModelDirectory, model: Any, tokenizer: TextTokenizer) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -13,7 +15,14 @@ from embedq_consumer.engine.api import ModelError
 from embedq_consumer.engine.row import PART_TOKENS
 from embedq_consumer.engine.safety.headers import TensorSlice
 
-__all__ = ["PART_TOKENS", "DeviceMemory", "MemoryEstimate", "estimate_of", "refuse_if_too_large"]
+__all__ = [
+    "PART_TOKENS",
+    "DeviceMemory",
+    "MemoryEstimate",
+    "estimate_of",
+    "host_memory",
+    "refuse_if_too_large",
+]
 
 
 _WIDTH: Final = {"bf16": 2, "float32": 4}
@@ -105,6 +114,38 @@ def refuse_if_too_large(file: str, estimate: MemoryEstimate, available: DeviceMe
     raise ModelError(
         f"{file}: needs {parts}; {available.device} has {_gb(available.free)} free of {available.total / 1e9:.1f}"
     )
+
+
+def host_memory(proc: Path = Path("/proc"), control_group: Path = Path("/sys/fs/cgroup")) -> DeviceMemory:
+    """This machine's memory, or what its container may have of it; what only caches files counts as free.
+
+    Of control groups, version 2 counts, which containers have had for years. Where the kernel says nothing, all is free.
+    """
+    total = free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    said = _numbers(proc / "meminfo")
+    if "MemAvailable:" in said:
+        free = 1024 * said["MemAvailable:"]
+    limit = _text(control_group / "memory.max").strip()
+    if limit.isdecimal():
+        used = int(_text(control_group / "memory.current") or 0)
+        cached = _numbers(control_group / "memory.stat").get("inactive_file", 0)
+        total = min(total, int(limit))
+        free = min(free, max(0, int(limit) - used + cached))
+    return DeviceMemory(device="the machine", free=free, total=total)
+
+
+def _numbers(file: Path) -> dict[str, int]:
+    """The numbers of a file of the kernel's, a name and a number a line."""
+    lines = (line.split() for line in _text(file).splitlines())
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdecimal()}
+
+
+def _text(file: Path) -> str:
+    """Empty where there is no such file."""
+    try:
+        return file.read_text()
+    except OSError:
+        return ""
 
 
 def _numbers_a_token(config: Mapping[str, Any]) -> int:

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from embedq_consumer.engine.api import LoadOptions, ModelError
+from embedq_consumer.engine.cancellation import Cancellation
 from embedq_consumer.engine.model_directory import ModelDirectory
 from embedq_consumer.engine.safety.files import open_regular
 from embedq_consumer.engine.safety.headers import TensorSlice
@@ -78,24 +79,29 @@ def _canonical(value: Mapping[str, Any], idle: frozenset[str] = frozenset()) -> 
     return json.dumps(kept, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
 
-def tensor_digests(tensors: tuple[TensorSlice, ...], threads: int | None) -> list[bytes]:
+def tensor_digests(
+    tensors: tuple[TensorSlice, ...], threads: int | None, cancel: Cancellation | None = None
+) -> list[bytes]:
     """SHA-256 of each tensor's bytes, in order.
 
     The files are read, not mapped: one that is cut short meanwhile would end the process.
 
     Raises:
         ModelError: a file is shorter than its header says.
+        Abandoned: `cancel` was set meanwhile.
     """
+    wanted = cancel or Cancellation()
     with ExitStack() as files:
         opened = {file: files.enter_context(open_regular(file)) for file in {each.file for each in tensors}}
         with ThreadPoolExecutor(threads or os.cpu_count(), thread_name_prefix="digest") as pool:
-            return list(pool.map(lambda tensor: _digest(opened[tensor.file], tensor), tensors))
+            return list(pool.map(lambda tensor: _digest(opened[tensor.file], tensor, wanted), tensors))
 
 
-def _digest(descriptor: int, tensor: TensorSlice) -> bytes:
+def _digest(descriptor: int, tensor: TensorSlice, cancel: Cancellation) -> bytes:
     digest = hashlib.sha256()
     at = tensor.begin
     while at < tensor.end:
+        cancel.check()
         part = os.pread(descriptor, min(_READ_BYTES, tensor.end - at), at)
         if not part:
             raise ModelError(f"{tensor.file}: cut short while it was read")

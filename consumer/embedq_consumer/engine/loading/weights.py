@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from embedq_consumer.engine.cancellation import Cancellation
 from embedq_consumer.engine.device import current
 from embedq_consumer.engine.loading.load_cache import ModelSnapshot, Rotary
 from embedq_consumer.engine.model_directory import ModelDirectory
@@ -33,12 +34,22 @@ class CheckpointWeights(torch.nn.Module):
     Has transformers' tree of modules, its `config` and its rotary frequencies, but no forward.
     """
 
-    def __init__(self, snapshot: ModelSnapshot, directory: ModelDirectory, device: torch.device) -> None:
+    def __init__(
+        self,
+        snapshot: ModelSnapshot,
+        directory: ModelDirectory,
+        device: torch.device,
+        cancel: Cancellation | None = None,
+    ) -> None:
+        """
+        Raises:
+            Abandoned: `cancel` was set before the last tensor was read.
+        """
         super().__init__()
         self.architecture = snapshot.architecture
         self.config = SimpleNamespace(**snapshot.config)
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        tensors = _read(snapshot.tensors, directory, device, self.dtype)
+        tensors = _read(snapshot.tensors, directory, device, self.dtype, cancel or Cancellation())
         self.device = next(iter(tensors.values())).device
         for name, module in _tree(tensors).named_children():
             self.add_module(name, module)
@@ -128,12 +139,17 @@ def _rotary_of(model: Any) -> Rotary | None:
 
 
 def _read(
-    names: Mapping[str, str], directory: ModelDirectory, device: torch.device, dtype: torch.dtype
+    names: Mapping[str, str],
+    directory: ModelDirectory,
+    device: torch.device,
+    dtype: torch.dtype,
+    cancel: Cancellation,
 ) -> dict[str, Tensor]:
     locations = {tensor.name: tensor.file for tensor in directory.tensors}
     files = {file: _open(file) for file in set(locations.values())}
 
     def read(name: str) -> Tensor:
+        cancel.check()
         with current(device):
             # Always a copy: the file's own pages may change or go.
             tensor: Tensor = files[locations[name]].get_tensor(name).to(device, copy=True)

@@ -130,7 +130,7 @@ def build(model: Any, options: ForwardOptions, *, written_out: bool = True) -> B
     """
     device: torch.device = model.device
     if options.quantized:
-        _refuse_without_fp8(device)
+        refuse_without_fp8(device)
     forward = _forward_for(model) if written_out else None
     family = _family_of(architecture_of(model), device)
     if options.quantized and not (forward is not None and family is not None and family.fp8):
@@ -188,7 +188,7 @@ def _family_of(architecture: str, device: torch.device) -> Family | None:
     return None
 
 
-def _refuse_without_fp8(device: torch.device) -> None:
+def refuse_without_fp8(device: torch.device) -> None:
     if device.type != "cuda" or not _has_triton():
         raise ModelError("quantization fp8: needs CUDA and Triton")
     from embedq_consumer.engine.kernels.fp8 import fp8_available

@@ -8,7 +8,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from embedq_consumer.lifecycle.checks import ModelRejected, check_finite, check_similarity, check_version
+from embedq_consumer.lifecycle.gates.checks import (
+    ModelRejected,
+    check_finite,
+    check_similarity,
+    check_version,
+)
 
 UNIT = np.array([[1.0, 0.0], [0.0, -1.0]], dtype=np.float32)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from embedq_consumer.lifecycle.checks import ModelRejected
-from embedq_consumer.lifecycle.model_root import ModelRoot
+from embedq_consumer.lifecycle.gates.checks import ModelRejected
+from embedq_consumer.lifecycle.gates.model_root import ModelRoot
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from embedq_consumer.lifecycle import ModelRejected
-from embedq_consumer.lifecycle.load_attempts import LoadAttempts
+from embedq_consumer.lifecycle.gates.load_attempts import LoadAttempts
 from tests.helpers.support import patient
 
 DIES = """
 import os, sys
 from pathlib import Path
-from embedq_consumer.lifecycle.load_attempts import LoadAttempts
+from embedq_consumer.lifecycle.gates.load_attempts import LoadAttempts
 attempt = LoadAttempts(Path(sys.argv[1])).begin(sys.argv[2])
 os.abort()
 """

@@ -16,7 +16,7 @@ from typing import Final
 
 import structlog
 
-from embedq_consumer.lifecycle.checks import ModelRejected
+from embedq_consumer.lifecycle.gates.checks import ModelRejected
 
 __all__ = ["Attempt", "LoadAttempts"]
 

@@ -1,0 +1,128 @@
+"""What speaks against a model directory, and what it will take, before a weight is read and before anything is given up for it."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+import torch
+
+from embedq_consumer.engine.api import Inspection, LoadOptions, ModelError, Quantization
+from embedq_consumer.engine.cancellation import Cancellation
+from embedq_consumer.engine.loading.dry_run import dry_run
+from embedq_consumer.engine.loading.load_cache import LoadCache, libraries
+from embedq_consumer.engine.loading.memory_check import (
+    DeviceMemory,
+    MemoryEstimate,
+    estimate_of,
+    host_memory,
+)
+from embedq_consumer.engine.model_directory import ModelDirectory, read_directory
+from embedq_consumer.engine.models.registry import refuse_without_fp8
+from embedq_consumer.engine.pooling import pooling_of
+
+__all__ = ["available", "device_named", "inspect", "needed"]
+
+_WIDTHS = ("hidden_size", "d_model", "dim", "n_embd")
+"""How `config.json` names the width of a hidden state."""
+
+
+def inspect(path: Path, options: LoadOptions, cancel: Cancellation) -> Inspection:
+    """Check the directory's files, and let a process of its own try its tokenizer and the shapes and names of its weights.
+
+    Raises:
+        ModelError: the directory or the device cannot be used.
+        Abandoned: `cancel` was set meanwhile.
+    """
+    target = device_named(options.device)
+    directory = read_directory(path, options.root)
+    estimate, memory = needed(directory, target, options.quantization), available(target)
+    if options.quantization == "fp8":
+        refuse_without_fp8(target)
+    cancel.check()
+    if options.dry_run_s is not None:
+        _try(path, options, options.dry_run_s, cancel)
+    return Inspection(
+        needed=estimate.total,
+        free=memory.free,
+        total=memory.total,
+        device=memory.device,
+        hidden_size=_hidden_size(directory),
+    )
+
+
+def _try(path: Path, options: LoadOptions, within_s: float, cancel: Cancellation) -> None:
+    """A dry run, unless these very files have passed one: a command that goes back to a model must not pay for it again."""
+    cache = None if options.known_models is None else LoadCache(options.known_models)
+    key = _signature(path)
+    if cache is not None and cache.was_tried(key):
+        return
+    dry_run(path, options.root, within_s=within_s, cancel=cancel)
+    if cache is not None:
+        cache.note_tried(key)
+
+
+def _signature(path: Path) -> str:
+    """Hex digits of a hash over the names, sizes and times of all files. A load goes by their content; this need not read it."""
+    total = hashlib.sha256("\n".join([str(path), *libraries()]).encode())
+    for file in sorted(path.rglob("*")):
+        with suppress(OSError):  # a link that leads nowhere
+            state = file.stat()
+            total.update(
+                f"{file} {state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino}\n".encode()
+            )
+    return total.hexdigest()
+
+
+def needed(directory: ModelDirectory, target: torch.device, quantization: Quantization) -> MemoryEstimate:
+    """What the model takes on its device. On a CPU only weights count: the rest is small beside them, and given back."""
+    on_cuda = target.type == "cuda"
+    estimate = estimate_of(
+        directory.tensors,
+        directory.config,
+        dtype="bf16" if on_cuda else "float32",
+        quantized=quantization == "fp8",
+    )
+    return estimate if on_cuda else msgspec.structs.replace(estimate, activations=0)
+
+
+def available(target: torch.device) -> DeviceMemory:
+    """The device's memory; what PyTorch holds without using it is free, too."""
+    if target.type != "cuda":
+        return host_memory()
+    free, total = torch.cuda.mem_get_info(target)
+    free += torch.cuda.memory_reserved(target) - torch.cuda.memory_allocated(target)
+    return DeviceMemory(device=str(target), free=free, total=total)
+
+
+def device_named(name: str) -> torch.device:
+    """The device of a setting.
+
+    Raises:
+        ModelError: it is not one of this machine's.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelError(f"device {name!r}: expected auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ModelError(f"device {name!r}: expected auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _hidden_size(directory: ModelDirectory) -> int | None:
+    """Components of a vector; None where the configuration names them in a way of its own, which the load will know."""
+    if directory.dense:
+        return directory.dense[-1].width_out
+    nested = directory.config.get("text_config")
+    for config in (directory.config, nested if isinstance(nested, dict) else {}):
+        for name in _WIDTHS:
+            if isinstance(width := config.get(name), int):
+                return pooling_of(directory.pooling).width(width)
+    return None
