@@ -16,7 +16,7 @@ from embedq_consumer.batching.batcher import Batcher, BatchPolicy
 from embedq_consumer.batching.single_flight import QueuedText, SingleFlight
 from embedq_consumer.batching.text_queue import TextQueue
 from embedq_consumer.batching.token_budget import TokenBudget
-from embedq_consumer.engine import Encoder, Memory
+from embedq_consumer.engine import Encoder
 from embedq_consumer.lifecycle.gates.dimensions import DimensionsInUse
 from embedq_consumer.lifecycle.gates.load_attempts import LoadAttempts
 from embedq_consumer.lifecycle.gates.model_root import ModelRoot
@@ -84,7 +84,7 @@ class ServedModel:
         self._metrics = metrics
         self._configured = options.configured
         self._root = options.root
-        self._memory: Memory | None = None
+        self._memory: tuple[int | None, int | None] = None, None
         self.slot = ModelSlot(loader, load_timeout_s=options.load_timeout_s)
         self._flights = SingleFlight()
         self._batcher = Batcher[QueuedText](
@@ -159,27 +159,29 @@ class ServedModel:
         self._dimensions.note(dimensions, time.monotonic())
 
     async def watch_memory(self) -> None:
-        """Measure the device's memory again and again, until cancelled."""
-        while (memory := await self.slot.memory()) is not None or self.slot.serving is None:
-            self._memory = memory
-            if memory is not None:
+        """Measure the device's memory again and again, until cancelled; on a CPU this process's."""
+        while True:
+            if (memory := await self.slot.memory()) is not None:
                 self._metrics.gpu_used.set(memory.used)
                 self._metrics.gpu_total.set(memory.total)
                 self._metrics.gpu_reserved.set(memory.reserved)
                 self._metrics.gpu_peak.set(memory.peak)
+                self._memory = memory.used, memory.total
+            else:
+                self._memory = await asyncio.to_thread(resident_bytes), machine_bytes()
             await asyncio.sleep(_MEMORY_EVERY_S)
 
     def _serving(self) -> Serving | None:
         """What a status says of the model that serves."""
         if (loaded := self.slot.serving) is None:
             return None
-        device = self._memory
+        used, total = self._memory
         return Serving(
             dimensions=loaded.encoder.hidden_size,
             max_tokens=loaded.encoder.max_tokens,
             path=_name_of(loaded.path, self._root),
-            memory_used=resident_bytes() if device is None else device.used,
-            memory_total=machine_bytes() if device is None else device.total,
+            memory_used=used,
+            memory_total=total,
         )
 
     @property

@@ -17,26 +17,15 @@ if TYPE_CHECKING:
 _ALL: Final = "all"
 
 
-class _Wave(click.ParamType):
-    """A number of replicas, a percentage of them, or all."""
-
-    name = "wave"
-
-    def convert(
-        self, value: str | int | None, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | str | None:
-        if value is None or value == _ALL:
-            return None
-        text = str(value)
-        if text.isdecimal() and int(text) >= 1:
-            return int(text)
-        if text.endswith("%") and text[:-1].isdecimal() and 1 <= int(text[:-1]) <= 100:
-            return text
-        raise click.BadParameter(
-            f"expected a number of replicas, a percentage of them, or {_ALL}, got {text!r}",
-            ctx=ctx,
-            param=param,
-        )
+def _wave(ctx: click.Context, param: click.Parameter, value: str) -> int | str | None:
+    """A number of replicas, a percentage of them, or all (None)."""
+    if value == _ALL:
+        return None
+    if value.isdecimal() and int(value) >= 1:
+        return int(value)
+    if value.endswith("%") and value[:-1].isdecimal() and 1 <= int(value[:-1]) <= 100:
+        return value
+    raise click.BadParameter(f"expected a number of replicas, a percentage of them, or {_ALL}, got {value!r}")
 
 
 _alias = click.option(
@@ -44,7 +33,7 @@ _alias = click.option(
 )
 _max_unavailable = click.option(
     "--max-unavailable",
-    type=_Wave(),
+    callback=_wave,
     default="25%",
     show_default=True,
     metavar="N|N%|all",
