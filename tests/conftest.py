@@ -13,7 +13,7 @@ from blockbuster import BlockBuster, blockbuster_ctx
 from hypothesis import HealthCheck, settings
 
 from tests.helpers.stack import stack, stack_header, used
-from tests.helpers.support import patient
+from tests.helpers.support import patience
 
 if TYPE_CHECKING:
     from xdist.workermanage import WorkerController
@@ -37,6 +37,9 @@ ORDER: Final = (
 )
 """Folders in the order in which their tests run. What mostly waits comes first: with two workers, short and busy tests
 then fill the gaps, and neither worker is left alone with a long file at the end."""
+
+_ROOM: Final = 3.0
+"""What a whole test's time is multiplied by at least. Only a test that hangs uses it up."""
 
 settings.register_profile(
     "embedq",
@@ -82,11 +85,12 @@ def _place(path: str) -> int:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Give the test more time on a busy machine: pytest-timeout reads the mark after this."""
+    """Give the test more time on a busy machine, and on one that may become busy: pytest-timeout reads the mark after this,
+    once, and so does not learn of a load that comes later."""
     marked = item.get_closest_marker("timeout")
     seconds = float(marked.args[0] if marked else item.config.getini("timeout"))
     if not item.config.getoption("timeout"):  # the command line has the last word
-        item.add_marker(pytest.mark.timeout(patient(seconds)), append=False)
+        item.add_marker(pytest.mark.timeout(seconds * max(_ROOM, patience())), append=False)
     return (yield)
 
 

@@ -158,12 +158,18 @@ class FakeLoader(Loader):
     def __init__(self, load: Callable[[Path], Encoder]) -> None:
         self.load_path = load
         self.inspection = Inspection(needed=100, free=1000, total=1000, device="the device", hidden_size=None)
+        self.problem: BaseException | None = None
+        """What every inspection raises."""
+        self.sources: list[Source] = []
         self.cancels: list[Cancellation] = []
 
     def inspect(self, source: Source, cancel: Cancellation) -> Inspection:
+        if self.problem is not None:
+            raise self.problem
         return self.inspection
 
     def load(self, source: Source, cancel: Cancellation) -> Encoder:
+        self.sources.append(source)
         self.cancels.append(cancel)
         return self.load_path(source.path)
 

@@ -30,6 +30,7 @@ class Model:
     def __init__(self, hidden_size: int = 256, default_prompt: str = "", *, late_chunks: bool = True) -> None:
         self.model_version = VERSION
         self.max_tokens = 512
+        self.weight_bytes = 0
         self.prompts: Mapping[str, str] = {"query": "Q: ", "document": "D: "}
         self.notes: Sequence[str] = ()
         self.phases: Mapping[str, float] = {}

@@ -22,6 +22,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import for_code
 from prometheus_client.parser import text_string_to_metric_families
 
+from embedq_sdk.admin.topics import wanted_topics
 from embedq_sdk.dev import DevStack
 from embedq_shared.topics import Topics
 from tests.helpers import warm_start
@@ -46,12 +47,11 @@ async def make_topics(
     stack: DevStack, prefix: str, *, partitions: int = 4, copies: int = 1, names: Iterable[str] = ()
 ) -> Topics:
     """embedq's topics below this prefix, and other ones by name, with this many copies of each partition."""
-    topics = Topics(prefix)
-    compact = {"cleanup.policy": "compact"}
+    wanted = wanted_topics(prefix, partitions=partitions, reply_partitions=partitions, retry_tiers=0)
     new = [
-        NewTopic(name, partitions, copies)
-        for name in (*topics.lanes, topics.results, topics.replies, topics.dead_letters, *names)
-    ] + [NewTopic(name, 1, copies, topic_configs=compact) for name in (topics.control, topics.status)]
+        NewTopic(topic.name, topic.partitions, copies, topic_configs=dict(topic.config)) for topic in wanted
+    ]
+    new += [NewTopic(name, partitions, copies) for name in names]
     admin = AIOKafkaAdminClient(bootstrap_servers=stack.kafka_servers)
     await admin.start()
     try:
@@ -61,7 +61,7 @@ async def make_topics(
                 raise for_code(code)(topic)
     finally:
         await admin.close()
-    return topics
+    return Topics(prefix)
 
 
 class Replica:

@@ -157,7 +157,7 @@ class HandOver:
                 stored = await self._member.committed(opening)
         except (KafkaError, TimeoutError) as error:
             log.warning("committed_offsets_unknown", reason=type(error).__name__)
-            self._committer.note_finished()  # so that the next round comes after one interval
+            self._committer.again_soon()
             return
         if membership != self._ownership.membership:
             self._committer.hurry()  # a partition may have been another replica's since

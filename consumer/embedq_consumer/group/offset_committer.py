@@ -76,6 +76,7 @@ class OffsetCommitter:
         self._interval_s = interval_s
         self._early_at = max(1, max_uncommitted // _COMMITS_A_SPAN)
         self._finished = 0  # since the last commit
+        self._due_at = 0.0
         self._wanted = asyncio.Event()
         self._urgent = asyncio.Event()
         self._committing = asyncio.Lock()
@@ -87,6 +88,11 @@ class OffsetCommitter:
         if self._finished >= self._early_at:
             self._urgent.set()
 
+    def again_soon(self) -> None:
+        """The round under way did not do all: another comes after one interval."""
+        self._due_at = time.monotonic() + max(self._interval_s, _RETRY_S)
+        self._wanted.set()
+
     def hurry(self) -> None:
         """Somebody waits for the next round."""
         self._wanted.set()
@@ -94,19 +100,18 @@ class OffsetCommitter:
 
     async def run(self, after: Callable[[], Awaitable[None]]) -> None:
         """Commit again and again; each round ends with `after`, and most begin with a commit."""
-        due = time.monotonic()
         while True:
             now = time.monotonic()
-            if now >= due or self._urgent.is_set():
+            if now >= self._due_at or self._urgent.is_set():
                 if self._ledger.committable():
-                    due = now + self._interval_s
+                    self._due_at = now + self._interval_s
                 # Before the commit: what finishes during it brings the next one forward.
                 self._wanted.clear()
                 self._urgent.clear()
                 await self.commit()
             await after()
             await _wait(self._wanted, _IDLE_S)
-            await _wait(self._urgent, min(_IDLE_S, due - time.monotonic()))
+            await _wait(self._urgent, min(_IDLE_S, self._due_at - time.monotonic()))
 
     async def commit(
         self, also: Collection[TopicPartition] = (), *, release: Collection[TopicPartition] = ()

@@ -129,24 +129,23 @@ class Trial:
         """
         command = pursuit.command
         await self._report("validate", command)
-        async with self._noted(pursuit):
-            async with pursuit.interruptible():
-                directory, golden = await self._slot.apart("validate", partial(self._find, command))
-            source = Source(directory, command.quantization)
-            try:
-                found = await self._slot.inspect(source, pursuit.cancel)
-            except Abandoned:
-                pursuit.check()
-                raise
-            except (ModelError, ModelRejected, DeviceLost):
-                raise
-            except Exception as error:
-                raise _cannot_be_loaded(directory, error) from error
-            self._check_dimensions(found.hidden_size, command)
-            policy: Policy = command.policy or "availability_preserving"
-            if (serving := self._slot.serving) is not None:
-                policy = choose_policy(command.policy, found, serving.encoder.weight_bytes)
-            return Examined(source=msgspec.structs.replace(source, tried=True), policy=policy, golden=golden)
+        async with pursuit.interruptible():
+            directory, golden = await self._slot.apart("validate", partial(self._find, command))
+        source = Source(directory, command.quantization)
+        try:
+            found = await self._slot.inspect(source, pursuit.cancel)
+        except Abandoned:
+            pursuit.check()
+            raise
+        except (ModelError, ModelRejected, DeviceLost):
+            raise
+        except Exception as error:
+            raise _cannot_be_loaded(directory, error) from error
+        self._check_dimensions(found.hidden_size, command)
+        policy: Policy = command.policy or "availability_preserving"
+        if (serving := self._slot.serving) is not None:
+            policy = choose_policy(command.policy, found, serving.encoder.weight_bytes)
+        return Examined(source=msgspec.structs.replace(source, tried=True), policy=policy, golden=golden)
 
     async def serves(self, pursuit: Pursuit) -> bool:
         """Whether the model that a command names is the one that serves right now.
@@ -229,10 +228,9 @@ class Trial:
 
     @asynccontextmanager
     async def _noted(self, pursuit: Pursuit) -> AsyncIterator[None]:
-        """Around what may end the process, so that the next process knows."""
-        model = f"{pursuit.command.command_id} {pursuit.command.path}"
+        """Around a load that may end the process, so that the next process knows."""
         async with pursuit.interruptible():
-            begin = partial(self._gates.attempts.begin, model)
+            begin = partial(self._gates.attempts.begin, _name(pursuit.command))
             attempt = await self._slot.apart("validate", begin, late=Attempt.end)
         try:
             yield
@@ -248,6 +246,7 @@ class Trial:
 
     def _find(self, command: Control) -> tuple[Path, Golden | None]:
         """The directory and the golden texts of a command. Blocks on the file system, which may be slow, or hang."""
+        self._gates.attempts.refuse_deadly(_name(command))
         directory = self._gates.root.resolve(command.path)
         if command.golden is None:
             return directory, _golden_of(directory)
@@ -367,6 +366,11 @@ class Trial:
         except Exception as error:
             raise ModelRejected(f"the model cannot run: {type(error).__name__}") from error
         return vectors
+
+
+def _name(command: Control) -> str:
+    """Of its load, for the processes after this one."""
+    return f"{command.command_id} {command.path}"
 
 
 def _golden_of(directory: Path) -> Golden | None:

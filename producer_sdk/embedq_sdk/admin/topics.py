@@ -54,14 +54,16 @@ def wanted_topics(
 ) -> list[TopicSpec]:
     """Every topic of the wire contract, with its configuration."""
     topics = Topics(prefix)
+    # Kafka deletes by a record's timestamp, read or not. A producer may give one of last year (a connector's, or a clock
+    # that is wrong), and such a record would be gone within minutes: so the broker's own clock counts.
+    by_age = {"cleanup.policy": "delete", "message.timestamp.type": "LogAppendTime"}
     # Many clients share the reply topic and old replies are never read: small segments let Kafka delete them soon.
-    short = {
-        "cleanup.policy": "delete",
+    short = by_age | {
         "retention.ms": str(15 * _MINUTE),
         "segment.ms": str(5 * _MINUTE),
         "segment.bytes": str(128 << 20),
     }
-    week = {"cleanup.policy": "delete", "retention.ms": str(7 * _DAY)}
+    week = by_age | {"retention.ms": str(7 * _DAY)}
     # Only closed segments are compacted, so these are closed often.
     compacted = {
         "cleanup.policy": "compact",

@@ -303,6 +303,8 @@ class _Coordinator(GroupCoordinator):  # type: ignore[misc]  # aiokafka has no t
     async def leave(self) -> None:
         """Say goodbye on the free connection, so that it is heard while a JoinGroup waits."""
         self._leaving = True
+        # A heartbeat may hear that we left before this answer comes, and what it wakes would join again.
+        self._coordination_task.cancel()
         if self.member_id and self.coordinator_id is not None and not self._options.static:
             await self.ask(LeaveGroupRequest(self.group_id, self.member_id))
 

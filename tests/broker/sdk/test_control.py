@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from typing import Any
 
@@ -15,6 +16,7 @@ from embedq_sdk.admin.control import LostRace, reload_model, service_status
 from embedq_sdk.admin.rollout import RolloutUpdate
 from embedq_sdk.admin.topics import create_topics
 from embedq_shared.messages import Control
+from embedq_shared.topics import Topics
 from tests.helpers.fake_replica import Replica, failing, silent
 
 pytestmark = pytest.mark.kafka
@@ -179,6 +181,21 @@ async def test_topics_are_created_once_and_differences_are_told(servers: str) ->
         "retry.2": 3,
     }
     assert {d for report in other for d in report.differences} == {"has 3 partitions, not 5"}
+
+
+async def test_a_record_that_its_producer_stamped_long_ago_is_kept_as_long_as_any(servers: str) -> None:
+    name = f"top-{uuid.uuid4().hex[:8]}"
+    await create_topics(servers, prefix=name, partitions=1, reply_partitions=1)
+    topics = Topics(name)
+    before = time.time()
+    async with AIOKafkaProducer(bootstrap_servers=servers) as client:
+        for topic in (topics.jobs, topics.bulk, topics.results, topics.replies, topics.retry(1)):
+            sent = await client.send_and_wait(topic, b"{}", timestamp_ms=1000)
+            assert sent.timestamp / 1000 >= before - 1, f"{topic}: Kafka would delete it by its age"
+        letter = await client.send_and_wait(topics.dead_letters, b"{}", timestamp_ms=1000)
+        assert letter.timestamp == 1000, (
+            "a dead letter keeps its record's timestamp; its topic deletes nothing by age"
+        )
 
 
 async def test_more_copies_than_brokers_is_an_argument_error(servers: str) -> None:

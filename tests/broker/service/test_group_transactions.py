@@ -1,10 +1,11 @@
-"""Transactions that the group fences, on a real Kafka."""
+"""The group's member on a real Kafka: transactions that the group fences, and how a member leaves."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -14,13 +15,15 @@ from embedq_sdk.dev import DevStack
 from embedq_shared.kafka import (
     FencedMember,
     FencedProducer,
+    GroupMember,
+    GroupMemberOptions,
     MemberFenced,
     Membership,
     OffsetAndMetadata,
     stable_offsets,
 )
 from tests.helpers.service_process import fresh_prefix, make_topics
-from tests.helpers.support import patient
+from tests.helpers.support import patient, wait_until
 
 
 @asynccontextmanager
@@ -132,3 +135,62 @@ async def test_offsets_are_read_only_after_an_open_transaction_has_ended(stack: 
         assert not done, "the offset was read while a transaction could still change it"
         await producer.commit_transaction()
         assert await reading == {place: OffsetAndMetadata(7, "")}
+
+
+class _Told:
+    """What a member's follower hears."""
+
+    def __init__(self) -> None:
+        self.assignments: list[frozenset[TopicPartition]] = []
+
+    def claim(self) -> bytes:
+        return b""
+
+    def share(
+        self, partitions: Mapping[str, Sequence[int]], members: Mapping[str, tuple[Collection[str], bytes]]
+    ) -> Mapping[str, tuple[Collection[TopicPartition], bytes]]:
+        places = [
+            TopicPartition(topic, number) for topic, numbers in partitions.items() for number in numbers
+        ]
+        return dict.fromkeys(members, (places, b""))
+
+    def assigned(
+        self, membership: Membership, partitions: frozenset[TopicPartition], user_data: bytes
+    ) -> None:
+        self.assignments.append(partitions)
+
+    def expelled(self) -> None:
+        raise AssertionError("a member that leaves was expelled")
+
+
+async def test_a_member_whose_heartbeat_hears_first_that_it_left_does_not_join_again(stack: DevStack) -> None:
+    """It would be given partitions that it never reads, and the group would wait for its session to end."""
+    topics = await make_topics(stack, fresh_prefix(), partitions=1)
+    options = GroupMemberOptions(
+        group=f"{topics.prefix}.g",
+        client_id="leaver",
+        static=False,
+        session_timeout_ms=10_000,
+        rebalance_timeout_ms=10_000,
+        heartbeat_ms=20,
+    )
+    member, told = GroupMember({"bootstrap_servers": stack.kafka_servers}, options), _Told()
+    await member.start()
+    member.join([topics.jobs], told)
+    await wait_until(lambda: bool(told.assignments), what="the first assignment")
+    coordinator: Any = member._coordinator
+    heard = coordinator.ask
+
+    async def ask_and_dawdle(request: Any) -> Any:
+        answer = await heard(request)
+        # Until a heartbeat was told that the group does not know this member.
+        await wait_until(lambda: coordinator.generation < 0, what="the heartbeat")
+        await wait_until(
+            lambda: coordinator._coordination_task.done() or len(told.assignments) > 1,
+            what="what comes of it",
+        )
+        return answer
+
+    coordinator.ask = ask_and_dawdle
+    assert await member.close(patient(10)) is None
+    assert told.assignments == [frozenset({TopicPartition(topics.jobs, 0)})]

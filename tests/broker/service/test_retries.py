@@ -69,18 +69,19 @@ class Fleet:
     def cure(self) -> None:
         self._file.unlink()
 
-    async def send(self, *jobs: dict[str, Any]) -> None:
-        """Bulk jobs of 1970."""
+    async def send(self, *jobs: dict[str, Any]) -> list[int]:
+        """Bulk jobs; the timestamp of each one's record, milliseconds."""
         async with producer(self.stack) as client:
-            for job in jobs:
+            sent = [
                 await client.send(
                     self.topics.bulk,
                     json.dumps(job).encode(),
                     key=job["id"].encode(),
                     headers=[("correlation-id", job["id"].encode())],
-                    timestamp_ms=1000,
                 )
-            await client.flush()
+                for job in jobs
+            ]
+            return [(await record).timestamp for record in sent]
 
     async def is_committed(self) -> bool:
         """Whether nothing is left on the bulk lane and the retry topics."""
@@ -126,7 +127,7 @@ async def test_a_job_that_heals_is_answered_and_one_that_does_not_ends_in_the_de
         reader(stack, topics.results, committed=True) as results,
         reader(stack, topics.dead_letters, committed=True) as buried,
     ):
-        await fleet.send(ailing(1), short_job(2) | {"input": "incurable"})
+        [_, incurable_at] = await fleet.send(ailing(1), short_job(2) | {"input": "incurable"})
         await wait_until(partial(has, first, 2), within=60, what="two jobs that wait")
         assert await results.all() == []
         fleet.cure()
@@ -142,7 +143,7 @@ async def test_a_job_that_heals_is_answered_and_one_that_does_not_ends_in_the_de
     assert dict(answers["job-1"].headers)["correlation-id"] == b"job-1"
     assert json.loads(answers["job-2"].value)["error"]["code"] == "internal"
     told = letter_of(0, 0, letter.value, letter.headers)
-    assert (told.original_topic, told.attempts, told.original_timestamp) == (topics.bulk, 3, 1000)
+    assert (told.original_topic, told.attempts, told.original_timestamp) == (topics.bulk, 3, incurable_at)
     assert [(run.code, run.replica) for run in told.retries] == [("internal", "one")] * 2
     assert metrics['embedq_retries_total{reason="internal",tier="1"}'] == 2
     assert metrics['embedq_retries_total{reason="internal",tier="2"}'] == 1

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import suppress
+
 from aiokafka import TopicPartition
+from aiokafka.errors import KafkaConnectionError
 from structlog.testing import capture_logs
 
 from embedq_consumer.group import HandOver, OffsetCommitter, OffsetLedger, Ownership, TopicWatch
@@ -65,6 +69,21 @@ async def test_nothing_is_asked_while_nothing_is_new() -> None:
     group.member.assign(A)
     await group.hand_over.step()
     assert group.member.calls.count("committed") == 1
+
+
+async def test_a_coordinator_that_refuses_at_once_is_not_asked_without_a_pause() -> None:
+    """Such a refusal needs no network, as after a member's end: a loop that asks again at once lets nothing else run."""
+    group = Group()
+    group.member.open_errors = [KafkaConnectionError()] * 1000
+    group.member.assign(A)
+    committing = asyncio.create_task(group.committer.run(group.hand_over.step))
+    with capture_logs() as logs:
+        for _ in range(20):
+            await asyncio.sleep(0)
+    committing.cancel()
+    with suppress(asyncio.CancelledError):
+        await committing
+    assert [line["event"] for line in logs] == ["committed_offsets_unknown"]
 
 
 async def test_all_that_is_released_is_gone_before_the_group_is_asked_for_one_rebalance() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedq_consumer.lifecycle.desired_model import Decision, DesiredModel, Ignored
+from embedq_consumer.lifecycle.desired_model import Decision, DesiredModel, Ignored, NextCommand
 from embedq_shared.messages import Control
 from tests.helpers.fake_models import command
 
@@ -76,3 +77,33 @@ def test_versions_only_rise_and_each_command_is_applied_or_ignored_once(polls: l
         if decision.apply is not None:
             assert decision.apply.version == newest
         highest = max(highest, newest)
+
+
+def test_a_command_alone_is_begun_at_once() -> None:
+    next_command = NextCommand()
+    assert (next_command.take(0.0), next_command.wait(0.0)) == (None, None)
+    assert next_command.put(ONE, 10.0, supersedes=False) is None
+    assert next_command.wait(10.0) == 0
+    assert next_command.take(10.0) is ONE
+    assert (next_command.take(10.0), next_command.wait(10.0)) == (None, None)
+
+
+def test_one_that_takes_another_ones_place_waits_until_none_has_come_for_a_moment() -> None:
+    next_command = NextCommand()
+    next_command.put(ONE, 10.0, supersedes=True)
+    assert next_command.take(10.4) is None
+    assert next_command.put(TWO, 10.4, supersedes=False) is ONE
+    assert next_command.take(10.6) is None
+    assert next_command.wait(10.6) == pytest.approx(0.3)
+    assert next_command.take(10.9) is TWO
+
+
+@given(st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=30))
+def test_of_a_burst_one_is_begun_each_time_that_it_is_quiet(pauses: list[float]) -> None:
+    next_command, now, begun = NextCommand(), 0.0, []
+    for version, pause in enumerate(pauses, 1):
+        next_command.put(command(version, "x"), now, supersedes=True)
+        now += pause
+        if (taken := next_command.take(now)) is not None:
+            begun.append(taken.version)
+    assert begun == [version for version, pause in enumerate(pauses, 1) if pause >= 0.5]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import math
 import os
 import threading
@@ -12,13 +13,25 @@ from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from embedq_consumer.engine import DeviceLost, Encoder, Memory, ModelError, OutOfMemory, Pending, Tokens
+from embedq_consumer.engine import (
+    DeviceLost,
+    Encoder,
+    Failed,
+    Memory,
+    ModelError,
+    OutOfMemory,
+    Pending,
+    Text,
+    TextTooLong,
+    Tokens,
+)
 from embedq_consumer.lifecycle import ModelRejected, NoModel
 from embedq_consumer.threads import left_behind
-from embedq_shared.messages import Policy
+from embedq_shared.messages import GOLDEN_FILE, Policy
 from tests.helpers.fake_models import Bench, FakeModel, MakeBench, command
 from tests.helpers.support import wait_until
 
@@ -340,6 +353,164 @@ async def test_a_budget_that_cannot_be_measured_again_stays_and_the_reload_has_w
     assert b.sample("batch_budget_tokens") == 256
     [line] = [line for line in logs if line["event"] == "batch_budget_not_measured_again"]
     assert line["reason"] == "drain: the jobs in flight were not finished within 7 s"
+
+
+# -- before anything is given up for it ---------------------------------------------------------------------------------
+
+
+async def test_without_a_policy_the_old_model_goes_first_where_both_do_not_fit(bench: MakeBench) -> None:
+    old = FakeModel()
+    b = await started(bench(old=[old], new=[new()]))
+    b.loader.inspection = msgspec.structs.replace(b.loader.inspection, needed=150, free=100)
+    await b.follow([command(1, "new")])
+    assert b.steps() == ["validate", "drain", "load", "warm_up", "check", "swap", "serving"]
+    assert (b.serving, old.closed) == ("new", True)
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"policy": "availability_preserving"}, "memory: needs 0.0 GB at least beside the old model"),
+        ({"needed": 201}, "memory: needs"),
+        ({"hidden_size": 63}, "dimensions: jobs of the last hour asked for 64"),
+        (
+            {"hidden_size": 99, "min_dimensions": 100},
+            "min_dimensions: expected a hidden size of at least 100",
+        ),
+    ],
+)
+async def test_a_model_that_will_not_do_is_refused_before_it_is_loaded(
+    bench: MakeBench, more: dict[str, Any], reason: str
+) -> None:
+    b = await started(bench(new=[new()]))
+    b.model.note_dimensions(64)
+    asked = {name: more.pop(name) for name in ("policy", "min_dimensions") if name in more}
+    b.loader.inspection = msgspec.structs.replace(b.loader.inspection, **{"needed": 150, "free": 100} | more)
+    loads = len(b.loads)
+    await b.follow([command(1, "new", **asked)])
+    last = b.sent[-1]
+    assert (last.step, last.state) == ("validate", "FAILED")
+    assert (last.error or "").startswith(reason)
+    assert (b.serving, len(b.loads), b.holds) == ("old", loads, [])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+async def test_a_directory_that_fails_its_inspection_costs_no_job_a_wait(
+    bench: MakeBench, policy: Policy
+) -> None:
+    b = await started(bench(new=[new()]))
+    for problem, reason in (
+        (ModelError("torn"), "torn"),
+        (PanicException("short"), "cannot be loaded: Panic"),
+    ):
+        b.loader.problem = problem
+        await b.follow([command(1 + len(reason), "new", policy=policy)])
+        last = b.sent[-1]
+        assert (last.step, last.state) == ("validate", "FAILED")
+        assert reason in (last.error or "")
+    assert b.holds == []
+
+
+async def test_a_hidden_size_that_only_the_load_knows_is_checked_after_it(bench: MakeBench) -> None:
+    b = await started(bench(new=[new()]))
+    b.model.note_dimensions(64)
+    await b.follow([command(1, "new")], [command(2, "new", min_dimensions=2)])
+    refused, last = [said for said in b.sent if said.state != "LOADING"]
+    assert (refused.step, refused.state) == ("check", "FAILED")
+    assert (last.state, last.version) == ("READY", 2)
+
+
+# -- golden texts ---------------------------------------------------------------------------------------------------------
+
+
+def golden_file(file: Path, *embedding: float, **more: Any) -> None:
+    file.write_text(json.dumps({"texts": [{"text": "one", "embedding": embedding}]} | more))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+async def test_a_model_whose_vectors_are_not_those_stored_beside_it_is_refused(
+    bench: MakeBench, policy: Policy
+) -> None:
+    b = await started(bench(old=[FakeModel(), FakeModel()], new=[new(), new()]))
+    golden_file(b.root / "new" / GOLDEN_FILE, 4.0, 3.0)
+    await b.follow([command(1, "new", policy=policy)])
+    last = b.sent[-1]
+    assert (last.step, last.state) == ("check", "FAILED")
+    assert (
+        last.error == "golden: texts[0]: expected a cosine of at least 0.995 to the stored vector, got 0.9600"
+    )
+    assert b.serving == "old"
+    await b.follow([command(2, "new", golden_min_cosine=0.9, policy=policy)])
+    assert (b.serving, b.sent[-1].state) == ("new", "READY")
+
+
+async def test_a_command_may_name_other_golden_texts_below_the_root(bench: MakeBench) -> None:
+    b = await started(bench(new=[new(), new()]))
+    golden_file(b.root / "new" / GOLDEN_FILE, 4.0, 3.0)
+    golden_file(b.root / "others.json", 3.0, 4.0)
+    (b.root.parent / "outside.json").write_text("secret")
+    await b.follow([command(1, "new", golden="others.json")])
+    assert (b.serving, b.sent[-1].state) == ("new", "READY")
+    for version, (path, reason) in enumerate(
+        [("../outside.json", "golden: expected a file below"), ("none.json", "none.json: missing")], 2
+    ):
+        await b.follow([command(version, "new", golden=path)])
+        assert (b.sent[-1].step, b.sent[-1].state) == ("validate", "FAILED")
+        assert reason in (b.sent[-1].error or "")
+
+
+async def test_the_configured_model_is_held_to_its_own_golden_texts(bench: MakeBench) -> None:
+    b = bench()
+    golden_file(b.root / "old" / GOLDEN_FILE, 4.0, 3.0)
+    with pytest.raises(ModelRejected, match=r"^golden: texts\[0\]"):
+        await b.model.start(None)
+
+
+async def test_a_text_gets_the_prompt_of_its_input_type(bench: MakeBench) -> None:
+    class Prompted(FakeModel):
+        def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong | Failed]:
+            asked.extend((text.prompt, text.text) for text in texts if text.text == "one")
+            return super().tokenize(texts)
+
+    asked: list[tuple[str, str]] = []
+    loaded = Prompted(NEW)
+    loaded.prompts, loaded.default_prompt = {"query": "Q: "}, "D: "
+    b = await started(bench(new=[loaded]))
+    texts = [
+        {"text": "one", "embedding": [3.0, 4.0], "input_type": kind} for kind in ("query", "document", None)
+    ]
+    (b.root / "new" / GOLDEN_FILE).write_text(json.dumps({"texts": texts}))
+    await b.follow([command(1, "new")])
+    assert asked == [("Q: ", "one"), ("", "one"), ("D: ", "one")]
+
+
+# -- how it is held -------------------------------------------------------------------------------------------------------
+
+
+async def test_a_command_says_how_the_weights_are_held_and_its_fallback_how_they_were(
+    bench: MakeBench,
+) -> None:
+    b = bench(new=[ModelError("torn")], before=[FakeModel("sha256:before")])
+    await b.model.start(
+        command(4, "new", quantization="fp8", fallback="before", fallback_quantization="none")
+    )
+    assert [(source.path.name, source.quantization) for source in b.loader.sources] == [
+        ("new", "fp8"),
+        ("before", "none"),
+    ]
+
+
+async def test_a_model_that_comes_back_is_held_as_it_was(bench: MakeBench) -> None:
+    b = await started(bench(old=[FakeModel()], other=[FakeModel("sha256:other")], torn=[ModelError("torn")]))
+    await b.follow(
+        [command(1, "other", quantization="fp8")], [command(2, "torn", policy="resource_preserving")]
+    )
+    assert [(source.path.name, source.quantization) for source in b.loader.sources] == [
+        ("old", None),
+        ("other", "fp8"),
+        ("torn", None),
+        ("other", "fp8"),
+    ]
 
 
 # -- what is measured ---------------------------------------------------------------------------------------------------

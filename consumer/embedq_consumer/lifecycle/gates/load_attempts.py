@@ -59,14 +59,22 @@ class LoadAttempts:
         Raises:
             ModelRejected: it ended the process too often.
         """
-        key = hashlib.sha256(model.encode()).hexdigest()[:32]
-        dead = self._dead(key)
+        dead = self.refuse_deadly(model)
+        file, descriptor = self._file(_key(model))
+        return Attempt((*dead, *file), descriptor)
+
+    def refuse_deadly(self, model: str) -> list[Path]:
+        """The files of the loads of this model that their processes died of, where they are not too many.
+
+        Raises:
+            ModelRejected: they are.
+        """
+        dead = self._dead(_key(model))
         if len(dead) >= _DEADLY:
             raise ModelRejected(
                 f"it ended the process that loaded it {len(dead)} times; it is not tried again before a new command"
             )
-        file, descriptor = self._file(key)
-        return Attempt((*dead, *file), descriptor)
+        return dead
 
     def _dead(self, key: str) -> list[Path]:
         """The files of this model that no living process holds."""
@@ -89,6 +97,10 @@ class LoadAttempts:
             log.warning("load_not_noted", reason=type(error).__name__)
             return (), None
         return (file,), descriptor
+
+
+def _key(model: str) -> str:
+    return hashlib.sha256(model.encode()).hexdigest()[:32]
 
 
 def _age(file: Path) -> float:
