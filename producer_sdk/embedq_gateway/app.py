@@ -226,6 +226,8 @@ class Gateway:
             digest=asked.digest,
             policy="availability_preserving" if asked.policy == "availability" else "resource_preserving",
             min_cosine=asked.min_cosine,
+            max_unavailable=asked.max_unavailable,
+            canary=asked.canary,
             timeout=asked.timeout,
             topic_prefix=self._topics.prefix,
             **self._security,

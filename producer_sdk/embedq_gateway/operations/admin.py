@@ -23,6 +23,7 @@ from embedq_gateway.http.operation import Operation
 from embedq_gateway.operations.history import History, Point
 from embedq_gateway.operations.sse import EventStream, events
 from embedq_sdk.admin import LostRace, RolloutUpdate
+from embedq_sdk.admin.commands import DEFAULT_WAVE
 from embedq_sdk.admin.rollout import ReplicaView
 from embedq_shared.messages import DEFAULT_ALIAS
 from embedq_shared.topics import Lane
@@ -44,6 +45,10 @@ class ReloadRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     digest: str | None = None
     policy: Literal["availability", "resource"] = "availability"
     min_cosine: Annotated[float, Meta(ge=-1, le=1)] | None = None
+    max_unavailable: int | str | None = DEFAULT_WAVE
+    """Replicas that change at once: a number, a percentage such as "25%", or null for all."""
+    canary: bool = True
+    """One replica changes alone first."""
     timeout: Annotated[float, Meta(gt=0, le=3600)] = 600.0
 
 

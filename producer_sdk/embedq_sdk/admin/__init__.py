@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from embedq_sdk.admin.commands import NothingBefore
 from embedq_sdk.admin.control import (
     LaneLag,
     LostRace,
-    NothingBefore,
     ServiceStatus,
     live_replicas,
     reload_model,

@@ -11,6 +11,13 @@ from typing import Any, Final, NamedTuple, get_args
 
 import msgspec
 
+from embedq_sdk.admin.commands import (
+    DEFAULT_WAVE,
+    checked_wave,
+    command_back,
+    next_command,
+    rollout_of,
+)
 from embedq_sdk.admin.rollout import ReplicaView, RolloutUpdate, RolloutView, view_of
 from embedq_sdk.errors import EmbedError, InvalidArgument
 from embedq_sdk.job_options import checked_timeout
@@ -26,17 +33,13 @@ from embedq_shared.kafka import (
     group_lag,
     poll,
 )
-from embedq_shared.messages import Control, Policy, Quantization, Rollout, Status
+from embedq_shared.messages import Control, Policy, Status
 from embedq_shared.topics import GROUP, Topics
 
 _UNDECODABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
 _MAX_ALIAS_CHARS: Final = 256
 _MAX_PATH_CHARS: Final = 4096
-DEFAULT_WAVE: Final = "25%"
-"""As Kubernetes has it: enough for speed, and three quarters go on serving as they did."""
-_PERCENT: Final = re.compile(r"([1-9][0-9]?|100)%")
-_WAVE_EXPECTED: Final = "a number of replicas of at least 1, a percentage from 1% to 100%, or None for all"
 _STEP_S: Final = 10.0
 """One step of a command, such as finding the end of a topic."""
 _READ_S: Final = 3 * _STEP_S
@@ -50,13 +53,6 @@ class LostRace(EmbedError):
     """Another command for {alias} was written at the same time and takes precedence: see `embedq status`, then reload again"""
 
     alias: str
-
-
-class NothingBefore(EmbedError):
-    """There is nothing to take {alias} back to: {reason}"""
-
-    alias: str
-    reason: str
 
 
 class LaneLag(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,11 +106,11 @@ async def reload_model(
         LostRace: another writer was faster; replicas follow that one.
     """
     command = _checked_command(path, alias, digest, policy, min_cosine)
-    wave = _checked_wave(max_unavailable)
+    wave = checked_wave(max_unavailable)
 
     def decide(earlier: list[Control], live: list[Status]) -> Control:
         return msgspec.structs.replace(
-            _next_command(command, earlier, live), rollout=_rollout(wave, canary, len(live))
+            next_command(command, earlier, live), rollout=rollout_of(wave, canary, len(live))
         )
 
     place = _Place(KafkaConnection.of(servers, security), Topics(topic_prefix), alias, connect_timeout)
@@ -144,11 +140,11 @@ async def rollback_model(
         InvalidArgument, TopicMissing, KafkaUnavailable, LostRace: as for `reload_model`.
     """
     _check_name("alias", alias, _MAX_ALIAS_CHARS)
-    wave = _checked_wave(max_unavailable)
+    wave = checked_wave(max_unavailable)
 
     def decide(earlier: list[Control], live: list[Status]) -> Control:
-        command = _command_back(alias, earlier, live)
-        return msgspec.structs.replace(command, rollout=_rollout(wave, False, len(live)))
+        command = command_back(alias, earlier, live)
+        return msgspec.structs.replace(command, rollout=rollout_of(wave, False, len(live)))
 
     place = _Place(KafkaConnection.of(servers, security), Topics(topic_prefix), alias, connect_timeout)
     updates = _carry_out(place, decide, checked_timeout("timeout", timeout))
@@ -303,90 +299,6 @@ def _check_name(name: str, value: object, most: int) -> None:
     if not isinstance(value, str) or not 1 <= len(value) <= most:
         got = f"{len(value):,}" if isinstance(value, str) else type(value).__name__
         raise InvalidArgument(argument=name, expected=f"a string of 1 to {most:,} characters", got=got)
-
-
-def _next_command(command: Control, earlier: list[Control], live: list[Status]) -> Control:
-    """The command with the next version, and with a fallback directory that is known to load.
-
-    What live replicas follow counts, too: the control topic may have been deleted and made again, and their versions only rise.
-    The fallback is the directory that all live replicas serve, if they say so. Else it is the current command's path if a live
-    replica serves it (in a roll-out: if all do), else that command's own fallback.
-    """
-    followed = max((status.version or 0 for status in live), default=0)
-    current = max(earlier, key=lambda record: record.version, default=None)
-    fallback = _fallback(current, live)
-    return msgspec.structs.replace(
-        command,
-        version=max(current.version if current else 0, followed) + 1,
-        fallback=fallback,
-        fallback_quantization=_quantization_of(fallback, current),
-    )
-
-
-def _fallback(current: Control | None, live: list[Status]) -> str | None:
-    served = {status.path for status in live if status.serving}
-    if len(served) == 1 and (path := next(iter(served))) is not None:
-        return path
-    if current is None:
-        return None
-    ready = [status.version == current.version and status.state == "READY" for status in live]
-    through = any(ready) if current.rollout is None else ready != [] and all(ready)
-    return current.path if through else current.fallback
-
-
-def _quantization_of(path: str | None, current: Control | None) -> Quantization | None:
-    """That of a directory which the current command names."""
-    if current is None or path is None:
-        return None
-    return current.quantization if path == current.path else current.fallback_quantization
-
-
-def _command_back(alias: str, earlier: list[Control], live: list[Status]) -> Control:
-    """The command that brings back what served before the current one.
-
-    Raises:
-        NothingBefore: that is not known, or a rollback brought it back already.
-    """
-    current = max(earlier, key=lambda record: record.version, default=None)
-    if current is None:
-        raise NothingBefore(alias=alias, reason="no command was ever written for it")
-    if current.fallback is None:
-        raise NothingBefore(
-            alias=alias, reason=f"version {current.version} does not say what served before it"
-        )
-    if current.fallback == current.path:
-        raise NothingBefore(alias=alias, reason=f"version {current.version} has brought {current.path} back")
-    followed = max((status.version or 0 for status in live), default=0)
-    return Control(
-        alias=alias,
-        version=max(current.version, followed) + 1,
-        path=current.fallback,
-        command_id=uuid.uuid4().hex,
-        quantization=current.fallback_quantization,
-        policy=current.policy,
-        fallback=current.path,
-        fallback_quantization=current.quantization,
-        rollback_of=current.version,
-        reason="embedq rollback",
-    )
-
-
-def _checked_wave(max_unavailable: int | str | None) -> int | str | None:
-    """The number of replicas, or their percentage."""
-    percent = isinstance(max_unavailable, str) and _PERCENT.fullmatch(max_unavailable)
-    whole = (
-        isinstance(max_unavailable, int) and not isinstance(max_unavailable, bool) and max_unavailable >= 1
-    )
-    if not (percent or whole or max_unavailable is None):
-        raise InvalidArgument(argument="max_unavailable", expected=_WAVE_EXPECTED, got=repr(max_unavailable))
-    return max_unavailable
-
-
-def _rollout(wave: int | str | None, canary: bool, live: int) -> Rollout | None:
-    """How so many live replicas follow a command."""
-    if isinstance(wave, str):
-        wave = max(1, live * int(wave.rstrip("%")) // 100)
-    return None if wave is None and not canary else Rollout(max_unavailable=wave, canary=canary)
 
 
 class FoundCommand(msgspec.Struct, frozen=True):

@@ -148,7 +148,8 @@ async def _follow(updates: AsyncGenerator[RolloutUpdate, None], timeout: float, 
     from rich.console import Console
     from rich.live import Live
 
-    from embedq_sdk.admin.control import LostRace, NothingBefore
+    from embedq_sdk.admin.commands import NothingBefore
+    from embedq_sdk.admin.control import LostRace
     from embedq_sdk.cli.tables import replica_lines, rollout_table
 
     console = Console()
