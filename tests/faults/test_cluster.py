@@ -39,10 +39,19 @@ async def read(servers: str, topic: str, count: int) -> list[bytes]:
 
 
 async def leader(cluster: Cluster, topic: str) -> int:
+    found = -1
+
+    async def is_known() -> bool:
+        """A broker other than the one that made the topic may not have heard of it yet."""
+        nonlocal found
+        found = _leader_of_first(await admin.describe_topics([topic]))
+        return found >= 0
+
     admin = AIOKafkaAdminClient(bootstrap_servers=cluster.direct_servers)
     await admin.start()
     try:
-        return _leader_of_first(await admin.describe_topics([topic]))
+        await wait_until(is_known, what=f"a leader of {topic}")
+        return found
     finally:
         await admin.close()
 
@@ -157,5 +166,6 @@ async def _leader_by(cluster: Cluster, node: int, topic: str) -> int:
 
 
 def _leader_of_first(described: list[dict[str, Any]]) -> int:
-    """Partitions come in any order."""
-    return next(int(found["leader"]) for found in described[0]["partitions"] if found["partition"] == 0)
+    """Partitions come in any order; -1 where the first is not among them."""
+    leaders = {found["partition"]: int(found["leader"]) for found in described[0]["partitions"]}
+    return leaders.get(0, -1)

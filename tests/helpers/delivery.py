@@ -9,13 +9,13 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.record.default_records import _DefaultRecordBatchBuilderPy
 
 from embedq_sdk.dev import DevStack
 from embedq_shared.topics import Topics
-from tests.helpers.service_process import Reader, Replica, producer
+from tests.helpers.service_process import Reader, Replica, partitions_of, producer
 from tests.helpers.support import patient, wait_until
 
 MakeJob = Callable[[int], dict[str, Any]]
@@ -191,12 +191,7 @@ async def uncommitted(stack: DevStack, topics: Topics) -> int:
     await admin.start()
     await reader.start()
     try:
-        described = await admin.describe_topics(list(topics.lanes))
-        partitions = [
-            TopicPartition(topic["topic"], found["partition"])
-            for topic in described
-            for found in topic["partitions"]
-        ]
+        partitions = await partitions_of(admin, topics.lanes)
         ends = await reader.end_offsets(partitions)
         committed = await admin.list_consumer_group_offsets(group)
     finally:

@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from io import FileIO
 from pathlib import Path
@@ -303,6 +303,20 @@ class Reader:
             self.records.extend(found)
 
 
+async def partitions_of(admin: AIOKafkaAdminClient, topics: Collection[str]) -> list[TopicPartition]:
+    """Every partition of these. A broker may not have heard yet of a topic that was just made."""
+    found: list[dict[str, Any]] = []
+
+    async def are_known() -> bool:
+        found[:] = await admin.describe_topics(list(topics))
+        return all(topic["partitions"] for topic in found)
+
+    await wait_until(are_known, what=f"a broker that knows {topics}")
+    return [
+        TopicPartition(topic["topic"], its["partition"]) for topic in found for its in topic["partitions"]
+    ]
+
+
 @asynccontextmanager
 async def reader(stack: DevStack, *names: str, committed: bool = False) -> AsyncIterator[Reader]:
     """A plain consumer of whole topics; with `committed`, of committed records alone."""
@@ -318,16 +332,10 @@ async def reader(stack: DevStack, *names: str, committed: bool = False) -> Async
         admin = AIOKafkaAdminClient(bootstrap_servers=stack.kafka_servers)
         await admin.start()
         try:
-            described = await admin.describe_topics(list(names))
+            partitions = await partitions_of(admin, names)
         finally:
             await admin.close()
-        consumer.assign(
-            [
-                TopicPartition(topic["topic"], p["partition"])
-                for topic in described
-                for p in topic["partitions"]
-            ]
-        )
+        consumer.assign(partitions)
         await consumer.seek_to_beginning()
         yield Reader(consumer)
     finally:
