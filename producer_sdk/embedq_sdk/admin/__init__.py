@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from embedq_sdk.admin.commands import NothingBefore
+from embedq_sdk.admin.commands import NothingBefore, UnexpectedVersion
 from embedq_sdk.admin.control import (
     LaneLag,
     LostRace,
@@ -23,6 +23,7 @@ __all__ = [
     "RolloutUpdate",
     "ServiceStatus",
     "TopicReport",
+    "UnexpectedVersion",
     "create_topics",
     "live_replicas",
     "reload_model",

@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import re
 import uuid
-from typing import Final
+from typing import Final, get_args
 
 import msgspec
 
 from embedq_sdk.errors import EmbedError, InvalidArgument
-from embedq_shared.messages import Control, Quantization, Rollout, Status
+from embedq_shared.messages import MAX_INTEGER, Control, Policy, Quantization, Rollout, Status
 
-__all__ = ["DEFAULT_WAVE", "NothingBefore", "checked_wave", "command_back", "next_command", "rollout_of"]
+__all__ = [
+    "DEFAULT_WAVE",
+    "NothingBefore",
+    "UnexpectedVersion",
+    "check_alias",
+    "checked_command",
+    "checked_version",
+    "checked_wave",
+    "command_back",
+    "next_command",
+    "refuse_unexpected",
+    "rollout_of",
+]
 
 DEFAULT_WAVE: Final = "25%"
 """As Kubernetes has it: enough for speed, and three quarters go on serving as they did."""
+_DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
+_MAX_ALIAS_CHARS: Final = 256
+_MAX_PATH_CHARS: Final = 4096
 _PERCENT: Final = re.compile(r"([1-9][0-9]?|100)%")
 _WAVE_EXPECTED: Final = "a number of replicas of at least 1, a percentage from 1% to 100%, or None for all"
 
@@ -24,6 +39,110 @@ class NothingBefore(EmbedError):
 
     alias: str
     reason: str
+
+
+class UnexpectedVersion(EmbedError):
+    """Version {version} of {alias} is in force, not {expected}: nothing was written"""
+
+    alias: str
+    version: int
+    expected: int
+
+
+# More than six parameters: the fields of a command, each by its name.
+def checked_command(
+    path: str,
+    alias: str,
+    *,
+    digest: str | None = None,
+    policy: Policy | None = None,
+    quantization: Quantization | None = None,
+    min_cosine: float | None = None,
+    golden: str | None = None,
+    golden_min_cosine: float | None = None,
+    min_dimensions: int | None = None,
+) -> Control:
+    """The command, checked, but for its version.
+
+    Raises:
+        InvalidArgument: a field cannot be used.
+    """
+    _check_text("path", path, _MAX_PATH_CHARS)
+    check_alias(alias)
+    if golden is not None:
+        _check_text("golden", golden, _MAX_PATH_CHARS)
+    if digest is not None and not (isinstance(digest, str) and _DIGEST.fullmatch(digest)):
+        raise InvalidArgument(
+            argument="digest", expected="sha256: and 64 lower-case hex digits", got="something else"
+        )
+    _check_choice("policy", policy, get_args(Policy))
+    _check_choice("quantization", quantization, get_args(Quantization))
+    if min_dimensions is not None:
+        _check_count("min_dimensions", min_dimensions, least=1)
+    return Control(
+        alias=alias,
+        version=1,
+        path=path,
+        command_id=uuid.uuid4().hex,
+        digest=digest,
+        policy=policy,
+        quantization=quantization,
+        min_cosine=_cosine("min_cosine", min_cosine),
+        golden=golden,
+        golden_min_cosine=_cosine("golden_min_cosine", golden_min_cosine),
+        min_dimensions=min_dimensions,
+    )
+
+
+def check_alias(alias: object) -> None:
+    """
+    Raises:
+        InvalidArgument: it is no alias.
+    """
+    _check_text("alias", alias, _MAX_ALIAS_CHARS)
+
+
+def checked_version(expected: int | None) -> int | None:
+    """The version that must be in force, 0 for none at all; None: whichever."""
+    if expected is not None:
+        _check_count("expected_version", expected, least=0)
+    return expected
+
+
+def refuse_unexpected(alias: str, expected: int | None, earlier: list[Control]) -> None:
+    """
+    Raises:
+        UnexpectedVersion: another command is in force than the one that is expected.
+    """
+    version = max((command.version for command in earlier), default=0)
+    if expected not in (None, version):
+        raise UnexpectedVersion(alias=alias, version=version, expected=expected)
+
+
+def _check_text(name: str, value: object, most: int) -> None:
+    if not isinstance(value, str) or not 1 <= len(value) <= most:
+        got = f"{len(value):,}" if isinstance(value, str) else type(value).__name__
+        raise InvalidArgument(argument=name, expected=f"a string of 1 to {most:,} characters", got=got)
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value is not None and value not in choices:
+        raise InvalidArgument(
+            argument=name, expected=f"one of {', '.join(choices)}, or None", got=repr(value)
+        )
+
+
+def _check_count(name: str, value: object, *, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MAX_INTEGER:
+        raise InvalidArgument(argument=name, expected=f"an integer of at least {least}", got=repr(value))
+
+
+def _cosine(name: str, value: float | None) -> float | None:
+    if value is None:
+        return None
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not -1 <= value <= 1:
+        raise InvalidArgument(argument=name, expected="a number from -1 to 1", got=repr(value))
+    return float(value)
 
 
 def next_command(command: Control, earlier: list[Control], live: list[Status]) -> Control:

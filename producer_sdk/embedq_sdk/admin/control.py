@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import re
 import time
-import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing
-from typing import Any, Final, NamedTuple, get_args
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
 from embedq_sdk.admin.commands import (
     DEFAULT_WAVE,
+    check_alias,
+    checked_command,
+    checked_version,
     checked_wave,
     command_back,
     next_command,
+    refuse_unexpected,
     rollout_of,
 )
 from embedq_sdk.admin.rollout import ReplicaView, RolloutUpdate, RolloutView, view_of
@@ -33,13 +35,10 @@ from embedq_shared.kafka import (
     group_lag,
     poll,
 )
-from embedq_shared.messages import Control, Policy, Status
+from embedq_shared.messages import Control, Policy, Quantization, Status
 from embedq_shared.topics import GROUP, Topics
 
 _UNDECODABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-_DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
-_MAX_ALIAS_CHARS: Final = 256
-_MAX_PATH_CHARS: Final = 4096
 _STEP_S: Final = 10.0
 """One step of a command, such as finding the end of a topic."""
 _READ_S: Final = 3 * _STEP_S
@@ -75,8 +74,13 @@ async def reload_model(
     *,
     alias: str = "default",
     digest: str | None = None,
-    policy: Policy = "availability_preserving",
+    policy: Policy | None = None,
+    quantization: Quantization | None = None,
     min_cosine: float | None = None,
+    golden: str | None = None,
+    golden_min_cosine: float | None = None,
+    min_dimensions: int | None = None,
+    expected_version: int | None = None,
     max_unavailable: int | str | None = DEFAULT_WAVE,
     canary: bool = True,
     timeout: float = 600.0,
@@ -92,8 +96,14 @@ async def reload_model(
     Args:
         path: a model directory below the service's configured root.
         digest: the model version that must result ("sha256:…"); another one is FAILED.
-        policy: load alongside the old model, or after unloading it.
-        min_cosine: least cosine similarity of the check texts' vectors to the old model's.
+        policy: load alongside the old model, or after unloading it; None: each replica chooses by its free memory.
+        quantization: of this model; None: as each replica's settings say.
+        min_cosine: least cosine similarity of the check texts' vectors to the old model's; `SAME_SPACE_COSINE` if nothing but
+            precision may differ.
+        golden: a file of texts and expected vectors, below the model root. Default: the one in the model's directory, if it is there.
+        golden_min_cosine: least cosine similarity to those. Default: `SAME_SPACE_COSINE`.
+        min_dimensions: the least hidden size. Default: what jobs lately asked for.
+        expected_version: the command that must be in force, 0 for none; if another one is, nothing is written.
         max_unavailable: replicas that change at once, or which part of the live ones ("25%", at least one); None: all.
         canary: one replica changes alone first. Without it, and with None for `max_unavailable`, each replica follows for itself:
             one that fails keeps its old model, and the others go on with the new one.
@@ -101,14 +111,26 @@ async def reload_model(
         security: as for `EmbedClient`.
 
     Raises:
-        InvalidArgument, TopicMissing: no command was written.
+        InvalidArgument, TopicMissing, UnexpectedVersion: no command was written.
         KafkaUnavailable: a command may have been written, or not.
         LostRace: another writer was faster; replicas follow that one.
     """
-    command = _checked_command(path, alias, digest, policy, min_cosine)
+    command = checked_command(
+        path,
+        alias,
+        digest=digest,
+        policy=policy,
+        quantization=quantization,
+        min_cosine=min_cosine,
+        golden=golden,
+        golden_min_cosine=golden_min_cosine,
+        min_dimensions=min_dimensions,
+    )
+    expected = checked_version(expected_version)
     wave = checked_wave(max_unavailable)
 
     def decide(earlier: list[Control], live: list[Status]) -> Control:
+        refuse_unexpected(alias, expected, earlier)
         return msgspec.structs.replace(
             next_command(command, earlier, live), rollout=rollout_of(wave, canary, len(live))
         )
@@ -139,7 +161,7 @@ async def rollback_model(
         NothingBefore: no command was written, since nothing is known to go back to.
         InvalidArgument, TopicMissing, KafkaUnavailable, LostRace: as for `reload_model`.
     """
-    _check_name("alias", alias, _MAX_ALIAS_CHARS)
+    check_alias(alias)
     wave = checked_wave(max_unavailable)
 
     def decide(earlier: list[Control], live: list[Status]) -> Control:
@@ -264,41 +286,6 @@ async def live_replicas(
 def control_consumer(connection: KafkaConnection) -> Callable[[], AIOKafkaConsumer]:
     """Makes a consumer for `ControlPlaneReader`."""
     return lambda: connection.consumer(fetch_max_wait_ms=_POLL_MS)
-
-
-def _checked_command(
-    path: str, alias: str, digest: str | None, policy: Policy, min_cosine: float | None
-) -> Control:
-    """The command, checked, but for its version."""
-    _check_name("path", path, _MAX_PATH_CHARS)
-    _check_name("alias", alias, _MAX_ALIAS_CHARS)
-    if digest is not None and not (isinstance(digest, str) and _DIGEST.fullmatch(digest)):
-        raise InvalidArgument(
-            argument="digest", expected="sha256: and 64 lower-case hex digits", got="something else"
-        )
-    if policy not in get_args(Policy):
-        raise InvalidArgument(
-            argument="policy", expected=f"one of {', '.join(get_args(Policy))}", got=repr(policy)
-        )
-    if min_cosine is not None and not (
-        isinstance(min_cosine, (int, float)) and not isinstance(min_cosine, bool) and -1 <= min_cosine <= 1
-    ):
-        raise InvalidArgument(argument="min_cosine", expected="a number from -1 to 1", got=repr(min_cosine))
-    return Control(
-        alias=alias,
-        version=1,
-        path=path,
-        command_id=uuid.uuid4().hex,
-        digest=digest,
-        policy=policy,
-        min_cosine=None if min_cosine is None else float(min_cosine),
-    )
-
-
-def _check_name(name: str, value: object, most: int) -> None:
-    if not isinstance(value, str) or not 1 <= len(value) <= most:
-        got = f"{len(value):,}" if isinstance(value, str) else type(value).__name__
-        raise InvalidArgument(argument=name, expected=f"a string of 1 to {most:,} characters", got=got)
 
 
 class FoundCommand(msgspec.Struct, frozen=True):

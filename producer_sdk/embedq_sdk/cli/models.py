@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from embedq_sdk.cli.kafka_options import CONNECT_TIMEOUT_S, KafkaTarget, kafka_options
 from embedq_sdk.cli.running import FAILED, MIXED, NO_ANSWER, run, say
+from embedq_shared.messages import SAME_SPACE_COSINE, Policy
 
 if TYPE_CHECKING:
     from embedq_sdk.admin.rollout import RolloutUpdate
 
 _ALL: Final = "all"
+_POLICIES: Final[dict[str, Policy | None]] = {
+    "auto": None,
+    "availability": "availability_preserving",
+    "resource": "resource_preserving",
+}
 
 
 def _wave(ctx: click.Context, param: click.Parameter, value: str) -> int | str | None:
@@ -56,15 +62,43 @@ _wait = click.option(
 @click.option("--digest", help="The model version that must result, sha256:…; replicas refuse any other.")
 @click.option(
     "--policy",
-    type=click.Choice(["availability", "resource"]),
-    default="availability",
+    type=click.Choice(["auto", "availability", "resource"]),
+    default="auto",
     show_default=True,
-    help="Load the new model alongside the old one, or after unloading it.",
+    help="Load the new model alongside the old one, or after unloading it; auto: as each replica's free memory allows.",
+)
+@click.option(
+    "--quantization",
+    type=click.Choice(["none", "fp8"]),
+    help="Of this model. Default: the replicas' setting.",
 )
 @click.option(
     "--min-cosine",
     type=click.FloatRange(-1, 1),
     help="Least cosine similarity of the new model's check vectors to the old model's. Default: not checked.",
+)
+@click.option(
+    "--same-space", is_flag=True, help="The same as --min-cosine 0.995: nothing but precision may differ."
+)
+@click.option(
+    "--golden",
+    metavar="FILE",
+    help="Texts and expected vectors, below the model root. Default: embedq_golden.json in the model's directory, if it is there.",
+)
+@click.option(
+    "--golden-min-cosine",
+    type=click.FloatRange(-1, 1),
+    help="Least cosine similarity to the expected vectors. Default: 0.995.",
+)
+@click.option(
+    "--min-dimensions",
+    type=click.IntRange(1),
+    help="Least length of the model's vectors. Default: what jobs lately asked for.",
+)
+@click.option(
+    "--expect-version",
+    type=click.IntRange(0),
+    help="The command that must be in force, 0 for none; else nothing is written. Default: whichever.",
 )
 @_max_unavailable
 @click.option(
@@ -80,14 +114,14 @@ _wait = click.option(
 def reload(
     path: str,
     alias: str,
-    digest: str | None,
     policy: str,
+    same_space: bool,
     min_cosine: float | None,
-    max_unavailable: int | str | None,
-    canary: bool,
+    expect_version: int | None,
     wait: bool,
     timeout: float,
     kafka: KafkaTarget,
+    **rest: Any,
 ) -> None:
     """Make every replica load the model at PATH, a directory below the service's model root.
 
@@ -103,12 +137,11 @@ def reload(
         kafka.servers,
         path,
         alias=alias,
-        digest=digest,
-        policy="availability_preserving" if policy == "availability" else "resource_preserving",
-        min_cosine=min_cosine,
-        max_unavailable=max_unavailable,
-        canary=canary,
+        policy=_POLICIES[policy],
+        min_cosine=SAME_SPACE_COSINE if same_space and min_cosine is None else min_cosine,
+        expected_version=expect_version,
         timeout=timeout,
+        **rest,
         topic_prefix=kafka.prefix,
         connect_timeout=CONNECT_TIMEOUT_S,
         **kafka.security,
@@ -148,7 +181,7 @@ async def _follow(updates: AsyncGenerator[RolloutUpdate, None], timeout: float, 
     from rich.console import Console
     from rich.live import Live
 
-    from embedq_sdk.admin.commands import NothingBefore
+    from embedq_sdk.admin.commands import NothingBefore, UnexpectedVersion
     from embedq_sdk.admin.control import LostRace
     from embedq_sdk.cli.tables import replica_lines, rollout_table
 
@@ -168,7 +201,7 @@ async def _follow(updates: AsyncGenerator[RolloutUpdate, None], timeout: float, 
                         for line in replica_lines(last, update):
                             click.echo(line)
                     last = update
-        except (LostRace, NothingBefore) as error:
+        except (LostRace, NothingBefore, UnexpectedVersion) as error:
             say(str(error))
             return NO_ANSWER
     if last is None:

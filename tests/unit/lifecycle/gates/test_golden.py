@@ -41,7 +41,7 @@ def test_a_file_says_texts_vectors_and_how_close_they_must_be(tmp_path: Path) ->
     ("content", "reason"),
     [
         ("{", "not valid JSON"),
-        ("{\"texts\": " + "[" * 100_000, "not valid JSON"),
+        ('{"texts": ' + "[" * 100_000, "not valid JSON"),
         ('{"texts": []}', r"length >= 1 - at `\$\.texts`"),
         ('{"texts": [{"text": "one", "embedding": []}]}', "length >= 1"),
         ('{"texts": [{"text": "one", "embedding": ["x"]}]}', "Expected `float`"),
