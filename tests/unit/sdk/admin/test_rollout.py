@@ -42,6 +42,16 @@ def ours(replica: str = "r1", **more: Any) -> Status:
     return a_status(replica, **(known | more))
 
 
+def test_two_aliases_of_one_replica_do_not_overwrite_each_other() -> None:
+    board = StatusBoard()
+    board.see("r1", a_status("r1"))
+    board.see("r1/other", a_status("r1", alias="other"))
+
+    assert [(one.replica, one.alias) for one in board.live(START)] == [("r1", "default"), ("r1", "other")]
+    board.forget("r1")
+    assert [one.alias for one in board.live(START)] == ["other"]
+
+
 def a_command(version: int = 1, **more: Any) -> Control:
     known: dict[str, Any] = {
         "alias": "default",
@@ -375,11 +385,12 @@ def test_a_replica_is_one_thing_and_how_its_last_command_stands_another(
     assert view.error == status.error
 
 
-def test_a_status_counts_under_the_key_of_its_replica_alone() -> None:
+def test_a_status_counts_under_the_key_of_its_replica_or_of_that_and_its_alias() -> None:
     record = encode_record(ours("r1"))
 
     assert read_status(b"r1", record) == ours("r1")
-    for key in (None, b"r2", b"\xff"):
+    assert read_status(b"r1/default", record) == ours("r1")
+    for key in (None, b"r2", b"r1/other", b"r2/default", b"r1/", b"\xff"):
         with pytest.raises(msgspec.ValidationError):
             read_status(key, record)
 
