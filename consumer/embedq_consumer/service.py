@@ -149,6 +149,7 @@ async def _serve(settings: Settings, stop: asyncio.Event, leaving: Callable[[], 
                 "intake": intake.run(quarantine.start, quarantine.take_unreadable, quarantine),
                 "quarantine": quarantine.run(),
                 "commit": intake.commit_forever(),
+                "deletions": intake.deletions.run(),
                 "watermarks": intake.watch(pipeline.give_up, partial(health.hinder, "watermark")),
                 "batches": model.run_batches(pipeline, tasks),
                 "control": model.follow(

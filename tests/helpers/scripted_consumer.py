@@ -161,6 +161,9 @@ class ScriptedConsumer:
         self.calls: list[str] = []
         self.positions: dict[TopicPartition, int] = {}
         self.ends: dict[TopicPartition, int] = {}
+        self.beginnings: dict[TopicPartition, int] = {}
+        """As the brokers tell them; what is polled does not follow from it."""
+        self.beginning_errors: list[BaseException] = []
         self.stop_error: BaseException | None = None
         self._records: dict[TopicPartition, dict[int, ConsumerRecord]] = {}
         self._arrived = asyncio.Event()
@@ -235,6 +238,11 @@ class ScriptedConsumer:
             except TimeoutError:
                 return {}
         return self._take(partitions, max_records)
+
+    async def beginning_offsets(self, partitions: Collection[TopicPartition]) -> Mapping[TopicPartition, int]:
+        if self.beginning_errors:
+            raise self.beginning_errors.pop(0)
+        return {partition: self.beginnings.get(partition, 0) for partition in partitions}
 
     async def end_offsets(self, partitions: Collection[TopicPartition]) -> Mapping[TopicPartition, int]:
         return {partition: self.ends.get(partition, 0) for partition in partitions}

@@ -40,10 +40,12 @@ class OffsetLedger:
         - It counts the records that were delivered, never offset arithmetic: compaction and transaction markers leave gaps.
         - A ticket of an earlier epoch changes nothing: its partition may have belonged to another replica since.
         - Within an epoch, what is committable never goes back, and begins at the committed offset.
+        - Offsets from the committed one on that no record had are noted, until `take_skipped`.
     """
 
     def __init__(self) -> None:
         self._partitions: dict[TopicPartition, _Partition] = {}
+        self._skipped: dict[TopicPartition, range] = {}
         self._epoch = 0
 
     def add(
@@ -72,6 +74,7 @@ class OffsetLedger:
         """These are not ours any more."""
         for partition in partitions:
             self._partitions.pop(partition, None)
+            self._skipped.pop(partition, None)
 
     def begin(self, partition: TopicPartition, offset: int) -> Ticket:
         """Take one record. Offsets of a partition must rise.
@@ -85,6 +88,9 @@ class OffsetLedger:
             raise ValueError(f"offset {offset} of {partition} taken twice. This is a bug.")
         if state.next is None and state.committed is not None and offset < state.committed:
             state.committed = None  # the topic was made anew
+        known = state.committed if state.next is None else state.next
+        if known is not None and offset > known:
+            self.skip({partition: range(known, offset)})
         state.open[offset] = False
         state.next = offset + 1
         return Ticket(partition, state.epoch, offset)
@@ -94,7 +100,20 @@ class OffsetLedger:
         state = self._partitions.get(partition)
         known = self.position(partition)
         if state is not None and (known is None or position > known):
+            if known is not None:
+                self.skip({partition: range(known, position)})
             state.next = position
+
+    def skip(self, offsets: Mapping[TopicPartition, range]) -> None:
+        """Note that these were stepped over: no record was handed out of them."""
+        for partition, these in offsets.items():
+            former = self._skipped.get(partition, these)
+            self._skipped[partition] = range(min(former.start, these.start), max(former.stop, these.stop))
+
+    def take_skipped(self) -> dict[TopicPartition, range]:
+        """Offsets that were stepped over since the last time; of several gaps of a partition, from the first to the last."""
+        found, self._skipped = self._skipped, {}
+        return found
 
     def goes_back(self, partition: TopicPartition, offset: int) -> bool:
         """Whether this offset is below what was taken: it is of another topic of the same name, or of one that lost its end."""

@@ -73,6 +73,9 @@ class JobsConsumer(Protocol):
     async def getmany(self, *partitions: TopicPartition, timeout_ms: int, max_records: int) -> PolledRecords:
         """Records of these partitions; what cannot be read has an `Unreadable` as its value."""
 
+    async def beginning_offsets(self, partitions: Collection[TopicPartition]) -> Mapping[TopicPartition, int]:
+        """Where these partitions begin; raises `KafkaError`."""
+
     async def end_offsets(self, partitions: Collection[TopicPartition]) -> Mapping[TopicPartition, int]:
         """Where these partitions end; raises `KafkaError`."""
 

@@ -17,6 +17,7 @@ import structlog
 from embedq_consumer.fairness import Cost
 from embedq_consumer.group import (
     Custodian,
+    DeletionWatch,
     GroupCommits,
     HandOver,
     OffsetCommitter,
@@ -124,6 +125,7 @@ class Intake:
             metrics,
             drain_s=min(_DRAIN_S, options.rebalance_timeout_ms / 1000 / 2),
         )
+        self.deletions = DeletionWatch(self._ledger, clients.consumer.beginning_offsets, metrics)
         self._reading = Reading(
             clients.consumer, self._ledger, self._ownership, self._changes, lambda: self._state.interrupted
         )

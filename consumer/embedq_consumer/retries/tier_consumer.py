@@ -31,6 +31,9 @@ class _Consumer(Protocol):
     async def getmany(self, *partitions: TopicPartition, timeout_ms: int, max_records: int) -> _PolledRecords:
         """Records of these partitions."""
 
+    async def beginning_offsets(self, partitions: Collection[TopicPartition]) -> Mapping[TopicPartition, int]:
+        """Where these partitions begin."""
+
     async def end_offsets(self, partitions: Collection[TopicPartition]) -> Mapping[TopicPartition, int]:
         """Where these partitions end."""
 
@@ -92,6 +95,10 @@ class TierConsumer:
         found = self._waiting.put(polled, now, self._wall_clock() * 1000)
         left = max_records - sum(map(len, found.values()))
         return found | self._waiting.take(partitions, left, now)
+
+    async def beginning_offsets(self, partitions: Collection[TopicPartition]) -> Mapping[TopicPartition, int]:
+        """Where these partitions begin; raises `KafkaError`."""
+        return await self._consumer.beginning_offsets(partitions)
 
     async def end_offsets(self, partitions: Collection[TopicPartition]) -> Mapping[TopicPartition, int]:
         """Where these partitions end; raises `KafkaError`."""

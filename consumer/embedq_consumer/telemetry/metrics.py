@@ -91,6 +91,11 @@ class Metrics:
             "topics_remade_total",
             "Jobs topics that were found to be deleted and made again under their name.",
         )
+        self.deleted_unread = counter(
+            "deleted_unread_records_total",
+            "Records that Kafka deleted, by age or size, before any replica had read them.",
+            "topic",
+        )
         self.assigned = gauge("assigned_partitions", "Partitions that this replica reads.")
 
         # Quarantine

@@ -9,13 +9,20 @@ from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic, RecordsToDelete
 from aiokafka.errors import for_code
 
 from embedq_consumer.group.topic_watch import topic_id_of
 from embedq_sdk.dev import DevStack
 from tests.broker.service.test_destinations import administering
-from tests.helpers.delivery import Answered, long_job, preload, short_job, until_committed
+from tests.helpers.delivery import (
+    Answered,
+    long_job,
+    preload,
+    short_job,
+    until_committed,
+    until_it_logged,
+)
 from tests.helpers.service_process import Replica, fresh_prefix, make_topics, reader, replicas
 from tests.helpers.support import wait_until
 
@@ -137,6 +144,26 @@ async def test_a_topic_made_anew_while_no_replica_runs_begins_at_its_beginning(
         await replica.start()
         await answered.until(new)
         await until_committed(stack, topics)
+
+
+async def test_jobs_that_kafka_deleted_unread_are_told_and_the_rest_is_answered(
+    stack: DevStack, models: Path, tmp_path: Path
+) -> None:
+    topics = await make_topics(stack, fresh_prefix(), partitions=1)
+    wanted = await preload(stack, topics.jobs, 2)
+    replica = Replica(stack, topics, models / "a", tmp_path / "log", redis=False)
+    async with replicas(replica), reader(stack, topics.results) as results, administering(stack) as admin:
+        answered = Answered(results)
+        await answered.until(wanted)
+        await until_committed(stack, topics)
+        assert await replica.stop() == 0
+        new = await preload(stack, topics.jobs, 5, _new)
+        await admin.delete_records({TopicPartition(topics.jobs, 0): RecordsToDelete(before_offset=5)})
+        await replica.start()
+        await answered.until(new[3:])
+        await until_it_logged(replica, "records_deleted_unread")
+        [told] = [event for event in replica.events() if event["event"] == "records_deleted_unread"]
+        assert (told["topic"], told["first_offset"], told["records"]) == (topics.jobs, 2, 3)
 
 
 async def test_a_broker_deletes_the_offsets_of_a_topic_with_it_and_takes_late_ones_for_the_new_one(

@@ -112,5 +112,6 @@ async def test_the_rest_is_the_consumers_own() -> None:
     await parts.consumer.start()
     parts.inner.write(BULK, b"a")
     assert await parts.consumer.end_offsets([BULK]) == {BULK: 1}
+    assert await parts.consumer.beginning_offsets([BULK]) == {BULK: 0}
     await parts.consumer.stop()
     assert parts.inner.calls == ["assign", "start", "stop"]
