@@ -152,12 +152,16 @@ class LiveCommands:
         return await self._written.get()
 
 
+INSPECTION: Final = Inspection(needed=100, free=1000, total=1000, device="the device", hidden_size=None)
+"""There is room for everything."""
+
+
 class FakeLoader(Loader):
     """Loads by a function, and inspects by another; by default there is room for everything."""
 
     def __init__(self, load: Callable[[Path], Encoder]) -> None:
         self.load_path = load
-        self.inspection = Inspection(needed=100, free=1000, total=1000, device="the device", hidden_size=None)
+        self.inspection = INSPECTION
         self.problem: BaseException | None = None
         """What every inspection raises."""
         self.sources: list[Source] = []

@@ -23,7 +23,7 @@ from embedq_consumer.telemetry.health import Health
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.codec import decode_status
 from embedq_shared.messages import Control
-from tests.helpers.fake_models import FakeModel, command
+from tests.helpers.fake_models import INSPECTION, FakeModel, command
 from tests.helpers.support import wait_until
 
 
@@ -163,6 +163,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
         "Intake": FakeIntake,
         "make_jobs_clients": lambda *_: None,
         "load_encoder": load,
+        "inspect_model": lambda *_: INSPECTION,
     }
     own = {
         "Metrics": metrics,

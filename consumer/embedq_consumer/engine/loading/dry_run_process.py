@@ -36,7 +36,7 @@ def main() -> None:
     os.dup2(2, 1)  # what a library prints is no verdict
     try:
         with panics_caught():
-            _try(read_directory(Path(wanted.path), Path(wanted.root) if wanted.root else None))
+            try_directory(read_directory(Path(wanted.path), Path(wanted.root) if wanted.root else None))
         verdict = Verdict(None)
     except ModelError as error:
         verdict = Verdict(str(error))
@@ -62,8 +62,9 @@ def _confine(wanted: Wanted) -> None:
         os._exit(1)
 
 
-def _try(directory: ModelDirectory) -> None:
-    """
+def try_directory(directory: ModelDirectory) -> None:
+    """Its tokenizer on texts of every kind, and the names and shapes of its weights against its configuration.
+
     Raises:
         ModelError: the tokenizer fails, or the weights are not those of the model that the configuration describes.
     """

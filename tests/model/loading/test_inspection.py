@@ -1,0 +1,154 @@
+"""What is known of a directory before a weight is read: that it will not do, and what it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from embedq_consumer.engine import Abandoned, Cancellation, ModelError, inspect_model
+from embedq_consumer.engine.api import LoadOptions
+from embedq_consumer.engine.loading import inspection
+from embedq_consumer.engine.loading.dry_run_process import try_directory
+from embedq_consumer.engine.model_directory import read_directory
+from tests.helpers.bad_models import edit
+from tests.helpers.tiny_models import make_tiny_bert, make_tiny_qwen3
+
+CPU = LoadOptions(device="cpu")
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_bert(tmp_path_factory.mktemp("good") / "model")
+
+
+def test_what_it_takes_is_computed_from_the_headers(good: Path) -> None:
+    found = inspect_model(good, CPU)
+    weights = sum(tensor.nbytes for tensor in load_file(good / "model.safetensors").values())
+    assert found.needed == weights
+    assert 0 < found.free <= found.total
+    assert found.device == "the machine"
+
+
+@pytest.mark.parametrize(
+    ("change", "hidden_size"),
+    [
+        ({}, 128),
+        ({"hidden_size": None, "d_model": 96}, 96),
+        ({"hidden_size": None, "text_config": {"hidden_size": 48}}, 48),
+        ({"hidden_size": None}, None),
+    ],
+)
+def test_the_hidden_size_is_what_the_configuration_names(
+    tmp_path: Path, change: dict[str, Any], hidden_size: int | None
+) -> None:
+    model = make_tiny_bert(tmp_path / "model")
+    edit(model / "config.json", **change)
+    assert inspect_model(model, CPU).hidden_size == hidden_size
+
+
+def weights(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def apply(model: Path) -> None:
+        tensors = load_file(model / "model.safetensors")
+        change(tensors)
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+    return apply
+
+
+def renamed(tensors: dict[str, Any]) -> None:
+    tensors["encoder.layer.0.output.dense.offset"] = tensors.pop("encoder.layer.0.output.dense.bias")
+
+
+def with_a_head(tensors: dict[str, Any]) -> None:
+    for name in list(tensors):
+        tensors[f"bert.{name}"] = tensors.pop(name)
+    tensors["cls.predictions.bias"] = tensors["bert.embeddings.word_embeddings.weight"][:, 0].clone()
+
+
+def as_tensorflow_named_them(tensors: dict[str, Any]) -> None:
+    for name in list(tensors):
+        new = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        tensors[new] = tensors.pop(name)
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (
+            lambda model: edit(model / "config.json", vocab_size=499),
+            "embeddings.word_embeddings.weight: expected the shape (499, 128), as config.json describes it",
+        ),
+        (lambda model: edit(model / "config.json", hidden_size=64), "expected the shape"),
+        (weights(renamed), "1 tensors are missing, among them encoder.layer.0.output.dense.bias"),
+        (
+            weights(lambda tensors: tensors.pop("embeddings.LayerNorm.weight")),
+            "1 tensors are missing, among them embeddings.LayerNorm.weight",
+        ),
+        (
+            lambda model: edit(model / "config.json", vocab_size=100),
+            "but the embedding table has 100 rows",
+        ),
+    ],
+    ids=["too few rows", "another width", "another name", "one is missing", "another tokenizer"],
+)
+def test_weights_that_are_not_the_models_are_found_without_reading_them(
+    tmp_path: Path, harm: Callable[[Path], object], told: str
+) -> None:
+    model = make_tiny_bert(tmp_path / "model")
+    harm(model)
+    with pytest.raises(ModelError) as refused:
+        try_directory(read_directory(model))
+    assert told in str(refused.value)
+
+
+@pytest.mark.parametrize("harmless", [with_a_head, as_tensorflow_named_them])
+def test_weights_under_the_other_names_that_transformers_knows_pass(
+    tmp_path: Path, harmless: Callable[[dict[str, Any]], object]
+) -> None:
+    model = make_tiny_bert(tmp_path / "model")
+    weights(harmless)(model)
+    try_directory(read_directory(model))
+
+
+def test_a_directory_is_tried_once_and_again_when_a_file_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = []
+
+    def counted(path: Path, *_: Any, **__: Any) -> None:
+        tries.append(path)
+
+    monkeypatch.setattr(inspection, "dry_run", counted)
+    options = LoadOptions(device="cpu", dry_run_s=1, known_models=tmp_path / "known")
+    model = make_tiny_qwen3(tmp_path / "model")
+    for _ in range(2):
+        inspect_model(model, options)
+    assert len(tries) == 1
+    file = model / "tokenizer_config.json"
+    file.write_bytes(file.read_bytes())
+    inspect_model(model, options)
+    assert len(tries) == 2
+    inspect_model(model, LoadOptions(device="cpu", dry_run_s=1))
+    assert len(tries) == 3, "without a folder to note it in"
+
+
+def test_what_the_device_cannot_do_is_known_before(good: Path) -> None:
+    with pytest.raises(ModelError, match="quantization fp8: needs CUDA"):
+        inspect_model(good, LoadOptions(device="cpu", quantization="fp8"))
+    (good / "model.safetensors").rename(good / "weights.bin")
+    with pytest.raises(ModelError, match=r"model\.safetensors: missing"):
+        inspect_model(good, CPU)
+
+
+def test_an_inspection_that_nobody_wants_tries_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspection, "dry_run", lambda *_, **__: pytest.fail("it was tried"))
+    cancel = Cancellation()
+    cancel.set()
+    with pytest.raises(Abandoned):
+        inspect_model(make_tiny_bert(tmp_path / "model"), LoadOptions(device="cpu", dry_run_s=1), cancel)
