@@ -34,7 +34,7 @@ from embedq_consumer.engine.api import (
     Tokens,
     Truncate,
 )
-from embedq_consumer.engine.cancellation import Abandoned, Cancellation
+from embedq_consumer.engine.safety.cancellation import Abandoned, Cancellation
 from embedq_consumer.engine.safety.foreign import OFFLINE
 
 __all__ = [

@@ -167,8 +167,19 @@ def test_control_and_status_survive_their_encoding() -> None:
 
 def test_a_control_record_fills_in_its_defaults() -> None:
     found = codec.decode_control(msgspec.json.encode(CONTROL))
-    assert found.policy == "availability_preserving"
-    assert (found.digest, found.min_cosine, found.fallback) == (None, None, None)
+    assert (found.policy, found.quantization, found.rollout) == (None, None, None)
+    assert (found.digest, found.min_cosine, found.golden, found.fallback) == (None, None, None, None)
+
+
+def test_what_a_command_does_not_ask_for_is_not_in_its_record_so_that_older_replicas_can_read_it() -> None:
+    command = Control(alias="default", version=3, path="a", command_id="c", policy="resource_preserving")
+    assert msgspec.json.decode(codec.encode_record(command)) == {
+        "alias": "default",
+        "version": 3,
+        "path": "a",
+        "command_id": "c",
+        "policy": "resource_preserving",
+    }
 
 
 @pytest.mark.parametrize(
@@ -183,6 +194,11 @@ def test_a_control_record_fills_in_its_defaults() -> None:
         {"path": None},
         {"command_id": ""},
         {"policy": "quick"},
+        {"quantization": "int3"},
+        {"golden": ""},
+        {"golden_min_cosine": 1.5},
+        {"min_dimensions": 0},
+        {"rollout": {"max_unavailable": 0}},
         {"min_cosine": 1.01},
         {"min_cosine": "high"},
     ],

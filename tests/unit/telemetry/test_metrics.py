@@ -76,10 +76,10 @@ def test_series_that_alerts_watch_begin_at_zero() -> None:
     for code in get_args(ErrorCode):
         assert registry.get_sample_value("embedq_errors_total", {"code": code}) == 0
         assert registry.get_sample_value("embedq_dead_letters_total", {"code": code}) == 0
-    for outcome in ("ready", "failed"):
+    for outcome in ("ready", "failed", "superseded"):
         assert registry.get_sample_value("embedq_reload_seconds_count", {"outcome": outcome}) == 0
     for name, outcomes in {
-        "reloads": ("ready", "failed", "ignored"),
+        "reloads": ("ready", "failed", "superseded", "ignored"),
         "commits": ("ok", "error", "fenced"),
         "cache_lookups": ("hit", "miss", "corrupt", "error", "bypass"),
         "cache_writes": ("ok", "error", "bypass"),

@@ -18,7 +18,7 @@ from typing import IO, Final
 import msgspec
 
 from embedq_consumer.engine.api import ModelError
-from embedq_consumer.engine.cancellation import Cancellation
+from embedq_consumer.engine.safety.cancellation import Cancellation
 from embedq_consumer.engine.safety.foreign import OFFLINE
 
 __all__ = ["Verdict", "Wanted", "dry_run"]

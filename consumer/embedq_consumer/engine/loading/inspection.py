@@ -10,7 +10,6 @@ import msgspec
 import torch
 
 from embedq_consumer.engine.api import Inspection, LoadOptions, ModelError, Quantization
-from embedq_consumer.engine.cancellation import Cancellation
 from embedq_consumer.engine.loading.dry_run import dry_run
 from embedq_consumer.engine.loading.load_cache import LoadCache, libraries
 from embedq_consumer.engine.loading.memory_check import (
@@ -22,6 +21,7 @@ from embedq_consumer.engine.loading.memory_check import (
 from embedq_consumer.engine.model_directory import ModelDirectory, read_directory
 from embedq_consumer.engine.models.registry import refuse_without_fp8
 from embedq_consumer.engine.pooling import pooling_of
+from embedq_consumer.engine.safety.cancellation import Cancellation
 
 __all__ = ["available", "device_named", "inspect", "needed"]
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from embedq_consumer.engine.cancellation import Cancellation
+from embedq_consumer.engine.safety.cancellation import Cancellation
 
 __all__ = ["LoadTimer"]
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from embedq_consumer.engine.adapters.merging import Merger
 from embedq_consumer.engine.api import DeviceLost, LoadOptions, ModelError, OutOfMemory, Quantization
-from embedq_consumer.engine.cancellation import Abandoned, Cancellation
 from embedq_consumer.engine.device import means_out_of_memory, translate_errors
 from embedq_consumer.engine.encoder import PackedEncoder, release
 from embedq_consumer.engine.loading.dry_run import dry_run
@@ -33,6 +32,7 @@ from embedq_consumer.engine.models import registry
 from embedq_consumer.engine.models.any_transformers import unsteady
 from embedq_consumer.engine.models.traits import Limits, Probe
 from embedq_consumer.engine.pooling import pooling_of
+from embedq_consumer.engine.safety.cancellation import Abandoned, Cancellation
 from embedq_consumer.engine.safety.panics import first_line, panics_caught
 from embedq_consumer.engine.text.effective import EffectiveTokenizer
 from embedq_consumer.engine.text.tokenizer import TextTokenizer

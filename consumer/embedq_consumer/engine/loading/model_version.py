@@ -11,8 +11,8 @@ from contextlib import ExitStack
 from typing import Any
 
 from embedq_consumer.engine.api import LoadOptions, ModelError
-from embedq_consumer.engine.cancellation import Cancellation
 from embedq_consumer.engine.model_directory import ModelDirectory
+from embedq_consumer.engine.safety.cancellation import Cancellation
 from embedq_consumer.engine.safety.files import open_regular
 from embedq_consumer.engine.safety.headers import TensorSlice
 

@@ -14,11 +14,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from embedq_consumer.engine.adapters.merging import Merger
-from embedq_consumer.engine.cancellation import Cancellation
 from embedq_consumer.engine.device import current
 from embedq_consumer.engine.loading.load_cache import ModelSnapshot, Rotary
 from embedq_consumer.engine.model_directory import ModelDirectory
 from embedq_consumer.engine.models.traits import Limits, Probe, architecture_of, last_norm_eps_of
+from embedq_consumer.engine.safety.cancellation import Cancellation
 from embedq_consumer.engine.text.effective import EffectiveTokenizer
 
 __all__ = ["CheckpointWeights", "snapshot_of"]

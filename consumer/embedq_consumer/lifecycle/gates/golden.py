@@ -22,8 +22,8 @@ from embedq_shared.vectors import cut_and_normalize
 
 __all__ = ["Golden", "GoldenText", "check_golden", "read_golden"]
 
-_MOST_BYTES: Final = 16 * 1024 * 1024
-"""Two hundred vectors of 4,096 numbers with all their digits."""
+_MOST_BYTES: Final = 4 * 1024 * 1024
+"""What any JSON file in a model directory may have: fifty vectors of 4,096 numbers with all their digits."""
 _MOST_TEXTS: Final = 256
 """Each costs a reload the time of a text alone."""
 
