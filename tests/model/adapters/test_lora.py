@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -188,10 +189,8 @@ def test_layers_of_heads_and_poolers_are_not_needed(root: Path) -> None:
         ({"base_model_name_or_path": "an-org/a-base"}, r"`embedq pull an-org/a-base`"),
     ],
 )
-def test_what_is_not_plain_lora_is_refused_by_name(
-    root: Path, tmp_path: Path, config: dict[str, Any], reason: str
-) -> None:
-    adapter = an_adapter(root, f"refused-{abs(hash(json.dumps(config)))}", "bert", **config)
+def test_what_is_not_plain_lora_is_refused_by_name(root: Path, config: dict[str, Any], reason: str) -> None:
+    adapter = an_adapter(root, f"refused-{uuid.uuid4().hex}", "bert", **config)
     with pytest.raises(ModelError, match=reason):
         loaded(adapter, root)
 
@@ -216,9 +215,9 @@ def test_what_is_not_plain_lora_is_refused_by_name(
     ],
 )
 def test_matrices_that_do_not_fit_are_refused_by_name(
-    root: Path, tmp_path: Path, tensors: dict[str, tuple[int, ...]], reason: str
+    root: Path, tensors: dict[str, tuple[int, ...]], reason: str
 ) -> None:
-    adapter = an_adapter(root, f"torn-{abs(hash(reason))}", "bert")
+    adapter = an_adapter(root, f"torn-{uuid.uuid4().hex}", "bert")
     save_file(
         {f"base_model.model.{name}": torch.zeros(shape) for name, shape in tensors.items()},
         adapter / "adapter_model.safetensors",
