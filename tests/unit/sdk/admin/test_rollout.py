@@ -258,7 +258,8 @@ assert BACK is not None
 
 def back(replica: str, **more: Any) -> Status:
     assert BACK is not None
-    return a_status(replica, **({"version": 3, "command_id": BACK.command_id} | more))
+    known: dict[str, Any] = {"version": 3, "command_id": BACK.command_id}
+    return a_status(replica, **(known | more))
 
 
 def test_those_that_wait_for_their_turn_are_shown() -> None:

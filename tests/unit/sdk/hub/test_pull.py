@@ -172,7 +172,7 @@ def test_a_hub_that_is_not_there_is_named(root: Path) -> None:
 def test_a_disk_without_room_is_told_before_anything_comes(
     hub: Hub, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     assert "bytes more, and" in failure(hub, root)
     assert hub.downloads() == []
 
