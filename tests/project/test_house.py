@@ -84,14 +84,16 @@ GATEWAY: Final[Floors] = (
 BATCH: Final[Floors] = (
     ("errors",),
     ("content",),
-    ("manifest",),
+    ("manifest", "clients"),
     ("sources", "sinks"),
-    ("running",),
-    ("following",),
+    ("corpus",),
+    ("switching", "running"),
+    ("following", "origins"),
     ("api",),
     ("__init__",),
     ("command",),
-    ("sink_command", "switch_command"),
+    ("sink_command", "switch_command", "corpus_command"),
+    ("reembed_command",),
 )
 ENGINE: Final[Floors] = (("kernels",), ("models",), ("loading",))
 """The engine's other rooms may stand anywhere, as long as there is no circle."""

@@ -254,8 +254,9 @@ def test_the_wheel_says_what_it_needs_and_offers(wheel: zipfile.ZipFile) -> None
     points = next(wheel.read(name) for name in wheel.namelist() if name.endswith("entry_points.txt"))
     assert b"embedq = embedq_sdk.cli:main" in points
     commands = (
-        b"gateway = embedq_gateway.command:gateway\nrun = embedq_batch.command:run\n"
+        b"gateway = embedq_gateway.command:gateway\nreembed = embedq_batch.reembed_command:reembed\nrun = embedq_batch.command:run\n"
         b"runs = embedq_batch.command:runs\nsink = embedq_batch.sink_command:sink\n"
         b"switch = embedq_batch.switch_command:switch\nverify = embedq_consumer.verify.command:verify"
     )
     assert b"[embedq.commands]\n" + commands in points
+    assert b"[embedq.status]\ncorpus = embedq_batch.corpus_command:show" in points

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+from collections.abc import Sequence
+from typing import Final
 from urllib.parse import urlsplit, urlunsplit
 
 import msgspec
@@ -30,6 +34,25 @@ def place_of(given: str, kind: str, what: str, argument: str = "to") -> Place:
             got=without_password(given) or "nothing",
         )
     return Place(address, name)
+
+
+_PASSWORD: Final = re.compile(r"(://[^:/@\s]*):[^@/\s]*@")
+_SECRETS: Final = frozenset({"--sasl-password", "--oauth-client-secret"})
+"""Options whose values are nobody else's."""
+_HIDDEN: Final = "…"
+
+
+def typed(arguments: Sequence[str]) -> str:
+    """A command as it may be shown, and kept in a manifest: to be typed again, but for its secrets."""
+    shown: list[str] = []
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        if shown and shown[-1] in _SECRETS:
+            argument = _HIDDEN
+        elif equals and name in _SECRETS:
+            argument = f"{name}={_HIDDEN}"
+        shown.append(_PASSWORD.sub(r"\1@", argument))
+    return shlex.join(["embedq", *shown])
 
 
 def without_password(address: str) -> str:

@@ -88,6 +88,18 @@ class Columns(msgspec.Struct, frozen=True, kw_only=True):
             )
 
 
+def recalled(job: Mapping[str, Any]) -> Columns:
+    """The columns of an earlier run, from what its manifest holds it to."""
+    text = job.get("text")
+    template = isinstance(text, str) and "{" in text
+    return Columns(
+        text=None if template else text,
+        template=text if template else None,
+        id=job.get("id"),
+        keep=tuple(job.get("keep") or ()),
+    )
+
+
 class RowReader:
     """Makes rows of records. One reader reads one source, from its first row on: rows without an id are counted.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import pyarrow as pa
@@ -13,7 +13,7 @@ LOOKED_AT: Final = 1000
 """Records from which types are taken."""
 
 
-def inferred(records: Sequence[dict[str, Any]], names: Sequence[str], source: str) -> pa.Schema:
+def inferred(records: Sequence[Mapping[str, Any]], names: Sequence[str], source: str) -> pa.Schema:
     """The types of these columns in some records.
 
     Raises:

@@ -19,6 +19,11 @@ BATCH_ROWS: Final = 1024
 VectorType = Literal["float32", "float16", "int8", "binary"]
 
 
+def quoted(value: RowId) -> str:
+    """An id, or a name, as SQL and what is like it have it."""
+    return str(value) if isinstance(value, int) else "'" + value.replace("'", "''") + "'"
+
+
 class Problem(msgspec.Struct, frozen=True):
     """Why a row cannot be embedded, or was not: a code for programs, and a message that repeats no text."""
 

@@ -150,7 +150,7 @@ class _Run:
         """The state that this run begins with, written down."""
         state = begun(self._manifest.state, self._options, self._manifest.figures().failed)
         if state is not None:
-            self._manifest.state = state
+            state = self._manifest.state = msgspec.structs.replace(state, total=self._progress.total)
         return state
 
     async def _in_turn(self, function: Callable[[], _T]) -> _T:

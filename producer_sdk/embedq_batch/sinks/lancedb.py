@@ -11,11 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from embedq_batch.content.rows import RowId, Shape, VectorBatch, VectorType
+from embedq_batch.content.rows import RowId, Shape, VectorBatch, VectorType, quoted
 from embedq_batch.errors import BadTarget, TargetAway
 from embedq_batch.manifest.place import MANIFEST, beside, in_working_folder
 from embedq_batch.sinks.arrow import arrow_batch, arrow_schema, floats_of
-from embedq_batch.sinks.places import quoted
 from embedq_batch.sinks.sink import PartsRecord
 
 _MERGED_BYTES: Final = 64 << 20
@@ -123,6 +122,14 @@ class LanceSink:
             for batch in rows.to_batches()
             for id, vector in zip(batch.column("id").to_pylist(), floats_of(batch), strict=True)
         }
+
+    def stored(self, version: str | None = None) -> int:
+        if self._table is None:
+            try:
+                self._table = lancedb.connect(self._place).open_table(self._table_name)
+            except (OSError, RuntimeError, ValueError) as error:
+                raise BadTarget(target=self.name, reason=str(error)) from None
+        return int(self._table.count_rows(None if version is None else f"model_version = {quoted(version)}"))
 
     def close(self) -> None:
         self._waiting = []

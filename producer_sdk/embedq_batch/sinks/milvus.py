@@ -13,12 +13,11 @@ import numpy.typing as npt
 from pymilvus import DataType, MilvusClient, MilvusException
 
 from embedq_batch.content.addresses import without_password
-from embedq_batch.content.rows import RowId, Shape, VectorBatch, VectorType
+from embedq_batch.content.rows import RowId, Shape, VectorBatch, VectorType, quoted
 from embedq_batch.errors import BadTarget, RowsRefused, TargetAway
 from embedq_batch.manifest.place import of_collection
 from embedq_batch.sinks.arrow import arrow_schema
 from embedq_batch.sinks.payloads import payloads
-from embedq_batch.sinks.places import quoted
 from embedq_batch.sinks.sink import PartsRecord
 
 _LONGEST_ID: Final = 1024
@@ -107,17 +106,23 @@ class MilvusSink:
     def fetch(self, ids: Sequence[RowId]) -> dict[RowId, npt.NDArray[np.float32]]:
         if not ids:
             return {}
-        found = self._connected().query(
-            self._collection,
-            filter=f"id in [{', '.join(map(quoted, ids))}]",
-            output_fields=["id", "vector"],
-            consistency_level="Strong",
+        found = self._call(
+            lambda client: client.query(
+                self._collection,
+                filter=f"id in [{', '.join(map(quoted, ids))}]",
+                output_fields=["id", "vector"],
+                consistency_level="Strong",
+            )
         )
         return {row["id"]: np.asarray(row["vector"], np.float32) for row in found}
 
     def point(self, alias: str) -> str | None:
         """An alias of the collection, moved in one request."""
         client = self._connected()
+        try:
+            client.load_collection(self._collection)  # a search of one that is not in memory fails
+        except (MilvusException, grpc.RpcError) as error:
+            raise BadTarget(target=self.name, reason=_said(error)) from None
         try:
             before = str(client.describe_alias(alias)["collection_name"])
         except MilvusException:
@@ -141,9 +146,18 @@ class MilvusSink:
             self._client = MilvusClient(self._address, token=os.environ.get("MILVUS_TOKEN", ""))
         return self._client
 
-    def _call(self, function: Any) -> None:
+    def stored(self, version: str | None = None) -> int:
+        chosen = "" if version is None else f"model_version == {quoted(version)}"
+        found = self._call(
+            lambda client: client.query(
+                self._collection, filter=chosen, output_fields=["count(*)"], consistency_level="Strong"
+            )
+        )
+        return int(found[0]["count(*)"])
+
+    def _call(self, function: Any) -> Any:
         try:
-            function(self._connected())
+            return function(self._connected())
         except grpc.RpcError as error:
             raise TargetAway(target=self.name, reason=_said(error)) from None
         except MilvusException as error:

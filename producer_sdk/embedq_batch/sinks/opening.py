@@ -11,7 +11,7 @@ from embedq_batch.sinks.sink import Sink
 from embedq_sdk.errors import InvalidArgument
 
 _KNOWN: Final = (
-    "a path that ends with .parquet, .jsonl or .npy, lancedb:FOLDER#TABLE, postgresql://…#TABLE, qdrant:ADDRESS#COLLECTION or "
+    "a path that ends with .parquet, .jsonl or .npy, lancedb:FOLDER#TABLE, postgresql://…#TABLE or #TABLE:COLUMN, qdrant:ADDRESS#COLLECTION or "
     "milvus:ADDRESS#COLLECTION"
 )
 
@@ -35,6 +35,11 @@ def opened_sink(given: str) -> Sink:
                 from embedq_batch.sinks.postgresql import PostgresSink
 
                 place = place_of(given, kind, "table")
+                table, _, column = place.name.partition(":")
+                if column:
+                    from embedq_batch.sinks.postgresql_column import PostgresColumnSink
+
+                    return PostgresColumnSink(place.address, table, column)
                 return PostgresSink(place.address, place.name)
             case "qdrant":
                 from embedq_batch.sinks.qdrant import QdrantSink

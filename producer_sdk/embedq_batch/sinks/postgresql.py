@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -24,7 +25,11 @@ from embedq_batch.sinks.sink import PartsRecord
 _CONNECT_S: Final = 10
 _MARK: Final = "embedq: "
 """What begins the comment of a view, which says what it is of."""
-_VECTOR: Final = {"float32": "vector", "float16": "halfvec", "binary": "bit"}
+OTHERS: Final = "a view of another maker"
+_VIEW_WAIT_MS: Final = 2000
+"""How long a switch waits for queries that have the view: those that come meanwhile wait behind it."""
+_VIEW_TRIES: Final = 15
+VECTOR: Final = {"float32": "vector", "float16": "halfvec", "binary": "bit"}
 
 
 class PostgresSink:
@@ -66,21 +71,24 @@ class PostgresSink:
                 connection.execute(sql.SQL("create table if not exists {} ({})").format(self._table, columns))
             self._check(connection)
         except psycopg.Error as error:
-            raise BadTarget(target=self.name, reason=_said(error)) from None
+            raise BadTarget(target=self.name, reason=said(error)) from None
 
     def _check(self, connection: psycopg.Connection[Any]) -> None:
-        found = dict(
-            connection.execute(
-                "select attname, format_type(atttypid, atttypmod) from pg_attribute "
-                "where attrelid = to_regclass(%s) and attnum > 0 and not attisdropped",
-                (self._table.as_string(connection),),
-            ).fetchall()
-        )
+        found = self._columns_there(connection)
         for name, kind in self._columns:
             if found.get(name) != kind:
                 raise BadTarget(
                     target=self.name, reason=f"column {name}: expected {kind}, got {found.get(name, 'none')}"
                 )
+
+    def _columns_there(self, connection: psycopg.Connection[Any]) -> dict[str, str]:
+        """The table's columns and their types, in order."""
+        rows = connection.execute(
+            "select attname, format_type(atttypid, atttypmod) from pg_attribute "
+            "where attrelid = to_regclass(%s) and attnum > 0 and not attisdropped order by attnum",
+            (self._table.as_string(connection),),
+        )
+        return dict(rows.fetchall())
 
     def write(self, batch: VectorBatch) -> int:
         if self._shape is None:
@@ -116,7 +124,7 @@ class PostgresSink:
         except psycopg.OperationalError as error:
             raise self._away(error) from None
         except psycopg.Error as error:
-            raise RowsRefused(target=self.name, reason=_said(error)) from None
+            raise RowsRefused(target=self.name, reason=said(error)) from None
         return 0
 
     def flush(self) -> int:
@@ -139,36 +147,43 @@ class PostgresSink:
         return True
 
     def fetch(self, ids: Sequence[RowId]) -> dict[RowId, npt.NDArray[np.float32]]:
-        rows = self._connected().execute(
-            sql.SQL("select id, vector from {} where id = any(%s)").format(self._table), (list(ids),)
-        )
-        return {id: _floats(vector) for id, vector in rows}
+        query = sql.SQL("select id, vector from {} where id = any(%s)").format(self._table)
+        return {id: as_floats(vector) for id, vector in self._asked(query, list(ids))}
+
+    def stored(self, version: str | None = None) -> int:
+        query = sql.SQL("select count(*) from {} where %s::text is null or model_version = %s")
+        rows = self._asked(query.format(self._table), version, version)
+        return int(rows[0][0])
+
+    def _asked(self, query: sql.Composed, *arguments: Any) -> list[tuple[Any, ...]]:
+        """The rows of a query."""
+        try:
+            return self._connected().execute(query, arguments).fetchall()
+        except psycopg.OperationalError as error:
+            raise self._away(error) from None
+        except psycopg.Error as error:
+            raise BadTarget(target=self.name, reason=said(error)) from None
 
     def point(self, alias: str) -> str | None:
-        """A view of the table, made anew in one transaction: queries wait for it, and none fails."""
-        name = sql.Identifier(*alias.split("."))
+        """A view of the table, made anew in one transaction: queries wait for it, and none fails. Its owner and the rights to it stay."""
+        view = sql.Identifier(*alias.split("."))
         try:
             connection = self._connected()
-            with connection.transaction():
-                found = connection.execute(
-                    "select relkind::text, obj_description(oid, 'pg_class') from pg_class where oid = to_regclass(%s)",
-                    (name.as_string(connection),),
-                ).fetchone()
-                if found is not None and found[0] != "v":
-                    raise BadTarget(
-                        target=alias, reason="is a table of its own, not a view that can be switched"
-                    )
-                if found is not None:
-                    connection.execute(sql.SQL("drop view {}").format(name))
-                connection.execute(sql.SQL("create view {} as select * from {}").format(name, self._table))
-                connection.execute(
-                    sql.SQL("comment on view {} is {}").format(
-                        name, sql.Literal(f"{_MARK}{self._table_name}")
-                    )
-                )
+            for _ in range(_VIEW_TRIES):
+                with contextlib.suppress(psycopg.errors.LockNotAvailable):
+                    return _switched(connection, view, alias, self._shown(connection), self._mark)
         except psycopg.Error as error:
-            raise BadTarget(target=self.name, reason=_said(error)) from None
-        return None if found is None else str(found[1] or "a view of another maker").removeprefix(_MARK)
+            raise BadTarget(target=self.name, reason=said(error)) from None
+        raise BadTarget(target=alias, reason="queries that do not end keep it: try again when they have")
+
+    @property
+    def _mark(self) -> str:
+        """What a view of it is of, as it is typed after #."""
+        return self._table_name
+
+    def _shown(self, connection: psycopg.Connection[Any]) -> sql.Composed:
+        """What a view of it selects."""
+        return sql.SQL("select * from {}").format(self._table)
 
     def close(self) -> None:
         if self._connection is not None:
@@ -184,14 +199,71 @@ class PostgresSink:
 
     def _away(self, error: psycopg.Error) -> TargetAway:
         self.close()
-        return TargetAway(target=self.name, reason=_said(error))
+        return TargetAway(target=self.name, reason=said(error))
+
+
+def _switched(
+    connection: psycopg.Connection[Any],
+    view: sql.Identifier,
+    alias: str,
+    query: sql.Composed,
+    mark: str,
+) -> str | None:
+    """Make a view one of this query; what it was of. `mark` says what it is of now.
+
+    Raises:
+        BadTarget: the name is no view's.
+        LockNotAvailable: queries had it for too long. Nothing is changed, and those that came meanwhile go on.
+    """
+    with connection.transaction():
+        connection.execute(sql.SQL("set local lock_timeout = {}").format(_VIEW_WAIT_MS))
+        found = connection.execute(
+            "select relkind::text, obj_description(c.oid, 'pg_class'), pg_get_userbyid(relowner) from pg_class c "
+            "where c.oid = to_regclass(%s)",
+            (view.as_string(connection),),
+        ).fetchone()
+        if found is not None and found[0] != "v":
+            raise BadTarget(target=alias, reason="is a table of its own, not a view that can be switched")
+        try:
+            with connection.transaction():
+                connection.execute(sql.SQL("create or replace view {} as {}").format(view, query))
+        except (
+            psycopg.errors.InvalidTableDefinition
+        ):  # its columns are others, such as vectors of another length
+            _replace(connection, view, query, str(found and found[2]))
+        comment = sql.Literal(f"{_MARK}{mark}")
+        connection.execute(sql.SQL("comment on view {} is {}").format(view, comment))
+    return None if found is None else str(found[1] or OTHERS).removeprefix(_MARK)
+
+
+def _replace(
+    connection: psycopg.Connection[Any], view: sql.Identifier, query: sql.Composed, owner: str
+) -> None:
+    """Drop a view and make it anew, with the owner and the rights that it had."""
+    rights = connection.execute(
+        "select privilege_type, is_grantable, rolname from pg_class c cross join aclexplode(relacl) "
+        "left join pg_roles r on r.oid = grantee where c.oid = to_regclass(%s)",
+        (view.as_string(connection),),
+    ).fetchall()
+    connection.execute(sql.SQL("drop view {}").format(view))
+    connection.execute(sql.SQL("create view {} as {}").format(view, query))
+    for privilege, grantable, role in rights:
+        connection.execute(
+            sql.SQL("grant {} on {} to {}{}").format(
+                sql.SQL(privilege),
+                view,
+                sql.SQL("public") if role is None else sql.Identifier(role),
+                sql.SQL(" with grant option" if grantable else ""),
+            )
+        )
+    connection.execute(sql.SQL("alter view {} owner to {}").format(view, sql.Identifier(owner)))
 
 
 def _columns(shape: Shape) -> Iterator[tuple[str, str]]:
     """Names and types, as PostgreSQL writes them."""
     for field in arrow_schema(shape):
         if field.name == "vector":
-            yield "vector", f"{_VECTOR[shape.dtype]}({shape.dimensions})"
+            yield "vector", f"{VECTOR[shape.dtype]}({shape.dimensions})"
         else:
             yield field.name, _type(field.type)
 
@@ -219,12 +291,12 @@ def _rows(batch: VectorBatch, shape: Shape) -> Iterator[list[Any]]:
         row: list[Any] = [id]
         if batch.rows is not None and batch.spans is not None:
             row += [batch.rows[n], int(batch.spans[n, 0]), int(batch.spans[n, 1])]
-        row += [_vector(batch.vectors[n]), batch.model_version, int(batch.tokens[n])]
+        row += [as_pgvector(batch.vectors[n]), batch.model_version, int(batch.tokens[n])]
         row += [Jsonb(value) if name in as_json else value for name, value in kept[n].items()]
         yield row
 
 
-def _vector(vector: npt.NDArray[Any]) -> Any:
+def as_pgvector(vector: npt.NDArray[Any]) -> Any:
     if vector.dtype == np.uint8:
         return pgvector.Bit(np.unpackbits(vector).astype(bool))
     if vector.dtype == np.float16:
@@ -232,7 +304,7 @@ def _vector(vector: npt.NDArray[Any]) -> Any:
     return vector
 
 
-def _floats(vector: Any) -> npt.NDArray[np.float32]:
+def as_floats(vector: Any) -> npt.NDArray[np.float32]:
     if hasattr(vector, "to_numpy"):
         return np.asarray(vector.to_numpy(), np.float32)
     if isinstance(vector, str):  # bits
@@ -240,5 +312,5 @@ def _floats(vector: Any) -> npt.NDArray[np.float32]:
     return np.asarray(vector, np.float32)
 
 
-def _said(error: psycopg.Error) -> str:
+def said(error: psycopg.Error) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__

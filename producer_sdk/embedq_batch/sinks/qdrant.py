@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy.typing as npt
 from qdrant_client import QdrantClient, models
 from qdrant_client.http.exceptions import ApiException, ResponseHandlingException, UnexpectedResponse
 
+from embedq_batch.clients.qdrant import connected, let_go
 from embedq_batch.content.addresses import without_password
 from embedq_batch.content.rows import RowId, Shape, VectorBatch, VectorType
 from embedq_batch.errors import BadTarget, RowsRefused, TargetAway
@@ -23,7 +23,6 @@ from embedq_batch.sinks.sink import PartsRecord
 
 _NAMES: Final = uuid.UUID("9b0f6f0e-6f0f-5d0e-8f5c-2f6d1c0b7a11")
 """In which ids that are text become UUIDs, the only other ids that Qdrant has."""
-_TIMEOUT_S: Final = 60
 _BUSY: Final = 429
 
 
@@ -100,8 +99,10 @@ class QdrantSink:
         return True
 
     def fetch(self, ids: Sequence[RowId]) -> dict[RowId, npt.NDArray[np.float32]]:
-        points = self._connected().retrieve(
-            self._collection, [point_id(id) for id in ids], with_payload=True, with_vectors=True
+        points = self._call(
+            lambda client: client.retrieve(
+                self._collection, [point_id(id) for id in ids], with_payload=True, with_vectors=True
+            )
         )
         return {(point.payload or {})["id"]: np.asarray(point.vector, np.float32) for point in points}
 
@@ -127,22 +128,25 @@ class QdrantSink:
 
     def close(self) -> None:
         if self._client is not None:
-            self._client.close()
+            let_go(self._address, self._client)
             self._client = None
 
     def _connected(self) -> QdrantClient:
         if self._client is None:
-            if "://" in self._address:
-                self._client = QdrantClient(
-                    url=self._address, api_key=os.environ.get("QDRANT_API_KEY"), timeout=_TIMEOUT_S
-                )
-            else:
-                self._client = QdrantClient(path=self._address)
+            self._client = connected(self._address)
         return self._client
 
-    def _call(self, function: Any) -> None:
+    def stored(self, version: str | None = None) -> int:
+        chosen = None
+        if version is not None:
+            match = models.FieldCondition(key="model_version", match=models.MatchValue(value=version))
+            chosen = models.Filter(must=[match])
+        found = self._call(lambda client: client.count(self._collection, count_filter=chosen, exact=True))
+        return int(found.count)
+
+    def _call(self, function: Any) -> Any:
         try:
-            function(self._connected())
+            return function(self._connected())
         except ResponseHandlingException as error:  # no connection, or it broke
             raise TargetAway(target=self.name, reason=_said(error)) from None
         except UnexpectedResponse as error:

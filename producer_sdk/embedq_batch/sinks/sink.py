@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -82,6 +82,19 @@ class Sink(Protocol):
         """Let go of files and connections. What was not flushed may be lost."""
 
 
+@runtime_checkable
+class Counted(Protocol):
+    """A target that says how many vectors it has, whatever a manifest knows."""
+
+    def stored(self, version: str | None = None) -> int:
+        """Vectors of this model version, or of all. It may be asked before `open`.
+
+        Raises:
+            BadTarget, TargetAway.
+        """
+
+
+@runtime_checkable
 class Switchable(Protocol):
     """A target that readers can be given under another name, which means one target at a time."""
 

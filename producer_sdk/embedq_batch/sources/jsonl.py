@@ -27,6 +27,11 @@ class _Lines:
         self._columns = columns
         self._kept: pa.Schema | None = None
         self._ids: type[str | int] = int
+        self._names: list[str] = []
+
+    @property
+    def names(self) -> list[str]:
+        return self._names
 
     @property
     def kept(self) -> pa.Schema | None:
@@ -39,9 +44,9 @@ class _Lines:
     def _look(self, lines: Iterable[bytes], source: str) -> None:
         """Check the columns, and learn the types of those that are kept, from the first lines."""
         records = [record for line in lines if not isinstance(record := _record(line), Problem)]
-        names = {name for record in records for name in record}
+        self._names = sorted({name for record in records for name in record})
         if records:
-            self._columns.check(sorted(names), source)
+            self._columns.check(self._names, source)
         if (name := self._columns.id) is not None:
             self._ids = int if all(type(record.get(name)) is int for record in records) else str
         if self._columns.keep:

@@ -1,9 +1,9 @@
-"""A Kafka topic of documents, from an offset's time on to where it ends when the pass begins."""
+"""Kafka topics of documents, or of jobs, from an offset's time on to where they end when the pass begins."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 import pyarrow as pa
@@ -16,7 +16,7 @@ from embedq_batch.errors import BadSource
 from embedq_sdk.errors import KafkaUnavailable, TopicMissing
 from embedq_sdk.transport.kafka import KafkaConnection, require_topics
 from embedq_sdk.transport.kafka import close as closed
-from embedq_shared.kafka import KafkaError, TopicPartition, poll, position
+from embedq_shared.kafka import KafkaError, Polled, TopicPartition, poll, position
 
 _T = TypeVar("_T")
 _CONNECT_S: Final = 10.0
@@ -24,7 +24,8 @@ _POLL_MS: Final = 500
 
 
 class KafkaSource:
-    """The documents of a topic. Of two with one id the later one counts, and a tombstone deletes.
+    """The documents of topics, read from their records by `documents`. Of two with one id the later one counts, and a tombstone
+    deletes.
 
     Its client runs in an event loop of its own: a source is read in a thread, batch by batch.
     """
@@ -34,14 +35,16 @@ class KafkaSource:
 
     def __init__(
         self,
-        topic: str,
+        topics: Sequence[str],
         columns: Columns,
         servers: str | Sequence[str],
         security: Mapping[str, Any],
         *,
         since: int | None = None,
+        documents: Callable[[Polled], list[Document]] | None = None,
     ) -> None:
-        self._topic = topic
+        self._topics = list(topics)
+        self._documents_of = documents or (lambda record: [document_of(record, columns.id)])
         self._columns = columns
         self._connection = KafkaConnection.of(
             list(servers) if not isinstance(servers, str) else servers, security
@@ -52,7 +55,7 @@ class KafkaSource:
 
     @property
     def name(self) -> str:
-        return f"kafka:{self._topic}"
+        return ", ".join(f"kafka:{topic}" for topic in self._topics)
 
     @property
     def kept(self) -> pa.Schema | None:
@@ -101,14 +104,14 @@ class KafkaSource:
 
     async def _checked(self) -> None:
         async with self._connection.client(self._connection.consumer, _CONNECT_S) as consumer:
-            await require_topics(self._connection, consumer, [self._topic], _CONNECT_S)
+            await require_topics(self._connection, consumer, self._topics, _CONNECT_S)
 
     async def _read(self) -> AsyncGenerator[list[Document], None]:
         consumer = await self._connection.connect(
             lambda: self._connection.consumer(isolation_level="read_committed"), _CONNECT_S
         )
         try:
-            await require_topics(self._connection, consumer, [self._topic], _CONNECT_S)
+            await require_topics(self._connection, consumer, self._topics, _CONNECT_S)
             ends = await self._connection.call(_CONNECT_S, "finding the documents", self._assigned(consumer))
             while ends:
                 try:
@@ -116,26 +119,30 @@ class KafkaSource:
                 except (KafkaError, OSError) as error:
                     raise self._connection.failed(error, "reading the documents") from error
                 some = [
-                    document_of(each, self._columns.id)
+                    document
                     for each in found
-                    if each.offset < ends.get(each.partition, 0)
+                    if each.offset < ends.get(TopicPartition(each.topic, each.partition), 0)
+                    for document in self._documents_of(each)
                 ]
                 if some:
                     yield some
                 for partition, end in list(ends.items()):
-                    at = await position(consumer, TopicPartition(self._topic, partition))
+                    at = await position(consumer, partition)
                     if at is not None and at >= end:
                         del ends[partition]
         finally:
             await closed(consumer)
 
-    async def _assigned(self, consumer: Any) -> dict[int, int]:
+    async def _assigned(self, consumer: Any) -> dict[TopicPartition, int]:
         """Begin where it is asked for; where each partition ends that has something."""
-        first = TopicPartition(self._topic, 0)
-        consumer.assign([first])
-        await consumer.position(first)  # makes the client ask for the topic's metadata
+        firsts = [TopicPartition(topic, 0) for topic in self._topics]
+        consumer.assign(firsts)
+        for first in firsts:
+            await consumer.position(first)  # makes the client ask for the topic's metadata
         everything = [
-            TopicPartition(self._topic, n) for n in sorted(consumer.partitions_for_topic(self._topic) or {0})
+            TopicPartition(topic, n)
+            for topic in self._topics
+            for n in sorted(consumer.partitions_for_topic(topic) or {0})
         ]
         consumer.assign(everything)
         starts: dict[Any, int] = await consumer.beginning_offsets(everything)
@@ -145,4 +152,4 @@ class KafkaSource:
             starts = {tp: ends[tp] if found.get(tp) is None else found[tp].offset for tp in everything}
         for tp in everything:
             consumer.seek(tp, starts[tp])
-        return {tp.partition: ends[tp] for tp in everything if starts[tp] < ends[tp]}
+        return {tp: ends[tp] for tp in everything if starts[tp] < ends[tp]}

@@ -31,6 +31,10 @@ class ParquetSource:
         return ", ".join(self._paths)
 
     @property
+    def names(self) -> list[str]:
+        return [] if self._schema is None else self._schema.names
+
+    @property
     def kept(self) -> pa.Schema | None:
         if self._schema is None or not self._columns.keep:
             return None

@@ -35,11 +35,16 @@ class PostgresSource:
         self._query = query
         self._kept: pa.Schema | None = None
         self._ids: type[str | int] = int
+        self._names: list[str] = []
 
     @property
     def name(self) -> str:
         what = self._table if self._query is None else self._query
         return f"{without_password(self._address)}#{what}"
+
+    @property
+    def names(self) -> list[str]:
+        return self._names
 
     @property
     def kept(self) -> pa.Schema | None:
@@ -52,11 +57,19 @@ class PostgresSource:
     def open(self) -> None:
         try:
             with self._connected() as connection, connection.cursor("embedq_look") as cursor:
+                if self._table is not None:
+                    all_of_it = sql.SQL("select * from {} limit 0").format(self._identifier())
+                    there = connection.execute(all_of_it).description or ()
+                    self._columns.check([each.name for each in there], self.name)
+                    # A type that psycopg does not know, such as a vector, is not taken along by itself.
+                    known = connection.adapters.types
+                    self._names = [each.name for each in there if known.get(each.type_code) is not None]
                 cursor.execute(self._selected())
                 records = cursor.fetchmany(LOOKED_AT)
                 found = {column.name: column.type_code for column in cursor.description or ()}
         except psycopg.Error as error:
             raise self._failed(error) from None
+        self._names = self._names or list(found)
         self._columns.check(list(found), self.name)
         if self._columns.id is not None:
             self._ids = int if found[self._columns.id] in _INTEGERS else str
@@ -97,7 +110,10 @@ class PostgresSource:
         if self._query is not None:
             return sql.SQL(self._query)
         names = sql.SQL(", ").join(map(sql.Identifier, self._columns.names))
-        return sql.SQL("select {} from {}").format(names, sql.Identifier(*str(self._table).split(".")))
+        return sql.SQL("select {} from {}").format(names, self._identifier())
+
+    def _identifier(self) -> sql.Identifier:
+        return sql.Identifier(*str(self._table).split("."))
 
     def _failed(self, error: psycopg.Error) -> BadSource:
         said = str(error).strip().partition("\n")[0] or type(error).__name__

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import pyarrow as pa
 
@@ -48,3 +48,12 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Let go of files and connections."""
+
+
+@runtime_checkable
+class Named(Protocol):
+    """A source that knows all of its columns."""
+
+    @property
+    def names(self) -> list[str]:
+        """Their names, once it is open."""

@@ -10,7 +10,7 @@ import contextlib
 import importlib.metadata
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -60,6 +60,15 @@ def _offered() -> dict[str, importlib.metadata.EntryPoint]:
     return {entry.name: entry for entry in importlib.metadata.entry_points(group="embedq.commands")}
 
 
+def _corpus_status() -> Any:
+    """What `status --corpus` runs: a coroutine function of the batch package, which this one must not import."""
+    for entry in importlib.metadata.entry_points(group="embedq.status", name="corpus"):
+        with contextlib.suppress(ModuleNotFoundError):
+            return entry.load()
+    say("status --corpus needs pyarrow: pip install 'embedq[batch]'")
+    sys.exit(NO_ANSWER)
+
+
 def _not_installed(name: str, package: str) -> click.Command:
     reason = f"{name} needs {package}: pip install 'embedq[consumer]'"
 
@@ -99,9 +108,40 @@ for _command in (models, pull, reload, rollback):
     show_envvar=True,
     help="The service's consumer group, whose lag is shown.",
 )
+@click.option(
+    "--corpus",
+    help="Show instead what a target of embedq run (KIND:ADDRESS#NAME, or a file) covers of its source, and what is stale.",
+)
+@click.option(
+    "--from",
+    "source",
+    multiple=True,
+    help="With --corpus: read the source, as embedq run has it, and compare; without, the last pass over it counts.",
+)
+@click.option(
+    "--metrics",
+    "as_metrics",
+    is_flag=True,
+    help="With --corpus: print Prometheus's text format, for the node exporter's textfile collector.",
+)
 @kafka_options
-def status(as_json: bool, watch: bool, group: str, kafka: KafkaTarget) -> None:
-    """Show the live replicas, and how many jobs wait in each lane."""
+def status(
+    as_json: bool,
+    watch: bool,
+    group: str,
+    corpus: str | None,
+    source: tuple[str, ...],
+    as_metrics: bool,
+    kafka: KafkaTarget,
+) -> None:
+    """Show the live replicas, and how many jobs wait in each lane; or, with --corpus, how a store of vectors stands."""
+
+    if corpus is not None:
+        form = "json" if as_json else "metrics" if as_metrics else "lines"
+        with contextlib.suppress(KeyboardInterrupt):
+            run(_corpus_status()(corpus, source, form, _WATCH_S if watch else None, kafka))
+    if source or as_metrics:
+        raise click.UsageError("--from and --metrics are for --corpus")
 
     import asyncio
 

@@ -7,8 +7,9 @@ import os
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,22 @@ from aiokafka import AIOKafkaConsumer
 
 from embedq_sdk import EmbedClient
 from tests.broker.batch.test_documents import Record, a_topic, written
-from tests.helpers.fake_service import OLD, expected
+from tests.helpers.fake_service import NEW, OLD, Answer, Received, expected
 from tests.helpers.responder import Responder
 from tests.helpers.support import wait_until
 
 pytestmark = pytest.mark.kafka
 PROGRAM = "from embedq_batch.sink_command import sink; sink(prog_name='embedq sink')"
+REEMBED = "from embedq_batch.reembed_command import reembed; reembed(prog_name='embedq reembed')"
 
 
 @contextmanager
-def following(servers: str, prefix: str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+def following(
+    servers: str, prefix: str, *arguments: str, program: str = PROGRAM
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A standing sink, which is killed in the end."""
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *arguments],
+        [sys.executable, "-c", program, *arguments],
         stderr=subprocess.PIPE,
         env=os.environ | {"EMBEDQ_KAFKA_SERVERS": servers, "EMBEDQ_TOPIC_PREFIX": prefix},
     )
@@ -46,14 +51,15 @@ def following(servers: str, prefix: str, *arguments: str) -> Iterator[subprocess
 class Stored:
     """The table that is followed into."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, name: str = "docs") -> None:
         self._folder = folder
-        self.to = f"lancedb:{folder}#docs"
+        self._name = name
+        self.to = f"lancedb:{folder}#{name}"
 
     def _look(self) -> dict[str, Any]:
         database = lancedb.connect(self._folder)
         try:
-            rows = database.open_table("docs").to_arrow().to_pylist()
+            rows = database.open_table(self._name).to_arrow().to_pylist()
         except ValueError:
             return {}
         assert len({row["id"] for row in rows}) == len(rows)
@@ -62,13 +68,21 @@ class Stored:
     async def rows(self) -> dict[str, Any]:
         return await asyncio.to_thread(self._look)
 
-    async def become(self, texts: dict[str, str]) -> dict[str, Any]:
+    async def become(self, texts: dict[str, str], salt: str = OLD) -> dict[str, Any]:
         """Wait until these are in it, each with its vector, and nothing else."""
+        return await self._hold(texts, salt, lambda found: found == texts.keys())
 
+    async def reach(self, texts: dict[str, str], salt: str = OLD) -> dict[str, Any]:
+        """Wait until these are in it, each with its vector."""
+        return await self._hold(texts, salt, lambda found: found >= texts.keys())
+
+    async def _hold(
+        self, texts: dict[str, str], salt: str, are_there: Callable[[set[str]], bool]
+    ) -> dict[str, Any]:
         async def same() -> bool:
             rows = await self.rows()
-            return rows.keys() == texts.keys() and all(
-                np.array_equal(np.asarray(rows[id]["vector"], np.float32), expected(text))
+            return are_there(set(rows)) and all(
+                np.array_equal(np.asarray(rows[id]["vector"], np.float32), expected(text, salt=salt))
                 for id, text in texts.items()
             )
 
@@ -116,6 +130,41 @@ async def test_results_of_submitted_jobs_are_followed(servers: str, prefix: str,
         with following(servers, prefix, *arguments):
             rows = await store.become(wanted)
     assert (rows["r7"]["n"], rows["two#1"]["n"]) == (7, -1)
+
+
+async def test_submitted_jobs_are_embedded_anew_under_the_ids_that_their_vectors_have(
+    servers: str, prefix: str, tmp_path: Path
+) -> None:
+    old, new = Stored(tmp_path / "lance"), Stored(tmp_path / "lance", "new")
+    mark = uuid.uuid4().hex[:6]
+    wanted = {f"{mark}-{n}": f"row {n}" for n in range(20)} | {f"{mark}#0": "a", f"{mark}#1": "b"}
+    async with Responder(servers, prefix) as service, EmbedClient(servers, topic_prefix=prefix) as client:
+        service.behave = by_alias(service)
+        since = datetime.now(UTC).isoformat()
+        for n in range(20):
+            await client.submit(f"row {n}", id=f"{mark}-{n}", metadata={"n": n})
+        await client.submit(["a", "b"], id=mark, metadata={"n": -1})
+        await client.embed("a question, whose job has a reply address")
+        results = ("--from", "results", "--to", old.to, "--keep", "n", "--group", mark)
+        with following(servers, prefix, *results):
+            await old.reach(wanted)
+
+        command = ("--of", old.to, "--from", "jobs", "--since", since, "--to", new.to, "--model", "new")
+        with following(servers, prefix, *command, "--keep", "n", program=REEMBED) as process:
+            _, told = await asyncio.to_thread(process.communicate)
+    assert process.returncode == 0, told.decode()
+    rows = await new.become(wanted, NEW)
+    assert (rows[f"{mark}-7"]["n"], rows[f"{mark}#1"]["model_version"]) == (7, NEW)
+
+
+def by_alias(service: Responder) -> Callable[[Received], list[Answer]]:
+    """The alias `new` has another model than all others."""
+
+    def behave(job: Received) -> list[Answer]:
+        service.version = NEW if job.job.model == "new" else OLD
+        return [service.good(job)]
+
+    return behave
 
 
 async def test_what_cannot_be_stored_is_a_dead_letter_or_the_end(

@@ -24,7 +24,7 @@ from tests.helpers.service_process import Replica, fresh_prefix, make_topics, pr
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(180)]
 
-_JOBS = 2000
+_JOBS = 1000
 _IN_FLIGHT = 128
 _POLL = 32
 _PARTITIONS = 4

@@ -56,7 +56,7 @@ async def test_one_command_shares_the_partitions_among_its_replicas_and_drains_a
         assert all(held[name]["count"] for name in command.children)
         ports = {event["replica"]: event["http_port"] for event in command.of("starting")}
         assert len(set(ports.values())) == 2
-        bulk = await preload(stack, topics.bulk, 600, lambda n: long_job(n) | {"id": f"bulk-{n}"})
+        bulk = await preload(stack, topics.bulk, 300, lambda n: long_job(n) | {"id": f"bulk-{n}"})
         await answered.some(500)
         assert await command.stop() == 0
         await answered.all()
@@ -76,7 +76,7 @@ async def test_a_replica_that_is_killed_takes_the_others_along_and_the_next_comm
     async with reader(stack, topics.results) as results:
         answered = Answered(results)
         async with replicas(first):
-            ids = await preload(stack, topics.jobs, 1000, long_job)
+            ids = await preload(stack, topics.jobs, 500, long_job)
             await answered.some(50)
             name, pid = next(iter(first.children.items()))
             os.kill(pid, signal.SIGKILL)

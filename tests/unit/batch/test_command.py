@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from embedq_batch.command import run
+from embedq_batch.content.addresses import typed
 from embedq_batch.manifest.place import MANIFEST
 from embedq_batch.manifest.store import glance
 from tests.helpers.batch_runs import a_table, assert_vectors
@@ -97,7 +98,7 @@ def test_ctrl_c_says_how_far_it_came_and_what_to_type(tmp_path: Path) -> None:
     assert f"this goes on: embedq --from {tmp_path}/in.parquet --to" in told
     listed = started(str(tmp_path), command="runs")
     out, _ = listed.communicate(timeout=patient(60))
-    assert f"out.jsonl: stopped, {done_rows(manifest):,} rows".encode() in out
+    assert f"out.jsonl: stopped, {done_rows(manifest):,} of 20,000 rows".encode() in out
     assert b"goes on with: embedq --from" in out
 
 
@@ -146,6 +147,23 @@ def test_what_a_user_can_put_right_is_one_line(
     assert done.exit_code in (1, 2)
     assert said in done.output
     assert "Traceback" not in done.output
+
+
+def test_a_command_is_kept_without_its_secrets() -> None:
+    given = [
+        "run",
+        "--to",
+        "postgresql://me:secret@db/x#docs",
+        "--from=qdrant:https://me:secret@db#a",
+        "-x y",
+    ]
+
+    shown = typed([*given, "--sasl-password", "secret", "--oauth-client-secret=secret"])
+
+    assert shown == (
+        "embedq run --to 'postgresql://me@db/x#docs' '--from=qdrant:https://me@db#a' '-x y' "
+        "--sasl-password '…' '--oauth-client-secret=…'"
+    )
 
 
 def test_two_runs_do_not_work_on_one_output(tmp_path: Path) -> None:

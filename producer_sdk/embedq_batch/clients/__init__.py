@@ -1,0 +1,1 @@
+"""Connections to stores that sources and sinks share."""

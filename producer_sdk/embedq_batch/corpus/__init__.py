@@ -1,0 +1,1 @@
+"""How a target stands beside its source: what it covers, and what of it is stale."""

@@ -1,0 +1,1 @@
+"""A name that readers use, and what it means."""
