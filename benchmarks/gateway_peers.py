@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from benchmarks.http_load import Connection, post
 from benchmarks.machine import write
 from embedq_gateway.keys.key_file import KeyEntry, add_key, hash_of
 from embedq_sdk.admin import create_topics
@@ -40,40 +41,10 @@ WARM = 20_000
 """Requests after which the memory's first sample counts: buffers, pools and the interpreter's own arenas have their size then."""
 
 
-def request(body: bytes, *, length: int | None = None) -> bytes:
-    head = (
-        f"POST /v1/embeddings HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {KEY}\r\n"
-        f"content-type: application/json\r\ncontent-length: {len(body) if length is None else length}\r\n\r\n"
-    )
-    return head.encode() + body
-
-
-GOOD = request(json.dumps({"input": "the tide turns twice a day", "encoding_format": "base64"}).encode())
-BROKEN = request(b'{"input": ')
-
-
-class Connection:
-    """One keep-alive connection of a client."""
-
-    def __init__(self, port: int) -> None:
-        self.port = port
-        self.writer: asyncio.StreamWriter | None = None
-
-    async def ask(self, data: bytes) -> int:
-        """The status of the answer."""
-        if self.writer is None:
-            self.reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
-        self.writer.write(data)
-        head = (await self.reader.readuntil(b"\r\n\r\n")).lower()
-        await self.reader.readexactly(int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0]))
-        return int(head.split()[1])
-
-    def give_up(self, data: bytes) -> None:
-        """Ask, and go without waiting for the answer."""
-        if self.writer is not None:
-            self.writer.write(data)
-            self.writer.close()
-            self.writer = None
+_KEY = f"authorization: Bearer {KEY}"
+GOOD = post("/v1/embeddings", {"input": "the tide turns twice a day", "encoding_format": "base64"}, _KEY)
+BROKEN = GOOD.replace(b'"input":', b'"input";')
+LONG = post("/v1/embeddings", {"input": "x" * 10_000}, _KEY)
 
 
 # -- the crowd: a process of its own -----------------------------------------------------------------------------------
@@ -93,7 +64,7 @@ async def crowd(port: int, idle: int, slow: int) -> None:
 
 async def dribble(port: int, number: int) -> None:
     """A byte a second of a head, or of a body; when the gateway has enough of it, again."""
-    data = GOOD if number % 2 else request(bytes(10_000))
+    data = GOOD if number % 2 else LONG
     await asyncio.sleep(random.random())
     while True:
         try:

@@ -93,3 +93,26 @@ def varied(count: int) -> list[str]:
         made[makers[turn % len(makers)]()] = None
         turn += 1
     return list(made)
+
+
+SHORT_WORDS = 24
+"""Of the longest of the demo's sentences that is no paragraph."""
+
+
+def short(count: int, salt: str) -> list[str]:
+    """`count` different texts of 1 to 24 words; another `salt` gives other texts."""
+    known = [line for line in sentences() if len(line.split()) <= SHORT_WORDS]
+    return [f"{known[i % len(known)]} {salt}{i // len(known)}" for i in range(count)]
+
+
+def any_length(count: int, salt: str) -> list[str]:
+    """`count` different texts whose lengths spread as those of real documents do (log-normal, 3 to 150 words, half of them above 12),
+    in no order; another `salt` gives other texts."""
+    random = Random(salt)
+    words = " ".join(sentences()).split()
+    made = []
+    for number in range(count):
+        length = min(150, max(3, round(random.lognormvariate(2.5, 0.8))))
+        start = random.randrange(len(words) - length)
+        made.append(" ".join([*words[start : start + length], f"{salt}{number}"]))
+    return made

@@ -1,4 +1,4 @@
-"""The main job on real input: start what it needs, embed, search, repeat from the cache, reload under load, stop.
+"""The main job on real input: start what it needs, embed, search, ask over HTTP, repeat from the cache, reload under load, stop.
 
 Ends with a summary and exit code 0, or with a clear message and another code; leaves no process and no file.
 """
@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Final
@@ -23,9 +23,19 @@ from rich.table import Table
 from rich.text import Text
 
 from demo import models
-from demo.acts import DemoFailed, Pass, Reloaded, check_versions, embed_all, nearest, reload_under_load
+from demo.acts import (
+    DemoFailed,
+    OverHttp,
+    Pass,
+    Reloaded,
+    check_versions,
+    embed_all,
+    nearest,
+    over_http,
+    reload_under_load,
+)
 from demo.models import ModelMissing
-from demo.replica import Replica, ReplicaFailed
+from demo.servers import ServerFailed, start_gateway, start_replica
 from embedq_sdk import EmbedClient, EmbedError
 from embedq_sdk.admin.topics import create_topics, wanted_topics
 from embedq_sdk.dev import DevStack, DevStackError
@@ -34,7 +44,7 @@ from embedq_sdk.dev.processes import Processes
 HERE: Final = Path(__file__).parent
 NEIGHBOURS: Final = 3
 # What a user can mend, or must know: said in a few lines, without a traceback.
-EXPECTED: Final = (DemoFailed, ReplicaFailed, ModelMissing, DevStackError, EmbedError)
+EXPECTED: Final = (DemoFailed, ServerFailed, ModelMissing, DevStackError, EmbedError)
 
 console = Console(highlight=False)
 
@@ -66,27 +76,40 @@ def _run(processes: Processes) -> None:
     with stack:
         fact("broker", stack.kafka_description, started)
         fact("cache", stack.redis_description, started)
-        first, second, reloaded = asyncio.run(_acts(stack, processes, roots))
+        first, http, second, reloaded = asyncio.run(_acts(stack, processes, roots))
         broker, cache = stack.kafka_description, stack.redis_description
-    _summary(first, second, reloaded, broker, cache, time.perf_counter() - started)
+    _summary(
+        first,
+        http,
+        second,
+        reloaded,
+        {"broker": broker, "cache": cache, "in all": f"{time.perf_counter() - started:.1f} s"},
+    )
 
 
-async def _acts(stack: DevStack, processes: Processes, roots: Path) -> tuple[Pass, Pass, Reloaded]:
+async def _acts(stack: DevStack, processes: Processes, roots: Path) -> tuple[Pass, OverHttp, Pass, Reloaded]:
     """Everything between a running broker and a stopped service."""
     sentences, queries = _lines("sentences.txt"), _lines("queries.txt")
     servers = stack.kafka_servers
     async with _topics(servers) as prefix:
         started = time.perf_counter()
-        replica = Replica(processes)
-        replica.start(servers=servers, redis_url=stack.redis_url, prefix=prefix, model=roots / models.FIRST)
-        with console.status("starting one replica of the service"):
+        replica = start_replica(
+            processes, servers=servers, redis_url=stack.redis_url, prefix=prefix, model=roots / models.FIRST
+        )
+        gateway = start_gateway(processes, servers=servers, prefix=prefix)  # meanwhile
+        with console.status("starting one replica of the service, and a gateway"):
             await replica.ready()
+            await gateway.ready()
         fact("service", "one replica with all-MiniLM-L6-v2", started)
+        fact("gateway", gateway.url, started)
 
         async with EmbedClient(servers, topic_prefix=prefix) as client:
             with progress("embedding", len(sentences)) as tick:
                 first = await embed_all(client, sentences, tick)
             _show(queries, sentences, await nearest(client, queries, first.vectors, NEIGHBOURS))
+            http = await asyncio.to_thread(over_http, gateway.url, sentences[0], first)
+            console.print(http.command, style="bold", markup=False, soft_wrap=True)
+            console.print(f"  {http.answer}", markup=False)
             with progress("once more", len(sentences)) as tick:
                 again = await embed_all(client, sentences, tick)
             with progress("reloading while jobs flow", None) as tick:
@@ -96,8 +119,9 @@ async def _acts(stack: DevStack, processes: Processes, roots: Path) -> tuple[Pas
         check_versions(reloaded, [first, other])
 
         with console.status("stopping the service"):
+            await gateway.stop()
             await replica.stop()
-    return first, again, reloaded
+    return first, http, again, reloaded
 
 
 @asynccontextmanager
@@ -155,7 +179,7 @@ def _show(queries: list[str], sentences: list[str], found: list[list[tuple[float
     console.print(table)
 
 
-def _summary(first: Pass, again: Pass, reloaded: Reloaded, broker: str, cache: str, seconds: float) -> None:
+def _summary(first: Pass, http: OverHttp, again: Pass, reloaded: Reloaded, around: Mapping[str, str]) -> None:
     count = len(first.vectors)
     jobs = reloaded.jobs_by_version()
     versions = ", ".join(f"{number} by {version[:15]}" for version, number in jobs.items())
@@ -163,17 +187,18 @@ def _summary(first: Pass, again: Pass, reloaded: Reloaded, broker: str, cache: s
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     rows = {
-        "broker": broker,
-        "cache": cache,
+        "broker": around["broker"],
+        "cache": around["cache"],
         "first pass": f"{count} sentences, {first.tokens:,} tokens in {first.seconds:.2f} s "
         f"({count / first.seconds:,.0f}/s), {first.cached} from the cache",
+        "over HTTP": f"a request as OpenAI's clients send it: the same vector to the last bit, in {http.seconds * 1000:.0f} ms",
         "second pass": f"{count} sentences in {again.seconds:.2f} s ({count / again.seconds:,.0f}/s), "
         f"{again.cached} from the cache",
         "reload": f"{' → '.join(reloaded.steps)} in {reloaded.seconds:.2f} s, while {reloaded.sent} jobs were sent",
         "came back": f"{len(reloaded.versions)} of {reloaded.sent} jobs: {versions}; "
         "each vector is the one of its version",
-        "service": "stopped with exit code 0",
-        "in all": f"{seconds:.1f} s",
+        "the end": "service and gateway stopped with exit code 0",
+        "in all": around["in all"],
     }
     for name, what in rows.items():
         table.add_row(name, Text(what))

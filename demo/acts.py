@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
+import shlex
 import time
+import urllib.request
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -39,6 +43,15 @@ class Pass:
     tokens: int
     cached: int
     version: str
+
+
+@dataclass(frozen=True)
+class OverHttp:
+    """A request over HTTP: the command that sends it too, what came back, and how long it took."""
+
+    command: str
+    answer: str
+    seconds: float
 
 
 @dataclass
@@ -92,6 +105,44 @@ async def nearest(
     cosines = asked @ vectors.T  # all of length 1
     best = np.argsort(-cosines, axis=1)[:, :count]
     return [[(float(row[n]), int(n)) for n in order] for row, order in zip(cosines, best, strict=True)]
+
+
+def over_http(url: str, text: str, expected: Pass) -> OverHttp:
+    """One of the sentences as a request of OpenAI's kind; the first row of `expected` is its vector.
+
+    Raises:
+        DemoFailed: it is refused, or answered with another vector or model version.
+    """
+    body = json.dumps({"input": text, "model": "default", "encoding_format": "base64"})
+    request = urllib.request.Request(
+        f"{url}/v1/embeddings", body.encode(), {"content-type": "application/json"}
+    )
+    started = time.perf_counter()
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as reply:
+            answer = json.load(reply)
+    except OSError as error:
+        raise DemoFailed(f"the gateway did not answer: {error}") from error
+    seconds = time.perf_counter() - started
+    check_answer(answer, expected)
+    return OverHttp(
+        command=f"curl {url}/v1/embeddings -H 'content-type: application/json' -d {shlex.quote(body)}",
+        answer=f"{answer['usage']['total_tokens']} tokens, {expected.version[:15]}, the SDK's vector to the last bit",
+        seconds=seconds,
+    )
+
+
+def check_answer(answer: Mapping[str, Any], expected: Pass) -> None:
+    """The first vector of an answer over HTTP must be the SDK's, and of the same model version.
+
+    Raises:
+        DemoFailed: it is not.
+    """
+    vector = np.frombuffer(base64.b64decode(answer["data"][0]["embedding"]), dtype="<f4")
+    if not np.array_equal(vector, expected.vectors[0]):
+        raise DemoFailed("the gateway's vector is not the one that the SDK got")
+    if answer["model_version"] != expected.version:
+        raise DemoFailed(f"expected {expected.version} over HTTP, too, got {answer['model_version']}")
 
 
 async def reload_under_load(

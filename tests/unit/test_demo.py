@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from demo import models
-from demo.acts import DemoFailed, Pass, Reloaded, check_versions
+from demo.acts import DemoFailed, Pass, Reloaded, check_answer, check_versions
 
 HERE = Path(models.__file__).parent
 
@@ -30,6 +32,20 @@ def reloaded(*answers: tuple[int, Pass, str]) -> Reloaded:
         vectors=[made.vectors[text] for text, made, _ in answers],
         versions=[version for _, _, version in answers],
     )
+
+
+def answered(made: Pass, row: int, version: str) -> dict[str, Any]:
+    """What the gateway says of one text."""
+    item = {"embedding": base64.b64encode(made.vectors[row].tobytes()).decode()}
+    return {"data": [item], "model_version": version}
+
+
+def test_an_answer_over_http_must_be_the_sdks() -> None:
+    check_answer(answered(OLD, 0, "old"), OLD)
+    with pytest.raises(DemoFailed, match="not the one"):
+        check_answer(answered(OLD, 1, "old"), OLD)
+    with pytest.raises(DemoFailed, match="expected old"):
+        check_answer(answered(OLD, 0, "new"), OLD)
 
 
 def test_vectors_of_their_own_version_pass() -> None:

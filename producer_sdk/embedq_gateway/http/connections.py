@@ -164,13 +164,15 @@ class BoundedProtocol(HttpToolsProtocol):
         """A head has come whole, perhaps with one piece of data that is larger than a head may be."""
         if self.parser.should_upgrade():
             return  # it comes again, see `_stay`
-        size = len(self.url) + sum(len(name) + len(value) + _LINE_AND_COLONS for name, value in self.headers)
-        if size > self._all.bounds.head_bytes:
+        if not self._pace.short_enough_a_head and self._head_size() > self._all.bounds.head_bytes:
             self._refuse_head()
         if not self._over:
             self._all.busy(self)
             self._pace.head_ended(time.monotonic())
             super().on_headers_complete()
+
+    def _head_size(self) -> int:
+        return len(self.url) + sum(len(name) + len(value) + _LINE_AND_COLONS for name, value in self.headers)
 
     def on_body(self, body: bytes) -> None:
         """A piece of a body."""

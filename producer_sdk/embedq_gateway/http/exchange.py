@@ -127,12 +127,12 @@ class Exchange:
         return found
 
     def require(self, scope: Right) -> Caller:
-        """Who asks, if they may do this.
+        """Who asks, if they may do this. Whoever was let in stays so until the answer, even if their key is removed meanwhile.
 
         Raises:
             ApiError: nobody who is known, or who may not.
         """
-        self.caller = caller = self.keys.caller(self.headers)
+        self.caller = caller = self.caller or self.keys.caller(self.headers)
         caller.require(scope)
         return caller
 

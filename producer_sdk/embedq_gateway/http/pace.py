@@ -87,6 +87,11 @@ class Pace:
         self._stuck_since = None
 
     @property
+    def short_enough_a_head(self) -> bool:
+        """Whether a head that ends now has the right size for certain, since no more than that has come in all."""
+        return self.phase == "head" and self._bytes <= self._bounds.head_bytes
+
+    @property
     def too_long_a_head(self) -> bool:
         """Whether more has come of a head than one may have, and it has not ended yet."""
         return self.phase == "head" and self._bytes > self._bounds.head_bytes

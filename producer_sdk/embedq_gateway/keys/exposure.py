@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Final
 
 _LOOPBACK_NAMES: Final = frozenset({"localhost", "ip6-localhost"})
@@ -26,6 +27,9 @@ def check_exposure(host: str, *, has_keys: bool, allow_anonymous: bool) -> None:
         )
 
 
+@lru_cache(
+    maxsize=64
+)  # reading an address costs a twentieth of a request, and most requests name the same one
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches an address. Of a name, only the usual ones are believed."""
     try:

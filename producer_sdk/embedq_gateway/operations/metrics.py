@@ -93,19 +93,35 @@ class GatewayMetrics:
             "key_file_broken", "Processes that found the key file broken, and go on with what it held before."
         )
         self.ready = gauge("ready", "Processes whose /readyz says yes.")
+        self._of_route: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
+        """By route and status: looking a child up by its labels costs more than counting."""
+        self._of_key: dict[str, tuple[Counter, Counter]] = {}
+        """Texts and tokens, by the key's name."""
 
     def observe(self, exchange: Exchange) -> None:
         """A request has ended."""
-        route = exchange.route or _NOWHERE
-        self.requests.labels(route, str(exchange.status or HUNG_UP)).inc()
-        self.seconds.labels(route).observe((exchange.answered_at or time.monotonic()) - exchange.began)
+        route, status = exchange.route or _NOWHERE, exchange.status or HUNG_UP
+        found = self._of_route.get((route, status))
+        if found is None:
+            found = self.requests.labels(route, str(status)), self.seconds.labels(route)
+            self._of_route[route, status] = found
+        requests, seconds = found
+        requests.inc()
+        seconds.observe((exchange.answered_at or time.monotonic()) - exchange.began)
         key = _NOBODY if exchange.caller is None else exchange.caller.name
-        if exchange.texts and exchange.status == HTTPStatus.OK:
-            self.texts.labels(key).inc(exchange.texts)
-        if exchange.tokens:
-            self.tokens.labels(key).inc(exchange.tokens)
+        answered = exchange.texts if status == HTTPStatus.OK else 0
+        if answered or exchange.tokens:
+            texts, tokens = self._counters_of(key)
+            texts.inc(answered)
+            tokens.inc(exchange.tokens)
         if exchange.error in _REFUSALS:
             self.refused.labels(key, exchange.error).inc()
+
+    def _counters_of(self, key: str) -> tuple[Counter, Counter]:
+        found = self._of_key.get(key)
+        if found is None:
+            found = self._of_key[key] = self.texts.labels(key), self.tokens.labels(key)
+        return found
 
     def measure(self, *, in_flight: int, busy: int, idle: int, ready: bool) -> None:
         """How this process stands now."""

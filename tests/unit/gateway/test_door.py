@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from typing import Any
 
 import msgspec
 import pytest
 
 from embedq_gateway.errors import ApiError
+from embedq_gateway.http.exchange import Exchange, HeldBytes
 from embedq_gateway.keys.door import Door, key_in
 from embedq_gateway.keys.key_file import KeyEntry, hash_of
 from embedq_shared.topics import Lane
@@ -34,6 +36,22 @@ def test_a_key_opens_the_door_by_either_header() -> None:
     assert door.caller(bearer("good")).name == "search"
     assert door.caller({b"x-api-key": b"good"}).name == "search"
     assert door.caller({b"authorization": b"bearer  good "}).name == "search"
+
+
+def test_whoever_was_let_in_stays_so_until_the_answer() -> None:
+    door = Door([entry("good")])
+
+    async def nothing(*_: object) -> Any: ...
+
+    scope = {"type": "http", "headers": list(bearer("good").items())}
+    exchange = Exchange(scope, nothing, nothing, door, HeldBytes(0))
+    assert exchange.require("embed").name == "search"
+    door.replace([])
+    assert exchange.require("embed").name == "search"
+    with pytest.raises(ApiError):
+        exchange.require("admin")
+    with pytest.raises(ApiError):
+        Exchange(scope, nothing, nothing, door, HeldBytes(0)).require("embed")
 
 
 @pytest.mark.parametrize(

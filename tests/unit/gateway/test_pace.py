@@ -44,6 +44,17 @@ def test_a_head_may_be_so_long_and_no_longer() -> None:
     assert not pace.too_long_a_head
 
 
+def test_a_head_that_cannot_be_too_long_need_not_be_measured() -> None:
+    pace = Pace(BOUNDS, now=0)
+    pace.received(1000, now=0)
+    assert pace.short_enough_a_head
+    pace.received(1, now=0)
+    assert not pace.short_enough_a_head, "what came with it may be its body, or not"
+    pace.head_ended(now=0)
+    pace.body_ended(now=0)
+    assert not pace.short_enough_a_head, "a head that was sent ahead came with the request before"
+
+
 def test_a_body_must_come_at_a_least_speed_after_a_while() -> None:
     pace = Pace(BOUNDS, now=0)
     pace.received(10, now=0)

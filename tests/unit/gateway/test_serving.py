@@ -107,3 +107,15 @@ def test_what_keeps_it_from_starting_is_told_in_a_line(tmp_path: Path) -> None:
     assert said.startswith(
         "embedq: EMBEDQ_GATEWAY_TLS_CERTFILE, EMBEDQ_GATEWAY_TLS_KEYFILE: expected readable PEM"
     )
+
+
+def test_the_garbage_collector_leaves_alone_what_stays() -> None:
+    """Each full collection would halt all requests for as long as it walks through every library."""
+    program = (
+        "import gc; from embedq_gateway.app import create; create({'EMBEDQ_KAFKA_SERVERS': '127.0.0.1:1'}); "
+        "print(gc.get_freeze_count(), len(gc.get_objects()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    frozen, others = map(int, done.stdout.split())
+    assert frozen > 10_000
+    assert others < 1_000
