@@ -184,7 +184,7 @@ async def open_publisher(
         await publisher.close()
 
 
-class _Loader:
+class ModelLoader:
     """Makes encoders as the settings say, but for what a command says."""
 
     def __init__(self, options: LoadOptions) -> None:
@@ -213,7 +213,7 @@ async def open_model(
     batch_tokens = settings.max_batch_tokens or await asyncio.to_thread(default_batch_tokens, settings.device)
     options = await asyncio.to_thread(settings.served_model, batch_tokens)
 
-    loader = _Loader(await asyncio.to_thread(lambda: settings.load))
+    loader = ModelLoader(await asyncio.to_thread(lambda: settings.load))
     announce = partial(publisher.announce, within=STATUS_INTERVAL_S)
     model = ServedModel(options, loader, announce, metrics, health.tell)
     try:

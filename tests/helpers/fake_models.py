@@ -193,6 +193,7 @@ class Bench:
         stall_timeout_s: float = 60.0,
         load_timeout_s: float = 30.0,
         batches: BatchOptions = _BATCHES,
+        loader: Loader | None = None,
     ) -> None:
         self.root = root.resolve()
         self.metrics = Metrics()
@@ -220,7 +221,7 @@ class Bench:
                 stall_timeout_s=stall_timeout_s,
                 attempts=self.root / "attempts",
             ),
-            self.loader,
+            loader or self.loader,
             self._publish,
             self.metrics,
             self.facts.update,

@@ -37,4 +37,4 @@ async def main(root: Path, count: int, policy: Policy) -> list[int]:
 
 if __name__ == "__main__":
     found = asyncio.run(main(Path(sys.argv[1]), int(sys.argv[2]), cast("Policy", sys.argv[3])))
-    print(json.dumps(found))
+    sys.stdout.write(json.dumps(found) + "\n")

@@ -46,4 +46,5 @@ def test_after_ten_more_reloads_a_process_holds_what_it_held_after_the_first(
     held = json.loads(ran.stdout.splitlines()[-1])
     record_property("held", held)
     assert len(held) == RELOADS
-    assert held[-1] <= 1.01 * held[0], [f"{each / 1e6:.1f} MB" for each in held]
+    # The least of three: what the allocator keeps in hand goes up and down by a few megabytes, a leak only up.
+    assert min(held[-3:]) <= 1.01 * held[0], [f"{each / 1e6:.1f} MB" for each in held]
