@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Sequence
 from contextlib import aclosing
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self, Unpack
 
 from embedq_sdk.embeddings import Chunk, Embeddings, FinishedJob, Vectors, assemble
@@ -29,7 +28,7 @@ from embedq_sdk.job_options import (
 )
 from embedq_sdk.result_reader import JobResult, read_results
 from embedq_sdk.stream import Embedded, JobStream, StreamOptions
-from embedq_sdk.transport import Deadline, JobRunner, KafkaConnection, KafkaTransport, retry_pause
+from embedq_sdk.transport import Deadline, JobRunner, KafkaConnection, KafkaTransport
 from embedq_shared.codec import Format
 from embedq_shared.messages import DEFAULT_MAX_INPUTS
 from embedq_shared.topics import Topics, is_topic_name
@@ -53,7 +52,7 @@ class _Life:
         connect_timeout: float,
         in_flight: WeightedSemaphore,
         client: bytes,
-        pause: Callable[[int], float],
+        max_attempts: int | None,
     ) -> None:
         self._connection = connection
         self._topics = topics
@@ -65,8 +64,9 @@ class _Life:
             deliver=lambda record: self._runner.deliver(record),
             broken=lambda fault: self._runner.break_down(fault),
             refused=lambda error: self._runner.refuse(error),
+            moved=lambda: self._runner.move(),
         )
-        self._runner = JobRunner(self._transport, topics, in_flight, pause, client)
+        self._runner = JobRunner(self._transport, topics, in_flight, client=client, max_attempts=max_attempts)
 
     async def open(self) -> Self:
         """Connect, as `async with` does at its beginning; `close` belongs to it. Does nothing where it is open.
@@ -188,9 +188,8 @@ class EmbedClient(_Life):
         )
         timeout = checked_timeout("connect_timeout", connect_timeout)
         client = checked_client_id(client_id)
-        most = None if max_attempts is None else checked_count("max_attempts", max_attempts)
-        pause = partial(retry_pause, most=most)
-        super().__init__(connection, Topics(topic_prefix), instance, timeout, in_flight, client, pause)
+        most = _checked_attempts(max_attempts)
+        super().__init__(connection, Topics(topic_prefix), instance, timeout, in_flight, client, most)
 
     # -- embedding ----------------------------------------------------------------------------------------------------
 
@@ -213,6 +212,7 @@ class EmbedClient(_Life):
             JobFailed: the service refused the text, or all of them.
             PartialFailure: some texts failed; it holds the vectors of the others.
             DeadlineExceeded, KafkaUnavailable, KafkaRefused, Overloaded, MixedModelVersions, UnreadableReply.
+            TopicMissing: the reply topic was deleted. Where it was made again meanwhile, nothing is raised.
             ClientClosed, ClientNotOpened, WrongEventLoop: the client cannot be used, or not here.
         """
         options = JobOptions(**job)
@@ -270,17 +270,18 @@ class EmbedClient(_Life):
         options: JobOptions,
         *,
         timeout: float = DEFAULT_TIMEOUT_S,
-        retry: bool = True,
+        max_attempts: int | None = None,
     ) -> list[FinishedJob]:
         """The replies to a call as they came, for programs that pass vectors on: raw bytes of the dtype that was asked for,
         and int8 with its scale.
 
         A call is one job, but for one that is too large. All their vectors come from one model, as those of `embed` do. What
-        the service says of a job, or of one of its inputs, is an outcome; other errors are raised. With `retry` false an
-        error that may heal is an outcome at once, for callers who decide themselves what to send again.
+        the service says of a job, or of one of its inputs, is an outcome; other errors are raised. `max_attempts` is this
+        call's own; with 1 an error that may heal is an outcome at once, for callers who decide what to send again.
         """
         inputs = self._limits.split(texts)
-        deadline = Deadline.after(checked_timeout("timeout", timeout), retry=retry)
+        most = _checked_attempts(max_attempts)
+        deadline = Deadline.after(checked_timeout("timeout", timeout), max_attempts=most)
         finished = await self._runner.run(inputs, options, deadline)
         return await self._runner.of_one_model(finished, inputs, options, deadline)
 
@@ -419,3 +420,7 @@ class EmbedClient(_Life):
             connect_timeout=self._connect_timeout,
             idle=timeout,
         )
+
+
+def _checked_attempts(most: int | None) -> int | None:
+    return None if most is None else checked_count("max_attempts", most)

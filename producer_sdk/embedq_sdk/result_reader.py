@@ -24,6 +24,7 @@ from embedq_sdk.errors import EmbedError, UnreadableReply
 from embedq_sdk.reply_checks import Asked, BadReply, check_whole, read_checked
 from embedq_sdk.shown import Shown
 from embedq_sdk.transport.kafka import KafkaConnection, close, require_topics
+from embedq_sdk.transport.silence import Silence
 from embedq_shared import topics as names
 from embedq_shared.headers import value_of
 from embedq_shared.kafka import (
@@ -41,6 +42,8 @@ _REMEMBERED: Final = 100_000
 _COMMIT_EVERY_S: Final = 1.0
 _COMMIT_TIMEOUT_S: Final = 5.0
 _POLL_MS: Final = 500
+_TURN_S: Final = 2 * _POLL_MS / 1000
+"""A poll takes no longer in an event loop that runs."""
 _SESSION_TIMEOUT_MS: Final = 30_000
 _REBALANCE_TIMEOUT_MS: Final = 60_000
 _LONGEST_GAP: Final = 100_000
@@ -217,14 +220,17 @@ async def read_results(
             )
         else:
             consumer.subscribe([topic], listener=_OnRebalance(collector))
-        last_record = last_commit = loop.time()
+        last_commit = loop.time()
+        silence, read = Silence(_TURN_S), 0
         while True:
+            silence.listen(loop.time())  # what our reader did with a result is no time without results
             try:
                 found = await poll(consumer, timeout_ms=_POLL_MS)
             except (KafkaError, OSError) as error:
                 raise connection.failed(error, "reading the results") from error
+            read += len(found)
+            quiet = silence.look(read or None, loop.time())
             for record in found:
-                last_record = loop.time()
                 result = _result(collector, record)
                 if result is not None:
                     yield result
@@ -232,7 +238,7 @@ async def read_results(
             if group is not None and loop.time() - last_commit >= _COMMIT_EVERY_S:
                 await _commit(consumer, topic, collector)
                 last_commit = loop.time()
-            if idle is not None and loop.time() - last_record >= idle:
+            if idle is not None and quiet >= idle:
                 return
     finally:
         if group is not None:

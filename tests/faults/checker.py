@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +22,7 @@ from tests.faults.history import (
     Committed,
     DeadLetter,
     Ended,
+    Ends,
     Event,
     Fault,
     Result,
@@ -69,6 +71,10 @@ class History:
         self.results: dict[str, list[Result]] = defaultdict(list)
         self.letters: dict[Origin, list[DeadLetter]] = defaultdict(list)
         self.commits: list[Committed] = []
+        self.looks: list[tuple[list[Committed], Ends]] = []
+        """Commits, and the ends that were asked right after they were read."""
+        self.unjudged: list[Committed] = []
+        """Commits after the last look at the ends."""
         self.faults: list[Fault] = []
         self.workers: list[Worker] = []
         self.ends: list[Ended] = []
@@ -91,6 +97,10 @@ class History:
                 self.letters[origin].append(event)
             case Committed():
                 self.commits.append(event)
+                self.unjudged.append(event)
+            case Ends():
+                self.looks.append((self.unjudged, event))
+                self.unjudged = []
             case Fault():
                 self.faults.append(event)
             case Worker():
@@ -151,6 +161,11 @@ def whole(history: History) -> Iterator[str]:
         yield f"job {job.id} lies in the log twice: the harness must give each attempt an id of its own"
     if len(history.jobs) < history.ends[0].acknowledged:
         yield f"{history.ends[0].acknowledged} jobs acknowledged, only {len(history.jobs)} in the log"
+    if history.unjudged:
+        yield f"{len(history.unjudged)} commits after which nobody asked for the ends"
+    for before, after in pairwise(history.commits):
+        if after.record <= before.record:
+            yield f"the group's record {after.record} at {after.at:.1f} s comes after {before.record}"
 
 
 def answered(history: History) -> Iterator[str]:
@@ -230,35 +245,35 @@ def repeats_bounded(history: History) -> Iterator[str]:
 def never_ahead(history: History) -> Iterator[str]:
     """A commit covers only jobs whose result, every part of it, or dead letter was in the log before."""
     waiting = _by_partition(history.jobs.values())
-    for commit in history.commits:
-        for partition, offset in commit.offsets.items():
-            jobs = waiting.get(partition, [])
-            while jobs and jobs[-1].offset < offset:
+    for commits, look in history.looks:
+        for commit in commits:
+            jobs = waiting.get(commit.partition, [])
+            while jobs and commit.offset is not None and jobs[-1].offset < commit.offset:
                 job = jobs.pop()
-                if not _covered(history, job, commit.ends):
+                if not _covered(history, job, look.ends):
                     yield (
-                        f"job {job.id} at {partition}@{job.offset} was committed ({offset}, seen at {commit.at:.1f} s) "
-                        "before its result was in the log"
+                        f"job {job.id} at {commit.partition}@{job.offset} was committed ({commit.offset}, "
+                        f"seen at {commit.at:.1f} s) before its result was in the log"
                     )
 
 
 def never_back(history: History) -> Iterator[str]:
-    """The group's offsets only rise."""
+    """The group's offsets only rise, in the order in which Kafka keeps them."""
     newest: dict[str, int] = {}
     for commit in history.commits:
-        for partition, offset in commit.offsets.items():
-            if offset < newest.get(partition, 0):
-                yield f"{partition}: {newest[partition]}, then {offset} at {commit.at:.1f} s"
-            newest[partition] = offset
-        for partition in newest.keys() - commit.offsets.keys():
-            yield f"{partition}: {newest.pop(partition)}, then nothing at {commit.at:.1f} s"
+        before = newest.pop(commit.partition, None)
+        if before is not None and (commit.offset is None or commit.offset < before):
+            said = "nothing" if commit.offset is None else commit.offset
+            yield f"{commit.partition}: {before}, then {said} at {commit.at:.1f} s (record {commit.record})"
+        if commit.offset is not None:
+            newest[commit.partition] = commit.offset
 
 
 def committed_to_the_end(history: History) -> Iterator[str]:
     """When all is answered, nothing is left to be read again."""
     if not history.ends:
         return
-    last = history.commits[-1].offsets if history.commits else {}
+    last = {commit.partition: commit.offset for commit in history.commits}
     for partition, end in history.ends[0].ends.items():
         if end and last.get(partition) != end:
             yield f"{partition}: committed {last.get(partition)}, ends at {end}"

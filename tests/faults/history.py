@@ -89,12 +89,20 @@ class DeadLetter(_Line, frozen=True, kw_only=True, tag="dead_letter"):
 
 
 class Committed(_Line, frozen=True, kw_only=True, tag="committed"):
-    """The group's offsets, and then, asked after them, the ends of the topics with results and dead letters.
+    """A record of the group's log, in the log's order: the offset that was committed for a partition, None where the log
+    says that it is forgotten. `record` is where it lies there."""
 
-    Both by `topic/partition`. Everything that was published before the commit lies below these ends.
+    record: int
+    partition: str
+    offset: int | None = None
+
+
+class Ends(_Line, frozen=True, kw_only=True, tag="ends"):
+    """The ends of the topics with results and dead letters, by `topic/partition`, asked after all `Committed` above were read.
+
+    Everything that was published before one of those commits lies below these ends.
     """
 
-    offsets: dict[str, int]
     ends: dict[str, int]
 
 
@@ -122,7 +130,7 @@ class Ended(_Line, frozen=True, kw_only=True, tag="ended"):
     acknowledged: int
 
 
-Event = Run | Accepted | Result | DeadLetter | Committed | Fault | Worker | Ended
+Event = Run | Accepted | Result | DeadLetter | Committed | Ends | Fault | Worker | Ended
 
 _encoder: Final = msgspec.json.Encoder()
 _decoder: Final[msgspec.json.Decoder[Event]] = msgspec.json.Decoder(Event)

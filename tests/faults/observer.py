@@ -1,4 +1,4 @@
-"""What an onlooker sees of a run, past the proxies: job records, results and dead letters in the logs, the group's offsets.
+"""What an onlooker sees of a run, past the proxies: job records, results, dead letters and commits, in the brokers' logs.
 
 An onlooker's own trouble with a broker that is being killed is no finding: it connects again and reads on where it was.
 """
@@ -9,14 +9,12 @@ import asyncio
 import struct
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Final
 
 import structlog
 
 from embedq_shared.headers import value_of
 from embedq_shared.kafka import (
-    AIOKafkaAdminClient,
     AIOKafkaConsumer,
     ConsumerRecord,
     KafkaError,
@@ -24,7 +22,8 @@ from embedq_shared.kafka import (
     stop_client,
 )
 from embedq_shared.topics import Topics
-from tests.faults.history import Accepted, Committed, DeadLetter, HistoryWriter, Mode, Result, place
+from tests.faults import group_log
+from tests.faults.history import Accepted, Committed, DeadLetter, Ends, HistoryWriter, Mode, Result, place
 from tests.faults.load import JobMaker, Judge
 
 log = structlog.get_logger()
@@ -47,7 +46,8 @@ class Progress:
         self.answered: set[str] = set()
         self.results = 0
         self.repeats = 0
-        self.committed: dict[str, int] = {}
+        self.committed: dict[str, int | None] = {}
+        """By `topic/partition`; noted once it is in the history."""
 
     def job(self, id: str) -> None:
         self.accepted.add(id)
@@ -147,19 +147,23 @@ class Observer:
         self._mode = mode
         self._group = group
         self._clock = clock
+        self._commits: list[Committed] = []
+        """Read, and not in the history so far: the ends of the results are not known yet."""
         self.progress = Progress()
         read = (*topics.lanes, topics.results, topics.replies, topics.dead_letters)
         # A topic that is deleted must not trouble the reader of all others.
         self._readers = [
             LogReader(servers, names, mode, self._see) for names in (read, *((o,) for o in others))
         ]
+        # Offsets of a transaction count once it is committed.
+        self._readers.append(LogReader(servers, (group_log.TOPIC,), "exactly-once", self._see_commit))
 
     async def run(self) -> None:
         """Look on until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             for reader in self._readers:
                 tasks.create_task(reader.run())
-            tasks.create_task(self._watch_commits())
+            tasks.create_task(self._note_commits())
 
     def forget(self, topic: str) -> None:
         """This topic was deleted: offsets begin anew."""
@@ -188,6 +192,11 @@ class Observer:
             for partition, position in reader.positions.items()
         }
         return all(positions.get(name, 0) >= end for name, end in ends.items())
+
+    @property
+    def has_noted_commits(self) -> bool:
+        """Whether all commits that were read are in the history."""
+        return not self._commits
 
     # -- records ------------------------------------------------------------------------------------------------------
 
@@ -255,41 +264,42 @@ class Observer:
 
     # -- the group ----------------------------------------------------------------------------------------------------
 
-    async def _watch_commits(self) -> None:
-        """First the group's offsets, then the ends: what was published before a commit lies below the ends then."""
+    def _see_commit(self, record: ConsumerRecord) -> None:
+        stored = group_log.stored_by(record.key, record.value)
+        if stored is not None and stored.group == self._group:
+            self._commits.append(
+                Committed(
+                    at=self._clock(), record=record.offset, partition=stored.partition, offset=stored.offset
+                )
+            )
+
+    async def _note_commits(self) -> None:
+        """First commits, then the ends: what was published before a commit lies below the ends then."""
         while True:
-            admin = AIOKafkaAdminClient(bootstrap_servers=self._servers, request_timeout_ms=5000)
             consumer = AIOKafkaConsumer(bootstrap_servers=self._servers, request_timeout_ms=5000)
             try:
                 async with asyncio.timeout(2 * _STEP_S):
-                    await admin.start()
                     await consumer.start()
                 while True:
                     started = time.monotonic()
-                    async with asyncio.timeout(_STEP_S):
-                        await self._look(admin, consumer)
+                    if self._commits:
+                        async with asyncio.timeout(_STEP_S):
+                            await self._look(consumer)
                     await asyncio.sleep(max(0.0, _LOOK_EVERY_S - (time.monotonic() - started)))
             except _TROUBLE as error:
                 log.info("onlooker_connects_again", reason=repr(error))
                 await asyncio.sleep(_PAUSE_S)
             finally:
                 await stop_client(consumer, _STEP_S)
-                with suppress(*_TROUBLE):
-                    async with asyncio.timeout(_STEP_S):
-                        await admin.close()
 
-    async def _look(self, admin: AIOKafkaAdminClient, consumer: AIOKafkaConsumer) -> None:
-        found = await admin.list_consumer_group_offsets(self._group)
-        offsets = {
-            place(partition.topic, partition.partition): stored.offset
-            for partition, stored in found.items()
-            if stored.offset >= 0
-        }
-        if not offsets or offsets == self.progress.committed:
-            return
+    async def _look(self, consumer: AIOKafkaConsumer) -> None:
+        count = len(self._commits)
         ends = await self._ends(consumer, (*self._results, self._topics.dead_letters))
-        self.progress.committed = offsets
-        self._history.add(Committed(at=self._clock(), offsets=offsets, ends=ends))
+        commits, self._commits = self._commits[:count], self._commits[count:]
+        for commit in commits:
+            self._history.add(commit)
+            self.progress.committed[commit.partition] = commit.offset
+        self._history.add(Ends(at=self._clock(), ends=ends))
 
     async def _ends(self, consumer: AIOKafkaConsumer, topics: Sequence[str]) -> dict[str, int]:
         await consumer._client.set_topics(topics)

@@ -18,7 +18,7 @@ from aiokafka.admin import NewTopic
 from embedq_consumer.settings import Settings
 from embedq_shared.kafka import AIOKafkaAdminClient, AIOKafkaProducer, KafkaError
 from embedq_shared.topics import Topics
-from tests.faults import cluster_faults, load
+from tests.faults import cluster_faults, group_log, load
 from tests.faults.history import Ended, Fault, HistoryWriter, Mode, Run
 from tests.faults.load import JobMaker, Judge, Vectors
 from tests.faults.observer import Observer
@@ -381,14 +381,20 @@ class Harness:
 
     async def _end(self) -> None:
         """Read the logs to their ends, and close the history."""
-        results = (self.topics.results, self.topics.replies, self.topics.dead_letters, self._own_topic)
+        read = (
+            *(self.topics.results, self.topics.replies, self.topics.dead_letters, self._own_topic),
+            group_log.TOPIC,
+        )
         if self._plan.mode == "at-least-once":
-            if (found := await self._ends(results)) is not None:
+            if (found := await self._ends(read)) is not None:
                 await wait_until(
-                    lambda: self._observer.has_read(found), within=60, what="the end of the results"
+                    lambda: self._observer.has_read(found), within=60, what="the ends of results and commits"
                 )
         else:
             await asyncio.sleep(2.0)  # the last markers have no record by which they could be waited for
+        await wait_until(
+            lambda: self._observer.has_noted_commits, within=60, what="the ends after the last commits"
+        )
         ends = await self._ends(self.topics.lanes) or {}
         self.history.add(Ended(at=self._clock(), ends=ends, acknowledged=self._producing.acknowledged))
         self.history.close()
@@ -407,7 +413,7 @@ class Harness:
             codes = Counter(code for worker in self.workers for code in worker.ends)
             self._say(
                 f"{self._clock():7.1f} s  {self._producing.acknowledged} sent, {len(progress.answered)} answered, "
-                f"{progress.repeats} repeated, {sum(progress.committed.values())} committed, "
+                f"{progress.repeats} repeated, {sum(filter(None, progress.committed.values()))} committed, "
                 f"ends of workers: {dict(codes)}"
             )
 

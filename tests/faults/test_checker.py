@@ -17,6 +17,7 @@ from tests.faults.history import (
     Committed,
     DeadLetter,
     Ended,
+    Ends,
     Event,
     Fault,
     HistoryWriter,
@@ -75,9 +76,8 @@ def good(mode: Mode = "at-least-once") -> list[Event]:
             origin_offset=2,
             code="malformed",
         ),
-        Committed(
-            at=2.5, offsets={f"{JOBS}/0": 2}, ends={f"{RESULTS}/0": 1, f"{RESULTS}/1": 1, f"{REPLIES}/2": 1}
-        ),
+        Committed(at=2.5, record=3, partition=f"{JOBS}/0", offset=2),
+        Ends(at=2.5, ends={f"{RESULTS}/0": 1, f"{RESULTS}/1": 1, f"{REPLIES}/2": 1}),
         Fault(at=3.0, name="kill", target="w0", phase="begin"),
         Worker(at=3.0, name="w0", event="ended", code=-9),
         Fault(at=3.1, name="kill", target="w0", phase="end"),
@@ -93,11 +93,9 @@ def good(mode: Mode = "at-least-once") -> list[Event]:
         events.append(Result(at=4.1, id="b", topic=REPLIES, partition=2, offset=1, status="ok", cosine=1.0))
     return [
         *events,
-        Committed(
-            at=5.0,
-            offsets={f"{JOBS}/0": 3, f"{JOBS}/1": 1},
-            ends={f"{RESULTS}/0": 3, f"{RESULTS}/1": 1, f"{REPLIES}/2": 2, f"{DEAD}/0": 1},
-        ),
+        Committed(at=5.0, record=7, partition=f"{JOBS}/0", offset=3),
+        Committed(at=5.0, record=8, partition=f"{JOBS}/1", offset=1),
+        Ends(at=5.0, ends={f"{RESULTS}/0": 3, f"{RESULTS}/1": 1, f"{REPLIES}/2": 2, f"{DEAD}/0": 1}),
         Ended(at=6.0, ends={f"{JOBS}/0": 3, f"{JOBS}/1": 1, f"{JOBS}/2": 0}, acknowledged=4),
     ]
 
@@ -122,8 +120,12 @@ def result_of(id: str, part: int | None = None) -> Callable[[Event], bool]:
     return lambda event: isinstance(event, Result) and event.id == id and (part is None or event.part == part)
 
 
+def is_last_look(event: Event) -> bool:
+    return isinstance(event, Ends) and event.at == 5.0
+
+
 def is_last_commit(event: Event) -> bool:
-    return isinstance(event, Committed) and event.at == 5.0
+    return isinstance(event, Committed) and event.record == 7
 
 
 @pytest.mark.parametrize("mode", ["at-least-once", "exactly-once"])
@@ -205,13 +207,14 @@ def test_a_repeat_though_nothing_happened_is_found() -> None:
         Result(at=91.0, id="q", topic=RESULTS, partition=3, offset=1, status="ok", cosine=1.0),
     ]
     job = Accepted(at=89.0, id="q", topic=JOBS, partition=2, offset=0, reply_topic=RESULTS)
-    commit = Committed(
-        at=92.0, offsets={f"{JOBS}/0": 3, f"{JOBS}/1": 1, f"{JOBS}/2": 1}, ends={f"{RESULTS}/3": 2}
-    )
+    commit: list[Event] = [
+        Committed(at=92.0, record=9, partition=f"{JOBS}/2", offset=1),
+        Ends(at=92.0, ends={f"{RESULTS}/3": 2}),
+    ]
     end = Ended(at=99.0, ends={f"{JOBS}/2": 1}, acknowledged=5)
-    assert broken([*events[:-1], job, *late, commit, end]) == ["repeats bounded"]
+    assert broken([*events[:-1], job, *late, *commit, end]) == ["repeats bounded"]
     during = Fault(at=90.5, name="freeze", target="w1", phase="begin")
-    assert broken([*events[:-1], job, during, *late, commit, end]) == []
+    assert broken([*events[:-1], job, during, *late, *commit, end]) == []
 
 
 TWICE = "never twice where once is promised"
@@ -234,30 +237,57 @@ def test_a_repeated_dead_letter_is_found_in_exactly_once_mode() -> None:
 
 
 def test_a_commit_before_the_result_was_in_the_log_is_found() -> None:
-    assert broken(change(good(), is_last_commit, ends={f"{RESULTS}/0": 3, f"{REPLIES}/2": 2})) == [
+    assert broken(change(good(), is_last_look, ends={f"{RESULTS}/0": 3, f"{REPLIES}/2": 2})) == [
         "commits never ahead"
     ]
 
 
 def test_a_commit_before_the_last_part_was_in_the_log_is_found() -> None:
     ends = {f"{RESULTS}/0": 2, f"{RESULTS}/1": 1, f"{REPLIES}/2": 2, f"{DEAD}/0": 1}
-    assert broken(change(good(), is_last_commit, ends=ends)) == ["commits never ahead"]
+    assert broken(change(good(), is_last_look, ends=ends)) == ["commits never ahead"]
 
 
-def test_a_commit_that_goes_back_is_found() -> None:
+def test_a_commit_after_which_nobody_asked_for_the_ends_is_found() -> None:
+    assert broken(without(good(), is_last_look)) == ["whole"]
+
+
+def test_a_group_log_that_was_read_in_another_order_is_found() -> None:
+    assert broken(change(good(), is_last_commit, record=2)) == ["whole"]
+    assert broken(change(good(), is_last_commit, record=3)) == ["whole"]
+
+
+@pytest.mark.parametrize("offset", [1, 0, None])
+def test_a_commit_that_goes_back_or_vanishes_is_found(offset: int | None) -> None:
     events = good()
-    back = Committed(at=4.5, offsets={f"{JOBS}/0": 1}, ends={})
-    assert broken([*events[:-2], back, *events[-2:]]) == ["commits never back"]
+    back: list[Event] = [
+        Committed(at=4.5, record=4, partition=f"{JOBS}/0", offset=offset),
+        Ends(at=4.5, ends={}),
+    ]
+    assert broken([*events[:-4], *back, *events[-4:]]) == ["commits never back"]
 
 
-def test_a_commit_that_vanishes_is_found() -> None:
+def test_a_commit_that_goes_back_and_forth_between_two_looks_is_found() -> None:
+    """As an onlooker who only asks now and then would not see it."""
     events = good()
-    gone = Committed(at=4.5, offsets={}, ends={})
-    assert broken([*events[:-2], gone, *events[-2:]]) == ["commits never back"]
+    back = [
+        Committed(at=4.5, record=4, partition=f"{JOBS}/0", offset=1),
+        Committed(at=4.5, record=5, partition=f"{JOBS}/0", offset=2),
+    ]
+    assert broken([*events[:-4], *back, *events[-4:]]) == ["commits never back"]
+
+
+def test_one_commit_said_twice_and_one_of_another_partition_go_nowhere_back() -> None:
+    events = good()
+    again = [
+        Committed(at=4.5, record=4, partition=f"{JOBS}/0", offset=2),
+        Committed(at=4.5, record=5, partition=f"{JOBS}/1", offset=0),
+    ]
+    assert broken([*events[:-4], *again, *events[-4:]]) == []
 
 
 def test_a_partition_that_is_not_committed_to_its_end_is_found() -> None:
-    assert broken(change(good(), is_last_commit, offsets={f"{JOBS}/0": 3})) == ["committed to the end"]
+    behind = [event for event in good() if not (isinstance(event, Committed) and event.record == 8)]
+    assert broken(behind) == ["committed to the end"]
 
 
 def test_a_dead_letter_for_an_innocent_job_is_found() -> None:
@@ -294,12 +324,11 @@ def fragile(*more: Event) -> list[Event]:
         reply_partition=0,
         fragile=True,
     )
-    commit = Committed(
-        at=5.5,
-        offsets={f"{JOBS}/0": 3, f"{JOBS}/1": 1, f"{JOBS}/3": 1},
-        ends={f"{RESULTS}/0": 9, f"{DEAD}/0": 9},
-    )
-    return [*events[:-1], job, *more, commit, Ended(at=6.0, ends={f"{JOBS}/3": 1}, acknowledged=5)]
+    commit: list[Event] = [
+        Committed(at=5.5, record=9, partition=f"{JOBS}/3", offset=1),
+        Ends(at=5.5, ends={f"{RESULTS}/0": 9, f"{DEAD}/0": 9}),
+    ]
+    return [*events[:-1], job, *more, *commit, Ended(at=6.0, ends={f"{JOBS}/3": 1}, acknowledged=5)]
 
 
 def test_a_fragile_job_may_be_answered_by_an_error_and_a_dead_letter() -> None:
@@ -353,6 +382,7 @@ def histories(draw: st.DrawFn, mode: Mode = "at-least-once") -> list[Event]:
     logs: dict[str, int] = {}
     events: list[Event] = [run(mode, repeats_each=1000)]
     offsets: dict[str, int] = {}
+    record = 0
     at = 1.0
     for partition, count in enumerate(counts):
         events += [
@@ -387,6 +417,12 @@ def histories(draw: st.DrawFn, mode: Mode = "at-least-once") -> list[Event]:
             )
             logs[name] += 1
 
+    def commit(partition: int) -> None:
+        nonlocal record
+        record += draw(st.integers(1, 3))  # other groups' records, and the members', lie between
+        name = history.place(JOBS, partition)
+        events.append(Committed(at=at, record=record, partition=name, offset=offsets[name]))
+
     position = [0] * len(counts)
     while any(position[p] < count for p, count in enumerate(counts)):
         at += 1.0
@@ -396,7 +432,8 @@ def histories(draw: st.DrawFn, mode: Mode = "at-least-once") -> list[Event]:
         step = draw(st.sampled_from(["", "commit", "kill"] if mode == "at-least-once" else ["", "commit"]))
         if step == "commit":
             offsets[history.place(JOBS, partition)] = position[partition]
-            events.append(Committed(at=at, offsets=dict(offsets), ends=dict(logs)))
+            commit(partition)
+            events.append(Ends(at=at, ends=dict(logs)))
         elif step == "kill":
             events.append(Worker(at=at, name="w", event="ended", code=-9))
             position[partition] = offsets.get(history.place(JOBS, partition), 0)
@@ -406,7 +443,8 @@ def histories(draw: st.DrawFn, mode: Mode = "at-least-once") -> list[Event]:
         for offset in range(position[partition], count):
             answer(partition, offset)
         offsets[history.place(JOBS, partition)] = count
-    events.append(Committed(at=at + 1, offsets=dict(offsets), ends=dict(logs)))
+        commit(partition)
+    events.append(Ends(at=at, ends=dict(logs)))
     events.append(Ended(at=at + 2, ends=dict(offsets), acknowledged=sum(counts)))
     return events
 
@@ -440,7 +478,9 @@ def test_a_commit_that_comes_before_a_result_below_it_is_found(
     commits = [event for event in events if isinstance(event, Committed)]
     job = data.draw(st.sampled_from([event for event in events if isinstance(event, Accepted)]))
     name = history.place(job.topic, job.partition)
-    covering = next(commit for commit in commits if commit.offsets.get(name, 0) > job.offset)
+    covering = next(
+        commit for commit in commits if commit.partition == name and (commit.offset or 0) > job.offset
+    )
     early = [
         msgspec.structs.replace(event, offset=event.offset + 10_000)
         if isinstance(event, Result) and event.id == job.id
@@ -451,6 +491,23 @@ def test_a_commit_that_comes_before_a_result_below_it_is_found(
     breaches = [breach for breach in checker.check(early).breaches if breach.rule == "commits never ahead"]
     assert len(breaches) == 1
     assert f"seen at {covering.at:.1f} s" in breaches[0].what
+
+
+@given(histories(), st.data())
+def test_a_commit_that_comes_once_more_behind_a_later_one_is_found(
+    events: list[Event], data: st.DataObject
+) -> None:
+    """What a request does that was on its way for too long."""
+    commits = [event for event in events if isinstance(event, Committed)]
+    late = data.draw(st.sampled_from(commits))
+    later = [
+        commit
+        for commit in commits
+        if commit.partition == late.partition and (commit.offset or 0) > (late.offset or 0)
+    ]
+    again = msgspec.structs.replace(late, record=commits[-1].record + 1)
+    breaches = checker.check([*events[:-2], again, *events[-2:]]).breaches
+    assert ("commits never back" in {breach.rule for breach in breaches}) == bool(later)
 
 
 @given(histories(), st.data())

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults import checker, history, load
+from tests.faults.history import Mode
 from tests.faults.reference import expected
 from tests.faults.run import Harness, Plan
 from tests.helpers.cluster import Cluster
@@ -29,10 +30,12 @@ def seed() -> int:
     return int(os.environ.get("FAULTS_SEED", 10 if "CI" in os.environ else random.randrange(10**6)))
 
 
+@pytest.mark.parametrize("mode", ["at-least-once", "exactly-once"])
 async def test_kills_a_lost_broker_and_a_lost_redis_lose_no_job_and_repeat_within_the_bound(
-    cluster: Cluster, seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cluster: Cluster, seed: int, mode: Mode, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan = Plan(seed=seed, jobs=2000, faults=SHORT, texts=200, window=500)
+    faults = SHORT if mode == "at-least-once" else (*SHORT, "kill_in_transaction")
+    plan = Plan(seed=seed, jobs=2000, mode=mode, faults=faults, texts=200, window=500)
     models = [make_tiny_bert(tmp_path / "models" / "a", seed=1, max_tokens=512)]
     vectors = await asyncio.to_thread(expected, models, load.texts(plan.seed, plan.texts), tmp_path)
     lines: list[str] = []

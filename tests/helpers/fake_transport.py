@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from embedq_sdk.errors import KafkaRefused, KafkaUnavailable
+from embedq_sdk.errors import KafkaRefused, KafkaUnavailable, TopicMissing
 from embedq_sdk.transport.kafka import KafkaConnection
 from embedq_sdk.transport.pending_jobs import PendingJob
 from embedq_shared.headers import Header
@@ -34,7 +34,8 @@ class FakeTransport:
         instance: str | None = None,
         deliver: Callable[[Record], None] | None = None,
         broken: Callable[[BaseException], None] | None = None,
-        refused: Callable[[KafkaRefused], None] | None = None,
+        refused: Callable[[KafkaRefused | TopicMissing], None] | None = None,
+        moved: Callable[[], None] | None = None,
     ) -> None:
         self.service = FakeService()
         self.sent: list[PendingJob] = []
@@ -45,6 +46,7 @@ class FakeTransport:
         self.deliver = deliver
         self.broken = broken
         self.refused = refused
+        self.moved = moved
         self.fails_to_open: Exception | None = None
         self.opened = 0
         self.may_open = asyncio.Event()

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import TopicPartition
 
+from embedq_shared.kafka import AIOKafkaConsumer, AIOKafkaProducer
 from embedq_shared.topics import Topics
 from tests.helpers.fake_service import Answer, FakeService, Received, reply_record
 
@@ -82,6 +83,8 @@ class Responder(FakeService):
         partition = received.headers.reply_partition
         if partition is None:
             partition = hash(received.id) % len(await self._producer.partitions_for(topic))
+        while partition not in await self._producer.partitions_for(topic):
+            await self._producer.client.force_metadata_update()  # another topic of that name than we knew
         value, headers = reply_record(received, answer)
         key = (topic, partition)
         batch = batches.setdefault(key, self._producer.create_batch())

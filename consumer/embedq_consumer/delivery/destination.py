@@ -244,6 +244,12 @@ class Destination:
         self.apart = False
         self._well_since = None
 
+    def excuse(self, seconds: float, now: float) -> None:
+        """We heard nothing for so long, whoever spoke: that is no time in which parcels waited for the brokers."""
+        for parcel in self.parcels():
+            parcel.since = min(now, parcel.since + seconds)
+            parcel.sent_at = min(now, parcel.sent_at + seconds)
+
     def forgive(self, now: float) -> None:
         """All brokers were away: how long it failed begins anew."""
         if self.failing_since is not None:
@@ -302,7 +308,7 @@ class Destination:
 class Presence:
     """Whether Kafka takes anything from us at all. Pure: time is an argument.
 
-    It is away once something has waited for `AWAY_S` and nothing was taken anywhere in that time.
+    It is away once something has waited for `AWAY_S` and nothing was taken anywhere in that time, in which we listened.
     """
 
     AWAY_S: Final = 7.0
@@ -313,6 +319,8 @@ class Presence:
         self.back_at = now
         self.away_since: float | None = None
         self._pending_since: float | None = None
+        self._deaf_s = 0.0
+        """Of the time since something was taken, or began to wait."""
 
     @property
     def away(self) -> bool:
@@ -323,11 +331,16 @@ class Presence:
         """A record was taken. True if Kafka had been away."""
         self.taken_at = now
         self._pending_since = None
+        self._deaf_s = 0.0
         if self.away_since is None:
             return False
         self.away_since = None
         self.back_at = now
         return True
+
+    def excuse(self, seconds: float) -> None:
+        """We heard nothing for so long, whoever spoke."""
+        self._deaf_s += seconds
 
     def look(self, now: float, *, pending: bool) -> bool:
         """Called again and again. True if Kafka has just gone away."""
@@ -336,8 +349,9 @@ class Presence:
             return False
         if self._pending_since is None:
             self._pending_since = now
+            self._deaf_s = 0.0
         silent_since = max(self.taken_at, self._pending_since)
-        if self.away_since is None and now - silent_since > self.AWAY_S:
+        if self.away_since is None and now - silent_since - self._deaf_s > self.AWAY_S:
             self.away_since = silent_since
             return True
         return False

@@ -100,6 +100,12 @@ class Places:
             destination.forgive(now)
         return True
 
+    def excuse(self, seconds: float, now: float) -> None:
+        """Our event loop stood still for so long until `now`: nobody's silence in that time counts."""
+        self.presence.excuse(seconds)
+        for destination in self:
+            destination.excuse(seconds, now)
+
     def just_went_away(self, now: float) -> bool:
         """Look whether Kafka is there; True the first time that it is not."""
         return self.presence.look(now, pending=any(destination.busy for destination in self))

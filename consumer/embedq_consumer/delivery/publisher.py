@@ -29,6 +29,8 @@ from embedq_shared.kafka import BatchFull, Evicted, KafkaError
 log = structlog.get_logger()
 
 _TICK_S: Final = 0.1
+_STOOD_STILL_S: Final = 1.0
+"""A tick that comes later than this found no turn: the process was stopped or starved, or a call of ours blocked its loop."""
 _TOPICS_AGE_S: Final = 10.0
 
 Answer = tuple[Destination, Parcel, "asyncio.Future[Any]"]
@@ -207,6 +209,8 @@ class Publisher:
             for destination in fresh.values():
                 self._pump(destination, now)
             if now >= next_tick:
+                if 0.0 < next_tick < now - _STOOD_STILL_S:
+                    self._places.excuse(now - next_tick, now)
                 self._tick(now)
                 next_tick = now + _TICK_S
                 asyncio.get_running_loop().call_later(_TICK_S, self._woken.set)
@@ -330,8 +334,7 @@ class Publisher:
 
     def _note_end(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
-        error = None if task.cancelled() else task.exception()
-        if error is not None and not self._failure.done():
+        if not task.cancelled() and (error := task.exception()) and not self._failure.done():
             self._failure.set_exception(error)
 
 

@@ -25,6 +25,7 @@ from embedq_sdk.errors import (
     MixedModelVersions,
     Overloaded,
     ServiceOverloaded,
+    TopicMissing,
     UnknownModel,
     UnreadableReply,
 )
@@ -47,7 +48,7 @@ class RawClient(Protocol):
     """What is used of an `EmbedClient`."""
 
     async def embed_raw(
-        self, texts: Sequence[str], options: JobOptions, *, timeout: float, retry: bool
+        self, texts: Sequence[str], options: JobOptions, *, timeout: float, max_attempts: int
     ) -> list[FinishedJob]: ...
 
 
@@ -139,17 +140,18 @@ class Embedder:
         while True:
             try:
                 (finished,) = await self._client.embed_raw(
-                    texts, self._options, timeout=ASKED_AGAIN_S, retry=False
+                    texts, self._options, timeout=ASKED_AGAIN_S, max_attempts=1
                 )
                 outcome = finished.outcome
             except (KafkaRefused, ClientClosed):
                 raise
-            except (KafkaUnavailable, DeadlineExceeded, Overloaded) as error:
+            except (KafkaUnavailable, TopicMissing, DeadlineExceeded, Overloaded) as error:
                 outcome = error
             except (InvalidArgument, UnreadableReply, MixedModelVersions) as error:
                 return error
             if not isinstance(
-                outcome, KafkaUnavailable | DeadlineExceeded | Overloaded | ServiceOverloaded | Expired
+                outcome,
+                KafkaUnavailable | TopicMissing | DeadlineExceeded | Overloaded | ServiceOverloaded | Expired,
             ):
                 if attempt:
                     self._waits(None)

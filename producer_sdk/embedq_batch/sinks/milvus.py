@@ -106,7 +106,7 @@ class MilvusSink:
     def fetch(self, ids: Sequence[RowId]) -> dict[RowId, npt.NDArray[np.float32]]:
         if not ids:
             return {}
-        found = self._call(
+        found = self._asked(
             lambda client: client.query(
                 self._collection,
                 filter=f"id in [{', '.join(map(quoted, ids))}]",
@@ -148,12 +148,19 @@ class MilvusSink:
 
     def stored(self, version: str | None = None) -> int:
         chosen = "" if version is None else f"model_version == {quoted(version)}"
-        found = self._call(
+        found = self._asked(
             lambda client: client.query(
                 self._collection, filter=chosen, output_fields=["count(*)"], consistency_level="Strong"
             )
         )
         return int(found[0]["count(*)"])
+
+    def _asked(self, function: Any) -> Any:
+        """What the store says to a question."""
+        try:
+            return self._call(function)
+        except RowsRefused as refused:
+            raise BadTarget(target=self.name, reason=refused.reason) from None
 
     def _call(self, function: Any) -> Any:
         try:

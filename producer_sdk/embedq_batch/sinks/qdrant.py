@@ -99,7 +99,7 @@ class QdrantSink:
         return True
 
     def fetch(self, ids: Sequence[RowId]) -> dict[RowId, npt.NDArray[np.float32]]:
-        points = self._call(
+        points = self._asked(
             lambda client: client.retrieve(
                 self._collection, [point_id(id) for id in ids], with_payload=True, with_vectors=True
             )
@@ -141,8 +141,15 @@ class QdrantSink:
         if version is not None:
             match = models.FieldCondition(key="model_version", match=models.MatchValue(value=version))
             chosen = models.Filter(must=[match])
-        found = self._call(lambda client: client.count(self._collection, count_filter=chosen, exact=True))
+        found = self._asked(lambda client: client.count(self._collection, count_filter=chosen, exact=True))
         return int(found.count)
+
+    def _asked(self, function: Any) -> Any:
+        """What the store says to a question."""
+        try:
+            return self._call(function)
+        except RowsRefused as refused:
+            raise BadTarget(target=self.name, reason=refused.reason) from None
 
     def _call(self, function: Any) -> Any:
         try:

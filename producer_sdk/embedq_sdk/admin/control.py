@@ -24,6 +24,7 @@ from embedq_sdk.admin.rollout import ReplicaView, RolloutUpdate, RolloutView, vi
 from embedq_sdk.errors import EmbedError, InvalidArgument
 from embedq_sdk.job_options import checked_timeout
 from embedq_sdk.transport.kafka import KafkaConnection, require_topics
+from embedq_sdk.transport.silence import Silence
 from embedq_shared.codec import encode_record, read_command, read_status
 from embedq_shared.fleet import StatusBoard
 from embedq_shared.kafka import (
@@ -44,6 +45,8 @@ _STEP_S: Final = 10.0
 _READ_S: Final = 3 * _STEP_S
 """Both topics, whole; they are compacted and small."""
 _POLL_MS: Final = 250
+_TURN_S: Final = 4 * _POLL_MS / 1000
+"""A poll takes no longer in an event loop that runs."""
 _SILENCE_S: Final = 15.0
 """A broker answers a fetch every quarter of a second: if it has not for this long, it is gone."""
 
@@ -194,7 +197,7 @@ async def _carry_out(
         reader = ControlPlaneReader(connection, consumer, topics, alias)
         commands = await reader.read_to_end([topics.control, topics.status])
         earlier = [found.command for found in commands]
-        command = decide(earlier, reader.board.live(time.time(), alias))
+        command = decide(earlier, reader.board.live(reader.heard(time.time()), alias))
 
         async def write(command: Control) -> int:
             return await _write(connection, topics.control, command, connect_timeout)
@@ -203,7 +206,8 @@ async def _carry_out(
         rollout = RolloutView(reader.board, command, started=time.time(), timeout=timeout)
         shown: object = None
         while True:
-            update = rollout.at(time.time())
+            now = time.time()
+            update = rollout.at(now, reader.heard(now))
             news = msgspec.structs.replace(
                 update, replicas=tuple(_without_what_drifts(replica) for replica in update.replicas)
             )
@@ -257,7 +261,7 @@ async def service_status(
             connect_timeout, "reading the lag", group_lag(admin, consumer, group, topics.lanes)
         )
         return ServiceStatus(
-            replicas=[view_of(status, now) for status in reader.board.live(now)],
+            replicas=[view_of(status, now) for status in reader.board.live(reader.heard(now))],
             lag=[LaneLag(topic=topic, jobs=lag[topic]) for topic in topics.lanes],
         )
 
@@ -280,7 +284,7 @@ async def live_replicas(
         reader = ControlPlaneReader(connection, consumer, topics)
         await reader.read_to_end([topics.status])
         now = time.time()
-        return [view_of(status, now) for status in reader.board.live(now)]
+        return [view_of(status, now) for status in reader.board.live(reader.heard(now))]
 
 
 def control_consumer(connection: KafkaConnection) -> Callable[[], AIOKafkaConsumer]:
@@ -300,6 +304,8 @@ class ControlPlaneReader:
 
     What cannot be read or decoded is passed: it is neither a status nor a command, and other programs may write here too.
     `control_consumer` makes its consumer. With a `board` that another reader has filled, that one is gone on with.
+
+    Invariant: neither Kafka nor a replica is charged for a time in which our event loop did not run, or our caller was busy.
     """
 
     def __init__(
@@ -313,6 +319,9 @@ class ControlPlaneReader:
         self._connection = connection
         self._consumer = consumer
         self._control = TopicPartition(topics.control, 0)
+        self._status = TopicPartition(topics.status, 0)
+        self._silences: dict[TopicPartition, Silence] = {}
+        self._heard: float | None = None
         self._alias = alias
         self.board = StatusBoard() if board is None else board
 
@@ -324,6 +333,7 @@ class ControlPlaneReader:
         """
         partitions = [TopicPartition(topic, 0) for topic in topics]
         self._consumer.assign(partitions)
+        self._silences = {partition: Silence(_TURN_S) for partition in partitions}
         await self._connection.call(
             _STEP_S, "going to the beginning", self._consumer.seek_to_beginning(*partitions)
         )
@@ -342,10 +352,10 @@ class ControlPlaneReader:
         self, ends: Mapping[TopicPartition, int], within: float, what: str
     ) -> list[FoundCommand]:
         commands: list[FoundCommand] = []
-        deadline = time.monotonic() + within
+        taken = Silence(_TURN_S)
         # The position counts, not the last record's offset: compaction may have removed the last records.
         while any([await self._consumer.position(tp) < end for tp, end in ends.items()]):
-            if time.monotonic() > deadline:
+            if taken.look(None, time.monotonic()) > within:
                 raise self._connection.unavailable(f"{what} took more than {within:g} s")
             commands += await self.poll()
         return commands
@@ -356,18 +366,26 @@ class ControlPlaneReader:
         Raises:
             KafkaUnavailable: the broker does not answer.
         """
+        for silence in self._silences.values():
+            silence.listen(time.monotonic())
         try:
             records = await poll(self._consumer, timeout_ms=_POLL_MS)
         except (KafkaError, OSError) as error:
             raise self._connection.failed(error) from error
-        self._check_silence(time.time())
+        self._listen(time.monotonic())
         return [found for record in records if (found := self._take(record)) is not None]
 
-    def _check_silence(self, now: float) -> None:
-        for tp in self._consumer.assignment():
-            last = self._consumer.last_poll_timestamp(tp)
-            if last is not None and now - last / 1000 > _SILENCE_S:
+    def heard(self, now: float) -> float:
+        """Up to when the statuses were read, at epoch seconds `now`."""
+        return now if self._heard is None else min(now, self._heard)
+
+    def _listen(self, now: float) -> None:
+        for tp, silence in self._silences.items():
+            last: int | None = self._consumer.last_poll_timestamp(tp)
+            if silence.look(last, now) > _SILENCE_S:
                 raise self._connection.unavailable(f"nothing came for {_SILENCE_S:g} s")
+            if tp == self._status and last is not None:
+                self._heard = last / 1000
 
     def _take(self, record: Polled) -> FoundCommand | None:
         if isinstance(record, UnreadableRecord):

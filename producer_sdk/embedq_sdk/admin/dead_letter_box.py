@@ -26,6 +26,7 @@ from embedq_sdk.admin.dead_letters import (
 from embedq_sdk.errors import EmbedError, InvalidArgument
 from embedq_sdk.shown import Shown
 from embedq_sdk.transport.kafka import KafkaConnection, require_topics
+from embedq_sdk.transport.silence import Silence
 from embedq_shared.kafka import (
     AIOKafkaConsumer,
     AIOKafkaProducer,
@@ -40,6 +41,8 @@ from embedq_shared.kafka import (
 from embedq_shared.topics import Topics
 
 _POLL_MS: Final = 500
+_TURN_S: Final = 2 * _POLL_MS / 1000
+"""A poll takes no longer in an event loop that runs."""
 _STEP_S: Final = 30.0
 """One call to the brokers, and the longest silence while reading."""
 _CHUNK: Final = 100
@@ -168,15 +171,16 @@ class DeadLetterBox:
         else:
             self._consumer.seek(here, begin)
         end = (await call(_STEP_S, "finding the end", self._consumer.end_offsets([here])))[here]
-        heard = time.monotonic()
+        silence = Silence(_TURN_S)
+        read = 0
         while await call(_STEP_S, "finding the position", self._consumer.position(here)) < end:
+            silence.listen(time.monotonic())  # what our caller does with a letter is not Kafka's silence
             try:
                 found = await poll_partition(self._consumer, here, timeout_ms=_POLL_MS)
             except (KafkaError, OSError) as error:
                 raise self._connection.unavailable(reason(error)) from error
-            if found:
-                heard = time.monotonic()
-            elif time.monotonic() - heard > _STEP_S:
+            read += len(found)
+            if silence.look(read or None, time.monotonic()) > _STEP_S:
                 raise self._connection.unavailable(f"nothing came for {_STEP_S:g} s")
             for record in found:
                 if not isinstance(record, UnreadableRecord):

@@ -113,12 +113,13 @@ def _state_of(status: Status) -> State:
 
 
 class RolloutView:
-    """One reload command, and how the live replicas answer it. `started` and `now` are epoch seconds, `timeout` seconds.
+    """One reload command, and how the live replicas answer it. `started`, `now` and `heard` are epoch seconds, `timeout` seconds.
 
     Invariants:
         - A replica has answered once it says READY or FAILED for this command, by version and id.
         - Replicas that start meanwhile count; one that falls silent counts until its last status is stale.
         - Once there is a rollback of the command, that is the one to be answered.
+        - What was not read yet says nothing: a replica is silent by the time up to which the statuses were `heard`.
         - A replica that follows a later command, or another one with the same version, ends the reload as "superseded".
           That it refuses another one of the same version, which came later, does not.
     """
@@ -138,18 +139,19 @@ class RolloutView:
         if rollback is not None and command.command_id == rollback.command_id:
             self._target = command
 
-    def at(self, now: float) -> RolloutUpdate:
-        """How the reload stands at `now`."""
-        live = self._board.live(now, self._command.alias)
+    def at(self, now: float, heard: float | None = None) -> RolloutUpdate:
+        """How the reload stands at `now`, by what was `heard` until then; None: everything."""
+        heard = now if heard is None else heard
+        live = self._board.live(heard, self._command.alias)
         self._notice_rollback(live)
-        if self._failed_at is None and (reason := self._failure(now)) is not None:
+        if self._failed_at is None and (reason := self._failure(heard)) is not None:
             self._failed_at, self._reason = now, reason
         taken_back = self._target is not self._command
         return RolloutUpdate(
             alias=self._command.alias,
             version=self._command.version,
             command_id=self._command.command_id,
-            progress=self._progress(live, now),
+            progress=self._progress(live, now, heard),
             replicas=tuple(
                 view_of(status, now, answered=self._answered(status), waiting=self._waits(status))
                 for status in live
@@ -175,18 +177,18 @@ class RolloutView:
                     self._target = rollback
                     return
 
-    def _failure(self, now: float) -> str | None:
+    def _failure(self, heard: float) -> str | None:
         """Why a replica fails the roll-out, if one does."""
         if self._command.rollout is None:
             return None
         for status in self._board.all():
             if status.alias == self._command.alias:
-                silent = not is_live(status, now)
+                silent = not is_live(status, heard)
                 if reason := failed_in_turn(self._command, status, silent=silent):
                     return reason
         return None
 
-    def _progress(self, live: list[Status], now: float) -> Progress:
+    def _progress(self, live: list[Status], now: float, heard: float) -> Progress:
         if any(self._is_of_another(status) for status in live):
             return "superseded"
         if live and all(self._answered(status) for status in live):
@@ -199,7 +201,7 @@ class RolloutView:
                 return "failed"
         elif self._is_halted(live):
             return "failed"
-        if not live and now - self._started >= min(NO_REPLICAS_AFTER_S, self._timeout):
+        if not live and heard - self._started >= min(NO_REPLICAS_AFTER_S, self._timeout):
             return "no_replicas"
         return "timeout" if now - self._started >= self._timeout else "running"
 

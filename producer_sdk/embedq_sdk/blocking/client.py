@@ -274,10 +274,12 @@ class EmbedClient(_Life):
         options: JobOptions,
         *,
         timeout: float = DEFAULT_TIMEOUT_S,
-        retry: bool = True,
+        max_attempts: int | None = None,
     ) -> list[FinishedJob]:
         """The replies to a call as they came, for programs that pass vectors on."""
-        return self._call(lambda client: client.embed_raw(texts, options, timeout=timeout, retry=retry))
+        return self._call(
+            lambda client: client.embed_raw(texts, options, timeout=timeout, max_attempts=max_attempts)
+        )
 
     # -- many texts ---------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from embedq_sdk.transport.job_runner import Deadline, JobRunner, JobTransport
 from embedq_sdk.transport.kafka import KafkaConnection
 from embedq_sdk.transport.kafka_transport import KafkaTransport
 from embedq_sdk.transport.lifetime import Lifetime
-from embedq_sdk.transport.pending_jobs import PendingJob, retry_pause
+from embedq_sdk.transport.pending_jobs import PendingJob
 
 __all__ = [
     "Deadline",
@@ -16,5 +16,4 @@ __all__ = [
     "KafkaTransport",
     "Lifetime",
     "PendingJob",
-    "retry_pause",
 ]

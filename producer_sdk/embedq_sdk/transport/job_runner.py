@@ -20,10 +20,12 @@ from embedq_sdk.embeddings import (
 from embedq_sdk.errors import (
     ClientClosed,
     DeadlineExceeded,
+    EmbedError,
     JobFailed,
     KafkaRefused,
     KafkaUnavailable,
     Overloaded,
+    TopicMissing,
     UnreadableReply,
 )
 from embedq_sdk.job_options import JobInputs, JobOptions
@@ -72,17 +74,18 @@ class ReplyRecord(Protocol):
 class Deadline(msgspec.Struct, frozen=True):
     """When a call ends: `at` on the event loop's clock, `timeout` seconds after it began.
 
-    Until then a job whose error may heal is sent again, unless `retry` is false.
+    Until then a job whose error may heal is sent again, `max_attempts` times in all at most; None: as often as the runner
+    allows.
     """
 
     at: float
     timeout: float
-    retry: bool = True
+    max_attempts: int | None = None
 
     @classmethod
-    def after(cls, timeout: float, *, retry: bool = True) -> Deadline:
+    def after(cls, timeout: float, *, max_attempts: int | None = None) -> Deadline:
         """In `timeout` seconds from now."""
-        return cls(asyncio.get_running_loop().time() + timeout, timeout, retry)
+        return cls(asyncio.get_running_loop().time() + timeout, timeout, max_attempts)
 
 
 class JobRunner:
@@ -103,14 +106,17 @@ class JobRunner:
         in_flight: WeightedSemaphore,
         pause: Callable[[int], float] = retry_pause,
         client: bytes = b"",
+        max_attempts: int | None = None,
     ) -> None:
-        """`client` says whose jobs these are, for fair shares; empty: the reply address does."""
+        """`client` says whose jobs these are, for fair shares; empty: the reply address does. `max_attempts` is for jobs whose
+        deadline does not say; None: until then."""
         self._transport = transport
         self._client = client
         self._topics = topics
         self.in_flight = in_flight
         """Weighs texts and their bytes; `JobStream` acquires from it text by text."""
         self._pause = pause
+        self._max_attempts = max_attempts
         self._replies = PendingReplies()
         self._submitted: set[PendingJob] = set()
         self.lifetime = Lifetime()
@@ -125,11 +131,17 @@ class JobRunner:
             ClientClosed: it was closed while the transport connected.
         """
         self.lifetime.opened()
-        self._reply_headers = (
-            (names.REPLY_TOPIC[0], self._topics.replies.encode()),
-            (names.REPLY_PARTITION[0], reply_partition_bytes(self._transport.reply_partition)),
-            (names.CONTENT_TYPE, _MSGPACK_TYPE),
-        )
+        self._reply_headers = _address(self._topics, self._transport)
+
+    def move(self) -> None:
+        """The reply topic is another one than before: what was on its way to the old one will not come, so that all jobs of now
+        are sent again, with the new address. What comes twice is counted, and claimed by nobody."""
+        former, self._reply_headers = self._reply_headers, _address(self._topics, self._transport)
+        for job in self._replies.jobs():
+            job.headers = [*(each for each in job.headers if each not in former), *self._reply_headers]
+            if job.retry_timer is None and not job.future.done():  # the others will be sent anyway
+                job.begin_anew()
+                self._transport.send(job)
 
     def close(self) -> None:
         """End all jobs with ClientClosed and accept no more.
@@ -145,9 +157,10 @@ class JobRunner:
         self.lifetime.break_down(fault)
         self._fail_all(self.lifetime.ended)
 
-    def refuse(self, error: KafkaRefused) -> None:
-        """Kafka lets us read no replies, and says that it will not: the jobs of now end with `error`."""
-        self._fail_all(lambda: KafkaRefused(**vars(error)))
+    def refuse(self, error: KafkaRefused | TopicMissing) -> None:
+        """Kafka lets us read no replies, or has no topic for them: the jobs that await one now end with `error`."""
+        for job in self._replies.jobs():
+            job.fail(type(error)(**vars(error)))
 
     def _fail_all(self, error: Callable[[], Exception]) -> None:
         for job in (*self._replies.jobs(), *self._submitted):
@@ -241,7 +254,7 @@ class JobRunner:
         texts = inputs.texts
         job = PendingJob(
             loop.create_future(),
-            topic=self._topic(options),
+            topic=_lane(self._topics, options),
             value=options.encode(texts[0] if len(texts) == 1 else texts, correlation.hex()),
             headers=[
                 (_CORRELATION, correlation),
@@ -254,7 +267,7 @@ class JobRunner:
             count=len(texts),
             size=inputs.size,
             timeout=deadline.timeout,
-            retries=deadline.retry,
+            max_attempts=self._max_attempts if deadline.max_attempts is None else deadline.max_attempts,
             asked=Asked(
                 count=len(texts),
                 dtype=options.dtype or "float32",
@@ -277,21 +290,16 @@ class JobRunner:
 
     def deliver(self, record: ReplyRecord) -> None:
         """Take a record of the reply partition. Never raises."""
-        correlation = content_type = None
-        for name, value in record.headers:
-            if name == _CORRELATION:
-                correlation = value
-            elif name == names.CONTENT_TYPE:
-                content_type = value
-        job = self._replies.claim(correlation)
+        headers = dict(record.headers)
+        job = self._replies.claim(headers.get(_CORRELATION))
         if job is None:
             return
         try:
-            outcome = settle(job, read_checked(record.value, content_type))
+            outcome = settle(job, read_checked(record.value, headers.get(names.CONTENT_TYPE)))
         except BadReply as bad:
             job.fail(UnreadableReply(detail=f"{bad} at offset {record.offset}"))
             return
-        if outcome is None or (job.retries and worth_retrying(outcome) and self._retry(job)):
+        if outcome is None or (worth_retrying(outcome) and self._retry(job)):
             return
         if isinstance(outcome, list):
             job.complete(outcome)
@@ -299,7 +307,9 @@ class JobRunner:
             job.fail(outcome)
 
     def _retry(self, job: PendingJob) -> bool:
-        """Send the same job once more after a pause, if that can end before its deadline."""
+        """Send the same job once more after a pause, if it may, and if that can end before its deadline."""
+        if job.is_last_attempt:
+            return False
         loop = asyncio.get_running_loop()
         pause = self._pause(job.attempt)
         if job.deadline_timer is None:
@@ -307,17 +317,12 @@ class JobRunner:
         if loop.time() + pause >= job.deadline_timer.when():
             return False
         job.restart()
-        job.retry_timer = loop.call_later(pause, self._transport.send, job)
+        job.retry_timer = loop.call_later(pause, _send_again, self._transport, job)
         return True
 
     def _expire(self, job: PendingJob) -> None:
-        """The job's deadline has passed: say what is likely wrong."""
-        if self._transport.silent:
-            progress = "took the job, then stopped answering" if job.acknowledged else "did not take the job"
-            job.fail(self._transport.unavailable(f"it {progress} within {job.timeout:g} s"))
-        else:
-            progress = "the job is in Kafka" if job.acknowledged else "the job is on its way to Kafka"
-            job.fail(DeadlineExceeded(timeout=job.timeout, progress=progress))
+        """The job's deadline has passed."""
+        job.fail(_overdue(job, self._transport))
 
     # -- jobs whose results go to the results topic -------------------------------------------------------------------
 
@@ -346,7 +351,7 @@ class JobRunner:
             loop = asyncio.get_running_loop()
             job = PendingJob(
                 loop.create_future(),
-                topic=self._topic(options),
+                topic=_lane(self._topics, options),
                 value=options.encode(texts, id, format),
                 headers=[
                     (names.CONTENT_TYPE, CONTENT_TYPES[format].encode()),
@@ -383,8 +388,32 @@ class JobRunner:
             texts, held = self.in_flight.held
             raise Overloaded(texts=texts, size=held, timeout=deadline.timeout) from None
 
-    def _topic(self, options: JobOptions) -> str:
-        return self._topics.bulk if options.lane == "bulk" else self._topics.jobs
+
+def _address(topics: Topics, transport: JobTransport) -> tuple[Header, ...]:
+    """Where replies shall go to, and what they shall be."""
+    return (
+        (names.REPLY_TOPIC[0], topics.replies.encode()),
+        (names.REPLY_PARTITION[0], reply_partition_bytes(transport.reply_partition)),
+        (names.CONTENT_TYPE, _MSGPACK_TYPE),
+    )
+
+
+def _send_again(transport: JobTransport, job: PendingJob) -> None:
+    job.retry_timer = None
+    transport.send(job)
+
+
+def _lane(topics: Topics, options: JobOptions) -> str:
+    return topics.bulk if options.lane == "bulk" else topics.jobs
+
+
+def _overdue(job: PendingJob, transport: JobTransport) -> EmbedError:
+    """What is likely wrong, where there is no reply in time."""
+    if transport.silent:
+        progress = "took the job, then stopped answering" if job.acknowledged else "did not take the job"
+        return transport.unavailable(f"it {progress} within {job.timeout:g} s")
+    progress = "the job is in Kafka" if job.acknowledged else "the job is on its way to Kafka"
+    return DeadlineExceeded(timeout=job.timeout, progress=progress)
 
 
 async def _finished(job: PendingJob) -> FinishedJob:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 from embedq_sdk.errors import InvalidArgument, KafkaRefused, KafkaUnavailable, TopicMissing
+from embedq_sdk.transport.fair_timeout import fair_timeout
 from embedq_shared.kafka import (
     AIOKafkaAdminClient,
     AIOKafkaConsumer,
@@ -121,10 +121,11 @@ class KafkaConnection:
         """The outcome of one Kafka call.
 
         Raises:
-            KafkaUnavailable: it failed, or took more than `seconds`; `what` names it ("listing the topics").
+            KafkaUnavailable: it failed, or took more than `seconds` in which our event loop ran; `what` names it ("listing the
+                topics").
         """
         try:
-            async with asyncio.timeout(seconds):
+            async with fair_timeout(seconds):
                 return await work
         except TimeoutError:
             raise self.unavailable(f"{what} took more than {seconds:g} s") from None

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any, Final
 
-from embedq_sdk.errors import KafkaRefused, KafkaUnavailable
+from embedq_sdk.errors import KafkaRefused, KafkaUnavailable, TopicMissing
 from embedq_sdk.transport.job_sender import Sender
 from embedq_sdk.transport.kafka import KafkaConnection
 from embedq_sdk.transport.pending_jobs import PendingJob
@@ -17,23 +17,27 @@ from embedq_sdk.transport.reply_reader import ReplyReader
 from embedq_shared.topics import Topics
 
 _SILENT_S: Final = 1.2
-"""A broker answers our fetch every half second: if it has not for this long, it is gone."""
+"""A broker answers our fetch every half second: if it has not for this long, it is gone. Of a time in which our event loop stood
+still, half a second counts at most, so that what the broker said meanwhile is heard first."""
 _LEAST_CONNECT_S: Final = 0.1
 """The sender gets at least this long, even if the reply reader took all the time there was."""
 
 
 class KafkaTransport:
-    """Sends jobs and delivers the records of one reply partition; a `JobTransport`.
+    """Sends jobs and delivers the records of one reply partition; a `JobTransport`. Three tasks, each with a name.
 
     Args:
         connection: where Kafka is.
         topics: the topics of the service.
         instance: a stable name of this process, which chooses its reply partition; random if None.
         deliver: called with each record of the reply partition.
-        broken: called with the error if one of the two tasks ends by itself, which is our bug.
-        refused: called with the error when Kafka refuses to let us read the replies; reading is tried again.
+        broken: called with the error if one of the tasks ends by itself, which is our bug.
+        refused: called with the error when Kafka refuses to let us read the replies, or has no reply topic any more; reading is
+            tried again.
+        moved: called when the reply topic was deleted and made again, once `reply_partition` is that of the new one.
     """
 
+    # More than six parameters: what is told to its one owner is four functions.
     def __init__(
         self,
         connection: KafkaConnection,
@@ -41,18 +45,19 @@ class KafkaTransport:
         instance: str | None,
         deliver: Callable[[Any], None],
         broken: Callable[[BaseException], None],
-        refused: Callable[[KafkaRefused], None],
+        refused: Callable[[KafkaRefused | TopicMissing], None],
+        moved: Callable[[], None],
     ) -> None:
         self._connection = connection
         self._topics = topics
         self._instance = (instance or uuid.uuid4().hex).encode()
         self._sender = Sender(connection)
-        self._replies = ReplyReader(connection, topics.replies, self._partition_of, deliver, refused)
+        self._replies = ReplyReader(connection, topics.replies, self._partition_of, deliver, refused, moved)
         self._broken = broken
         self._tasks: list[asyncio.Task[None]] = []
 
     async def open(self, timeout: float) -> None:
-        """Connect and start both tasks.
+        """Connect and start the tasks.
 
         Raises:
             KafkaUnavailable, TopicMissing.
@@ -67,13 +72,14 @@ class KafkaTransport:
         for name, work in (
             ("embedq-reply-reader", self._replies.run()),
             ("embedq-job-sender", self._sender.run()),
+            ("embedq-reply-topic", self._replies.watch()),
         ):
             task = asyncio.create_task(work, name=name)
             task.add_done_callback(self._task_ended)
             self._tasks.append(task)
 
     async def close(self) -> None:
-        """Stop both tasks and disconnect. Takes a few seconds at most, whatever Kafka does."""
+        """Stop the tasks and disconnect. Takes a few seconds at most, whatever Kafka does."""
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -89,7 +95,7 @@ class KafkaTransport:
     @property
     def silent(self) -> bool:
         """Whether the broker has stopped answering."""
-        return self._sender.broken or self._replies.silent_for(time.time()) > _SILENT_S
+        return self._sender.broken or self._replies.silent_for(time.monotonic()) > _SILENT_S
 
     def send(self, job: PendingJob) -> None:
         """Queue a job for the sender."""

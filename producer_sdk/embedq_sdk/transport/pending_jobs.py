@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from typing import Final
 
 from embedq_sdk.embeddings import JobOutcome, PartJoiner, ReadFailure, ReadResult, job_failed
@@ -18,10 +17,8 @@ LONGEST_BACKOFF_S: Final = 5.0
 """A retry should still fit several times into the default deadline of 30 s."""
 
 
-def retry_pause(attempt: int, most: int | None = None) -> float:
-    """Seconds to wait before a job is sent again, after attempt number `attempt` (from 0); for ever after the last of `most`."""
-    if most is not None and attempt + 1 >= most:
-        return math.inf
+def retry_pause(attempt: int) -> float:
+    """Seconds to wait before a job is sent again, after attempt number `attempt` (from 0)."""
     return backoff(attempt, first_s=FIRST_BACKOFF_S, longest_s=LONGEST_BACKOFF_S)
 
 
@@ -47,7 +44,7 @@ class PendingJob:
         "future",
         "headers",
         "joiner",
-        "retries",
+        "max_attempts",
         "retry_timer",
         "size",
         "timeout",
@@ -68,7 +65,7 @@ class PendingJob:
         size: int,
         timeout: float,
         awaits_reply: bool = True,
-        retries: bool = True,
+        max_attempts: int | None = None,
         asked: Asked | None = None,
     ) -> None:
         self.future = future
@@ -83,8 +80,8 @@ class PendingJob:
         self.timeout = timeout
         """Seconds that the caller allowed, for error messages; the deadline itself is `deadline_timer`."""
         self.awaits_reply = awaits_reply
-        self.retries = retries
-        """Whether it is sent again when its error may heal."""
+        self.max_attempts = max_attempts
+        """How often it is sent at most while its error may heal; None: until its deadline."""
         self.asked = asked or Asked(count=count)
         """What its reply must be like."""
         self.joiner: PartJoiner | None = None
@@ -92,6 +89,11 @@ class PendingJob:
         self.attempt = 0
         self.deadline_timer: asyncio.TimerHandle | None = None
         self.retry_timer: asyncio.TimerHandle | None = None
+
+    @property
+    def is_last_attempt(self) -> bool:
+        """Whether an error ends it, even one that may heal."""
+        return self.max_attempts is not None and self.attempt + 1 >= self.max_attempts
 
     def complete(self, parts: list[ReadResult]) -> None:
         """End the job with a result, if it has not ended."""
@@ -115,13 +117,17 @@ class PendingJob:
             self.future.exception()  # retrieved, so that asyncio does not log it as never retrieved
 
     def restart(self) -> None:
-        """Begin the next attempt: what the last one brought no longer counts."""
+        """Begin the next attempt."""
         self.attempt += 1
-        self.joiner = None
-        self.acknowledged = False
+        self.begin_anew()
         if self.retry_timer is not None:
             self.retry_timer.cancel()
             self.retry_timer = None
+
+    def begin_anew(self) -> None:
+        """What it has brought so far no longer counts."""
+        self.joiner = None
+        self.acknowledged = False
 
 
 class PendingReplies:

@@ -50,6 +50,7 @@ from embedq_shared.kafka.reading.unreadable import (
     poll_partition,
     position,
 )
+from embedq_shared.kafka.requests import TopicFacts
 from embedq_shared.kafka.security.refusals import KafkaRefused, explain, is_permanent
 from embedq_shared.kafka.security.tokens import OAuthOptions
 from embedq_shared.kafka.stopping import stop_client
@@ -97,6 +98,7 @@ __all__ = [
     "SaslMechanism",
     "SecurityProtocol",
     "TopicAuthorizationFailedError",
+    "TopicFacts",
     "TopicPartition",
     "UnknownMemberIdError",
     "UnknownTopicOrPartitionError",

@@ -17,8 +17,10 @@ import aiokafka
 import aiokafka.admin
 from aiokafka.client import AIOKafkaClient
 from aiokafka.conn import AIOKafkaConnection
-from aiokafka.errors import KafkaConnectionError
+from aiokafka.errors import KafkaConnectionError, UnknownTopicOrPartitionError, UnsupportedVersionError
 from aiokafka.protocol.metadata import MetadataRequest
+
+from embedq_shared.kafka.requests import TopicFacts, TopicIds, topics_of
 
 for _library in ("aiokafka", "embedq_shared"):
     logging.getLogger(_library).addHandler(logging.NullHandler())
@@ -38,6 +40,26 @@ class AIOKafkaConsumer(aiokafka.AIOKafkaConsumer):  # type: ignore[misc]
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._client.__class__ = KafkaConnections
+
+    async def topic_facts(self, topic: str) -> TopicFacts | None:
+        """A topic's id and number of partitions, as some broker has them; None if it says that there is no such topic.
+
+        Raises:
+            KafkaError: nothing can be said now; `UnsupportedVersionError` for ever, by a broker older than 2.8.
+        """
+        node = self._client.get_random_node()
+        if node is None:
+            raise KafkaConnectionError("the broker knows no brokers yet")
+        try:
+            response = await self._client.send(node, TopicIds([topic]))
+        except NotImplementedError:  # aiokafka: the broker has no such version
+            raise UnsupportedVersionError from None
+        facts = topics_of(response).get(topic, UnknownTopicOrPartitionError())
+        if isinstance(facts, TopicFacts):
+            return facts
+        if isinstance(facts, UnknownTopicOrPartitionError):
+            return None
+        raise facts
 
 
 class AIOKafkaAdminClient(aiokafka.admin.AIOKafkaAdminClient):  # type: ignore[misc]

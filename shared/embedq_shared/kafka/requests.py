@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from io import BytesIO
 from typing import Any, Final
 
+import msgspec
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError, for_code
 from aiokafka.protocol.abstract import AbstractType
@@ -281,6 +282,13 @@ class MetadataRequest_v10(RequestStruct):  # type: ignore[misc]  # aiokafka has 
     )
 
 
+class TopicFacts(msgspec.Struct, frozen=True):
+    """What a broker says of a topic that is there: `id` as Kafka's tools print it, "" if it has none."""
+
+    id: str
+    partitions: int
+
+
 class TopicIds(Request[MetadataRequest_v10]):  # type: ignore[misc]  # aiokafka has no type information
     """Asks for the ids of topics, and creates none."""
 
@@ -295,9 +303,23 @@ class TopicIds(Request[MetadataRequest_v10]):  # type: ignore[misc]  # aiokafka 
 
 
 def topic_ids_of(response: Any) -> dict[str, str]:
-    """The id of each topic that is there, as Kafka's tools print it."""
+    """The id of each topic that is there and has one, as Kafka's tools print it."""
     return {
-        topic[1]: base64.urlsafe_b64encode(topic[2]).decode().rstrip("=")
-        for topic in response.topics
-        if topic[0] == 0 and topic[2] != _NO_ID
+        name: facts.id
+        for name, facts in topics_of(response).items()
+        if isinstance(facts, TopicFacts) and facts.id
     }
+
+
+def topics_of(response: Any) -> dict[str, TopicFacts | KafkaError]:
+    """What the broker says of each topic that it was asked for."""
+    return {
+        name: TopicFacts("" if id == _NO_ID else _printed(id), len(partitions))
+        if code == 0
+        else for_code(code)()
+        for code, name, id, _, partitions, *_ in response.topics
+    }
+
+
+def _printed(id: bytes) -> str:
+    return base64.urlsafe_b64encode(id).decode().rstrip("=")

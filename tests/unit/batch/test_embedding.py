@@ -18,6 +18,7 @@ from embedq_sdk import (
     KafkaRefused,
     KafkaUnavailable,
     ServiceOverloaded,
+    TopicMissing,
     UnreadableReply,
 )
 from embedq_sdk.embeddings import FinishedJob, ReadDatum, ReadError, ReadResult
@@ -43,9 +44,9 @@ class Scripted:
         self.asked: list[list[str]] = []
 
     async def embed_raw(
-        self, texts: Sequence[str], options: JobOptions, *, timeout: float, retry: bool
+        self, texts: Sequence[str], options: JobOptions, *, timeout: float, max_attempts: int
     ) -> list[FinishedJob]:
-        assert not retry
+        assert max_attempts == 1
         assert options.lane == "bulk"
         assert timeout == 86_400
         self.asked.append(list(texts))
@@ -68,6 +69,7 @@ ROWS = RowBatch(ids=["a", "b", "c"], texts=["one", "two", "three"])
     [
         AWAY,
         DeadlineExceeded(timeout=1, progress="p"),
+        TopicMissing(servers="s", topic="t"),
         failed(ServiceOverloaded, "overloaded", retryable=True),
         failed(Expired, "expired", retryable=False),
     ],

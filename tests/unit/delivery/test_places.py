@@ -391,6 +391,45 @@ def test_kafka_is_away_when_something_waits_and_nothing_was_taken_for_a_while() 
     assert presence.back_at == 130
 
 
+def test_kafka_is_not_away_because_our_own_event_loop_stood_still() -> None:
+    found = places()
+    destination = found.at(("t", 0))
+    opened(destination, parcel(100), 100)
+    assert not found.just_went_away(101)
+    found.excuse(60, 161)
+    assert not found.just_went_away(161)
+    assert not found.just_went_away(161 + Presence.AWAY_S)
+    assert found.just_went_away(161.1 + Presence.AWAY_S)
+
+
+def test_what_was_excused_once_is_not_taken_off_the_next_silence() -> None:
+    presence = Presence(0)
+    presence.look(1, pending=True)
+    presence.excuse(60)
+    presence.note_taken(62)
+    assert not presence.look(63, pending=True)
+    assert presence.look(63.1 + Presence.AWAY_S, pending=True)
+
+
+def test_a_place_is_not_silent_because_we_did_not_listen_while_another_ones_answer_was_read_first() -> None:
+    found = places()
+    destination = found.at(("t", 0))
+    opened(destination, parcel(10), 10)
+    found.note_taken(40)  # the first answer after half a minute in which we stood still
+    assert found.silent(destination, 3, 40) == 10
+    found.excuse(29, 40)
+    assert found.silent(destination, 3, 40) is None
+    found.note_taken(41.5)
+    assert found.silent(destination, 3, 42.1) == 39
+
+
+def test_a_record_that_came_in_the_turn_that_was_late_is_not_from_the_future() -> None:
+    found = places()
+    new = opened(found.at(("t", 0)), parcel(40), 40)
+    found.excuse(29, 40)
+    assert (new.since, new.sent_at) == (40, 40)
+
+
 def test_what_a_replica_says_of_kafka_and_of_its_own_topics() -> None:
     found = places()
     assert found.trouble("no answer", 0) is None

@@ -478,6 +478,27 @@ async def test_while_kafka_is_away_everything_waits_and_then_goes_on(monkeypatch
         await wait_until(lambda: one.trouble is None)
 
 
+async def test_an_event_loop_that_stood_still_does_not_say_that_kafka_is_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Presence, "AWAY_S", 0.4)
+    monkeypatch.setattr(lane, "_COMMON_PATIENCE_S", 10.0)
+    monkeypatch.setattr(publisher, "_STOOD_STILL_S", 0.3)
+    async with opened() as one:
+        everywhere = {(topic, at) for topic, count in one.broker.topics.items() for at in range(count)}
+        one.broker.silent |= everywhere
+        one.send(record("a"))
+        await wait_until(lambda: one.broker.made[0].sent == ["a"])
+        with capture_logs() as logs:
+            # The answer lies in the socket meanwhile, and is read a turn after the next tick.
+            asyncio.get_running_loop().call_soon(time.sleep, 1.0)
+            await asyncio.sleep(0.02)
+            [[answer]] = one.broker.made[0].open.values()
+            answer.set_result(None)
+            await wait_until(lambda: one.settled == {"a": None})
+        assert logs == []
+
+
 async def test_an_own_topic_that_takes_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Presence, "AWAY_S", 0.05)
     async with opened() as one:

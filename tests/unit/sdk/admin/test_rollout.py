@@ -110,6 +110,23 @@ def test_a_replica_that_appears_meanwhile_counts() -> None:
     assert watch(ours("r1"), newcomer).progress == "running"
 
 
+def test_a_replica_is_silent_by_the_time_up_to_which_the_statuses_were_read() -> None:
+    """A reader whose event loop stood still would else call a rollout ready without the one that is slow."""
+    board = StatusBoard()
+    for status in (ours("r1", at=START + 60), a_status("r2", at=START)):
+        board.see(status.replica, status)
+    rollout = RolloutView(board, a_command(2), started=START, timeout=600)
+    assert rollout.at(START + 60).progress == "ready"
+    assert rollout.at(START + 60, START + 1).progress == "running"
+    assert rollout.at(START + 601, START + 1).progress == "timeout"
+
+
+def test_no_replica_is_missed_before_the_statuses_were_read_for_long_enough() -> None:
+    rollout = RolloutView(StatusBoard(), a_command(2), started=START, timeout=600)
+    assert rollout.at(START + 60, START + 1).progress == "running"
+    assert rollout.at(START + 60, START + 59).progress == "no_replicas"
+
+
 def test_a_replica_that_fell_silent_counts_until_its_status_is_stale() -> None:
     silent = a_status("r2", at=START)
 

@@ -18,11 +18,13 @@ from embedq_sdk.errors import (
     EmbedError,
     InternalError,
     InvalidArgument,
+    KafkaRefused,
     KafkaUnavailable,
     MixedModelVersions,
     Overloaded,
     ServiceOverloaded,
     TextTooLong,
+    TopicMissing,
     UnknownModel,
     UnreadableReply,
 )
@@ -49,7 +51,7 @@ def inputs(*jobs: list[str]) -> list[JobInputs]:
 class Machine:
     """A runner on a fake transport, and short ways to use it."""
 
-    def __init__(self, *limits: int, pause: float = 0.0) -> None:
+    def __init__(self, *limits: int, pause: float = 0.0, max_attempts: int | None = None) -> None:
         self.transport = FakeTransport()
         self.service = self.transport.service
         self.runner = JobRunner(
@@ -58,6 +60,7 @@ class Machine:
             WeightedSemaphore(*limits),
             pause=lambda attempt: pause,
             client=b"us",
+            max_attempts=max_attempts,
         )
         self.transport.deliver = self.runner.deliver
         self.runner.open()
@@ -304,6 +307,22 @@ async def test_a_lasting_error_is_the_outcome_when_no_retry_could_end_in_time(co
     assert machine.idle
 
 
+@pytest.mark.parametrize(("of_runner", "of_call", "sent"), [(3, None, 3), (None, 2, 2), (5, 1, 1), (1, 4, 4)])
+async def test_an_error_that_may_heal_is_the_outcome_after_as_many_attempts_as_were_allowed(
+    of_runner: int | None, of_call: int | None, sent: int
+) -> None:
+    """What a call says comes before what the client says."""
+    machine = Machine(100, 10_000, max_attempts=of_runner)
+    machine.fails("overloaded")
+
+    deadline = Deadline.after(30.0, max_attempts=of_call)
+    (job,) = await machine.runner.run(inputs(["x"]), OPTIONS, deadline)
+
+    assert isinstance(job.outcome, ServiceOverloaded)
+    assert len(machine.transport.sent) == sent
+    assert machine.idle
+
+
 async def test_an_error_of_the_job_is_not_retried(machine: Machine) -> None:
     machine.fails("unknown_model")
 
@@ -337,6 +356,80 @@ async def test_a_job_without_a_deadline_is_our_own_fault(machine: Machine) -> No
     with pytest.raises(RuntimeError, match="This is a bug"):
         machine.runner._retry(job)
     machine.runner.finish(job)
+
+
+# -- another reply topic than before ------------------------------------------------------------------------------------
+
+
+def addresses(job: Received) -> tuple[str | None, int | None]:
+    return job.headers.reply_topic, job.headers.reply_partition
+
+
+async def test_after_a_move_the_jobs_of_now_are_sent_again_to_the_new_address_and_the_old_answers_do_not_count(
+    machine: Machine,
+) -> None:
+    machine.stays_silent()
+    held = machine.service.received
+    calls = [asyncio.create_task(machine.embed([text, text])) for text in "ab"]
+    await wait_until(lambda: len(held) == 2, what="both jobs")
+    half, _ = machine.service.parts(held[0], 1)
+    machine.transport.reply(held[0], half)
+    machine.transport.reply_partition = 1
+    machine.runner.move()
+    assert [addresses(job) for job in held] == [("t.replies", 3)] * 2 + [("t.replies", 1)] * 2
+    assert [dict(job.headers.echo) for job in held[2:]] == [dict(job.headers.echo) for job in held[:2]]
+    machine.transport.reply(held[2], machine.service.parts(held[2], 1)[1])
+    await asyncio.sleep(0)
+    assert not calls[0].done(), "parts of two attempts were joined"
+    for job in held[2:]:
+        machine.transport.reply(job, machine.service.good(job))
+
+    first, second = await asyncio.gather(*calls)
+    assert np.array_equal(first, rows(["a", "a"]))
+    assert np.array_equal(second, rows(["b", "b"]))
+
+
+async def test_a_move_is_no_attempt_and_sends_no_job_that_waits_for_its_next_one() -> None:
+    machine = Machine(100, 10_000, pause=0.1, max_attempts=2)
+    machine.fails("overloaded")
+    call = asyncio.create_task(machine.run(["x"]))
+    await wait_until(lambda: any(job.retry_timer for job in machine.transport.sent), what="the pause")
+    machine.transport.reply_partition = 1
+    machine.runner.move()
+    assert len(machine.transport.sent) == 1
+    machine.stays_silent()
+    await wait_until(lambda: len(machine.transport.sent) == 2, what="the second attempt")
+    assert addresses(machine.service.received[1]) == ("t.replies", 1)
+    machine.runner.move()
+    assert len(machine.transport.sent) == 3
+    machine.transport.reply(machine.service.received[2], machine.service.good(machine.service.received[2]))
+
+    (job,) = await call
+    assert isinstance(job.outcome, list)
+    assert machine.idle
+
+
+@pytest.mark.parametrize(
+    "error",
+    [KafkaRefused(servers="s", reason="r"), TopicMissing(servers="s", topic="t.replies")],
+    ids=lambda error: type(error).__name__,
+)
+async def test_where_no_reply_can_be_read_who_waits_for_one_is_told_and_who_does_not_is_not(
+    machine: Machine, error: KafkaRefused | TopicMissing
+) -> None:
+    machine.stays_silent()
+    waiting = asyncio.create_task(machine.run(["x"]))
+    await wait_until(lambda: len(machine.transport.sent) == 1, what="the job")
+    machine.transport.acknowledges = False
+    submitting = asyncio.create_task(machine.submit("y"))
+    await wait_until(lambda: len(machine.transport.sent) == 2, what="both jobs")
+    machine.runner.refuse(error)
+
+    with pytest.raises(type(error), match=str(error)):
+        await waiting
+    assert not submitting.done()
+    machine.transport.sent[1].complete([])
+    await submitting
 
 
 # -- deadlines --------------------------------------------------------------------------------------------------------

@@ -38,6 +38,10 @@ class Link:
         if self.fault is not None:
             raise self.fault
 
+    async def watch(self) -> None:
+        self.calls.append(("watch",))
+        await asyncio.Event().wait()
+
     async def close(self) -> None:
         self.calls.append(("close",))
 
@@ -66,6 +70,7 @@ class Connected:
 
     def __init__(self, instance: str | None = None) -> None:
         self.faults: list[BaseException] = []
+        self.calls: list[str] = []
         self.records: list[Any] = []
         self.transport = KafkaTransport(
             KafkaConnection.of("fake:9092", {}),
@@ -74,6 +79,7 @@ class Connected:
             deliver=self.records.append,
             broken=self.faults.append,
             refused=self.faults.append,
+            moved=lambda: self.calls.append("moved"),
         )
         self.sender: Any = self.transport._sender
         self.reader: Any = self.transport._replies
@@ -93,16 +99,17 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_the_reader_is_at_its_place_before_the_sender_can_send() -> None:
     connected = Connected()
     await connected.transport.open(5.0)
-    await wait_until(lambda: "run" in connected.sender.did, what="both tasks")
+    await wait_until(lambda: "watch" in connected.reader.did, what="the tasks")
 
     assert connected.reader.calls[0] == ("open", ["t.jobs", "t.jobs.bulk", "t.replies"], 5.0)
     assert 0.1 <= connected.sender.calls[0][1] <= 5.0
     assert connected.transport.reply_partition == 5
     await connected.transport.close()
-    assert connected.reader.did == connected.sender.did == ["open", "run", "close"]
+    assert connected.sender.did == ["open", "run", "close"]
+    assert connected.reader.did == ["open", "run", "watch", "close"]
     assert connected.faults == []
     await connected.transport.close()  # again
-    assert connected.reader.did == ["open", "run", "close"]
+    assert connected.reader.did == ["open", "run", "watch", "close"]
 
 
 async def test_a_reader_that_cannot_open_leaves_the_sender_alone() -> None:
@@ -169,4 +176,6 @@ def test_jobs_go_to_the_sender_and_errors_name_the_servers() -> None:
 
     assert connected.sender.calls == [("put", job)]
     assert connected.reader.args[3] == connected.records.append
+    connected.reader.args[5]()
+    assert connected.calls == ["moved"]
     assert str(connected.transport.unavailable("gone")) == "Kafka at fake:9092 does not answer: gone"

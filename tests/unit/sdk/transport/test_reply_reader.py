@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
@@ -13,10 +14,10 @@ from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError, TopicAuthorizationFailedError
 
 from embedq_sdk.errors import KafkaRefused, KafkaUnavailable, TopicMissing
-from embedq_sdk.transport import reply_reader
+from embedq_sdk.transport import reply_reader, reply_topic
 from embedq_sdk.transport.kafka import KafkaConnection
 from embedq_sdk.transport.reply_reader import ReplyReader
-from embedq_shared.kafka import KafkaOptions, Unreadable
+from embedq_shared.kafka import KafkaOptions, TopicFacts, Unreadable
 from tests.helpers.support import wait_until
 
 PARTITIONS = 4
@@ -28,6 +29,13 @@ class Topic:
     def __init__(self) -> None:
         self.records: dict[int, list[bytes | None]] = {n: [] for n in range(PARTITIONS)}
         """None stands for a record that cannot be read."""
+        self.id = "1"
+        """Empty where there is no such topic."""
+
+    def make_anew(self, partitions: int = PARTITIONS) -> None:
+        """Delete it, and make another one of its name."""
+        self.records = {n: [] for n in range(partitions)}
+        self.id = f"{self.id}'"
 
 
 class Consumer:
@@ -42,6 +50,10 @@ class Consumer:
         self.failure = KafkaError("gone")
         self.stopped = False
         self.last_poll: int | None = None
+
+    async def topic_facts(self, topic: str) -> TopicFacts | None:
+        await asyncio.sleep(0)
+        return TopicFacts(self._topic.id, len(self._topic.records)) if self._topic.id else None
 
     async def topics(self) -> set[str]:
         return {"replies", "jobs"}
@@ -73,7 +85,7 @@ class Consumer:
         await asyncio.sleep(0)
         if self.broken:
             raise self.failure
-        found = self._topic.records[partition.partition][self.at : self.at + (max_records or 500)]
+        found = self._topic.records.get(partition.partition, [])[self.at : self.at + (max_records or 500)]
         records = [
             SimpleNamespace(
                 topic=partition.topic,
@@ -106,22 +118,28 @@ class Connection(KafkaConnection):
 
 
 @asynccontextmanager
-async def running(*consumers: Consumer | None) -> AsyncIterator[tuple[ReplyReader, list[bytes]]]:
+async def running(
+    *consumers: Consumer | None,
+    refused: Callable[[Any], None] = lambda error: None,
+    moved: Callable[[], None] = lambda: None,
+) -> AsyncIterator[tuple[ReplyReader, list[bytes]]]:
     delivered: list[bytes] = []
     reader = ReplyReader(
         Connection(*consumers),
         "replies",
         lambda count: count - 1,
         lambda record: delivered.append(record.value),
-        lambda error: None,
+        refused,
+        moved,
     )
     await reader.open(["jobs", "replies"], 1.0)
-    task = asyncio.create_task(reader.run())
+    tasks = {asyncio.create_task(reader.run()), asyncio.create_task(reader.watch())}
     try:
         yield reader, delivered
     finally:
-        task.cancel()
-        await asyncio.wait({task})
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
         await reader.close()
 
 
@@ -166,20 +184,80 @@ async def test_a_new_consumer_goes_on_where_the_last_one_stopped() -> None:
         assert reader.partition == 3
 
 
-async def test_silence_is_measured_from_the_last_answer_to_a_fetch() -> None:
-    topic = Topic()
-    consumer = Consumer(topic)
+async def test_silence_grows_while_no_fetch_is_answered_and_our_own_stall_is_none() -> None:
+    consumer = Consumer(Topic())
     async with running(consumer) as (reader, _):
-        assert reader.silent_for(100.0) == float("inf")
+        await wait_until(lambda: reader.silent_for(time.monotonic()) > 0.05, what="silence")
+        assert reader.silent_for(time.monotonic() + 3600) < 2.0, "an hour in which nobody listened"
         consumer.last_poll = 98_000
-        assert reader.silent_for(100.0) == 2.0
-    assert reader.silent_for(100.0) == float("inf")
+        await wait_until(lambda: reader.silent_for(time.monotonic()) < 0.05, what="an answer")
+    assert reader.silent_for(time.monotonic()) == float("inf")
+
+
+@pytest.fixture
+def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reply_reader, "_LOOK_EVERY_S", 0.01)
+
+
+@pytest.mark.usefixtures("looks_often")
+async def test_a_topic_that_was_made_anew_is_read_from_its_beginning_with_another_consumer() -> None:
+    """However long it is by then: a position in the old topic means nothing in the new one."""
+    topic, moves = Topic(), list[int]()
+    topic.records[3] = [b"old"] * 5
+    first, second = Consumer(topic), Consumer(topic)
+    async with running(first, second, moved=lambda: moves.append(1)) as (reader, delivered):
+        topic.make_anew()
+        topic.records[3] += [b"%d" % n for n in range(9)]
+        await wait_until(lambda: second.at == 9)
+        assert delivered[-9:] == [b"%d" % n for n in range(9)]
+        assert first.stopped
+        assert moves == [1]
+        assert reader.partition == 3
+        topic.records[3] += [b"next"]
+        await wait_until(lambda: delivered[-1] == b"next")
+
+
+@pytest.mark.usefixtures("looks_often")
+async def test_in_a_topic_with_another_number_of_partitions_another_one_is_chosen() -> None:
+    topic, partitions = Topic(), list[int]()
+    first, second = Consumer(topic), Consumer(topic)
+    async with running(first, second, moved=lambda: partitions.append(reader.partition)) as (
+        reader,
+        delivered,
+    ):
+        topic.make_anew(2)
+        topic.records[1] += [b"one"]
+        await wait_until(lambda: delivered == [b"one"])
+        assert partitions == [1], "who sends the jobs must know the new address when it is told"
+        assert second.assigned == [TopicPartition("replies", 1)]
+
+
+@pytest.mark.usefixtures("looks_often")
+async def test_a_topic_that_stays_away_is_said_again_and_again_until_it_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reply_topic, "GONE_S", 0.05)
+    topic, refusals = Topic(), list[Exception]()
+    async with running(Consumer(topic), Consumer(topic), refused=refusals.append) as (_, delivered):
+        topic.id = ""
+        await wait_until(lambda: len(refusals) > 2)
+        assert {(type(error), str(error)) for error in refusals} == {
+            (TopicMissing, str(TopicMissing(servers="a:1", topic="replies")))
+        }
+        topic.make_anew()
+        topic.records[3] = [b"one"]
+        await wait_until(lambda: delivered[-1:] == [b"one"])
 
 
 async def test_a_missing_topic_closes_the_connection_again() -> None:
     consumer = Consumer(Topic())
     reader = ReplyReader(
-        Connection(consumer), "replies", lambda count: 0, lambda record: None, lambda error: None
+        Connection(consumer),
+        "replies",
+        lambda count: 0,
+        lambda record: None,
+        lambda error: None,
+        lambda: None,
     )
     with pytest.raises(TopicMissing, match="bulk"):
         await reader.open(["jobs", "bulk"], 1.0)
@@ -190,7 +268,7 @@ async def test_a_missing_topic_closes_the_connection_again() -> None:
 
 async def test_opening_without_brokers_says_so() -> None:
     reader = ReplyReader(
-        Connection(None), "replies", lambda count: 0, lambda record: None, lambda error: None
+        Connection(None), "replies", lambda count: 0, lambda record: None, lambda error: None, lambda: None
     )
     with pytest.raises(KafkaUnavailable, match="a:1"):
         await reader.open([], 1.0)
@@ -202,13 +280,14 @@ async def test_when_kafka_refuses_the_replies_it_is_said_and_reading_is_tried_ag
     monkeypatch.setattr(reply_reader, "_REFUSED_PAUSE_S", 0.0)
     topic = Topic()
     first, last = Consumer(topic), Consumer(topic)
-    refusals: list[KafkaRefused] = []
+    refusals: list[Exception] = []
     reader = ReplyReader(
         Connection(first, KafkaRefused(servers="a:1", reason="the password"), last),
         "replies",
         lambda count: 0,
         lambda record: None,
         refusals.append,
+        lambda: None,
     )
     await reader.open([], 1.0)
     task = asyncio.create_task(reader.run())
