@@ -41,7 +41,7 @@ $(BIN)/.ready: pyproject.toml constraints.txt
 	@$(BIN)/python -c 'import sys; sys.exit("embedq needs Python 3.11 or newer, this is %s; run make PYTHON=/path/to/python3.11" % sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	@$(BIN)/python -m pip install -q --disable-pip-version-check uv
 	$(UV) pip install -q --python $(BIN)/python $(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND)) \
-		-c constraints.txt -e '.[batch-lancedb,batch-milvus,batch-postgresql,batch-qdrant,cli,consumer,dev,gateway-s3,haystack,langchain,llama-index,schema-registry]' --group test
+		-c constraints.txt -e '.[batch-lancedb,batch-milvus,batch-postgresql,batch-qdrant,cli,cpu,dev,gateway-s3,haystack,langchain,llama-index,schema-registry]' --group test
 	@touch $@
 
 setup: $(BIN)/.ready ## the virtual environment, with everything in it

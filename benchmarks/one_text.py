@@ -2,7 +2,8 @@
 
 Client, broker, Redis and one replica share the machine, and one text is under way at a time. Both processes note when a text
 passes each hop, on the clock that all processes of a machine share; what is printed is the median time since the hop before.
-The bare forward is the same encoder in a process of its own, which runs in turns with the service.
+The bare forward is the same encoder in a process of its own, and bare Kafka a record that goes there and back between two plain
+clients of the same broker (`bare_kafka`); both run in turns with the service. What is above the two is ours.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.bare_kafka import round_trip
 from benchmarks.machine import write
 from benchmarks.pipeline import minilm, replica
 from benchmarks.texts import distinct
@@ -36,6 +38,11 @@ from embedq_sdk.dev import DevStack
 TRACE: Final = "ONE_TEXT_TRACE"
 """The environment variable that names the file of the replica's marks."""
 Marks = list[tuple[float, str]]
+_WARM: Final = 200
+_IDLE_S: Final = 0.01
+"""Between two texts: then the commit is over, and all is idle again."""
+_RECORD: Final = bytes(400)
+"""Between a short job and its vector as base64."""
 
 CLIENT_HOPS: Final = (
     ("embedq_sdk.transport.job_sender", "Sender", "_fill", "client: batch made"),
@@ -155,6 +162,7 @@ async def run(model: Path, texts: int, rounds: int) -> dict[str, Any]:
     """Everything, in one run."""
     spans: list[tuple[float, float]] = []
     bare: list[float] = []
+    kafka: list[float] = []
     client_marks = trace(CLIENT_HOPS)
     with DevStack() as stack, tempfile.TemporaryDirectory() as scratch:
         await create_topics(stack.kafka_servers, partitions=4, reply_partitions=4)
@@ -163,27 +171,38 @@ async def run(model: Path, texts: int, rounds: int) -> dict[str, Any]:
         os.environ[TRACE] = str(marks_file)
         log = Path(scratch) / "log"
         module = "benchmarks.one_text"
-        async with replica(stack, model, log, module=module), EmbedClient(stack.kafka_servers) as client:
-            for text in distinct(40, "first"):
+        async with (
+            round_trip(stack.kafka_servers) as record,
+            replica(stack, model, log, module=module),
+            EmbedClient(stack.kafka_servers) as client,
+        ):
+            for _ in range(_WARM):  # the broker, too: its code is compiled as it runs
+                await record.milliseconds(_RECORD)
+            for text in distinct(_WARM, "first"):
                 await client.embed(text)
             for number in range(rounds):
                 bare += [alone.milliseconds() for _ in range(texts)]
+                for _ in range(texts):
+                    kafka.append(await record.milliseconds(_RECORD))
+                    await asyncio.sleep(_IDLE_S)
                 for text in distinct(texts, f"r{number}."):
                     began = time.monotonic()
                     await client.embed(text)
                     spans.append((began, time.monotonic()))
-                    await asyncio.sleep(0.01)  # idle again: the commit is over
+                    await asyncio.sleep(_IDLE_S)
         alone.close()
         marks = [(at, label) for at, label in json.loads(marks_file.read_text())]
     totals = [(ended - began) * 1000 for began, ended in spans]
-    whole, forward = (_percentiles(values) for values in (totals, bare))
+    whole, forward, there_and_back = (_percentiles(values) for values in (totals, bare, kafka))
     return {
         "model": model.parent.name,
         "tokens": alone.tokens,
         "texts": len(spans),
         "whole_ms": whole,
         "forward_ms": forward,
+        "bare_kafka_ms": there_and_back,
         "above_the_forward_p50_ms": round(whole["p50"] - forward["p50"], 2),
+        "above_both_p50_ms": round(whole["p50"] - forward["p50"] - there_and_back["p50"], 2),
         "hops_p50_ms": {
             label: round(statistics.median(values), 2)
             for label, values in hops_of(spans, [*client_marks, *marks]).items()
@@ -205,7 +224,9 @@ def show(results: dict[str, Any]) -> None:
     Console().print(table)
     print(f"from embed() to the vector: {results['whole_ms']} ms")
     print(f"the forward alone: {results['forward_ms']} ms")
+    print(f"a bare record there and back: {results['bare_kafka_ms']} ms")
     print(f"above the forward (p50): {results['above_the_forward_p50_ms']} ms")
+    print(f"above both (p50): {results['above_both_p50_ms']} ms")
 
 
 def main() -> None:

@@ -2,8 +2,9 @@
 
 Loads: short texts of one length, long ones of one length, and mixed ones; one text a request and 32, eight requests at once.
 embedq runs through Kafka, and its encoder alone. sentence-transformers runs with each backend that is installed (torch, ONNX,
-OpenVINO), infinity where it is installed, with the pooling that the model means; text-embeddings-inference where its binary is
-given. Each way is a process of its own, and its first vector is compared with sentence-transformers' before anything is timed.
+OpenVINO), infinity where it is installed, with the pooling that the model means, here or in the environment of `--peers`, which
+need not have embedq; text-embeddings-inference where its binary is given. Each way is a process of its own, and its first vectors
+are compared with sentence-transformers' before anything is timed.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import importlib.util
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,6 +31,7 @@ from rich.table import Table
 
 from benchmarks.encoder_cpu import mixed
 from benchmarks.machine import write
+from benchmarks.peer_process import NEEDS, REFERENCE
 from benchmarks.pipeline import minilm, replica
 from benchmarks.texts import sentences
 from embedq_sdk import EmbedClient
@@ -40,80 +42,19 @@ Vectors = npt.NDArray[np.float32]
 Embed = Callable[[list[str]], Awaitable[Vectors]]
 """The vectors of one request."""
 
-REFERENCE: Final = "sentence-transformers torch"
+ROOT: Final = Path(__file__).parents[1]
 LEAST_COSINE: Final = 0.9999
 AT_ONCE: Final = 8
 """Requests under way at once, but for the idle latency."""
-INSTALLED: Final = {
-    REFERENCE: "sentence_transformers",
-    "sentence-transformers onnx": "optimum.onnxruntime",
-    "sentence-transformers openvino": "optimum.intel",
-    "infinity": "infinity_emb",
-    "embedq, encoder alone": "embedq_consumer",
-}
-"""What is measured in a process of `serve`, and the package that it needs."""
-
-
 # -- the ways -----------------------------------------------------------------------------------------------------------
 
 
-def serve(way: str, model: str) -> None:
-    """Answer each line of standard input, a JSON list of texts, with a line of vectors."""
-    embed = _loaded(way, model)
-    for line in sys.stdin:
-        print(json.dumps(np.asarray(embed(json.loads(line))).tolist()), flush=True)
-
-
-def _loaded(way: str, model: str) -> Callable[[list[str]], Any]:
-    if way == "embedq, encoder alone":
-        from benchmarks.encoder_cpu import embed
-        from embedq_consumer.engine import load_encoder
-
-        encoder = load_encoder(Path(model), device="cpu")
-        return lambda texts: embed(encoder, texts, 1024)
-    if way == "infinity":
-        return _infinity(model)
-    from sentence_transformers import SentenceTransformer
-
-    made: Any = SentenceTransformer(model, device="cpu", backend=way.rpartition(" ")[2])  # type: ignore[arg-type]
-    return lambda texts: made.encode(texts, normalize_embeddings=True, show_progress_bar=False)
-
-
-def _infinity(model: str) -> Callable[[list[str]], Any]:
-    engine_module = importlib.import_module("infinity_emb")
-    arguments = engine_module.EngineArgs(
-        model_name_or_path=model,
-        engine="torch",
-        device="cpu",
-        pooling_method="mean",
-        lengths_via_tokenize=True,
-    )
-    engine = engine_module.AsyncEmbeddingEngine.from_args(arguments)
-    loop = asyncio.new_event_loop()
-    loop.run_until_complete(engine.astart())
-
-    def embed(texts: list[str]) -> Any:
-        vectors, _ = loop.run_until_complete(engine.embed(sentences=texts))
-        return np.asarray(vectors)
-
-    return embed
-
-
 @asynccontextmanager
-async def process(way: str, model: Path) -> AsyncIterator[Embed]:
-    """`serve` in a process of its own, which takes one request at a time."""
+async def process(python: str, way: str, model: Path) -> AsyncIterator[Embed]:
+    """`peer_process` in this interpreter, which takes one request at a time."""
     child = await asyncio.create_subprocess_exec(
-        *(
-            sys.executable,
-            "-W",
-            "ignore",
-            "-m",
-            "benchmarks.peers_cpu",
-            "--serve",
-            way,
-            "--model",
-            str(model),
-        ),
+        *(python, "-W", "ignore", "-m", "benchmarks.peer_process", way, str(model)),
+        cwd=ROOT,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         limit=1 << 26,
@@ -217,15 +158,16 @@ async def idle_ms(embed: Embed, texts: Sequence[str]) -> float:
     return statistics.median(found)
 
 
-async def run(model: Path, tei: Path | None, texts: int, rounds: int) -> dict[str, Any]:
+async def run(model: Path, peers: str | None, tei: Path | None, texts: int, rounds: int) -> dict[str, Any]:
     """Everything, in one run."""
     cases = [(load, a_request) for load in ("short", "mixed", "long") for a_request in (1, 32)]
     found: dict[str, dict[str, list[float]]] = {}
     async with AsyncExitStack() as opened:
         ways: dict[str, Embed] = {}
-        for way, package in INSTALLED.items():
-            if _is_installed(package):
-                ways[way] = await opened.enter_async_context(process(way, model))
+        for way, package in NEEDS.items():
+            pythons = (each for each in (sys.executable, peers) if each and _has(each, package))
+            if (python := next(pythons, None)) is not None:
+                ways[way] = await opened.enter_async_context(process(python, way, model))
         if tei is not None:
             ways["text-embeddings-inference"] = await opened.enter_async_context(
                 text_embeddings_inference(tei, model)
@@ -261,11 +203,10 @@ async def _compare(ways: dict[str, Embed], texts: list[str]) -> None:
             raise SystemExit(f"{way}: cosine {cosines.min():.4f} to {REFERENCE}: there is nothing to time")
 
 
-def _is_installed(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # the package that it is a part of
-        return False
+def _has(python: str, package: str) -> bool:
+    """Whether this interpreter can import it, which is tried: half of an installation is none."""
+    tried = [python, "-W", "ignore", "-c", f"import {package}"]
+    return subprocess.run(tried, check=False, stderr=subprocess.DEVNULL).returncode == 0
 
 
 def show(results: dict[str, Any]) -> None:
@@ -283,16 +224,15 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=None, help="a model directory; default: MiniLM")
+    parser.add_argument(
+        "--peers", default=None, help="the interpreter of an environment with more of the peers"
+    )
     parser.add_argument("--tei", type=Path, default=None, help="the binary of text-embeddings-inference")
     parser.add_argument("--texts", type=int, default=640, help="short texts a round; half as many mixed ones")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--serve", default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     model = arguments.model or minilm()
-    if arguments.serve is not None:
-        serve(arguments.serve, str(model))
-        return
-    results = asyncio.run(run(model, arguments.tei, arguments.texts, arguments.rounds))
+    results = asyncio.run(run(model, arguments.peers, arguments.tei, arguments.texts, arguments.rounds))
     show(results)
     packages = (
         "embedq",

@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT: Final = Path(__file__).parents[1]
-_EXTRAS: Final = ("cli", "consumer", "gateway")
+_EXTRAS: Final = ("cli", "cpu", "gateway")
 """What the image installs besides the dependencies that everybody needs."""
 
 

@@ -30,6 +30,7 @@ from embedq_consumer.engine import (
     load_encoder,
 )
 from embedq_consumer.exactly_once import ReleaseLoop, make_release_loop, transactional_producers
+from embedq_consumer.fairness import BulkTurns, InteractiveTraffic
 from embedq_consumer.intake import Intake, make_jobs_clients
 from embedq_consumer.lifecycle.control_topic import ControlTopic
 from embedq_consumer.lifecycle.model_slot import Source
@@ -152,7 +153,12 @@ async def open_cache(settings: Settings, metrics: Metrics) -> AsyncIterator[Vect
 
 @asynccontextmanager
 async def open_publisher(
-    settings: Settings, mappings: Mappings, metrics: Metrics, health: Health, stop: asyncio.Event
+    settings: Settings,
+    mappings: Mappings,
+    bulk_turns: BulkTurns,
+    metrics: Metrics,
+    health: Health,
+    stop: asyncio.Event,
 ) -> AsyncIterator[Publisher]:
     topics = settings.topics
     publisher = Publisher(
@@ -162,6 +168,7 @@ async def open_publisher(
         max_held=max(1, min(settings.max_in_flight_jobs, settings.max_uncommitted_jobs) // 2),
         hinder=partial(health.hinder, "delivery"),
         ours=(topics.results, topics.replies, topics.dead_letters, topics.status, topics.control),
+        bulk_turns=bulk_turns,
     )
     try:
         await once_kafka_answers(publisher.open, health, stop)
@@ -208,14 +215,18 @@ class ModelLoader:
 
 @asynccontextmanager
 async def open_model(
-    settings: Settings, publisher: Publisher, metrics: Metrics, health: Health
+    settings: Settings,
+    publisher: Publisher,
+    traffic: InteractiveTraffic,
+    metrics: Metrics,
+    health: Health,
 ) -> AsyncIterator[ServedModel]:
     batch_tokens = settings.max_batch_tokens or await asyncio.to_thread(default_batch_tokens, settings.device)
     options = await asyncio.to_thread(settings.served_model, batch_tokens)
 
     loader = ModelLoader(await asyncio.to_thread(lambda: settings.load))
     announce = partial(publisher.announce, within=STATUS_INTERVAL_S)
-    model = ServedModel(options, loader, announce, metrics, health.tell)
+    model = ServedModel(options, loader, announce, metrics, health.tell, traffic)
     try:
         yield model
     finally:
@@ -273,6 +284,7 @@ async def open_intake(
     mappings: Mappings,
     tiers: RetryTiers,
     suspects: Suspects,
+    bulk_turns: BulkTurns,
     metrics: Metrics,
     health: Health,
     stop: asyncio.Event,
@@ -285,6 +297,7 @@ async def open_intake(
         metrics=metrics,
         beat=lambda: health.beat("intake", time.monotonic()),
         custodian=suspects,
+        bulk_turns=bulk_turns,
     )
     try:
         await once_kafka_answers(intake.open, health, stop)
@@ -329,11 +342,19 @@ async def open_deliverer(
     releases: ReleaseLoop | None,
     intake: Intake,
     finish: Finish,
+    bulk_turns: BulkTurns,
     metrics: Metrics,
 ) -> AsyncIterator[Deliverer]:
     limits = DeliveryLimits(reply_timeout_s=settings.reply_timeout_s, holds_back=intake.holds_back)
     deliverer = Deliverer(
-        results, publisher, finish, metrics, limits, bulk=releases, when_first=intake.when_first
+        results,
+        publisher,
+        finish,
+        metrics,
+        limits,
+        bulk=releases,
+        when_first=intake.when_first,
+        bulk_turns=bulk_turns,
     )
     try:
         yield deliverer

@@ -43,11 +43,12 @@ from embedq_shared.codec import Envelope
 from embedq_shared.grouping import batched_by
 from embedq_shared.headers import JobHeaders
 from embedq_shared.messages import ErrorBody
+from embedq_shared.topics import LANES, Lane
 
 _TEXTS_A_LOOKUP: Final = 512
 """Texts of jobs that are looked up together, in one round trip: a short job need not wait for those of several long ones."""
-_JOBS_A_DELIVERY: Final = 64
-"""Jobs that are encoded and published together: the first answers of a large poll need not wait for the last."""
+_TEXTS_A_TURN: Final = 64
+"""Of a micro-batch of bulk texts while interactive ones come: their outcomes take a millisecond."""
 
 
 class Cache(Protocol):
@@ -226,30 +227,56 @@ class Pipeline:
     # -- from the micro-batch to the finished record -----------------------------------------------------------------
 
     def computed(self, texts: Sequence[ComputedText], vectors: Vectors) -> None:
-        """Texts that ran whole; `vectors` is float32 (texts, hidden_size)."""
+        """Texts that ran whole; `vectors` is float32 (texts, hidden_size). Those of bulk jobs need not be ready first."""
+        for lane in LANES:
+            rows = [row for row, (text, _) in enumerate(texts) if text.lane == lane]
+            if len(rows) == len(texts):
+                self._computed(lane, texts, vectors)
+                return
+            if rows:
+                self._computed(lane, [texts[row] for row in rows], vectors[rows])
+
+    def _computed(self, lane: Lane, texts: Sequence[ComputedText], vectors: Vectors) -> None:
         if sum(len(waiters) for _, waiters in texts) <= FEW_INPUTS:
             self.settle(outcomes_of(texts, vectors))
-            return
-        self._spawn(self._postprocess(outcomes_of, texts, vectors), "postprocess")
+        elif self._deliverer.takes_turns(lane):
+            self._spawn(self._postprocess_in_turns(texts, vectors), "postprocess")
+        else:
+            self._spawn(self._postprocess(lane, outcomes_of, texts, vectors), "postprocess")
 
     def assembled(self, texts: Sequence[AssembledText]) -> None:
         """Texts whose last window ran."""
-        self._spawn(self._postprocess(assembled_outcomes_of, texts), "postprocess")
+        for lane in LANES:
+            if its := [each for each in texts if each[0].lane == lane]:
+                self._spawn(self._postprocess(lane, assembled_outcomes_of, its), "postprocess")
 
-    async def _postprocess(self, work: Callable[..., list[Settled]], *results: Any) -> None:
-        self.settle(await self._deliverer.in_thread(work, *results))
+    async def _postprocess(self, lane: Lane, work: Callable[..., list[Settled]], *results: Any) -> None:
+        outcomes = await self._deliverer.in_thread(lane, work, *results)
+        await self._deliverer.turn(lane)
+        self.settle(outcomes)
+
+    async def _postprocess_in_turns(self, texts: Sequence[ComputedText], vectors: Vectors) -> None:
+        """For bulk texts: some at a time on the event loop, where no thread contends with interactive work for Python's lock."""
+        for start in range(0, len(texts), _TEXTS_A_TURN):
+            some = slice(start, start + _TEXTS_A_TURN)
+            await self._deliverer.turn("bulk")
+            self.settle(outcomes_of(texts[some], vectors[some]))
 
     def settle(self, outcomes: Iterable[Settled]) -> None:
         """Note what became of inputs. Jobs that have all of their outcomes are delivered."""
         complete = [job for job, index, outcome in outcomes if job.settle(index, outcome)]
         alone = [job for job in complete if large(job)]
         small = [job for job in complete if not large(job)] if alone else complete
-        for start in range(0, len(small), _JOBS_A_DELIVERY):
-            self._spawn(self._deliver(small[start : start + _JOBS_A_DELIVERY]), "deliver")
+        for lane in LANES:
+            its, most = [job for job in small if job.record.lane == lane], self._deliverer.at_once(lane)
+            for start in range(0, len(its), most):
+                self._spawn(self._deliver(its[start : start + most]), "deliver")
         for job in alone:
             self._spawn(self._deliver([job]), "deliver")
 
     async def _deliver(self, jobs: Sequence[JobState]) -> None:
+        """Jobs of one lane."""
+        await self._deliverer.turn(jobs[0].record.lane)
         if late := [job for job in jobs if job.record.ticket in self._given_up]:
             self._given_up -= {job.record.ticket for job in late}
             jobs = [job for job in jobs if job not in late]

@@ -26,6 +26,7 @@ import msgspec
 import structlog
 
 from embedq_consumer.delivery.result_records import ResultEncoder
+from embedq_consumer.fairness import BulkTurns, InteractiveTraffic
 from embedq_consumer.lifecycle.status_reporter import StatusReporter
 from embedq_consumer.opening import (
     StoppedEarly,
@@ -88,12 +89,16 @@ async def _serve(settings: Settings, stop: asyncio.Event, leaving: Callable[[], 
     if not await _done_before(stop, asyncio.to_thread(check_directories, settings)):
         return
     mappings = await asyncio.to_thread(settings.read_mappings)
-    health, metrics = Health(), Metrics()
+    health, metrics, turns = Health(), Metrics(), BulkTurns(InteractiveTraffic())
     async with _Parts(leaving) as parts:
         await parts.enter_async_context(open_health_pages(settings, metrics, health))
         cache = await parts.enter_async_context(open_cache(settings, metrics))
-        publisher = await parts.enter_async_context(open_publisher(settings, mappings, metrics, health, stop))
-        model = await parts.enter_async_context(open_model(settings, publisher, metrics, health))
+        publisher = await parts.enter_async_context(
+            open_publisher(settings, mappings, turns, metrics, health, stop)
+        )
+        model = await parts.enter_async_context(
+            open_model(settings, publisher, turns.traffic, metrics, health)
+        )
         control = await parts.enter_async_context(open_control(settings, metrics))
         fleet = await parts.enter_async_context(open_fleet(settings, publisher))
 
@@ -109,7 +114,7 @@ async def _serve(settings: Settings, stop: asyncio.Event, leaving: Callable[[], 
         suspects = Suspects(settings.claimant())
         tiers = open_tiers(settings.topics, settings.retry_delays, publisher.topics.partitions)
         intake = await parts.enter_async_context(
-            open_intake(settings, mappings, tiers, suspects, metrics, health, stop)
+            open_intake(settings, mappings, tiers, suspects, turns, metrics, health, stop)
         )
         quarantine = Quarantine(suspects, intake.commits, intake, metrics)
         results = ResultEncoder(
@@ -123,7 +128,7 @@ async def _serve(settings: Settings, stop: asyncio.Event, leaving: Callable[[], 
             open_releases(settings, publisher, intake, results, health)
         )
         deliverer = await parts.enter_async_context(
-            open_deliverer(settings, publisher, results, releases, intake, quarantine.finish, metrics)
+            open_deliverer(settings, publisher, results, releases, intake, quarantine.finish, turns, metrics)
         )
         policy = msgspec.structs.replace(
             settings.admission,

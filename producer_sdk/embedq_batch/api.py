@@ -64,7 +64,9 @@ async def run(
         return await execute(
             Parts(
                 source=source,  # type: ignore[arg-type]  # a string was made a source above
-                sink=await asyncio.to_thread(opened_sink, sink) if isinstance(sink, str) else sink,
+                sink=await asyncio.to_thread(opened_sink, sink, servers=servers, security=security)
+                if isinstance(sink, str)
+                else sink,
                 client=client,
                 options=asked,
                 progress=Progress(time.monotonic()),

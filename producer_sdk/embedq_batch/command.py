@@ -51,7 +51,8 @@ _REDRAWN_S: Final = 0.5
     "target",
     required=True,
     help="Where the vectors go: a file .parquet, .jsonl or .npy; lancedb:FOLDER#TABLE, postgresql://…#TABLE, "
-    "qdrant:ADDRESS#COLLECTION or milvus:ADDRESS#COLLECTION, where an address is a server's, or a folder or a file.",
+    "qdrant:ADDRESS#COLLECTION or milvus:ADDRESS#COLLECTION, where an address is a server's, or a folder or a file; "
+    "kafka:TOPIC, of flat JSON records.",
 )
 @click.option("--text-column", help="The column with the text. Default: text.")
 @click.option("--template", help='The text, made of several columns, such as "{title}: {body}".')
@@ -97,6 +98,11 @@ _REDRAWN_S: Final = 0.5
     "--errors",
     type=click.Path(dir_okay=False, path_type=Path),
     help="A file for the rows that failed: id, code and message as JSON Lines.",
+)
+@click.option(
+    "--metrics",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="A file for the run's figures in Prometheus' text format, written anew every 15 s: for the textfile collector of the node exporter.",
 )
 @click.option(
     "--max-error-share",
@@ -174,7 +180,7 @@ def run(
             security=kafka.security,
             prefix=kafka.prefix,
         )
-        sink = await asyncio.to_thread(opened_sink, target)
+        sink = await asyncio.to_thread(opened_sink, target, servers=kafka.servers, security=kafka.security)
         client = EmbedClient(
             kafka.servers, topic_prefix=kafka.prefix, connect_timeout=CONNECT_TIMEOUT_S, **kafka.security
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from embedq_consumer.engine import Encoder, Text, Tokens, load_encoder
 from tests.helpers.tiny_models import make_tiny_bert, make_tiny_qwen3, minilm_path
 
 MODELS = ["minilm", "qwen3", "bert-cls", "bert-mean"]
+FEW_ROWS = "onnxruntime" if find_spec("onnx") and find_spec("onnxruntime") else "packed"
+"""What runs few tokens of a BERT on a CPU here."""
 
 Vectors = npt.NDArray[np.float32]
 

@@ -14,7 +14,7 @@ import torch
 from embedq_consumer.engine import ModelError, Text, load_encoder
 from embedq_consumer.engine.models import registry
 from embedq_consumer.engine.models.bert_cpu import PackedBert
-from tests.helpers.encoders import normalized, tokens_of
+from tests.helpers.encoders import FEW_ROWS, normalized, tokens_of
 from tests.helpers.tiny_models import make_tiny_bert, make_tiny_qwen3, nan_weights
 from tests.model.test_parity import TEXTS, TOLERANCE
 
@@ -157,4 +157,4 @@ def test_an_encoder_says_how_long_each_step_of_its_load_took(tmp_path: Path) -> 
     encoder = load_encoder(make_tiny_bert(tmp_path), device="cpu")
     assert set(encoder.phases) >= {"directory", "weights", "device", "digest", "proof"}
     assert all(seconds >= 0 for seconds in encoder.phases.values())
-    assert encoder.kernels == {"attention": "torch_sdpa", "few_rows": "packed"}
+    assert encoder.kernels == {"attention": "torch_sdpa", "few_rows": FEW_ROWS}

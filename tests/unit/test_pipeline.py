@@ -10,16 +10,17 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from aiokafka.errors import MessageSizeTooLargeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedq_consumer.batching import Vectors
+from embedq_consumer.batching import ComputedText, Vectors
 from embedq_consumer.batching.batch_loop import BatchLoop
 from embedq_consumer.batching.batch_runner import BatchRunner
 from embedq_consumer.batching.batcher import Batcher, BatchPolicy
-from embedq_consumer.batching.single_flight import QueuedText, SingleFlight
+from embedq_consumer.batching.single_flight import Identity, QueuedText, SingleFlight
 from embedq_consumer.batching.text_queue import TextQueue
 from embedq_consumer.batching.token_budget import TokenBudget
 from embedq_consumer.cache import CachedVector, cache_key
@@ -27,16 +28,18 @@ from embedq_consumer.delivery.deliverer import Deliverer, DeliveryLimits
 from embedq_consumer.delivery.outgoing import Outgoing
 from embedq_consumer.delivery.result_records import ResultEncoder
 from embedq_consumer.engine import DeviceLost, Encoder, Text, Tokens
-from embedq_consumer.fairness import Cost
+from embedq_consumer.fairness import BulkTurns, Cost, InteractiveTraffic
 from embedq_consumer.group import Overtaken
+from embedq_consumer.intake.jobs import JobState
 from embedq_consumer.intake.records import Record
 from embedq_consumer.pipeline import Pipeline
 from embedq_consumer.shapes import Want
 from embedq_consumer.shapes.registry.schemas import Fetch, Given, JsonReader, Reader, Registration
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.headers import value_of
+from embedq_shared.topics import Lane
 from tests.helpers.fake_parts import DictCache, Letters, ScriptedDevice, ScriptedSink
-from tests.helpers.in_flight import TOPICS, VERSION, record, rules
+from tests.helpers.in_flight import TOPICS, VERSION, admitted, record, rules
 from tests.helpers.shapes import mappings_of
 from tests.helpers.support import wait_until
 
@@ -48,7 +51,12 @@ class Parts:
     """Everything between the poll loop and Kafka, with fakes at the edges."""
 
     def __init__(
-        self, tasks: asyncio.TaskGroup, device: ScriptedDevice, refusal: Refusal, **settings: Any
+        self,
+        tasks: asyncio.TaskGroup,
+        device: ScriptedDevice,
+        refusal: Refusal,
+        turns: BulkTurns | None,
+        **settings: Any,
     ) -> None:
         self.metrics = Metrics()
         self.model = Letters(max_tokens=20)
@@ -63,7 +71,9 @@ class Parts:
         encoder = ResultEncoder(TOPICS, "group", 900_000)
         self.weighed: dict[int, Cost] = {}
         self.queue = TextQueue(flights, batcher, budget, self.metrics)
-        self.deliverer = Deliverer(encoder, self.sink, self.sink.finish, self.metrics, LIMITS)
+        self.deliverer = Deliverer(
+            encoder, self.sink, self.sink.finish, self.metrics, LIMITS, bulk_turns=turns
+        )
         self.pipeline = Pipeline(
             rules(**settings), lambda: self.model, self.cache, self.queue, self.deliverer, tasks, self.weigh
         )
@@ -84,10 +94,13 @@ class Parts:
 
 @asynccontextmanager
 async def running(
-    device: ScriptedDevice | None = None, refusal: Refusal = lambda record: None, **settings: Any
+    device: ScriptedDevice | None = None,
+    refusal: Refusal = lambda record: None,
+    turns: BulkTurns | None = None,
+    **settings: Any,
 ) -> AsyncIterator[Parts]:
     async with asyncio.TaskGroup() as tasks:
-        parts = Parts(tasks, device or ScriptedDevice(), refusal, **settings)
+        parts = Parts(tasks, device or ScriptedDevice(), refusal, turns, **settings)
         try:
             yield parts
         finally:
@@ -98,6 +111,20 @@ async def running(
 
 def job(offset: int, *headers: tuple[str, bytes], **fields: Any) -> Record:
     return record(json.dumps({"dimensions": 32} | fields).encode(), *headers, offset=offset)
+
+
+def computed(offset: int, lane: Lane) -> ComputedText:
+    """A text that ran, of a job of one input."""
+    of = admitted(input=f"text {offset}", id=f"{offset}")
+    state = JobState(
+        msgspec.structs.replace(of.record, lane=lane, ticket=record(offset=offset).ticket),
+        of.headers,
+        of.request,
+        of.encoder,
+    )
+    state.keys[0] = b"%d" % offset
+    tokens = Tokens(np.array([1, 2], dtype=np.int32))
+    return QueuedText(identity=Identity.of(state, 0), tokens=tokens, arrived=0.0), [(state, 0)]
 
 
 def body(outgoing: Outgoing) -> dict[str, Any]:
@@ -123,6 +150,46 @@ async def test_polled_jobs_are_computed_published_and_finished() -> None:
         assert len(results["two"]["data"]) == 1
         assert parts.device.ran == [["ab", "c", "d"]]
         assert parts.sample("jobs_total", lane="interactive", status="ok") == 2
+
+
+async def test_an_interactive_job_is_answered_while_the_bulk_ones_of_its_micro_batch_wait_for_a_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gate, in_thread = asyncio.Event(), Deliverer.in_thread
+
+    async def gated(deliverer: Deliverer, lane: Lane, work: Callable[..., Any], *args: Any) -> Any:
+        if lane == "bulk":
+            await gate.wait()
+        return await in_thread(deliverer, lane, work, *args)
+
+    monkeypatch.setattr(Deliverer, "in_thread", gated)
+    async with running() as parts:
+        texts = [computed(number, "bulk") for number in range(1, 6)] + [computed(6, "interactive")]
+        parts.pipeline.computed(texts, np.ones((6, 256), np.float32))
+        await parts.finished(6)
+        gate.set()
+        await parts.finished(1, 2, 3, 4, 5, 6)
+
+
+async def test_beside_interactive_work_bulk_outcomes_come_in_turns_and_need_no_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def never(*args: Any) -> Any:
+        raise AssertionError("a thread would contend with interactive work for Python's lock")
+
+    monkeypatch.setattr(Deliverer, "in_thread", never)
+    traffic = InteractiveTraffic()
+    traffic.note(time.monotonic())
+    async with running(turns=BulkTurns(traffic)) as parts:
+        parts.pipeline.computed(
+            [computed(number, "bulk") for number in range(300)], np.ones((300, 256), np.float32)
+        )
+        most = 0
+        while len(parts.sink.finished) < 300:
+            before = len(parts.sink.sent)
+            await asyncio.sleep(0)
+            most = max(most, len(parts.sink.sent) - before)
+        assert most <= 32
 
 
 async def test_equal_texts_of_one_poll_are_computed_once() -> None:

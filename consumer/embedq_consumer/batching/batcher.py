@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from operator import attrgetter
 from typing import Final, Generic, Protocol, TypeVar
 
-from embedq_consumer.fairness import Rounds
+from embedq_consumer.fairness import InteractiveTraffic, Rounds
 from embedq_shared.topics import LANES, Lane
 
 OVERDUE_SHARE: Final = 4
@@ -20,6 +20,9 @@ them fill it no better (99.9 % of 2,048 tokens and of 16,384), and each look cos
 TURNS: Final = 8
 """A turn of a client, and of a job within its client, is an eighth of a micro-batch: one that arrives is in the next
 micro-batch even beside several others, and a turn still holds some texts."""
+SHORT: Final = 4
+"""While interactive texts come, bulk ones run in quarters of a micro-batch. Three may be under way when a text comes
+(`PrefetchLimit`), and its own may be filled with them: together it waits for one micro-batch's time."""
 _LAST_PART: Final = 8
 """Texts are taken in order until an eighth of the budget is left; that is filled by best fit."""
 
@@ -268,11 +271,22 @@ class BatchPolicy(Generic[ItemT]):
           micro-batch.
         - Interactive texts go before bulk ones; bulk texts that waited `bulk_max_wait` seconds get their share first. The
           share is saved up while the next of them is longer than the share of one micro-batch.
+        - While interactive texts come (`InteractiveTraffic`), bulk texts fill a micro-batch to a quarter of its tokens and
+          texts; one that is longer than a quarter runs without others.
         - A text waits at most `max_wait` seconds for others to fill its micro-batch; not at all while the device is `idle` and
           no others are known to come.
     """
 
-    def __init__(self, *, max_tokens: int, max_items: int, max_wait: float, bulk_max_wait: float) -> None:
+    def __init__(
+        self,
+        *,
+        max_tokens: int,
+        max_items: int,
+        max_wait: float,
+        bulk_max_wait: float,
+        traffic: InteractiveTraffic | None = None,
+    ) -> None:
+        self._traffic = traffic or InteractiveTraffic()
         self._max_tokens = max_tokens
         self.max_items = max_items
         self.max_wait = max_wait
@@ -318,10 +332,9 @@ class BatchPolicy(Generic[ItemT]):
             return []
         batch: list[ItemT] = []
         left = self._max_tokens - self._run_overdue(batch, now)
-        for lane in LANES:
-            left -= self._fill(batch, lane, left, self.max_items)
-            if self._lanes[lane]:
-                break  # full: what still waits in this lane goes before the other lane's texts
+        left -= self._fill(batch, "interactive", left, self.max_items)
+        if not self._lanes["interactive"]:  # else it is full
+            self._fill(batch, "bulk", *self._room_for_bulk(left, now))
         return batch
 
     def waiting_tokens(self, lane: Lane | None = None) -> int:
@@ -351,6 +364,16 @@ class BatchPolicy(Generic[ItemT]):
             return moved
         self._owed -= moved
         return moved
+
+    def _room_for_bulk(self, left: int, now: float) -> tuple[int, int]:
+        """Tokens of bulk texts that a micro-batch takes which has `left` of its budget, and the texts it may have with them."""
+        if not self._traffic.lately(now):
+            return left, self.max_items
+        taken = self._max_tokens - left
+        room = self._max_tokens // SHORT - taken
+        if not taken and (bulk := self._lanes["bulk"]):
+            room = max(room, min(bulk.next_cost(), left))
+        return max(0, min(left, room)), max(1, self.max_items // SHORT)
 
     def _fill(self, batch: list[ItemT], lane: Lane, budget: int, most: int) -> int:
         """Move texts of one lane into the batch, until it has `budget` tokens more or holds `most`; or one long text.

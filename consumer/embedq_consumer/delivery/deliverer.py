@@ -17,7 +17,7 @@ from embedq_consumer.delivery.broker_errors import meaning_of, name_of
 from embedq_consumer.delivery.destination import Settled, Undelivered, Urgent
 from embedq_consumer.delivery.outgoing import Outgoing
 from embedq_consumer.delivery.result_records import Reply, ResultEncoder
-from embedq_consumer.fairness import Turns, TurnsByPlace
+from embedq_consumer.fairness import BulkTurns, InteractiveTraffic, Turns, TurnsByPlace
 from embedq_consumer.intake.admission import DeletedRow, Rejection
 from embedq_consumer.intake.jobs import InputVector, JobState
 from embedq_consumer.intake.records import Record
@@ -41,6 +41,13 @@ _THREADS: Final = 2
 FEW_INPUTS: Final = 2
 """Work on the results of so few inputs stays on the event loop: some 30 µs each, where waking a thread and being woken by it
 takes more, and on a busy machine much more."""
+_AT_ONCE: Final = 64
+"""Jobs that are encoded and published together: the first answers of a large poll need not wait for the last."""
+_AT_ONCE_BESIDE: Final = 32
+"""Bulk jobs, while interactive ones come: two milliseconds or so, since they are encoded on the event loop."""
+_INPUTS_BESIDE: Final = 64
+_BYTES_BESIDE: Final = 256 * 1024
+"""Unless they have more inputs or larger results than these: 32 times 384 decimals are some 200 KB."""
 _ERROR_S: Final = 5.0
 """For an error in place of a result that could not be delivered: its dead letter tells of it anyway."""
 
@@ -125,8 +132,10 @@ class Deliverer:
         *,
         bulk: Transactional | None = None,
         when_first: WhenFirst = lambda record, go: go(True),
+        bulk_turns: BulkTurns | None = None,
     ) -> None:
         """`bulk` takes the answers of the bulk lane, if they are not to go out by themselves."""
+        self._bulk_turns = bulk_turns or BulkTurns(InteractiveTraffic())
         self._when_first = when_first
         self._encoder = encoder
         self._sink = sink
@@ -136,14 +145,18 @@ class Deliverer:
         self._bulk = bulk
         for tier, code in product(encoder.tiers, HEALS):
             metrics.retries.labels(tier.number, code)  # begins at 0
-        # Threads of their own: results must not wait for the tokenizer.
-        self._threads = ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix="deliver")
+        # Threads of their own: results must not wait for the tokenizer, nor interactive ones for what bulk has queued.
+        self._threads = {
+            lane: ThreadPoolExecutor(max_workers=_THREADS, thread_name_prefix=f"deliver_{lane}")
+            for lane in LANES
+        }
         self._encoding = Turns()
         self._on_the_way = TurnsByPlace(_LARGE_ON_THE_WAY)
 
     def close(self) -> None:
         """End the threads."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        for threads in self._threads.values():
+            threads.shutdown(wait=True, cancel_futures=True)
 
     def partitions(self, topic: str) -> int | None:
         """How many partitions a topic had when last seen, None for an unknown topic."""
@@ -153,16 +166,34 @@ class Deliverer:
         """Look for topics that were made since."""
         await self._sink.refresh_topics()
 
-    async def in_thread(self, work: Callable[[*Args], Returned], *args: *Args) -> Returned:
-        """Run work on results off the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+    async def in_thread(self, lane: Lane, work: Callable[[*Args], Returned], *args: *Args) -> Returned:
+        """Run work on a lane's results off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads[lane], work, *args)
+
+    def takes_turns(self, lane: Lane) -> bool:
+        """Whether work on a lane's results comes in small pieces now: bulk's does while interactive work comes."""
+        return lane == "bulk" and self._bulk_turns.needed
+
+    def at_once(self, lane: Lane) -> int:
+        """How many jobs of a lane are to be delivered together."""
+        return _AT_ONCE_BESIDE if self.takes_turns(lane) else _AT_ONCE
+
+    async def turn(self, lane: Lane) -> None:
+        """Wait until some milliseconds of work on a lane's results may run on the event loop: bulk's has to wait its turn."""
+        if lane == "bulk":
+            await self._bulk_turns.turn()
 
     async def deliver(self, jobs: Sequence[JobState]) -> None:
-        """Answer jobs whose every input has its outcome, and finish their records. One that is `large` comes alone."""
+        """Answer jobs of one lane whose every input has its outcome, and finish their records. A `large` one comes alone."""
         if large(jobs[0]):
             await self._deliver_large(jobs[0])
             return
-        replies = self._encode(jobs) if _few(jobs) else await self.in_thread(self._encode, jobs)
+        lane = jobs[0].record.lane
+        if _few(jobs, FEW_INPUTS) or (self.takes_turns(lane) and _quick(jobs)):
+            replies = self._encode(jobs)
+        else:
+            replies = await self.in_thread(lane, self._encode, jobs)
+            await self.turn(lane)
         self._count_inputs(jobs)
         await self._send(replies)
 
@@ -176,7 +207,7 @@ class Deliverer:
         place = (headers.reply_topic, headers.reply_partition)
         async with self._on_the_way.turn(place, client, size):
             async with self._encoding.turn(client, size):
-                replies = await self.in_thread(self._encode, [job])
+                replies = await self.in_thread(job.record.lane, self._encode, [job])
             self._count_inputs([job])
             await self._send(replies)
 
@@ -356,9 +387,14 @@ def large(job: JobState) -> bool:
     return several and cost_of(job).result_bytes > _LARGE_BYTES
 
 
-def _few(jobs: Sequence[JobState]) -> bool:
-    """Whether encoding their results takes no longer than to wake a thread for it."""
-    return sum(len(job.outcomes) for job in jobs) <= FEW_INPUTS and not any(job.request.late for job in jobs)
+def _quick(jobs: Sequence[JobState]) -> bool:
+    """Whether encoding their results takes a millisecond or two."""
+    return _few(jobs, _INPUTS_BESIDE) and sum(cost_of(job).result_bytes for job in jobs) <= _BYTES_BESIDE
+
+
+def _few(jobs: Sequence[JobState], inputs: int) -> bool:
+    """Whether their results are those of so few inputs."""
+    return sum(len(job.outcomes) for job in jobs) <= inputs and not any(job.request.late for job in jobs)
 
 
 class _Batch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from heapq import heapify, heappop, heappush
 from typing import Final
 
@@ -14,6 +14,9 @@ from embedq_shared.kafka import KafkaError
 
 MAX_BATCH_BYTES: Final = 1_000_000
 """Of the records that the producer sends to a partition at once, and of those that it is handed beyond one such batch."""
+MAX_BESIDE_BYTES: Final = 256_000
+"""Of bulk results to a partition at once while interactive ones come: whose request waits until the broker has answered the one
+before it."""
 CONFIRM_S: Final = 2.0
 """A topic that was made a moment ago is not known to every broker yet."""
 _FIRST_PAUSE_S: Final = 0.1
@@ -85,12 +88,56 @@ class Parcel:
         return self.serial < other.serial
 
 
+class _Waiting:
+    """Parcels that wait, oldest first."""
+
+    __slots__ = ("_came", "_returned")
+
+    def __init__(self) -> None:
+        self._came: deque[Parcel] = deque()  # as they came
+        self._returned: list[Parcel] = []  # a heap of what waited before, is older, and waits again
+
+    def __len__(self) -> int:
+        return len(self._came) + len(self._returned)
+
+    def __iter__(self) -> Iterator[Parcel]:
+        yield from self._returned
+        yield from self._came
+
+    def add(self, parcel: Parcel) -> None:
+        """It waits behind older ones and before younger ones."""
+        if self._came and parcel < self._came[-1]:
+            heappush(self._returned, parcel)
+        else:
+            self._came.append(parcel)
+
+    def first(self) -> Parcel:
+        """The oldest."""
+        return self._returned[0] if self._again else self._came[0]
+
+    def pop(self) -> Parcel:
+        """Take the oldest out."""
+        return heappop(self._returned) if self._again else self._came.popleft()
+
+    def remove(self, serials: Collection[int]) -> None:
+        """These wait no more."""
+        self._came = deque(parcel for parcel in self._came if parcel.serial not in serials)
+        self._returned = [parcel for parcel in self._returned if parcel.serial not in serials]
+        heapify(self._returned)
+
+    @property
+    def _again(self) -> bool:
+        return bool(self._returned) and not (self._came and self._came[0] < self._returned[0])
+
+
 class Destination:
     """One topic and partition.
 
     Invariants:
-        - A parcel waits, is open (a producer has it) or is settled; open ones are in the order of `serial`.
-        - About `MAX_BATCH_BYTES` are open at most, or one parcel: so a producer has room for them.
+        - A parcel waits, is open (a producer has it) or is settled; open ones are in the order in which they were sent.
+        - Express parcels go before others, and otherwise older ones before younger ones.
+        - About `MAX_BATCH_BYTES` are open at most, or one parcel; and express ones of as many bytes more. So a producer has
+          room for them.
         - A parcel that is sent alone shares no batch, since nothing else is open.
         - It fails (`failing_since`) from the first failure until a record is taken. `apart` begins with a failure, and ends
           after a probation that is twice as long each time.
@@ -99,8 +146,8 @@ class Destination:
     def __init__(self, place: Place, *, ours: bool = False) -> None:
         """`ours`: of a topic of embedq's own, which nothing but the brokers can make fail."""
         self.place = place
-        self._waiting: deque[Parcel] = deque()  # as they came
-        self._returned: list[Parcel] = []  # a heap of what waited before, is older, and waits again
+        self._express = _Waiting()
+        self._others = _Waiting()
         self.apart = False
         self.failing_since: float | None = None
         self.error: BaseException | None = None
@@ -123,7 +170,7 @@ class Destination:
     @property
     def busy(self) -> bool:
         """Whether anything waits or is open."""
-        return bool(self._waiting or self._returned or self._open)
+        return bool(self._express or self._others or self._open)
 
     @property
     def idle(self) -> bool:
@@ -131,16 +178,16 @@ class Destination:
         return not self._open
 
     def __len__(self) -> int:
-        return len(self._waiting) + len(self._returned) + len(self._open)
+        return len(self._express) + len(self._others) + len(self._open)
 
     @property
     def has_waiting(self) -> bool:
         """Whether anything waits for a producer."""
-        return bool(self._waiting or self._returned)
+        return bool(self._express or self._others)
 
     def waiting(self) -> list[Parcel]:
         """What no producer has, oldest first."""
-        return sorted([*self._returned, *self._waiting])
+        return sorted([*self._express, *self._others])
 
     def parcels(self) -> list[Parcel]:
         """Everything on its way here, oldest first."""
@@ -148,27 +195,30 @@ class Destination:
 
     def add(self, parcel: Parcel) -> None:
         """It waits here, behind older ones and before younger ones."""
-        if self._waiting and parcel < self._waiting[-1]:
-            heappush(self._returned, parcel)
-        else:
-            self._waiting.append(parcel)
+        (self._express if parcel.record.express else self._others).add(parcel)
 
     def oldest_open(self) -> Parcel | None:
         """The parcel that a producer has had for longest."""
         return next(iter(self._open.values()), None)
 
-    def next_to_send(self, now: float) -> Parcel | None:
-        """The parcel to hand to a producer now: it is taken out of those that wait. None: not now."""
-        if now < self._retry_at or not self.has_waiting:
+    def next_to_send(self, now: float, *, beside: bool = False, express: bool = False) -> Parcel | None:
+        """The parcel to hand to a producer now: it is taken out of those that wait. None: not now.
+
+        `beside` interactive work less is open of what is not express; `express`: only such a one.
+        """
+        waiting = self._express or self._others
+        if now < self._retry_at or not waiting or (express and not self._express):
             return None
-        again = bool(self._returned) and not (self._waiting and self._waiting[0] < self._returned[0])
-        parcel = self._returned[0] if again else self._waiting[0]
+        parcel = waiting.first()
         if self._open:
-            if parcel.alone or self._open_bytes + parcel.size > MAX_BATCH_BYTES:
+            most = MAX_BESIDE_BYTES if beside else MAX_BATCH_BYTES
+            if parcel.record.express:
+                most = 2 * MAX_BATCH_BYTES
+            if parcel.alone or self._open_bytes + parcel.size > most:
                 return None
             if next(iter(self._open.values())).alone:
                 return None
-        return heappop(self._returned) if again else self._waiting.popleft()
+        return waiting.pop()
 
     def opened(self, parcel: Parcel, sending: object, now: float) -> None:
         """A producer has it."""
@@ -200,9 +250,8 @@ class Destination:
         for parcel in parcels:
             if parcel.serial in self._open:
                 self.closed(parcel)
-        self._waiting = deque(parcel for parcel in self._waiting if parcel.serial not in gone)
-        self._returned = [parcel for parcel in self._returned if parcel.serial not in gone]
-        heapify(self._returned)
+        self._express.remove(gone)
+        self._others.remove(gone)
 
     # -- how well it works ----------------------------------------------------------------------------------------------
 

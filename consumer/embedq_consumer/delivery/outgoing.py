@@ -14,7 +14,8 @@ class Outgoing(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One record to publish.
 
     `partition` is None where the key decides. `anywhere`: while that partition is out of order, another one will do.
-    `by_key`: no other one will, since a later record of the key must replace this one.
+    `by_key`: no other one will, since a later record of the key must replace this one. `express`: somebody waits for it, so
+    it goes before what waits for its place and is not.
     """
 
     topic: str
@@ -25,6 +26,7 @@ class Outgoing(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     timestamp_ms: int | None = None
     anywhere: bool = False
     by_key: bool = False
+    express: bool = False
 
     @property
     def movable(self) -> bool:

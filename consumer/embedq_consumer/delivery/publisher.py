@@ -8,6 +8,7 @@ up (`Places`), unless Kafka takes nothing at all: then everything waits. What ea
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from functools import partial
@@ -19,10 +20,11 @@ import structlog
 from embedq_consumer.delivery.broker_errors import meaning_of, name_of
 from embedq_consumer.delivery.destination import Destination, Parcel, Settled, Urgent
 from embedq_consumer.delivery.kafka_producer import MakeProducers
-from embedq_consumer.delivery.lane import UNREACHABLE, Lane, Lanes
+from embedq_consumer.delivery.lane import UNREACHABLE, Lane, Lanes, Spawn
 from embedq_consumer.delivery.outgoing import Outgoing, Place
 from embedq_consumer.delivery.places import Ended, Places
 from embedq_consumer.delivery.topic_directory import TopicDirectory
+from embedq_consumer.fairness import BulkTurns, InteractiveTraffic
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.kafka import BatchFull, Evicted, KafkaError
 
@@ -32,8 +34,88 @@ _TICK_S: Final = 0.1
 _STOOD_STILL_S: Final = 1.0
 """A tick that comes later than this found no turn: the process was stopped or starved, or a call of ours blocked its loop."""
 _TOPICS_AGE_S: Final = 10.0
+_SENT_A_TURN: Final = 64
+_TAKEN_A_TURN: Final = 256
+"""Records that are handed to producers, and answers that are taken of them, in one of bulk's turns: a millisecond or two."""
 
 Answer = tuple[Destination, Parcel, "asyncio.Future[Any]"]
+Fail = Callable[[Destination, BaseException, float], None]
+
+
+class _Pump:
+    """Hands to each place's producer what it may have, and collects the producers' answers, of which `woken` tells.
+
+    While interactive work comes, a producer gets less at once of what is not express.
+    """
+
+    def __init__(self, lanes: Lanes, bulk_turns: BulkTurns, spawn: Spawn, fail: Fail) -> None:
+        """`fail` hears of a place that does not work, why, and since when."""
+        self._lanes = lanes
+        self._bulk_turns = bulk_turns
+        self._spawn = spawn
+        self._fail = fail
+        self._looking: set[Place] = set()
+        self.answers: list[Answer] = []
+        self.woken = asyncio.Event()
+        self.closed = False
+
+    def run(
+        self, destination: Destination, now: float, *, express: bool = False, most: int = sys.maxsize
+    ) -> int:
+        """Hand to the place's producer what it may have now, or the `express` part of it; what it may not have yet is tried
+        again at the next tick. Returns how many it got, `most` at most."""
+        sent = 0
+        if not destination.has_waiting:
+            return sent
+        destination.used_at = now
+        lane = self._lanes.choose(destination)
+        if lane is None or lane.producer is None:
+            return sent
+        producer, (_, partition) = lane.producer, destination.place
+        if not producer.has_leader(destination.place):
+            self._look_up(destination, lane)
+            return sent
+        beside = self._bulk_turns.needed
+        while (
+            sent < most
+            and (parcel := destination.next_to_send(now, beside=beside, express=express)) is not None
+        ):
+            try:
+                sending = producer.send(parcel.record, partition)
+            except BatchFull:
+                destination.add(parcel)
+                break
+            except KafkaError as error:
+                sending = _failed(error)
+            destination.opened(parcel, sending, now)
+            sending.add_done_callback(partial(self._note, destination, parcel))
+            sent += 1
+        return sent
+
+    def _note(self, destination: Destination, parcel: Parcel, sending: asyncio.Future[Any]) -> None:
+        self.answers.append((destination, parcel, sending))
+        self.woken.set()
+        if self.closed and not sending.cancelled():
+            sending.exception()  # nobody will look at it again, of which asyncio would complain
+
+    def _look_up(self, destination: Destination, lane: Lane) -> None:
+        """Ask the brokers about a place that its producer does not know, or that has no leader."""
+        place, producer = destination.place, lane.producer
+        if place in self._looking or producer is None or destination.pauses(time.monotonic()):
+            return
+        self._looking.add(place)
+        asked_at = time.monotonic()
+
+        async def look_up() -> None:
+            try:
+                await producer.look_up(place)
+            except UNREACHABLE as error:
+                self._fail(destination, error, asked_at)
+            finally:
+                self._looking.discard(place)
+            self.run(destination, time.monotonic())
+
+        self._spawn(look_up())
 
 
 class Publisher:
@@ -43,8 +125,10 @@ class Publisher:
         - Every parcel is settled exactly once, unless the publisher is closed before.
         - A parcel without a time-out is settled with an error only if the brokers refuse the record itself.
         - State changes on the event loop alone; the producers' answers are taken in one task.
+        - While interactive work comes, its results are sent at once, and what else there is to do is done in bulk's turns.
     """
 
+    # More than six parameters: what it needs of the service, and what tests replace.
     def __init__(
         self,
         make: MakeProducers,
@@ -54,20 +138,21 @@ class Publisher:
         hinder: Callable[[str | None], None] = lambda reason: None,
         topics: TopicDirectory | None = None,
         ours: Collection[str] = (),
+        bulk_turns: BulkTurns | None = None,
     ) -> None:
         """`max_held`: records that wait for failing places, all together. `hinder` is told why this replica is not ready.
         `ours`: embedq's own topics."""
+        self._bulk_turns = bulk_turns or BulkTurns(InteractiveTraffic())
         self._metrics = metrics
         self._hinder = hinder
         self._running: set[asyncio.Task[None]] = set()
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._closed = False
         self._serial = count()
-        self._answers: list[Answer] = []
         self._fresh: dict[Place, Destination] = {}
-        self._woken = asyncio.Event()
-        self._looking: set[Place] = set()
+        self._express: dict[Place, Destination] = {}
+        self._left = asyncio.Event()
         self._lanes = Lanes(make, self._spawn, metrics)
+        self._pump = _Pump(self._lanes, self._bulk_turns, self._spawn, self._fail)
         self.topics = topics or TopicDirectory()
         self._places = Places(self.topics.partitions, max_held=max_held, now=time.monotonic(), ours=ours)
         self.presence = self._places.presence
@@ -87,6 +172,7 @@ class Publisher:
             await self._lanes.common.close()
             raise
         self._spawn(self._run())
+        self._spawn(self._run_in_turns())
         self._spawn(self._keep_topics())
 
     async def watch(self) -> None:
@@ -95,7 +181,7 @@ class Publisher:
 
     async def close(self) -> None:
         """Disconnect. What was not acknowledged was not committed either."""
-        self._closed = True
+        self._pump.closed = True
         for task in self._running:
             task.cancel()
         await self._lanes.close()
@@ -119,7 +205,9 @@ class Publisher:
             # Its producer gets it in a moment, with the others of the same delivery.
             destination.add(parcel)
             self._fresh[destination.place] = destination
-            self._woken.set()
+            if record.express:
+                self._express[destination.place] = destination
+            self._pump.woken.set()
         else:
             asyncio.get_running_loop().call_soon(settled, destination.undelivered(now))
 
@@ -144,79 +232,59 @@ class Publisher:
         """See topics that were made since, and those that are gone. While Kafka is away, this waits for it."""
         await self.topics.refresh_at_last(lambda: self._lanes.common.producer)
 
-    # -- to the producers -------------------------------------------------------------------------------------------------
-
-    def _pump(self, destination: Destination, now: float) -> None:
-        """Hand to the place's producer what it may have now; what it may not have yet is tried again at the next tick."""
-        if not destination.has_waiting:
-            return
-        destination.used_at = now
-        lane = self._lanes.choose(destination)
-        if lane is None or lane.producer is None:
-            return
-        producer, (_, partition) = lane.producer, destination.place
-        if not producer.has_leader(destination.place):
-            self._look_up(destination, lane)
-            return
-        while (parcel := destination.next_to_send(now)) is not None:
-            try:
-                sending = producer.send(parcel.record, partition)
-            except BatchFull:
-                destination.add(parcel)
-                return
-            except KafkaError as error:
-                sending = _failed(error)
-            destination.opened(parcel, sending, now)
-            sending.add_done_callback(partial(self._note, destination, parcel))
-
-    def _note(self, destination: Destination, parcel: Parcel, sending: asyncio.Future[Any]) -> None:
-        self._answers.append((destination, parcel, sending))
-        self._woken.set()
-        if self._closed and not sending.cancelled():
-            sending.exception()  # nobody will look at it again, of which asyncio would complain
-
-    def _look_up(self, destination: Destination, lane: Lane) -> None:
-        """Ask the brokers about a place that its producer does not know, or that has no leader."""
-        place, producer = destination.place, lane.producer
-        if place in self._looking or producer is None or destination.pauses(time.monotonic()):
-            return
-        self._looking.add(place)
-        asked_at = time.monotonic()
-
-        async def look_up() -> None:
-            try:
-                await producer.look_up(place)
-            except UNREACHABLE as error:
-                self._fail(destination, error, asked_at)
-            finally:
-                self._looking.discard(place)
-            self._pump(destination, time.monotonic())
-
-        self._spawn(look_up())
+    def _pump_in_turn(self, destination: Destination, now: float) -> None:
+        if not self._bulk_turns.needed:
+            self._pump.run(destination, now)
+        elif destination.has_waiting:
+            self._pump.run(destination, now, express=True)
+            self._fresh[destination.place] = destination
+            self._left.set()
 
     # -- from the producers -----------------------------------------------------------------------------------------------
 
     async def _run(self) -> None:
         """Take the producers' answers as they come, and look at every place now and then."""
         next_tick = 0.0
-        self._woken.set()
+        self._pump.woken.set()
         while True:
-            await self._woken.wait()
-            self._woken.clear()
+            await self._pump.woken.wait()
+            self._pump.woken.clear()
             now = time.monotonic()
-            self._take_answers(now)
-            fresh, self._fresh = self._fresh, {}
-            for destination in fresh.values():
-                self._pump(destination, now)
+            if self._bulk_turns.needed:
+                for destination in self._express.values():
+                    self._pump.run(destination, now, express=True)
+                self._left.set()
+            else:
+                self._take_answers(now)
+                fresh, self._fresh = self._fresh, {}
+                for destination in fresh.values():
+                    self._pump.run(destination, now)
+            self._express.clear()
             if now >= next_tick:
                 if 0.0 < next_tick < now - _STOOD_STILL_S:
                     self._places.excuse(now - next_tick, now)
                 self._tick(now)
                 next_tick = now + _TICK_S
-                asyncio.get_running_loop().call_later(_TICK_S, self._woken.set)
+                asyncio.get_running_loop().call_later(_TICK_S, self._pump.woken.set)
 
-    def _take_answers(self, now: float) -> None:
-        answers, self._answers = self._answers, []
+    async def _run_in_turns(self) -> None:
+        """Do what is left in bulk's turns: in each, take some answers, or else send some records."""
+        while True:
+            await self._left.wait()
+            await self._bulk_turns.turn()
+            now, left = time.monotonic(), _SENT_A_TURN
+            if self._pump.answers:
+                self._take_answers(now, _TAKEN_A_TURN)
+            while self._fresh and left > 0:
+                place, destination = next(iter(self._fresh.items()))
+                left -= self._pump.run(destination, now, most=left)
+                if left > 0:
+                    del self._fresh[place]
+            if not self._pump.answers and not self._fresh:
+                self._left.clear()
+
+    def _take_answers(self, now: float, most: int | None = None) -> None:
+        answers, self._pump.answers = self._pump.answers[:most], self._pump.answers[most:] if most else []
         taken = size = 0
         touched: dict[Destination, bool] = {}  # whether the brokers took something there
         for destination, parcel, sending in answers:
@@ -240,7 +308,7 @@ class Publisher:
             if self._places.note_taken(now):
                 log.info("kafka_back")
         for destination in touched:
-            self._pump(destination, now)
+            self._pump_in_turn(destination, now)
 
     def _take_back(self, destination: Destination, parcel: Parcel, error: BaseException) -> None:
         """A parcel failed: it is refused, or waits again."""
@@ -307,17 +375,17 @@ class Publisher:
                 self.topics.forget(place[0])
             _settle(ended)
         for other in self._places.elsewhere(destination, now):
-            self._pump(other, now)
+            self._pump.run(other, now)
         if destination.apart and destination.may_return(now) and self._lanes.may_return(place, now):
             destination.rejoin()
-        self._pump(destination, now)
+        self._pump_in_turn(destination, now)
 
     def _start_anew(self) -> None:
         """The common producer was replaced since nothing went through it: everything begins with the new one."""
         for destination in self._places:
             self._lanes.strand(destination)
             destination.rejoin()
-            self._pump(destination, time.monotonic())
+            self._pump.run(destination, time.monotonic())
 
     # -- tasks --------------------------------------------------------------------------------------------------------------
 

@@ -363,6 +363,7 @@ class ResultEncoder:
             key=key,
             value=value,
             headers=own,
+            express=record.lane == "interactive",
         )
 
 

@@ -196,6 +196,11 @@ class Failed(msgspec.Struct, frozen=True):
 class Pending(Protocol):
     """Vectors that the device is computing, or has computed."""
 
+    @property
+    def ready(self) -> bool:
+        """Whether `result` returns at once, as it does on a CPU."""
+        return False
+
     def result(self) -> npt.NDArray[np.float32]:
         """Wait for them: float32 (rows, hidden_size) on the host, pooled, not yet normalized. Call it once."""
 

@@ -130,6 +130,11 @@ class PendingBatch:
         self._vectors = vectors
         self._parts = parts
 
+    @property
+    def ready(self) -> bool:
+        """False: the device may be computing."""
+        return False
+
     def result(self) -> Vectors:
         """Wait for them: float32 (texts, hidden), in the order of `submit`. Call it once, from any thread."""
         for part in self._parts:

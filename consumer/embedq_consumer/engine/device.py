@@ -34,6 +34,10 @@ class _Translated(msgspec.Struct, frozen=True):
     device: torch.device
     pending: Pending
 
+    @property
+    def ready(self) -> bool:
+        return self.pending.ready
+
     def result(self) -> npt.NDArray[np.float32]:
         with translate_errors(self.device):
             return self.pending.result()

@@ -65,6 +65,10 @@ class _Computed(msgspec.Struct, frozen=True):
 
     vectors: Vectors
 
+    @property
+    def ready(self) -> bool:
+        return True
+
     def result(self) -> Vectors:
         return self.vectors
 
@@ -75,6 +79,10 @@ class _InOrder(msgspec.Struct, frozen=True):
     pending: Pending
     plain: npt.NDArray[np.intp]
     vectors: Vectors
+
+    @property
+    def ready(self) -> bool:
+        return self.pending.ready
 
     def result(self) -> Vectors:
         self.vectors[self.plain] = self.pending.result()
@@ -312,7 +320,7 @@ class PackedEncoder:
         try:
             asked = (probes, expected) if self._takes_positions else of_whole
             problem = self._difference(*asked)
-            if problem is None and self.kernels.get("few_rows") == "packed":
+            if problem is None and self.kernels.get("few_rows", "plain") != "plain":
                 # These are few tokens; many times over, they are not.
                 problem = self._difference(*_repeated(*asked, FEW_TOKENS + 1))
             if problem is None and self._graphs is not None:

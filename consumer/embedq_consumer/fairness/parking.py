@@ -157,11 +157,12 @@ class Parking(Generic[RecordT]):
             self._partitions.park(partition, [record.ticket.offset for record in found])
             self._lanes[found[0].lane].put(partition, found)
 
-    def draw(self, most: int) -> Generator[RecordT, None, int]:
-        """Start up to `most` records that may start, each as it is drawn. `weigh` one before the next. Returns how many."""
+    def draw(self, most: int, lanes: Iterable[Lane] = LANES) -> Generator[RecordT, None, int]:
+        """Start up to `most` records of these lanes that may start, each as it is drawn. `weigh` one before the next. Returns
+        how many."""
         drawn = 0
-        for lane in self._lanes.values():
-            if lane.parked:
+        for name in lanes:
+            if (lane := self._lanes[name]).parked:
                 drawn += yield from lane.draw(most - drawn)
         return drawn
 

@@ -14,7 +14,7 @@ from typing import Final, Protocol
 
 import structlog
 
-from embedq_consumer.fairness import Cost
+from embedq_consumer.fairness import BulkTurns
 from embedq_consumer.group import (
     Custodian,
     DeletionWatch,
@@ -76,6 +76,7 @@ class Intake:
         - A crash repeats at most `max_uncommitted` records of a partition: what was never started was never answered.
     """
 
+    # More than six parameters: the service's own, which tests leave out.
     def __init__(
         self,
         clients: JobsClients,
@@ -85,6 +86,7 @@ class Intake:
         metrics: Metrics,
         beat: Callable[[], None],
         custodian: Custodian | None = None,
+        bulk_turns: BulkTurns | None = None,
     ) -> None:
         self._consumer = clients.consumer
         self._member = clients.member
@@ -99,7 +101,7 @@ class Intake:
         self._ledger = OffsetLedger()
         self._ownership = Ownership()
         self._gate: Gate | None = None
-        self._work = Workload(options, self._ledger, self._may_start)
+        self._work = Workload(options, self._ledger, self._may_start, bulk_turns)
         self._planner = PollPlanner(
             self._work.limits, self._lane_of, max_poll_records=options.max_poll_records
         )
@@ -140,6 +142,7 @@ class Intake:
         """Set once the group has given this replica its partitions, even if there are none."""
         self.when_first = self._work.when_first
         self.set_aside = self._work.set_aside
+        self.weigh = self._work.weigh
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -246,10 +249,6 @@ class Intake:
     async def running(self) -> None:
         """Wait while there is a hold or a stop: nothing may be started meanwhile."""
         await self._changes.until(lambda: self._state.phase == "running")
-
-    def weigh(self, record: Record, cost: Cost) -> None:
-        """A started record turned out to be a job that takes this."""
-        self._work.weigh(record, cost)
 
     def holds_back(self, record: Record) -> bool:
         """Whether others of its partition wait soon, for the sake of this one that is not answered."""

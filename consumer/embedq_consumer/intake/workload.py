@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Final
 
-from embedq_consumer.fairness import Cost, Limits, Parking, Starter
+from embedq_consumer.fairness import BulkTurns, Cost, InteractiveTraffic, Limits, Parking, Starter
 from embedq_consumer.group import OffsetLedger, Ticket
 from embedq_consumer.intake.flow_control import InFlightLimits, ReadAhead
 from embedq_consumer.intake.jobs_consumer import IntakeOptions
@@ -32,7 +32,13 @@ class Workload:
         - A lane has no more jobs started than it answers in some seconds (`ReadAhead`), as clients share them.
     """
 
-    def __init__(self, options: IntakeOptions, ledger: OffsetLedger, may_start: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        options: IntakeOptions,
+        ledger: OffsetLedger,
+        may_start: Callable[[], bool],
+        bulk_turns: BulkTurns | None = None,
+    ) -> None:
         self._ledger = ledger
         self._in_flight: dict[Ticket, Record] = {}
         self.order = KeyOrder(ledger.epoch)
@@ -56,13 +62,17 @@ class Workload:
             ),
             ledger.committed,
         )
-        self._starter = Starter(self._parking, may_start)
+        bulk_turns = bulk_turns or BulkTurns(InteractiveTraffic())
+        self._traffic = bulk_turns.traffic
+        self._starter = Starter(self._parking, may_start, bulk_turns)
 
     # -- records come and go ------------------------------------------------------------------------------------------
 
     def add(self, record: Record) -> None:
         """It was polled."""
         self._in_flight[record.ticket] = record
+        if record.lane == "interactive":
+            self._traffic.note(record.polled_at)
         if record.ordered and record.key is not None:
             self.order.begin(record.ticket, record.key)
         self.limits.add(record.lane, record.size)

@@ -32,6 +32,8 @@ _STOP_S: Final = 60.0
 the largest models. After that the next command need not wait for it."""
 
 Returned = TypeVar("Returned")
+Computed = tuple[npt.NDArray[np.float32], float]
+"""Vectors of a micro-batch, and the seconds that they took."""
 
 
 class Source(msgspec.Struct, frozen=True):
@@ -84,9 +86,9 @@ class ModelSlot:
     """Holds the serving encoder. Work reaches the compute thread in call order, so there is no lock.
 
     Invariants: what is submitted, and everything that changes memory on the device, runs on the compute thread; results
-    are waited for on another, so that the next micro-batch reaches the device while this one runs; a load while another
-    model serves runs on a thread of its own, and is given up after `load_timeout_s`; `serving` and `busy_since` change on the
-    event loop alone.
+    are waited for on another, unless they are there, so that the next micro-batch reaches the device while this one runs; a
+    load while another model serves runs on a thread of its own, and is given up after `load_timeout_s`; `serving` and
+    `busy_since` change on the event loop alone.
     """
 
     def __init__(self, loader: Loader, *, load_timeout_s: float = 900.0, stop_s: float = _STOP_S) -> None:
@@ -97,7 +99,7 @@ class ModelSlot:
         self._results = WorkerThreads("results")
         self._hung: list[Future[Any]] = []
         self._running = 0
-        self._last_result = 0.0  # monotonic seconds; touched on the results thread alone
+        self._last_result = 0.0  # monotonic seconds; touched on the thread that has a model's results
         self.serving: Loaded | None = None
         """The serving model, if there is one. Changed by `install` and `unload` alone."""
         self.busy_since: float | None = None
@@ -180,9 +182,7 @@ class ModelSlot:
         finally:
             threads.shutdown(wait=False)
 
-    async def encode(
-        self, encoder: Encoder, batch: Sequence[Tokens]
-    ) -> tuple[npt.NDArray[np.float32], float]:
+    async def encode(self, encoder: Encoder, batch: Sequence[Tokens]) -> Computed:
         """Vectors of one micro-batch, float32 (rows, hidden_size), and the seconds that they took.
 
         A micro-batch that was submitted while another ran took as long as it ran alone.
@@ -190,8 +190,8 @@ class ModelSlot:
         self._running += 1
         self.busy_since = self.busy_since or time.monotonic()
         try:
-            submitted = asyncio.wrap_future(self._compute.submit(self._submit, encoder, batch))
-            return await asyncio.wrap_future(await submitted)
+            found = await asyncio.wrap_future(self._compute.submit(self._submit, encoder, batch))
+            return await asyncio.wrap_future(found) if isinstance(found, Future) else found
         finally:
             self._running -= 1
             self.busy_since = time.monotonic() if self._running else None
@@ -246,15 +246,15 @@ class ModelSlot:
         with suppress(RuntimeError):  # the threads are closed, and so the process ends
             self._compute.submit(late.close)
 
-    def _submit(
-        self, encoder: Encoder, batch: Sequence[Tokens]
-    ) -> Future[tuple[npt.NDArray[np.float32], float]]:
+    def _submit(self, encoder: Encoder, batch: Sequence[Tokens]) -> Computed | Future[Computed]:
         submitted = time.monotonic()
         pending = encoder.submit(batch)
+        if pending.ready:  # another thread to wait for it would have to be woken
+            return self._result(pending, submitted)
         # From this thread, because the event loop may be busy: the vectors must not wait for it.
         return self._results.submit(self._result, pending, submitted)
 
-    def _result(self, pending: Pending, submitted: float) -> tuple[npt.NDArray[np.float32], float]:
+    def _result(self, pending: Pending, submitted: float) -> Computed:
         vectors = pending.result()
         begin, self._last_result = max(submitted, self._last_result), time.monotonic()
         return vectors, self._last_result - begin

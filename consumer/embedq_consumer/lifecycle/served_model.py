@@ -17,6 +17,7 @@ from embedq_consumer.batching.single_flight import QueuedText, SingleFlight
 from embedq_consumer.batching.text_queue import TextQueue
 from embedq_consumer.batching.token_budget import TokenBudget
 from embedq_consumer.engine import Encoder
+from embedq_consumer.fairness import InteractiveTraffic
 from embedq_consumer.lifecycle.gates.dimensions import DimensionsInUse
 from embedq_consumer.lifecycle.gates.load_attempts import LoadAttempts
 from embedq_consumer.lifecycle.gates.model_root import ModelRoot
@@ -78,8 +79,10 @@ class ServedModel:
         publish: Publish,
         metrics: Metrics,
         show_facts: Callable[[Mapping[str, object]], None],
+        traffic: InteractiveTraffic | None = None,
     ) -> None:
-        """`show_facts` takes what operators should know of the budget, such as `Health.tell`."""
+        """`show_facts` takes what operators should know of the budget, such as `Health.tell`. While `traffic` comes, bulk runs
+        in small micro-batches."""
         batches = options.batches
         self._metrics = metrics
         self._configured = options.configured
@@ -93,6 +96,7 @@ class ServedModel:
                 max_items=batches.max_items,
                 max_wait=batches.max_wait_s,
                 bulk_max_wait=batches.bulk_max_wait_s,
+                traffic=traffic,
             )
         )
         self._budget = TokenBudget(self._batcher, metrics, show_facts)

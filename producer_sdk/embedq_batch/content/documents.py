@@ -8,7 +8,7 @@ from typing import Any, Final
 import msgspec
 import pyarrow as pa
 
-from embedq_batch.content.columns import Columns, RowReader
+from embedq_batch.content.columns import BAD_ID, Columns, RowReader, is_sound_id
 from embedq_batch.content.rows import Problem, RowBatch, RowId
 from embedq_shared.kafka import Polled, UnreadableRecord
 
@@ -100,7 +100,11 @@ def document_of(record: Polled, id_column: str | None) -> Document:
     if isinstance(record, UnreadableRecord):
         return Document(name, Problem("malformed", record.reason))
     found = document(record.key, record.value, id_column)
-    return msgspec.structs.replace(found, id=name) if found.id is None else found
+    if found.id is None:
+        return msgspec.structs.replace(found, id=name)
+    if not is_sound_id(found.id):
+        return Document(name, None if found.record is None else BAD_ID)
+    return found
 
 
 class DocumentReader:

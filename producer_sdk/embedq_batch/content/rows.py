@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from xxhash import xxh3_128_digest
+
+_T = TypeVar("_T")
 
 RowId = str | int
 
 BATCH_ROWS: Final = 1024
 """Rows that a source gives at once: enough for 16 jobs, and 64 MB at the longest texts that are usual."""
+
+HASH_BYTES: Final = 16
+"""Of a row's content. Two contents of one row that differ have the same with a chance of 2⁻¹²⁸."""
 
 VectorType = Literal["float32", "float16", "int8", "binary"]
 
@@ -47,34 +52,48 @@ class RowBatch(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         return len(self.ids)
 
     def only(self, rows: Sequence[int]) -> RowBatch:
-        """Some of the rows, by index."""
+        """Some of the rows, by index; those of a range without copying what is kept."""
         return RowBatch(
-            ids=[self.ids[n] for n in rows],
-            texts=[self.texts[n] for n in rows],
+            ids=picked(self.ids, rows),
+            texts=picked(self.texts, rows),
             kept=None if self.kept is None else taken(self.kept, rows),
         )
 
     def hashes(self) -> list[bytes]:
-        """16 bytes for each row: equal when text and kept columns are."""
-        values: Sequence[Any] = [None] * len(self) if self.kept is None else self.kept.to_pylist()
-        return [content_hash(text, row) for text, row in zip(self.texts, values, strict=True)]
+        """`HASH_BYTES` for each row: equal when text and kept columns are."""
+        if self.kept is None:
+            return [
+                xxh3_128_digest(text.encode()) if isinstance(text, str) else content_hash(text, ())
+                for text in self.texts
+            ]
+        beside = zip(*(column.to_pylist() for column in self.kept.columns), strict=True)
+        return [content_hash(text, kept) for text, kept in zip(self.texts, beside, strict=True)]
 
 
-def content_hash(text: str | Problem, kept: dict[str, Any] | None) -> bytes:
-    """16 bytes: equal when the text and what is kept beside it are."""
-    content = hashlib.blake2b(digest_size=16)
-    content.update(text.encode() if isinstance(text, str) else msgspec.msgpack.encode(text))
-    if kept:
-        content.update(b"\0")
-        content.update(_plain.encode(kept))
-    return content.digest()
+def content_hash(text: str | Problem, kept: tuple[Any, ...]) -> bytes:
+    """`HASH_BYTES`: equal when the text and what is kept beside it are.
+
+    Not a secret one: who writes both texts of a row can make them equal in this, and keeps a vector of their own from being renewed.
+    """
+    if kept or not isinstance(text, str):
+        return xxh3_128_digest(_plain.encode((text, kept)))
+    return xxh3_128_digest(text.encode())
 
 
 _plain: Final = msgspec.msgpack.Encoder(enc_hook=repr, order="deterministic")
 
 
+def picked(values: list[_T], rows: Sequence[int]) -> list[_T]:
+    """Some values, by index."""
+    if isinstance(rows, range) and rows.step == 1:
+        return values[rows.start : rows.stop]
+    return [values[n] for n in rows]
+
+
 def taken(batch: pa.RecordBatch, rows: Sequence[int]) -> pa.RecordBatch:
-    """Some rows of a batch, by index."""
+    """Some rows of a batch, by index; those of a range are not copied."""
+    if isinstance(rows, range) and rows.step == 1:
+        return batch.slice(rows.start, len(rows))
     return batch.take(pa.array(rows, pa.int64()))
 
 

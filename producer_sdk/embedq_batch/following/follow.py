@@ -18,7 +18,8 @@ from embedq_batch.errors import DocumentRefused, RowsRefused
 from embedq_batch.following.feeds import Feed, Taken
 from embedq_batch.running.embedding import Embedder
 from embedq_batch.running.progress import Progress
-from embedq_batch.running.runner import Thread, job_rows, patiently
+from embedq_batch.running.reading import job_rows
+from embedq_batch.running.threads import Thread, patiently
 from embedq_batch.sinks.sink import Sink
 from embedq_sdk.transport.kafka import KafkaConnection, close, require_topics
 from embedq_shared.kafka import (
@@ -58,11 +59,11 @@ class FollowOptions(msgspec.Struct, frozen=True, kw_only=True):
 class _NoParts:
     """A store that is followed into has no manifest."""
 
-    def parts(self) -> list[int]:
-        return []
+    def parts(self) -> dict[int, int]:
+        return {}
 
-    def in_part(self, part: int) -> Any:
-        return iter(())
+    def in_part(self, part: int) -> list[tuple[int, int]]:
+        return []
 
 
 class Following:
@@ -159,7 +160,7 @@ class Following:
         room = asyncio.Semaphore(self._options.in_flight)
         found: list[VectorBatch] = []
 
-        async def one(chosen: list[int]) -> None:
+        async def one(chosen: Sequence[int]) -> None:
             batch = rows.only(chosen)
             async with room:
                 answered = await embedder.embed(batch)

@@ -71,7 +71,7 @@ def verdict(hash: bytes, done: Done | None, failed: Failed | None, wanted: Wante
 class Planned(msgspec.Struct, frozen=True, kw_only=True):
     """The rows of a batch by what is to be done with them, as indices."""
 
-    embed: list[int]
+    embed: Sequence[int]
     done: list[int]
     failed: list[int]
     conflicts: list[int]
@@ -86,7 +86,10 @@ def planned(
 ) -> Planned:
     """Sort the rows of a batch. `under_way` are rows that were read earlier and are not yet written down, with their content, or
     with `GONE`: of them the manifest does not know yet."""
-    found = Planned(embed=[], done=[], failed=[], conflicts=[])
+    if not known[0] and not known[1] and under_way.keys().isdisjoint(ids) and len(set(ids)) == len(ids):
+        return Planned(embed=range(len(ids)), done=[], failed=[], conflicts=[])  # all are new, the usual case
+    embed: list[int] = []
+    found = Planned(embed=embed, done=[], failed=[], conflicts=[])
     here: dict[RowId, bytes] = {}
     for n, (id, hash) in enumerate(zip(ids, hashes, strict=True)):
         earlier = here.get(id) or under_way.get(id)
@@ -94,14 +97,14 @@ def planned(
             if earlier == hash:
                 found.done.append(n)
             elif wanted.latest_wins:
-                found.embed.append(n)
+                embed.append(n)
                 here[id] = hash
             else:
                 found.conflicts.append(n)
             continue
         match verdict(hash, known[0].get(id), known[1].get(id), wanted):
             case "embed":
-                found.embed.append(n)
+                embed.append(n)
                 here[id] = hash
             case "failed":
                 found.failed.append(n)

@@ -2,6 +2,9 @@
 
 What it says is done is in the target: it is written after the target has acknowledged. What the target has, and the manifest
 does not know, is written again.
+
+Many rows are one statement, with their ids as one JSON array: SQLite works through it without Python, whose lock it would take and
+give back for each row otherwise, in turn with the event loop.
 """
 
 from __future__ import annotations
@@ -11,12 +14,13 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any, Final, Self
 
 import msgspec
 
-from embedq_batch.content.rows import Problem, RowId
+from embedq_batch.content.rows import HASH_BYTES, Problem, RowId
 from embedq_batch.errors import BadTarget, OtherRun, RunBusy
 from embedq_batch.manifest.plan import Done, Failed
 
@@ -32,10 +36,33 @@ create table if not exists failed (
 ) without rowid;
 create table if not exists seen (id primary key) without rowid;
 """
-_FORMAT: Final = 1
-"""Of the tables above. A manifest of another format is refused."""
+_FORMAT: Final = 2
+"""Of the tables above, and of the hash of a row. A manifest of another format is refused."""
+_DIGITS: Final = 12
+"""Of a number in what is written of rows with several vectors."""
+_WROTE: Final = f"""
+insert or replace into done
+select value, substr(:hashes, key * {HASH_BYTES} + 1, {HASH_BYTES}), :version, :round, :part, :start + key, 1 from json_each(:ids)
+"""
+_WROTE_SEVERAL: Final = f"""
+insert or replace into done
+select value, substr(:hashes, key * {HASH_BYTES} + 1, {HASH_BYTES}), :version, :round, :part,
+    cast(substr(:starts, key * {_DIGITS} + 1, {_DIGITS}) as integer),
+    cast(substr(:counts, key * {_DIGITS} + 1, {_DIGITS}) as integer)
+from json_each(:ids)
+"""
+_DONE: Final = """
+select json_group_array(json_array(done.id, hex(hash), version, round, count))
+from json_each(?) as asked cross join done on done.id = asked.value
+"""
+_FAILED: Final = """
+select json_group_array(json_array(failed.id, hex(hash), round))
+from json_each(?) as asked cross join failed on failed.id = asked.value
+"""
+_done_rows: Final = msgspec.json.Decoder(list[tuple[RowId, str, int, int, int]])
+_failed_rows: Final = msgspec.json.Decoder(list[tuple[RowId, str, int]])
 _AT_ONCE: Final = 500
-"""Ids in one query; SQLite takes 999 parameters in its older builds."""
+"""Ids that are handed out at once."""
 
 
 class About(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,13 +86,14 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     total: int | None = None
 
 
-class Written(msgspec.Struct, frozen=True):
-    """A row whose vectors are in the target: `count` of them, the first one at `start` of the file part `part`."""
+class Written(msgspec.Struct, frozen=True, kw_only=True):
+    """Rows whose vectors of one model version are in the target, in the order in which they were written: in the file part
+    `part` those of the first one begin at `start`, and the others' follow. `counts` is how many each has; None: one."""
 
-    id: RowId
-    hash: bytes
+    ids: list[RowId]
+    hashes: list[bytes]
     version: str
-    count: int = 1
+    counts: list[int] | None = None
     part: int = 0
     start: int = 0
 
@@ -166,36 +194,39 @@ class Manifest:
 
     def known(self, ids: Sequence[RowId]) -> tuple[dict[RowId, Done], dict[RowId, Failed]]:
         """What is known of these rows."""
-        names = {number: name for name, number in self._versions.items()}
-        done: dict[RowId, Done] = {}
-        failed: dict[RowId, Failed] = {}
+        asked = _as_json(ids)
         with self._turn:
-            for some in _pieces(ids):
-                marks = ",".join("?" * len(some))
-                for id, hash, version, round, count in self._db.execute(
-                    f"select id, hash, version, round, count from done where id in ({marks})",
-                    some,
-                ):
-                    done[id] = Done(hash, names[version], round, count)
-                for id, hash, round in self._db.execute(
-                    f"select id, hash, round from failed where id in ({marks})",
-                    some,
-                ):
-                    failed[id] = Failed(hash, round)
-        return done, failed
+            done = self._db.execute(_DONE, (asked,)).fetchone()[0]
+            failed = self._db.execute(_FAILED, (asked,)).fetchone()[0]
+            names = {number: name for name, number in self._versions.items()}
+        return (
+            {
+                id: Done(bytes.fromhex(hash), names[version], round, count)
+                for id, hash, version, round, count in _done_rows.decode(done)
+            },
+            {id: Failed(bytes.fromhex(hash), round) for id, hash, round in _failed_rows.decode(failed)},
+        )
 
-    def wrote(self, rows: Iterable[Written], round: int) -> None:
+    def wrote(self, rows: Written, round: int) -> None:
         """These rows are in the target."""
-        rows = list(rows)
+        given: dict[str, Any] = {
+            "ids": _as_json(rows.ids),
+            "hashes": b"".join(rows.hashes),
+            "round": round,
+            "part": rows.part,
+        }
+        if rows.counts is None:
+            statement = _WROTE
+            given["start"] = rows.start
+        else:
+            statement = _WROTE_SEVERAL
+            starts = list(accumulate(rows.counts, initial=rows.start))[:-1]
+            given |= {"starts": _as_digits(starts), "counts": _as_digits(rows.counts)}
         with self._turn, self._db:
-            self._db.executemany(
-                "insert or replace into done values (?, ?, ?, ?, ?, ?, ?)",
-                [
-                    (row.id, row.hash, self._version(row.version), round, row.part, row.start, row.count)
-                    for row in rows
-                ],
+            self._db.execute(statement, given | {"version": self._version(rows.version)})
+            self._db.execute(
+                "delete from failed where id in (select value from json_each(:ids))", {"ids": given["ids"]}
             )
-            self._db.executemany("delete from failed where id = ?", [(row.id,) for row in rows])
 
     def failed(self, rows: Iterable[tuple[RowId, bytes, Problem]], round: int) -> None:
         """These rows failed."""
@@ -209,7 +240,9 @@ class Manifest:
         """These rows are no longer in the target."""
         with self._turn, self._db:
             for table in ("done",) if keep_failures else ("done", "failed"):
-                self._db.executemany(f"delete from {table} where id = ?", [(id,) for id in ids])
+                self._db.execute(
+                    f"delete from {table} where id in (select value from json_each(?))", (_as_json(ids),)
+                )
 
     def _version(self, name: str) -> int:
         if name not in self._versions:
@@ -228,7 +261,7 @@ class Manifest:
     def saw(self, ids: Sequence[RowId]) -> None:
         """The source has these rows."""
         with self._turn, self._db:
-            self._db.executemany("insert or ignore into seen values (?)", [(id,) for id in ids])
+            self._db.execute("insert or ignore into seen select value from json_each(?)", (_as_json(ids),))
 
     def missing(self) -> Iterator[list[RowId]]:
         """Rows that are in the target and were not seen, some at a time. Each is to be forgotten before the next are asked for."""
@@ -289,24 +322,19 @@ class Manifest:
 
     # -- parts of files -----------------------------------------------------------------------------------------------
 
-    def parts(self) -> list[int]:
-        """The numbers of the file parts in which rows are, in order."""
+    def parts(self) -> dict[int, int]:
+        """The file parts in which rows are, by number, in order, and the number of vectors that count in each."""
         with self._turn:
-            return [part for (part,) in self._db.execute("select distinct part from done order by part")]
+            return dict(
+                self._db.execute("select part, sum(count) from done group by part order by part").fetchall()
+            )
 
-    def in_part(self, part: int) -> Iterator[tuple[int, int]]:
+    def in_part(self, part: int) -> list[tuple[int, int]]:
         """Where the vectors of each row of a part begin, and how many they are, in order."""
-        after = -1
-        while True:
-            with self._turn:
-                found = self._db.execute(
-                    "select start, count from done where part = ? and start > ? order by start limit 10000",
-                    (part, after),
-                ).fetchall()
-            if not found:
-                return
-            yield from found
-            after = found[-1][0]
+        with self._turn:
+            return self._db.execute(
+                "select start, count from done where part = ? order by start", (part,)
+            ).fetchall()
 
 
 def figures_of(db: sqlite3.Connection) -> Figures:
@@ -369,9 +397,14 @@ def _locked(path: Path) -> IO[bytes]:
     return file
 
 
-def _pieces(ids: Sequence[RowId]) -> Iterator[Sequence[RowId]]:
-    for start in range(0, len(ids), _AT_ONCE):
-        yield ids[start : start + _AT_ONCE]
+def _as_json(ids: Sequence[RowId]) -> str:
+    """Ids as `json_each` takes them. None has a null character, at which some of SQLite's versions end a text of JSON."""
+    return msgspec.json.encode(ids).decode()
+
+
+def _as_digits(numbers: Sequence[int]) -> bytes:
+    """Numbers of a fixed width, of which SQLite finds one by its place."""
+    return "".join(f"{number:{_DIGITS}}" for number in numbers).encode()
 
 
 def _differences(known: About, about: About) -> str:

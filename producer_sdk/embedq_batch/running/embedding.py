@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from embedq_batch.content.rows import Problem, RowBatch, RowId, VectorBatch, VectorType, taken
+from embedq_batch.content.rows import Problem, RowBatch, RowId, VectorBatch, VectorType, picked, taken
 from embedq_sdk.embeddings import FinishedJob, ReadDatum, ReadResult
 from embedq_sdk.errors import (
     ClientClosed,
@@ -53,10 +53,10 @@ class RawClient(Protocol):
 
 
 class Group(msgspec.Struct, frozen=True, kw_only=True, eq=False):
-    """Vectors of one model version: those of the rows with these indices, `counts` of each."""
+    """Vectors of one model version: those of the rows with these indices, `counts` of each, or one."""
 
-    rows: list[int]
-    counts: list[int]
+    rows: Sequence[int]
+    counts: list[int] | None
     vectors: VectorBatch
 
 
@@ -92,12 +92,13 @@ class Embedder:
             UnknownModel, KafkaRefused, InvalidArgument and others: no row will ever be embedded.
         """
         found = _Found(batch, self._options.dtype or "float32", spans=self._options.late)
-        waiting = deque([_Waiting([n for n, text in enumerate(batch.texts) if isinstance(text, str)])])
+        texts = [n for n, text in enumerate(batch.texts) if isinstance(text, str)]
+        waiting = deque([_Waiting(range(len(batch)) if len(texts) == len(batch) else texts)])
         while waiting:
             some = waiting.popleft()
             if not some.rows:
                 continue
-            outcome = await self._ask([str(batch.texts[n]) for n in some.rows])
+            outcome = await self._ask(picked(batch.texts, some.rows))  # type: ignore[arg-type]  # those that are texts
             if isinstance(outcome, list):
                 again = found.take(some.rows, outcome)
                 if again and some.attempt + 1 < MOST_ATTEMPTS:
@@ -162,7 +163,7 @@ class Embedder:
 
 
 class _Waiting(msgspec.Struct, frozen=True):
-    rows: list[int]
+    rows: Sequence[int]
     attempt: int = 0
 
 
@@ -180,40 +181,46 @@ class _Found:
             n: text for n, text in enumerate(batch.texts) if isinstance(text, Problem)
         }
 
-    def take(self, rows: list[int], parts: list[ReadResult]) -> dict[int, Problem]:
+    def take(self, rows: Sequence[int], parts: list[ReadResult]) -> dict[int, Problem]:
         """Take a job's result; the rows whose errors may heal, each with its error."""
         again: dict[int, Problem] = {}
-        data: list[ReadDatum] = []
-        indices: list[int] = []
-        counts: list[int] = []
-        for datum in (each for part in parts for each in part.data):
-            row = rows[datum.index]
-            if datum.error is not None:
-                problem = Problem(datum.error.code, datum.error.message)
-                (again if datum.error.retryable else self.problems)[row] = problem
-                continue
-            if indices and indices[-1] == row:
-                counts[-1] += 1
-            else:
-                indices.append(row)
-                counts.append(1)
-                self._cached += bool(datum.cached)
-            data.append(datum)
+        data = parts[0].data if len(parts) == 1 else [datum for part in parts for datum in part.data]
+        counts: list[int] | None = None
+        if any(datum.error is not None for datum in data):
+            good = []
+            for datum in data:
+                if datum.error is None:
+                    good.append(datum)
+                else:
+                    problem = Problem(datum.error.code, datum.error.message)
+                    (again if datum.error.retryable else self.problems)[rows[datum.index]] = problem
+            data = good
+        chosen = rows
+        if self._spans or len(data) < len(rows):
+            found = Counter([datum.index for datum in data])  # in the order of the job
+            chosen = [rows[n] for n in found]
+            counts = list(found.values()) if self._spans else None
         usage = parts[0].usage
-        self._tokens += sum(datum.tokens or 0 for datum in data) if usage is None else usage.total_tokens
+        self._tokens += sum([datum.tokens or 0 for datum in data]) if usage is None else usage.total_tokens
+        self._cached += self._rows_from_the_cache(data)
         if data:
-            vectors = self._vectors(indices, counts, data, parts[0].model_version)
-            self._groups.append(Group(rows=indices, counts=counts, vectors=vectors))
+            vectors = self._vectors(chosen, counts, data, parts[0].model_version)
+            self._groups.append(Group(rows=chosen, counts=counts, vectors=vectors))
         return again
 
+    def _rows_from_the_cache(self, data: list[ReadDatum]) -> int:
+        if not self._spans:
+            return sum([bool(datum.cached) for datum in data])
+        return len({datum.index for datum in data if datum.cached})
+
     def _vectors(
-        self, rows: list[int], counts: list[int], data: list[ReadDatum], version: str
+        self, rows: Sequence[int], counts: list[int] | None, data: list[ReadDatum], version: str
     ) -> VectorBatch:
-        ids: list[RowId] = [self._batch.ids[n] for n in rows]
+        ids = picked(self._batch.ids, rows)
         of_row: list[RowId] | None = None
         spans = None
         each = rows
-        if self._spans:
+        if counts is not None:
             of_row = [id for id, count in zip(ids, counts, strict=True) for _ in range(count)]
             each = [n for n, count in zip(rows, counts, strict=True) for _ in range(count)]
             ids = [span_id(id, n) for id, count in zip(ids, counts, strict=True) for n in range(count)]

@@ -31,6 +31,8 @@ class RunOptions(msgspec.Struct, frozen=True, kw_only=True):
     """The run stops when more of its rows failed, once there are `LEAST_FOR_SHARE`."""
     errors: Path | None = None
     """The file that failed rows are written to, as JSON Lines."""
+    metrics: Path | None = None
+    """The file that the run's figures are written to, in Prometheus' text format."""
     check: int = 0
     """Rows that are embedded anew in the end, and compared with what the target gives back."""
     job_texts: int = 64

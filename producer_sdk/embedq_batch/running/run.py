@@ -17,9 +17,11 @@ from embedq_batch.errors import BadTarget, ModelChanged
 from embedq_batch.manifest.plan import Versions, Wanted
 from embedq_batch.manifest.store import About, Manifest, State
 from embedq_batch.running.embedding import Embedder, RawClient, span_id
+from embedq_batch.running.metrics import written
 from embedq_batch.running.options import RunOptions
 from embedq_batch.running.progress import Progress, reported
-from embedq_batch.running.runner import Pass, Restart, Thread, patiently
+from embedq_batch.running.runner import Pass, Restart
+from embedq_batch.running.threads import Thread, patiently
 from embedq_batch.sinks.finals import json_line
 from embedq_batch.sinks.sink import Sink
 from embedq_batch.sources.source import Source
@@ -98,7 +100,12 @@ async def execute(parts: Parts, report: Callable[[str], None] = lambda line: Non
         stack.push_async_callback(sink_thread, manifest.close)
         stack.push_async_callback(sink_thread, parts.sink.close)
         await stack.enter_async_context(reported(parts.progress, report))
-        return await _Run(parts, manifest, threads).run()
+        metrics = await stack.enter_async_context(
+            written(parts.progress, parts.sink.name, parts.options.metrics)
+        )
+        summary = await _Run(parts, manifest, threads).run()
+        metrics.complete = True
+        return summary
 
 
 class _Run:
@@ -300,6 +307,8 @@ def _texts_of(source: Source, ids: Iterable[RowId]) -> dict[RowId, str | Problem
     wanted = set(ids)
     found: dict[RowId, str | Problem] = {}
     for batch in source.batches():
+        if wanted.isdisjoint(batch.ids):
+            continue
         found.update(
             {
                 id: text

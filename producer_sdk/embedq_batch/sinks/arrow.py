@@ -45,7 +45,6 @@ def arrow_schema(shape: Shape) -> pa.Schema:
 
 def arrow_batch(batch: VectorBatch, shape: Shape, schema: pa.Schema) -> pa.RecordBatch:
     """A batch with the columns of `arrow_schema`."""
-    count = len(batch)
     columns: list[Any] = [
         pa.array(batch.ids if not shape.spans else list(map(str, batch.ids)), schema.field("id").type)
     ]
@@ -59,7 +58,10 @@ def arrow_batch(batch: VectorBatch, shape: Shape, schema: pa.Schema) -> pa.Recor
     columns.append(pa.FixedSizeListArray.from_arrays(flat, shape.width))
     if batch.scales is not None:
         columns.append(pa.array(batch.scales, pa.float32()))
-    columns += [pa.array([batch.model_version] * count, pa.string()), pa.array(batch.tokens, pa.int32())]
+    columns += [
+        pa.repeat(pa.scalar(batch.model_version, pa.string()), len(batch)),
+        pa.array(batch.tokens, pa.int32()),
+    ]
     if batch.kept is not None:
         columns += batch.kept.columns
     return pa.RecordBatch.from_arrays(columns, schema=schema)

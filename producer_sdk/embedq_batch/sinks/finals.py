@@ -29,14 +29,14 @@ class ParquetFile:
 
     def write(self, path: Path, shape: Shape, batches: Iterator[pa.RecordBatch]) -> None:
         schema = arrow_schema(shape)
-        plain = [name for name in schema.names if name != "vector"]
+        repeated = [name for name in schema.names if name not in ("id", "row", "vector")]
         rows = max(1, _GROUP_BYTES // max(1, schema.field("vector").type.list_size * _item_size(shape)))
         with pq.ParquetWriter(
             path,
             schema.with_metadata({"embedq.model_version": shape.model_version}),
             compression="zstd",
             compression_level=1,  # vectors are noise to a compressor: more effort saves nothing
-            use_dictionary=plain,
+            use_dictionary=repeated,
         ) as writer:
             waiting: list[pa.RecordBatch] = []
             count = 0
@@ -53,7 +53,7 @@ class ParquetFile:
         with pq.ParquetFile(path, pre_buffer=False) as file:
             names = [name for name in ("id", "vector", "scale") if name in file.schema_arrow.names]
             for batch in file.iter_batches(4096, columns=names):
-                yield batch.column("id").to_pylist(), floats_of(batch)
+                yield batch.column("id").to_numpy(zero_copy_only=False).tolist(), floats_of(batch)
 
     def others(self, path: Path) -> list[Path]:
         return []
@@ -68,19 +68,13 @@ class JsonLinesFile:
     def write(self, path: Path, shape: Shape, batches: Iterator[pa.RecordBatch]) -> None:
         with open(path, "wb") as file:
             for batch in batches:
-                file.writelines(
-                    json_line({"id": row.pop("id"), "vector": vector} | row)
-                    for row, vector in _records(batch)
-                )
+                file.writelines(json_lines(batch))
 
     def read(self, path: Path, shape: Shape) -> Iterator[tuple[list[RowId], npt.NDArray[np.float32]]]:
         with open(path, "rb") as file:
             for line in file:
                 row = msgspec.json.decode(line)
-                vector = np.asarray(row["vector"], np.float32)
-                if shape.dtype == "binary":
-                    vector = np.unpackbits(vector.astype(np.uint8)).astype(np.float32)
-                yield [row["id"]], vector[None] * np.float32(row.get("scale", 1))
+                yield [row["id"]], flat_vector(row, shape.dtype)[None]
 
     def others(self, path: Path) -> list[Path]:
         return []
@@ -115,6 +109,20 @@ class NpyFile:
 
     def others(self, path: Path) -> list[Path]:
         return [path.with_name(f"{path.name.removesuffix('.npy')}.rows.jsonl")]
+
+
+def json_lines(batch: pa.RecordBatch) -> Iterator[bytes]:
+    """Each row as a flat JSON object, in a line."""
+    for row, vector in _records(batch):
+        yield json_line({"id": row.pop("id"), "vector": vector} | row)
+
+
+def flat_vector(row: dict[str, Any], dtype: VectorType) -> npt.NDArray[np.float32]:
+    """The vector of a flat JSON object."""
+    vector = np.asarray(row["vector"], np.float32)
+    if dtype == "binary":
+        return np.unpackbits(vector.astype(np.uint8)).astype(np.float32)
+    return vector * np.float32(row.get("scale", 1))
 
 
 def json_line(row: dict[str, Any]) -> bytes:

@@ -13,11 +13,11 @@ import numpy.typing as npt
 from pymilvus import DataType, MilvusClient, MilvusException
 
 from embedq_batch.content.addresses import without_password
+from embedq_batch.content.payloads import payloads
 from embedq_batch.content.rows import RowId, Shape, VectorBatch, VectorType, quoted
 from embedq_batch.errors import BadTarget, RowsRefused, TargetAway
 from embedq_batch.manifest.place import of_collection
 from embedq_batch.sinks.arrow import arrow_schema
-from embedq_batch.sinks.payloads import payloads
 from embedq_batch.sinks.sink import PartsRecord
 
 _LONGEST_ID: Final = 1024

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from embedq_batch.content.addresses import place_of
 from embedq_batch.errors import MissingPackage
@@ -11,13 +12,15 @@ from embedq_batch.sinks.sink import Sink
 from embedq_sdk.errors import InvalidArgument
 
 _KNOWN: Final = (
-    "a path that ends with .parquet, .jsonl or .npy, lancedb:FOLDER#TABLE, postgresql://…#TABLE or #TABLE:COLUMN, qdrant:ADDRESS#COLLECTION or "
-    "milvus:ADDRESS#COLLECTION"
+    "a path that ends with .parquet, .jsonl or .npy, lancedb:FOLDER#TABLE, postgresql://…#TABLE or #TABLE:COLUMN, qdrant:ADDRESS#COLLECTION, "
+    "milvus:ADDRESS#COLLECTION, or kafka:TOPIC"
 )
 
 
-def opened_sink(given: str) -> Sink:
-    """The target that is meant. Nothing is opened yet.
+def opened_sink(
+    given: str, *, servers: str | Sequence[str] | None = None, security: Mapping[str, Any] | None = None
+) -> Sink:
+    """The target that is meant. Nothing is opened yet. `servers` and `security` are for a Kafka topic.
 
     Raises:
         InvalidArgument: it is none that is known.
@@ -51,6 +54,10 @@ def opened_sink(given: str) -> Sink:
 
                 place = place_of(rest, kind, "collection")
                 return MilvusSink(place.address, place.name)
+            case "kafka" if servers is not None:
+                from embedq_batch.sinks.kafka import KafkaSink
+
+                return KafkaSink(rest, servers, security or {})
     except ModuleNotFoundError as missing:
         extra = "batch-" + ("postgresql" if kind == "postgres" else kind)
         raise MissingPackage(what=f"--to {kind}:", package=str(missing.name), extra=extra) from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,9 @@ class PartsSink:
         self._number = max(known, default=0)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
+            names = {self._part(number).name for number in known}
             for path in self._folder.glob("part-*"):
-                if path.name not in {f"part-{number:06}.arrow" for number in known}:
+                if path.name not in names:
                     path.unlink()  # a kill came between the part and the manifest, or everything in it is out of date
         except OSError as error:
             raise self._failed(error) from None
@@ -163,23 +164,16 @@ class PartsSink:
 
     def _current(self, record: PartsRecord) -> Iterator[pa.RecordBatch]:
         """The rows of all parts that count."""
-        for number in record.parts():
-            places = record.in_part(number)
-            place = next(places, None)
+        for number, vectors in record.parts().items():
             with pa.memory_map(str(self._part(number))) as file:
                 reader = pa.ipc.open_file(file)
-                first = 0
-                for n in range(reader.num_record_batches):
-                    batch = reader.get_batch(n)
-                    rows: list[int] = []
-                    while place is not None and place[0] < first + batch.num_rows:
-                        rows.extend(range(place[0] - first, place[0] - first + place[1]))
-                        place = next(places, None)
-                    first += batch.num_rows
-                    if len(rows) == batch.num_rows:
-                        yield batch
-                    elif rows:
-                        yield taken(batch, rows)
+                batches = map(reader.get_batch, range(reader.num_record_batches))
+                if vectors == sum(
+                    batch.num_rows for batch in map(reader.get_batch, range(reader.num_record_batches))
+                ):
+                    yield from batches
+                else:
+                    yield from _at(batches, record.in_part(number))
 
     def _part(self, number: int) -> Path:
         return self._folder / f"part-{number:06}.arrow"
@@ -189,6 +183,23 @@ class PartsSink:
 
     def _failed(self, error: OSError) -> BadTarget:
         return BadTarget(target=str(self._path), reason=error.strerror or str(error))
+
+
+def _at(batches: Iterable[pa.RecordBatch], places: Sequence[tuple[int, int]]) -> Iterator[pa.RecordBatch]:
+    """The rows of a part's batches at these places: where each begins, and how many they are."""
+    left = iter(places)
+    place = next(left, None)
+    first = 0
+    for batch in batches:
+        rows: list[int] = []
+        while place is not None and place[0] < first + batch.num_rows:
+            rows.extend(range(place[0] - first, place[0] - first + place[1]))
+            place = next(left, None)
+        first += batch.num_rows
+        if len(rows) == batch.num_rows:
+            yield batch
+        elif rows:
+            yield taken(batch, rows)
 
 
 def _of_width(shape: Shape, width: int) -> Shape:

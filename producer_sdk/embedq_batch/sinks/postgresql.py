@@ -9,10 +9,15 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 import pgvector.psycopg
 import psycopg
 import pyarrow as pa
 from psycopg import sql
+from psycopg.abc import Buffer
+from psycopg.adapt import Dumper
+from psycopg.pq import Format
+from psycopg.types import TypeInfo
 from psycopg.types.json import Jsonb
 
 from embedq_batch.content.addresses import without_password
@@ -47,6 +52,8 @@ class PostgresSink:
         self._connection: psycopg.Connection[Any] | None = None
         self._shape: Shape | None = None
         self._columns: list[tuple[str, str]] = []
+        self._empty = False
+        """Whether the table had no rows that these could replace. Then they are copied into it, and not by way of another one."""
 
     @property
     def name(self) -> str:
@@ -70,6 +77,8 @@ class PostgresSink:
                 )
                 connection.execute(sql.SQL("create table if not exists {} ({})").format(self._table, columns))
             self._check(connection)
+            found = connection.execute(sql.SQL("select 1 from {} limit 1").format(self._table)).fetchone()
+            self._empty = found is None
         except psycopg.Error as error:
             raise BadTarget(target=self.name, reason=said(error)) from None
 
@@ -98,34 +107,57 @@ class PostgresSink:
                 target=self.name,
                 reason=f"expected vectors of {self._shape.width}, got {batch.vectors.shape[1]} from another model",
             )
+        try:
+            if self._empty:
+                try:
+                    self._copy(batch, self._shape)
+                    return 0
+                except psycopg.errors.UniqueViolation:
+                    self._empty = False  # a row comes once more: under a new model, or after a kill
+            self._upsert(batch, self._shape)
+        except psycopg.OperationalError as error:
+            raise self._away(error) from None
+        except psycopg.Error as error:
+            raise RowsRefused(target=self.name, reason=said(error)) from None
+        return 0
+
+    def _copy(self, batch: VectorBatch, shape: Shape) -> None:
+        connection = self._connected()
+        with connection.transaction():
+            self._copy_into(connection, self._table, batch, shape)
+
+    def _upsert(self, batch: VectorBatch, shape: Shape) -> None:
+        rows = sql.Identifier("embedq_rows")
         names = sql.SQL(", ").join(sql.Identifier(name) for name, _ in self._columns)
         new = sql.SQL(", ").join(
             sql.SQL("{0} = excluded.{0}").format(sql.Identifier(name))
             for name, _ in self._columns
             if name != "id"
         )
-        try:
-            connection = self._connected()
-            with connection.transaction():
-                connection.execute(
-                    sql.SQL("create temp table embedq_rows (like {}) on commit drop").format(self._table)
-                )
-                with (
-                    connection.cursor() as cursor,
-                    cursor.copy(sql.SQL("copy embedq_rows ({}) from stdin").format(names)) as copy,
-                ):
-                    for row in _rows(batch, self._shape):
-                        copy.write_row(row)
-                connection.execute(
-                    sql.SQL(
-                        "insert into {0} ({1}) select {1} from embedq_rows on conflict (id) do update set {2}"
-                    ).format(self._table, names, new)
-                )
-        except psycopg.OperationalError as error:
-            raise self._away(error) from None
-        except psycopg.Error as error:
-            raise RowsRefused(target=self.name, reason=said(error)) from None
-        return 0
+        connection = self._connected()
+        with connection.transaction():
+            connection.execute(
+                sql.SQL("create temp table {} (like {}) on commit drop").format(rows, self._table)
+            )
+            self._copy_into(connection, rows, batch, shape)
+            connection.execute(
+                sql.SQL(
+                    "insert into {0} ({1}) select {1} from {2} on conflict (id) do update set {3}"
+                ).format(self._table, names, rows, new)
+            )
+
+    def _copy_into(
+        self, connection: psycopg.Connection[Any], table: sql.Identifier, batch: VectorBatch, shape: Shape
+    ) -> None:
+        """Copy rows in PostgreSQL's own binary format."""
+        names = sql.SQL(", ").join(sql.Identifier(name) for name, _ in self._columns)
+        into = sql.SQL("copy {} ({}) from stdin (format binary)").format(table, names)
+        with connection.cursor() as cursor, cursor.copy(into) as copy:
+            copy.set_types(
+                [VECTOR[shape.dtype] if name == "vector" else kind for name, kind in self._columns]
+            )
+            for row in _rows(batch, shape):
+                copy.write_row(row)
 
     def flush(self) -> int:
         return 0
@@ -195,6 +227,8 @@ class PostgresSink:
             self._connection = psycopg.connect(self._address, autocommit=True, connect_timeout=_CONNECT_S)
             self._connection.execute("create extension if not exists vector")
             pgvector.psycopg.register_vector(self._connection)
+            for kind in VECTOR.values():
+                _send_as_it_is(self._connection, kind)
         return self._connection
 
     def _away(self, error: psycopg.Error) -> TargetAway:
@@ -277,6 +311,10 @@ def _type(kind: pa.DataType) -> str:
         return "boolean"
     if pa.types.is_timestamp(kind):
         return "timestamp with time zone" if kind.tz else "timestamp without time zone"
+    if pa.types.is_decimal(kind):
+        return "numeric"
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return "bytea"
     if pa.types.is_date(kind):
         return "date"
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
@@ -284,16 +322,57 @@ def _type(kind: pa.DataType) -> str:
     return "jsonb"
 
 
-def _rows(batch: VectorBatch, shape: Shape) -> Iterator[list[Any]]:
-    kept = batch.kept_rows()
-    as_json = {field.name for field in shape.kept or () if _type(field.type) == "jsonb"}
-    for n, id in enumerate(batch.ids):
-        row: list[Any] = [id]
-        if batch.rows is not None and batch.spans is not None:
-            row += [batch.rows[n], int(batch.spans[n, 0]), int(batch.spans[n, 1])]
-        row += [as_pgvector(batch.vectors[n]), batch.model_version, int(batch.tokens[n])]
-        row += [Jsonb(value) if name in as_json else value for name, value in kept[n].items()]
-        yield row
+def _rows(batch: VectorBatch, shape: Shape) -> Iterator[tuple[Any, ...]]:
+    """The values of each row, in the order of `_columns`."""
+    columns: list[Sequence[Any]] = [batch.ids]
+    if batch.rows is not None and batch.spans is not None:
+        columns += [batch.rows, batch.spans[:, 0].tolist(), batch.spans[:, 1].tolist()]
+    columns += [_vectors(batch), [batch.model_version] * len(batch), batch.tokens.tolist()]
+    if batch.kept is not None:
+        for field, column in zip(batch.kept.schema, batch.kept.columns, strict=True):
+            values = column.to_pylist()
+            if _type(field.type) == "jsonb":
+                values = [None if value is None else Jsonb(value, dumps=_json) for value in values]
+            columns.append(values)
+    yield from zip(*columns, strict=True)
+
+
+def _json(value: Any) -> bytes:
+    return orjson.dumps(value, default=str, option=orjson.OPT_NON_STR_KEYS)
+
+
+class _Packed(bytes):
+    """A vector as pgvector's types are sent in binary."""
+
+
+def _send_as_it_is(connection: psycopg.Connection[Any], kind: str) -> None:
+    """From now on a `_Packed` may stand for this type where rows are copied in binary."""
+    found = TypeInfo.fetch(connection, kind)
+    if found is None:
+        return  # an older pgvector; a table of this type cannot be made either
+
+    number = found.oid
+
+    class AsItIs(Dumper):
+        format = Format.BINARY
+        oid = number
+
+        def dump(self, obj: Any) -> Buffer | None:
+            return obj  # type: ignore[no-any-return]
+
+    connection.adapters.register_dumper(_Packed, AsItIs)
+
+
+def _vectors(batch: VectorBatch) -> list[_Packed]:
+    """All vectors at once: a number of 16 bits for the length, another one that is 0, and then numbers with the highest byte first; of
+    bits 32 bits for how many, and then these."""
+    if batch.vectors.dtype == np.uint8:
+        head = (8 * batch.vectors.shape[1]).to_bytes(4, "big")
+        numbers = batch.vectors
+    else:
+        head = batch.vectors.shape[1].to_bytes(2, "big") + bytes(2)
+        numbers = batch.vectors.astype(batch.vectors.dtype.newbyteorder(">"))
+    return [_Packed(head + each.tobytes()) for each in numbers]
 
 
 def as_pgvector(vector: npt.NDArray[Any]) -> Any:

@@ -14,11 +14,11 @@ from qdrant_client.http.exceptions import ApiException, ResponseHandlingExceptio
 
 from embedq_batch.clients.qdrant import connected, let_go
 from embedq_batch.content.addresses import without_password
+from embedq_batch.content.payloads import payloads
 from embedq_batch.content.rows import RowId, Shape, VectorBatch, VectorType
 from embedq_batch.errors import BadTarget, RowsRefused, TargetAway
 from embedq_batch.manifest.place import of_collection
 from embedq_batch.sinks.arrow import arrow_schema
-from embedq_batch.sinks.payloads import payloads
 from embedq_batch.sinks.sink import PartsRecord
 
 _NAMES: Final = uuid.UUID("9b0f6f0e-6f0f-5d0e-8f5c-2f6d1c0b7a11")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,10 +15,10 @@ from embedq_batch.content.rows import RowId, Shape, VectorBatch, VectorType
 class PartsRecord(Protocol):
     """What the manifest knows of a target that is written in parts."""
 
-    def parts(self) -> list[int]:
-        """The numbers of the parts in which rows are, in order."""
+    def parts(self) -> Mapping[int, int]:
+        """The parts in which rows are, by number, in order, and the number of vectors that count in each."""
 
-    def in_part(self, part: int) -> Iterator[tuple[int, int]]:
+    def in_part(self, part: int) -> Sequence[tuple[int, int]]:
         """Where each row's vectors begin in a part, and how many they are, in order; of rows that count alone."""
 
 

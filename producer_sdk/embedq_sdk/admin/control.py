@@ -37,7 +37,7 @@ from embedq_shared.kafka import (
     poll,
 )
 from embedq_shared.messages import Control, Policy, Quantization, Status
-from embedq_shared.topics import GROUP, Topics
+from embedq_shared.topics import GROUP, MAX_RETRY_TIERS, Topics
 
 _UNDECODABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _STEP_S: Final = 10.0
@@ -58,17 +58,18 @@ class LostRace(EmbedError):
 
 
 class LaneLag(msgspec.Struct, frozen=True, kw_only=True):
-    """Jobs of one lane that the service has not committed: they wait, or are in flight."""
+    """Jobs of one lane, or of one retry topic, that the service has not committed: they wait, or are in flight."""
 
     topic: str
     jobs: int
 
 
 class ServiceStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """The live replicas, and the lag of each lane."""
+    """The live replicas, the lag of each lane, and that of each retry topic that the brokers have."""
 
     replicas: list[ReplicaView]
     lag: list[LaneLag]
+    retries: list[LaneLag] = []
 
 
 async def reload_model(
@@ -236,7 +237,7 @@ async def service_status(
     connect_timeout: float = 10.0,
     **security: Any,
 ) -> ServiceStatus:
-    """The live replicas and each lane's lag, now.
+    """The live replicas, and the lag of each lane and each retry topic, now.
 
     Args:
         group: the service's consumer group (its setting EMBEDQ_GROUP), whose lag it is.
@@ -253,16 +254,20 @@ async def service_status(
         connection.client(control_consumer(connection), connect_timeout) as consumer,
         connection.client(connection.admin, connect_timeout) as admin,
     ):
-        await require_topics(connection, consumer, [*topics.lanes, topics.status], connect_timeout)
+        known = await require_topics(connection, consumer, [*topics.lanes, topics.status], connect_timeout)
+        retries = [name for tier in range(1, MAX_RETRY_TIERS + 1) if (name := topics.retry(tier)) in known]
         reader = ControlPlaneReader(connection, consumer, topics)
         await reader.read_to_end([topics.status])
         now = time.time()
         lag = await connection.call(
-            connect_timeout, "reading the lag", group_lag(admin, consumer, group, topics.lanes)
+            connect_timeout,
+            "reading the lag",
+            group_lag(admin, consumer, group, [*topics.lanes, *retries]),
         )
         return ServiceStatus(
             replicas=[view_of(status, now) for status in reader.board.live(reader.heard(now))],
             lag=[LaneLag(topic=topic, jobs=lag[topic]) for topic in topics.lanes],
+            retries=[LaneLag(topic=topic, jobs=lag[topic]) for topic in retries],
         )
 
 

@@ -83,6 +83,7 @@ def replica_lines(before: RolloutUpdate | None, now: RolloutUpdate) -> Iterator[
 def status_lines(status: ServiceStatus, *, plain: bool) -> Sequence[Table | str]:
     """What `embedq status` shows: tables, or plain lines where the output is not a terminal."""
     lag = [f"{lane.topic}: {lane.jobs} jobs waiting" for lane in status.lag]
+    lag += [f"{tier.topic}: {tier.jobs} jobs waiting for another run" for tier in status.retries if tier.jobs]
     if not status.replicas:
         return ["no live replicas", *lag]
     if not plain:

@@ -169,8 +169,8 @@ def _arguments() -> Iterator[None]:
 
 async def require_topics(
     connection: KafkaConnection, consumer: AIOKafkaConsumer, names: list[str], timeout: float
-) -> None:
-    """Check that topics exist before anything names them: asking for one by its name could create it.
+) -> set[str]:
+    """Check that topics exist before anything names them: asking for one by its name could create it. Returns all that exist.
 
     Raises:
         TopicMissing: the first one that does not exist.
@@ -180,6 +180,7 @@ async def require_topics(
     for name in names:
         if name not in found:
             raise TopicMissing(servers=connection.servers, topic=name)
+    return found
 
 
 async def close(client: AIOKafkaConsumer | AIOKafkaProducer | AIOKafkaAdminClient) -> None:

@@ -23,10 +23,10 @@ pytestmark = pytest.mark.kafka
 
 TEXTS = [f"row {n}" for n in range(12_000)]
 PROGRAM = """
-from embedq_batch.running import runner
+from embedq_batch.running import runner, writing
 from embedq_batch.command import run
 
-runner._WRITE_ROWS, runner._FLUSH_ROWS = 500, 1000
+runner._WRITE_ROWS, writing._FLUSH_ROWS = 500, 1000
 run(prog_name="embedq run")
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,6 +77,32 @@ async def test_the_lag_is_that_of_the_group_that_is_asked_for(servers: str, embe
     for shown in (by_option, by_environment):
         assert f"{prefix}.jobs: 2 jobs waiting" in shown.out.splitlines()
     assert f"{prefix}.jobs: 10 jobs waiting" in other.out.splitlines()
+
+
+async def test_jobs_that_wait_in_retry_topics_are_counted_where_there_are_any(
+    servers: str, embedq: Run
+) -> None:
+    prefix = f"retries-{uuid.uuid4().hex[:8]}"
+    await create_topics(servers, prefix=prefix, partitions=2, reply_partitions=1, retry_tiers=2)
+    async with plain_producer(servers) as producer:
+        for n in range(3):
+            await producer.send_and_wait(f"{prefix}.retry.2", b"{}", partition=n % 2)
+
+    found = await service_status(servers, topic_prefix=prefix)
+    shown = await embedq("status", "--prefix", prefix)
+    as_json = await embedq("status", "--prefix", prefix, "--json")
+
+    assert [(tier.topic, tier.jobs) for tier in found.retries] == [
+        (f"{prefix}.retry.1", 0),
+        (f"{prefix}.retry.2", 3),
+    ]
+    assert [line for line in shown.out.splitlines() if ".retry." in line] == [
+        f"{prefix}.retry.2: 3 jobs waiting for another run"
+    ]
+    assert json.loads(as_json.out)["retries"] == [
+        {"topic": f"{prefix}.retry.1", "jobs": 0},
+        {"topic": f"{prefix}.retry.2", "jobs": 3},
+    ]
 
 
 async def test_a_group_needs_a_name(servers: str) -> None:

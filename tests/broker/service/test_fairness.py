@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from embedq_consumer.fairness.traffic import LATELY_S
 from embedq_sdk.dev import DevStack
 from embedq_shared.topics import Topics
 from tests.helpers.service_process import Replica, fresh_prefix, make_topics, producer, reader, replicas
@@ -63,6 +65,11 @@ async def order_of(
     async with replicas(Replica(stack, topics, model, log)) as (replica,):
         order = await answers(stack, topics, *(job["id"] for job in others))
         return order, await replica.metrics()
+
+
+def over_a_half(metrics: dict[str, float]) -> float:
+    """How many micro-batches had more than half of a CPU's 2,048 tokens: a quarter of bulk ones, and the interactive ones."""
+    return metrics["embedq_batch_tokens_count"] - metrics['embedq_batch_tokens_bucket{le="1024.0"}']
 
 
 async def test_behind_6000_jobs_of_one_client_another_ones_is_answered_among_the_first(
@@ -118,12 +125,17 @@ async def test_an_interactive_job_does_not_wait_for_a_bulk_backlog(
         reader(stack, topics.results) as results,
     ):
         await results.until(200, within=240)
+        last = (float("-inf"), 0.0)
         for number in range(5):
-            before = len(await results.all())
+            before, began = len(await results.all()), time.monotonic()
             await send(stack, topics.jobs, [{"id": f"urgent-{number}", "input": f"urgent {number}"}], "other")
             order = await answers(stack, topics, f"urgent-{number}")
             # What micro-batches, and this test's own way to the broker and back, take.
             assert order.index(f"urgent-{number}") - before < 4000
+            whole = over_a_half(await replica.metrics())
+            if time.monotonic() - last[0] < LATELY_S:  # else bulk may have had the device for itself again
+                assert whole == last[1], "beside interactive jobs bulk runs in quarters of a micro-batch"
+            last = began, whole
         metrics = await replica.metrics()
         assert metrics['embedq_in_flight_jobs{lane="bulk"}'] <= 32_768
 

@@ -9,12 +9,20 @@ import pytest
 import torch
 
 from embedq_consumer.engine import ModelError, load_encoder
-from embedq_consumer.engine.kernels import few_rows
+from embedq_consumer.engine.kernels import few_rows, onnx_rows
 from embedq_consumer.engine.models import bert_cpu
 from tests.helpers.encoders import normalized
 from tests.helpers.tiny_models import make_tiny_bert
 
 Row = list[np.ndarray]
+
+
+@pytest.fixture(autouse=True)
+def without_onnx_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*arguments: object) -> None:
+        raise ImportError
+
+    monkeypatch.setattr(onnx_rows.OnnxLayers, "__init__", missing)
 
 
 def row(*lengths: int) -> Row:

@@ -14,6 +14,7 @@ from embedq_consumer.engine.models import registry
 from embedq_consumer.engine.models.bert_cpu import PackedBert
 from embedq_consumer.engine.models.traits import ForwardOptions, Limits
 from embedq_consumer.engine.pooling import POOLINGS
+from tests.helpers.encoders import FEW_ROWS
 
 CPU = torch.device("cpu")
 
@@ -57,7 +58,7 @@ def test_a_plain_bert_on_a_cpu_runs_on_the_forward_that_is_written_out() -> None
     built = registry.build(model, options())
     assert isinstance(built.hidden, PackedBert)
     assert built.pooled is None
-    assert built.kernels == {"attention": "torch_sdpa", "few_rows": "packed"}
+    assert built.kernels == {"attention": "torch_sdpa", "few_rows": FEW_ROWS}
 
 
 def test_a_bert_with_a_rare_activation_runs_on_transformers_layers() -> None:

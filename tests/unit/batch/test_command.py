@@ -25,27 +25,39 @@ from tests.helpers.fake_transport import FakeTransport
 from tests.helpers.support import patient, wait_for
 
 PROGRAM = """
+import os
 import sys
-from embedq_batch.running import runner
+from embedq_batch.running import runner, writing
 from embedq_batch.command import {command} as command
 from embedq_sdk import client
+from tests.helpers.fake_service import FakeService
 from tests.helpers.fake_transport import FakeTransport
 
 client.KafkaTransport = FakeTransport
-runner._WRITE_ROWS, runner._FLUSH_ROWS = 200, 400
+left = int(os.environ.get("ANSWERED", sys.maxsize))
+answers = FakeService.answers
+
+def some_answers(self, received):
+    global left
+    left -= len(received.texts)
+    return answers(self, received) if left >= 0 else []
+
+FakeService.answers = some_answers
+runner._WRITE_ROWS, writing._FLUSH_ROWS = 200, 400
 command(prog_name="embedq {command}")
 """
 
 
 def started(
-    *arguments: str, command: str = "run", stdin: int = subprocess.DEVNULL
+    *arguments: str, command: str = "run", stdin: int = subprocess.DEVNULL, answered: int = sys.maxsize
 ) -> subprocess.Popen[bytes]:
+    """The command; its service answers so many texts, so that it cannot end before a test has seen it at work."""
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM.format(command=command), *arguments],
         stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=os.environ | {"EMBEDQ_KAFKA_SERVERS": "fake:9092"},
+        env=os.environ | {"EMBEDQ_KAFKA_SERVERS": "fake:9092", "ANSWERED": str(answered)},
     )
 
 
@@ -69,9 +81,12 @@ def test_a_run_that_is_killed_goes_on_by_the_same_command(tmp_path: Path) -> Non
     command = ("--from", a_table(tmp_path / "in.parquet", texts), "--to", str(out), "--batch-size", "16")
     chance = random.Random(7)
     for _ in range(3):
-        process = started(*command)
-        target = done_rows(manifest) + chance.randrange(1, 1200)
-        wait_for(lambda: done_rows(manifest) >= target or process.poll() is not None, what="some rows")  # noqa: B023
+        more = chance.randrange(1, 700)
+        target = done_rows(manifest) + more
+        process = started(
+            *command, answered=more + 1000
+        )  # a flush, and what is written before one, come late
+        wait_for(lambda: done_rows(manifest) >= target, what="some rows")  # noqa: B023
         process.kill()
         process.communicate()
     before = done_rows(manifest)
@@ -88,7 +103,8 @@ def test_a_run_that_is_killed_goes_on_by_the_same_command(tmp_path: Path) -> Non
 def test_ctrl_c_says_how_far_it_came_and_what_to_type(tmp_path: Path) -> None:
     texts = [f"text {n}" for n in range(20_000)]
     manifest = tmp_path / "out.jsonl.embedq" / MANIFEST
-    process = started("--from", a_table(tmp_path / "in.parquet", texts), "--to", str(tmp_path / "out.jsonl"))
+    table = a_table(tmp_path / "in.parquet", texts)
+    process = started("--from", table, "--to", str(tmp_path / "out.jsonl"), answered=10_000)
     wait_for(lambda: done_rows(manifest) > 0, what="some rows")
     process.send_signal(signal.SIGINT)
     code, told = ended(process)

@@ -114,7 +114,7 @@ def test_without_the_source_the_last_pass_counts_and_lines_say_so(
 def test_a_run_that_is_stopped_covers_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the rows that the source said it has, those that came before the end are there."""
     monkeypatch.setattr("embedq_batch.running.runner._WRITE_ROWS", 10)
-    monkeypatch.setattr("embedq_batch.running.runner._FLUSH_ROWS", 10)
+    monkeypatch.setattr("embedq_batch.running.writing._FLUSH_ROWS", 10)
     out = str(tmp_path / "out.parquet")
     service = FakeService()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sqlite3
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ async def test_a_run_that_is_killed_anywhere_goes_on_and_every_row_is_there_once
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     monkeypatch.setattr("embedq_batch.running.runner._WRITE_ROWS", 40)
-    monkeypatch.setattr("embedq_batch.running.runner._FLUSH_ROWS", 80)
+    monkeypatch.setattr("embedq_batch.running.writing._FLUSH_ROWS", 80)
     source = a_table(tmp_path / "in.parquet", TEXTS)
     chance = random.Random(seed)
     service = FakeService()
@@ -154,7 +155,9 @@ async def test_another_job_does_not_go_on_with_a_manifest(tmp_path: Path) -> Non
     assert {len(vector) for vector in vectors_in(out).values()} == {32}
 
 
-async def test_ctrl_c_keeps_what_is_done(tmp_path: Path) -> None:
+async def test_ctrl_c_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedq_batch.running.runner._WRITE_ROWS", 40)
+    monkeypatch.setattr("embedq_batch.running.writing._FLUSH_ROWS", 40)
     source, out = a_table(tmp_path / "in.parquet", TEXTS), tmp_path / "out.parquet"
     answered = 0
 
@@ -166,7 +169,14 @@ async def test_ctrl_c_keeps_what_is_done(tmp_path: Path) -> None:
     service = FakeService(behave=until_300)
     task = asyncio.create_task(run(source, str(out), service, job_texts=10))
     manifest = tmp_path / "out.parquet.embedq" / MANIFEST
-    await wait_until(lambda: answered > 300)
+
+    async def some() -> bool:
+        try:
+            return (await asyncio.to_thread(glance, manifest))[2].done > 0
+        except sqlite3.Error:
+            return False
+
+    await wait_until(some, what="rows that are written down")
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -493,7 +503,7 @@ class Refusing(PartsSink):
 async def test_rows_that_a_store_refuses_fail_alone_and_a_store_that_is_away_is_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("embedq_batch.running.runner.backoff", lambda *_, **__: 0.0)
+    monkeypatch.setattr("embedq_batch.running.threads.backoff", lambda *_, **__: 0.0)
     source = a_table(tmp_path / "in.parquet", TEXTS)
     refused = [3, 4, 77, 499]
     sink = Refusing(tmp_path / "out.parquet", refused, away=5)

@@ -14,7 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedq_consumer.batching.batcher import OVERDUE_SHARE, WINDOW, Batcher, BatchPolicy
+from embedq_consumer.batching.batcher import OVERDUE_SHARE, SHORT, WINDOW, Batcher, BatchPolicy
+from embedq_consumer.fairness import InteractiveTraffic
+from embedq_consumer.fairness.traffic import LATELY_S
 from embedq_shared.topics import LANES, Lane
 
 
@@ -29,10 +31,19 @@ class Item:
 
 
 def policy(
-    *, max_tokens: int = 100, max_items: int = 10, max_wait: float = 1.0, bulk_max_wait: float = 50.0
+    *,
+    max_tokens: int = 100,
+    max_items: int = 10,
+    max_wait: float = 1.0,
+    bulk_max_wait: float = 50.0,
+    traffic: InteractiveTraffic | None = None,
 ) -> BatchPolicy[Item]:
     return BatchPolicy(
-        max_tokens=max_tokens, max_items=max_items, max_wait=max_wait, bulk_max_wait=bulk_max_wait
+        max_tokens=max_tokens,
+        max_items=max_items,
+        max_wait=max_wait,
+        bulk_max_wait=bulk_max_wait,
+        traffic=traffic,
     )
 
 
@@ -550,3 +561,126 @@ async def test_a_cancelled_wait_takes_no_texts_with_it() -> None:
         await waiting
     assert batcher.waiting_tokens("interactive") == 1
     assert numbers(await batcher.next()) == [0]
+
+
+# -- bulk beside interactive texts ----------------------------------------------------------------------------------------
+
+
+def beside(now: float = 0.0) -> InteractiveTraffic:
+    """An interactive text came now."""
+    traffic = InteractiveTraffic()
+    traffic.note(now)
+    return traffic
+
+
+def test_bulk_runs_in_quarters_of_a_micro_batch_while_interactive_texts_come_and_whole_ones_afterwards() -> (
+    None
+):
+    waiting = policy(max_tokens=400, max_items=1000, traffic=beside(0.0))
+    waiting.put(items(*[10] * 500, lane="bulk"))
+    assert sum(item.cost for item in waiting.take(2.0)) == 400 // SHORT
+    assert sum(item.cost for item in waiting.take(LATELY_S - 0.1)) == 400 // SHORT
+    assert sum(item.cost for item in waiting.take(LATELY_S)) == 400
+
+
+def test_an_interactive_texts_own_micro_batch_is_filled_to_a_quarter() -> None:
+    waiting = policy(max_tokens=400, max_items=1000, traffic=beside())
+    waiting.put(items(*[10] * 500, lane="bulk"))
+    waiting.put([Item(1000, 30)])
+    batch = waiting.take(2.0)
+    assert batch[0].number == 1000
+    assert sum(item.cost for item in batch) == 400 // SHORT
+    waiting.put(items(*[50] * 6))  # more than a quarter: nothing of bulk runs with them
+    assert {item.lane for item in waiting.take(2.0)} == {"interactive"}
+
+
+def test_a_quarter_of_the_texts_are_bulk_ones_however_short_they_are() -> None:
+    waiting = policy(max_tokens=10_000, max_items=80, traffic=beside())
+    waiting.put(items(*[1] * 500, lane="bulk"))
+    assert len(waiting.take(2.0)) == 80 // SHORT
+
+
+def test_a_bulk_text_longer_than_a_quarter_runs_without_others_and_is_not_starved() -> None:
+    traffic = beside()
+    waiting = policy(max_tokens=400, max_items=1000, traffic=traffic)
+    waiting.put(items(300, 10, 500, 120, 10, lane="bulk"))
+    assert [numbers(waiting.take(2.0)) for _ in range(4)] == [[0], [1, 4], [2], [3]]
+
+
+def test_interactive_texts_alone_have_whole_micro_batches() -> None:
+    waiting = policy(max_tokens=400, max_items=1000, traffic=beside())
+    waiting.put(items(*[40] * 10))
+    assert len(waiting.take(2.0)) == 10
+
+
+@given(arrivals)
+def test_whatever_comes_each_text_runs_once_also_while_bulk_runs_in_quarters(
+    script: list[tuple[Lane, int, float, bool]],
+) -> None:
+    traffic, now, put, batches = InteractiveTraffic(), 0.0, [], []
+    waiting = policy(max_tokens=100, max_items=8, bulk_max_wait=2.0, traffic=traffic)
+    for number, (lane, tokens, pause, worker_asks) in enumerate(script):
+        now += pause
+        if lane == "interactive":
+            traffic.note(now)
+        put.append(Item(number, tokens, lane, now))
+        waiting.put(put[-1:])
+        if worker_asks and (batch := waiting.take(now)):
+            batches.append(batch)
+    while math.isfinite(waiting.due_in(now)):
+        now += waiting.due_in(now)
+        batches.append(waiting.take(now))
+        assert batches[-1]
+    assert sorted(item.number for batch in batches for item in batch) == list(range(len(put)))
+    for batch in batches:
+        assert len(batch) == 1 or sum(item.cost for item in batch) <= 100
+
+
+class Backlog:
+    """Interactive texts of 8 tokens now and then beside a bulk backlog that never ends, on a device with up to `under_way`
+    micro-batches given to it. A micro-batch takes its tokens' time. `waits`: from a text's arrival to its vector."""
+
+    def __init__(self, *, under_way: int, bulk: int, pause: float, backlog: bool = True) -> None:
+        traffic = InteractiveTraffic()
+        waiting = policy(max_tokens=400, max_items=1000, max_wait=0.0, bulk_max_wait=1e9, traffic=traffic)
+        random = Random(5)
+        self.waits: list[float] = []
+        self.ran = 0.0
+        now, free_at, due, number = 0.0, 0.0, 3.0, 0
+        ends: deque[tuple[float, list[Item]]] = deque()
+        while len(self.waits) < 2000:
+            while due <= now:
+                traffic.note(due)
+                waiting.put([Item(-1, 8, arrived=due)])
+                due += random.uniform(0.5, 1.5) * pause
+            while backlog and waiting.waiting_tokens("bulk") < 2000:
+                number += 1
+                waiting.put([Item(number, bulk, "bulk", now, job=number)])
+            if len(ends) < under_way and (batch := waiting.take(now)):
+                tokens = sum(item.cost for item in batch)
+                self.ran += tokens
+                free_at = max(now, free_at) + tokens / 400  # seconds: a whole micro-batch takes one
+                ends.append((free_at, batch))
+            elif ends and (ends[0][0] <= due or len(ends) == under_way):
+                now, batch = ends.popleft()
+                self.waits += [now - item.arrived for item in batch if item.number < 0]
+            else:
+                now = due
+        self.busy = self.ran / 400 / now
+
+    @property
+    def p99(self) -> float:
+        return sorted(self.waits)[len(self.waits) * 99 // 100]
+
+
+@pytest.mark.parametrize("under_way", [2, 3])
+@pytest.mark.parametrize("pause", [1.7, LATELY_S / 2])
+@pytest.mark.parametrize("bulk", [5, 40, 100])
+def test_a_bulk_backlog_moves_interactive_p99_by_one_micro_batch_at_most(
+    under_way: int, pause: float, bulk: int
+) -> None:
+    """However long the backlog is, with two micro-batches under way and with three, for whoever comes often enough."""
+    alone = Backlog(under_way=under_way, bulk=bulk, pause=pause, backlog=False)
+    beside = Backlog(under_way=under_way, bulk=bulk, pause=pause)
+    assert beside.p99 <= alone.p99 + 1.0
+    assert beside.busy > 0.99, "and the device is busy with bulk all the time"

@@ -20,7 +20,7 @@ from aiokafka.errors import (
     TopicAuthorizationFailedError,
 )
 
-from embedq_consumer.delivery.deliverer import Deliverer, DeliveryLimits, large, undeliverable
+from embedq_consumer.delivery.deliverer import Deliverer, DeliveryLimits, _quick, large, undeliverable
 from embedq_consumer.delivery.destination import Undelivered
 from embedq_consumer.delivery.outgoing import Outgoing
 from embedq_consumer.delivery.result_records import ResultEncoder
@@ -31,6 +31,7 @@ from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.codec import Envelope
 from embedq_shared.headers import JobHeaders, parse, value_of
 from embedq_shared.messages import ErrorBody
+from embedq_shared.topics import LANES, Lane
 from tests.helpers.fake_parts import ScriptedSink
 from tests.helpers.in_flight import TOPICS, admitted, record
 from tests.helpers.support import wait_until
@@ -132,15 +133,24 @@ async def test_results_of_one_or_two_inputs_need_no_thread(
     on_thread: list[object] = []
     in_thread = Deliverer.in_thread
 
-    async def noted(deliverer: Deliverer, work: Callable[..., Any], *args: Any) -> Any:
+    async def noted(deliverer: Deliverer, lane: Lane, work: Callable[..., Any], *args: Any) -> Any:
         on_thread.append(work)
-        return await in_thread(deliverer, work, *args)
+        return await in_thread(deliverer, lane, work, *args)
 
     monkeypatch.setattr(Deliverer, "in_thread", noted)
     async with delivering() as parts:
         await parts.deliver(answered(**fields))
         assert parts.sink.finished == [7]
         assert bool(on_thread) != loop_alone
+
+
+def test_beside_interactive_work_bulk_results_are_encoded_on_the_event_loop_only_where_that_is_quick() -> (
+    None
+):
+    one, many = answered(input="a", dimensions=256), answered(input=[f"{number}" for number in range(65)])
+    assert _quick([one] * 32)
+    assert not _quick([one] * 64), "too many bytes"
+    assert not _quick([many]), "too many inputs"
 
 
 async def test_a_job_that_waits_for_its_address_delays_no_other_of_its_delivery() -> None:
@@ -419,8 +429,9 @@ async def test_what_an_operator_reads_of_an_address_that_took_nothing() -> None:
 
 async def test_closing_ends_the_threads() -> None:
     async with delivering() as parts:
-        thread = await parts.deliverer.in_thread(threading.current_thread)
-    assert not thread.is_alive()
+        threads = [await parts.deliverer.in_thread(lane, threading.current_thread) for lane in LANES]
+    assert threads[0] is not threads[1]
+    assert not any(thread.is_alive() for thread in threads)
 
 
 async def test_topics_are_those_of_the_sink() -> None:

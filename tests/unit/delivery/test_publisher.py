@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from itertools import repeat
 from typing import Any
 
+import msgspec
 import pytest
 from aiokafka.errors import (
     InvalidTimestampError,
@@ -27,6 +28,7 @@ from embedq_consumer.delivery.destination import Presence, Undelivered
 from embedq_consumer.delivery.outgoing import Outgoing, Place
 from embedq_consumer.delivery.publisher import Publisher
 from embedq_consumer.delivery.topic_directory import TopicDirectory
+from embedq_consumer.fairness import BulkTurns, InteractiveTraffic
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.kafka import Evicted
 from tests.helpers.support import wait_until
@@ -35,10 +37,21 @@ Outcome = BaseException | None
 
 
 def record(
-    name: str, *, topic: str = "results", partition: int | None = 0, anywhere: bool = False
+    name: str,
+    *,
+    topic: str = "results",
+    partition: int | None = 0,
+    anywhere: bool = False,
+    express: bool = False,
 ) -> Outgoing:
     return Outgoing(
-        topic=topic, partition=partition, key=None, value=name.encode(), headers=[], anywhere=anywhere
+        topic=topic,
+        partition=partition,
+        key=None,
+        value=name.encode(),
+        headers=[],
+        anywhere=anywhere,
+        express=express,
     )
 
 
@@ -147,7 +160,7 @@ class Broker:
 class Opened:
     """An open publisher, its broker and its metrics."""
 
-    def __init__(self, max_held: int) -> None:
+    def __init__(self, max_held: int, turns: BulkTurns | None = None) -> None:
         self.broker = Broker()
         self.metrics = Metrics()
         self.trouble: str | None = None
@@ -157,6 +170,7 @@ class Opened:
             max_held=max_held,
             hinder=self._hinder,
             topics=TopicDirectory(min_age_s=0),
+            bulk_turns=turns,
         )
         self.settled: dict[str, Exception | None] = {}
 
@@ -193,8 +207,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def opened(*, max_held: int = 1000) -> AsyncIterator[Opened]:
-    one = Opened(max_held)
+async def opened(*, max_held: int = 1000, turns: BulkTurns | None = None) -> AsyncIterator[Opened]:
+    one = Opened(max_held, turns)
     await one.publisher.open()
     try:
         yield one
@@ -241,6 +255,58 @@ async def test_a_place_is_looked_up_once() -> None:
         await one.publish("a", "b")
         await one.publish("c")
         assert one.broker.looked_up == 1
+
+
+# -- interactive results before bulk ones ----------------------------------------------------------------------------------
+
+
+def sent_to_the_common_one(one: Opened) -> list[str]:
+    return [name[:9] for name in one.broker.made[0].sent]
+
+
+async def test_an_express_record_goes_before_all_that_waits_for_its_place() -> None:
+    async with opened() as one:
+        assert await one.publish("known") == [None]
+        one.broker.silent.add(("results", 0))
+        for number in range(4):
+            one.send(record(f"bulk-{number}-" + "x" * 600_000))
+        await wait_until(lambda: "bulk-0-xx" in sent_to_the_common_one(one))
+        one.send(record("express-1", express=True))
+        one.send(record("express-2", express=True))
+        await wait_until(lambda: len(one.broker.made[0].sent) == 4)
+        assert sent_to_the_common_one(one) == ["known", "bulk-0-xx", "express-1", "express-2"]
+
+
+async def test_beside_interactive_work_less_bulk_is_given_to_the_producer_at_once() -> None:
+    traffic = InteractiveTraffic()
+    async with opened(turns=BulkTurns(traffic)) as one:
+        assert await one.publish("known") == [None]
+        one.broker.silent.add(("results", 0))
+        traffic.note(time.monotonic())
+        for number in range(20):
+            one.send(record(f"bulk-{number:02}-" + "x" * 100_000))
+        await wait_until(lambda: len(one.broker.made[0].sent) == 3)
+        await asyncio.sleep(0.02)  # several ticks
+        assert sent_to_the_common_one(one) == ["known", "bulk-00-x", "bulk-01-x"]
+
+
+async def test_an_express_record_does_not_wait_for_the_turns_of_others_and_all_are_settled() -> None:
+    traffic = InteractiveTraffic()
+    traffic.note(time.monotonic())
+    async with opened(turns=BulkTurns(traffic)) as one:
+        reply = record("now", topic="replies", partition=1, express=True)
+        assert await one.publish("known") == [None]
+        assert await one.publisher.publish([msgspec.structs.replace(reply, value=b"hello")]) == [None]
+        for number in range(2000):
+            one.send(record(f"{number}"))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        one.send(reply)
+        await wait_until(lambda: "now" in one.broker.made[0].sent)
+        assert one.broker.made[0].sent.index("now") < 600
+        await wait_until(lambda: len(one.settled) == 2001)
+        assert [name for name in one.broker.made[0].sent if name.isdigit()] == [f"{n}" for n in range(2000)]
+        assert one.sample("results_total") == 2003
 
 
 # -- one place fails --------------------------------------------------------------------------------------------------------

@@ -103,6 +103,30 @@ async def test_the_next_micro_batch_reaches_the_device_while_the_first_one_runs(
     assert 0 <= two <= one  # what ran while it waited is not its own time
 
 
+class There(Pending):
+    """Vectors that are there when `submit` returns; they note the thread that takes them."""
+
+    def __init__(self, threads: set[str]) -> None:
+        self._threads = threads
+
+    @property
+    def ready(self) -> bool:
+        return True
+
+    def result(self) -> Vectors:
+        self._threads.add(threading.current_thread().name)
+        return np.ones((1, 2), dtype=np.float32)
+
+
+async def test_vectors_that_are_there_at_once_need_no_other_thread(
+    slot: ModelSlot, model: Gated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "submit", lambda batch: There(model.threads))
+    vectors, _ = await slot.encode(model, ONE_TEXT)
+    assert vectors.shape == (1, 2)
+    assert {name.rsplit("_", 1)[0] for name in model.threads} == {"compute"}
+
+
 async def test_it_is_busy_from_the_first_submit_to_the_last_result(slot: ModelSlot, model: Gated) -> None:
     assert slot.busy_since is None
     first = asyncio.create_task(slot.encode(model, ONE_TEXT))

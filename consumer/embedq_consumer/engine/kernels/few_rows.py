@@ -12,21 +12,26 @@ from typing import Final
 import torch
 from torch import Tensor
 
-__all__ = ["FEW_TOKENS", "PACKED_BYTES", "packable", "packed", "packed_linear"]
+__all__ = ["FEW_TOKENS", "PACKED_BYTES", "copyable", "packable", "packed", "packed_linear"]
 
 FEW_TOKENS: Final = 128
-"""The largest row that runs with packed weights. On two cores of an EPYC 7003 MiniLM's forward takes 0.69 of the time for 16
+"""The largest row that runs with copies of the weights. On two cores of an EPYC 7003 MiniLM's forward takes 0.69 of the time for 16
 tokens and 0.9 for 128; for 256 `addmm` is ahead (benchmarks/one_text.py)."""
 PACKED_BYTES: Final = 512 << 20
 """What the copies of a model may take: those of MiniLM are 43 MB, of a BERT-base 340 MB. A larger model does without; a short
 text takes it so long that few think of milliseconds."""
 
 
+def copyable(weights: Sequence[Tensor]) -> bool:
+    """Whether copies of these weights for a CPU's few tokens are small enough, and of a kind that is worth it."""
+    return sum(weight.nbytes for weight in weights) <= PACKED_BYTES and all(
+        weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in weights
+    )
+
+
 def packable(weights: Sequence[Tensor]) -> bool:
     """Whether these weights can be packed, within `PACKED_BYTES`, and their products are right on this processor."""
-    if sum(weight.nbytes for weight in weights) > PACKED_BYTES:
-        return False
-    if any(weight.device.type != "cpu" or weight.dtype != torch.float32 for weight in weights):
+    if not copyable(weights):
         return False
     return torch.backends.mkldnn.is_available() and _right(weights[0])
 

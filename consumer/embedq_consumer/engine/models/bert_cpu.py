@@ -2,7 +2,8 @@
 
 It computes what transformers' BertModel computes, with one product for query, key and value, sums taken in place, and
 position and token-type tables added up once. PackedEncoder proves it against BertModel at every load. A row of few tokens is
-multiplied with weights that were laid out for the processor once (`kernels/few_rows.py`).
+run by ONNX Runtime where that is installed (`kernels/onnx_rows.py`), else multiplied with weights that were laid out for the
+processor once (`kernels/few_rows.py`).
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embedq_consumer.engine.kernels.attention import Packing, attend_runs
-from embedq_consumer.engine.kernels.few_rows import FEW_TOKENS, packable, packed, packed_linear
+from embedq_consumer.engine.kernels.few_rows import FEW_TOKENS, copyable, packable, packed, packed_linear
+from embedq_consumer.engine.kernels.onnx_rows import OnnxLayers
 from embedq_consumer.engine.models.traits import ForwardOptions
 from embedq_consumer.engine.row import PooledForward
+from embedq_consumer.engine.safety.panics import first_line
 
 __all__ = ["BertLayer", "PackedBert", "bert_layer", "pair"]
 
@@ -64,8 +67,13 @@ class PackedBert:
         self._embedding_norm = pair(embeddings.LayerNorm)
         self._scratch: _Workspace | None = None
         self._layers = [self._layer(layer) for layer in model.encoder.layer]
-        self._packed_layers = _packed(self._layers)
-        self.kernels = {"attention": "torch_sdpa", "few_rows": "packed" if self._packed_layers else "plain"}
+        onnx = _onnx(self._layers, self._heads, self._eps)
+        self._onnx = onnx if isinstance(onnx, OnnxLayers) else None
+        self._packed_layers = None if self._onnx else _packed(self._layers)
+        few_rows = "onnxruntime" if self._onnx else "packed" if self._packed_layers else "plain"
+        self.kernels = {"attention": "torch_sdpa", "few_rows": few_rows}
+        if isinstance(onnx, str):
+            self.kernels["not_onnxruntime"] = onnx
 
     @staticmethod
     def fits(model: Any) -> bool:
@@ -81,9 +89,11 @@ class PackedBert:
         """Last hidden states (tokens, hidden) of int64 `ids` and `positions` (tokens,)."""
         x = F.embedding(ids, self._words).add_(F.embedding(positions, self._positions))
         x = self._normalized(x, self._embedding_norm)
+        bias = self._bias(packing)
+        if self._onnx is not None and len(ids) <= FEW_TOKENS:
+            return self._onnx(x, packing.runs, bias)
         scratch = self._workspace(len(ids))
         scale = self._head_dim**-0.5
-        bias = self._bias(packing)
         few = self._packed_layers if len(ids) <= FEW_TOKENS else None
         linear = _linear if few is None else _packed_linear
         for layer in few or self._layers:
@@ -153,10 +163,21 @@ def _packed_linear(x: Tensor, layer: tuple[Tensor, Tensor], out: Tensor) -> Tens
     return packed_linear(x, *layer)
 
 
+def _onnx(layers: Sequence[BertLayer], heads: int, eps: float) -> OnnxLayers | str | None:
+    """The same layers in ONNX Runtime; None where it is not installed, or of no use, or why it cannot run them."""
+    if not copyable(_weights(layers)):
+        return None
+    try:
+        return OnnxLayers(layers, heads, eps)
+    except ImportError:
+        return None
+    except Exception as error:  # noqa: BLE001  each of its versions has its own kinds
+        return f"{type(error).__name__}: {first_line(error)}"
+
+
 def _packed(layers: Sequence[BertLayer]) -> list[BertLayer] | None:
     """The same layers with packed weights; None where that is of no use."""
-    weights = [pair[0] for layer in layers for pair in _products(layer)]
-    if not packable(weights):
+    if not packable(_weights(layers)):
         return None
     return [
         msgspec.structs.replace(
@@ -170,8 +191,9 @@ def _packed(layers: Sequence[BertLayer]) -> list[BertLayer] | None:
     ]
 
 
-def _products(layer: BertLayer) -> tuple[tuple[Tensor, Tensor], ...]:
-    return layer.qkv, layer.o_proj, layer.up, layer.down
+def _weights(layers: Sequence[BertLayer]) -> list[Tensor]:
+    """Those of all products."""
+    return [each[0] for layer in layers for each in (layer.qkv, layer.o_proj, layer.up, layer.down)]
 
 
 def bert_layer(queries_keys_values: Sequence[Any], o_proj: Any, attention_norm: Any, layer: Any) -> BertLayer:

@@ -28,7 +28,8 @@ def a_replica(**more: Any) -> ReplicaView:
 
 
 def shown(*replicas: ReplicaView, plain: bool) -> str:
-    status = ServiceStatus(replicas=list(replicas), lag=[LaneLag(topic="embed.jobs", jobs=2)])
+    tiers = [LaneLag(topic="embed.retry.1", jobs=0), LaneLag(topic="embed.retry.2", jobs=4)]
+    status = ServiceStatus(replicas=list(replicas), lag=[LaneLag(topic="embed.jobs", jobs=2)], retries=tiers)
     console = Console(width=200, force_terminal=False)
     with console.capture() as capture:
         for line in status_lines(status, plain=plain):
@@ -40,6 +41,7 @@ def test_a_replica_that_serves_after_a_refused_reload_is_ready_and_the_reload_fa
     assert shown(a_replica(), plain=True).splitlines() == [
         "r1 default READY model=sha256:0123456789ab age=1s version=3 step=check outcome=FAILED error=config.json: missing",
         "embed.jobs: 2 jobs waiting",
+        "embed.retry.2: 4 jobs waiting for another run",
     ]
 
 

@@ -1,0 +1,73 @@
+"""One way to embed, in a process of its own: `python -m benchmarks.peer_process WAY MODEL` answers lines of texts with lines of vectors.
+
+Only what the way itself needs is imported, so that it can run in an environment without embedq.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+REFERENCE: Final = "sentence-transformers torch"
+NEEDS: Final = {
+    REFERENCE: "sentence_transformers",
+    "sentence-transformers onnx": "optimum.onnxruntime",
+    "sentence-transformers openvino": "optimum.intel",
+    "infinity": "infinity_emb",
+    "embedq, encoder alone": "embedq_consumer",
+}
+"""The ways, and the package that each needs."""
+
+
+def serve(way: str, model: str) -> None:
+    """Answer each line of standard input, a JSON list of texts, with a line of vectors."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # some say on the screen what they do
+    embed = _loaded(way, model)
+    for line in sys.stdin:
+        print(json.dumps(np.asarray(embed(json.loads(line))).tolist()), file=answers, flush=True)
+
+
+def _loaded(way: str, model: str) -> Callable[[list[str]], Any]:
+    if way == "embedq, encoder alone":
+        from benchmarks.encoder_cpu import embed
+        from embedq_consumer.engine import load_encoder
+
+        encoder = load_encoder(Path(model), device="cpu")
+        return lambda texts: embed(encoder, texts, 1024)
+    if way == "infinity":
+        return _infinity(model)
+    from sentence_transformers import SentenceTransformer
+
+    made: Any = SentenceTransformer(model, device="cpu", backend=way.rpartition(" ")[2])  # type: ignore[arg-type]
+    return lambda texts: made.encode(texts, normalize_embeddings=True, show_progress_bar=False)
+
+
+def _infinity(model: str) -> Callable[[list[str]], Any]:
+    engine_module = importlib.import_module("infinity_emb")
+    arguments = engine_module.EngineArgs(
+        model_name_or_path=model,
+        engine="torch",
+        device="cpu",
+        pooling_method="mean",
+        lengths_via_tokenize=True,
+    )
+    engine = engine_module.AsyncEmbeddingEngine.from_args(arguments)
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(engine.astart())
+
+    def embed(texts: list[str]) -> Any:
+        vectors, _ = loop.run_until_complete(engine.embed(sentences=texts))
+        return np.asarray(vectors)
+
+    return embed
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], sys.argv[2])
