@@ -152,6 +152,10 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 
         def set_aside(self, records: object, *, waits: bool) -> None: ...
 
+        class deletions:
+            @staticmethod
+            async def run() -> None: ...
+
         def when_first(self, record: object, go: Callable[[bool], None]) -> None:
             go(True)
 
