@@ -114,15 +114,10 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 
         async def close(self) -> None: ...
 
-    class FakeDeletions:
-        async def run(self) -> None:
-            await asyncio.Event().wait()
-
     class FakeIntake:
         def __init__(self, *_: Any, **__: Any) -> None:
             self.joined = world.joined
             self.commits = None
-            self.deletions = FakeDeletions()
 
         async def open(self) -> None:
             world.did.append("group joined")
