@@ -17,6 +17,7 @@ import structlog
 from embedq_consumer.cache import BadCacheSetting, EntryCodec, SecretSource, VectorCache, load_secret
 from embedq_consumer.delivery.deliverer import Deliverer, DeliveryLimits, Finish
 from embedq_consumer.delivery.kafka_producer import KafkaProducers
+from embedq_consumer.delivery.outgoing import Outgoing
 from embedq_consumer.delivery.publisher import Publisher
 from embedq_consumer.delivery.result_records import ResultEncoder
 from embedq_consumer.engine import (
@@ -36,6 +37,7 @@ from embedq_consumer.lifecycle.model_slot import Source
 from embedq_consumer.lifecycle.served_model import ServedModel
 from embedq_consumer.quarantine import Suspects
 from embedq_consumer.retries import RetryTiers
+from embedq_consumer.rollout import FleetMember, StatusTopic
 from embedq_consumer.settings import Settings, SettingsError
 from embedq_consumer.shapes import Mappings, MissingExtra, SchemaRegistry, connect
 from embedq_consumer.telemetry.health import CannotListen, Health, HealthServer
@@ -238,6 +240,21 @@ async def open_control(settings: Settings, metrics: Metrics) -> AsyncIterator[Co
         yield control
     finally:
         await control.close()
+
+
+@asynccontextmanager
+async def open_fleet(settings: Settings, publisher: Publisher) -> AsyncIterator[FleetMember]:
+    """This replica's part in roll-outs; what the others have said is still to be read."""
+
+    async def write(record: Outgoing) -> Exception | None:
+        [problem] = await publisher.publish([record], timeout_s=STATUS_INTERVAL_S)
+        return problem
+
+    statuses = StatusTopic(settings.kafka(), settings.topics)
+    try:
+        yield FleetMember(statuses, settings.topics, settings.replica, settings.alias, write)
+    finally:
+        await statuses.close()
 
 
 @asynccontextmanager

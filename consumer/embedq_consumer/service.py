@@ -35,6 +35,7 @@ from embedq_consumer.opening import (
     open_cache,
     open_control,
     open_deliverer,
+    open_fleet,
     open_health_pages,
     open_intake,
     open_model,
@@ -99,11 +100,13 @@ async def _serve(settings: Settings, stop: asyncio.Event, leaving: Callable[[], 
             open_model(settings, publisher, turns.traffic, metrics, health)
         )
         control = await parts.enter_async_context(open_control(settings, metrics))
+        fleet = await parts.enter_async_context(open_fleet(settings, publisher))
 
         # The desired model first, the jobs after: a late joiner must not answer with yesterday's model.
         health.set_ready("loading the model")
         desired = await once_kafka_answers(control.open, health, stop)
-        if not await _done_before(stop, model.start(desired)):
+        await once_kafka_answers(fleet.open, health, stop)
+        if not await _done_before(stop, model.start(fleet.begin(desired))):
             return
         schemas = await parts.enter_async_context(open_schemas(settings, health))
         parts.enter_context(_long_lived_objects_frozen())
@@ -154,7 +157,10 @@ async def _serve(settings: Settings, stop: asyncio.Event, leaving: Callable[[], 
                 "deletions": intake.deletions.run(),
                 "watermarks": intake.watch(pipeline.give_up, partial(health.hinder, "watermark")),
                 "batches": model.run_batches(pipeline, tasks),
-                "control": model.follow(control, intake.held),
+                "control": model.follow(
+                    fleet.commands(control), intake.held, partial(fleet.turn, voice=model.reporter)
+                ),
+                "fleet": fleet.run(),
                 "status": model.reporter.resend_forever(),
                 "memory": model.watch_memory(),
                 "delivery": publisher.watch(),

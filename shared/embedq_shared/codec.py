@@ -413,9 +413,10 @@ def read_status(key: bytes | None, value: bytes) -> Status:
     """The status in a record of the status topic.
 
     Raises:
-        msgspec.DecodeError, UnicodeDecodeError, RecursionError: it is none, or not that of the replica which the key names.
+        msgspec.DecodeError, UnicodeDecodeError, RecursionError: it is none, or not that of the replica, or of the replica's alias,
+            which the key names.
     """
     status = decode_status(value)
-    if key != status.replica.encode():
+    if key not in (status.replica.encode(), f"{status.replica}/{status.alias}".encode()):
         raise msgspec.ValidationError("the record's key and its replica differ")
     return status

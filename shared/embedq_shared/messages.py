@@ -315,6 +315,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     `state` says how that command stands, and `serving` whether a model serves: after a reload that failed, the old one does.
     `serving` is null in records of replicas that do not say it. `dimensions` is the hidden size of the model that serves, and
     `max_tokens` its longest input, special tokens included; null while none serves, and in records of older replicas.
+    `turn` is the version of a roll-out whose turn this replica takes. `path` is the directory that serves, as a command would name
+    it; null where none could. `memory_used` and `memory_total` are bytes of the device, on a CPU of the process and its machine.
     """
 
     replica: str
@@ -329,3 +331,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     serving: bool | None = None
     dimensions: Annotated[int, Meta(ge=1, le=MAX_INTEGER)] | None = None
     max_tokens: Annotated[int, Meta(ge=1, le=MAX_INTEGER)] | None = None
+    turn: Annotated[int, Meta(ge=1, le=MAX_INTEGER)] | None = None
+    path: str | None = None
+    memory_used: Annotated[int, Meta(ge=0, le=MAX_INTEGER)] | None = None
+    memory_total: Annotated[int, Meta(ge=0, le=MAX_INTEGER)] | None = None

@@ -36,7 +36,7 @@ class Door:
 
     def see(self, replica: str = "r1", **more: Any) -> None:
         """A replica says how it is: alive and serving `default`, unless told otherwise."""
-        self.gateway.fleet.board.see(a_status(replica, **more))
+        self.gateway.fleet.board.see(replica, a_status(replica, **more))
 
     async def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
         """A JSON request; `x_request_id` is the header `x-request-id`."""

@@ -45,6 +45,13 @@ def failing(command: Control) -> list[dict[str, Any]]:
     ]
 
 
+def failing_in_turn(command: Control) -> list[dict[str, Any]]:
+    """A replica that fails in its turn, and follows the rollback."""
+    if command.rollback_of is not None:
+        return ready(command)
+    return [status | {"turn": command.version} for status in failing(command)]
+
+
 def silent(command: Control) -> list[dict[str, Any]]:
     """A replica that is stuck."""
     return []

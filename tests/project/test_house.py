@@ -39,6 +39,7 @@ SERVICE: Final[Floors] = (
     ("delivery",),
     ("exactly_once",),
     ("lifecycle",),
+    ("rollout",),
     ("pipeline",),
     ("settings",),
     ("usage",),
@@ -54,6 +55,7 @@ SERVICE: Final[Floors] = (
 SDK: Final[Floors] = (
     ("errors",),
     ("job_options", "shown"),
+    ("hub",),
     ("embeddings",),
     ("reply_checks",),
     ("transport",),

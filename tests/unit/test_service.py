@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -17,12 +19,13 @@ from embedq_consumer import opening, service
 from embedq_consumer.delivery.outgoing import Outgoing
 from embedq_consumer.engine import Encoder
 from embedq_consumer.opening import MissingTopics
+from embedq_consumer.rollout.status_topic import Said
 from embedq_consumer.service import serve
 from embedq_consumer.settings import Settings
 from embedq_consumer.telemetry.health import Health
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.codec import decode_status
-from embedq_shared.messages import Control
+from embedq_shared.messages import Control, Rollout, Status
 from tests.helpers.fake_models import INSPECTION, FakeModel, command
 from tests.helpers.support import wait_until
 
@@ -35,6 +38,7 @@ class World:
         self.statuses: list[tuple[str, str]] = []
         self.partitions: dict[str, int] = {}
         self.desired: Control | None = None
+        self.said: list[Said] = []
         self.drains = True
         self.failure: Exception | None = None
         self.joined = asyncio.Event()
@@ -96,6 +100,19 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 
         async def close(self) -> None:
             world.did.append("control closed")
+
+    class FakeStatusTopic:
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        async def open(self) -> list[Said]:
+            world.did.append("statuses read")
+            return world.said
+
+        async def next(self) -> list[Said]:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def close(self) -> None: ...
 
     class FakeIntake:
         def __init__(self, *_: Any, **__: Any) -> None:
@@ -164,6 +181,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
     parts = {
         "Publisher": FakePublisher,
         "ControlTopic": FakeControl,
+        "StatusTopic": FakeStatusTopic,
         "Intake": FakeIntake,
         "make_jobs_clients": lambda *_: None,
         "load_encoder": load,
@@ -208,6 +226,7 @@ async def test_it_loads_before_it_joins_and_leaves_in_reverse(world: World, sett
     assert world.did == [
         "publisher open",
         "commands read",
+        "statuses read",
         "loaded old",
         "group joined",
         "drained within 9 s",
@@ -224,6 +243,27 @@ async def test_the_desired_model_is_there_before_the_first_job(world: World, set
     await serve_and_stop(world, settings)
     assert "loaded new" in world.did
     assert "loaded old" not in world.did
+
+
+async def test_in_the_middle_of_a_rollout_it_begins_with_what_the_others_serve(
+    world: World, settings: Settings
+) -> None:
+    world.desired = command(2, "new", fallback="old", rollout=Rollout(max_unavailable=1))
+    world.desired = msgspec.structs.replace(world.desired, alias="default")
+    other = Status(
+        replica="another",
+        alias="default",
+        version=1,
+        step="serving",
+        state="READY",
+        model_version="sha256:old",
+        error=None,
+        at=int(time.time() * 1000),
+        serving=True,
+    )
+    world.said = [Said("another", other)]
+    await serve_and_stop(world, settings)
+    assert [did for did in world.did if did.startswith("loaded")] == ["loaded old"]
 
 
 async def test_it_is_ready_once_the_group_has_given_it_partitions(world: World, settings: Settings) -> None:

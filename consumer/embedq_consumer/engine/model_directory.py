@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 
 import msgspec
 
+from embedq_consumer.engine.adapters.reading import ADAPTER_CONFIG, Adapter, base_of, read_adapter
 from embedq_consumer.engine.api import ModelError
 from embedq_consumer.engine.pooling import POOLINGS
 from embedq_consumer.engine.safety.bounds import too_large
@@ -108,6 +109,13 @@ class ModelDirectory(msgspec.Struct, frozen=True, kw_only=True):
     max_seq_length: int | None
     """The limit that these files set, in tokens with special tokens; None if they set none."""
     tensors: tuple[TensorSlice, ...]
+    adapter: Adapter | None = None
+    """What is merged into these weights; then `root` is the adapter's directory, and all else is the base model's."""
+
+    @property
+    def all_tensors(self) -> tuple[TensorSlice, ...]:
+        """The weights, and those of the adapter."""
+        return self.tensors if self.adapter is None else (*self.tensors, *self.adapter.tensors)
 
     @property
     def quantization_method(self) -> str | None:
@@ -117,7 +125,7 @@ class ModelDirectory(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_directory(path: Path, root: Path | None = None) -> ModelDirectory:
-    """Read and check `path`; of the weights, only the headers are read. Links may lead to files below `root`; see `safety/files.py`.
+    """Read and check `path`, a model or a LoRA adapter over one; of the weights, only the headers are read. Links may lead to files below `root`; see `safety/files.py`.
 
     Raises:
         ModelError: a file is missing or malformed, is no regular file or too large, or asks for something that embedq does not
@@ -126,6 +134,15 @@ def read_directory(path: Path, root: Path | None = None) -> ModelDirectory:
     if not path.is_dir():
         raise ModelError(f"{path}: no such directory")
     survey(path, confines_of(path, root))
+    if (path / ADAPTER_CONFIG).exists() and not (path / "config.json").exists():
+        adapter = read_adapter(path)
+        base = read_directory(base_of(path, root), root)
+        if base.quantization_method is not None:
+            raise ModelError(
+                f"{path / ADAPTER_CONFIG}: base_model_name_or_path: {base.root} is quantized ({base.quantization_method}); adapters "
+                "are merged into unquantized weights"
+            )
+        return msgspec.structs.replace(base, root=path, adapter=adapter)
     modules, dense_folders = _modules(path)
     checkpoint = path / modules["Transformer"] if modules else path
     config = _read_object(checkpoint / "config.json")
@@ -237,7 +254,7 @@ def _dense_layer(folder: Path) -> Dense:
 def _refuse_foreign_checkpoints(checkpoint: Path, config: Mapping[str, Any]) -> None:
     if (checkpoint / "adapter_config.json").exists():
         raise ModelError(
-            f"{checkpoint / 'adapter_config.json'}: adapters are not served; merge them into the weights"
+            f"{checkpoint / 'adapter_config.json'}: an adapter and a whole model in one directory; expected one of them"
         )
     file = checkpoint / "config.json"
     if not isinstance(config.get("quantization_config") or {}, dict):

@@ -23,9 +23,10 @@ from embedq_consumer.lifecycle.gates.load_attempts import LoadAttempts
 from embedq_consumer.lifecycle.gates.model_root import ModelRoot
 from embedq_consumer.lifecycle.model_slot import Loader, ModelSlot
 from embedq_consumer.lifecycle.reloader import Commands, Hold, Reloader, Turn, everybodys_turn
-from embedq_consumer.lifecycle.status_reporter import Publish, StatusReporter
+from embedq_consumer.lifecycle.status_reporter import Publish, Serving, StatusReporter
 from embedq_consumer.lifecycle.trial import Gates, Trial, TrialLimits
 from embedq_consumer.telemetry.metrics import Metrics
+from embedq_consumer.telemetry.process_memory import machine_bytes, resident_bytes
 from embedq_consumer.threads import CLOSE_S
 from embedq_shared.messages import Control
 from embedq_shared.topics import Topics
@@ -85,6 +86,8 @@ class ServedModel:
         batches = options.batches
         self._metrics = metrics
         self._configured = options.configured
+        self._root = options.root
+        self._memory: tuple[int | None, int | None] = None, None
         self.slot = ModelSlot(loader, load_timeout_s=options.load_timeout_s)
         self._flights = SingleFlight()
         self._batcher = Batcher[QueuedText](
@@ -104,7 +107,7 @@ class ServedModel:
             options.alias,
             publish,
             metrics,
-            serving=lambda: None if self.slot.serving is None else self.slot.serving.encoder,
+            serving=self._serving,
         )
         self._dimensions = DimensionsInUse()
         trial = Trial(
@@ -160,14 +163,30 @@ class ServedModel:
         self._dimensions.note(dimensions, time.monotonic())
 
     async def watch_memory(self) -> None:
-        """Measure the device's memory again and again, until cancelled."""
-        while (memory := await self.slot.memory()) is not None or self.slot.serving is None:
-            if memory is not None:
+        """Measure the device's memory again and again, until cancelled; on a CPU this process's."""
+        while True:
+            if (memory := await self.slot.memory()) is not None:
                 self._metrics.gpu_used.set(memory.used)
                 self._metrics.gpu_total.set(memory.total)
                 self._metrics.gpu_reserved.set(memory.reserved)
                 self._metrics.gpu_peak.set(memory.peak)
+                self._memory = memory.used, memory.total
+            else:
+                self._memory = await asyncio.to_thread(resident_bytes), machine_bytes()
             await asyncio.sleep(_MEMORY_EVERY_S)
+
+    def _serving(self) -> Serving | None:
+        """What a status says of the model that serves."""
+        if (loaded := self.slot.serving) is None:
+            return None
+        used, total = self._memory
+        return Serving(
+            dimensions=loaded.encoder.hidden_size,
+            max_tokens=loaded.encoder.max_tokens,
+            path=_name_of(loaded.path, self._root),
+            memory_used=used,
+            memory_total=total,
+        )
 
     @property
     def busy_since(self) -> dict[str, float | None]:
@@ -179,3 +198,10 @@ class ServedModel:
         until = time.monotonic() + within_s
         self.queue.close(within_s)
         self.slot.close(until - time.monotonic())
+
+
+def _name_of(path: Path, root: Path) -> str | None:
+    """What a command calls this directory; None for one that lies elsewhere, or is the root itself."""
+    if path == root or not path.is_relative_to(root):
+        return None
+    return path.relative_to(root).as_posix()

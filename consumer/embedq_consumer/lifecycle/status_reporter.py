@@ -9,13 +9,23 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from embedq_consumer.delivery.outgoing import Outgoing
-from embedq_consumer.engine import Encoder
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.codec import encode_record
 from embedq_shared.messages import STATUS_INTERVAL_S, Control, State, Status, Step
 from embedq_shared.topics import Topics
 
 Publish = Callable[[list[Outgoing]], Awaitable[object]]
+
+
+class Serving(msgspec.Struct, frozen=True, kw_only=True):
+    """The model that serves, as a status says it."""
+
+    dimensions: int
+    max_tokens: int
+    path: str | None
+    """The directory, as a command would name it; None where none could."""
+    memory_used: int | None
+    memory_total: int | None
 
 
 class StatusReporter:
@@ -28,7 +38,7 @@ class StatusReporter:
         alias: str,
         publish: Publish,
         metrics: Metrics,
-        serving: Callable[[], Encoder | None] = lambda: None,
+        serving: Callable[[], Serving | None] = lambda: None,
     ) -> None:
         """`serving` is the model that serves, if one does."""
         self._topic = topics.status
@@ -65,15 +75,24 @@ class StatusReporter:
             self.status,
             step=step,
             state=state,
-            error=error,
+            error=error or _taken_back(command, state),
             version=command.version if command else self.status.version,
             command_id=command.command_id if command else self.status.command_id,
+            turn=self._turn_after(command, step, state),
             model_version=model_version or self.status.model_version,
         )
         await self._send(self.status)
 
+    async def take_turn(self, version: int | None) -> None:
+        """Say that this replica takes its turn of a command, or (None) that it does not. A turn ends with READY or STOPPED, and where
+        another command takes the place."""
+        self.status = msgspec.structs.replace(self.status, turn=version)
+        await self._send(self.status)
+
     async def reject(self, command: Control, error: str, step: Step = "validate") -> None:
         """Say once that a command was not applied, or given up, without changing the status, which should be sent again after it."""
+        if command.version == self.status.turn:
+            self.status = msgspec.structs.replace(self.status, turn=None)  # it is over, and nobody failed
         await self._send(
             msgspec.structs.replace(
                 self.status,
@@ -84,6 +103,15 @@ class StatusReporter:
                 error=error,
             )
         )
+
+    def _turn_after(self, command: Control | None, step: Step, state: State) -> int | None:
+        """The turn that a status leaves. A failure keeps it, and takes it where it came before the turn, so that the others go no
+        further; one of a replica that starts is its own."""
+        if state in ("READY", "STOPPED"):
+            return None
+        if command is not None and command.rollout is not None and state == "FAILED" and step != "serving":
+            return command.version
+        return self.status.turn if command is None or command.version == self.status.turn else None
 
     async def resend(self) -> None:
         """Publish the status as it is."""
@@ -96,14 +124,10 @@ class StatusReporter:
             await self.resend()
 
     async def _send(self, status: Status) -> None:
-        encoder = None if status.state == "STOPPED" else self._serving()
-        sent = msgspec.structs.replace(
-            status,
-            at=int(time.time() * 1000),
-            serving=encoder is not None,
-            dimensions=None if encoder is None else encoder.hidden_size,
-            max_tokens=None if encoder is None else encoder.max_tokens,
-        )
+        serving = None if status.state == "STOPPED" else self._serving()
+        sent = msgspec.structs.replace(status, at=int(time.time() * 1000), serving=serving is not None)
+        if serving is not None:
+            sent = msgspec.structs.replace(sent, **msgspec.structs.asdict(serving))
         record = Outgoing(
             topic=self._topic,
             partition=None,
@@ -112,3 +136,10 @@ class StatusReporter:
             headers=[],
         )
         await self._publish([record])
+
+
+def _taken_back(command: Control | None, state: State) -> str | None:
+    """What people should know of a command that was followed: it took another one back."""
+    if command is None or command.rollback_of is None or state != "READY":
+        return None
+    return f"version {command.rollback_of} was taken back: {command.reason}"

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 import msgspec
 
-from embedq_sdk.admin.rollout import ReplicaView, StatusBoard, view_of
+from embedq_sdk.admin.rollout import ReplicaView, view_of
+from embedq_shared.fleet import StatusBoard
 from embedq_shared.messages import Status
 
 

@@ -22,9 +22,10 @@ from embedq_gateway.http.exchange import Exchange
 from embedq_gateway.http.operation import Operation
 from embedq_gateway.operations.history import History, Point
 from embedq_gateway.operations.sse import EventStream, events
-from embedq_sdk.admin import LostRace, RolloutUpdate
+from embedq_sdk.admin import LostRace, RolloutUpdate, UnexpectedVersion
+from embedq_sdk.admin.commands import DEFAULT_WAVE
 from embedq_sdk.admin.rollout import ReplicaView
-from embedq_shared.messages import DEFAULT_ALIAS
+from embedq_shared.messages import DEFAULT_ALIAS, Policy, Quantization
 from embedq_shared.topics import Lane
 
 log = logging.getLogger("embedq.gateway")
@@ -42,9 +43,31 @@ class ReloadRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """A model directory below the service's model root."""
     alias: Annotated[str, Meta(min_length=1, max_length=256)] = DEFAULT_ALIAS
     digest: str | None = None
-    policy: Literal["availability", "resource"] = "availability"
+    policy: Literal["auto", "availability", "resource"] = "auto"
+    quantization: Quantization | None = None
     min_cosine: Annotated[float, Meta(ge=-1, le=1)] | None = None
+    golden: str | None = None
+    """A file of texts and expected vectors, below the service's model root."""
+    golden_min_cosine: Annotated[float, Meta(ge=-1, le=1)] | None = None
+    min_dimensions: Annotated[int, Meta(ge=1)] | None = None
+    expected_version: Annotated[int, Meta(ge=0)] | None = None
+    """The command that must be in force, 0 for none."""
+    max_unavailable: int | str | None = DEFAULT_WAVE
+    """Replicas that change at once: a number, a percentage such as "25%", or null for all."""
+    canary: bool = True
+    """One replica changes alone first."""
     timeout: Annotated[float, Meta(gt=0, le=3600)] = 600.0
+
+    @property
+    def command_policy(self) -> Policy | None:
+        """As a command has it."""
+        match self.policy:
+            case "availability":
+                return "availability_preserving"
+            case "resource":
+                return "resource_preserving"
+            case _:
+                return None
 
 
 class KeyFileState(msgspec.Struct, frozen=True, kw_only=True):
@@ -171,7 +194,7 @@ class Admin:
         try:
             async for update in self._reload(asked):
                 yield update
-        except LostRace as error:
+        except (LostRace, UnexpectedVersion) as error:
             raise ApiError("superseded", str(error)) from None
         finally:
             self._streams -= 1

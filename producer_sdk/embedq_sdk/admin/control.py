@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-import re
 import time
-import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
-from typing import Any, Final, get_args
+from contextlib import aclosing
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from embedq_sdk.admin.rollout import ReplicaView, RolloutUpdate, RolloutView, StatusBoard, view_of
+from embedq_sdk.admin.commands import (
+    DEFAULT_WAVE,
+    check_alias,
+    checked_command,
+    checked_version,
+    checked_wave,
+    command_back,
+    next_command,
+    refuse_unexpected,
+    rollout_of,
+)
+from embedq_sdk.admin.rollout import ReplicaView, RolloutUpdate, RolloutView, view_of
 from embedq_sdk.errors import EmbedError, InvalidArgument
 from embedq_sdk.job_options import checked_timeout
 from embedq_sdk.transport.kafka import KafkaConnection, require_topics
 from embedq_sdk.transport.silence import Silence
 from embedq_shared.codec import encode_record, read_command, read_status
+from embedq_shared.fleet import StatusBoard
 from embedq_shared.kafka import (
     AIOKafkaConsumer,
     KafkaError,
@@ -25,13 +36,10 @@ from embedq_shared.kafka import (
     group_lag,
     poll,
 )
-from embedq_shared.messages import Control, Policy, Status
+from embedq_shared.messages import Control, Policy, Quantization, Status
 from embedq_shared.topics import GROUP, MAX_RETRY_TIERS, Topics
 
 _UNDECODABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-_DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
-_MAX_ALIAS_CHARS: Final = 256
-_MAX_PATH_CHARS: Final = 4096
 _STEP_S: Final = 10.0
 """One step of a command, such as finding the end of a topic."""
 _READ_S: Final = 3 * _STEP_S
@@ -70,8 +78,15 @@ async def reload_model(
     *,
     alias: str = "default",
     digest: str | None = None,
-    policy: Policy = "availability_preserving",
+    policy: Policy | None = None,
+    quantization: Quantization | None = None,
     min_cosine: float | None = None,
+    golden: str | None = None,
+    golden_min_cosine: float | None = None,
+    min_dimensions: int | None = None,
+    expected_version: int | None = None,
+    max_unavailable: int | str | None = DEFAULT_WAVE,
+    canary: bool = True,
     timeout: float = 600.0,
     topic_prefix: str = "embed",
     connect_timeout: float = 10.0,
@@ -79,53 +94,139 @@ async def reload_model(
 ) -> AsyncGenerator[RolloutUpdate, None]:
     """Write a reload command, then yield how the replicas follow it, each time something changed; the last update is done.
 
+    The replicas follow it by themselves, whether or not anybody watches: one replica first, then as many at once as
+    `max_unavailable` says. If one fails in its turn, all of them go back to the model of before.
+
     Args:
         path: a model directory below the service's configured root.
         digest: the model version that must result ("sha256:…"); another one is FAILED.
-        policy: load alongside the old model, or after unloading it.
-        min_cosine: least cosine similarity of the check texts' vectors to the old model's.
+        policy: load alongside the old model, or after unloading it; None: each replica chooses by its free memory.
+        quantization: of this model; None: as each replica's settings say.
+        min_cosine: least cosine similarity of the check texts' vectors to the old model's; `SAME_SPACE_COSINE` if nothing but
+            precision may differ.
+        golden: a file of texts and expected vectors, below the model root. Default: the one in the model's directory, if it is there.
+        golden_min_cosine: least cosine similarity to those. Default: `SAME_SPACE_COSINE`.
+        min_dimensions: the least hidden size. Default: what jobs lately asked for.
+        expected_version: the command that must be in force, 0 for none; if another one is, nothing is written.
+        max_unavailable: replicas that change at once, or which part of the live ones ("25%", at least one); None: all.
+        canary: one replica changes alone first. Without it, and with None for `max_unavailable`, each replica follows for itself:
+            one that fails keeps its old model, and the others go on with the new one.
         timeout: seconds until the last update says "timeout".
         security: as for `EmbedClient`.
 
     Raises:
-        InvalidArgument, TopicMissing: no command was written.
+        InvalidArgument, TopicMissing, UnexpectedVersion: no command was written.
         KafkaUnavailable: a command may have been written, or not.
         LostRace: another writer was faster; replicas follow that one.
     """
-    command = _checked_command(path, alias, digest, policy, min_cosine)
-    timeout = checked_timeout("timeout", timeout)
-    connection = KafkaConnection.of(servers, security)
-    topics = Topics(topic_prefix)
+    command = checked_command(
+        path,
+        alias,
+        digest=digest,
+        policy=policy,
+        quantization=quantization,
+        min_cosine=min_cosine,
+        golden=golden,
+        golden_min_cosine=golden_min_cosine,
+        min_dimensions=min_dimensions,
+    )
+    expected = checked_version(expected_version)
+    wave = checked_wave(max_unavailable)
+
+    def decide(earlier: list[Control], live: list[Status]) -> Control:
+        refuse_unexpected(alias, expected, earlier)
+        return msgspec.structs.replace(
+            next_command(command, earlier, live), rollout=rollout_of(wave, canary, len(live))
+        )
+
+    place = _Place(KafkaConnection.of(servers, security), Topics(topic_prefix), alias, connect_timeout)
+    updates = _carry_out(place, decide, checked_timeout("timeout", timeout))
+    async with aclosing(updates):
+        async for update in updates:
+            yield update
+
+
+async def rollback_model(
+    servers: str | list[str],
+    *,
+    alias: str = "default",
+    max_unavailable: int | str | None = DEFAULT_WAVE,
+    timeout: float = 600.0,
+    topic_prefix: str = "embed",
+    connect_timeout: float = 10.0,
+    **security: Any,
+) -> AsyncGenerator[RolloutUpdate, None]:
+    """Bring back what the alias served before its present command, and yield how the replicas follow, as `reload_model` does.
+
+    Args:
+        max_unavailable, timeout, security: as for `reload_model`.
+
+    Raises:
+        NothingBefore: no command was written, since nothing is known to go back to.
+        InvalidArgument, TopicMissing, KafkaUnavailable, LostRace: as for `reload_model`.
+    """
+    check_alias(alias)
+    wave = checked_wave(max_unavailable)
+
+    def decide(earlier: list[Control], live: list[Status]) -> Control:
+        command = command_back(alias, earlier, live)
+        return msgspec.structs.replace(command, rollout=rollout_of(wave, False, len(live)))
+
+    place = _Place(KafkaConnection.of(servers, security), Topics(topic_prefix), alias, connect_timeout)
+    updates = _carry_out(place, decide, checked_timeout("timeout", timeout))
+    async with aclosing(updates):
+        async for update in updates:
+            yield update
+
+
+class _Place(NamedTuple):
+    """Where a command goes."""
+
+    connection: KafkaConnection
+    topics: Topics
+    alias: str
+    connect_timeout: float
+
+
+async def _carry_out(
+    place: _Place, decide: Callable[[list[Control], list[Status]], Control], timeout: float
+) -> AsyncGenerator[RolloutUpdate, None]:
+    """Write the command that `decide` makes of the alias's earlier ones and its live replicas, and watch it."""
+    connection, topics, alias, connect_timeout = place
     async with connection.client(control_consumer(connection), connect_timeout) as consumer:
         await require_topics(connection, consumer, [topics.control, topics.status], connect_timeout)
         reader = ControlPlaneReader(connection, consumer, topics, alias)
         commands = await reader.read_to_end([topics.control, topics.status])
         earlier = [found.command for found in commands]
-        command = _next_command(command, earlier, reader.board.live(reader.heard(time.time()), alias))
+        command = decide(earlier, reader.board.live(reader.heard(time.time()), alias))
 
         async def write(command: Control) -> int:
             return await _write(connection, topics.control, command, connect_timeout)
 
         await _take_part(reader, command, write)
-        rollout = RolloutView(
-            reader.board,
-            alias=alias,
-            version=command.version,
-            command_id=command.command_id,
-            started=time.time(),
-            timeout=timeout,
-        )
+        rollout = RolloutView(reader.board, command, started=time.time(), timeout=timeout)
         shown: object = None
         while True:
             now = time.time()
             update = rollout.at(now, reader.heard(now))
-            news = (update.progress, [msgspec.structs.replace(r, age_s=0.0) for r in update.replicas])
+            news = msgspec.structs.replace(
+                update, replicas=tuple(_without_what_drifts(replica) for replica in update.replicas)
+            )
             if news != shown:
                 shown = news
                 yield update
             if update.done:
                 return
-            await reader.poll()
+            if (rollback := rollout.overdue_rollback(time.time())) is not None:
+                await _take_part(reader, rollback, write)
+                rollout.take(rollback)
+            for found in await reader.poll():
+                rollout.take(found.command)
+
+
+def _without_what_drifts(replica: ReplicaView) -> ReplicaView:
+    """A replica without what changes while nothing happens."""
+    return msgspec.structs.replace(replica, age_s=0.0, memory_used=None)
 
 
 async def service_status(
@@ -170,58 +271,30 @@ async def service_status(
         )
 
 
+async def live_replicas(
+    servers: str | list[str], *, topic_prefix: str = "embed", connect_timeout: float = 10.0, **security: Any
+) -> list[ReplicaView]:
+    """The live replicas and what each serves, now, sorted by name.
+
+    Args:
+        security: as for `EmbedClient`.
+
+    Raises:
+        InvalidArgument, KafkaUnavailable, TopicMissing.
+    """
+    connection = KafkaConnection.of(servers, security)
+    topics = Topics(topic_prefix)
+    async with connection.client(control_consumer(connection), connect_timeout) as consumer:
+        await require_topics(connection, consumer, [topics.status], connect_timeout)
+        reader = ControlPlaneReader(connection, consumer, topics)
+        await reader.read_to_end([topics.status])
+        now = time.time()
+        return [view_of(status, now) for status in reader.board.live(reader.heard(now))]
+
+
 def control_consumer(connection: KafkaConnection) -> Callable[[], AIOKafkaConsumer]:
     """Makes a consumer for `ControlPlaneReader`."""
     return lambda: connection.consumer(fetch_max_wait_ms=_POLL_MS)
-
-
-def _checked_command(
-    path: str, alias: str, digest: str | None, policy: Policy, min_cosine: float | None
-) -> Control:
-    """The command, checked, but for its version."""
-    for name, value, most in (("path", path, _MAX_PATH_CHARS), ("alias", alias, _MAX_ALIAS_CHARS)):
-        if not isinstance(value, str) or not 1 <= len(value) <= most:
-            got = f"{len(value):,}" if isinstance(value, str) else type(value).__name__
-            raise InvalidArgument(argument=name, expected=f"a string of 1 to {most:,} characters", got=got)
-    if digest is not None and not (isinstance(digest, str) and _DIGEST.fullmatch(digest)):
-        raise InvalidArgument(
-            argument="digest", expected="sha256: and 64 lower-case hex digits", got="something else"
-        )
-    if policy not in get_args(Policy):
-        raise InvalidArgument(
-            argument="policy", expected=f"one of {', '.join(get_args(Policy))}", got=repr(policy)
-        )
-    if min_cosine is not None and not (
-        isinstance(min_cosine, (int, float)) and not isinstance(min_cosine, bool) and -1 <= min_cosine <= 1
-    ):
-        raise InvalidArgument(argument="min_cosine", expected="a number from -1 to 1", got=repr(min_cosine))
-    return Control(
-        alias=alias,
-        version=1,
-        path=path,
-        command_id=uuid.uuid4().hex,
-        digest=digest,
-        policy=policy,
-        min_cosine=None if min_cosine is None else float(min_cosine),
-    )
-
-
-def _next_command(command: Control, earlier: list[Control], live: list[Status]) -> Control:
-    """The command with the next version, and with a fallback directory that is known to load.
-
-    What live replicas follow counts, too: the control topic may have been deleted and made again, and their versions only rise.
-    The fallback is the current command's path if a live replica serves it, else that command's own fallback.
-    """
-    followed = max((status.version or 0 for status in live), default=0)
-    if not earlier:
-        return msgspec.structs.replace(command, version=followed + 1)
-    current = max(earlier, key=lambda record: record.version)
-    served = any(s.version == current.version and s.state == "READY" for s in live)
-    return msgspec.structs.replace(
-        command,
-        version=max(current.version, followed) + 1,
-        fallback=current.path if served else current.fallback,
-    )
 
 
 class FoundCommand(msgspec.Struct, frozen=True):
@@ -332,7 +405,8 @@ class ControlPlaneReader:
                 alias = self._alias
                 command = None if alias is None else read_command(record.key, record.value, alias)
                 return None if command is None else FoundCommand(record.offset, command)
-            self.board.see(read_status(record.key, record.value))
+            key = (record.key or b"").decode(errors="replace")
+            self.board.see(key, read_status(record.key, record.value))
         except _UNDECODABLE:
             return None
         return None

@@ -17,7 +17,9 @@ import click
 from embedq_sdk.cli.dlq import dlq
 from embedq_sdk.cli.embedding import embed
 from embedq_sdk.cli.kafka_options import CONNECT_TIMEOUT_S, KafkaTarget, kafka_options
-from embedq_sdk.cli.running import FAILED, NO_ANSWER, run, say
+from embedq_sdk.cli.models import models, reload, rollback
+from embedq_sdk.cli.pull import pull
+from embedq_sdk.cli.running import NO_ANSWER, run, say
 from embedq_shared.topics import (
     DEFAULT_PARTITIONS,
     DEFAULT_REPLY_PARTITIONS,
@@ -28,7 +30,6 @@ from embedq_shared.topics import (
 
 if TYPE_CHECKING:
     from embedq_sdk.admin.control import ServiceStatus
-    from embedq_sdk.admin.rollout import RolloutUpdate
 
 _WATCH_S: Final = 1.0
 
@@ -92,109 +93,8 @@ def cli() -> None:
 
 cli.add_command(embed)
 cli.add_command(dlq)
-
-
-@cli.command()
-@click.argument("path")
-@click.option("--alias", default="default", show_default=True, help="The alias that the model gets.")
-@click.option("--digest", help="The model version that must result, sha256:…; replicas refuse any other.")
-@click.option(
-    "--policy",
-    type=click.Choice(["availability", "resource"]),
-    default="availability",
-    show_default=True,
-    help="Load the new model alongside the old one, or after unloading it.",
-)
-@click.option(
-    "--min-cosine",
-    type=click.FloatRange(-1, 1),
-    help="Least cosine similarity of the new model's check vectors to the old model's. Default: not checked.",
-)
-@click.option(
-    "--timeout", type=float, default=600.0, show_default=True, help="Seconds to wait for all replicas."
-)
-@kafka_options
-def reload(
-    path: str,
-    alias: str,
-    digest: str | None,
-    policy: str,
-    min_cosine: float | None,
-    timeout: float,
-    kafka: KafkaTarget,
-) -> None:
-    """Make every replica load the model at PATH, a directory below the service's model root.
-
-    Exit code 0: every live replica is READY. 1: at least one FAILED and keeps its old model. 2: there is no live replica,
-    time ran out, or a later command took its place.
-    """
-    from embedq_sdk.admin.control import LostRace, reload_model
-    from embedq_sdk.cli.tables import replica_lines, replica_table
-
-    updates = reload_model(
-        kafka.servers,
-        path,
-        alias=alias,
-        digest=digest,
-        policy="availability_preserving" if policy == "availability" else "resource_preserving",
-        min_cosine=min_cosine,
-        timeout=timeout,
-        topic_prefix=kafka.prefix,
-        connect_timeout=CONNECT_TIMEOUT_S,
-        **kafka.security,
-    )
-
-    async def follow() -> int:
-        from rich.console import Console
-        from rich.live import Live
-
-        console = Console()
-        last: RolloutUpdate | None = None
-        with contextlib.ExitStack() as stack:
-            live = stack.enter_context(Live(console=console)) if console.is_terminal else None
-            try:
-                async with contextlib.aclosing(updates) as reported:
-                    async for update in reported:
-                        if live is not None:
-                            live.update(replica_table(update.replicas, f"{alias} version {update.version}"))
-                        else:
-                            for line in replica_lines(last, update):
-                                click.echo(line)
-                        last = update
-            except LostRace as error:
-                say(str(error))
-                return NO_ANSWER
-        if last is None:
-            raise RuntimeError("a reload ended without an update. This is a bug.")
-        return _conclude(last, timeout)
-
-    run(follow())
-
-
-def _conclude(last: RolloutUpdate, timeout: float) -> int:
-    """Report how a reload ended; the exit code."""
-    count = len(last.replicas)
-    match last.progress:
-        case "ready":
-            click.echo(f"{last.alias} version {last.version}: READY on {count} of {count} replicas")
-            return 0
-        case "failed":
-            for replica in last.replicas:
-                if replica.outcome == "FAILED":
-                    say(f"{replica.replica} FAILED and keeps its old model: {replica.error}")
-            return FAILED
-        case "no_replicas":
-            say(
-                f"there is no live replica of {last.alias}; version {last.version} is written, and replicas that start will load it"
-            )
-        case "superseded":
-            say(f"a later command for {last.alias} took the place of version {last.version}")
-        case _:
-            waiting = [replica.replica for replica in last.replicas if not replica.answered]
-            say(
-                f"no answer within {timeout:g} s from {', '.join(waiting)}; they continue with version {last.version}"
-            )
-    return NO_ANSWER
+for _command in (models, pull, reload, rollback):
+    cli.add_command(_command)
 
 
 @cli.command()

@@ -1,4 +1,5 @@
-"""How a command runs and ends. Exit codes: 0 success, 1 something failed, 2 wrong usage or no answer in time, 3 no Kafka."""
+"""How a command runs and ends. Exit codes: 0 success, 1 something failed, 2 wrong usage or no answer in time, 3 no Kafka, 4 a reload
+failed and left replicas with different models."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from embedq_sdk.errors import EmbedError, InvalidArgument, KafkaUnavailable
 FAILED: Final = 1
 NO_ANSWER: Final = 2
 NO_KAFKA: Final = 3
+MIXED: Final = 4
 
 
 def run(work: Coroutine[Any, Any, int]) -> None:

@@ -1,4 +1,4 @@
-"""Replicas and lag as tables and lines of text."""
+"""Replicas, models and lag as tables and lines of text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.table import Table
 
 from embedq_sdk.admin.control import ServiceStatus
 from embedq_sdk.admin.rollout import ReplicaView, RolloutUpdate
-from embedq_shared.messages import State, Step
+from embedq_shared.messages import State
 
 _COLORS: Final = {"READY": "green", "FAILED": "red", "LOADING": "yellow", "STOPPED": "dim"}
 
@@ -44,6 +44,26 @@ def replica_table(replicas: Iterable[ReplicaView], title: str) -> Table:
     return table
 
 
+def rollout_table(update: RolloutUpdate) -> Table:
+    """One row for each replica: how far it is with the command, and what it serves meanwhile."""
+    title = f"{escape(update.alias)} version {update.version}"
+    if update.rollback_version is not None:
+        title += f": taken back by version {update.rollback_version}"
+    table = Table(title=title, title_justify="left", caption=escape(update.reason or "") or None)
+    for column in ("replica", "step", "outcome", "serves", "directory", "error"):
+        table.add_column(column)
+    for replica in update.replicas:
+        table.add_row(
+            escape(replica.replica),
+            _step(replica),
+            "-" if replica.outcome is None else _colored(replica.outcome),
+            short(replica.model_version),
+            escape(replica.path or "-"),
+            escape(replica.error or ""),
+        )
+    return table
+
+
 def replica_lines(before: RolloutUpdate | None, now: RolloutUpdate) -> Iterator[str]:
     """A line for each replica that changed between two updates."""
     known = {r.replica: _standing(r) for r in before.replicas} if before else {}
@@ -53,7 +73,9 @@ def replica_lines(before: RolloutUpdate | None, now: RolloutUpdate) -> Iterator[
         if known.pop(replica.replica, None) != (standing := _standing(replica)):
             error = f": {replica.error}" if replica.error else ""
             version = "-" if replica.version is None else replica.version
-            yield f"{replica.replica}: {standing[0]} {replica.step} (version {version}){error}"
+            yield f"{replica.replica}: {standing[0]} {standing[1]} (version {version}){error}"
+    if now.rollback_version is not None and (before is None or before.rollback_version is None):
+        yield f"{now.alias} version {now.version} failed: {now.reason}; version {now.rollback_version} brings the old model back"
     for replica_id in known:
         yield f"{replica_id}: gone"
 
@@ -75,6 +97,62 @@ def status_lines(status: ServiceStatus, *, plain: bool) -> Sequence[Table | str]
     return [*rows, *lag]
 
 
-def _standing(replica: ReplicaView) -> tuple[State, Step, int | None]:
+def model_lines(replicas: Sequence[ReplicaView], *, plain: bool) -> Sequence[Table | str]:
+    """What `embedq models` shows: what each replica serves, as a table, or as plain lines where the output is not a terminal."""
+    if not replicas:
+        return ["no live replicas"]
+    if plain:
+        return [
+            f"{escape(r.replica)} {escape(r.alias)} {r.state} directory={escape(r.path or '-')} model={r.model_version or '-'} "
+            f"version={_or_dash(r.version)} step={r.step} dimensions={_or_dash(r.dimensions)} max_tokens={_or_dash(r.max_tokens)} "
+            f"memory={memory(r)}"
+            for r in replicas
+        ]
+    table = Table(title="models", title_justify="left")
+    for column in (
+        *(
+            "replica",
+            "alias",
+            "state",
+            "directory",
+            "model",
+            "version",
+            "step",
+            "dimensions",
+            "max tokens",
+            "memory",
+        ),
+    ):
+        table.add_column(column)
+    for r in replicas:
+        table.add_row(
+            *(
+                escape(r.replica),
+                escape(r.alias),
+                _colored(r.state),
+                escape(r.path or "-"),
+                short(r.model_version),
+            ),
+            *(_or_dash(r.version), r.step, _or_dash(r.dimensions), _or_dash(r.max_tokens), memory(r)),
+        )
+    return [table]
+
+
+def memory(replica: ReplicaView) -> str:
+    """A device's memory, or a process's and its machine's: used of how much, in GB."""
+    if replica.memory_used is None or replica.memory_total is None:
+        return "-"
+    return f"{replica.memory_used / 1e9:.1f}/{replica.memory_total / 1e9:.1f}GB"
+
+
+def _or_dash(value: int | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def _step(replica: ReplicaView) -> str:
+    return "waiting" if replica.waiting else replica.step
+
+
+def _standing(replica: ReplicaView) -> tuple[State, str, int | None]:
     """How a replica stands with its command."""
-    return replica.outcome or replica.state, replica.step, replica.version
+    return replica.outcome or replica.state, _step(replica), replica.version

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from embedq_sdk.admin.topics import create_topics
-from embedq_shared.messages import Datum, ErrorBody
+from embedq_shared.messages import Datum, ErrorBody, Rollout
 from tests.helpers.command_line import Run
-from tests.helpers.fake_replica import Replica, failing, silent
+from tests.helpers.fake_replica import Replica, failing, failing_in_turn, silent
 from tests.helpers.fake_service import OLD, Answer, Received, changed, expected
 from tests.helpers.responder import Responder
-from tests.helpers.support import patient
+from tests.helpers.support import patient, wait_until
 
 pytestmark = pytest.mark.kafka
 
@@ -236,8 +236,87 @@ async def test_a_failed_reload_gives_the_reason(embedq: Run, servers: str, fresh
     async with Replica(servers, fresh, "r1"), Replica(servers, fresh, "r2", failing):
         done = await embedq("reload", "/models/bad", "--prefix", fresh)
 
-    assert done.code == 1
+    assert done.code == 4  # r1 serves another model now
     assert done.err == "embedq: r2 FAILED and keeps its old model: no such directory\n"
+
+
+async def test_a_reload_that_was_taken_back_is_exit_code_1_and_names_the_reason(
+    embedq: Run, servers: str, fresh: str
+) -> None:
+    async with Replica(servers, fresh, "r1", failing_in_turn) as replica:
+        await replica.say(step="serving", state="READY", version=None, serving=True, path="old")
+        done = await embedq("reload", "bad", "--prefix", fresh)
+
+    assert (done.code, done.err.splitlines()) == (
+        1,
+        [
+            "embedq: default version 1 failed: r1: no such directory",
+            "embedq: version 2 has brought the old model back on 1 of 1 replicas",
+        ],
+    )
+    assert "default version 1 failed: r1: no such directory; version 2 brings the old model back" in done.out
+    assert [(command.path, command.rollback_of) for command in replica.commands] == [
+        ("bad", None),
+        ("old", 1),
+    ]
+
+
+async def test_a_rollback_goes_to_what_was_there_before_and_says_so_where_nothing_was(
+    embedq: Run, servers: str, fresh: str
+) -> None:
+    async with Replica(servers, fresh, "r1") as replica:
+        nothing = await embedq("rollback", "--prefix", fresh)
+        await embedq("reload", "one", "--prefix", fresh)
+        await embedq("reload", "two", "--prefix", fresh, "--max-unavailable", "3", "--same-space")
+        back = await embedq("rollback", "--prefix", fresh)
+        expected = await embedq("reload", "three", "--prefix", fresh, "--expect-version", "7")
+
+    assert (nothing.code, nothing.err) == (
+        2,
+        "embedq: There is nothing to take default back to: no command was ever written for it\n",
+    )
+    assert back.code == 0
+    assert [command.path for command in replica.commands] == ["one", "two", "one"]
+    _, two, one = replica.commands
+    assert (two.rollout, two.min_cosine) == (Rollout(max_unavailable=3, canary=True), 0.995)
+    assert (one.rollback_of, one.fallback, one.rollout) == (2, "two", Rollout(max_unavailable=1))
+    assert (expected.code, "Version 3 of default is in force, not 7" in expected.err) == (2, True)
+
+
+async def test_a_command_that_is_not_waited_for_is_written(embedq: Run, servers: str, fresh: str) -> None:
+    async with Replica(servers, fresh, "r1", silent) as replica:
+        done = await embedq("reload", "m", "--prefix", fresh, "--no-wait")
+        assert (done.code, done.out) == (0, "default version 1 is written\n")
+        await wait_until(lambda: len(replica.commands) == 1, what="the command")
+
+
+async def test_models_are_shown_with_what_they_take(embedq: Run, servers: str, fresh: str) -> None:
+    serves = {
+        "serving": True,
+        "path": "m/one",
+        "dimensions": 256,
+        "max_tokens": 512,
+        "model_version": "sha256:1",
+    }
+    async with Replica(servers, fresh, "r1") as replica:
+        await replica.say(
+            step="serving",
+            state="READY",
+            version=3,
+            memory_used=2_000_000_000,
+            memory_total=8_000_000_000,
+            **serves,
+        )
+        plain = await embedq("models", "--prefix", fresh)
+        program = await embedq("models", "--json", "--prefix", fresh)
+    nobody = await embedq("models", "--prefix", fresh)
+
+    assert plain.out == (
+        "r1 default READY directory=m/one model=sha256:1 version=3 step=serving dimensions=256 max_tokens=512 memory=2.0/8.0GB\n"
+    )
+    [one] = program.lines()[0]
+    assert (one["path"], one["memory_used"]) == ("m/one", 2_000_000_000)
+    assert nobody.out == "no live replicas\n"
 
 
 async def test_a_reload_that_nobody_answers_is_exit_code_2(embedq: Run, servers: str, fresh: str) -> None:

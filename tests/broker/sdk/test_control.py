@@ -11,13 +11,13 @@ import pytest
 from aiokafka import AIOKafkaProducer
 
 from embedq_sdk import EmbedClient, InvalidArgument, TopicMissing
-from embedq_sdk.admin import control
+from embedq_sdk.admin import NothingBefore, UnexpectedVersion, control, rollback_model
 from embedq_sdk.admin.control import LostRace, reload_model, service_status
 from embedq_sdk.admin.rollout import RolloutUpdate
 from embedq_sdk.admin.topics import create_topics
-from embedq_shared.messages import Control
+from embedq_shared.messages import Control, Rollout
 from embedq_shared.topics import Topics
-from tests.helpers.fake_replica import Replica, failing, silent
+from tests.helpers.fake_replica import Replica, failing, failing_in_turn, silent
 
 pytestmark = pytest.mark.kafka
 
@@ -44,7 +44,8 @@ async def test_a_reload_ends_when_every_replica_is_ready(servers: str, fresh: st
     (command,) = first.commands
     assert (command.version, command.path, command.alias) == (1, "/models/new", "default")
     assert (command.digest, command.min_cosine, command.fallback) == ("sha256:" + "c" * 64, 0.5, None)
-    assert command.policy == "availability_preserving"
+    assert command.policy is None
+    assert command.rollout == Rollout(max_unavailable=1, canary=True)
 
 
 async def test_versions_rise_and_the_fallback_is_what_serves(servers: str, fresh: str) -> None:
@@ -74,6 +75,44 @@ async def test_one_failed_replica_fails_the_reload(servers: str, fresh: str) -> 
 
     assert updates[-1].progress == "failed"
     assert [(r.state, r.outcome) for r in updates[-1].replicas] == [("READY", "READY"), ("READY", "FAILED")]
+
+
+async def test_a_failure_in_a_turn_is_taken_back_by_the_watcher_where_no_replica_does(
+    servers: str, fresh: str
+) -> None:
+    async with Replica(servers, fresh, "r1", failing_in_turn) as replica:
+        await replica.say(step="serving", state="READY", version=None, serving=True, path="old")
+        updates = await reload(servers, fresh, "bad")
+
+    assert updates[-1].progress == "rolled_back"
+    assert (updates[-1].rollback_version, updates[-1].reason) == (2, "r1: no such directory")
+    assert [command.version for command in replica.commands] == [1, 2]
+
+
+async def test_a_rollback_brings_back_what_was_there_before(servers: str, fresh: str) -> None:
+    async with Replica(servers, fresh) as replica:
+        with pytest.raises(NothingBefore):
+            await anext(rollback_model(servers, topic_prefix=fresh))
+        await reload(servers, fresh, "/one")
+        await reload(servers, fresh, "/two")
+        back = [update async for update in rollback_model(servers, topic_prefix=fresh, timeout=30)]
+
+    assert back[-1].ok
+    assert [(command.path, command.fallback) for command in replica.commands] == [
+        ("/one", None),
+        ("/two", "/one"),
+        ("/one", "/two"),
+    ]
+
+
+async def test_a_command_that_expects_another_one_is_not_written(servers: str, fresh: str) -> None:
+    async with Replica(servers, fresh) as replica:
+        await reload(servers, fresh, expected_version=0)
+        with pytest.raises(UnexpectedVersion, match="Version 1 of default is in force, not 0"):
+            await reload(servers, fresh, expected_version=0)
+        await reload(servers, fresh, expected_version=1)
+
+    assert [command.version for command in replica.commands] == [1, 2]
 
 
 async def test_a_stuck_replica_runs_into_the_timeout(servers: str, fresh: str) -> None:
@@ -142,6 +181,13 @@ async def test_status_shows_live_replicas_and_what_waits(servers: str, fresh: st
         {"path": ""},
         {"path": "/m", "digest": "md5:1"},
         {"path": "/m", "policy": "fast"},
+        {"path": "/m", "quantization": "int4"},
+        {"path": "/m", "golden": ""},
+        {"path": "/m", "golden_min_cosine": -2},
+        {"path": "/m", "min_dimensions": 0},
+        {"path": "/m", "expected_version": -1},
+        {"path": "/m", "max_unavailable": 0},
+        {"path": "/m", "max_unavailable": "half"},
         {"path": "/m", "min_cosine": 2},
         {"path": "/m", "timeout": 0},
         {"path": "/m", "alias": ""},

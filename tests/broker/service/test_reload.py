@@ -346,7 +346,12 @@ async def test_a_replica_serves_whatever_became_of_a_reload(
         updates = [
             update
             async for update in reload_model(
-                stack.kafka_servers, "nowhere", topic_prefix=topics.prefix, timeout=patient(60)
+                stack.kafka_servers,
+                "nowhere",
+                topic_prefix=topics.prefix,
+                timeout=patient(60),
+                max_unavailable=None,
+                canary=False,
             )
         ]
         assert updates[-1].progress == "failed"

@@ -15,7 +15,7 @@ NOW = 1_000_000.0
 def fleet(*statuses: dict[str, Any]) -> Fleet:
     found = Fleet()
     for n, more in enumerate(statuses):
-        found.board.see(a_status(f"r{n}", **({"at": int(NOW * 1000)} | more)))
+        found.board.see(f"r{n}", a_status(f"r{n}", **({"at": int(NOW * 1000)} | more)))
     return found
 
 

@@ -550,9 +550,20 @@ async def test_the_devices_memory_is_measured_while_a_model_serves(bench: MakeBe
     watching.cancel()
 
 
-async def test_a_cpu_has_no_memory_of_its_own_to_be_measured(bench: MakeBench) -> None:
+async def test_on_a_cpu_a_status_says_what_the_process_holds_of_the_machines_memory(bench: MakeBench) -> None:
     b = await started(bench())
-    await b.model.watch_memory()
+    watching = asyncio.create_task(b.model.watch_memory())
+
+    async def measured() -> bool:
+        await b.model.reporter.resend()
+        return b.sent[-1].memory_used is not None
+
+    await wait_until(measured, what="a measurement")
+    watching.cancel()
+    used, total = b.sent[-1].memory_used, b.sent[-1].memory_total
+    assert used is not None
+    assert total is not None
+    assert 10_000_000 < used < total
     assert b.sample("gpu_memory_total_bytes") == 0
 
 

@@ -148,7 +148,7 @@ def key_of(directory: ModelDirectory, device: str, digests: Sequence[bytes]) -> 
     """Hex digits of a hash over everything that a `ModelSnapshot` follows from.
 
     `device` names the kind of device that transformers' forward runs on; `digests` are those of
-    `directory.tensors`.
+    `directory.all_tensors`.
     """
     # The directory's own limit, which the model's may lower: here it only has to be part of the hash.
     content = model_version(

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from embedq_consumer.engine.adapters.merging import Merger
 from embedq_consumer.engine.api import DeviceLost, LoadOptions, ModelError, OutOfMemory, Quantization
 from embedq_consumer.engine.device import means_out_of_memory, translate_errors
 from embedq_consumer.engine.encoder import PackedEncoder, release
@@ -76,7 +77,7 @@ def _load(path: Path, target: torch.device, options: LoadOptions, cancel: Cancel
     with ExitStack() as unless_it_serves:
         with ThreadPoolExecutor(2, thread_name_prefix="load") as pool:
             # The digest reads every byte once more: it does so while transformers is imported, if it has to be.
-            digests = pool.submit(tensor_digests, directory.tensors, options.threads, cancel)
+            digests = pool.submit(tensor_digests, directory.all_tensors, options.threads, cancel)
             key, source = "", None
             if cache is not None:
                 with timer.step("digest"):
@@ -190,6 +191,7 @@ def _from_transformers(
             elif target.type == "cpu":
                 # Before it runs: afterwards some layers have made others of their weights.
                 _copy_from_files(model)
+        Merger(directory.adapter, (name for name, _ in model.named_parameters())).merge_into(model)
         with timer.step("reference"):
             probes, expected = _asked(directory, model, limits)
         snapshot = None

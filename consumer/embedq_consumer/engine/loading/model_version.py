@@ -40,8 +40,9 @@ def model_version(
     files say only counts as far as ids depend on it. `max_tokens` counts, since it decides where a
     long text is cut. Of the options, `quantization` and `keep_bf16` count, which give other vectors from the same weights,
     and `deterministic`: it promises bits, so a cache must not answer with bits that another mode rounded.
+    An adapter counts with its tensors and scales, and its base model as if it were served itself.
     `options.keep_bf16` must count from 0 on. Files are read in `options.threads` threads (hashlib releases the GIL); 8 GB
-    take seconds. `digests` are those of `directory.tensors`, if they are known already.
+    take seconds. `digests` are those of `directory.all_tensors`, if they are known already.
     """
     total = hashlib.sha256(b"embedq model version 2")
 
@@ -63,8 +64,10 @@ def model_version(
     if options.deterministic:
         add("deterministic", b"1")
     if digests is None:
-        digests = tensor_digests(directory.tensors, options.threads)
-    for tensor, digest in zip(directory.tensors, digests, strict=True):
+        digests = tensor_digests(directory.all_tensors, options.threads)
+    if directory.adapter is not None:
+        add("adapter", _canonical(directory.adapter.scales))
+    for tensor, digest in zip(directory.all_tensors, digests, strict=True):
         add(f"tensor {tensor.name} {tensor.dtype} {list(tensor.shape)}", digest)
     for number, layer in enumerate(directory.dense):
         add(f"dense {number}", layer.activation.encode())

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from embedq_consumer.engine.adapters.merging import Merger
 from embedq_consumer.engine.device import current
 from embedq_consumer.engine.loading.load_cache import ModelSnapshot, Rotary
 from embedq_consumer.engine.model_directory import ModelDirectory
@@ -148,12 +149,14 @@ def _read(
     locations = {tensor.name: tensor.file for tensor in directory.tensors}
     files = {file: _open(file) for file in set(locations.values())}
 
+    merger = Merger(directory.adapter, names)
+
     def read(name: str) -> Tensor:
         cancel.check()
         with current(device):
             # Always a copy: the file's own pages may change or go.
             tensor: Tensor = files[locations[name]].get_tensor(name).to(device, copy=True)
-            return tensor.to(dtype)
+            return merger.merged(name, tensor.to(dtype))
 
     with ThreadPoolExecutor(_READERS if device.type == "cuda" else 1, "weights") as pool:
         return dict(zip(names, pool.map(read, names.values()), strict=True))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Final
 
 from embedq_consumer.lifecycle.gates.checks import ModelRejected
 
 __all__ = ["ModelRoot"]
+
+_HUB_ID: Final = re.compile(r"\w[\w.-]*/[\w.-]+", re.ASCII)
+"""What a model of the Hugging Face Hub is called, and what `embedq pull` calls its directory."""
 
 
 class ModelRoot:
@@ -28,7 +33,8 @@ class ModelRoot:
         except OSError as error:
             raise ModelRejected(f"path: expected a directory name ({type(error).__name__})") from error
         if not is_directory:
-            raise ModelRejected(f"path: expected a directory, {directory} is not one")
+            hint = f"; `embedq pull {path}` fetches a model of that name" if _HUB_ID.fullmatch(path) else ""
+            raise ModelRejected(f"path: expected a directory, {directory} is not one{hint}")
         return directory
 
     def golden(self, path: str) -> Path:

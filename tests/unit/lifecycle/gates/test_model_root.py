@@ -41,6 +41,9 @@ def test_an_absolute_path_below_the_root_will_do(root: Path) -> None:
         ("escape", "^path: expected a directory below .*/models$"),
         ("/etc", "^path: expected a directory below .*/models$"),
         ("missing", "^path: expected a directory, .*/models/missing is not one$"),
+        ("an-org/a.model", "is not one; `embedq pull an-org/a.model` fetches a model of that name$"),
+        ("./a/b", "a/b is not one$"),
+        ("a/b/c", "a/b/c is not one$"),
         ("file", "^path: expected a directory, .*/models/file is not one$"),
     ],
 )
