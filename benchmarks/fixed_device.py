@@ -32,6 +32,11 @@ class _At:
         self._at = at
         self._vectors = vectors
 
+    @property
+    def ready(self) -> bool:
+        """False: they may not be there."""
+        return False
+
     def result(self) -> npt.NDArray[np.float32]:
         time.sleep(max(0.0, self._at - time.monotonic()))
         return self._vectors

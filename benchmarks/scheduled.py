@@ -23,8 +23,16 @@ from benchmarks.machine import write
 from embedq_consumer.batching.batch_loop import BatchLoop
 from embedq_consumer.batching.batcher import Batcher, BatchPolicy
 from embedq_consumer.batching.single_flight import Identity, QueuedText, SingleFlight
-from embedq_consumer.engine import Encoder, Text, Tokens, default_batch_tokens, load_encoder
-from embedq_consumer.lifecycle.model_slot import ModelSlot
+from embedq_consumer.engine import (
+    Cancellation,
+    Encoder,
+    Inspection,
+    Text,
+    Tokens,
+    default_batch_tokens,
+    load_encoder,
+)
+from embedq_consumer.lifecycle.model_slot import ModelSlot, Source
 from embedq_consumer.settings import Settings
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.grouping import batched_by
@@ -41,11 +49,21 @@ def scheduled(
 
     Seconds are from ids on the host to vectors on the host. A text that the encoder cannot run is an error here.
     """
-    slot = ModelSlot(lambda path: encoder)
+    slot = ModelSlot(_Loaded())
     try:
         return asyncio.run(_Backlog(slot, encoder, texts, budget).run())
     finally:
         slot.close()
+
+
+class _Loaded:
+    """Loads nothing: the model is there."""
+
+    def inspect(self, source: Source, cancel: Cancellation) -> Inspection:
+        raise NotImplementedError
+
+    def load(self, source: Source, cancel: Cancellation) -> Encoder:
+        raise NotImplementedError
 
 
 class _Client:

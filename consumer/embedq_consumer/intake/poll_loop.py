@@ -127,7 +127,9 @@ class Intake:
             metrics,
             drain_s=min(_DRAIN_S, options.rebalance_timeout_ms / 1000 / 2),
         )
-        self.deletions = DeletionWatch(self._ledger, clients.consumer.beginning_offsets, metrics)
+        self.deletions = DeletionWatch(
+            self._ledger, clients.consumer.beginning_offsets, metrics, self._lane_of
+        )
         self._reading = Reading(
             clients.consumer, self._ledger, self._ownership, self._changes, lambda: self._state.interrupted
         )

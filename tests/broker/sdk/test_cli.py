@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -314,7 +315,7 @@ async def test_models_are_shown_with_what_they_take(embedq: Run, servers: str, f
     assert plain.out == (
         "r1 default READY directory=m/one model=sha256:1 version=3 step=serving dimensions=256 max_tokens=512 memory=2.0/8.0GB\n"
     )
-    [one] = program.lines()[0]
+    [one] = json.loads(program.out)
     assert (one["path"], one["memory_used"]) == ("m/one", 2_000_000_000)
     assert nobody.out == "no live replicas\n"
 

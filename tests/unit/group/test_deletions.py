@@ -23,7 +23,7 @@ class Reading:
         self.ledger.add(A, 10)
         self.consumer = ScriptedConsumer()
         self.metrics = Metrics()
-        self.watch = DeletionWatch(self.ledger, self.consumer.beginning_offsets, self.metrics)
+        self.watch = DeletionWatch(self.ledger, self.consumer.beginning_offsets, self.metrics, ["jobs"])
 
     async def look(self) -> list[tuple[int, int]]:
         """The first offset and the number of records of each loss that is logged."""
@@ -35,11 +35,8 @@ class Reading:
             if line["event"] == "records_deleted_unread"
         ]
 
-    @property
-    def counted(self) -> float | None:
-        return self.metrics.registry.get_sample_value(
-            "embedq_deleted_unread_records_total", {"topic": "jobs"}
-        )
+    def value(self, name: str) -> float | None:
+        return self.metrics.registry.get_sample_value(f"embedq_{name}", {"topic": "jobs"})
 
 
 async def test_records_below_the_beginning_that_nobody_read_are_counted_once() -> None:
@@ -48,7 +45,7 @@ async def test_records_below_the_beginning_that_nobody_read_are_counted_once() -
     reading.ledger.begin(A, 14)
     assert await reading.look() == [(10, 4)]
     assert await reading.look() == []
-    assert reading.counted == 4
+    assert reading.value("deleted_unread_records_total") == 4
 
 
 async def test_where_everything_was_deleted_it_is_told_without_a_record_that_follows() -> None:
@@ -64,7 +61,7 @@ async def test_a_transactions_marker_and_a_compacted_hole_are_no_loss() -> None:
     reading.ledger.begin(A, 11)
     reading.ledger.begin(A, 15)
     assert await reading.look() == []
-    assert reading.counted is None
+    assert reading.value("deleted_unread_records_total") == 0
 
 
 async def test_what_was_read_before_it_was_deleted_is_no_loss() -> None:
