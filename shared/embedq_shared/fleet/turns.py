@@ -52,8 +52,23 @@ def failed_in_turn(command: Control, status: Status, *, silent: bool) -> str | N
     if status.state == "FAILED":
         return f"{status.replica}: {status.error}"
     if silent and status.state == "LOADING":
-        return f"{status.replica}: fell silent in step {status.step}"
+        return _silent(status)
     return None
+
+
+def _silent(status: Status) -> str:
+    return f"{status.replica}: fell silent in step {status.step}"
+
+
+def _is_successor(before: Status, status: Status) -> bool:
+    """Whether a replica died in its turn, and another process of its name speaks. A process' versions only rise."""
+    was_at_it = before.state == "LOADING" and before.turn is not None and before.turn == before.version
+    return (
+        was_at_it
+        and status.turn is None
+        and status.state != "STOPPED"
+        and (status.version or 0) < (before.turn or 0)
+    )
 
 
 def _holds_turn(status: Status) -> bool:
@@ -97,6 +112,9 @@ class Turns:
             if self._own_at is not None:
                 self._clock += min(now - self._own_at, _LONGEST_TICK_S)
             self._own_at = now
+        before = self._heard.get(key)
+        if before is not None and _is_successor(before.status, status):
+            self._died = (before.status.version or 0, _silent(before.status))
         self._heard[key] = _Heard(status, self._clock)
         if status.replica == self._replica:
             self._judge(status)

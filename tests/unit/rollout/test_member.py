@@ -97,7 +97,7 @@ class World:
 
     async def take_turn(self, version: int | None) -> None:
         self.turns.append(version)
-        self.say(a_status("m", version=version or 1, turn=version, state="LOADING", command_id="c2"))
+        self.say(a_status("m", version=2, turn=version, state="LOADING", command_id="c2"))
 
     def say(self, status: Status) -> None:
         self.log.append(Said(status.replica, status))

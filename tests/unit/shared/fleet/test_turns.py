@@ -202,6 +202,20 @@ def test_a_process_that_died_in_its_turn_tells_its_successor() -> None:
     assert found.rollback_due(a_command(), 1.0) == "r: fell silent in step load"
 
 
+def test_a_successor_that_speaks_before_its_predecessor_was_missed_fails_the_rollout_for_all() -> None:
+    found = turns("y", a_status("x"), a_status("y"), at_it("x"))
+    found.see("x", a_status("x", step="load", state="LOADING"), 1.0)
+    assert found.failure(a_command()) == "x: fell silent in step load"
+    assert not found.may_claim(a_command(), 100.0), "nobody else tries it"
+    assert found.failure(a_command(3)) is None
+
+
+def test_a_turn_that_was_taken_back_and_an_orderly_stop_are_no_death() -> None:
+    for said in (a_status("x", version=2, command_id="c2"), a_status("x", state="STOPPED"), at_it("x", 3)):
+        found = turns("y", a_status("x"), a_status("y"), at_it("x"), said)
+        assert found.failure(a_command()) is None
+
+
 def test_a_rollback_goes_on_whoever_fails_it() -> None:
     back = rollback_of(a_command(), "why")
     assert back is not None
