@@ -201,9 +201,10 @@ class RolloutView:
                 return "failed"
         elif self._is_halted(live):
             return "failed"
-        if not live and heard - self._started >= min(NO_REPLICAS_AFTER_S, self._timeout):
+        over = now - self._started >= self._timeout
+        if not live and (over or heard - self._started >= NO_REPLICAS_AFTER_S):
             return "no_replicas"
-        return "timeout" if now - self._started >= self._timeout else "running"
+        return "timeout" if over else "running"
 
     def _awaits_rollback(self) -> bool:
         return self._failed_at is not None and rollback_of(self._command, "") is not None
