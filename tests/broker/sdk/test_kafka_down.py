@@ -154,7 +154,8 @@ async def test_leaving_the_block_with_kafka_gone_gives_the_error_that_caused_it(
         raise AssertionError("no error")
 
     entered, gone = asyncio.Semaphore(0), asyncio.Event()
-    working = [asyncio.create_task(work(entered, gone, 0.2 * n)) for n in range(1, 7)]
+    # A broker that says nothing for 1.2 s is gone; before that the client cannot know.
+    working = [asyncio.create_task(work(entered, gone, patient(2) + 0.2 * n)) for n in range(1, 7)]
     for _ in working:
         await entered.acquire()
     await asyncio.to_thread(own_stack.stop_kafka, kill=True)
