@@ -27,7 +27,7 @@ from tests.helpers.service_process import Replica, fresh_prefix, make_topics, re
 from tests.helpers.support import patient
 from tests.helpers.tiny_models import make_tiny_bert
 
-pytestmark = [pytest.mark.kafka, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.kafka, pytest.mark.slow, pytest.mark.timeout(600)]
 
 TEXTS: Final = [f"row {n} of the table" for n in range(3000)]
 IN_FLIGHT: Final = 64

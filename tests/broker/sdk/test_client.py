@@ -32,7 +32,7 @@ from embedq_sdk import (
 from embedq_shared.messages import Datum, ErrorBody
 from tests.helpers.fake_service import NEW, OLD, Answer, Received, changed, expected, rows
 from tests.helpers.responder import Responder
-from tests.helpers.support import wait_until
+from tests.helpers.support import patient, wait_until
 
 pytestmark = pytest.mark.kafka
 
@@ -247,7 +247,7 @@ async def test_a_lasting_error_is_raised_within_the_deadline(
     async with responder() as other, client() as embedq:
         other.behave = lambda job: [other.failure(job, ErrorBody.of(code, "busy"))]
         with pytest.raises(kind):
-            await embedq.embed("x", timeout=1.0)
+            await embedq.embed("x", timeout=patient(1.5))
 
         assert embedq.in_flight == 0
 

@@ -22,7 +22,7 @@ from tests.helpers.service_process import Reader, Replica, fresh_prefix, make_to
 from tests.helpers.support import patient, wait_until
 from tests.helpers.tiny_models import nan_weights
 
-pytestmark = [pytest.mark.kafka, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.kafka, pytest.mark.slow, pytest.mark.timeout(400)]
 
 NAMES = ("r1", "r2", "r3")
 
