@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
+from collections.abc import Iterable
+from operator import attrgetter
 from typing import Any, Final
 
 import msgspec
@@ -12,14 +12,12 @@ import structlog
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.codec import read_command
 from embedq_shared.kafka import (
-    AIOKafkaConsumer,
     BoundedConsumer,
+    MakeConsumer,
     Polled,
     TopicPartition,
     UnreadableRecord,
-    poll_partition,
-    start_client,
-    stop_client,
+    WholePartition,
 )
 from embedq_shared.messages import Control
 from embedq_shared.topics import Topics
@@ -27,8 +25,6 @@ from embedq_shared.topics import Topics
 log = structlog.get_logger()
 
 _POLL_MS: Final = 1000
-_READ_S: Final = 60.0
-_CLOSE_S: Final = 5.0
 _UNDECODABLE: Final = (UnicodeDecodeError, msgspec.DecodeError, RecursionError)
 
 
@@ -46,18 +42,12 @@ class ControlTopic:
         topics: Topics,
         alias: str,
         metrics: Metrics,
-        make_consumer: Callable[..., AIOKafkaConsumer] = BoundedConsumer,
+        make_consumer: MakeConsumer = BoundedConsumer,
     ) -> None:
         self._alias = alias
         self._metrics = metrics
-        self._partition = TopicPartition(topics.control, 0)
-        self._connected = False
-        self._consumer = make_consumer(
-            **options,
-            enable_auto_commit=False,
-            auto_offset_reset="earliest",
-            isolation_level="read_committed",
-            fetch_max_wait_ms=100,
+        self._topic = WholePartition(
+            TopicPartition(topics.control, 0), options, poll_ms=_POLL_MS, make_consumer=make_consumer
         )
 
     async def open(self) -> Control | None:
@@ -67,33 +57,20 @@ class ControlTopic:
             KafkaError: no broker answers.
             TimeoutError: reading the topic took more than 60 s.
         """
-        if not self._connected:
-            await start_client(self._consumer)
-            self._connected = True
-        self._consumer.assign([self._partition])
-        newest: Control | None = None
-        async with asyncio.timeout(_READ_S):
-            await self._consumer.seek_to_beginning(self._partition)
-            end = (await self._consumer.end_offsets([self._partition]))[self._partition]
-            # The position, not the last record's offset: after the last record there may be compacted holes and
-            # transaction markers.
-            while await self._consumer.position(self._partition) < end:
-                newest = _newest(newest, await self._poll())
-        return newest
+        return _newest(self._commands(await self._topic.open()))
 
     async def next(self) -> list[Control]:
         """The alias's commands since the last call, in order; waits for one."""
         while True:
-            if found := await self._poll():
+            if found := self._commands(await self._topic.next()):
                 return found
 
     async def close(self) -> None:
         """Disconnect."""
-        if problem := await stop_client(self._consumer, _CLOSE_S):
+        if problem := await self._topic.close():
             log.warning("control_left_open", reason=problem)
 
-    async def _poll(self) -> list[Control]:
-        records = await poll_partition(self._consumer, self._partition, timeout_ms=_POLL_MS)
+    def _commands(self, records: Iterable[Polled]) -> list[Control]:
         return [command for record in records if (command := self._command(record)) is not None]
 
     def _command(self, record: Polled) -> Control | None:
@@ -112,9 +89,6 @@ class ControlTopic:
         log.warning("control_record_ignored", offset=offset, reason=reason)
 
 
-def _newest(newest: Control | None, found: list[Control]) -> Control | None:
+def _newest(commands: Iterable[Control]) -> Control | None:
     """The command with the highest version; of two equal versions the first, which replicas that read live applied."""
-    for command in found:
-        if newest is None or command.version > newest.version:
-            newest = command
-    return newest
+    return max(commands, key=attrgetter("version"), default=None)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any, Final
 
 import msgspec
@@ -11,14 +10,12 @@ import structlog
 
 from embedq_shared.codec import read_status
 from embedq_shared.kafka import (
-    AIOKafkaConsumer,
     BoundedConsumer,
+    MakeConsumer,
     Polled,
     TopicPartition,
     UnreadableRecord,
-    poll_partition,
-    start_client,
-    stop_client,
+    WholePartition,
 )
 from embedq_shared.messages import Status
 from embedq_shared.topics import Topics
@@ -27,8 +24,6 @@ log = structlog.get_logger()
 
 _POLL_MS: Final = 250
 """A replica that waits for its turn looks at the clock this often."""
-_READ_S: Final = 60.0
-_CLOSE_S: Final = 5.0
 _UNDECODABLE: Final = (UnicodeDecodeError, msgspec.DecodeError, RecursionError)
 
 
@@ -51,16 +46,10 @@ class StatusTopic:
         self,
         options: dict[str, Any],
         topics: Topics,
-        make_consumer: Callable[..., AIOKafkaConsumer] = BoundedConsumer,
+        make_consumer: MakeConsumer = BoundedConsumer,
     ) -> None:
-        self._partition = TopicPartition(topics.status, 0)
-        self._connected = False
-        self._consumer = make_consumer(
-            **options,
-            enable_auto_commit=False,
-            auto_offset_reset="earliest",
-            isolation_level="read_committed",
-            fetch_max_wait_ms=100,
+        self._topic = WholePartition(
+            TopicPartition(topics.status, 0), options, poll_ms=_POLL_MS, make_consumer=make_consumer
         )
 
     async def open(self) -> list[Said]:
@@ -70,31 +59,23 @@ class StatusTopic:
             KafkaError: no broker answers.
             TimeoutError: reading the topic took more than 60 s.
         """
-        if not self._connected:
-            await start_client(self._consumer)
-            self._connected = True
-        self._consumer.assign([self._partition])
-        found: list[Said] = []
-        async with asyncio.timeout(_READ_S):
-            await self._consumer.seek_to_beginning(self._partition)
-            end = (await self._consumer.end_offsets([self._partition]))[self._partition]
-            # The position, not the last record's offset: compaction may have removed the last records.
-            while await self._consumer.position(self._partition) < end:
-                found += await self.next()
-        return found
+        return _said(await self._topic.open())
 
     async def next(self) -> list[Said]:
         """What was said since the last call, in order; waits for it a quarter of a second at most."""
-        records = await poll_partition(self._consumer, self._partition, timeout_ms=_POLL_MS)
-        return [said for record in records if (said := _said(record)) is not None]
+        return _said(await self._topic.next())
 
     async def close(self) -> None:
         """Disconnect."""
-        if problem := await stop_client(self._consumer, _CLOSE_S):
+        if problem := await self._topic.close():
             log.warning("status_left_open", reason=problem)
 
 
-def _said(record: Polled) -> Said | None:
+def _said(records: Iterable[Polled]) -> list[Said]:
+    return [said for record in records if (said := _said_by(record)) is not None]
+
+
+def _said_by(record: Polled) -> Said | None:
     if isinstance(record, UnreadableRecord) or record.key is None:
         return None
     key = record.key.decode(errors="replace")

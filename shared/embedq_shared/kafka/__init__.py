@@ -60,6 +60,7 @@ from embedq_shared.kafka.transactions import (
     MemberFenced,
     stable_offsets,
 )
+from embedq_shared.kafka.whole_partition import MakeConsumer, WholePartition
 
 __all__ = [
     "DEFAULT_MAX_INFLATED_BYTES",
@@ -88,6 +89,7 @@ __all__ = [
     "KafkaOptions",
     "KafkaRefused",
     "KafkaTimeoutError",
+    "MakeConsumer",
     "MemberFenced",
     "Membership",
     "OAuthOptions",
@@ -105,6 +107,7 @@ __all__ = [
     "Unreadable",
     "UnreadableRecord",
     "UnsupportedCompressionTypeError",
+    "WholePartition",
     "committed_offsets",
     "connect",
     "delete_before",

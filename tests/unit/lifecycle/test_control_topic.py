@@ -168,7 +168,7 @@ async def test_closing_stops_the_consumer() -> None:
 
 
 async def test_a_topic_that_cannot_be_read_in_time_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedq_consumer.lifecycle.control_topic._READ_S", 0.05)
+    monkeypatch.setattr("embedq_shared.kafka.whole_partition._READ_S", 0.05)
     control, consumer, _ = control_of([])
     consumer.ends = 1
 
