@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
-import pyarrow as pa
 
 from embedq_batch.content.columns import Columns, RowReader
 from embedq_batch.content.inference import inferred
 from embedq_batch.content.rows import RowBatch
+from embedq_batch.content.source_columns import LearnedColumns
 
 
 def identified(columns: Columns, names: Sequence[str]) -> Columns:
@@ -23,28 +23,11 @@ def identified(columns: Columns, names: Sequence[str]) -> Columns:
     return msgspec.structs.replace(columns, id="row" if "row" in names else "id")
 
 
-class StoredRecords:
+class StoredRecords(LearnedColumns):
     """Rows of a store whose records have fields of any kind. What they are is learned from the first ones."""
 
-    latest_wins = False
-
     def __init__(self, columns: Columns) -> None:
-        self._columns = columns
-        self._kept: pa.Schema | None = None
-        self._ids: type[str | int] = str
-        self._names: list[str] = []
-
-    @property
-    def names(self) -> list[str]:
-        return self._names
-
-    @property
-    def kept(self) -> pa.Schema | None:
-        return self._kept
-
-    @property
-    def ids(self) -> type[str | int]:
-        return self._ids
+        super().__init__(columns, ids=str)
 
     def _look(self, records: Sequence[Mapping[str, Any]], source: str) -> None:
         self._names = list(dict.fromkeys(name for record in records for name in record))

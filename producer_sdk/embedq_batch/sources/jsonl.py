@@ -9,37 +9,20 @@ from pathlib import Path
 from typing import IO, Any
 
 import msgspec
-import pyarrow as pa
 
 from embedq_batch.content.columns import Columns, RowReader
 from embedq_batch.content.inference import LOOKED_AT, inferred
 from embedq_batch.content.rows import BATCH_ROWS, Problem, RowBatch
+from embedq_batch.content.source_columns import LearnedColumns
 from embedq_batch.errors import BadSource
 from embedq_batch.sources.files import found_files
 
 
-class _Lines:
+class _Lines(LearnedColumns):
     """What both have in common: lines become records, and records rows."""
 
-    latest_wins = False
-
     def __init__(self, columns: Columns) -> None:
-        self._columns = columns
-        self._kept: pa.Schema | None = None
-        self._ids: type[str | int] = int
-        self._names: list[str] = []
-
-    @property
-    def names(self) -> list[str]:
-        return self._names
-
-    @property
-    def kept(self) -> pa.Schema | None:
-        return self._kept
-
-    @property
-    def ids(self) -> type[str | int]:
-        return self._ids
+        super().__init__(columns, ids=int)
 
     def _look(self, lines: Iterable[bytes], source: str) -> None:
         """Check the columns, and learn the types of those that are kept, from the first lines."""

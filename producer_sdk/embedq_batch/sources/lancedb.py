@@ -10,40 +10,22 @@ import pyarrow as pa
 
 from embedq_batch.content.columns import Columns, RowReader
 from embedq_batch.content.rows import BATCH_ROWS, RowBatch
+from embedq_batch.content.source_columns import ArrowColumns
 from embedq_batch.content.stored import identified
 from embedq_batch.errors import BadSource
 
 
-class LanceSource:
+class LanceSource(ArrowColumns):
     """A table of a LanceDB database: a folder, or an address that LanceDB knows (s3://…)."""
-
-    latest_wins = False
 
     def __init__(self, place: str, table: str, columns: Columns) -> None:
         self._place = place
         self._table_name = table
-        self._columns = columns
-        self._schema: pa.Schema | None = None
+        super().__init__(columns)
 
     @property
     def name(self) -> str:
         return f"lancedb:{self._place}#{self._table_name}"
-
-    @property
-    def names(self) -> list[str]:
-        return [] if self._schema is None else self._schema.names
-
-    @property
-    def kept(self) -> pa.Schema | None:
-        if self._schema is None or not self._columns.keep:
-            return None
-        return pa.schema([self._schema.field(name) for name in self._columns.keep])
-
-    @property
-    def ids(self) -> type[str | int]:
-        if self._columns.id is None or self._schema is None:
-            return int
-        return int if pa.types.is_integer(self._schema.field(self._columns.id).type) else str
 
     def open(self) -> None:
         self._schema = self._table().schema

@@ -10,41 +10,23 @@ import pyarrow.parquet as pq
 
 from embedq_batch.content.columns import Columns, RowReader
 from embedq_batch.content.rows import BATCH_ROWS, RowBatch
+from embedq_batch.content.source_columns import ArrowColumns
 from embedq_batch.errors import BadSource
 from embedq_batch.sources.files import found_files
 
 
-class ParquetSource:
+class ParquetSource(ArrowColumns):
     """One or more Parquet files with the same columns."""
-
-    latest_wins = False
 
     def __init__(self, paths: Sequence[str], columns: Columns) -> None:
         self._paths = paths
-        self._columns = columns
+        super().__init__(columns)
         self._files: list[Path] = []
-        self._schema: pa.Schema | None = None
         self._rows = 0
 
     @property
     def name(self) -> str:
         return ", ".join(self._paths)
-
-    @property
-    def names(self) -> list[str]:
-        return [] if self._schema is None else self._schema.names
-
-    @property
-    def kept(self) -> pa.Schema | None:
-        if self._schema is None or not self._columns.keep:
-            return None
-        return pa.schema([self._schema.field(name) for name in self._columns.keep])
-
-    @property
-    def ids(self) -> type[str | int]:
-        if self._columns.id is None or self._schema is None:
-            return int
-        return int if pa.types.is_integer(self._schema.field(self._columns.id).type) else str
 
     def open(self) -> None:
         self._files = found_files(self._paths)

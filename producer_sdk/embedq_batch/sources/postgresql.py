@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 import psycopg
-import pyarrow as pa
 from psycopg import sql
 from psycopg.rows import dict_row
 
@@ -14,6 +13,7 @@ from embedq_batch.content.addresses import without_password
 from embedq_batch.content.columns import Columns, RowReader
 from embedq_batch.content.inference import LOOKED_AT, inferred
 from embedq_batch.content.rows import BATCH_ROWS, RowBatch
+from embedq_batch.content.source_columns import LearnedColumns
 from embedq_batch.errors import BadSource
 
 _CONNECT_S: Final = 10
@@ -21,38 +21,21 @@ _INTEGERS: Final = frozenset({20, 21, 23})
 """The types int8, int2 and int4, by PostgreSQL's own numbers."""
 
 
-class PostgresSource:
+class PostgresSource(LearnedColumns):
     """A table, or the rows of a query. Each pass is one transaction: it sees the table as it was when it began."""
-
-    latest_wins = False
 
     def __init__(
         self, address: str, columns: Columns, *, table: str | None = None, query: str | None = None
     ) -> None:
         self._address = address
-        self._columns = columns
+        super().__init__(columns, ids=int)
         self._table = table
         self._query = query
-        self._kept: pa.Schema | None = None
-        self._ids: type[str | int] = int
-        self._names: list[str] = []
 
     @property
     def name(self) -> str:
         what = self._table if self._query is None else self._query
         return f"{without_password(self._address)}#{what}"
-
-    @property
-    def names(self) -> list[str]:
-        return self._names
-
-    @property
-    def kept(self) -> pa.Schema | None:
-        return self._kept
-
-    @property
-    def ids(self) -> type[str | int]:
-        return self._ids
 
     def open(self) -> None:
         try:
