@@ -323,7 +323,7 @@ def _fields(
     Raises:
         psycopg.Error, UnicodeEncodeError, OverflowError: the table cannot hold a value.
     """
-    ours: dict[str, Sequence[Any]] = {"id": batch.ids, "tokens": batch.tokens}
+    ours: dict[str, Any] = {"id": batch.ids, "tokens": batch.tokens}
     if batch.rows is not None and batch.spans is not None:
         ours |= {"row": batch.rows, "start": batch.spans[:, 0], "end": batch.spans[:, 1]}
     found: list[binary.Fixed | binary.Values] = []
