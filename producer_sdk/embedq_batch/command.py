@@ -268,9 +268,10 @@ def conclude(summary: Summary, options: RunOptions) -> int:
     rate = summary.embedded / max(summary.seconds, 1e-9)
     cached = f", {summary.cached / summary.embedded:.0%} from the cache" if summary.embedded else ""
     deleted = f", {summary.deleted:,} deleted" if summary.deleted else ""
+    device = f", {summary.device_s:,.1f} s of the device" if summary.device_s else ""
     say(
         f"complete: {summary.rows:,} rows under {summary.model_version[:15]}; {summary.embedded:,} embedded in "
-        f"{duration(summary.seconds)} ({rate:,.0f} rows/s, {summary.tokens:,} tokens{cached}), {summary.skipped:,} done before{deleted}"
+        f"{duration(summary.seconds)} ({rate:,.0f} rows/s, {summary.tokens:,} tokens{cached}{device}), {summary.skipped:,} done before{deleted}"
     )
     if not summary.embedded and not summary.skipped:
         say("nothing was to be done: --only-changed does what is new or changed, --again all rows")

@@ -95,6 +95,7 @@ class JobState:
     __slots__ = (
         "compute_s",
         "copies",
+        "device_s",
         "distinct",
         "encoder",
         "headers",
@@ -130,6 +131,7 @@ class JobState:
         self.queue_s: float | None = None
         self.tokenize_s: float | None = None
         self.compute_s: float | None = None
+        self.device_s: float | None = None
 
     @property
     def client(self) -> bytes:

@@ -68,6 +68,8 @@ class Answered(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     tokens: int
     cached: int
     """Rows that the service did not compute."""
+    device_s: float = 0.0
+    """Seconds of the service's device that these rows took; 0 also where it does not say."""
 
 
 class Embedder:
@@ -177,6 +179,7 @@ class _Found:
         self._groups: list[Group] = []
         self._tokens = 0
         self._cached = 0
+        self._device_s = 0.0
         self.problems: dict[int, Problem] = {
             n: text for n, text in enumerate(batch.texts) if isinstance(text, Problem)
         }
@@ -203,6 +206,7 @@ class _Found:
         usage = parts[0].usage
         self._tokens += sum([datum.tokens or 0 for datum in data]) if usage is None else usage.total_tokens
         self._cached += self._rows_from_the_cache(data)
+        self._device_s += _seconds(parts[0].timings.device)
         if data:
             vectors = self._vectors(chosen, counts, data, parts[0].model_version)
             self._groups.append(Group(rows=chosen, counts=counts, vectors=vectors))
@@ -240,7 +244,18 @@ class _Found:
 
     def answered(self) -> Answered:
         """All of it."""
-        return Answered(groups=self._groups, problems=self.problems, tokens=self._tokens, cached=self._cached)
+        return Answered(
+            groups=self._groups,
+            problems=self.problems,
+            tokens=self._tokens,
+            cached=self._cached,
+            device_s=self._device_s,
+        )
+
+
+def _seconds(said: float | None) -> float:
+    """What a service says of its time. Nobody has checked that it is a time."""
+    return said if said is not None and 0 <= said < ASKED_AGAIN_S else 0.0
 
 
 def span_id(id: RowId, number: int) -> str:
