@@ -6,6 +6,7 @@ Its help needs this file: so pyarrow and numpy are imported when a run begins.
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,10 +26,22 @@ if TYPE_CHECKING:
     from embedq_batch.running.options import RunOptions
     from embedq_batch.running.progress import Progress
     from embedq_batch.running.run import Summary
+    from embedq_batch.sources.source import Since
 
 STOPPED: Final = 130
 """The exit code after Ctrl-C, as shells have it."""
 _REDRAWN_S: Final = 0.5
+
+_OFFSETS: Final = re.compile(r"\d+:\d+(,\d+:\d+)*")
+
+
+def beginning(ctx: click.Context, param: click.Parameter, value: str | None) -> Since | None:
+    """Where records begin to count: a time, or an offset of each partition that is named."""
+    if value is None or _OFFSETS.fullmatch(value) is None:
+        return moment(ctx, param, value)
+    return {
+        int(partition): int(offset) for partition, offset in (each.split(":") for each in value.split(","))
+    }
 
 
 @click.command(name="run")
@@ -43,8 +56,9 @@ _REDRAWN_S: Final = 0.5
 @click.option("--sql", help="For postgresql://…: the rows of this query instead of a table's.")
 @click.option(
     "--since",
-    callback=moment,
-    help="For kafka:TOPIC and jobs: records from then on, such as 2026-05-01T12:00 or 2h (ago).",
+    callback=beginning,
+    help="For kafka:TOPIC and jobs: records from then on, such as 2026-05-01T12:00 or 2h (ago); for kafka:TOPIC also from offsets on, "
+    "PARTITION:OFFSET, such as 0:1200,1:900.",
 )
 @click.option(
     "--to",
@@ -140,7 +154,7 @@ def run(
     id_column: str | None,
     keep: tuple[str, ...],
     sql: str | None,
-    since: int | None,
+    since: Since | None,
     manifest: Path | None,
     kafka: KafkaTarget,
     **options: Any,

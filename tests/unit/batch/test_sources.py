@@ -6,14 +6,17 @@ import io
 from pathlib import Path
 from typing import Any
 
+import click
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from embedq_batch.command import beginning, run
 from embedq_batch.content.columns import Columns
 from embedq_batch.content.rows import Problem, RowBatch
 from embedq_batch.errors import BadSource
 from embedq_batch.sources.jsonl import StandardInputSource
+from embedq_batch.sources.kafka import offsets_from
 from embedq_batch.sources.opening import opened_source
 from embedq_batch.sources.source import Source
 from embedq_sdk import InvalidArgument
@@ -129,3 +132,34 @@ def test_a_source_that_is_not_known_is_refused_without_its_password(places: list
     with pytest.raises(InvalidArgument, match="`from`: expected") as refused:
         opened_source(places, Columns())
     assert "secret" not in str(refused.value)
+
+
+def test_a_topic_is_begun_at_the_offsets_that_are_given() -> None:
+    starts, ends = {0: 5, 1: 0, 2: 3}, {0: 10, 1: 0, 2: 9}
+
+    assert offsets_from({0: 7, 2: 9}, starts, ends, "kafka:t") == {0: 7, 1: 0, 2: 9}
+    for wanted, said in (
+        ({0: 4}, "partition 0: offset 4: its log has 5 to 10"),
+        ({1: 1}, "partition 1: offset 1: its log has 0 to 0"),
+        ({3: 0}, "partition 3: expected 0 to 2"),
+    ):
+        with pytest.raises(BadSource, match=said):
+            offsets_from(wanted, starts, ends, "kafka:t")
+
+
+@pytest.mark.parametrize(
+    ("typed", "since"),
+    [
+        ("0:1200", {0: 1200}),
+        ("0:1200,11:0", {0: 1200, 11: 0}),
+        ("1970-01-01T00:00:01+00:00", 1000),
+        (None, None),
+    ],
+)
+def test_where_a_topic_begins_is_typed_as_a_time_or_as_offsets(typed: str | None, since: Any) -> None:
+    assert beginning(click.Context(run), run.params[0], typed) == since
+
+
+def test_offsets_are_for_one_topic() -> None:
+    with pytest.raises(InvalidArgument, match="expected a time for jobs, got offsets"):
+        opened_source(["jobs"], Columns(), since={0: 1})
