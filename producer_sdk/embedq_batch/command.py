@@ -18,6 +18,7 @@ import click
 
 from embedq_batch.content.addresses import typed
 from embedq_sdk.cli.dlq import moment
+from embedq_sdk.cli.embedding import job_arguments, job_options
 from embedq_sdk.cli.kafka_options import CONNECT_TIMEOUT_S, KafkaTarget, kafka_options
 from embedq_sdk.cli.running import FAILED, NO_ANSWER, say
 from embedq_sdk.cli.running import run as run_command
@@ -76,27 +77,7 @@ def beginning(ctx: click.Context, param: click.Parameter, value: str | None) -> 
 @click.option(
     "--keep", multiple=True, help="A column that goes along to the target; may be given several times."
 )
-@click.option("--model", help="The model's alias. Default: the service's own.")
-@click.option("--dimensions", type=int, help="Length of each vector. Default: the model's own.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "float16", "int8", "binary"]),
-    help="What vectors are made of, on the way and in the target. Default: float32.",
-)
-@click.option("--query", "input_type", flag_value="query", help="The texts are search queries.")
-@click.option("--document", "input_type", flag_value="document", help="The texts are documents to be found.")
-@click.option("--instruction", help="The task that a query serves, for models that take instructions.")
-@click.option(
-    "--truncate",
-    type=click.Choice(["error", "start", "end"]),
-    help="Where to cut a text that is too long for the model. Default: error, the row fails.",
-)
-@click.option(
-    "--chunk",
-    type=click.Choice(["late", "mean"]),
-    help="late: a vector for each span of a text, with its place; mean: one vector for a text of any length.",
-)
-@click.option("--chunk-tokens", type=int, help="Tokens in each span or window.")
+@job_options()
 @click.option(
     "--on-model-change",
     type=click.Choice(["finish", "restart", "stop"]),
@@ -241,18 +222,10 @@ async def until_stopped(work: Any) -> int:
 def run_options(given: dict[str, Any], command: str, about: dict[str, Any]) -> RunOptions:
     """A run's options, of those that the command takes."""
     from embedq_batch.running.options import RunOptions
-    from embedq_sdk.job_options import JobOptions, late, mean
+    from embedq_sdk.job_options import JobOptions
 
-    names = ("model", "dimensions", "dtype", "input_type", "instruction", "truncate")
-    job = {name: given.pop(name) for name in names}
-    mode, tokens = given.pop("chunk"), given.pop("chunk_tokens")
-    if mode == "late":
-        job["chunk"] = late() if tokens is None else late(tokens)
-    elif mode == "mean":
-        job["chunk"] = mean(tokens)
-    elif tokens is not None:
-        raise click.UsageError("--chunk-tokens is for --chunk late or --chunk mean")
-    return RunOptions(job=JobOptions(lane="bulk", **job), command=command, about=about, **given)
+    job = JobOptions(lane="bulk", **job_arguments(given))
+    return RunOptions(job=job, command=command, about=about, **given)
 
 
 @contextmanager
