@@ -2,8 +2,8 @@
 
 A Kafka of its own, and replicas of a tiny random model (`--replicas 0`: a fake service that sends zeros, for the client alone).
 
-`--kills`: the runner, a replica and the broker are killed with SIGKILL, each once, at random points, and the same command ends the
-run. Then each id must be there once, and every vector must be the one that sentence-transformers gives for its text.
+`--kills`: the runner, a replica and the broker, and with `--redis` Redis, are killed with SIGKILL, each once, at random points, and the
+same command ends the run. Then each id must be there once, and every vector must be the one that sentence-transformers gives for its text.
 
 `--client N`: the same comparison without Kafka, N rounds in one process, whose replies are ready before they are asked for: processor
 time of a row, and of it the event loop's. On a busy machine this is steadier than a rate.
@@ -87,6 +87,8 @@ _LOOKED_S: Final = 0.5
 _ROWS_EACH_LOOK: Final = 4
 """Looks at the memory for one at the manifest and at the disk."""
 _SAID_S: Final = 30.0
+_AWAY_S: Final = 5.0
+"""How long Redis is not there."""
 _LONGEST_S: Final = 600.0
 _FEWEST_A_SECOND: Final = 250
 """Rows; a run with its kills that is slower has come to a standstill."""
@@ -224,9 +226,9 @@ async def killed(
     command = ("--from", str(source), "--to", str(out), "--id-column", "id", "--check", "1000")
     runner = Runner(environ, *command, rows=options.rows)
     chance = random.Random(options.seed)
-    points = sorted(chance.uniform(0.1, 0.9) for _ in range(3))
-    victims = ["runner", "replica", "broker"]
+    victims = ["runner", "replica", "broker", *(["redis"] if options.redis else [])]
     chance.shuffle(victims)
+    points = sorted(chance.uniform(0.1, 0.9) for _ in victims)
     kills = []
     started = time.monotonic()
     runner.start()
@@ -244,6 +246,10 @@ async def killed(
             replicas[0].kill()
             await replicas[0].ended()
             await replicas[0].start(ready=False)
+        elif victim == "redis":
+            await asyncio.to_thread(stack.stop_redis, kill=True)
+            await asyncio.sleep(_AWAY_S)
+            await asyncio.to_thread(stack.start_redis)
         else:
             await asyncio.to_thread(stack.stop_kafka, kill=True)
             await asyncio.to_thread(stack.start_kafka)

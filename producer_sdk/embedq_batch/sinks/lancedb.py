@@ -22,9 +22,9 @@ _MERGED_BYTES: Final = 64 << 20
 
 
 class LanceSink:
-    """A table of a LanceDB database: a folder, or an address that LanceDB knows (s3://…)."""
+    """A table of a LanceDB database: a folder, or an address that LanceDB knows (s3://…). Packed bits are searched by Hamming distance."""
 
-    dtypes = frozenset[VectorType]({"float32", "float16"})
+    dtypes = frozenset[VectorType]({"float32", "float16", "binary"})
 
     def __init__(self, place: str, table: str) -> None:
         self._place = place
