@@ -426,6 +426,7 @@ def client_alone(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {
         "rows_a_round": rows,
         "dimensions": _DIMENSIONS,
+        "rows_with_late_replies": in_a_row.late + in_batches.late,
         **found,
         "stream_to_run": round(medians["stream_cpu_us_a_row"] / medians["run_cpu_us_a_row"], 3),
         "stream_to_run_loop": round(

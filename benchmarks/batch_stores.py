@@ -526,6 +526,7 @@ def main() -> int:
                 rounds = 1 if name in SLOW else options.rounds
                 found[name] = measured(store, source, vectors, replies, rounds)
             sink = statistics.median(found[name]["rows_a_second"]["sink"])
+            results["rows_with_late_replies"] = replies.late
             found[name]["runner_to_sink"] = round(statistics.median(alone) / sink, 2)
             print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in found[name].items()), flush=True)
             write(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, TypeGuard, TypeVar
 
 import msgspec
 import numpy as np
@@ -22,6 +22,11 @@ HASH_BYTES: Final = 16
 """Of a row's content. Two contents of one row that differ have the same with a chance of 2⁻¹²⁸."""
 
 VectorType = Literal["float32", "float16", "int8", "binary"]
+
+
+def are_texts(values: Sequence[str | Problem]) -> TypeGuard[list[str]]:
+    """Whether none of them is a problem, which is the usual case."""
+    return Problem not in set(map(type, values))
 
 
 def quoted(value: RowId) -> str:

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from embedq_batch.content.rows import Problem, RowBatch, RowId, VectorBatch, VectorType, picked, taken
+from embedq_batch.content.rows import Problem, RowBatch, RowId, VectorBatch, VectorType, are_texts, picked, taken
 from embedq_sdk.embeddings import FinishedJob, ReadDatum, ReadResult
 from embedq_sdk.errors import (
     ClientClosed,
@@ -94,8 +94,10 @@ class Embedder:
             UnknownModel, KafkaRefused, InvalidArgument and others: no row will ever be embedded.
         """
         found = _Found(batch, self._options.dtype or "float32", spans=self._options.late)
-        texts = [n for n, text in enumerate(batch.texts) if isinstance(text, str)]
-        waiting = deque([_Waiting(range(len(batch)) if len(texts) == len(batch) else texts)])
+        rows: Sequence[int] = range(len(batch))
+        if found.problems:
+            rows = [n for n in rows if n not in found.problems]
+        waiting = deque([_Waiting(rows)])
         while waiting:
             some = waiting.popleft()
             if not some.rows:
@@ -180,9 +182,9 @@ class _Found:
         self._tokens = 0
         self._cached = 0
         self._device_s = 0.0
-        self.problems: dict[int, Problem] = {
-            n: text for n, text in enumerate(batch.texts) if isinstance(text, Problem)
-        }
+        self.problems: dict[int, Problem] = {}
+        if not are_texts(batch.texts):
+            self.problems = {n: text for n, text in enumerate(batch.texts) if isinstance(text, Problem)}
 
     def take(self, rows: Sequence[int], parts: list[ReadResult]) -> dict[int, Problem]:
         """Take a job's result; the rows whose errors may heal, each with its error."""
