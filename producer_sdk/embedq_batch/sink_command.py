@@ -50,7 +50,9 @@ if TYPE_CHECKING:
     "--keep", multiple=True, help="A column, or for results a field of the metadata, that goes along."
 )
 @job_options(
-    dtypes=("float32", "float16", "binary"), dtype_help="What vectors are made of. Default: float32.", chunks=("mean",)
+    dtypes=("float32", "float16", "binary"),
+    dtype_help="What vectors are made of. Default: float32.",
+    chunks=("mean",),
 )
 @click.option(
     "--metrics",

@@ -11,7 +11,16 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from embedq_batch.content.rows import Problem, RowBatch, RowId, VectorBatch, VectorType, are_texts, picked, taken
+from embedq_batch.content.rows import (
+    Problem,
+    RowBatch,
+    RowId,
+    VectorBatch,
+    VectorType,
+    are_texts,
+    picked,
+    taken,
+)
 from embedq_sdk.embeddings import FinishedJob, ReadDatum, ReadResult
 from embedq_sdk.errors import (
     ClientClosed,

@@ -72,7 +72,9 @@ def _rows_at_once(metadata: pq.FileMetaData, names: Sequence[str]) -> int:
     for n in range(metadata.num_row_groups):
         group = metadata.row_group(n)
         columns = [group.column(each) for each in range(group.num_columns)]
-        size = sum(column.total_uncompressed_size for column in columns if _is_in(column.path_in_schema, names))
+        size = sum(
+            column.total_uncompressed_size for column in columns if _is_in(column.path_in_schema, names)
+        )
         found = min(found, rows_at_once(group.num_rows, size))
     return found
 

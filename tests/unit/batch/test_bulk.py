@@ -91,7 +91,9 @@ def test_an_id_that_not_every_target_can_have_is_a_problem_of_its_row(bad: str) 
 def test_jobs_have_all_rows_once_and_are_no_larger_than_they_may_be(
     sizes: list[int | None], most: int, some: bool
 ) -> None:
-    texts: list[str | Problem] = [Problem("missing_text", "") if size is None else "é" * (size // 2) for size in sizes]
+    texts: list[str | Problem] = [
+        Problem("missing_text", "") if size is None else "é" * (size // 2) for size in sizes
+    ]
     batch = RowBatch(ids=list(range(len(sizes))), texts=texts)
     rows = list(range(0, len(sizes), 2)) if some else range(len(sizes))
 
