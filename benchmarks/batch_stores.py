@@ -454,14 +454,21 @@ def measured(store: Store, source: Path, vectors: Vectors, replies: Replies, rou
     ids = list(range(len(vectors)))
     rates: dict[str, list[int]] = {"bulk": [], "sink": [], "run": []}
     busy: list[float] = []
+    kept: list[float] = []
+    spent_here: dict[str, list[float]] = {"sink": [], "run": []}
     for _ in range(rounds):
         names = {way: f"{way}_{uuid.uuid4().hex[:8]}" for way in rates}
         started = time.monotonic()
         store.bulk(names["bulk"], ids, vectors)
         seconds = {"bulk": time.monotonic() - started}
+        before = time.process_time()
         seconds["sink"] = sink_alone(store.to(names["sink"]), ids, vectors)
+        between = time.process_time()
         target = Timed(opened_sink(store.to(names["run"])))
         done, seconds["run"] = asyncio.run(run(source, target, replies))
+        for way, cpu in (("sink", between - before), ("run", time.process_time() - between)):
+            spent_here[way].append(round(cpu / len(ids) * 1e6, 1))
+        kept.append(seconds["sink"] / seconds["run"])
         for way, spent in seconds.items():
             rates[way].append(round(len(ids) / spent))
         busy.append(target.busy / seconds["run"])
@@ -475,7 +482,8 @@ def measured(store: Store, source: Path, vectors: Vectors, replies: Replies, rou
     middle = {way: statistics.median(found) for way, found in rates.items()}
     return {
         "rows_a_second": rates,
-        "run_to_sink": round(middle["run"] / middle["sink"], 3),
+        "cpu_us_a_row_in_this_process": spent_here,
+        "run_to_sink": round(statistics.median(kept), 3),
         "run_to_bulk": round(middle["run"] / middle["bulk"], 3),
         "target_busy": round(statistics.median(busy), 3),
         "rows": done.rows,

@@ -40,6 +40,9 @@ from embedq_shared.weighted_semaphore import WeightedSemaphore
 
 _MSGPACK_TYPE: Final = names.MSGPACK.encode()
 _CORRELATION: Final = names.CORRELATION[0]
+_ID_BYTES: Final = 16
+_IDS_AT_ONCE: Final = 256
+"""Asking the system gives the interpreter's lock away, for milliseconds where another thread of the program has work."""
 
 
 class JobTransport(Protocol):
@@ -121,6 +124,8 @@ class JobRunner:
         self._submitted: set[PendingJob] = set()
         self.lifetime = Lifetime()
         self._reply_headers: tuple[Header, ...] = ()
+        self._ids: list[bytes] = []
+        """Random ids that no job has yet. A process that is forked cannot go on with a client, nor with its ids."""
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -250,7 +255,7 @@ class JobRunner:
         """
         self.lifetime.check()
         loop = asyncio.get_running_loop()
-        correlation = os.urandom(16)
+        correlation = self._correlation()
         texts = inputs.texts
         job = PendingJob(
             loop.create_future(),
@@ -279,6 +284,12 @@ class JobRunner:
         self._replies.add(job)
         self._transport.send(job)
         return job
+
+    def _correlation(self) -> bytes:
+        if not self._ids:
+            some = os.urandom(_ID_BYTES * _IDS_AT_ONCE)
+            self._ids = [some[start : start + _ID_BYTES] for start in range(0, len(some), _ID_BYTES)]
+        return self._ids.pop()
 
     def finish(self, job: PendingJob) -> None:
         """The caller has the outcome, or gave up: expect no more replies and give the weight back."""
