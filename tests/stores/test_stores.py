@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
+from datetime import UTC, date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -259,6 +261,32 @@ async def test_rows_that_postgresql_refuses_fail_alone(tmp_path: Path, postgres:
     done = await run(path, store.to, columns=Columns(id="id", keep=("title",)))
 
     assert (done.rows, done.failed, store.count()) == (COUNT - 6, 6, COUNT - 6)
+
+
+async def test_columns_of_every_kind_are_in_postgresql_as_they_were(tmp_path: Path, postgres: Any) -> None:
+    import psycopg
+
+    columns: dict[str, list[Any]] = {
+        "whole": [1, -(1 << 63)],
+        "few": [None, 7],
+        "real": [0.5, None],
+        "yes": [True, None],
+        "day": [date(2026, 1, 2), None],
+        "moment": [datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), None],
+        "price": [Decimal("1.25"), None],
+        "raw": [b"\0x", None],
+        "title": ["Käse", None],
+        "tags": [["a", "b"], None],
+    }
+    path = a_table(tmp_path / "in.parquet", TEXTS[:2], id=IDS[:2], **columns)
+    store = Postgres(postgres.get_uri())
+
+    done = await run(path, store.to, columns=Columns(id="id", keep=tuple(columns)), check=2)
+
+    assert (done.rows, done.failed) == (2, 0)
+    with psycopg.connect(postgres.get_uri()) as connection:
+        query = f"select {', '.join(columns)} from {store.to.rpartition('#')[2]} order by id"
+        assert connection.execute(query.encode()).fetchall() == list(zip(*columns.values(), strict=True))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "binary"])
