@@ -91,6 +91,20 @@ class Deadline(msgspec.Struct, frozen=True):
         return cls(asyncio.get_running_loop().time() + timeout, timeout, max_attempts)
 
 
+class _RandomIds:
+    """Ids that nobody else has. A process that is forked cannot go on with a client, nor with its ids."""
+
+    def __init__(self) -> None:
+        self._left: list[bytes] = []
+
+    def next(self) -> bytes:
+        """Another one."""
+        if not self._left:
+            some = os.urandom(_ID_BYTES * _IDS_AT_ONCE)
+            self._left = [some[start : start + _ID_BYTES] for start in range(0, len(some), _ID_BYTES)]
+        return self._left.pop()
+
+
 class JobRunner:
     """Turns inputs into outcomes: one job is one record, one or more replies, perhaps several attempts, one end.
 
@@ -124,8 +138,7 @@ class JobRunner:
         self._submitted: set[PendingJob] = set()
         self.lifetime = Lifetime()
         self._reply_headers: tuple[Header, ...] = ()
-        self._ids: list[bytes] = []
-        """Random ids that no job has yet. A process that is forked cannot go on with a client, nor with its ids."""
+        self._ids = _RandomIds()
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -255,7 +268,7 @@ class JobRunner:
         """
         self.lifetime.check()
         loop = asyncio.get_running_loop()
-        correlation = self._correlation()
+        correlation = self._ids.next()
         texts = inputs.texts
         job = PendingJob(
             loop.create_future(),
@@ -284,12 +297,6 @@ class JobRunner:
         self._replies.add(job)
         self._transport.send(job)
         return job
-
-    def _correlation(self) -> bytes:
-        if not self._ids:
-            some = os.urandom(_ID_BYTES * _IDS_AT_ONCE)
-            self._ids = [some[start : start + _ID_BYTES] for start in range(0, len(some), _ID_BYTES)]
-        return self._ids.pop()
 
     def finish(self, job: PendingJob) -> None:
         """The caller has the outcome, or gave up: expect no more replies and give the weight back."""
