@@ -134,14 +134,14 @@ async def _serve(settings: Settings, stop: asyncio.Event, leaving: Callable[[], 
             settings.admission,
             mappings=mappings,
             schemas=schemas or NoRegistry(),
-            note_dimensions=model.note_dimensions,
+            note_dimensions=lambda alias, dimensions: model.note_dimensions(dimensions),
         )
         async with _tasks() as tasks:
             pipeline = Pipeline(
                 policy,
-                model.encoder,
+                lambda: {settings.alias: model.encoder()},
                 cache,
-                model.queue,
+                {settings.alias: model.queue},
                 deliverer,
                 tasks,
                 intake.weigh,

@@ -571,7 +571,6 @@ class Settings(KafkaSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
 
         return AdmissionPolicy(
             topics=self.topics,
-            alias=self.alias,
             max_inputs=self.max_inputs,
             max_text_bytes=self.max_text_bytes,
             max_result_bytes=self.max_result_bytes,

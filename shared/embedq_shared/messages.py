@@ -19,6 +19,7 @@ ErrorCode = Literal[
     "invalid_header",
     "unsupported_content_type",
     "unknown_model",
+    "unknown_model_version",
     "text_too_long",
     "too_many_inputs",
     "result_too_large",
@@ -35,6 +36,8 @@ RETRYABLE: Final[frozenset[str]] = frozenset({"undeliverable", "overloaded", "in
 DEFAULT_ALIAS: Final = "default"
 MIN_DIMENSIONS: Final = 32
 MAX_ID_LENGTH: Final = 256
+MAX_VERSION_LENGTH: Final = 256
+"""Characters of a model version that a job may name; ours have 71."""
 MAX_METADATA_BYTES: Final = 16 * 1024
 MAX_INSTRUCTION_BYTES: Final = 16 * 1024
 """It is put before every input of its job: without a limit, a job of 1 MB could ask for 2 GB of text."""
@@ -91,6 +94,17 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
         Annotated[str, Meta(min_length=1, max_length=MAX_ID_LENGTH, description="Echoed as it came.")] | None
     ) = None
     model: Annotated[str, Meta(description='A model alias; absent: "default".')] | None = None
+    model_version: (
+        Annotated[
+            str,
+            Meta(
+                min_length=1,
+                max_length=MAX_VERSION_LENGTH,
+                description="The version that must answer; absent: whichever the alias has.",
+            ),
+        ]
+        | None
+    ) = None
     dimensions: (
         Annotated[int, Meta(ge=MIN_DIMENSIONS, description="At most the hidden size; absent: all.")] | None
     ) = None

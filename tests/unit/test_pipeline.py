@@ -75,7 +75,13 @@ class Parts:
             encoder, self.sink, self.sink.finish, self.metrics, LIMITS, bulk_turns=turns
         )
         self.pipeline = Pipeline(
-            rules(**settings), lambda: self.model, self.cache, self.queue, self.deliverer, tasks, self.weigh
+            rules(**settings),
+            lambda: {"default": self.model},
+            self.cache,
+            {"default": self.queue},
+            self.deliverer,
+            tasks,
+            self.weigh,
         )
         runner = BatchRunner(flights, device, budget, self.pipeline, self.metrics, tasks)
         self.loop = tasks.create_task(BatchLoop(batcher, runner.run, self.metrics, tasks).run())

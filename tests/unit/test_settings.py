@@ -285,10 +285,9 @@ def test_health_pages_are_for_this_machine_alone_unless_told_otherwise() -> None
 
 
 def test_admission_follows_the_settings() -> None:
-    found = settings(alias="big", max_inputs="3", max_text_bytes="99", reply_topics="a,b", topic_prefix="t")
+    found = settings(max_inputs="3", max_text_bytes="99", reply_topics="a,b", topic_prefix="t")
     assert found.admission == AdmissionPolicy(
         topics=Topics("t"),
-        alias="big",
         max_inputs=3,
         max_text_bytes=99,
         max_result_bytes=900_000,
