@@ -402,6 +402,12 @@ def read_command(key: bytes | None, value: bytes | None, alias: str) -> Control 
     return command
 
 
+def status_key(replica: str, alias: str, *, first: bool) -> bytes:
+    """The key of a replica's status: compaction keeps the last one of each. `first` is the alias whose key is the name alone, as
+    that of a replica of one alias is."""
+    return (replica if first else f"{replica}/{alias}").encode()
+
+
 def decode_status(value: bytes) -> Status:
     """A status record.
 
@@ -419,6 +425,6 @@ def read_status(key: bytes | None, value: bytes) -> Status:
             which the key names.
     """
     status = decode_status(value)
-    if key not in (status.replica.encode(), f"{status.replica}/{status.alias}".encode()):
+    if key not in (status_key(status.replica, status.alias, first=first) for first in (True, False)):
         raise msgspec.ValidationError("the record's key and its replica differ")
     return status
