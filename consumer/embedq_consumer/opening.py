@@ -34,6 +34,7 @@ from embedq_consumer.fairness import BulkTurns, InteractiveTraffic
 from embedq_consumer.intake import Intake, make_jobs_clients
 from embedq_consumer.lifecycle.control_topic import ControlTopic
 from embedq_consumer.lifecycle.model_slot import Source
+from embedq_consumer.lifecycle.served_model import ServedModel
 from embedq_consumer.lifecycle.served_models import ServedModels
 from embedq_consumer.quarantine import Suspects
 from embedq_consumer.retries import RetryTiers
@@ -235,8 +236,10 @@ async def open_models(
 
 
 @asynccontextmanager
-async def open_control(settings: Settings, alias: str, metrics: Metrics) -> AsyncIterator[ControlTopic]:
-    control = ControlTopic(settings.kafka(), settings.topics, alias, metrics)
+async def open_control(
+    settings: Settings, model: ServedModel, metrics: Metrics
+) -> AsyncIterator[ControlTopic]:
+    control = ControlTopic(settings.kafka(), settings.topics, model.alias, metrics, splits=model.splits)
     try:
         yield control
     finally:

@@ -105,7 +105,7 @@ async def _serve(settings: Settings, stop: asyncio.Event, leaving: Callable[[], 
         )
         aliases: list[_Alias] = []
         for model in models:
-            control = await parts.enter_async_context(open_control(settings, model.alias, metrics))
+            control = await parts.enter_async_context(open_control(settings, model, metrics))
             fleet = await parts.enter_async_context(open_fleet(settings, model.alias, publisher))
             aliases.append(_Alias(model, control, fleet))
 
@@ -143,6 +143,7 @@ async def _serve(settings: Settings, stop: asyncio.Event, leaving: Callable[[], 
             mappings=mappings,
             schemas=schemas or NoRegistry(),
             note_dimensions=models.note_dimensions,
+            share_of=models.splits.target,
         )
         async with _tasks() as tasks:
             pipeline = Pipeline(

@@ -29,6 +29,7 @@ from embedq_shared.messages import (
     Failure,
     Job,
     Result,
+    Split,
     Status,
 )
 from embedq_shared.topics import JSON, MSGPACK, MSGPACK_TYPES
@@ -344,6 +345,9 @@ _replies: Final[dict[Format, msgspec.json.Decoder[_Reply] | msgspec.msgpack.Deco
     "msgpack": msgspec.msgpack.Decoder(_Reply),
 }
 _control: Final = msgspec.json.Decoder(Control)
+_split: Final = msgspec.json.Decoder(Split)
+UNDECODABLE: Final = _UNDECODABLE
+"""What reading a record of the control or the status topic raises."""
 _status: Final = msgspec.json.Decoder(Status)
 
 
@@ -373,7 +377,7 @@ def decode_result(value: bytes, format: Format = "json") -> Result | Failure:
     return _replies[format].decode(value)
 
 
-def encode_record(record: Control | Status) -> bytes:
+def encode_record(record: Control | Split | Status) -> bytes:
     """A control or status record's value, in JSON."""
     return _encoders["json"].encode(record)
 
@@ -400,6 +404,18 @@ def read_command(key: bytes | None, value: bytes | None, alias: str) -> Control 
     if command.alias != alias:
         raise msgspec.ValidationError("the record's key and its alias differ")
     return command
+
+
+def read_split(key: bytes, value: bytes) -> Split:
+    """The split in a record of the control topic.
+
+    Raises:
+        msgspec.DecodeError, UnicodeDecodeError, RecursionError: it is none, or not that of the alias which the key names.
+    """
+    split = _split.decode(value)
+    if key != split.alias.encode():
+        raise msgspec.ValidationError("the record's key and its alias differ")
+    return split
 
 
 def status_key(replica: str, alias: str, *, first: bool) -> bytes:

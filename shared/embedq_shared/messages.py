@@ -241,6 +241,10 @@ STATUS_INTERVAL_S: Final = 3.0
 """Each replica repeats its status this often."""
 STATUS_STALE_AFTER_S: Final = 15.0
 """A replica whose last status is older is gone."""
+MAX_SHARES: Final = 16
+"""Aliases of a split."""
+MAX_WEIGHT: Final = 1_000_000
+"""Of an alias in a split: parts of a million are finer than anybody can measure."""
 SAME_SPACE_COSINE: Final = 0.995
 """Two runs of one model in other precision, on another device or quantized to 8 bits agree to this on every text; two models do not."""
 GOLDEN_FILE: Final = "embedq_golden.json"
@@ -323,6 +327,24 @@ class Control(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     reason: Annotated[str, Meta(description="Why it was written, for people.")] | None = None
 
 
+class Split(msgspec.Struct, frozen=True, kw_only=True):
+    """An alias whose jobs are shared out among others, complete in one record; `version` only rises.
+
+    `split` has the weight of each alias that gets a share; without any the split has ended.
+    """
+
+    alias: Annotated[str, Meta(min_length=1, max_length=256)]
+    version: Annotated[int, Meta(ge=1, le=MAX_INTEGER)]
+    command_id: Annotated[str, Meta(min_length=1, max_length=256)]
+    split: Annotated[
+        dict[
+            Annotated[str, Meta(min_length=1, max_length=256)],
+            Annotated[int, Meta(ge=1, le=MAX_WEIGHT)],
+        ],
+        Meta(max_length=MAX_SHARES, description="The weight of each alias."),
+    ]
+
+
 class Status(msgspec.Struct, frozen=True, kw_only=True):
     """What one replica serves and does. `version` is the control record it speaks of; `at` is epoch milliseconds.
 
@@ -331,6 +353,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     `max_tokens` its longest input, special tokens included; null while none serves, and in records of older replicas.
     `turn` is the version of a roll-out whose turn this replica takes. `path` is the directory that serves, as a command would name
     it; null where none could. `memory_used` and `memory_total` are bytes of the device, on a CPU of the process and its machine.
+    `splits` has the weights of each split that the replica knows of; null in records of replicas that do not say it.
     """
 
     replica: str
@@ -349,3 +372,4 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     path: str | None = None
     memory_used: Annotated[int, Meta(ge=0, le=MAX_INTEGER)] | None = None
     memory_total: Annotated[int, Meta(ge=0, le=MAX_INTEGER)] | None = None
+    splits: dict[str, dict[str, int]] | None = None

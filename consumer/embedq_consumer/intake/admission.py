@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from collections.abc import Mapping as Map
 from typing import Final
 
@@ -39,6 +39,8 @@ from embedq_shared.messages import DEFAULT_ALIAS, DEFAULT_CHUNK_TOKENS, Chunking
 from embedq_shared.topics import CONTENT_TYPE, MSGPACK_TYPES, Topics, is_reserved
 
 PartitionCount = Callable[[str], int | None]
+ShareOf = Callable[[str, str, Collection[str] | None], str | None]
+"""The alias that the job of an alias and an id belongs to, of these alone where it may; None where the alias is no split."""
 
 
 class Rejection(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,6 +94,11 @@ def _nobody_asks(alias: str, dimensions: int) -> None:
     """Nobody wants to know."""
 
 
+def _no_split(alias: str, id: str, among: Collection[str] | None) -> str | None:
+    """There are no splits."""
+    return None
+
+
 class AdmissionPolicy(msgspec.Struct, frozen=True):
     """The settings that decide what is accepted. `schemas` is what the Schema Registry has said so far."""
 
@@ -104,6 +111,8 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
     schemas: Schemas = NoRegistry()
     note_dimensions: Callable[[str, int], None] = _nobody_asks
     """Hears of the `dimensions` that an admitted job of an alias names."""
+    share_of: ShareOf = _no_split
+    """Whose job one of an alias is that no model serves by itself."""
 
     def admit(
         self, record: Record, models: Map[str, Encoder], now_ms: float, partitions: PartitionCount
@@ -121,7 +130,7 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
         if (name := value_of(record.headers, MAPPING_HEADER)) is not None:
             named = self.mappings.named(name.decode("utf-8", "replace"))
             if named is None:
-                return self._unknown_mapping(headers, format)
+                return _unknown_mapping(self.mappings.names, headers, format)
             return self._admit_mapped(named, record, headers, models, now_ms)
         if format is None:
             known = ", ".join(["application/json", *sorted(MSGPACK_TYPES)])
@@ -160,16 +169,20 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
         """A job that was read, or why it cannot run here."""
         if (error := _check_deadline(headers, now_ms)) is not None:
             return _refused(error, headers, job, format, answer)
-        alias = DEFAULT_ALIAS if job.model is None else job.model
+        alias = served = DEFAULT_ALIAS if job.model is None else job.model
         if (encoder := models.get(alias)) is None:
-            return _refused(_unknown_model(alias, models), headers, job, format, answer)
+            served = self.share_of(alias, job.id or record.name, _of_version(models, job.model_version)) or alias
+            if (encoder := models.get(served)) is None:
+                return _refused(_unknown_model(alias, served, models), headers, job, format, answer)
         if job.model_version is not None and job.model_version != encoder.model_version:
-            error = _other_version(alias, encoder)
+            error = _other_version(served, encoder)
             return _refused(error, headers, job, format, answer, encoder.model_version)
-        request = self._request(record, headers, job, format, alias, encoder, answer)
+        request = self._request(record, headers, job, format, encoder, answer)
         if isinstance(request, ErrorBody):
             return _refused(request, headers, job, format, answer)
-        return JobState(record, headers, request, encoder)
+        if job.dimensions is not None:
+            self.note_dimensions(served, job.dimensions)
+        return JobState(record, headers, request, encoder, served)
 
     def _admit_mapped(
         self,
@@ -206,17 +219,6 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
                 )
             case Embeddable(job, answer):
                 return self._accept(record, headers, job, "json", models, now_ms, answer)
-
-    def _unknown_mapping(self, headers: JobHeaders, format: Format | None) -> Rejection:
-        known = ", ".join(self.mappings.names) or "none, since the setting `EMBEDQ_MAPPINGS` is empty"
-        error = ErrorBody.of(
-            "invalid_header",
-            f"header `{MAPPING_HEADER}`: expected the name of a mapping: {known}",
-            MAPPING_HEADER,
-        )
-        return Rejection(
-            error=error, format=format or "json", headers=headers, envelope=Envelope(), dead_letter=True
-        )
 
     def condemn(self, record: Record, deaths: Sequence[Death], partitions: PartitionCount) -> Rejection:
         """The rejection of a record that killed processes. Its value is not looked at: decoding it may be what kills."""
@@ -321,7 +323,6 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
         headers: JobHeaders,
         job: Job,
         format: Format,
-        alias: str,
         encoder: Encoder,
         answer: Answer | None = None,
     ) -> Request | ErrorBody:
@@ -333,8 +334,6 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
                 f"`dimensions`: expected an integer from 32 to {encoder.hidden_size}, the model's hidden size",
                 "dimensions",
             )
-        if job.dimensions is not None:
-            self.note_dimensions(alias, job.dimensions)
         dtype = job.dtype or "float32"
         if dtype == "binary" and dimensions % 8:
             return ErrorBody.of(
@@ -352,7 +351,7 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
         texts = [job.input] if isinstance(job.input, str) else job.input
         request = Request(
             id=job.id if job.id is not None else record.name,
-            model=alias,
+            model=DEFAULT_ALIAS if job.model is None else job.model,
             texts=texts,
             listed=listed,
             prompt=prompt_for(job, encoder),
@@ -389,6 +388,18 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
             "a line, `dimensions`, or `encoding_format` base64 make it smaller",
             "body.input",
         )
+
+
+def _unknown_mapping(names: Iterable[str], headers: JobHeaders, format: Format | None) -> Rejection:
+    known = ", ".join(names) or "none, since the setting `EMBEDQ_MAPPINGS` is empty"
+    error = ErrorBody.of(
+        "invalid_header",
+        f"header `{MAPPING_HEADER}`: expected the name of a mapping: {known}",
+        MAPPING_HEADER,
+    )
+    return Rejection(
+        error=error, format=format or "json", headers=headers, envelope=Envelope(), dead_letter=True
+    )
 
 
 EXPIRED: Final = ErrorBody.of(
@@ -433,12 +444,22 @@ def _refused(
     )
 
 
-def _unknown_model(alias: str, models: Map[str, Encoder]) -> ErrorBody:
+def _unknown_model(alias: str, share: str, models: Map[str, Encoder]) -> ErrorBody:
+    """`share` is whose job it is, if the alias is a split."""
     served = list(models)
     expected = f"{served[0]!r}, the only model alias served here"
     if len(served) > 1:
         expected = f"one of the model aliases served here, {', '.join(map(repr, served))}"
+    if share != alias:
+        expected += "; the split that it names has one that is not"
     return ErrorBody.of("unknown_model", f"`model`: expected {expected}{_of_openai(alias)}", "model")
+
+
+def _of_version(models: Map[str, Encoder], version: str | None) -> Collection[str] | None:
+    """The aliases that have a version; None where any will do."""
+    if version is None:
+        return None
+    return [alias for alias, encoder in models.items() if encoder.model_version == version]
 
 
 def _other_version(alias: str, encoder: Encoder) -> ErrorBody:

@@ -29,6 +29,7 @@ from embedq_consumer.lifecycle.trial import Gates, Trial, TrialLimits
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_consumer.telemetry.process_memory import machine_bytes, resident_bytes
 from embedq_consumer.threads import CLOSE_S
+from embedq_shared.fleet import Splits
 from embedq_shared.messages import Control
 from embedq_shared.topics import Topics
 
@@ -85,10 +86,12 @@ class ServedModel:
         show_facts: Callable[[Mapping[str, object]], None],
         traffic: InteractiveTraffic | None = None,
         device: Device | None = None,
+        splits: Splits | None = None,
     ) -> None:
         """`show_facts` takes what operators should know of the budget, such as `Health.tell`. While `traffic` comes, bulk runs
-        in small micro-batches. `device`: None for one of its own."""
+        in small micro-batches. `device`: None for one of its own. `splits` are those that its status tells of."""
         self.alias = options.alias
+        self.splits = splits
         batches = options.batches
         self._metrics = metrics
         self._configured = options.configured
@@ -193,6 +196,7 @@ class ServedModel:
             path=_name_of(loaded.path, self._root),
             memory_used=used,
             memory_total=total,
+            splits={} if self.splits is None else self.splits.weights(),
         )
 
     @property

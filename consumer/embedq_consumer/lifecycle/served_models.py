@@ -18,6 +18,7 @@ from embedq_consumer.lifecycle.served_model import ModelOptions, ServedModel
 from embedq_consumer.lifecycle.status_reporter import Publish
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_consumer.threads import CLOSE_S
+from embedq_shared.fleet import Splits
 
 _Tell = Callable[[Mapping[str, object]], None]
 
@@ -56,6 +57,8 @@ class ServedModels:
         self._metrics = metrics
         self._show_facts = show_facts
         self._budgets: dict[str, int] = {}
+        self.splits = Splits()
+        """The aliases that are shares of others; the first alias's control topic fills it."""
         self._by_alias = {
             one.alias: ServedModel(
                 one,
@@ -65,6 +68,7 @@ class ServedModels:
                 self._teller(one) if several else show_facts,
                 traffic,
                 self._device,
+                self.splits if one.first else None,
             )
             for one in options.aliases
         }

@@ -26,6 +26,8 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
     """The directory, as a command would name it; None where none could."""
     memory_used: int | None
     memory_total: int | None
+    splits: dict[str, dict[str, int]]
+    """The weights of every split."""
 
 
 class StatusReporter:

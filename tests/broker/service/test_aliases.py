@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, Final
@@ -11,13 +12,15 @@ import numpy as np
 import pytest
 
 from embedq_consumer.engine import Text, Tokens, load_encoder
-from embedq_sdk import EmbedClient, UnknownModel, UnknownModelVersion
+from embedq_sdk import EmbedClient, InvalidArgument, UnknownModel, UnknownModelVersion
 from embedq_sdk.admin.control import live_replicas, reload_model, rollback_model
 from embedq_sdk.admin.rollout import RolloutUpdate
+from embedq_sdk.admin.splits import split_alias, splits_in_force
 from embedq_sdk.dev import DevStack
+from embedq_shared.fleet import share_of
 from embedq_shared.vectors import cut_and_normalize
 from tests.helpers.delivery import load, until_committed
-from tests.helpers.service_process import Replica, fresh_prefix, make_topics, reader, replicas
+from tests.helpers.service_process import Reader, Replica, fresh_prefix, make_topics, reader, replicas
 from tests.helpers.support import patient, wait_until
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(240)]
@@ -30,6 +33,10 @@ def job(number: int) -> dict[str, Any]:
     """For each alias in turn, and a few for one that nobody serves; few texts, so that the cache knows them for each model."""
     alias = "nobody's" if number % 20 == 19 else _ALIASES[number % 3]
     return {"id": f"{number}", "input": f"text {number % 7}", "model": alias, "dimensions": _DIMENSIONS}
+
+
+def split_job(number: int) -> dict[str, Any]:
+    return job(number) | {"id": f"user-{number}", "model": "test"}
 
 
 def own(path: Path) -> tuple[str, list[np.ndarray[Any, Any]]]:
@@ -140,10 +147,36 @@ async def test_each_alias_is_served_by_its_model_and_changes_to_one_in_memory_wi
         serving = [name for name in metrics if name.startswith("embedq_model_info{")]
         assert sorted(name.partition('alias="')[2].partition('"')[0] for name in serving) == list(_ALIASES)
 
+        # A split begins with a message, and each job is run by the model whose share its id is.
+        weights = {"default": 1, "second": 1}
+        await split_alias(alias="test", weights=weights, **server)
+        assert await splits_in_force(**server) == {"test": weights}
+        await wait_until(lambda: _both_know(status, {"test": weights}), what="replicas that know the split")
+        async with load(stack, topics.jobs, results, window=16, make=split_job) as more:
+            await more.progress(40)
+        shared = {one["id"]: one for one in more.answered.results if one["id"] in set(more.ids)}
+        for id, result in shared.items():
+            share = share_of("test", weights, id)
+            assert (result["model"], result["model_version"]) == ("test", b[0] if share == "second" else a[0])
+        assert len({one["model_version"] for one in shared.values()}) == 2
+        await split_alias(alias="test", weights={}, **server)
+        await wait_until(lambda: _both_know(status, {}), what="replicas that know its end")
+        with pytest.raises(UnknownModel):
+            await client.embed("text 0", model="test")
+        with pytest.raises(InvalidArgument, match="a name that no replica serves by itself"):
+            await split_alias(alias="second", weights={"default": 1}, **server)
+        with pytest.raises(InvalidArgument, match="aliases that live replicas serve .*, got fourth"):
+            await split_alias(alias="test", weights={"default": 1, "fourth": 1}, **server)
+
         assert await asyncio.gather(*(one.stop() for one in pair)) == [0, 0]
         await wait_until(lambda: _all_stopped(status), what="a goodbye of each alias")
 
 
-async def _all_stopped(status: Any) -> bool:
+async def _both_know(status: Reader, splits: dict[str, Any]) -> bool:
+    last = {record.key: json.loads(record.value) for record in await status.all()}
+    return all(last[name]["splits"] == splits for name in (b"one", b"two"))
+
+
+async def _all_stopped(status: Reader) -> bool:
     last = {record.key: record.value for record in await status.all()}
     return len(last) == 6 and all(b'"STOPPED"' in value for value in last.values())

@@ -17,7 +17,8 @@ from embedq_consumer.intake.jobs import JobState, input_param
 from embedq_consumer.intake.records import Record
 from embedq_consumer.intake.result_sizes import datum_bytes, fixed_bytes, held_bytes
 from embedq_shared import codec
-from embedq_shared.messages import Chunking, Job
+from embedq_shared.fleet import Splits
+from embedq_shared.messages import Chunking, Job, Split
 from tests.helpers.in_flight import NOW_MS, PARTITIONS, TOPICS, VERSION, Model, admitted, record, rules
 
 REPLIES = ("reply-topic", TOPICS.replies.encode())
@@ -177,6 +178,45 @@ def test_each_alias_has_its_own_model_and_limits() -> None:
         "unknown_model",
         "`model`: expected one of the model aliases served here, 'default', 'small'",
     )
+
+
+def test_a_job_of_a_split_is_run_by_its_share_and_says_the_name_that_it_came_by() -> None:
+    old, new = Model(), Model(hidden_size=64)
+    new.model_version = "sha256:new"
+    models = {"old": old, "new": new}
+    splits, noted = Splits(), list[str]()
+    weights = Split(alias="ab", version=1, command_id="c", split={"old": 1, "new": 1})
+    splits.see(b"ab", codec.encode_record(weights))
+    of = rules(share_of=splits.target, note_dimensions=lambda alias, dimensions: noted.append(alias))
+
+    def run(**fields: Any) -> Admitted:
+        return of.admit(record(input="a", **fields), models, NOW_MS, PARTITIONS.get)
+
+    aliases = set()
+    for number in range(40):
+        job = run(model="ab", id=f"{number}", dimensions=32)
+        assert isinstance(job, JobState)
+        assert job.alias == splits.target("ab", f"{number}") == noted[-1]
+        assert (job.encoder, job.request.model) == (models[job.alias], "ab")
+        aliases.add(job.alias)
+    assert aliases == {"old", "new"}
+    nameless = run(model="ab")
+    assert isinstance(nameless, JobState)
+    assert nameless.alias == splits.target("ab", "t.jobs-3-7"), "its place, which a repeat has too"
+    for number in range(10):
+        pinned = run(model="ab", id=f"{number}", model_version="sha256:new")
+        assert isinstance(pinned, JobState)
+        assert pinned.encoder is new, "a pin says whose it is"
+    refused = run(model="ab", model_version="sha256:other")
+    assert isinstance(refused, Rejection)
+    assert refused.error.code == "unknown_model_version"
+    del models["new"]
+    codes = set()
+    for number in range(20):
+        found = run(model="ab", id=f"{number}")
+        if isinstance(found, Rejection):
+            codes.add((found.error.code, found.error.message.partition(";")[2]))
+    assert codes == {("unknown_model", " the split that it names has one that is not")}
 
 
 def test_a_pinned_job_is_run_by_that_version_alone() -> None:
