@@ -131,10 +131,8 @@ class ModelSlot:
 
     @property
     def freed_by_unloading(self) -> int:
-        """Bytes that the device gets back when this alias's model goes: none where another alias has it too."""
-        if self.serving is None or self.device.residents.users(self.serving) > 1:
-            return 0
-        return self.serving.encoder.weight_bytes
+        """Bytes that the device gets back when this alias's model goes: none where it stays for another alias, or is pinned."""
+        return 0 if self.serving is None else self.device.residents.freed_by(self.serving)
 
     def note_budget(self, loaded: Loaded, budget: Budget) -> None:
         """Remember the token budget that was found for a model: who comes back to it need not find it again."""

@@ -81,9 +81,15 @@ class Residents:
         """One more uses it."""
         self._of(loaded).users += 1
 
-    def users(self, loaded: Loaded) -> int:
-        """How many use it."""
-        return self._of(loaded).users
+    @property
+    def empty(self) -> bool:
+        """Whether there is none."""
+        return not self._residents
+
+    def freed_by(self, loaded: Loaded) -> int:
+        """Bytes that one user gives back who leaves it and does not want it kept: none where another one has it, or it is pinned."""
+        stays = self._of(loaded).users > 1 or self._stays(loaded)
+        return 0 if stays else loaded.encoder.weight_bytes
 
     def note_budget(self, loaded: Loaded, budget: Budget) -> None:
         """Remember the token budget that was found for it."""
@@ -100,7 +106,7 @@ class Residents:
         of.used_at = now
         if of.users:
             return []
-        if loaded.source.stamp is None or not (keep or loaded.path in self._pinned):
+        if loaded.source.stamp is None or not (keep or self._stays(loaded)):
             return self._go([of])
         idle = self._idle()
         return self._go(idle[: max(0, len(idle) - self._keep)])
@@ -122,9 +128,13 @@ class Residents:
             wanted -= one.loaded.encoder.weight_bytes
         return self._go(going)
 
+    def _stays(self, loaded: Loaded) -> bool:
+        """Whether it is pinned. One whose files are not known could not be found again."""
+        return loaded.source.stamp is not None and loaded.path in self._pinned
+
     def _idle(self) -> list[_Resident]:
         """Those that may go, in the order in which they would."""
-        idle = [one for one in self._residents if not one.users and one.loaded.path not in self._pinned]
+        idle = [one for one in self._residents if not one.users and not self._stays(one.loaded)]
         return sorted(idle, key=lambda one: one.used_at)
 
     def _go(self, going: list[_Resident]) -> list[Loaded]:

@@ -153,7 +153,8 @@ class Trial:
         self._check_dimensions(needs.hidden_size, command)
         policy: Policy = command.policy or "availability_preserving"
         lacks, unloading = needs.needed - needs.free, self._slot.freed_by_unloading
-        if self._slot.serving is not None:
+        # Alone on its device, a model to begin with is tried in any case: there is nothing else to serve.
+        if self._slot.serving is not None or not self._slot.device.residents.empty:
             idle = self._slot.device.residents.idle_bytes
             needs = msgspec.structs.replace(needs, free=needs.free + idle)
             policy = choose_policy(command.policy, needs, unloading)

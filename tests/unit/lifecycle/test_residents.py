@@ -57,10 +57,11 @@ def test_it_goes_with_its_last_user() -> None:
     residents, one = Residents(), model("one")
     residents.add(one)
     residents.take(one)
-    assert residents.users(one) == 2
+    assert residents.freed_by(one) == 0
     assert residents.leave(one, 1.0, keep=True) == []
+    assert (residents.freed_by(one), residents.empty) == (100, False)
     assert residents.leave(one, 2.0, keep=True) == [one]
-    assert residents.find(one.source) is None
+    assert (residents.find(one.source), residents.empty) == (None, True)
 
 
 def test_of_those_that_nobody_uses_the_last_used_ones_stay() -> None:
@@ -79,6 +80,7 @@ def test_who_needs_the_memory_keeps_nothing_but_what_is_pinned() -> None:
     a, b = model("a"), model("b")
     for one in (a, b):
         residents.add(one)
+    assert (residents.freed_by(a), residents.freed_by(b)) == (0, 100)
     assert residents.leave(a, 1.0, keep=False) == []
     assert residents.leave(b, 2.0, keep=False) == [b]
     assert residents.find(a.source) is a

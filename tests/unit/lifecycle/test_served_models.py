@@ -323,6 +323,18 @@ async def test_what_another_alias_has_is_not_counted_as_room(several: Make) -> N
     assert s.models["one"].closed
 
 
+async def test_a_model_to_begin_with_that_does_not_fit_beside_the_others_is_not_tried(several: Make) -> None:
+    s = several({"a": "one", "b": "two"})
+    a, b = s.served
+    await a.start(None)
+    s.loader.inspection = msgspec.structs.replace(INSPECTION, needed=120, free=30)
+    await b.start(Control(alias="b", version=1, path="three", command_id="b1"))
+    assert s.loads == ["one", "two"], "the configured one instead"
+    failed = await s.until("b", 1, "FAILED")
+    assert failed.error is not None
+    assert failed.error.startswith("memory: needs")
+
+
 async def test_one_alias_changes_at_a_time_and_each_counts_with_what_the_other_left(several: Make) -> None:
     s = several({"a": "one", "b": "two"})
     await s.start()
