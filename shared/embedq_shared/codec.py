@@ -441,6 +441,6 @@ def read_status(key: bytes | None, value: bytes) -> Status:
             which the key names.
     """
     status = decode_status(value)
-    if key not in (status_key(status.replica, status.alias, first=first) for first in (True, False)):
+    if key not in [status_key(status.replica, status.alias, first=first) for first in (True, False)]:
         raise msgspec.ValidationError("the record's key and its replica differ")
     return status

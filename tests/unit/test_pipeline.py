@@ -187,9 +187,13 @@ async def test_each_job_is_run_by_the_model_of_its_alias_and_no_micro_batch_has_
 
 async def test_a_pinned_job_says_which_version_is_served_instead() -> None:
     async with running() as parts:
-        parts.pipeline.take([job(1, input="a", model_version="sha256:old"), job(2, input="a", model_version=VERSION)])
+        parts.pipeline.take(
+            [job(1, input="a", model_version="sha256:old"), job(2, input="a", model_version=VERSION)]
+        )
         await parts.finished(1, 2)
-        refused, answered = sorted((body(sent) for sent in parts.sink.to(TOPICS.results)), key=lambda one: one["object"])
+        refused, answered = sorted(
+            (body(sent) for sent in parts.sink.to(TOPICS.results)), key=lambda one: one["object"]
+        )
     assert (refused["error"]["code"], refused["model_version"]) == ("unknown_model_version", VERSION)
     assert answered["model_version"] == VERSION
     assert parts.device.ran == [["a"]]

@@ -251,7 +251,7 @@ async def test_every_alias_has_its_model_before_the_first_job_and_says_goodbye(
     more = msgspec.structs.replace(settings, aliases=f"second={tmp_path / 'new'},third")
     await serve_and_stop(world, more)
     read = ["commands read", "statuses read"]
-    assert world.did[:9] == [
+    assert world.did[:10] == [
         "publisher open",
         *read,
         "loaded old",
@@ -268,7 +268,7 @@ async def test_an_alias_that_begins_with_no_directory_is_named(
     world: World, settings: Settings, tmp_path: Path
 ) -> None:
     wrong = msgspec.structs.replace(settings, aliases=f"second={tmp_path / 'nowhere'}")
-    with pytest.raises(SettingsError, match="^EMBEDQ_ALIASES: expected a directory, .*nowhere is not one$"):
+    with pytest.raises(SettingsError, match=r"^EMBEDQ_ALIASES: expected a directory, .*nowhere is not one$"):
         await serve(wrong, asyncio.Event())
 
 

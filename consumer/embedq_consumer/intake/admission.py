@@ -171,7 +171,9 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
             return _refused(error, headers, job, format, answer)
         alias = served = DEFAULT_ALIAS if job.model is None else job.model
         if (encoder := models.get(alias)) is None:
-            served = self.share_of(alias, job.id or record.name, _of_version(models, job.model_version)) or alias
+            served = (
+                self.share_of(alias, job.id or record.name, _of_version(models, job.model_version)) or alias
+            )
             if (encoder := models.get(served)) is None:
                 return _refused(_unknown_model(alias, served, models), headers, job, format, answer)
         if job.model_version is not None and job.model_version != encoder.model_version:

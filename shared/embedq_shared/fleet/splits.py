@@ -27,7 +27,7 @@ def share_of(alias: str, weights: Mapping[str, int], id: str) -> str:
 
 def _distance(alias: str, one: str, id: str) -> float:
     """Exponentially distributed over ids, so that the least of several over its weight is each one's as often as it weighs."""
-    digest = hashlib.sha256("\0".join((alias, one, id)).encode("utf-8", "surrogatepass")).digest()
+    digest = hashlib.sha256(f"{alias}\0{one}\0{id}".encode("utf-8", "surrogatepass")).digest()
     number = int.from_bytes(digest[:_BYTES], "big")
     return -math.log((number + 1) / (1 << 8 * _BYTES))
 

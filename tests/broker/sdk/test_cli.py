@@ -18,7 +18,7 @@ import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from embedq_sdk.admin import splits
-from embedq_sdk.admin.control import LostRace
+from embedq_sdk.admin.control import LostRace, write_record
 from embedq_sdk.admin.topics import create_topics
 from embedq_shared.messages import Datum, ErrorBody, Rollout, Split
 from tests.helpers.command_line import Run
@@ -262,7 +262,7 @@ async def test_a_split_is_written_shown_and_ended(embedq: Run, servers: str, fre
 async def test_of_two_that_write_a_split_at_once_one_is_told_that_it_lost(
     servers: str, fresh: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = splits.write_record
+    write = write_record
     rival = Split(alias="ab", version=1, command_id="rival", split={"rival": 1})
 
     async def beaten(where: Any, topic: str, split: Split, timeout: float) -> int:

@@ -70,7 +70,7 @@ async def test_each_alias_is_served_by_its_model_and_changes_to_one_in_memory_wi
     a, b = await asyncio.gather(*(asyncio.to_thread(own, models / name) for name in ("a", "b")))
     truth = dict([a, b])
     topics = await make_topics(stack, fresh_prefix())
-    server = {"servers": stack.kafka_servers, "topic_prefix": topics.prefix}
+    server: dict[str, Any] = {"servers": stack.kafka_servers, "topic_prefix": topics.prefix}
     pair = [
         Replica(
             stack,
@@ -165,7 +165,7 @@ async def test_each_alias_is_served_by_its_model_and_changes_to_one_in_memory_wi
             await client.embed("text 0", model="test")
         with pytest.raises(InvalidArgument, match="a name that no replica serves by itself"):
             await split_alias(alias="second", weights={"default": 1}, **server)
-        with pytest.raises(InvalidArgument, match="aliases that live replicas serve .*, got fourth"):
+        with pytest.raises(InvalidArgument, match=r"aliases that live replicas serve .*, got fourth"):
             await split_alias(alias="test", weights={"default": 1, "fourth": 1}, **server)
 
         assert await asyncio.gather(*(one.stop() for one in pair)) == [0, 0]

@@ -13,8 +13,8 @@ import pytest
 from embedq_consumer.lifecycle.control_topic import ControlTopic
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.codec import encode_record
-from embedq_shared.kafka import TopicPartition, Unreadable
 from embedq_shared.fleet import Splits
+from embedq_shared.kafka import TopicPartition, Unreadable
 from embedq_shared.messages import Control, Split
 from embedq_shared.topics import Topics
 
