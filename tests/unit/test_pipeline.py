@@ -43,6 +43,7 @@ from tests.helpers.in_flight import TOPICS, VERSION, admitted, record, rules
 from tests.helpers.shapes import mappings_of
 from tests.helpers.support import wait_until
 
+OTHER = "sha256:" + "cd" * 32
 LIMITS = DeliveryLimits(reply_timeout_s=15)
 Refusal = Callable[[Outgoing], Exception | None]
 
@@ -172,14 +173,14 @@ async def test_polled_jobs_are_computed_published_and_finished() -> None:
 async def test_each_job_is_run_by_the_model_of_its_alias_and_no_micro_batch_has_texts_of_two() -> None:
     async with asyncio.TaskGroup() as tasks, running() as parts:
         small = Letters(hidden_size=64)
-        small.model_version = "sha256:small"
+        small.model_version = OTHER
         parts.serve("small", small, tasks)
         jobs = [job(1, input=["a", "b"], id="one"), job(2, input="a", id="two", model="small")]
         parts.pipeline.take([*jobs, job(3, input="a", id="three", model="none")])
         await parts.finished(1, 2, 3)
         results = {body(sent)["id"]: body(sent) for sent in parts.sink.to(TOPICS.results)}
     assert {id: results[id]["model"] for id in results} == {"one": "default", "two": "small", "three": "none"}
-    assert (results["one"]["model_version"], results["two"]["model_version"]) == (VERSION, "sha256:small")
+    assert (results["one"]["model_version"], results["two"]["model_version"]) == (VERSION, OTHER)
     assert results["three"]["error"]["code"] == "unknown_model"
     assert sorted(parts.device.ran) == [["a"], ["a", "b"]]
     assert (parts.model.calls, small.calls) == ([["a", "b"]], [["a"]])
@@ -188,7 +189,7 @@ async def test_each_job_is_run_by_the_model_of_its_alias_and_no_micro_batch_has_
 async def test_a_pinned_job_says_which_version_is_served_instead() -> None:
     async with running() as parts:
         parts.pipeline.take(
-            [job(1, input="a", model_version="sha256:old"), job(2, input="a", model_version=VERSION)]
+            [job(1, input="a", model_version=OTHER), job(2, input="a", model_version=VERSION)]
         )
         await parts.finished(1, 2)
         refused, answered = sorted(
