@@ -20,6 +20,7 @@ from embedq_consumer.engine import (
     DeviceLost,
     Encoder,
     Failed,
+    Inspection,
     ModelError,
     OutOfMemory,
     Text,
@@ -151,19 +152,9 @@ class Trial:
         except Exception as error:
             raise _cannot_be_loaded(directory, error) from error
         self._check_dimensions(needs.hidden_size, command)
-        policy: Policy = command.policy or "availability_preserving"
-        lacks, unloading = needs.needed - needs.free, self._slot.freed_by_unloading
-        # Alone on its device, a model to begin with is tried in any case: there is nothing else to serve.
-        if self._slot.serving is not None or not self._slot.device.residents.empty:
-            idle = self._slot.device.residents.idle_bytes
-            needs = msgspec.structs.replace(needs, free=needs.free + idle)
-            policy = choose_policy(command.policy, needs, unloading)
-        return Examined(
-            source=msgspec.structs.replace(source, tried=True),
-            policy=policy,
-            golden=golden,
-            lacks=lacks - unloading if policy == "resource_preserving" else lacks,
-        )
+        policy, lacks = _planned(self._slot, command, needs)
+        source = msgspec.structs.replace(source, tried=True)
+        return Examined(source=source, policy=policy, golden=golden, lacks=lacks)
 
     async def serves(self, pursuit: Pursuit) -> bool:
         """Whether the model that a command names is the one that serves right now.
@@ -309,15 +300,9 @@ class Trial:
         min_cosine: float | None,
         pursuit: Pursuit | None = None,
     ) -> None:
-        if golden is None:
-            return
-        texts = []
-        for each in golden.texts:
-            prompt = encoder.default_prompt
-            if each.input_type is not None:
-                prompt = encoder.prompts.get(each.input_type, "")
-            texts.append(Text(each.text, prompt, "end"))
-        check_golden(golden, await self._unit_vectors(encoder, texts, pursuit), min_cosine)
+        if golden is not None:
+            vectors = await self._unit_vectors(encoder, _golden_texts(golden, encoder), pursuit)
+            check_golden(golden, vectors, min_cosine)
 
     async def _warm_up(self, loaded: Loaded, pursuit: Pursuit | None = None) -> Budget:
         begin, encoder = time.monotonic(), loaded.encoder
@@ -400,6 +385,30 @@ def _found(gates: Gates, command: Control, *, shares: bool) -> tuple[Source, Gol
     if command.golden is None:
         return source, _golden_of(directory)
     return source, read_golden(gates.root.golden(command.golden))
+
+
+def _planned(slot: ModelSlot, command: Control, needs: Inspection) -> tuple[Policy, int]:
+    """How to make room for a model, and the bytes that ones which nobody uses must give.
+
+    Raises:
+        ModelRejected: it does not fit.
+    """
+    policy: Policy = command.policy or "availability_preserving"
+    lacks, unloading = needs.needed - needs.free, slot.freed_by_unloading
+    # Alone on its device, a model to begin with is tried in any case: there is nothing else to serve.
+    if slot.serving is not None or not slot.device.residents.empty:
+        free = needs.free + slot.device.residents.idle_bytes
+        policy = choose_policy(command.policy, msgspec.structs.replace(needs, free=free), unloading)
+    return policy, lacks - unloading if policy == "resource_preserving" else lacks
+
+
+def _golden_texts(golden: Golden, encoder: Encoder) -> list[Text]:
+    """Each with the prompt of its kind."""
+    prompts = [
+        encoder.default_prompt if each.input_type is None else encoder.prompts.get(each.input_type, "")
+        for each in golden.texts
+    ]
+    return [Text(each.text, prompt, "end") for each, prompt in zip(golden.texts, prompts, strict=True)]
 
 
 def _configured(directory: Path, *, shares: bool) -> tuple[Source, Golden | None]:
