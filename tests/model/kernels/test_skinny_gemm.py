@@ -30,7 +30,9 @@ def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
 def test_product_of_few_rows(gated: bool, residual: bool) -> None:
-    width = 4096 if DEVICE == "cuda" else 512  # columns by columns: the interpreter takes its time for each program
+    width = (
+        4096 if DEVICE == "cuda" else 512
+    )  # columns by columns: the interpreter takes its time for each program
     x, weight = random(16, 512), random(width, 512)
     added = random(16, width // 2 if gated else width) if residual else None
     plan = {"COLUMNS": 32, "STEP": 256, "num_warps": 4, "num_stages": 3}

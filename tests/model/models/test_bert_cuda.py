@@ -157,12 +157,14 @@ def test_a_trained_model_keeps_its_vectors(quantized: bool, least: float) -> Non
     from transformers import AutoModel
 
     encoder = load_encoder(minilm_path(), device="cpu")
-    ids = tokens_of(encoder, sorted(varied(40), key=len)[6:14])
-    assert sum(map(len, ids)) <= 128
+    # Short ones: the interpreter takes its time for each token.
+    ids = tokens_of(encoder, sorted(varied(40), key=len)[:4])
+    size = 16 * -(-sum(map(len, ids)) // 16)
+    assert size <= 64
     model = AutoModel.from_pretrained(minilm_path(), dtype=torch.bfloat16)
     forward = PackedBertCuda(model, options(max_tokens=256, quantized=quantized), attention=attend)
     out = torch.empty(16, 384)
-    forward.pooled().run(row_of([torch.from_numpy(each) for each in ids], 128, 16), LONGEST, out)
+    forward.pooled().run(row_of([torch.from_numpy(each) for each in ids], size, 16), LONGEST, out)
     cosines = (normalized(out[: len(ids)].numpy()) * normalized(encoder.encode(ids))).sum(axis=1)
     assert cosines.min() >= least
 
