@@ -109,6 +109,10 @@ def job_arguments(given: dict[str, Any]) -> dict[str, Any]:
 @click.option("--force", is_flag=True, help="Overwrite the file of --out, and the part that a run left.")
 @job_options(dtype_help="How vectors are sent; all but binary are written as float32. Default: float32.")
 @click.option(
+    "--model-version",
+    help="The version that must answer, sha256:…, such as that of stored vectors; where the alias has another one, texts fail.",
+)
+@click.option(
     "--lane",
     type=click.Choice(["interactive", "bulk"]),
     default="interactive",
