@@ -17,6 +17,7 @@ from embedq_consumer.batching.single_flight import JobInput, QueuedText, Settled
 from embedq_consumer.batching.token_budget import TokenBudget
 from embedq_consumer.batching.windows import Vectors
 from embedq_consumer.engine import DeviceLost, Encoder, OutOfMemory, Tokens
+from embedq_consumer.intake.jobs import JobState
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.topics import Lane
 
@@ -155,9 +156,16 @@ class BatchRunner:
         await self._compute(batch[middle:])
 
     def _note_compute(self, batch: Sequence[QueuedText], seconds: float) -> None:
-        """A job's compute time is that of all micro-batches in which it had a text, each counted once."""
-        waiting = [job for text in batch for job, _ in self._flights.waiters(text.identity)]
-        for job in {id(job): job for job in waiting}.values():
+        """A job's compute time is that of all micro-batches in which it had a text, each counted once; its device time is its part
+        of each, by tokens. Those who wait for one text pay for it together."""
+        a_token = seconds / max(1, sum(text.cost for text in batch))
+        jobs: dict[int, JobState] = {}
+        for text in batch:
+            waiters = self._flights.waiters(text.identity)
+            for job, _ in waiters:
+                jobs[id(job)] = job
+                job.device_s = (job.device_s or 0.0) + a_token * text.cost / len(waiters)
+        for job in jobs.values():
             job.compute_s = (job.compute_s or 0.0) + seconds
 
     def _hand_on(self, batch: Sequence[QueuedText], vectors: Vectors) -> None:

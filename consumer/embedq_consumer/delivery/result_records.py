@@ -164,7 +164,7 @@ class ResultEncoder:
                 dtype=request.dtype,
                 data=part,
                 usage=_usage(job),
-                timings=Timings(job.queue_s, job.tokenize_s, job.compute_s),
+                timings=Timings(job.queue_s, job.tokenize_s, job.compute_s, job.device_s),
                 metadata=request.metadata,
                 part=number,
                 parts=len(parts),

@@ -96,6 +96,7 @@ class JobState:
         "alias",
         "compute_s",
         "copies",
+        "device_s",
         "distinct",
         "encoder",
         "headers",
@@ -140,6 +141,7 @@ class JobState:
         self.queue_s: float | None = None
         self.tokenize_s: float | None = None
         self.compute_s: float | None = None
+        self.device_s: float | None = None
 
     @property
     def client(self) -> bytes:

@@ -122,6 +122,21 @@ async def test_a_jobs_wait_and_compute_time_are_noted_once_for_each_micro_batch(
     assert parts.sample("queue_seconds_sum", lane="interactive") == waited
 
 
+async def test_the_device_time_of_a_micro_batch_is_divided_among_its_jobs_by_tokens() -> None:
+    """Half a second for `aaa`, `b` and `cc`; the last one is wanted by two jobs, which pay for it together."""
+    parts = Parts()
+    long, short, equal = admitted(input=["aaa", "b"]), admitted(input="cc"), admitted(input="cc")
+    texts = [parts.queued(long, 0), parts.queued(long, 1), parts.queued(short)]
+    parts.queued(equal)
+    costs = [text.cost for text in texts]
+    await parts.run(*texts)
+    assert parts.device.ran == [["aaa", "b", "cc"]]
+    a_token = 0.5 / sum(costs)
+    assert long.device_s == pytest.approx(a_token * (costs[0] + costs[1]))
+    assert short.device_s == equal.device_s == pytest.approx(a_token * costs[2] / 2)
+    assert [job.compute_s for job in (long, short, equal)] == [0.5] * 3
+
+
 class GatedDevice(ScriptedDevice):
     """Notes whether the job's wait was counted already, then computes when the gate opens."""
 
