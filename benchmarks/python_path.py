@@ -196,7 +196,7 @@ async def microseconds(jobs: int, *, cached: bool, clients: int) -> float:
     async with asyncio.TaskGroup() as tasks:
         pipeline = Pipeline(rules(), lambda: model, _Cache(entry), queue, deliverer, tasks, intake.weigh)
         quarantine.hand_to(pipeline)
-        runner = BatchRunner(flights, _Device(), budget, pipeline, metrics, tasks)
+        runner = BatchRunner(flights, _Device(), budget, pipeline, metrics)
         await intake.open()
         gc.collect()
         gc.freeze()

@@ -77,7 +77,7 @@ class Parts:
         self.pipeline = Pipeline(
             rules(**settings), lambda: self.model, self.cache, self.queue, self.deliverer, tasks, self.weigh
         )
-        runner = BatchRunner(flights, device, budget, self.pipeline, self.metrics, tasks)
+        runner = BatchRunner(flights, device, budget, self.pipeline, self.metrics)
         self.loop = tasks.create_task(BatchLoop(batcher, runner.run, self.metrics, tasks).run())
 
     def weigh(self, found: Record, cost: Cost) -> None:

@@ -11,11 +11,14 @@ What aiokafka does by itself, and what is done about it here:
 - `send` waits for metadata, and for room in a batch, also while one is tried again, during which nothing else is appended.
   `append` never waits.
 - Whoever asks for metadata while an answer is under way gets that answer, though it knows nothing of a topic named since.
+- Every first record of a batch waits `linger_ms` for others, on an idle client in vain. Here it does so only where others came
+  just before it (`Company`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import struct
 import time
 from typing import Any, Final
@@ -35,6 +38,28 @@ from embedq_shared.kafka.clients import AIOKafkaProducer
 
 _MIX: Final = 0x5BD1E995
 _WORD: Final = 0xFFFFFFFF
+_FOLLOWS: Final = 2.0
+"""Records that come within twice the time for which one would wait are likely to be followed within it."""
+
+
+class Company:
+    """Whether the first record of a batch waits for others: as long as others came just before. Pure: monotonic seconds.
+
+    Records that are appended one after the other, in a turn of the event loop, came together: what the first does, all do. They
+    are sent together in any case, and so is what comes while a request is under way.
+    """
+
+    def __init__(self, linger_s: float) -> None:
+        self._linger_s = linger_s
+        self._began = self._last = -math.inf
+        self._followed = False
+
+    def linger_s(self, now: float) -> float:
+        """How long a record that comes `now` waits, if it is the first of its batch."""
+        if now - self._began >= self._linger_s / 2:
+            self._began, self._followed = now, now - self._last < _FOLLOWS * self._linger_s
+        self._last = now
+        return self._linger_s if self._followed else 0.0
 
 
 class Evicted(KafkaTimeoutError):  # type: ignore[misc]  # aiokafka has no type information
@@ -58,6 +83,7 @@ class PartitionwiseProducer(AIOKafkaProducer):
     def __init__(self, *, retries: bool, ack_timeout_ms: int, **options: Any) -> None:
         super().__init__(**options)
         self._retries = retries
+        self._company = Company(self._message_accumulator._linger_time)
         self._evicted: set[TopicPartition] = set()
         self._errors: dict[TopicPartition, tuple[float, Exception]] = {}
         self._sender.__class__ = _Sender
@@ -89,6 +115,7 @@ class PartitionwiseProducer(AIOKafkaProducer):
         """
         key_bytes, value_bytes = self._serialize(key, value, headers)
         accumulator, place = self._message_accumulator, TopicPartition(topic, partition)
+        accumulator._linger_time = self._company.linger_s(time.monotonic())
         if (waiting := accumulator._batches.get(place)) and waiting[-1]._builder.closed():
             # It waits to be tried again and takes nothing more; aiokafka would let everything wait for it.
             accumulator._append_batch(accumulator.create_builder(), place)

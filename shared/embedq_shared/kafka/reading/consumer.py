@@ -37,6 +37,21 @@ class BoundedConsumer(AIOKafkaConsumer):
             await super().start()
         finally:
             _ceiling.reset(before)
+        self._fetcher.__class__ = PromptFetcher
+
+
+class PromptFetcher(fetcher.Fetcher):  # type: ignore[misc]  # aiokafka has no type information
+    """Wakes whoever waits for records as soon as they are there.
+
+    aiokafka leaves that to the routine that sends fetches, which is itself woken three rounds of the event loop later, finds
+    the records not consumed yet, and has to be woken again to fetch the next ones.
+    """
+
+    async def _proc_fetch_request(self, *request: Any) -> bool:
+        if await super()._proc_fetch_request(*request):
+            for waiter in self._fetch_waiters:
+                self._notify(waiter)
+        return False  # nobody is left for the routine to wake
 
 
 _unbounded_records = fetcher.MemoryRecords
