@@ -123,9 +123,7 @@ class Reading:
         try:
             async with end:
                 with self._changes.ending(end, self._interrupted):
-                    return await self._consumer.getmany(
-                        *partitions, timeout_ms=timeout_ms, max_records=limit
-                    )
+                    return await self._consumer.getmany(*partitions, timeout_ms=timeout_ms, max_records=limit)
         except TimeoutError:
             if not end.expired():
                 raise

@@ -249,9 +249,8 @@ async def test_a_lost_device_is_no_texts_fault() -> None:
     parts = Parts(lambda texts: DeviceLost("gone"))
     job = admitted(input=["a", "b"])
     texts = [parts.queued(job, index) for index in range(2)]
-    with pytest.raises(ExceptionGroup) as raised:
+    with pytest.raises(DeviceLost):
         await parts.run(*texts)
-    assert raised.value.subgroup(DeviceLost) is not None
     assert parts.device.ran == [["a", "b"]]
     assert parts.results.settled == []
     assert parts.flights.waiters(texts[0].identity) == [(job, 0)]

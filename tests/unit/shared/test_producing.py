@@ -89,7 +89,9 @@ class Answered:
 
 
 @asynccontextmanager
-async def producing(*, retries: bool = True, linger_ms: int = 0) -> AsyncIterator[tuple[PartitionwiseProducer, Broker]]:
+async def producing(
+    *, retries: bool = True, linger_ms: int = 0
+) -> AsyncIterator[tuple[PartitionwiseProducer, Broker]]:
     broker = Broker()
     producer = PartitionwiseProducer(
         bootstrap_servers="127.0.0.1:1",
