@@ -311,11 +311,34 @@ def test_the_fetcher_makes_its_records_by_the_name_that_is_replaced() -> None:
     assert methods == {name for name in dir(BoundedRecords) if not name.startswith("_")}
 
 
+async def test_whoever_waits_for_records_is_woken_by_the_fetch_that_brings_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """aiokafka's own routine would wake them rounds of the event loop later, and is told that nobody is left to be woken."""
+    brought = False
+
+    async def fetched(self: Fetcher, assignment: Any, node: int, request: Any) -> bool:
+        return brought
+
+    monkeypatch.setattr(Fetcher, "_proc_fetch_request", fetched)
+    assert "has_new_data = any(fut.result() for fut in done_pending)" in inspect.getsource(Fetcher)
+    found = consumer.PromptFetcher.__new__(consumer.PromptFetcher)
+    found._loop, found._fetch_waiters = asyncio.get_running_loop(), set()
+    waiter = found._create_fetch_waiter()
+    assert not await found._proc_fetch_request(None, 1, None)
+    assert not waiter.done()
+    brought = True
+    assert not await found._proc_fetch_request(None, 1, None)
+    assert waiter.done()
+
+
 async def test_only_our_consumers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks of a consumer's start, and what they start, have its ceiling, and nobody else."""
     seen: dict[str, list[Any]] = {}
 
     async def start(self: Any) -> None:
+        self._fetcher = Fetcher.__new__(Fetcher)
+
         async def fetch() -> None:
             made = fetcher.MemoryRecords(b"")
             seen.setdefault(type(self).__name__, []).append(getattr(made, "_limit", None))
@@ -329,4 +352,6 @@ async def test_only_our_consumers_are_bounded(monkeypatch: pytest.MonkeyPatch) -
         each._closed = True  # they have nothing to close
 
     assert seen == {"BoundedConsumer": [7, 64 << 20], "AIOKafkaConsumer": [None]}
+    kinds = [type(each._fetcher) for each in consumers]
+    assert kinds == [consumer.PromptFetcher, Fetcher, consumer.PromptFetcher]
     assert isinstance(fetcher.MemoryRecords(b""), MemoryRecords)
