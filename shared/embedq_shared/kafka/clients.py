@@ -18,8 +18,10 @@ import aiokafka.admin
 from aiokafka.client import AIOKafkaClient
 from aiokafka.conn import AIOKafkaConnection
 from aiokafka.errors import KafkaConnectionError, UnknownTopicOrPartitionError, UnsupportedVersionError
+from aiokafka.protocol.fetch import FetchRequest
 from aiokafka.protocol.metadata import MetadataRequest
 
+from embedq_shared.kafka.fetches import QuickFetch
 from embedq_shared.kafka.requests import TopicFacts, TopicIds, topics_of
 
 for _library in ("aiokafka", "embedq_shared"):
@@ -94,4 +96,6 @@ class _Connection(AIOKafkaConnection):  # type: ignore[misc]
     def send(self, request: Any, expect_response: bool = True) -> Any:
         if isinstance(request, MetadataRequest):
             request._allow_auto_topic_creation = False
+        elif type(request) is FetchRequest:
+            request.__class__ = QuickFetch
         return super().send(request, expect_response)
