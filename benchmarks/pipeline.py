@@ -51,8 +51,9 @@ async def replica(
     *,
     module: str = "embedq_consumer",
     cached: bool = True,
+    **settings: str,
 ) -> AsyncIterator[str]:
-    """One service process that takes jobs; its metrics page's address."""
+    """One service process that takes jobs; its metrics page's address. `settings` by their names without `EMBEDQ_`."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("EMBEDQ_")} | {
         "EMBEDQ_KAFKA_SERVERS": stack.kafka_servers,
         "EMBEDQ_REDIS_URL": stack.redis_url if cached else "",
@@ -60,6 +61,7 @@ async def replica(
         "EMBEDQ_HTTP_HOST": "127.0.0.1",
         "EMBEDQ_HTTP_PORT": "0",
         "EMBEDQ_TOPIC_PREFIX": prefix,
+        **{f"EMBEDQ_{name.upper()}": value for name, value in settings.items()},
     }
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
