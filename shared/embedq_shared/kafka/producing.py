@@ -34,9 +34,9 @@ from aiokafka.errors import (
     TopicAuthorizationFailedError,
     UnknownTopicOrPartitionError,
 )
-from aiokafka.producer.sender import Sender, SendProduceReqHandler
+from aiokafka.producer.sender import SendProduceReqHandler
 
-from embedq_shared.kafka.clients import AIOKafkaProducer
+from embedq_shared.kafka.clients import AIOKafkaProducer, PromptSender
 
 _MIX: Final = 0x5BD1E995
 _WORD: Final = 0xFFFFFFFF
@@ -200,7 +200,7 @@ class PartitionwiseProducer(AIOKafkaProducer):
         return self._retries and place not in self._evicted
 
 
-class _Sender(Sender):  # type: ignore[misc]
+class _Sender(PromptSender):
     """Asks before it sends a batch again."""
 
     may_retry: Any

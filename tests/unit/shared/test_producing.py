@@ -131,6 +131,34 @@ async def test_a_record_is_acknowledged() -> None:
         assert producer.alive
 
 
+async def test_a_record_is_sent_two_rounds_of_the_loop_after_it_was_appended() -> None:
+    async with producing() as (producer, broker):
+        await producer.look_up("t", 0)
+        await append(producer, 0)
+        await _rounds(5)
+        sent = append(producer, 0)
+        await _rounds(2)
+        assert broker.requests == [[0], [0]]
+        await sent
+
+
+async def test_what_comes_while_a_request_is_under_way_goes_with_the_next_one() -> None:
+    async with producing() as (producer, broker):
+        await producer.look_up("t", 0)
+        await producer.look_up("t", 1)
+        first = append(producer, 0)
+        await _rounds(2)
+        later = [append(producer, 0), append(producer, 1), append(producer, 0)]
+        await asyncio.gather(first, *later)
+        assert broker.requests == [[0], [0, 1]]
+
+
+async def _rounds(count: int) -> None:
+    """Of the event loop."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
 def test_a_record_waits_for_others_only_where_others_came_just_before_it() -> None:
     company = Company(0.001)
     assert [company.linger_s(now) for now in (5.0, 5.0001, 5.0002)] == [0, 0, 0]  # in one turn
