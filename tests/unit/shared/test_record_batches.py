@@ -332,6 +332,62 @@ async def test_whoever_waits_for_records_is_woken_by_the_fetch_that_brings_them(
     assert waiter.done()
 
 
+class Fetching:
+    """A fetcher without a client, whose records a test puts there."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.there: dict[TopicPartition, list[Any]] = {}
+        self.fetcher = consumer.PromptFetcher.__new__(consumer.PromptFetcher)
+        self.fetcher._loop, self.fetcher._fetch_waiters = asyncio.get_running_loop(), set()
+        self.fetcher._closed = False
+        monkeypatch.setattr(Fetcher, "fetched_records", self._fetched)
+
+    async def _fetched(self, partitions: Any, timeout: float, most: int | None) -> dict[TopicPartition, list[Any]]:
+        assert not timeout
+        return self.there
+
+    def put(self) -> None:
+        self.there = {TopicPartition("t", 0): ["record"]}
+        self.wake()
+
+    def wake(self) -> None:
+        for waiter in self.fetcher._fetch_waiters:
+            self.fetcher._notify(waiter)
+
+    def poll(self, timeout: float) -> asyncio.Task[Any]:
+        return asyncio.create_task(self.fetcher.fetched_records([], timeout, 10))
+
+
+async def test_a_poll_waits_for_records_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetching = Fetching(monkeypatch)
+    poll = fetching.poll(3600)
+    await asyncio.sleep(0)
+    fetching.wake()  # for records of other partitions, or that another poll took
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert not poll.done()
+    fetching.put()
+    assert await poll == fetching.there
+    assert await fetching.poll(3600) == fetching.there
+    assert not fetching.fetcher._fetch_waiters
+
+
+async def test_a_poll_that_nothing_comes_for_ends_in_time_or_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetching = Fetching(monkeypatch)
+    assert await fetching.poll(0) == {}
+    assert await fetching.poll(0.001) == {}
+
+
+async def test_a_poll_that_is_cancelled_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetching = Fetching(monkeypatch)
+    poll = fetching.poll(3600)
+    await asyncio.sleep(0)
+    poll.cancel()
+    await asyncio.wait({poll})
+    assert poll.cancelled()
+    assert not fetching.fetcher._fetch_waiters
+
+
 async def test_only_our_consumers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks of a consumer's start, and what they start, have its ceiling, and nobody else."""
     seen: dict[str, list[Any]] = {}
