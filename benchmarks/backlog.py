@@ -13,6 +13,7 @@ import json
 import tempfile
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -41,13 +42,21 @@ _KAFKA: Final = {
 }
 
 
+class Usage(msgspec.Struct, frozen=True, kw_only=True):
+    """What a replica's metrics page says."""
+
+    processor_s: float
+    memory_mb: float
+    micro_batches: float
+    cache: dict[str, float]
+
+
 class Look(msgspec.Struct, frozen=True, kw_only=True):
-    """What was to be seen at one moment; processor seconds and megabytes of each replica."""
+    """What was to be seen at one moment; of each replica processor seconds, megabytes, and what the cache said of look-ups."""
 
     at: float
     answered: int
-    processor_s: list[float]
-    memory_mb: list[float]
+    replicas: list[Usage]
 
 
 async def write_jobs(servers: str, texts: Sequence[str], jobs: int, partitions: int) -> None:
@@ -81,14 +90,7 @@ async def answers(servers: str, addresses: Sequence[str], jobs: int) -> list[Loo
         while not looks or looks[-1].answered < jobs:
             answered = sum((await consumer.end_offsets(partitions)).values())
             seen = [await asyncio.to_thread(_usage, address) for address in addresses]
-            looks.append(
-                Look(
-                    at=time.monotonic(),
-                    answered=answered,
-                    processor_s=[processor for processor, _ in seen],
-                    memory_mb=[memory for _, memory in seen],
-                )
-            )
+            looks.append(Look(at=time.monotonic(), answered=answered, replicas=seen))
             if len(looks) < 2 or answered > looks[-2].answered:
                 moved = looks[-1].at
             elif looks[-1].at - moved > _PATIENCE_S:
@@ -99,19 +101,28 @@ async def answers(servers: str, addresses: Sequence[str], jobs: int) -> list[Loo
         await consumer.stop()
 
 
-def _usage(address: str) -> tuple[float, float]:
-    """Processor seconds that a replica has taken, and its megabytes."""
+def _usage(address: str) -> Usage:
     with urllib.request.urlopen(f"{address}/metrics") as page:
         lines = page.read().decode().splitlines()
-    found = dict(line.rsplit(" ", 1) for line in lines if line.startswith("process_"))
-    return float(found["process_cpu_seconds_total"]), float(found["process_resident_memory_bytes"]) / 1e6
+    found = {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+    look_ups = "embedq_cache_lookups_total"
+    return Usage(
+        processor_s=found["process_cpu_seconds_total"],
+        memory_mb=found["process_resident_memory_bytes"] / 1e6,
+        micro_batches=found["embedq_batch_items_count"],
+        cache={name.split('"')[1]: value for name, value in found.items() if name.startswith(look_ups)},
+    )
 
 
 def summary(looks: Sequence[Look], jobs: int) -> dict[str, Any]:
     """Rates, and memory early, half-way and late."""
     last = next(look for look in looks if look.answered >= jobs)
     steady = [look for look in looks if jobs // 10 <= look.answered <= jobs - jobs // 10]
-    found: dict[str, Any] = {"seconds": round(last.at - looks[0].at, 1)}
+    found: dict[str, Any] = {
+        "seconds": round(last.at - looks[0].at, 1),
+        "micro_batches": sum(its.micro_batches for its in last.replicas),
+        "cache": dict(sum((Counter(its.cache) for its in last.replicas), Counter[str]())),
+    }
     if len(steady) < 2 or steady[0].answered == steady[-1].answered:
         return found | {"jobs_per_s": round(jobs / (last.at - looks[0].at), 1)}
     begin, end = steady[0], steady[-1]
@@ -121,13 +132,13 @@ def summary(looks: Sequence[Look], jobs: int) -> dict[str, Any]:
         for one, two in ((begin, middle), (middle, end))
         if two.at > one.at
     ]
-    spent = sum(end.processor_s) - sum(begin.processor_s)
+    spent = sum(its.processor_s for its in end.replicas) - sum(its.processor_s for its in begin.replicas)
     return found | {
         "steady_jobs_per_s": round((end.answered - begin.answered) / (end.at - begin.at), 1),
         "steady_jobs_per_s_by_half": [round(rate, 1) for rate in rates],
         "processor_us_a_job": round(spent / (end.answered - begin.answered) * 1e6, 1),
         "memory_mb_early_middle_late": [
-            [round(memory, 1) for memory in look.memory_mb] for look in (begin, middle, end)
+            [round(its.memory_mb, 1) for its in look.replicas] for look in (begin, middle, end)
         ],
     }
 
