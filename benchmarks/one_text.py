@@ -245,7 +245,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=None, help="a model directory; default: MiniLM")
     parser.add_argument("--texts", type=int, default=50, help="texts a round")
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--event-loop", choices=["asyncio", "uvloop"], default="asyncio", help="the service's")
+    parser.add_argument(
+        "--event-loop", choices=["asyncio", "uvloop"], default="asyncio", help="the service's"
+    )
     parser.add_argument("--forward", default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     model = arguments.model or minilm()

@@ -256,7 +256,9 @@ async def test_records_of_a_batch_have_one_answer() -> None:
         assert await one.publish("known") == [None]
         assert await one.publish("a", "bcd", "e") == [None, None, None]
         assert one.sample("results_total") == 4
-        one.broker.outcomes = {"f": iter([MessageSizeTooLargeError(), None])}  # what the broker says of f and g together
+        one.broker.outcomes = {
+            "f": iter([MessageSizeTooLargeError(), None])
+        }  # what the broker says of f and g together
         assert await one.publish("f", "g") == [None, None]
         assert one.broker.made[0].sent == ["known", "a", "bcd", "e", "f", "g"]
         assert one.broker.sent_by("apart") == ["f", "g"]

@@ -214,11 +214,8 @@ async def test_what_is_appended_while_a_batch_is_tried_again_comes_after_it() ->
         later = [append(producer, 0) for _ in range(3)]
         broker.error.clear()
         assert (await first).offset == 7
-        assert [(await one).offset for one in later] == [
-            7,
-            8,
-            9,
-        ]  # one batch, of which the broker says where it begins
+        assert len({id(one) for one in later}) == 1  # one batch
+        assert (await later[0]).offset == 7
 
 
 async def test_what_waits_for_a_partition_that_is_evicted_fails_at_once_and_in_silence() -> None:

@@ -342,7 +342,9 @@ class Fetching:
         self.fetcher._closed = False
         monkeypatch.setattr(Fetcher, "fetched_records", self._fetched)
 
-    async def _fetched(self, partitions: Any, timeout: float, most: int | None) -> dict[TopicPartition, list[Any]]:
+    async def _fetched(
+        self, partitions: Any, timeout: float, most: int | None
+    ) -> dict[TopicPartition, list[Any]]:
         assert not timeout
         return self.there
 
