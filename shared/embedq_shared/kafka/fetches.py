@@ -59,17 +59,15 @@ def _decoded(raw: bytes, at: int) -> tuple[int, int, int, list[tuple[str, list[t
         for _ in range(among):
             *partition, aborts = _PARTITION.unpack_from(raw, at)
             at += _PARTITION.size
-            aborted = None if aborts < 0 else []
-            for _ in range(aborts):
-                aborted.append(_ABORTED.unpack_from(raw, at))  # type: ignore[union-attr]  # a range below zero is empty
-                at += _ABORTED.size
+            aborted = [_ABORTED.unpack_from(raw, at + number * _ABORTED.size) for number in range(aborts)]
+            at += len(aborted) * _ABORTED.size
             replica, size = _RECORDS.unpack_from(raw, at)
             at += _RECORDS.size
             records = None if size < 0 else raw[at : at + size]
             if records is not None and len(records) < size:
                 raise struct.error
             at += max(0, size)
-            partitions.append((*partition, aborted, replica, records))
+            partitions.append((*partition, None if aborts < 0 else aborted, replica, records))
         topics.append((name, partitions))
     return throttled, error, session, topics
 
