@@ -1,7 +1,9 @@
-"""How replicas of one alias agree on a roll-out: by the order of their records on the status topic. Pure: time is an argument."""
+"""How replicas of one alias agree on a roll-out, by the order of their records on the status topic; and which jobs of an alias are
+another one's. Pure: time is an argument."""
 
 from embedq_shared.fleet.board import StatusBoard, is_live
 from embedq_shared.fleet.rollback import rollback_of
+from embedq_shared.fleet.splits import Splits, share_of
 from embedq_shared.fleet.turns import Turns, failed_in_turn
 
-__all__ = ["StatusBoard", "Turns", "failed_in_turn", "is_live", "rollback_of"]
+__all__ = ["Splits", "StatusBoard", "Turns", "failed_in_turn", "is_live", "rollback_of", "share_of"]
