@@ -131,6 +131,7 @@ def test_json_lines_come_from_standard_input(tmp_path: Path) -> None:
 
     assert (code, told.count("\n")) == (0, 1)
     assert told.startswith("embedq: complete: 50 rows under sha256:aaaa")
+    assert ", 0.0 s of the device), 0 done before" in told
     assert_vectors(tmp_path / "out.parquet", {f"r{n}": f"T: {n}" for n in range(50)}, OLD)
     assert pq.read_table(tmp_path / "out.parquet").column("body").to_pylist() == [str(n) for n in range(50)]
 
