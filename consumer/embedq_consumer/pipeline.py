@@ -288,7 +288,8 @@ class Pipeline:
             if not jobs:
                 return
         if fresh := [entry for job in jobs for entry in _cacheable(job)]:
-            # In a task of its own, since a slow cache must not delay the results.
+            # In a task of its own, since a slow cache must not delay the results; before these are sent, so that what a killed
+            # process answered is not computed again.
             self._spawn(self._cache.put_many(fresh), "cache_write")
         await self._deliverer.deliver(jobs)
 
