@@ -69,10 +69,11 @@ _PROGRAM: Final = "from embedq_batch.command import run; run(prog_name='embedq r
 _TIMED: Final = (
     "import atexit, sys; import embedq_batch.api, embedq_batch.sources.parquet, embedq_batch.sinks.parts, embedq_batch.sinks.finals\n"
     "from benchmarks.batch_run import cpu_of_this_process\n"
+    "import pyarrow; pyarrow.array([0])\n"
     "before = cpu_of_this_process()\n"
     "atexit.register(lambda: print('cpu', cpu_of_this_process() - before, file=sys.stderr))\n"
 ) + _PROGRAM
-"""All imports, and then the command."""
+"""All imports, and then the command. With its first list pyarrow imports pandas where that is installed, which takes a second."""
 _FLUSHES: Final = "from embedq_batch.running import writing; writing._FLUSH_ROWS = {rows}; "
 """What is done is written down each so many rows: a short run must be far enough to be killed."""
 _STREAM: Final = "import sys; from benchmarks.batch_run import stream_alone; stream_alone(*sys.argv[1:])"
