@@ -218,6 +218,7 @@ async def open_model(
     settings: Settings,
     publisher: Publisher,
     traffic: InteractiveTraffic,
+    cache: VectorCache,
     metrics: Metrics,
     health: Health,
 ) -> AsyncIterator[ServedModel]:
@@ -226,7 +227,7 @@ async def open_model(
 
     loader = ModelLoader(await asyncio.to_thread(lambda: settings.load))
     announce = partial(publisher.announce, within=STATUS_INTERVAL_S)
-    model = ServedModel(options, loader, announce, metrics, health.tell, traffic)
+    model = ServedModel(options, loader, announce, metrics, health.tell, traffic, cache)
     try:
         yield model
     finally:

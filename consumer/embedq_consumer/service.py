@@ -97,7 +97,7 @@ async def _serve(settings: Settings, stop: asyncio.Event, leaving: Callable[[], 
             open_publisher(settings, mappings, turns, metrics, health, stop)
         )
         model = await parts.enter_async_context(
-            open_model(settings, publisher, turns.traffic, metrics, health)
+            open_model(settings, publisher, turns.traffic, cache, metrics, health)
         )
         control = await parts.enter_async_context(open_control(settings, metrics))
         fleet = await parts.enter_async_context(open_fleet(settings, publisher))
@@ -135,6 +135,7 @@ async def _serve(settings: Settings, stop: asyncio.Event, leaving: Callable[[], 
             mappings=mappings,
             schemas=schemas or NoRegistry(),
             note_dimensions=model.note_dimensions,
+            note_use=model.note_use,
         )
         async with _tasks() as tasks:
             pipeline = Pipeline(

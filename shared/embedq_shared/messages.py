@@ -317,6 +317,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     `max_tokens` its longest input, special tokens included; null while none serves, and in records of older replicas.
     `turn` is the version of a roll-out whose turn this replica takes. `path` is the directory that serves, as a command would name
     it; null where none could. `memory_used` and `memory_total` are bytes of the device, on a CPU of the process and its machine.
+    `warmed` says of how many texts, of those used most, the cache got vectors of the command's model before it served; null where
+    that is not asked for.
     """
 
     replica: str
@@ -335,3 +337,4 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     path: str | None = None
     memory_used: Annotated[int, Meta(ge=0, le=MAX_INTEGER)] | None = None
     memory_total: Annotated[int, Meta(ge=0, le=MAX_INTEGER)] | None = None
+    warmed: Annotated[int, Meta(ge=0, le=MAX_INTEGER)] | None = None

@@ -164,11 +164,12 @@ class DictCache:
         self.readable = asyncio.Event()
         self.readable.set()
 
-    async def get_many(self, keys: Sequence[bytes]) -> list[CachedVector | None]:
+    async def get_many(self, keys: Sequence[bytes], *, counted: bool = True) -> list[CachedVector | None]:
         await self.readable.wait()
         self.asked += keys
         return [self.entries.get(key) for key in keys]
 
-    async def put_many(self, items: Sequence[tuple[bytes, CachedVector]]) -> None:
+    async def put_many(self, items: Sequence[tuple[bytes, CachedVector]]) -> int:
         await self.gate.wait()
         self.entries.update(items)
+        return len(items)

@@ -85,7 +85,7 @@ class UnknownAddress(msgspec.Struct, frozen=True):
 Admitted = JobState | Rejection | UnknownAddress | UnknownSchema | DeletedRow
 
 
-def _nobody_asks(dimensions: int) -> None:
+def _nobody_asks(asked: object) -> None:
     """Nobody wants to know."""
 
 
@@ -102,6 +102,8 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
     schemas: Schemas = NoRegistry()
     note_dimensions: Callable[[int], None] = _nobody_asks
     """Hears of the `dimensions` that an admitted job names."""
+    note_use: Callable[[Job], None] = _nobody_asks
+    """Hears of each job of the interactive lane that is admitted."""
 
     def admit(self, record: Record, encoder: Encoder, now_ms: float, partitions: PartitionCount) -> Admitted:
         """The job of one record, or why it is rejected. Raises nothing, whatever the record holds."""
@@ -144,6 +146,8 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
         if isinstance(request, ErrorBody):
             envelope = codec.envelope_of(job)
             return Rejection(error=request, format=format, headers=headers, envelope=envelope)
+        if record.lane == "interactive":
+            self.note_use(job)
         return JobState(record, headers, request, encoder)
 
     def _admit_mapped(

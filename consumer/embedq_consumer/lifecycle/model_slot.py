@@ -99,6 +99,8 @@ class ModelSlot:
         self._results = WorkerThreads("results")
         self._hung: list[Future[Any]] = []
         self._running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._last_result = 0.0  # monotonic seconds; touched on the thread that has a model's results
         self.serving: Loaded | None = None
         """The serving model, if there is one. Changed by `install` and `unload` alone."""
@@ -188,6 +190,7 @@ class ModelSlot:
         A micro-batch that was submitted while another ran took as long as it ran alone.
         """
         self._running += 1
+        self._idle.clear()
         self.busy_since = self.busy_since or time.monotonic()
         try:
             found = await asyncio.wrap_future(self._compute.submit(self._submit, encoder, batch))
@@ -195,6 +198,14 @@ class ModelSlot:
         finally:
             self._running -= 1
             self.busy_since = time.monotonic() if self._running else None
+            if not self._running:
+                self._idle.set()
+
+    async def idle(self, within_s: float) -> None:
+        """Return once no micro-batch is under way, or after so many seconds."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self._idle.wait()
 
     async def memory(self) -> Memory | None:
         """The device's memory; None on a CPU, and while no model serves.

@@ -25,10 +25,11 @@ from embedq_consumer.lifecycle.model_slot import Loader, ModelSlot
 from embedq_consumer.lifecycle.reloader import Commands, Hold, Reloader, Turn, everybodys_turn
 from embedq_consumer.lifecycle.status_reporter import Publish, Serving, StatusReporter
 from embedq_consumer.lifecycle.trial import Gates, Trial, TrialLimits
+from embedq_consumer.lifecycle.warming.cache_warmer import Cache, CacheWarmer, WarmOptions
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_consumer.telemetry.process_memory import machine_bytes, resident_bytes
 from embedq_consumer.threads import CLOSE_S
-from embedq_shared.messages import Control
+from embedq_shared.messages import Control, Job
 from embedq_shared.topics import Topics
 
 _MEMORY_EVERY_S: Final = 5.0
@@ -63,6 +64,8 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
     """A micro-batch that takes longer than this while a model stands its trial ends the process."""
     attempts: Path | None
     """A folder that outlives the process, for the loads that do not; None: nothing is noted."""
+    warming: WarmOptions | None = None
+    """None: the cache is not warmed, and no text is kept in mind."""
 
 
 class ServedModel:
@@ -72,6 +75,7 @@ class ServedModel:
     `follow` change the slot, and only `run_batches` takes from the queue.
     """
 
+    # More than six parameters: each is another part of the service that it works with.
     def __init__(
         self,
         options: ModelOptions,
@@ -80,9 +84,10 @@ class ServedModel:
         metrics: Metrics,
         show_facts: Callable[[Mapping[str, object]], None],
         traffic: InteractiveTraffic | None = None,
+        cache: Cache | None = None,
     ) -> None:
         """`show_facts` takes what operators should know of the budget, such as `Health.tell`. While `traffic` comes, bulk runs
-        in small micro-batches."""
+        in small micro-batches. `cache` is warmed as the options say."""
         batches = options.batches
         self._metrics = metrics
         self._configured = options.configured
@@ -110,6 +115,9 @@ class ServedModel:
             serving=self._serving,
         )
         self._dimensions = DimensionsInUse()
+        self._warmer: CacheWarmer | None = None
+        if options.warming is not None and cache is not None:
+            self._warmer = CacheWarmer(options.warming, cache, self.slot, self.reporter, metrics)
         trial = Trial(
             self.slot,
             Gates(
@@ -123,6 +131,7 @@ class ServedModel:
                 batch_items=batches.max_items,
                 stall_timeout_s=options.stall_timeout_s,
             ),
+            self._warmer,
         )
         self._reloader = Reloader(
             self.slot,
@@ -161,6 +170,11 @@ class ServedModel:
     def note_dimensions(self, dimensions: int) -> None:
         """A job asks for vectors of this length: no command's model may give shorter ones for a while."""
         self._dimensions.note(dimensions, time.monotonic())
+
+    def note_use(self, job: Job) -> None:
+        """An interactive job is admitted: what is asked for most is kept in mind, if the cache is to be warmed."""
+        if self._warmer is not None:
+            self._warmer.note(job)
 
     async def watch_memory(self) -> None:
         """Measure the device's memory again and again, until cancelled; on a CPU this process's."""

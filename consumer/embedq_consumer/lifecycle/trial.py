@@ -1,4 +1,4 @@
-"""The trial that every model stands before it may serve: validate, load, warm up, check, compare."""
+"""The trial that every model stands before it may serve: validate, load, warm up, check, compare. Then its cache is warmed."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ from embedq_consumer.lifecycle.gates.policy import choose_policy
 from embedq_consumer.lifecycle.model_slot import Loaded, ModelSlot, Source
 from embedq_consumer.lifecycle.pursuit import Pursuit
 from embedq_consumer.lifecycle.status_reporter import StatusReporter
+from embedq_consumer.lifecycle.warming.cache_warmer import CacheWarmer
 from embedq_shared.messages import GOLDEN_FILE, Control, Policy, Step
 from embedq_shared.vectors import cut_and_normalize
 
@@ -95,11 +96,19 @@ class Trial:
           runs, and what `loader.load` names.
     """
 
-    def __init__(self, slot: ModelSlot, gates: Gates, reporter: StatusReporter, limits: TrialLimits) -> None:
+    def __init__(
+        self,
+        slot: ModelSlot,
+        gates: Gates,
+        reporter: StatusReporter,
+        limits: TrialLimits,
+        warmer: CacheWarmer | None = None,
+    ) -> None:
         self._slot = slot
         self._gates = gates
         self._reporter = reporter
         self._limits = limits
+        self._warmer = warmer
 
     async def configured(self, directory: Path) -> Candidate:
         """The model of the settings, which no command asked for and which may lie anywhere.
@@ -181,6 +190,7 @@ class Trial:
                 budget = await self._warm_up(loaded.encoder, pursuit)
                 await self._report("check", command)
                 await self._check(loaded.encoder, pursuit, examined.golden, old)
+                await self._warm_cache(loaded.encoder, budget, pursuit)
                 pursuit.check()
             except DeviceLost:
                 raise  # there is nothing left to free
@@ -279,6 +289,12 @@ class Trial:
                 return  # a replica that starts has no old model to compare with
             old = await self.check_vectors(self._slot.serving.encoder, pursuit)
         check_similarity(command.min_cosine, old, vectors)
+
+    async def _warm_cache(self, encoder: Encoder, budget: Budget, pursuit: Pursuit) -> None:
+        """Have what is used most ready in the cache; not while jobs wait for this model, as none serves."""
+        if self._warmer is not None and self._slot.serving is not None:
+            run = partial(self._encode, encoder, pursuit=pursuit)
+            await self._warmer.warm(encoder, run, budget.tokens)
 
     def _check_dimensions(self, hidden_size: int | None, command: Control) -> None:
         in_use = self._gates.dimensions.most(time.monotonic())

@@ -22,7 +22,7 @@ class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
 
     `state` is the replica's: READY as long as a model serves, whatever became of a reload. `outcome` is that of its last
     command, `version`: None before the first, else LOADING, READY or FAILED, with the `step` that it has come to and the
-    `error` that ended it there. `path` is the directory that serves, as a command would name it. `memory_used` and `memory_total`
+    `error` that ended it there; `warmed` is how many vectors the cache got for it before it served, None where that is not asked for. `path` is the directory that serves, as a command would name it. `memory_used` and `memory_total`
     are bytes of its device, on a CPU of its process and machine.
     """
 
@@ -44,6 +44,7 @@ class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int | None = None
     memory_used: int | None = None
     memory_total: int | None = None
+    warmed: int | None = None
 
 
 class RolloutUpdate(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,6 +102,7 @@ def view_of(status: Status, now: float, *, answered: bool = False, waiting: bool
         max_tokens=status.max_tokens,
         memory_used=status.memory_used,
         memory_total=status.memory_total,
+        warmed=status.warmed,
     )
 
 
