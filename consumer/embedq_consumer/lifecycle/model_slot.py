@@ -99,6 +99,8 @@ class ModelSlot:
         self._results = WorkerThreads("results")
         self._hung: list[Future[Any]] = []
         self._running = 0
+        self._serves_since = 0.0
+        self._first_failure: float | None = None
         self._idle = asyncio.Event()
         self._idle.set()
         self._last_result = 0.0  # monotonic seconds; touched on the thread that has a model's results
@@ -221,7 +223,23 @@ class ModelSlot:
     def install(self, new: Loaded) -> Loaded | None:
         """Serve this model from now on; returns the one before, to be discarded, for which nothing may be in flight."""
         old, self.serving = self.serving, new
+        self._serves_since, self._first_failure = time.monotonic(), None
         return old
+
+    def note_failed(self, encoder: Encoder) -> None:
+        """A text has got no vector of this model, even alone."""
+        if self.serving is not None and self.serving.encoder is encoder and self._first_failure is None:
+            self._first_failure = time.monotonic()
+
+    @property
+    def served_s(self) -> float:
+        """For how long the serving model serves."""
+        return time.monotonic() - self._serves_since
+
+    @property
+    def first_error_s(self) -> float | None:
+        """After how many of these seconds it first failed to give a text a vector; None: it never did."""
+        return None if self._first_failure is None else self._first_failure - self._serves_since
 
     async def unload(self) -> Source:
         """Free the serving model, for which nothing may be in flight; returns what it was loaded from.

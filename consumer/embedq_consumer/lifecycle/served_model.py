@@ -200,6 +200,8 @@ class ServedModel:
             path=_name_of(loaded.path, self._root),
             memory_used=used,
             memory_total=total,
+            served_s=round(self.slot.served_s, 3),
+            first_error_s=None if (first := self.slot.first_error_s) is None else round(first, 3),
         )
 
     @property

@@ -26,6 +26,8 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
     """The directory, as a command would name it; None where none could."""
     memory_used: int | None
     memory_total: int | None
+    served_s: float = 0.0
+    first_error_s: float | None = None
 
 
 class StatusReporter:

@@ -6,7 +6,14 @@ from typing import Final, Literal
 
 import msgspec
 
-from embedq_shared.fleet import StatusBoard, failed_in_turn, is_live, rollback_of
+from embedq_shared.fleet import (
+    StatusBoard,
+    died_in_soak,
+    failed_in_soak,
+    failed_in_turn,
+    is_live,
+    rollback_of,
+)
 from embedq_shared.messages import STATUS_INTERVAL_S, Control, State, Status, Step
 
 Progress = Literal["running", "ready", "failed", "rolled_back", "timeout", "no_replicas", "superseded"]
@@ -183,12 +190,15 @@ class RolloutView:
         """Why a replica fails the roll-out, if one does."""
         if self._command.rollout is None:
             return None
+        live = self._board.live(heard, self._command.alias)
         for status in self._board.all():
             if status.alias == self._command.alias:
                 silent = not is_live(status, heard)
                 if reason := failed_in_turn(self._command, status, silent=silent):
                     return reason
-        return None
+                if silent and (reason := died_in_soak(self._command, status, live)):
+                    return reason
+        return failed_in_soak(self._command, live)
 
     def _progress(self, live: list[Status], now: float, heard: float) -> Progress:
         if any(self._is_of_another(status) for status in live):
