@@ -66,7 +66,12 @@ class ScriptedDevice:
 
     def __init__(self, failure: Callable[[list[str]], Exception | None] = lambda texts: None) -> None:
         self.ran: list[list[str]] = []
+        self.failed = 0
+        """Texts that got no vector, even alone."""
         self._failure = failure
+
+    def note_failed(self, encoder: Encoder) -> None:
+        self.failed += 1
 
     async def encode(self, encoder: Encoder, batch: Sequence[Tokens]) -> tuple[Vectors, float]:
         texts = ["".join(map(chr, tokens.ids)) for tokens in batch]

@@ -35,7 +35,7 @@ from embedq_consumer.lifecycle.gates.checks import (
     check_version,
 )
 from embedq_consumer.lifecycle.gates.dimensions import DimensionsInUse, check_dimensions
-from embedq_consumer.lifecycle.gates.golden import Golden, check_golden, read_golden
+from embedq_consumer.lifecycle.gates.golden import check_golden, read_golden
 from embedq_consumer.lifecycle.gates.load_attempts import Attempt, LoadAttempts
 from embedq_consumer.lifecycle.gates.model_root import ModelRoot
 from embedq_consumer.lifecycle.gates.policy import choose_policy
@@ -43,6 +43,7 @@ from embedq_consumer.lifecycle.model_slot import Loaded, ModelSlot, Source
 from embedq_consumer.lifecycle.pursuit import Pursuit
 from embedq_consumer.lifecycle.status_reporter import StatusReporter
 from embedq_consumer.lifecycle.warming.cache_warmer import CacheWarmer
+from embedq_shared.golden import Golden
 from embedq_shared.messages import GOLDEN_FILE, Control, Policy, Step
 from embedq_shared.vectors import cut_and_normalize
 

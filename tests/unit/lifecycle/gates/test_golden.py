@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from embedq_consumer.lifecycle.gates.checks import ModelRejected
-from embedq_consumer.lifecycle.gates.golden import Golden, GoldenText, check_golden, read_golden
+from embedq_consumer.lifecycle.gates.golden import check_golden, read_golden
+from embedq_shared.golden import Golden, GoldenText
 
 
 def written(file: Path, *texts: dict[str, Any], **more: Any) -> Path:
