@@ -22,13 +22,15 @@ FUZZ_SEED ?= 1
 KINDS ?=
 # Measuring every process, each replica's too, costs a quarter of the suite's time: CI does it, and whoever asks.
 COVERAGE ?= $(CI)
-# Tests of faults take half of the suite's time: CI runs them, and whoever changes what they are about.
+# Tests of faults take half of the suite's time: CI runs them, and whoever changes what they are about. Those that only go on for
+# longer (fifty reloads, twenty thousand rows, every architecture) are for the days before a release.
 SLOW ?= $(CI)
+SOAK ?=
 # Importing torch and transformers compiles thousands of files; keeping the result makes the next start seconds faster.
 unexport PYTHONDONTWRITEBYTECODE
 # A file's tests stay together, for what they share; files start in the order that tests/conftest.py gives.
 PARALLEL := $(if $(filter-out 0 1,$(WORKERS)),-n $(WORKERS) --dist loadfile --no-loadscope-reorder)
-TIER := $(if $(SLOW),,-m 'not slow')
+TIER := $(if $(SOAK),,-m '$(if $(SLOW),not soak,not slow and not soak)')
 UV := UV_LINK_MODE=hardlink $(BIN)/uv
 
 .PHONY: help setup demo lint types check test suite unit matrix faults fuzz architectures check format contract docs constraints pin-images sbom bench clean
@@ -62,7 +64,7 @@ types: setup
 	$(BIN)/mypy
 
 # The types are checked beside the first tests, which mostly wait: in a fresh clone that takes two minutes of a processor.
-test: lint ## lint, types, generated files and the suite (SLOW=1 with the faults that CI runs, too; TESTS=path a part of it; COVERAGE=1 how much of the code ran)
+test: lint ## lint, types, generated files and the suite (SLOW=1 with the faults that CI runs, too, SOAK=1 with the long runs as well; TESTS=path a part of it; COVERAGE=1 how much of the code ran)
 	@$(MAKE) --no-print-directory -j2 suite types
 
 suite: setup

@@ -1,4 +1,4 @@
-"""Some of all architectures, and, in the slow tier and with `make architectures`, all of them."""
+"""Some of all architectures, and, in the long runs and with `make architectures`, all of them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_these_are_refused_in_one_line(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("part", range(6))
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.soak) for part in range(1, 6))])
 def test_no_architecture_escapes(part: int, tmp_path: Path) -> None:
     """A sixth of all, each of which is served with transformers' own vectors, or refused in one line."""
     found = sweep(every_kind()[part::6], tmp_path, lambda _: None)

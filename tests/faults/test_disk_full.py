@@ -15,7 +15,7 @@ from tests.helpers.cluster import Cluster
 from tests.helpers.small_disk import SmallDisk, small_disk
 from tests.helpers.tiny_models import make_tiny_bert
 
-pytestmark = [pytest.mark.kafka, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.kafka, pytest.mark.soak, pytest.mark.timeout(900)]
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ def seed() -> int:
     return int(os.environ.get("FAULTS_SEED", 10 if "CI" in os.environ else random.randrange(10**6)))
 
 
-@pytest.mark.parametrize("mode", ["at-least-once", "exactly-once"])
+@pytest.mark.parametrize("mode", ["at-least-once", pytest.param("exactly-once", marks=pytest.mark.soak)])
 async def test_kills_a_lost_broker_and_a_lost_redis_lose_no_job_and_repeat_within_the_bound(
     cluster: Cluster, seed: int, mode: Mode, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

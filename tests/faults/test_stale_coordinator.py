@@ -32,7 +32,7 @@ from tests.helpers.cluster import Cluster
 from tests.helpers.service_process import fresh_prefix, make_topics
 from tests.helpers.support import wait_until
 
-pytestmark = [pytest.mark.kafka, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.kafka, pytest.mark.soak, pytest.mark.timeout(300)]
 
 GROUP = "stale"
 FIRST, SECOND = 10, 20

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +58,9 @@ _POOLING_FLAGS = {
     "lasttoken": "lasttoken",
 }
 """As sentence-transformers names them until its release 5."""
+
+_WORD_PIECES = 500
+"""Tokens of a WordPiece vocabulary."""
 
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
@@ -464,14 +468,35 @@ def _word_piece(first: Sequence[str] = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MA
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(vocab_size=500, show_progress=False, special_tokens=list(first))
-    tokenizer.train_from_iterator(_CORPUS, trainer)
+    words = [
+        word
+        for text in _CORPUS
+        for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text))
+    ]
+    pieces = [*first, *_pieces(words, _WORD_PIECES - len(first))]
+    tokenizer.model = models.WordPiece({piece: n for n, piece in enumerate(pieces)}, unk_token="[UNK]")
+    tokenizer.add_special_tokens(list(first))
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")],
     )
     return tokenizer
+
+
+def _pieces(words: Sequence[str], most: int) -> list[str]:
+    """Each character, and the most frequent beginnings and ends of words, which follow from `words` alone.
+
+    The library's own trainer breaks ties anew each time, so the same seed would make another model, and what a cache knows of the
+    models of a run before would be of no use.
+    """
+    single = {mark + character for word in words for character in word for mark in ("", "##")}
+    longer: Counter[str] = Counter()
+    for word in words:
+        longer.update(word[:end] for end in range(2, len(word) + 1))
+        longer.update("##" + word[start:] for start in range(1, len(word) - 1))
+    frequent = sorted(longer, key=lambda piece: (-longer[piece], piece))
+    return [*sorted(single), *sorted(frequent[: most - len(single)])]
 
 
 def _decoder(max_tokens: int) -> dict[str, Any]:

@@ -166,7 +166,7 @@ class Searching:
 
 
 @pytest.mark.parametrize(
-    "count", [400, pytest.param(20_000, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])]
+    "count", [400, pytest.param(20_000, marks=[pytest.mark.soak, pytest.mark.timeout(1200)])]
 )
 def test_a_new_model_takes_over_in_one_step_while_readers_search_and_the_old_one_comes_back(
     tmp_path: Path, store: Store, count: int

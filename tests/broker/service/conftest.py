@@ -18,7 +18,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     root = tmp_path_factory.mktemp("models")
     for seed, name in enumerate(("a", "b"), start=1):
-        make_tiny_bert(root / name, seed=seed, hidden=256, layers=6, max_tokens=2048)
+        make_tiny_bert(root / name, seed=seed, hidden=256, layers=2, max_tokens=2048)
     make_tiny_bert(root / "bert")
     make_tiny_qwen3(root / "qwen", seed=1)
     return root

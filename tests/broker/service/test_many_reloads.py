@@ -1,4 +1,4 @@
-"""Fifty reloads back and forth under load, on three replicas: nothing is lost, and no vector, cached or not, is another model's."""
+"""Reloads back and forth under load, on three replicas: nothing is lost, and no vector, cached or not, is another model's."""
 
 from __future__ import annotations
 
@@ -22,12 +22,16 @@ from tests.helpers.service_process import Replica, fresh_prefix, make_topics, pr
 
 pytestmark = [pytest.mark.kafka, pytest.mark.slow, pytest.mark.timeout(1800)]
 
-RELOADS: Final = 50
 POLICIES: Final = ("availability_preserving", "resource_preserving", None)
 
 
-async def test_fifty_reloads_lose_no_job_and_every_vector_is_that_of_the_model_that_it_names(
-    stack: DevStack, models: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+@pytest.mark.parametrize("reloads", [6, pytest.param(50, marks=pytest.mark.soak)])
+async def test_reloads_lose_no_job_and_every_vector_is_that_of_the_model_that_it_names(
+    stack: DevStack,
+    models: Path,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+    reloads: int,
 ) -> None:
     a, b = await asyncio.to_thread(own, models / "a"), await asyncio.to_thread(own, models / "b")
     topics = await make_topics(stack, fresh_prefix())
@@ -42,7 +46,7 @@ async def test_fifty_reloads_lose_no_job_and_every_vector_is_that_of_the_model_t
         reader(stack, topics.status) as status,
     ):
         async with load(stack, topics.jobs, results, window=32, make=list_job) as jobs:
-            for version in range(1, RELOADS + 1):
+            for version in range(1, reloads + 1):
                 policy = POLICIES[version % len(POLICIES)]
                 asked = {} if policy is None else {"policy": policy}
                 sent = await command(client, topics, version, "ab"[version % 2], **asked)

@@ -16,7 +16,7 @@ from tests.helpers.bad_models import copied
 from tests.helpers.support import patient
 from tests.helpers.tiny_models import minilm_path
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 
 RELOADS = 11
 
