@@ -39,7 +39,7 @@ from embedq_consumer.lifecycle.gates.golden import check_golden, read_golden
 from embedq_consumer.lifecycle.gates.load_attempts import Attempt, LoadAttempts
 from embedq_consumer.lifecycle.gates.model_root import ModelRoot
 from embedq_consumer.lifecycle.gates.policy import choose_policy
-from embedq_consumer.lifecycle.model_slot import Loaded, ModelSlot, Source
+from embedq_consumer.lifecycle.model_slot import Computed, Loaded, ModelSlot, Source
 from embedq_consumer.lifecycle.pursuit import Pursuit
 from embedq_consumer.lifecycle.status_reporter import StatusReporter
 from embedq_consumer.lifecycle.warming.cache_warmer import CacheWarmer
@@ -294,7 +294,7 @@ class Trial:
     async def _warm_cache(self, encoder: Encoder, budget: Budget, pursuit: Pursuit) -> None:
         """Have what is used most ready in the cache; not while jobs wait for this model, as none serves."""
         if self._warmer is not None and self._slot.serving is not None:
-            run = partial(self._encode, encoder, pursuit=pursuit)
+            run = partial(self._compute, encoder, pursuit=pursuit)
             await self._warmer.warm(encoder, run, budget.tokens)
 
     def _check_dimensions(self, hidden_size: int | None, command: Control) -> None:
@@ -367,12 +367,17 @@ class Trial:
         return [each for each in found if isinstance(each, Tokens)]
 
     async def _encode(self, encoder: Encoder, batch: Sequence[Tokens], pursuit: Pursuit | None) -> Vectors:
+        return (await self._compute(encoder, batch, pursuit))[0]
+
+    async def _compute(
+        self, encoder: Encoder, batch: Sequence[Tokens], pursuit: Pursuit | None
+    ) -> Computed:
         """Vectors of a model on trial: what it raises is a reason to reject it, or to try a smaller micro-batch."""
         if pursuit is not None:
             pursuit.check()
         try:
             async with asyncio.timeout(self._limits.stall_timeout_s):
-                vectors, _ = await self._slot.encode(encoder, batch)
+                return await self._slot.encode(encoder, batch)
         except (OutOfMemory, DeviceLost):
             raise
         except TimeoutError:
@@ -382,7 +387,6 @@ class Trial:
             ) from None
         except Exception as error:
             raise ModelRejected(f"the model cannot run: {type(error).__name__}") from error
-        return vectors
 
 
 def _name(command: Control) -> str:

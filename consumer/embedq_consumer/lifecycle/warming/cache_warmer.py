@@ -17,7 +17,7 @@ from embedq_consumer.cache import CachedVector, cache_key
 from embedq_consumer.engine import Encoder, OutOfMemory, Text, Tokens
 from embedq_consumer.engine.text.prompts import prompt_for
 from embedq_consumer.lifecycle.gates.checks import ModelRejected
-from embedq_consumer.lifecycle.model_slot import ModelSlot
+from embedq_consumer.lifecycle.model_slot import Computed, ModelSlot
 from embedq_consumer.lifecycle.status_reporter import StatusReporter
 from embedq_consumer.lifecycle.warming.most_used import MostUsed, Wanted, wanted_of
 from embedq_consumer.telemetry.metrics import Metrics
@@ -29,8 +29,8 @@ __all__ = ["CacheWarmer", "WarmOptions", "longest_wait"]
 
 log = structlog.get_logger()
 
-_AT_ONCE: Final = 512
-"""Texts that are looked up, and tokenized, together."""
+_AT_ONCE: Final = 128
+"""Texts that are looked up, and tokenized, together: making their keys takes a millisecond on the event loop."""
 _PART: Final = 16
 """A micro-batch of these is a sixteenth of a full one: so much longer an interactive text waits at most."""
 _FEW: Final = 64
@@ -38,8 +38,8 @@ _FEW: Final = 64
 _SHARE: Final = 10
 """While the device is never idle, warming takes an eleventh of its time."""
 
-Run = Callable[[Sequence[Tokens]], Awaitable[npt.NDArray[np.float32]]]
-"""Vectors of one micro-batch of the new model, float32 (texts, hidden_size)."""
+Run = Callable[[Sequence[Tokens]], Awaitable[Computed]]
+"""Vectors of one micro-batch of the new model, float32 (texts, hidden_size), and the seconds that they took."""
 
 
 class WarmOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,7 +76,7 @@ class CacheWarmer:
     Invariants:
         - An entry is made by the model that its key names. What is in the cache already is not computed again.
         - A micro-batch runs when no other is under way; or when the device is never idle, for an eleventh of the time. Each is a
-          sixteenth of a full one.
+          sixteenth of a full one, or one text.
         - It ends after `seconds`, and it never decides about a model, but for a tokenizer that hangs and a lost device.
     """
 
@@ -144,18 +144,18 @@ class CacheWarmer:
         self._count("failed", _entries_of(texts) - _entries_of([text for text, _ in runnable]))
         for batch in batched_by(runnable, lambda each: each[1].cost, warming.tokens, most=_FEW):
             count = _entries_of([text for text, _ in batch])
-            await self._slot.idle(longest_wait(warming.last_s))
-            if not warming.goes_on(began := time.monotonic()):
+            if warming.goes_on(time.monotonic()):
+                await self._slot.idle(longest_wait(warming.last_s))
+            if not warming.goes_on(time.monotonic()):
                 self._count("left", count)
                 continue
             try:
-                vectors = await run([each for _, each in batch])
+                vectors, warming.last_s = await run([each for _, each in batch])
             except (OutOfMemory, ModelRejected) as error:  # the trial is over, and this one stood it
                 log.warning("cache_not_warmed", texts=count, reason=type(error).__name__)
                 warming.off = isinstance(error, OutOfMemory)
                 self._count("failed", count)
                 continue
-            warming.last_s = time.monotonic() - began
             made = list(_made(batch, vectors))
             kept = await self._cache.put_many(made)
             warming.off = bool(made) and not kept  # the cache is away
