@@ -106,13 +106,13 @@ def short(count: int, salt: str) -> list[str]:
 
 
 def any_length(count: int, salt: str) -> list[str]:
-    """`count` different texts whose lengths spread as those of real documents do (log-normal, 3 to 150 words, half of them above 12),
-    in no order; another `salt` gives other texts."""
+    """`count` different texts whose lengths spread as those of real documents do (log-normal, 3 to 120 words, half of them above 12),
+    in no order; of English words, so that MiniLM reads each whole; another `salt` gives other texts."""
     random = Random(salt)
-    words = " ".join(sentences()).split()
+    words = [word for word in " ".join(sentences()).split() if word.isascii()]
     made = []
     for number in range(count):
-        length = min(150, max(3, round(random.lognormvariate(2.5, 0.8))))
+        length = min(120, max(3, round(random.lognormvariate(2.5, 0.8))))
         start = random.randrange(len(words) - length)
         made.append(" ".join([*words[start : start + length], f"{salt}{number}"]))
     return made

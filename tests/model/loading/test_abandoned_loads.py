@@ -67,7 +67,7 @@ def test_whenever_a_load_is_given_up_nothing_is_left_of_it(tmp_path: Path, known
     never = AtLook(sys.maxsize)
     load_encoder(model, None, never, device="cpu", known_models=cache).close()
     before = live_tensors()
-    step = max(1, never.looks // 12)
+    step = max(1, never.looks // 5)
     for number in (*range(1, never.looks, step), never.looks):
         with pytest.raises(Abandoned):
             load_encoder(model, None, AtLook(number), device="cpu", known_models=cache)

@@ -648,7 +648,7 @@ class Backlog:
         self.ran = 0.0
         now, free_at, due, number = 0.0, 0.0, 3.0, 0
         ends: deque[tuple[float, list[Item]]] = deque()
-        while len(self.waits) < 2000:
+        while len(self.waits) < 500:
             while due <= now:
                 traffic.note(due)
                 waiting.put([Item(-1, 8, arrived=due)])
