@@ -634,7 +634,8 @@ class Settings(KafkaSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
 
         Blocks on the file system.
         """
-        from embedq_consumer.lifecycle.served_model import BatchOptions, ModelOptions, WarmOptions
+        from embedq_consumer.lifecycle.served_model import BatchOptions, ModelOptions
+        from embedq_consumer.lifecycle.warming.cache_warmer import WarmOptions
 
         return ModelOptions(
             alias=self.alias,

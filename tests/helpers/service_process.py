@@ -45,7 +45,13 @@ def fresh_prefix() -> str:
 
 
 async def make_topics(
-    stack: DevStack, prefix: str, *, partitions: int = 4, copies: int = 1, names: Iterable[str] = (), only: Collection[str] = ()
+    stack: DevStack,
+    prefix: str,
+    *,
+    partitions: int = 4,
+    copies: int = 1,
+    names: Iterable[str] = (),
+    only: Collection[str] = (),
 ) -> Topics:
     """embedq's topics below this prefix, and other ones by name, with this many copies of each partition. `only`: these of ours."""
     wanted = wanted_topics(prefix, partitions=partitions, reply_partitions=partitions, retry_tiers=0)

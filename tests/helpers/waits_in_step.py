@@ -7,23 +7,27 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from embedq_consumer import process
 from embedq_consumer.lifecycle.status_reporter import StatusReporter
+from tests.helpers.support import wait_until
 
 
 def main(file: Path) -> int:
     update = StatusReporter.update
 
-    def is_here(step: str) -> bool:
-        return file.exists() and file.read_text() == step
+    def is_elsewhere(step: str) -> bool:
+        return not file.exists() or file.read_text() != step
 
     async def patient_update(self: StatusReporter, step: Any, state: Any, **more: Any) -> None:
         await update(self, step, state, **more)
-        while more.get("command") is not None and await asyncio.to_thread(is_here, step):
-            await asyncio.sleep(0.05)
+        if more.get("command") is not None:
+            await wait_until(
+                partial(asyncio.to_thread, is_elsewhere, step), within=300, what=f"the end of {step}"
+            )
 
     StatusReporter.update = patient_update  # type: ignore[method-assign]
     return process.main()

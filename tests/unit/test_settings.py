@@ -192,7 +192,9 @@ def test_layers_that_fp8_leaves_alone_are_numbers_separated_by_commas() -> None:
 
 def test_a_cache_that_is_warmed_is_one() -> None:
     assert settings().served_model(1).warming is None
-    warmed = settings(redis_url="redis://here:6379/0", cache_warm_texts="500", cache_warm_s="10").served_model(1)
+    warmed = settings(
+        redis_url="redis://here:6379/0", cache_warm_texts="500", cache_warm_s="10"
+    ).served_model(1)
     assert warmed.warming == WarmOptions(texts=500, seconds=10.0)
     with pytest.raises(SettingsError, match="EMBEDQ_CACHE_WARM_TEXTS: needs EMBEDQ_REDIS_URL"):
         settings(cache_warm_texts="500")

@@ -369,9 +369,7 @@ class Trial:
     async def _encode(self, encoder: Encoder, batch: Sequence[Tokens], pursuit: Pursuit | None) -> Vectors:
         return (await self._compute(encoder, batch, pursuit))[0]
 
-    async def _compute(
-        self, encoder: Encoder, batch: Sequence[Tokens], pursuit: Pursuit | None
-    ) -> Computed:
+    async def _compute(self, encoder: Encoder, batch: Sequence[Tokens], pursuit: Pursuit | None) -> Computed:
         """Vectors of a model on trial: what it raises is a reason to reject it, or to try a smaller micro-batch."""
         if pursuit is not None:
             pursuit.check()

@@ -110,6 +110,7 @@ _NAMES: Final = (
     "oauth_cafile",
 )
 
+
 def _servers(*, required: bool) -> Callable[..., Any]:
     return click.option(
         "--servers",

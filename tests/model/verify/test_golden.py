@@ -42,7 +42,10 @@ def vectors_of(model: Path, golden: Golden) -> np.ndarray:
 def test_what_is_written_of_a_directory_is_what_a_reload_checks(tmp_path: Path) -> None:
     model = make_tiny_bert(tmp_path / "models" / "one", seed=1)
     wrote = run("write", "--from", model, "--device", "cpu")
-    assert (wrote.exit_code, f"{len(BUILT_IN)} texts, 64 numbers each, of sha256:" in wrote.stdout) == (0, True)
+    assert (wrote.exit_code, f"{len(BUILT_IN)} texts, 64 numbers each, of sha256:" in wrote.stdout) == (
+        0,
+        True,
+    )
     stored = read_golden(model / GOLDEN_FILE)
     check_golden(stored, vectors_of(model, stored), min_cosine=0.9999)
     assert [each.text for each in stored.texts] == list(BUILT_IN)

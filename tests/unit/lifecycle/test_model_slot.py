@@ -180,6 +180,7 @@ async def test_the_first_failure_of_the_model_that_serves_is_remembered_until_an
     slot.install(Loaded(other, Source(Path("other"))))
     assert slot.first_error_s is None
 
+
 # -- loads that do not end ----------------------------------------------------------------------------------------------
 
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Final
 import click
 
 from embedq_sdk.cli.kafka_options import CONNECT_TIMEOUT_S, KafkaTarget, optional_kafka_options
-from embedq_sdk.cli.running import FAILED, NO_ANSWER, run, say
+from embedq_sdk.cli.running import FAILED, run, say
 from embedq_sdk.cli.text_sources import BadSource, open_texts
 from embedq_shared.messages import DEFAULT_ALIAS, GOLDEN_FILE, InputType
 
 if TYPE_CHECKING:
-    from embedq_sdk.cli.golden.sources import Asked, Source
+    from embedq_sdk.cli.golden.sources import Source
 
 _TIMEOUT_S: Final = 120.0
 
@@ -32,7 +32,11 @@ _device = click.option(
     "--device", default="auto", show_default=True, help="With --from: auto, cpu, cuda or cuda:N."
 )
 _quantization = click.option(
-    "--quantization", type=click.Choice(["none", "fp8"]), default="none", show_default=True, help="With --from."
+    "--quantization",
+    type=click.Choice(["none", "fp8"]),
+    default="none",
+    show_default=True,
+    help="With --from.",
 )
 
 
@@ -54,7 +58,9 @@ def golden() -> None:
 )
 @click.option("--query", "input_type", flag_value="query", help="The texts are search queries.")
 @click.option("--document", "input_type", flag_value="document", help="The texts are documents to be found.")
-@click.option("--dimensions", type=click.IntRange(1), help="Keep this many numbers of each vector. Default: all.")
+@click.option(
+    "--dimensions", type=click.IntRange(1), help="Keep this many numbers of each vector. Default: all."
+)
 @click.option(
     "--min-cosine",
     type=click.FloatRange(-1, 1),
@@ -85,7 +91,9 @@ def write(
     """
     if out is None:
         if directory is None:
-            raise click.UsageError("--out: expected the file to write, or --from, whose directory it belongs into")
+            raise click.UsageError(
+                "--out: expected the file to write, or --from, whose directory it belongs into"
+            )
         out = directory / GOLDEN_FILE
     if out.exists() and not force:
         raise click.BadParameter(f"{out} exists; --force overwrites it", param_hint="--out")

@@ -91,9 +91,7 @@ def compared(stored: Golden, vectors: Vectors, min_cosine: float | None) -> Repo
     """
     least = stored.min_cosine if min_cosine is None else min_cosine
     try:
-        cosines = [
-            cosine_of(wanted, vector) for wanted, vector in zip(stored.texts, vectors, strict=True)
-        ]
+        cosines = [cosine_of(wanted, vector) for wanted, vector in zip(stored.texts, vectors, strict=True)]
     except ValueError as error:
         raise BadSource(str(error)) from None
     return Report(

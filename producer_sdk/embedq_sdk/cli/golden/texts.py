@@ -22,10 +22,12 @@ BUILT_IN: Final = (
     "القطة نائمة على النافذة",
     "🙂🚀👩‍🔬 e\u0301 \u00e9",
     "  two  spaces,\ttabs\nand lines  ",
-    "Glaciers grind rock into flour, which turns the lakes below them milky blue. The volcano had slept for four hundred years "
-    "before it woke. Granite cools slowly, deep in the earth, so its crystals grow large, while basalt meets the air or the sea and "
-    "has no time for them. Rivers sort what they carry by weight: first the stones, then the gravel, then the sand, and only where "
-    "the water stands still the clay. So a section through old banks can be read from the bottom to the top like a diary.",
+    (
+        "Glaciers grind rock into flour, which turns the lakes below them milky blue. The volcano had slept for four hundred years "
+        "before it woke. Granite cools slowly, deep in the earth, so its crystals grow large, while basalt meets the air or the sea and "
+        "has no time for them. Rivers sort what they carry by weight: first the stones, then the gravel, then the sand, and only where "
+        "the water stands still the clay. So a section through old banks can be read from the bottom to the top like a diary."
+    ),
 )
 """Case, spaces, composed characters and scripts are what a wrong tokenizer gets wrong; a text of a hundred tokens is what wrong
 positions, or a wrong pooling, do."""

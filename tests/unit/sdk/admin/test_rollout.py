@@ -332,9 +332,7 @@ def test_an_error_of_the_canary_in_its_soak_time_and_its_death_are_failures() ->
     assert (fine.progress, fine.reason) == ("running", None)
     erred = watch(ours("r1", served_s=9.0, first_error_s=4.0), a_status("r2"), rollout=soaks)
     assert erred.reason == "r1: a text got no vector 4 s after the new model began to serve"
-    died = watch(
-        ours("r1", served_s=9.0), a_status("r2", at=START + 20), now=START + 20, rollout=soaks
-    )
+    died = watch(ours("r1", served_s=9.0), a_status("r2", at=START + 20), now=START + 20, rollout=soaks)
     assert died.reason == "r1: fell silent in its soak time"
 
 

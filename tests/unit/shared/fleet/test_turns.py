@@ -253,7 +253,9 @@ def test_an_error_in_its_soak_time_fails_the_rollout_and_one_after_it_does_not()
         bad = status.first_error_s is not None
         assert (turns("s", status, a_status("s")).failure(SOAKS) is None) != bad
     assert turns("s", through("r", served_s=90.0, first_error_s=61.0), a_status("s")).failure(SOAKS) is None
-    assert turns("s", *early).failure(a_command()) is None, "without a soak time, errors are no matter of a roll-out"
+    assert turns("s", *early).failure(a_command()) is None, (
+        "without a soak time, errors are no matter of a roll-out"
+    )
 
 
 def test_once_one_has_stood_the_others_need_not_and_after_the_last_nobody_is_judged() -> None:
