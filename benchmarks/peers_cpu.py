@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import statistics
 import subprocess
@@ -29,6 +28,7 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import http_servers
 from benchmarks.encoder_cpu import mixed
 from benchmarks.machine import write
 from benchmarks.peer_process import NEEDS, REFERENCE
@@ -94,16 +94,12 @@ async def through_kafka(model: Path) -> AsyncIterator[Embed]:
 
 
 @asynccontextmanager
-async def text_embeddings_inference(binary: Path, model: Path) -> AsyncIterator[Embed]:
-    """`text-embeddings-router` on a port of this machine."""
-    port = 18_080
-    child = await asyncio.create_subprocess_exec(
-        *(str(binary), "--model-id", str(model), "--port", str(port), "--pooling", "mean"),
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.DEVNULL,
-    )
+async def text_embeddings_inference(
+    binary: Path, onnx: Path | None, model: Path, scratch: Path
+) -> AsyncIterator[Embed]:
+    """Its binary, with the model's graph for one that was built with ONNX Runtime."""
 
-    def post(texts: list[str]) -> Vectors:
+    def post(port: int, texts: list[str]) -> Vectors:
         asked = urllib.request.Request(
             f"http://127.0.0.1:{port}/embed",
             json.dumps({"inputs": texts, "truncate": True}).encode(),
@@ -112,16 +108,8 @@ async def text_embeddings_inference(binary: Path, model: Path) -> AsyncIterator[
         with urllib.request.urlopen(asked) as answer:
             return np.array(json.loads(answer.read()), dtype=np.float32)
 
-    try:
-        while child.returncode is None:
-            with contextlib.suppress(OSError):
-                await asyncio.to_thread(post, ["ready?"])
-                break
-            await asyncio.sleep(0.2)
-        yield lambda texts: asyncio.to_thread(post, texts)
-    finally:
-        child.terminate()
-        await child.wait()
+    async with http_servers.text_embeddings_inference(binary, onnx, model, scratch) as server:
+        yield lambda texts: asyncio.to_thread(post, server.port, texts)
 
 
 # -- the loads ----------------------------------------------------------------------------------------------------------
@@ -158,24 +146,26 @@ async def idle_ms(embed: Embed, texts: Sequence[str]) -> float:
     return statistics.median(found)
 
 
-async def run(model: Path, peers: str | None, tei: Path | None, texts: int, rounds: int) -> dict[str, Any]:
+async def run(options: argparse.Namespace) -> dict[str, Any]:
     """Everything, in one run."""
+    model, tei = options.model or minilm(), options.tei
     cases = [(load, a_request) for load in ("short", "mixed", "long") for a_request in (1, 32)]
     found: dict[str, dict[str, list[float]]] = {}
     async with AsyncExitStack() as opened:
         ways: dict[str, Embed] = {}
         for way, package in NEEDS.items():
-            pythons = (each for each in (sys.executable, peers) if each and _has(each, package))
+            pythons = (each for each in (sys.executable, options.peers) if each and _has(each, package))
             if (python := next(pythons, None)) is not None:
                 ways[way] = await opened.enter_async_context(process(python, way, model))
         if tei is not None:
+            scratch = Path(opened.enter_context(tempfile.TemporaryDirectory()))
             ways["text-embeddings-inference"] = await opened.enter_async_context(
-                text_embeddings_inference(tei, model)
+                text_embeddings_inference(tei, options.onnx, model, scratch)
             )
         ways["embedq through Kafka"] = await opened.enter_async_context(through_kafka(model))
-        of_load = loads(texts)
+        of_load = loads(options.texts)
         await _compare(ways, of_load["mixed"][:8])
-        for number in range(rounds + 1):
+        for number in range(options.rounds + 1):
             for load, a_request in cases:
                 for way, embed in ways.items():
                     some = of_load[load] if number else of_load[load][:32]  # the first round warms up
@@ -228,11 +218,13 @@ def main() -> None:
         "--peers", default=None, help="the interpreter of an environment with more of the peers"
     )
     parser.add_argument("--tei", type=Path, default=None, help="the binary of text-embeddings-inference")
+    parser.add_argument(
+        "--onnx", type=Path, default=None, help="the model's graph, for a --tei that needs one"
+    )
     parser.add_argument("--texts", type=int, default=640, help="short texts a round; half as many mixed ones")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    model = arguments.model or minilm()
-    results = asyncio.run(run(model, arguments.peers, arguments.tei, arguments.texts, arguments.rounds))
+    results = asyncio.run(run(arguments))
     show(results)
     packages = (
         "embedq",
@@ -243,6 +235,7 @@ def main() -> None:
         "infinity-emb",
         "aiokafka",
     )
+    model = arguments.model or minilm()
     print(f"written to {write('peers_cpu', {'model': model.parent.name, **results}, *packages)}")
 
 

@@ -167,7 +167,7 @@ class Settings(KafkaSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
         int,
         Meta(
             ge=0,
-            description="Tokens that a micro-batch may hold. 0: 2048 on a CPU and 16384 on a GPU, which keeps the device busy "
+            description="Tokens that a micro-batch may hold. 0: 1024 on a CPU and 16384 on a GPU, which keeps the device busy "
             "without delaying the texts that come next. Lowered where the device has too little memory.",
         ),
     ] = 0

@@ -88,13 +88,17 @@ def count_gpus() -> int:
 
 
 def default_batch_tokens(device: str) -> int:
-    """A token budget that keeps the device busy without delaying the texts that wait."""
+    """A token budget that keeps the device busy without delaying the texts that wait.
+
+    On two cores MiniLM is no slower with 512 or 1,024 tokens at a time than with 2,048 (813, 823 and 768 tokens a second), and whoever
+    waits beside another client's flood waits for two or three micro-batches.
+    """
     if device == "auto":
         _before_torch()
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return 2_048 if device == "cpu" else 16_384
+    return 1_024 if device == "cpu" else 16_384
 
 
 def inspect_model(

@@ -133,7 +133,7 @@ async def test_behind_a_job_that_takes_long_no_more_is_answered_than_a_crash_may
 
     def job(number: int) -> dict[str, object]:
         if number == 1:
-            texts = [f"{place} of {topics.prefix}" + " and so on" * 1000 for place in range(60)]
+            texts = [f"{place} of {topics.prefix}" + " and so on" * 1000 for place in range(12)]
             return {"id": "slow", "input": texts, "dimensions": 32}
         return {"id": f"job-{number}", "input": f"always the same in {topics.prefix}", "dimensions": 32}
 

@@ -27,7 +27,7 @@ async def test_what_does_not_fit_is_found_before_jobs_are_taken_and_again_while_
     most = tmp_path / "most"
     most.write_text("1200")
     model = make_tiny_qwen3(tmp_path / "model", max_tokens=2048)
-    replica = Replica(stack, topics, model, tmp_path / "log", **oom_device(most))
+    replica = Replica(stack, topics, model, tmp_path / "log", max_batch_tokens=2048, **oom_device(most))
     async with replicas(replica), producer(stack) as client, reader(stack, topics.results) as results:
         [found] = [event for event in replica.events() if event["event"] == "batch_budget"]
         assert (found["tokens"], found["longest_text"]) == (1024, 1152)
