@@ -40,7 +40,7 @@ def vectors_of(model: Path, golden: Golden) -> np.ndarray:
 
 
 def test_what_is_written_of_a_directory_is_what_a_reload_checks(tmp_path: Path) -> None:
-    model = make_tiny_bert(tmp_path / "models" / "one", seed=1)
+    model = make_tiny_bert(tmp_path / "models" / "one", seed=1, hidden=64)
     wrote = run("write", "--from", model, "--device", "cpu")
     assert (wrote.exit_code, f"{len(BUILT_IN)} texts, 64 numbers each, of sha256:" in wrote.stdout) == (
         0,
@@ -52,7 +52,7 @@ def test_what_is_written_of_a_directory_is_what_a_reload_checks(tmp_path: Path) 
 
     same = run("check", model / GOLDEN_FILE, "--from", model, "--device", "cpu", "--min-cosine", "0.9999")
     assert (same.exit_code, "lowest cosine 1.000000" in same.stdout) == (0, True)
-    other = make_tiny_bert(tmp_path / "models" / "other", seed=2)
+    other = make_tiny_bert(tmp_path / "models" / "other", seed=2, hidden=64)
     with pytest.raises(ModelRejected, match=r"texts\[0\]"):
         check_golden(stored, vectors_of(other, stored), None)
     missed = run("check", model / GOLDEN_FILE, "--from", other, "--device", "cpu")

@@ -101,12 +101,16 @@ def write(
     target = out
 
     async def work() -> int:
+        import asyncio
+        from functools import partial
+
         from embedq_sdk.cli.golden.files import written
         from embedq_sdk.cli.golden.sources import Asked
 
-        asked = [Asked(text, input_type) for text in _texts(texts)]
+        asked = [Asked(text, input_type) for text in await asyncio.to_thread(_texts, texts)]
         vectors, version = await source.vectors(asked)
-        count = written(target, asked, vectors, version, dimensions=dimensions, min_cosine=min_cosine)
+        write_it = partial(written, target, asked, vectors, version)
+        count = await asyncio.to_thread(write_it, dimensions=dimensions, min_cosine=min_cosine)
         click.echo(f"{target}: {len(asked)} texts, {count} numbers each, of {version}")
         return 0
 
@@ -141,10 +145,12 @@ def check(
     source = _source(directory, alias, device, quantization, kafka)
 
     async def work() -> int:
+        import asyncio
+
         from embedq_sdk.cli.golden.files import compared, read
         from embedq_sdk.cli.golden.sources import Asked
 
-        stored = read(file)
+        stored = await asyncio.to_thread(read, file)
         vectors, version = await source.vectors([Asked(each.text, each.input_type) for each in stored.texts])
         report = compared(stored, vectors, min_cosine)
         click.echo(f"{version}: {len(report.cosines)} texts, lowest cosine {min(report.cosines):.6f}")
