@@ -197,7 +197,8 @@ async def microseconds(jobs: int, *, cached: bool, clients: int) -> float:
         ResultEncoder(TOPICS, "g", 900_000), _Sink(), finish, metrics, DeliveryLimits(reply_timeout_s=15.0)
     )
     async with asyncio.TaskGroup() as tasks:
-        pipeline = Pipeline(rules(), lambda: model, _Cache(entry), queue, deliverer, tasks, intake.weigh)
+        models, queues = {"default": model}, {"default": queue}
+        pipeline = Pipeline(rules(), lambda: models, _Cache(entry), queues, deliverer, tasks, intake.weigh)
         quarantine.hand_to(pipeline)
         runner = BatchRunner(flights, _Device(), budget, pipeline, metrics, tasks)
         await intake.open()

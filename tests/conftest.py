@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
-from blockbuster import BlockBuster, blockbuster_ctx
+from blockbuster import BlockBuster
 from hypothesis import HealthCheck, settings
 
 from tests.helpers.stack import stack, stack_header, used
@@ -63,15 +63,25 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(scope="session")
+def blockbuster() -> BlockBuster:
+    """Made once: to look up what may block takes longer than most tests."""
+    made = BlockBuster(["embedq_batch", "embedq_consumer", "embedq_gateway", "embedq_sdk", "embedq_shared"])
+    # What measures the tests takes a lock where a line runs for the first time, and another thread may have it.
+    for name in ("threading.Lock.acquire", "threading.Lock.acquire_lock"):
+        made.functions[name].can_block_in("coverage/collector.py", "lock_data")
+    return made
+
+
 @pytest.fixture(autouse=True)
-def blocking_calls() -> Iterator[BlockBuster]:
+def blocking_calls(blockbuster: BlockBuster) -> Iterator[BlockBuster]:
     """A call of ours that blocks the event loop raises. The tests' own code may block."""
-    ours = ["embedq_batch", "embedq_consumer", "embedq_gateway", "embedq_sdk", "embedq_shared"]
-    with blockbuster_ctx(scanned_modules=ours) as blockbuster:
-        # What measures the tests takes a lock where a line runs for the first time, and another thread may have it.
-        for name in ("threading.Lock.acquire", "threading.Lock.acquire_lock"):
-            blockbuster.functions[name].can_block_in("coverage/collector.py", "lock_data")
-        yield blockbuster
+    allowed = {name: len(function.can_block_functions) for name, function in blockbuster.functions.items()}
+    blockbuster.activate()
+    yield blockbuster
+    blockbuster.deactivate()
+    for name, count in allowed.items():  # what a test has allowed, it has allowed itself
+        del blockbuster.functions[name].can_block_functions[count:]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -25,6 +25,7 @@ from embedq_shared.messages import (
     Failure,
     Job,
     Result,
+    Split,
     Status,
 )
 
@@ -39,6 +40,7 @@ ROOTS: Final[dict[str, type[msgspec.Struct]]] = {
     "result": Result,
     "failure": Failure,
     "control": Control,
+    "split": Split,
     "status": Status,
 }
 """File stem → the struct that it describes."""

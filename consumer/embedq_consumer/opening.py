@@ -35,6 +35,7 @@ from embedq_consumer.intake import Intake, make_jobs_clients
 from embedq_consumer.lifecycle.control_topic import ControlTopic
 from embedq_consumer.lifecycle.model_slot import Source
 from embedq_consumer.lifecycle.served_model import ServedModel
+from embedq_consumer.lifecycle.served_models import ServedModels
 from embedq_consumer.quarantine import Suspects
 from embedq_consumer.retries import RetryTiers
 from embedq_consumer.rollout import FleetMember, StatusTopic
@@ -71,7 +72,8 @@ class StoppedEarly(Exception):
 
 
 def check_directories(settings: Settings) -> None:
-    for name, directory in (("MODEL", Path(settings.model)), ("MODEL_ROOT", settings.root)):
+    begins = [("ALIASES", path) for path in settings.further_aliases.values()]
+    for name, directory in (("MODEL", Path(settings.model)), ("MODEL_ROOT", settings.root), *begins):
         if not directory.is_dir():
             raise SettingsError(f"EMBEDQ_{name}: expected a directory, {directory} is not one")
 
@@ -214,29 +216,31 @@ class ModelLoader:
 
 
 @asynccontextmanager
-async def open_model(
+async def open_models(
     settings: Settings,
     publisher: Publisher,
     traffic: InteractiveTraffic,
     cache: VectorCache,
     metrics: Metrics,
     health: Health,
-) -> AsyncIterator[ServedModel]:
+) -> AsyncIterator[ServedModels]:
     batch_tokens = settings.max_batch_tokens or await asyncio.to_thread(default_batch_tokens, settings.device)
-    options = await asyncio.to_thread(settings.served_model, batch_tokens)
+    options = await asyncio.to_thread(settings.served_models, batch_tokens)
 
     loader = ModelLoader(await asyncio.to_thread(lambda: settings.load))
     announce = partial(publisher.announce, within=STATUS_INTERVAL_S)
-    model = ServedModel(options, loader, announce, metrics, health.tell, traffic, cache)
+    models = ServedModels(options, loader, announce, metrics, health.tell, traffic, cache)
     try:
-        yield model
+        yield models
     finally:
-        await asyncio.to_thread(model.close)
+        await asyncio.to_thread(models.close)
 
 
 @asynccontextmanager
-async def open_control(settings: Settings, metrics: Metrics) -> AsyncIterator[ControlTopic]:
-    control = ControlTopic(settings.kafka(), settings.topics, settings.alias, metrics)
+async def open_control(
+    settings: Settings, model: ServedModel, metrics: Metrics
+) -> AsyncIterator[ControlTopic]:
+    control = ControlTopic(settings.kafka(), settings.topics, model.alias, metrics, splits=model.splits)
     try:
         yield control
     finally:
@@ -244,8 +248,8 @@ async def open_control(settings: Settings, metrics: Metrics) -> AsyncIterator[Co
 
 
 @asynccontextmanager
-async def open_fleet(settings: Settings, publisher: Publisher) -> AsyncIterator[FleetMember]:
-    """This replica's part in roll-outs; what the others have said is still to be read."""
+async def open_fleet(settings: Settings, alias: str, publisher: Publisher) -> AsyncIterator[FleetMember]:
+    """This replica's part in roll-outs of an alias; what the others have said is still to be read."""
 
     async def write(record: Outgoing) -> Exception | None:
         [problem] = await publisher.publish([record], timeout_s=STATUS_INTERVAL_S)
@@ -253,7 +257,7 @@ async def open_fleet(settings: Settings, publisher: Publisher) -> AsyncIterator[
 
     statuses = StatusTopic(settings.kafka(), settings.topics)
     try:
-        yield FleetMember(statuses, settings.topics, settings.replica, settings.alias, write)
+        yield FleetMember(statuses, settings.topics, settings.replica, alias, write)
     finally:
         await statuses.close()
 

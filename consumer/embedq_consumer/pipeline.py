@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 from embedq_consumer.batching import AssembledText, ComputedText, First, JobInput, Settled, TextQueue, Vectors
@@ -80,16 +80,17 @@ class Pipeline:
 
     Every record given to `take` or `take_unreadable` is finished exactly once, by the deliverer. Work goes on in tasks of
     `tasks`, so a failure here ends the process, and the next one reads the unfinished records again. `serving` returns the
-    encoder that accepts new jobs; `weigh` is told what each job takes.
+    encoder of each alias that accepts new jobs, and `queues` are where the texts of each wait; `weigh` is told what each job
+    takes.
     """
 
     # More than six parameters: each is another part of the path, and a struct of them would be made for this call alone.
     def __init__(
         self,
         policy: AdmissionPolicy,
-        serving: Callable[[], Encoder],
+        serving: Callable[[], Mapping[str, Encoder]],
         cache: Cache,
-        queue: TextQueue,
+        queues: Mapping[str, TextQueue],
         deliverer: Deliverer,
         tasks: asyncio.TaskGroup,
         weigh: Callable[[Record, Cost], None],
@@ -101,7 +102,7 @@ class Pipeline:
         self._policy = policy
         self._serving = serving
         self._cache = cache
-        self._queue = queue
+        self._queues = queues
         self._deliverer = deliverer
         self._tasks = tasks
         self._weigh = weigh
@@ -142,14 +143,14 @@ class Pipeline:
     def _admit(
         self, records: Iterable[Record]
     ) -> tuple[list[JobState], list[tuple[Record, Rejection]], list[tuple[Record, UnknownAddress]]]:
-        encoder, now_ms = self._serving(), time.time() * 1000
+        models, now_ms = self._serving(), time.time() * 1000
         jobs: list[JobState] = []
         rejected: list[tuple[Record, Rejection]] = []
         unknown: list[tuple[Record, UnknownAddress]] = []
         deleted: list[tuple[Record, DeletedRow]] = []
         schemas: dict[Want, list[Record]] = {}
         for record in records:
-            match self._policy.admit(record, encoder, now_ms, self._deliverer.partitions):
+            match self._policy.admit(record, models, now_ms, self._deliverer.partitions):
                 case JobState() as job:
                     self._weigh(record, cost_of(job))
                     jobs.append(job)
@@ -191,16 +192,20 @@ class Pipeline:
 
     async def _look_up_and_join(self, jobs: Sequence[JobState]) -> None:
         inputs = self._check([(job, index) for job in jobs for index in job.distinct])
-        self._queue.join(await self._look_up(inputs))
-        self._tokenize_more()
+        missing = await self._look_up(inputs)
+        for alias, queue in self._queues.items():
+            its = missing if len(self._queues) == 1 else [one for one in missing if one[0].alias == alias]
+            if its:
+                queue.join(its)
+                self._tokenize_more(queue)
 
-    def _tokenize_more(self) -> None:
-        while (call := self._queue.next_call()) is not None:
-            self._spawn(self._tokenize(call), "tokenize")
+    def _tokenize_more(self, queue: TextQueue) -> None:
+        while (call := queue.next_call()) is not None:
+            self._spawn(self._tokenize(queue, call), "tokenize")
 
-    async def _tokenize(self, call: Sequence[First]) -> None:
-        self.settle(await self._queue.tokenize(call))
-        self._tokenize_more()
+    async def _tokenize(self, queue: TextQueue, call: Sequence[First]) -> None:
+        self.settle(await queue.tokenize(call))
+        self._tokenize_more(queue)
 
     def _check(self, inputs: Sequence[JobInput]) -> list[JobInput]:
         """Settle the inputs that must not even be tokenized; the others."""

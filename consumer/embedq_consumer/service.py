@@ -5,7 +5,7 @@ A job's path is `pipeline.py`, from the intake's `take` to `finish`. Two facts a
 - **Where a job's offset is committed.** The deliverer calls `quarantine.finish`, and that calls `intake.finish`, once the
   broker has acknowledged a job's result, and `intake.commit_forever` commits each partition up to its first record that is not finished. So when a process ends in
   any way, the next one repeats what was not answered.
-- **Where a reload swaps the model.** `model.follow` reads commands, loads and checks the new model, and swaps it in inside
+- **Where a reload swaps the model.** Each alias's `model.follow` reads its commands, loads and checks the new model, and swaps it in inside
   `intake.held`, where nothing is in flight: no job is computed by two models (`lifecycle/reloader.py`, `_serve`).
 
 Every loop is a task of one group: when one fails, the others are cancelled and the process ends with exit code 1.
@@ -16,17 +16,20 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
 import structlog
 
 from embedq_consumer.delivery.result_records import ResultEncoder
 from embedq_consumer.fairness import BulkTurns, InteractiveTraffic
+from embedq_consumer.lifecycle.control_topic import ControlTopic
+from embedq_consumer.lifecycle.reloader import Hold
+from embedq_consumer.lifecycle.served_model import ServedModel
 from embedq_consumer.lifecycle.status_reporter import StatusReporter
 from embedq_consumer.opening import (
     StoppedEarly,
@@ -38,7 +41,7 @@ from embedq_consumer.opening import (
     open_fleet,
     open_health_pages,
     open_intake,
-    open_model,
+    open_models,
     open_publisher,
     open_releases,
     open_schemas,
@@ -46,6 +49,7 @@ from embedq_consumer.opening import (
 from embedq_consumer.pipeline import Pipeline
 from embedq_consumer.quarantine import Quarantine, Suspects
 from embedq_consumer.retries import RetryPolicy, open_tiers
+from embedq_consumer.rollout import FleetMember
 from embedq_consumer.settings import Settings
 from embedq_consumer.shapes import NoRegistry
 from embedq_consumer.telemetry.health import Health
@@ -96,18 +100,22 @@ async def _serve(settings: Settings, stop: asyncio.Event, leaving: Callable[[], 
         publisher = await parts.enter_async_context(
             open_publisher(settings, mappings, turns, metrics, health, stop)
         )
-        model = await parts.enter_async_context(
-            open_model(settings, publisher, turns.traffic, cache, metrics, health)
+        models = await parts.enter_async_context(
+            open_models(settings, publisher, turns.traffic, cache, metrics, health)
         )
-        control = await parts.enter_async_context(open_control(settings, metrics))
-        fleet = await parts.enter_async_context(open_fleet(settings, publisher))
+        aliases: list[_Alias] = []
+        for model in models:
+            control = await parts.enter_async_context(open_control(settings, model, metrics))
+            fleet = await parts.enter_async_context(open_fleet(settings, model.alias, publisher))
+            aliases.append(_Alias(model, control, fleet))
 
-        # The desired model first, the jobs after: a late joiner must not answer with yesterday's model.
+        # The desired models first, the jobs after: a late joiner must not answer with yesterday's model.
         health.set_ready("loading the model")
-        desired = await once_kafka_answers(control.open, health, stop)
-        await once_kafka_answers(fleet.open, health, stop)
-        if not await _done_before(stop, model.start(fleet.begin(desired))):
-            return
+        for model, control, fleet in aliases:
+            desired = await once_kafka_answers(control.open, health, stop)
+            await once_kafka_answers(fleet.open, health, stop)
+            if not await _done_before(stop, model.start(fleet.begin(desired))):
+                return
         schemas = await parts.enter_async_context(open_schemas(settings, health))
         parts.enter_context(_long_lived_objects_frozen())
 
@@ -134,15 +142,16 @@ async def _serve(settings: Settings, stop: asyncio.Event, leaving: Callable[[], 
             settings.admission,
             mappings=mappings,
             schemas=schemas or NoRegistry(),
-            note_dimensions=model.note_dimensions,
-            note_use=model.note_use,
+            note_dimensions=models.note_dimensions,
+            note_use=models.note_use,
+            share_of=models.splits.target,
         )
         async with _tasks() as tasks:
             pipeline = Pipeline(
                 policy,
-                model.encoder,
+                models.encoders,
                 cache,
-                model.queue,
+                models.queues,
                 deliverer,
                 tasks,
                 intake.weigh,
@@ -157,18 +166,13 @@ async def _serve(settings: Settings, stop: asyncio.Event, leaving: Callable[[], 
                 "commit": intake.commit_forever(),
                 "deletions": intake.deletions.run(),
                 "watermarks": intake.watch(pipeline.give_up, partial(health.hinder, "watermark")),
-                "batches": model.run_batches(pipeline, tasks),
-                "control": model.follow(
-                    fleet.commands(control), intake.held, partial(fleet.turn, voice=model.reporter)
-                ),
-                "fleet": fleet.run(),
-                "status": model.reporter.resend_forever(),
-                "memory": model.watch_memory(),
                 "delivery": publisher.watch(),
-                "heartbeat": _beat_forever(health, model, metrics),
+                "heartbeat": _beat_forever(health, models, metrics),
                 "transactions": releases.run() if releases else _nothing(),
                 "ready": _ready_after(intake.joined, health),
             }
+            for alias in aliases:
+                loops |= _loops_of(alias, pipeline, intake.held, tasks)
             running = [tasks.create_task(loop, name=name) for name, loop in loops.items()]
             for loop in running:
                 loop.add_done_callback(lambda ended: None if _ended_well(ended) else leaving())
@@ -176,14 +180,37 @@ async def _serve(settings: Settings, stop: asyncio.Event, leaving: Callable[[], 
             await stop.wait()
 
             health.set_ready("draining")
-            await _drain(intake.stop, model.reporter, settings.drain_timeout_s)
+            await _drain(intake.stop, [model.reporter for model in models], settings.drain_timeout_s)
             for loop in running:
                 loop.cancel()
     log.info("stopped")
 
 
+class _Alias(NamedTuple):
+    """An alias that this replica serves, its commands, and its part in their roll-outs."""
+
+    model: ServedModel
+    control: ControlTopic
+    fleet: FleetMember
+
+
+def _loops_of(
+    alias: _Alias, pipeline: Pipeline, hold: Hold, tasks: asyncio.TaskGroup
+) -> dict[str, Coroutine[Any, Any, None]]:
+    """What runs for each alias, by name."""
+    model, control, fleet = alias
+    loops = {
+        "batches": model.run_batches(pipeline, tasks),
+        "control": model.follow(fleet.commands(control), hold, partial(fleet.turn, voice=model.reporter)),
+        "fleet": fleet.run(),
+        "status": model.reporter.resend_forever(),
+        "memory": model.watch_memory(),
+    }
+    return {f"{name} of {model.alias}": loop for name, loop in loops.items()}
+
+
 class Busy(Protocol):
-    """What runs native code, such as the served model."""
+    """What runs native code, such as the served models."""
 
     @property
     def busy_since(self) -> Mapping[str, float | None]:
@@ -237,7 +264,7 @@ async def _tasks() -> AsyncIterator[asyncio.TaskGroup]:
 
 
 async def _drain(
-    stop_intake: Callable[[float], Awaitable[bool]], reporter: StatusReporter, timeout_s: float
+    stop_intake: Callable[[float], Awaitable[bool]], reporters: Iterable[StatusReporter], timeout_s: float
 ) -> None:
     """Take no more jobs, finish and commit those in flight, and say goodbye.
 
@@ -246,7 +273,8 @@ async def _drain(
     """
     log.info("draining")
     drained = await stop_intake(timeout_s)
-    await reporter.update("stopped", "STOPPED")
+    for reporter in reporters:
+        await reporter.update("stopped", "STOPPED")
     if not drained:
         raise DrainTimedOut
 
@@ -271,7 +299,7 @@ def _expect_heartbeats(health: Health, stall_timeout_s: float) -> None:
 
 
 async def _beat_forever(
-    health: Health, model: Busy, metrics: Metrics, clock: Callable[[], float] = time.monotonic
+    health: Health, models: Busy, metrics: Metrics, clock: Callable[[], float] = time.monotonic
 ) -> None:
     """The heartbeats of native code: idle is healthy, working is healthy until the stall timeout.
 
@@ -280,11 +308,12 @@ async def _beat_forever(
     """
     while True:
         now = clock()
-        for loop, since in model.busy_since.items():
+        busy = models.busy_since
+        for loop, since in busy.items():
             health.beat(loop, now if since is None else since)
         metrics.ready.set(health.ready(now).well)
         metrics.heartbeat_age.set(health.oldest_beat(now))
-        if stalled := [loop for loop in model.busy_since if loop in health.silent(now)]:
+        if stalled := [loop for loop in busy if loop in health.silent(now)]:
             raise Stalled(f"{', '.join(stalled)}: stuck for longer than EMBEDQ_STALL_TIMEOUT_S")
         await asyncio.sleep(_HEARTBEAT_S)
 

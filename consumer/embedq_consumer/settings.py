@@ -13,7 +13,7 @@ from msgspec import Meta
 
 from embedq_consumer.engine import LoadOptions, Quantization
 from embedq_shared.access import DEFAULT_MAX_INFLATED_BYTES
-from embedq_shared.messages import DEFAULT_ALIAS, DEFAULT_MAX_INPUTS
+from embedq_shared.messages import DEFAULT_ALIAS, DEFAULT_MAX_INPUTS, MAX_ID_LENGTH
 from embedq_shared.secret import Secret
 from embedq_shared.settings.environment import SettingsError, read_settings
 from embedq_shared.settings.kafka import OF_THE_LOCAL_STACK, PREFIX, KafkaSettings, NotEmpty
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from embedq_consumer.cache import CacheOptions, SecretSource
     from embedq_consumer.exactly_once import ExactlyOnceOptions
     from embedq_consumer.intake import AdmissionPolicy, IntakeOptions
-    from embedq_consumer.lifecycle.served_model import ModelOptions
+    from embedq_consumer.lifecycle.served_models import AliasOptions
     from embedq_consumer.quarantine import Claimant
     from embedq_consumer.shapes import Mappings, RegistryOptions
 
@@ -111,6 +111,29 @@ class Settings(KafkaSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
         NotEmpty,
         Meta(description="Model name that jobs use in `model`; jobs that name another one are refused."),
     ] = DEFAULT_ALIAS
+    aliases: Annotated[
+        str,
+        Meta(
+            description="More aliases that this replica serves beside `EMBEDQ_ALIAS`, separated by commas: `NAME=DIRECTORY`, the model "
+            "to begin with as long as no command names another one, or `NAME` alone for `EMBEDQ_MODEL`. The same in all replicas of a "
+            "group. A model that several aliases have is in memory once."
+        ),
+    ] = ""
+    kept_models: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="Models that stay in memory after the last alias has left them, so that going back to one costs no load. The "
+            "least recently used goes first: when there are more, and when a load needs its memory.",
+        ),
+    ] = 0
+    pinned_models: Annotated[
+        str,
+        Meta(
+            description="Models that stay in memory in any case once an alias has served them: directories as commands name them, "
+            "separated by commas."
+        ),
+    ] = ""
     device: Annotated[
         str,
         Meta(
@@ -466,7 +489,25 @@ class Settings(KafkaSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
             raise ValueError("EMBEDQ_DEVICE: cannot be set together with EMBEDQ_DEVICES")
         if any(delay > _LONGEST_RETRY_S for delay in self.retry_delays):
             raise ValueError(f"EMBEDQ_RETRY_DELAYS_S: expected at most {_LONGEST_RETRY_S:.0f} each")
+        self._check_aliases()
         self.kafka_options()  # what does not fit together is said now
+
+    def _check_aliases(self) -> None:
+        names = [part.partition("=")[0].strip() for part in _parts(self.aliases)]
+        if "" in names or any(
+            "=" in part and not part.partition("=")[2].strip() for part in _parts(self.aliases)
+        ):
+            raise ValueError("EMBEDQ_ALIASES: expected NAME or NAME=DIRECTORY, separated by commas")
+        if len({self.alias, *names}) <= len(names):
+            raise ValueError("EMBEDQ_ALIASES: expected each name once, and not that of EMBEDQ_ALIAS")
+        if any(len(name) > MAX_ID_LENGTH for name in names):
+            raise ValueError(f"EMBEDQ_ALIASES: expected names of at most {MAX_ID_LENGTH} characters")
+
+    @property
+    def further_aliases(self) -> dict[str, Path]:
+        """The aliases beside the first, and the directory with which each begins."""
+        pairs = [part.partition("=") for part in _parts(self.aliases)]
+        return {name.strip(): Path(path.strip() or self.model) for name, _, path in pairs}
 
     @property
     def root(self) -> Path:
@@ -476,7 +517,7 @@ class Settings(KafkaSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
     @property
     def reply_patterns(self) -> tuple[str, ...]:
         """The shell patterns of allowed reply topics."""
-        return tuple(pattern.strip() for pattern in self.reply_topics.split(",") if pattern.strip())
+        return tuple(_parts(self.reply_topics))
 
     @property
     def retry_delays(self) -> tuple[float, ...]:
@@ -587,7 +628,6 @@ class Settings(KafkaSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
 
         return AdmissionPolicy(
             topics=self.topics,
-            alias=self.alias,
             max_inputs=self.max_inputs,
             max_text_bytes=self.max_text_bytes,
             max_result_bytes=self.max_result_bytes,
@@ -629,15 +669,16 @@ class Settings(KafkaSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
             cafile=self.schema_registry_cafile,
         )
 
-    def served_model(self, batch_tokens: int) -> ModelOptions:
-        """The one alias of this replica. `batch_tokens` is the budget in full: `max_batch_tokens`, or the device's own.
+    def served_models(self, batch_tokens: int) -> AliasOptions:
+        """The aliases of this replica. `batch_tokens` is the budget in full: `max_batch_tokens`, or the device's own.
 
         Blocks on the file system.
         """
         from embedq_consumer.lifecycle.served_model import BatchOptions, ModelOptions
+        from embedq_consumer.lifecycle.served_models import AliasOptions
         from embedq_consumer.lifecycle.warming.cache_warmer import WarmOptions
 
-        return ModelOptions(
+        first = ModelOptions(
             alias=self.alias,
             replica=self.replica,
             topics=self.topics,
@@ -657,6 +698,19 @@ class Settings(KafkaSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
             if self.cache_warm_texts
             else None,
         )
+        others = [
+            msgspec.structs.replace(first, alias=alias, first=False, configured=path.resolve())
+            for alias, path in self.further_aliases.items()
+        ]
+        return AliasOptions(
+            aliases=[first, *others],
+            kept_models=self.kept_models,
+            pinned=frozenset((self.root / path).resolve() for path in _parts(self.pinned_models)),
+        )
+
+
+def _parts(listed: str) -> list[str]:
+    return [part.strip() for part in listed.split(",") if part.strip()]
 
 
 def _is_ours(name: str) -> bool:

@@ -30,6 +30,8 @@ class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     texts: list[str]
     alias: str | None = None
+    model_version: str | None = None
+    """The one that must answer."""
     dimensions: int | None = None
     dtype: Dtype | None = None
     input_type: InputType | None = None
@@ -73,6 +75,7 @@ class Embedder:
         timeout = exchange.timeout(settings.timeout_s, settings.max_timeout_s)
         options = _options(
             alias,
+            request.model_version,
             request.dimensions,
             request.dtype,
             request.input_type,
@@ -102,6 +105,7 @@ class Embedder:
 @lru_cache(maxsize=256)  # most requests ask for the same, and checking it costs more than looking it up
 def _options(
     model: str,
+    model_version: str | None,
     dimensions: int | None,
     dtype: Dtype | None,
     input_type: InputType | None,
@@ -113,6 +117,7 @@ def _options(
 ) -> JobOptions:
     return JobOptions(
         model=model,
+        model_version=model_version,
         dimensions=dimensions,
         dtype=dtype,
         input_type=input_type,

@@ -53,6 +53,9 @@ KINDS: Final[Mapping[str, Kind]] = {
         415, "invalid_request_error", "the body is not `application/json`, or it is compressed"
     ),
     "unknown_model": Kind(404, "not_found_error", "no replica serves this alias"),
+    "unknown_model_version": Kind(
+        404, "not_found_error", "the alias has another version than the `model_version` that was asked for"
+    ),
     "text_too_long": Kind(
         413,
         "invalid_request_error",

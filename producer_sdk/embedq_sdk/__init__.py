@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         TextTooLong,
         TopicMissing,
         UnknownModel,
+        UnknownModelVersion,
         UnreadableReply,
         WrongEventLoop,
     )
@@ -61,6 +62,7 @@ __all__ = [
     "TextTooLong",
     "TopicMissing",
     "UnknownModel",
+    "UnknownModelVersion",
     "UnreadableReply",
     "WrongEventLoop",
     "late",
@@ -93,6 +95,7 @@ if not TYPE_CHECKING:
             "TextTooLong",
             "TopicMissing",
             "UnknownModel",
+            "UnknownModelVersion",
             "UnreadableReply",
             "WrongEventLoop",
         ),

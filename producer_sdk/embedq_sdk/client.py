@@ -142,8 +142,8 @@ class _Life:
 class EmbedClient(_Life):
     """Sends jobs and awaits their results. Use it as an async context manager, or with `open` and `close`; in one event loop.
 
-    What a job may ask for (`model`, `dimensions`, `dtype`, `input_type`, `instruction`, `truncate`, `chunk`, `metadata`,
-    `lane`, `trace`, `client_id`) are keyword arguments of every call: see `JobArguments`.
+    What a job may ask for (`model`, `model_version`, `dimensions`, `dtype`, `input_type`, `instruction`, `truncate`, `chunk`,
+    `metadata`, `lane`, `trace`, `client_id`) are keyword arguments of every call: see `JobArguments`.
 
     Args:
         servers: Kafka's address, "host:port", several separated by commas.

@@ -21,6 +21,7 @@ from embedq_sdk.errors import (
     ServiceOverloaded,
     TextTooLong,
     UnknownModel,
+    UnknownModelVersion,
 )
 from embedq_sdk.shown import Shown
 from embedq_shared.messages import Dtype, Timings, Usage
@@ -49,6 +50,7 @@ _BY_CODE: Final[dict[str, type[JobFailed]]] = {
     "crashed": InvalidJob,
     "text_too_long": TextTooLong,
     "unknown_model": UnknownModel,
+    "unknown_model_version": UnknownModelVersion,
     "expired": Expired,
     "non_finite": NonFinite,
     "overloaded": ServiceOverloaded,

@@ -17,6 +17,7 @@
         ├── InvalidJob                   the job breaks a rule; the same job will fail again
         ├── TextTooLong                  a text is over the model's limit
         ├── UnknownModel                 the service has no model of this alias
+        ├── UnknownModelVersion          the alias has another version than the one that was asked for
         ├── Expired                      the job reached the service after its deadline
         ├── NonFinite                    the model gave NaN or infinity for a text
         ├── ServiceOverloaded            retried until the deadline, still too busy
@@ -160,6 +161,10 @@ class TextTooLong(JobFailed):
 
 
 class UnknownModel(JobFailed):
+    """{code}: {message}"""
+
+
+class UnknownModelVersion(JobFailed):
     """{code}: {message}"""
 
 

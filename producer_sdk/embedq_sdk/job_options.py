@@ -20,6 +20,7 @@ from embedq_shared.messages import (
     MAX_INSTRUCTION_BYTES,
     MAX_INTEGER,
     MAX_METADATA_BYTES,
+    MAX_VERSION_LENGTH,
     MIN_CHUNK_TOKENS,
     MIN_DIMENSIONS,
     Chunking,
@@ -54,13 +55,15 @@ class JobOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What a caller asks of a job, the same for all its texts. None means the service's default.
 
     `chunk` is `late(…)` or `mean(…)`. `lane` is "interactive" unless given, and "bulk" for submitted jobs. `trace` is a
-    W3C traceparent. `client_id` says whose the job is, where one client works for several: clients take turns.
+    W3C traceparent. `model_version` is the one that must answer, such as that of stored vectors; where the alias has another one,
+    the call fails with UnknownModelVersion. `client_id` says whose the job is, where one client works for several: clients take turns.
 
     Raises:
         InvalidArgument: an option is wrong by itself or does not go with another one.
     """
 
     model: str | None = None
+    model_version: str | None = None
     dimensions: int | None = None
     dtype: Dtype | None = None
     input_type: InputType | None = None
@@ -73,11 +76,18 @@ class JobOptions(msgspec.Struct, frozen=True, kw_only=True):
     client_id: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("model", "dtype", "input_type", "instruction", "truncate", "lane", "trace", "client_id"):
+        for name in _STRINGS:
             value = getattr(self, name)
             if isinstance(value, str) and type(value) is not str:
                 msgspec.structs.force_setattr(self, name, plain(value))
         _text("model", self.model, 1)
+        _text("model_version", self.model_version, 1)
+        if self.model_version is not None and len(self.model_version) > MAX_VERSION_LENGTH:
+            raise InvalidArgument(
+                argument="model_version",
+                expected=f"a string of at most {MAX_VERSION_LENGTH} characters, such as `sha256:` and 64 hex digits",
+                got=f"{len(self.model_version)} characters",
+            )
         _choice("dtype", self.dtype, get_args(Dtype))
         _choice("input_type", self.input_type, get_args(InputType))
         _choice("truncate", self.truncate, get_args(Truncate))
@@ -124,6 +134,7 @@ class JobOptions(msgspec.Struct, frozen=True, kw_only=True):
                 input=texts,
                 id=id,
                 model=self.model,
+                model_version=self.model_version,
                 dimensions=self.dimensions,
                 dtype=self.dtype,
                 input_type=self.input_type,
@@ -158,6 +169,7 @@ class JobArguments(TypedDict, total=False):
     """
 
     model: str | None
+    model_version: str | None
     dimensions: int | None
     dtype: Dtype | None
     input_type: InputType | None
@@ -171,6 +183,17 @@ class JobArguments(TypedDict, total=False):
 
 
 _NONE: Final = msgspec.Raw()
+_STRINGS: Final = (
+    "model",
+    "model_version",
+    "dtype",
+    "input_type",
+    "instruction",
+    "truncate",
+    "lane",
+    "trace",
+    "client_id",
+)
 
 
 def _wrong(argument: str, expected: str, value: object) -> InvalidArgument:

@@ -19,6 +19,7 @@ from embedq_shared.messages import (
     MAX_INSTRUCTION_BYTES,
     MAX_METADATA_BYTES,
     MAX_NESTING,
+    MAX_VERSION_LENGTH,
     MIN_CHUNK_TOKENS,
     MIN_DIMENSIONS,
     NULL,
@@ -28,6 +29,7 @@ from embedq_shared.messages import (
     Failure,
     Job,
     Result,
+    Split,
     Status,
 )
 from embedq_shared.topics import JSON, MSGPACK, MSGPACK_TYPES
@@ -43,6 +45,7 @@ EXPECTED: Final[dict[str, str]] = {
     "input": "a string or a non-empty list of strings",
     "id": f"a string of 1 to {MAX_ID_LENGTH} characters",
     "model": "a string",
+    "model_version": f"a string of 1 to {MAX_VERSION_LENGTH} characters, such as `sha256:` and 64 hex digits",
     "dimensions": f"an integer from {MIN_DIMENSIONS} to the model's hidden size",
     "dtype": "one of float32, float16, int8, binary",
     "encoding_format": "one of float, base64",
@@ -342,6 +345,9 @@ _replies: Final[dict[Format, msgspec.json.Decoder[_Reply] | msgspec.msgpack.Deco
     "msgpack": msgspec.msgpack.Decoder(_Reply),
 }
 _control: Final = msgspec.json.Decoder(Control)
+_split: Final = msgspec.json.Decoder(Split)
+UNDECODABLE: Final = _UNDECODABLE
+"""What reading a record of the control or the status topic raises."""
 _status: Final = msgspec.json.Decoder(Status)
 
 
@@ -371,7 +377,7 @@ def decode_result(value: bytes, format: Format = "json") -> Result | Failure:
     return _replies[format].decode(value)
 
 
-def encode_record(record: Control | Status) -> bytes:
+def encode_record(record: Control | Split | Status) -> bytes:
     """A control or status record's value, in JSON."""
     return _encoders["json"].encode(record)
 
@@ -400,6 +406,24 @@ def read_command(key: bytes | None, value: bytes | None, alias: str) -> Control 
     return command
 
 
+def read_split(key: bytes, value: bytes) -> Split:
+    """The split in a record of the control topic.
+
+    Raises:
+        msgspec.DecodeError, UnicodeDecodeError, RecursionError: it is none, or not that of the alias which the key names.
+    """
+    split = _split.decode(value)
+    if key != split.alias.encode():
+        raise msgspec.ValidationError("the record's key and its alias differ")
+    return split
+
+
+def status_key(replica: str, alias: str, *, first: bool) -> bytes:
+    """The key of a replica's status: compaction keeps the last one of each. `first` is the alias whose key is the name alone, as
+    that of a replica of one alias is."""
+    return (replica if first else f"{replica}/{alias}").encode()
+
+
 def decode_status(value: bytes) -> Status:
     """A status record.
 
@@ -417,6 +441,6 @@ def read_status(key: bytes | None, value: bytes) -> Status:
             which the key names.
     """
     status = decode_status(value)
-    if key not in (status.replica.encode(), f"{status.replica}/{status.alias}".encode()):
+    if key not in [status_key(status.replica, status.alias, first=first) for first in (True, False)]:
         raise msgspec.ValidationError("the record's key and its replica differ")
     return status

@@ -19,6 +19,7 @@ ErrorCode = Literal[
     "invalid_header",
     "unsupported_content_type",
     "unknown_model",
+    "unknown_model_version",
     "text_too_long",
     "too_many_inputs",
     "result_too_large",
@@ -35,6 +36,8 @@ RETRYABLE: Final[frozenset[str]] = frozenset({"undeliverable", "overloaded", "in
 DEFAULT_ALIAS: Final = "default"
 MIN_DIMENSIONS: Final = 32
 MAX_ID_LENGTH: Final = 256
+MAX_VERSION_LENGTH: Final = 256
+"""Characters of a model version that a job may name; ours have 71."""
 MAX_METADATA_BYTES: Final = 16 * 1024
 MAX_INSTRUCTION_BYTES: Final = 16 * 1024
 """It is put before every input of its job: without a limit, a job of 1 MB could ask for 2 GB of text."""
@@ -91,6 +94,17 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
         Annotated[str, Meta(min_length=1, max_length=MAX_ID_LENGTH, description="Echoed as it came.")] | None
     ) = None
     model: Annotated[str, Meta(description='A model alias; absent: "default".')] | None = None
+    model_version: (
+        Annotated[
+            str,
+            Meta(
+                min_length=1,
+                max_length=MAX_VERSION_LENGTH,
+                description="The version that must answer; absent: whichever the alias has.",
+            ),
+        ]
+        | None
+    ) = None
     dimensions: (
         Annotated[int, Meta(ge=MIN_DIMENSIONS, description="At most the hidden size; absent: all.")] | None
     ) = None
@@ -227,6 +241,10 @@ STATUS_INTERVAL_S: Final = 3.0
 """Each replica repeats its status this often."""
 STATUS_STALE_AFTER_S: Final = 15.0
 """A replica whose last status is older is gone."""
+MAX_SHARES: Final = 16
+"""Aliases of a split."""
+MAX_WEIGHT: Final = 1_000_000
+"""Of an alias in a split: parts of a million are finer than anybody can measure."""
 SAME_SPACE_COSINE: Final = 0.995
 """Two runs of one model in other precision, on another device or quantized to 8 bits agree to this on every text; two models do not."""
 GOLDEN_FILE: Final = "embedq_golden.json"
@@ -324,6 +342,24 @@ class Control(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     reason: Annotated[str, Meta(description="Why it was written, for people.")] | None = None
 
 
+class Split(msgspec.Struct, frozen=True, kw_only=True):
+    """An alias whose jobs are shared out among others, complete in one record; `version` only rises.
+
+    `split` has the weight of each alias that gets a share; without any the split has ended.
+    """
+
+    alias: Annotated[str, Meta(min_length=1, max_length=256)]
+    version: Annotated[int, Meta(ge=1, le=MAX_INTEGER)]
+    command_id: Annotated[str, Meta(min_length=1, max_length=256)]
+    split: Annotated[
+        dict[
+            Annotated[str, Meta(min_length=1, max_length=256)],
+            Annotated[int, Meta(ge=1, le=MAX_WEIGHT)],
+        ],
+        Meta(max_length=MAX_SHARES, description="The weight of each alias."),
+    ]
+
+
 class Status(msgspec.Struct, frozen=True, kw_only=True):
     """What one replica serves and does. `version` is the control record it speaks of; `at` is epoch milliseconds.
 
@@ -332,6 +368,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     `max_tokens` its longest input, special tokens included; null while none serves, and in records of older replicas.
     `turn` is the version of a roll-out whose turn this replica takes. `path` is the directory that serves, as a command would name
     it; null where none could. `memory_used` and `memory_total` are bytes of the device, on a CPU of the process and its machine.
+    `splits` has the weights of each split that the replica knows of; null in records of replicas that do not say it.
     `warmed` says of how many texts, of those used most, the cache got vectors of the command's model before it served; null where
     that is not asked for. `served_s` says for how many seconds the model serves, and `first_error_s` after how many of them it first
     failed to give a text a vector, null where it never did.
@@ -353,6 +390,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     path: str | None = None
     memory_used: Annotated[int, Meta(ge=0, le=MAX_INTEGER)] | None = None
     memory_total: Annotated[int, Meta(ge=0, le=MAX_INTEGER)] | None = None
+    splits: dict[str, dict[str, int]] | None = None
     warmed: Annotated[int, Meta(ge=0, le=MAX_INTEGER)] | None = None
     served_s: Annotated[float, Meta(ge=0)] | None = None
     first_error_s: Annotated[float, Meta(ge=0)] | None = None

@@ -41,6 +41,7 @@ from embedq_shared.codec import (
     encode_record,
     format_of,
 )
+from embedq_shared.fleet import Splits
 from embedq_shared.kafka.reading.record_batches import BoundedRecords, Unreadable
 from embedq_shared.messages import ErrorCode
 from embedq_shared.vectors import quantize
@@ -434,6 +435,31 @@ class ControlDecoder(_Trees):
         return "control"
 
 
+class SplitDecoder(_Trees):
+    """`Splits.see`, which raises nothing, whatever lies on the control topic."""
+
+    name = "split"
+    examples: ClassVar[list[Any]] = [
+        {"alias": "ab", "version": 3, "command_id": "c-1", "split": {"a": 90, "b": 10}},
+        {"alias": "ab", "version": 4, "command_id": "c-2", "split": {}},
+        {"alias": "ab", "version": 2, "path": "model-b", "command_id": "c-3"},
+    ]
+
+    def decode(self, given: Any) -> str:
+        splits = Splits()
+        splits.see(b"ab", given[0])
+        found = splits.newest("ab")
+        if found is None:
+            return "nothing"
+        again = Splits()
+        again.see(b"ab", encode_record(found))
+        if again.newest("ab") != found:
+            raise Finding("a split that is encoded and decoded is another one")
+        if (splits.target("ab", "id") in found.split) != bool(found.split):
+            raise Finding("a job of a split has another owner than its shares")
+        return "split"
+
+
 class StatusDecoder(_Trees):
     """`decode_status`."""
 
@@ -675,6 +701,7 @@ DECODERS: Final[dict[str, type[Decoder]]] = {
         ResultDecoder,
         ReplyDecoder,
         ControlDecoder,
+        SplitDecoder,
         StatusDecoder,
         BatchDecoder,
         CacheDecoder,

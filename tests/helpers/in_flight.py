@@ -62,13 +62,14 @@ class Model:
 
 
 MODEL: Encoder = Model()
+MODELS: Mapping[str, Encoder] = {"default": MODEL}
+"""One alias, as the service's defaults have it."""
 
 
 def rules(**changes: Any) -> AdmissionPolicy:
     """The service's defaults, but that any topic may be named for replies."""
     settings: dict[str, Any] = {
         "topics": TOPICS,
-        "alias": "default",
         "max_inputs": 2048,
         "max_text_bytes": 1_000_000,
         "max_result_bytes": 900_000,
@@ -112,7 +113,7 @@ def admitted(
 ) -> JobState:
     """A job in flight."""
     found = rules(max_result_bytes=max_result_bytes).admit(
-        record(value, *headers, key=key, **fields), model or MODEL, NOW_MS, PARTITIONS.get
+        record(value, *headers, key=key, **fields), {"default": model or MODEL}, NOW_MS, PARTITIONS.get
     )
     assert isinstance(found, JobState)
     return found

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from embedq_consumer.engine import Encoder, ModelError, Text, load_encoder
 from embedq_consumer.engine.kernels.attention import Packing, attend_runs
+from embedq_consumer.engine.loading.dry_run_process import try_directory
+from embedq_consumer.engine.model_directory import read_directory
 from tests.architectures.sweep import judge
 from tests.helpers.architectures import LONG_TEXTS, MAKERS, make_embeddinggemma
 from tests.helpers.encoders import normalized, tokens_of
@@ -238,14 +240,17 @@ def test_an_encoder_is_taken_out_of_a_whole_encoder_decoder(tmp_path: Path) -> N
     from sentence_transformers import SentenceTransformer
 
     path = make_tiny_t5(tmp_path, whole=True)
-    encoder = load_encoder(path, device="cpu", dry_run_s=100)
+    try_directory(read_directory(path))
+    encoder = load_encoder(path, device="cpu")
     reference = SentenceTransformer(str(path), device="cpu", local_files_only=True)
     found = normalized(encoder.encode(tokens_of(encoder, ["the moon", "a stone wall"])))
     assert np.abs(found - reference.encode(["the moon", "a stone wall"])).max() <= TOLERANCE
 
 
 def test_a_checkpoint_of_the_encoder_alone_passes_the_dry_run(tmp_path: Path) -> None:
-    load_encoder(make_tiny_t5(tmp_path), device="cpu", dry_run_s=100).close()
+    path = make_tiny_t5(tmp_path)
+    try_directory(read_directory(path))
+    load_encoder(path, device="cpu").close()
 
 
 def test_how_much_of_a_text_is_fed_forward_at_once_changes_nothing(tmp_path: Path) -> None:

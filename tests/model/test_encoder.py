@@ -131,6 +131,7 @@ def test_a_closed_encoder_frees_its_weights(tmp_path: Path) -> None:
         gc.collect()
         return sum(type(o) is torch.nn.Parameter and tuple(o.shape) == shape for o in gc.get_objects())
 
+    gc.freeze()  # what is there before is not looked through
     encoder = load_encoder(make_tiny_qwen3(tmp_path, hidden=193), device="cpu")
     (ids,) = tokens_of(encoder, ["the moon"])
     encoder.encode([ids])
@@ -139,6 +140,7 @@ def test_a_closed_encoder_frees_its_weights(tmp_path: Path) -> None:
     assert weights() == 0
     with pytest.raises(RuntimeError, match="This is a bug"):
         encoder.encode([ids])
+    gc.unfreeze()
 
 
 def test_loading_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -123,6 +123,13 @@ class Module(NamedTuple):
     imports: frozenset[str]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forgotten() -> Iterator[None]:
+    """The trees of all files are half a million objects, through which the collector would go for ever after."""
+    yield
+    modules.cache_clear()
+
+
 @cache
 def modules() -> Mapping[str, Module]:
     paths = {
@@ -157,6 +164,7 @@ def _imports(name: str, path: Path, tree: ast.Module, known: Iterable[str]) -> I
                 yield from (each for each in [whole if whole in known else source] if each in known)
 
 
+@cache
 def room(name: str) -> str:
     """The folder of a module, or the module where its folder has folders."""
     path = modules()[name].path

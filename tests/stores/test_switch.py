@@ -44,8 +44,10 @@ def is_of(vector: Any, salt: str) -> bool:
 
 @pytest.mark.filterwarnings("ignore:.*")
 @pytest.mark.parametrize("kind", ["qdrant", "milvus"])
-async def test_an_alias_means_the_new_collection_and_the_old_one_again(tmp_path: Path, kind: str) -> None:
-    place = tmp_path / ("qdrant" if kind == "qdrant" else "milvus.db")
+async def test_an_alias_means_the_new_collection_and_the_old_one_again(
+    tmp_path: Path, in_memory: Path, kind: str
+) -> None:
+    place = in_memory / "qdrant" if kind == "qdrant" else tmp_path / "milvus.db"
     old, new = f"{kind}:{place}#old", f"{kind}:{place}#new"
     await both(tmp_path, old, new)
 

@@ -43,6 +43,7 @@ from tests.helpers.in_flight import TOPICS, VERSION, admitted, record, rules
 from tests.helpers.shapes import mappings_of
 from tests.helpers.support import wait_until
 
+OTHER = "sha256:" + "cd" * 32
 LIMITS = DeliveryLimits(reply_timeout_s=15)
 Refusal = Callable[[Outgoing], Exception | None]
 
@@ -63,22 +64,37 @@ class Parts:
         self.device = device
         self.sink = ScriptedSink(refusal)
         self.cache = DictCache()
+        encoder = ResultEncoder(TOPICS, "group", 900_000)
+        self.weighed: dict[int, Cost] = {}
+        self.models: dict[str, Encoder] = {"default": self.model}
+        self.queues: dict[str, TextQueue] = {}
+        self.deliverer = Deliverer(
+            encoder, self.sink, self.sink.finish, self.metrics, LIMITS, bulk_turns=turns
+        )
+        self.pipeline = Pipeline(
+            rules(**settings),
+            lambda: self.models,
+            self.cache,
+            self.queues,
+            self.deliverer,
+            tasks,
+            self.weigh,
+        )
+        self.loops: list[asyncio.Task[None]] = []
+        self.queue = self.serve("default", self.model, tasks)
+
+    def serve(self, alias: str, model: Encoder, tasks: asyncio.TaskGroup) -> TextQueue:
+        """An alias with a queue and micro-batches of its own."""
         batcher = Batcher[QueuedText](
             BatchPolicy(max_tokens=100, max_items=100, max_wait=0.0, bulk_max_wait=5.0)
         )
         budget = TokenBudget(batcher, self.metrics, lambda facts: None)
         flights = SingleFlight()
-        encoder = ResultEncoder(TOPICS, "group", 900_000)
-        self.weighed: dict[int, Cost] = {}
-        self.queue = TextQueue(flights, batcher, budget, self.metrics)
-        self.deliverer = Deliverer(
-            encoder, self.sink, self.sink.finish, self.metrics, LIMITS, bulk_turns=turns
-        )
-        self.pipeline = Pipeline(
-            rules(**settings), lambda: self.model, self.cache, self.queue, self.deliverer, tasks, self.weigh
-        )
-        runner = BatchRunner(flights, device, budget, self.pipeline, self.metrics, tasks)
-        self.loop = tasks.create_task(BatchLoop(batcher, runner.run, self.metrics, tasks).run())
+        self.models[alias] = model
+        self.queues[alias] = TextQueue(flights, batcher, budget, self.metrics)
+        runner = BatchRunner(flights, self.device, budget, self.pipeline, self.metrics, tasks)
+        self.loops.append(tasks.create_task(BatchLoop(batcher, runner.run, self.metrics, tasks).run()))
+        return self.queues[alias]
 
     def weigh(self, found: Record, cost: Cost) -> None:
         assert found.ticket.offset not in self.weighed, "weighed twice"
@@ -104,8 +120,10 @@ async def running(
         try:
             yield parts
         finally:
-            parts.loop.cancel()
-            await asyncio.to_thread(parts.queue.close)
+            for loop in parts.loops:
+                loop.cancel()
+            for queue in parts.queues.values():
+                await asyncio.to_thread(queue.close)
             await asyncio.to_thread(parts.deliverer.close)
 
 
@@ -150,6 +168,36 @@ async def test_polled_jobs_are_computed_published_and_finished() -> None:
         assert len(results["two"]["data"]) == 1
         assert parts.device.ran == [["ab", "c", "d"]]
         assert parts.sample("jobs_total", lane="interactive", status="ok") == 2
+
+
+async def test_each_job_is_run_by_the_model_of_its_alias_and_no_micro_batch_has_texts_of_two() -> None:
+    async with asyncio.TaskGroup() as tasks, running() as parts:
+        small = Letters(hidden_size=64)
+        small.model_version = OTHER
+        parts.serve("small", small, tasks)
+        jobs = [job(1, input=["a", "b"], id="one"), job(2, input="a", id="two", model="small")]
+        parts.pipeline.take([*jobs, job(3, input="a", id="three", model="none")])
+        await parts.finished(1, 2, 3)
+        results = {body(sent)["id"]: body(sent) for sent in parts.sink.to(TOPICS.results)}
+    assert {id: results[id]["model"] for id in results} == {"one": "default", "two": "small", "three": "none"}
+    assert (results["one"]["model_version"], results["two"]["model_version"]) == (VERSION, OTHER)
+    assert results["three"]["error"]["code"] == "unknown_model"
+    assert sorted(parts.device.ran) == [["a"], ["a", "b"]]
+    assert (parts.model.calls, small.calls) == ([["a", "b"]], [["a"]])
+
+
+async def test_a_pinned_job_says_which_version_is_served_instead() -> None:
+    async with running() as parts:
+        parts.pipeline.take(
+            [job(1, input="a", model_version=OTHER), job(2, input="a", model_version=VERSION)]
+        )
+        await parts.finished(1, 2)
+        refused, answered = sorted(
+            (body(sent) for sent in parts.sink.to(TOPICS.results)), key=lambda one: one["object"]
+        )
+    assert (refused["error"]["code"], refused["model_version"]) == ("unknown_model_version", VERSION)
+    assert answered["model_version"] == VERSION
+    assert parts.device.ran == [["a"]]
 
 
 async def test_an_interactive_job_is_answered_while_the_bulk_ones_of_its_micro_batch_wait_for_a_thread(

@@ -21,7 +21,7 @@ from embedq_consumer.engine import Encoder
 from embedq_consumer.opening import MissingTopics
 from embedq_consumer.rollout.status_topic import Said
 from embedq_consumer.service import serve
-from embedq_consumer.settings import Settings
+from embedq_consumer.settings import Settings, SettingsError
 from embedq_consumer.telemetry.health import Health
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.codec import decode_status
@@ -243,6 +243,33 @@ async def test_the_desired_model_is_there_before_the_first_job(world: World, set
     await serve_and_stop(world, settings)
     assert "loaded new" in world.did
     assert "loaded old" not in world.did
+
+
+async def test_every_alias_has_its_model_before_the_first_job_and_says_goodbye(
+    world: World, settings: Settings, tmp_path: Path
+) -> None:
+    more = msgspec.structs.replace(settings, aliases=f"second={tmp_path / 'new'},third")
+    await serve_and_stop(world, more)
+    read = ["commands read", "statuses read"]
+    assert world.did[:10] == [
+        "publisher open",
+        *read,
+        "loaded old",
+        *read,
+        "loaded new",
+        *read,  # the third begins with the first one's model, which is there
+        "group joined",
+    ]
+    assert world.did[-4:] == ["control closed"] * 3 + ["publisher closed"]
+    assert world.statuses[-3:] == [("stopped", "STOPPED")] * 3
+
+
+async def test_an_alias_that_begins_with_no_directory_is_named(
+    world: World, settings: Settings, tmp_path: Path
+) -> None:
+    wrong = msgspec.structs.replace(settings, aliases=f"second={tmp_path / 'nowhere'}")
+    with pytest.raises(SettingsError, match=r"^EMBEDQ_ALIASES: expected a directory, .*nowhere is not one$"):
+        await serve(wrong, asyncio.Event())
 
 
 async def test_in_the_middle_of_a_rollout_it_begins_with_what_the_others_serve(

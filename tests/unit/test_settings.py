@@ -191,11 +191,11 @@ def test_layers_that_fp8_leaves_alone_are_numbers_separated_by_commas() -> None:
 
 
 def test_a_cache_that_is_warmed_is_one() -> None:
-    assert settings().served_model(1).warming is None
+    assert settings().served_models(1).aliases[0].warming is None
     warmed = settings(
         redis_url="redis://here:6379/0", cache_warm_texts="500", cache_warm_s="10"
-    ).served_model(1)
-    assert warmed.warming == WarmOptions(texts=500, seconds=10.0)
+    ).served_models(1)
+    assert [one.warming for one in warmed.aliases] == [WarmOptions(texts=500, seconds=10.0)]
     with pytest.raises(SettingsError, match="EMBEDQ_CACHE_WARM_TEXTS: needs EMBEDQ_REDIS_URL"):
         settings(cache_warm_texts="500")
     with pytest.raises(SettingsError, match="EMBEDQ_CACHE_WARM_TEXTS"):
@@ -205,12 +205,50 @@ def test_a_cache_that_is_warmed_is_one() -> None:
 def test_the_model_of_the_settings_lies_where_its_links_lead(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "one")
-    found = settings(
+    options = settings(
         model=str(tmp_path / "link"), replica="r", max_wait_ms="4", bulk_max_wait_s="7", drain_timeout_s="9"
-    ).served_model(batch_tokens=512)
+    ).served_models(batch_tokens=512)
+    assert (options.kept_models, options.pinned) == (0, frozenset())
+    [found] = options.aliases
+    assert found.first
     assert (found.configured, found.root) == (tmp_path / "one", tmp_path)
     assert (found.alias, found.replica, found.drain_timeout_s) == ("default", "r", 9)
     assert found.batches == BatchOptions(max_tokens=512, max_items=1024, max_wait_s=0.004, bulk_max_wait_s=7)
+
+
+def test_more_aliases_begin_with_the_same_model_or_one_of_their_own(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    options = settings(
+        model=str(tmp_path / "one"),
+        alias="first",
+        aliases=f"second={tmp_path / 'two'}, third ,",
+        kept_models="2",
+        pinned_models="two, ../else",
+    ).served_models(batch_tokens=512)
+    assert [(each.alias, each.first, each.configured.name) for each in options.aliases] == [
+        ("first", True, "one"),
+        ("second", False, "two"),
+        ("third", False, "one"),
+    ]
+    assert len({each.root for each in options.aliases}) == 1
+    assert options.kept_models == 2
+    assert options.pinned == frozenset([tmp_path / "two", tmp_path.parent / "else"])
+
+
+@pytest.mark.parametrize(
+    ("aliases", "expected"),
+    [
+        ("=/m", "expected NAME or NAME=DIRECTORY"),
+        ("a=", "expected NAME or NAME=DIRECTORY"),
+        ("a,a=/m", "expected each name once"),
+        ("default", "expected each name once, and not that of EMBEDQ_ALIAS"),
+        ("a" * 257, "expected names of at most 256 characters"),
+    ],
+)
+def test_aliases_that_cannot_be_told_apart_are_refused(aliases: str, expected: str) -> None:
+    with pytest.raises(SettingsError, match=f"EMBEDQ_ALIASES: {expected}"):
+        settings(aliases=aliases)
 
 
 def test_models_are_loaded_as_the_settings_say() -> None:
@@ -298,10 +336,9 @@ def test_health_pages_are_for_this_machine_alone_unless_told_otherwise() -> None
 
 
 def test_admission_follows_the_settings() -> None:
-    found = settings(alias="big", max_inputs="3", max_text_bytes="99", reply_topics="a,b", topic_prefix="t")
+    found = settings(max_inputs="3", max_text_bytes="99", reply_topics="a,b", topic_prefix="t")
     assert found.admission == AdmissionPolicy(
         topics=Topics("t"),
-        alias="big",
         max_inputs=3,
         max_text_bytes=99,
         max_result_bytes=900_000,

@@ -69,6 +69,8 @@ class BatchLoop(Generic[ItemT]):
         self._tasks = tasks
         self._prefetch = PrefetchLimit()
         self._ended = asyncio.Event()
+        self._counted = dict.fromkeys(LANES, 0)
+        """Of this loop in the metric of what waits, which several may share."""
 
     async def run(self) -> None:
         """Run until cancelled."""
@@ -99,4 +101,6 @@ class BatchLoop(Generic[ItemT]):
         self._metrics.batch_items.observe(len(batch))
         self._metrics.batch_fill.observe(min(1.0, tokens / self._batcher.max_tokens))
         for lane in LANES:
-            self._metrics.waiting_tokens.labels(lane).set(self._batcher.waiting_tokens(lane))
+            now, before = self._batcher.waiting_tokens(lane), self._counted[lane]
+            self._metrics.waiting_tokens.labels(lane).inc(now - before)
+            self._counted[lane] = now

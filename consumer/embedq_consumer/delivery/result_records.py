@@ -193,6 +193,7 @@ class ResultEncoder:
             rejection.format,
             rejection.envelope,
             rejection.error,
+            model_version=rejection.model_version,
             dead_letter=rejection.dead_letter,
             deaths=rejection.deaths,
             answer=rejection.answer,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Mapping as Map
 from typing import Final
 
 import msgspec
@@ -38,6 +39,8 @@ from embedq_shared.messages import DEFAULT_ALIAS, DEFAULT_CHUNK_TOKENS, Chunking
 from embedq_shared.topics import CONTENT_TYPE, MSGPACK_TYPES, Topics, is_reserved
 
 PartitionCount = Callable[[str], int | None]
+ShareOf = Callable[[str, str, Collection[str] | None], str | None]
+"""The alias that the job of an alias and an id belongs to, of these alone where it may; None where the alias is no split."""
 
 
 class Rejection(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,6 +58,8 @@ class Rejection(msgspec.Struct, frozen=True, kw_only=True):
     reply: bool = True
     deaths: tuple[Death, ...] = ()
     """The processes that it killed."""
+    model_version: str | None = None
+    """The one that the job's alias has, where the job asks for another."""
     answer: Answer | None = None
     """How a mapping has the record answered, where that is known."""
 
@@ -85,31 +90,39 @@ class UnknownAddress(msgspec.Struct, frozen=True):
 Admitted = JobState | Rejection | UnknownAddress | UnknownSchema | DeletedRow
 
 
-def _nobody_asks(asked: object) -> None:
+def _nobody_asks(alias: str, asked: object) -> None:
     """Nobody wants to know."""
+
+
+def _no_split(alias: str, id: str, among: Collection[str] | None) -> str | None:
+    """There are no splits."""
+    return None
 
 
 class AdmissionPolicy(msgspec.Struct, frozen=True):
     """The settings that decide what is accepted. `schemas` is what the Schema Registry has said so far."""
 
     topics: Topics
-    alias: str
     max_inputs: int
     max_text_bytes: int
     max_result_bytes: int
     reply_patterns: tuple[str, ...]
     mappings: Mappings = Mappings()
     schemas: Schemas = NoRegistry()
-    note_dimensions: Callable[[int], None] = _nobody_asks
-    """Hears of the `dimensions` that an admitted job names."""
-    note_use: Callable[[Job], None] = _nobody_asks
-    """Hears of each job of the interactive lane that is admitted."""
+    note_dimensions: Callable[[str, int], None] = _nobody_asks
+    """Hears of the `dimensions` that an admitted job of an alias names."""
+    share_of: ShareOf = _no_split
+    """Whose job one of an alias is that no model serves by itself."""
+    note_use: Callable[[str, Job], None] = _nobody_asks
+    """Hears of each job of the interactive lane that is admitted for an alias."""
 
-    def admit(self, record: Record, encoder: Encoder, now_ms: float, partitions: PartitionCount) -> Admitted:
-        """The job of one record, or why it is rejected. Raises nothing, whatever the record holds."""
+    def admit(
+        self, record: Record, models: Map[str, Encoder], now_ms: float, partitions: PartitionCount
+    ) -> Admitted:
+        """The job of one record, or why it is rejected. Raises nothing, whatever the record holds. `models` are those that serve, by alias."""
         headers = self._headers_of(record)
         if (mapping := self._mapping_of(record)) is not None:
-            return self._admit_mapped(mapping, record, headers, encoder, now_ms)
+            return self._admit_mapped(mapping, record, headers, models, now_ms)
         format = codec.format_of(headers.content_type)
         address = self._check_address(headers, partitions)
         if isinstance(address, UnknownAddress):
@@ -119,8 +132,8 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
         if (name := value_of(record.headers, MAPPING_HEADER)) is not None:
             named = self.mappings.named(name.decode("utf-8", "replace"))
             if named is None:
-                return self._unknown_mapping(headers, format)
-            return self._admit_mapped(named, record, headers, encoder, now_ms)
+                return _unknown_mapping(self.mappings.names, headers, format)
+            return self._admit_mapped(named, record, headers, models, now_ms)
         if format is None:
             known = ", ".join(["application/json", *sorted(MSGPACK_TYPES)])
             error = ErrorBody.of(
@@ -142,16 +155,48 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
                 envelope=bad.envelope,
                 dead_letter=bad.error.code == "malformed",
             )
-        request = _check_deadline(headers, now_ms) or self._request(record, headers, job, format, encoder)
+        return self._accept(record, headers, job, format, models, now_ms)
+
+    # More than six parameters: what a decoded record is made of; two callers.
+    def _accept(
+        self,
+        record: Record,
+        headers: JobHeaders,
+        job: Job,
+        format: Format,
+        models: Map[str, Encoder],
+        now_ms: float,
+        answer: Answer | None = None,
+    ) -> JobState | Rejection:
+        """A job that was read, or why it cannot run here."""
+        if (error := _check_deadline(headers, now_ms)) is not None:
+            return _refused(error, headers, job, format, answer)
+        alias = served = DEFAULT_ALIAS if job.model is None else job.model
+        if (encoder := models.get(alias)) is None:
+            served = (
+                self.share_of(alias, job.id or record.name, _of_version(models, job.model_version)) or alias
+            )
+            if (encoder := models.get(served)) is None:
+                return _refused(_unknown_model(alias, served, models), headers, job, format, answer)
+        if job.model_version is not None and job.model_version != encoder.model_version:
+            error = _other_version(served, encoder)
+            return _refused(error, headers, job, format, answer, encoder.model_version)
+        request = self._request(record, headers, job, format, encoder, answer)
         if isinstance(request, ErrorBody):
-            envelope = codec.envelope_of(job)
-            return Rejection(error=request, format=format, headers=headers, envelope=envelope)
+            return _refused(request, headers, job, format, answer)
+        if job.dimensions is not None:
+            self.note_dimensions(served, job.dimensions)
         if record.lane == "interactive":
-            self.note_use(job)
-        return JobState(record, headers, request, encoder)
+            self.note_use(served, job)
+        return JobState(record, headers, request, encoder, served)
 
     def _admit_mapped(
-        self, mapping: Mapping, record: Record, headers: JobHeaders, encoder: Encoder, now_ms: float
+        self,
+        mapping: Mapping,
+        record: Record,
+        headers: JobHeaders,
+        models: Map[str, Encoder],
+        now_ms: float,
     ) -> Admitted:
         """The same for a record that a mapping reads."""
         message = Message(
@@ -179,25 +224,7 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
                     error=why.error, format="json", headers=headers, envelope=envelope, answer=answer
                 )
             case Embeddable(job, answer):
-                request = _check_deadline(headers, now_ms) or self._request(
-                    record, headers, job, "json", encoder, answer
-                )
-        if isinstance(request, ErrorBody):
-            return Rejection(
-                error=request, format="json", headers=headers, envelope=codec.envelope_of(job), answer=answer
-            )
-        return JobState(record, headers, request, encoder)
-
-    def _unknown_mapping(self, headers: JobHeaders, format: Format | None) -> Rejection:
-        known = ", ".join(self.mappings.names) or "none, since the setting `EMBEDQ_MAPPINGS` is empty"
-        error = ErrorBody.of(
-            "invalid_header",
-            f"header `{MAPPING_HEADER}`: expected the name of a mapping: {known}",
-            MAPPING_HEADER,
-        )
-        return Rejection(
-            error=error, format=format or "json", headers=headers, envelope=Envelope(), dead_letter=True
-        )
+                return self._accept(record, headers, job, "json", models, now_ms, answer)
 
     def condemn(self, record: Record, deaths: Sequence[Death], partitions: PartitionCount) -> Rejection:
         """The rejection of a record that killed processes. Its value is not looked at: decoding it may be what kills."""
@@ -306,13 +333,6 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
         answer: Answer | None = None,
     ) -> Request | ErrorBody:
         """The job with every default filled in, or the first rule of the model and the service that it breaks."""
-        alias = DEFAULT_ALIAS if job.model is None else job.model
-        if alias != self.alias:
-            return ErrorBody.of(
-                "unknown_model",
-                f"`model`: expected {self.alias!r}, the only model alias served here{_of_openai(alias)}",
-                "model",
-            )
         dimensions = encoder.hidden_size if job.dimensions is None else job.dimensions
         if dimensions > encoder.hidden_size:
             return ErrorBody.of(
@@ -320,8 +340,6 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
                 f"`dimensions`: expected an integer from 32 to {encoder.hidden_size}, the model's hidden size",
                 "dimensions",
             )
-        if job.dimensions is not None:
-            self.note_dimensions(job.dimensions)
         dtype = job.dtype or "float32"
         if dtype == "binary" and dimensions % 8:
             return ErrorBody.of(
@@ -339,7 +357,7 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
         texts = [job.input] if isinstance(job.input, str) else job.input
         request = Request(
             id=job.id if job.id is not None else record.name,
-            model=alias,
+            model=DEFAULT_ALIAS if job.model is None else job.model,
             texts=texts,
             listed=listed,
             prompt=prompt_for(job, encoder),
@@ -378,6 +396,18 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
         )
 
 
+def _unknown_mapping(names: Iterable[str], headers: JobHeaders, format: Format | None) -> Rejection:
+    known = ", ".join(names) or "none, since the setting `EMBEDQ_MAPPINGS` is empty"
+    error = ErrorBody.of(
+        "invalid_header",
+        f"header `{MAPPING_HEADER}`: expected the name of a mapping: {known}",
+        MAPPING_HEADER,
+    )
+    return Rejection(
+        error=error, format=format or "json", headers=headers, envelope=Envelope(), dead_letter=True
+    )
+
+
 EXPIRED: Final = ErrorBody.of(
     "expired", "header `deadline`: expected a time in the future when the job is read", "deadline"
 )
@@ -399,6 +429,51 @@ def _of_openai(alias: str) -> str:
     if not alias.startswith(_OPENAI):
         return ""
     return "; OpenAI's model names mean nothing here: leave `model` out, or set a mapping with `options: {model: …}`"
+
+
+# More than six parameters: all that a rejection repeats; one caller.
+def _refused(
+    error: ErrorBody,
+    headers: JobHeaders,
+    job: Job,
+    format: Format,
+    answer: Answer | None,
+    model_version: str | None = None,
+) -> Rejection:
+    return Rejection(
+        error=error,
+        format=format,
+        headers=headers,
+        envelope=codec.envelope_of(job),
+        answer=answer,
+        model_version=model_version,
+    )
+
+
+def _unknown_model(alias: str, share: str, models: Map[str, Encoder]) -> ErrorBody:
+    """`share` is whose job it is, if the alias is a split."""
+    served = list(models)
+    expected = f"{served[0]!r}, the only model alias served here"
+    if len(served) > 1:
+        expected = f"one of the model aliases served here, {', '.join(map(repr, served))}"
+    if share != alias:
+        expected += "; the split that it names has one that is not"
+    return ErrorBody.of("unknown_model", f"`model`: expected {expected}{_of_openai(alias)}", "model")
+
+
+def _of_version(models: Map[str, Encoder], version: str | None) -> Collection[str] | None:
+    """The aliases that have a version; None where any will do."""
+    if version is None:
+        return None
+    return [alias for alias, encoder in models.items() if encoder.model_version == version]
+
+
+def _other_version(alias: str, encoder: Encoder) -> ErrorBody:
+    return ErrorBody.of(
+        "unknown_model_version",
+        f"`model_version`: expected {encoder.model_version}, which {alias!r} has now",
+        "model_version",
+    )
 
 
 def _bad_address(header: str | None, expected: str) -> ErrorBody:

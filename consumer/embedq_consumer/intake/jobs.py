@@ -93,6 +93,7 @@ class JobState:
     """
 
     __slots__ = (
+        "alias",
         "compute_s",
         "copies",
         "distinct",
@@ -109,7 +110,16 @@ class JobState:
         "tokenize_s",
     )
 
-    def __init__(self, record: Record, headers: JobHeaders, request: Request, encoder: Encoder) -> None:
+    def __init__(
+        self,
+        record: Record,
+        headers: JobHeaders,
+        request: Request,
+        encoder: Encoder,
+        alias: str | None = None,
+    ) -> None:
+        """`alias` is the one whose model runs it; None: the one that it names."""
+        self.alias = request.model if alias is None else alias
         self.number = next(_NUMBERS)
         """No other job of this process has it."""
         self.record = record

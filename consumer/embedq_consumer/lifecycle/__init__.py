@@ -4,8 +4,10 @@ from embedq_consumer.lifecycle.control_topic import ControlTopic
 from embedq_consumer.lifecycle.gates.checks import ModelRejected
 from embedq_consumer.lifecycle.model_slot import ModelSlot, NoModel
 from embedq_consumer.lifecycle.served_model import BatchOptions, ModelOptions, ServedModel
+from embedq_consumer.lifecycle.served_models import AliasOptions, ServedModels
 
 __all__ = [
+    "AliasOptions",
     "BatchOptions",
     "ControlTopic",
     "ModelOptions",
@@ -13,4 +15,5 @@ __all__ = [
     "ModelSlot",
     "NoModel",
     "ServedModel",
+    "ServedModels",
 ]

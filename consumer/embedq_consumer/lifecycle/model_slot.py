@@ -1,27 +1,23 @@
-"""The model that serves: one slot, the one thread that may compute on it, and the one that waits for its results."""
+"""The model that serves an alias: one slot, and the threads on which its successor is loaded."""
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 
-import msgspec
-import numpy as np
-import numpy.typing as npt
 import structlog
 
-from embedq_consumer.engine import Abandoned, Cancellation, Encoder, Inspection, Memory, Pending, Tokens
+from embedq_consumer.batching.token_budget import Budget
+from embedq_consumer.engine import Abandoned, Cancellation, Encoder, Inspection, Memory, Tokens
 from embedq_consumer.engine.safety.panics import panics_caught
+from embedq_consumer.lifecycle.device import Computed, Device
 from embedq_consumer.lifecycle.gates.checks import ModelRejected
+from embedq_consumer.lifecycle.residents import Loaded, Source
 from embedq_consumer.threads import CLOSE_S, WorkerThreads
-from embedq_shared.messages import Quantization
 
 log = structlog.get_logger()
 
@@ -32,18 +28,8 @@ _STOP_S: Final = 60.0
 the largest models. After that the next command need not wait for it."""
 
 Returned = TypeVar("Returned")
-Computed = tuple[npt.NDArray[np.float32], float]
-"""Vectors of a micro-batch, and the seconds that they took."""
 
-
-class Source(msgspec.Struct, frozen=True):
-    """What a model is loaded from, and how."""
-
-    path: Path
-    quantization: Quantization | None = None
-    """None: as the settings say."""
-    tried: bool = False
-    """`inspect` has just had a process of its own try it."""
+__all__ = ["Computed", "Loaded", "Loader", "ModelSlot", "NoModel", "Source"]
 
 
 class Loader(Protocol):
@@ -66,44 +52,35 @@ class Loader(Protocol):
         """
 
 
-class Loaded(msgspec.Struct, frozen=True):
-    """An encoder and what it was loaded from."""
-
-    encoder: Encoder
-    source: Source
-
-    @property
-    def path(self) -> Path:
-        """Its directory."""
-        return self.source.path
-
-
 class NoModel(Exception):
     """The slot is empty: a resource-preserving reload is under way, or has lost both models."""
 
 
 class ModelSlot:
-    """Holds the serving encoder. Work reaches the compute thread in call order, so there is no lock.
+    """Holds the serving encoder of one alias; slots of one `device` share its memory and its compute thread.
 
-    Invariants: what is submitted, and everything that changes memory on the device, runs on the compute thread; results
-    are waited for on another, unless they are there, so that the next micro-batch reaches the device while this one runs; a
-    load while another model serves runs on a thread of its own, and is given up after `load_timeout_s`; `serving` and
-    `busy_since` change on the event loop alone.
+    Invariants: a load while another model serves runs on a thread of its own, and is given up after `load_timeout_s`; a model
+    that another alias has in memory is not loaded again; `serving` and `busy_since` change on the event loop alone.
     """
 
-    def __init__(self, loader: Loader, *, load_timeout_s: float = 900.0, stop_s: float = _STOP_S) -> None:
+    def __init__(
+        self,
+        loader: Loader,
+        device: Device | None = None,
+        *,
+        load_timeout_s: float = 900.0,
+        stop_s: float = _STOP_S,
+    ) -> None:
+        """`device`: None for one of its own, which is closed with it."""
         self._loader = loader
         self._load_timeout_s = load_timeout_s
         self._stop_s = stop_s
-        self._compute = WorkerThreads("compute")
-        self._results = WorkerThreads("results")
+        self._own = device is None
+        self.device = Device() if device is None else device
         self._hung: list[Future[Any]] = []
         self._running = 0
         self._serves_since = 0.0
         self._first_failure: float | None = None
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self._last_result = 0.0  # monotonic seconds; touched on the thread that has a model's results
         self.serving: Loaded | None = None
         """The serving model, if there is one. Changed by `install` and `unload` alone."""
         self.busy_since: float | None = None
@@ -133,16 +110,39 @@ class ModelSlot:
         )
 
     async def load(self, source: Source, cancel: Cancellation | None = None) -> Loaded:
-        """Load a directory without touching the serving model.
+        """The model of a directory, without touching the serving one: loaded, or that in memory.
 
         Raises:
             ModelRejected: it took too long. Should it end some day, it is freed.
             Abandoned: `cancel` was set meanwhile, and the load has ended and freed what it had; or it does not come to its next
                 step, and is freed then.
         """
+        if (resident := self.resident(source)) is not None:
+            self.device.residents.take(resident)
+            return resident
         cancel = cancel or Cancellation()
         load = partial(self._loader.load, source, cancel)
-        return Loaded(await self.apart("load", load, self._free, cancel), source)
+        loaded = Loaded(await self.apart("load", load, self.device.free_late, cancel), source)
+        self.device.residents.add(loaded)
+        return loaded
+
+    def resident(self, source: Source) -> Loaded | None:
+        """The model of these very files, if it is in memory. Not the one that serves here: who names that one again has a reason."""
+        found = self.device.residents.find(source)
+        return None if found is None or found is self.serving else found
+
+    @property
+    def freed_by_unloading(self) -> int:
+        """Bytes that the device gets back when this alias's model goes: none where it stays for another alias, or is pinned."""
+        return 0 if self.serving is None else self.device.residents.freed_by(self.serving)
+
+    def note_budget(self, loaded: Loaded, budget: Budget) -> None:
+        """Remember the token budget that was found for a model: who comes back to it need not find it again."""
+        self.device.residents.note_budget(loaded, budget)
+
+    def budget_of(self, loaded: Loaded) -> Budget | None:
+        """The token budget that was found for a model, if one was."""
+        return self.device.residents.budget_of(loaded)
 
     async def apart(
         self,
@@ -192,22 +192,16 @@ class ModelSlot:
         A micro-batch that was submitted while another ran took as long as it ran alone.
         """
         self._running += 1
-        self._idle.clear()
         self.busy_since = self.busy_since or time.monotonic()
         try:
-            found = await asyncio.wrap_future(self._compute.submit(self._submit, encoder, batch))
-            return await asyncio.wrap_future(found) if isinstance(found, Future) else found
+            return await self.device.encode(encoder, batch)
         finally:
             self._running -= 1
             self.busy_since = time.monotonic() if self._running else None
-            if not self._running:
-                self._idle.set()
 
     async def idle(self, within_s: float) -> None:
-        """Return once no micro-batch is under way, or after so many seconds."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(within_s):
-                await self._idle.wait()
+        """Return once no micro-batch is under way on the device, or after so many seconds."""
+        await self.device.idle(within_s)
 
     async def memory(self) -> Memory | None:
         """The device's memory; None on a CPU, and while no model serves.
@@ -217,8 +211,7 @@ class ModelSlot:
         """
         if self.serving is None:
             return None
-        # Between two micro-batches: while a CUDA graph is captured, no other thread may ask.
-        return await asyncio.wrap_future(self._compute.submit(self.serving.encoder.memory))
+        return await self.device.between_batches(self.serving.encoder.memory)
 
     def install(self, new: Loaded) -> Loaded | None:
         """Serve this model from now on; returns the one before, to be discarded, for which nothing may be in flight."""
@@ -252,48 +245,20 @@ class ModelSlot:
         await self.discard(old)
         return old.source
 
-    async def discard(self, unused: Loaded) -> None:
-        """Free a model that does not serve."""
-        await asyncio.wrap_future(self._compute.submit(unused.encoder.close))
-        await asyncio.to_thread(_give_back)
+    async def discard(self, unused: Loaded, *, keep: bool = False) -> None:
+        """Free a model that does not serve here, unless another alias has it; with `keep` it stays as far as the settings allow."""
+        await self.device.leave(unused, keep=keep)
 
     def close(self, within_s: float = CLOSE_S) -> None:
-        """End the threads. A micro-batch that runs longer than this is left behind, as is a load."""
-        until = time.monotonic() + within_s
-        for threads in (self._compute, self._results):
-            threads.close(until - time.monotonic())
+        """End the threads, where they are its own. What runs longer than this is left behind, as is a load."""
+        if self._own:
+            self.device.close(within_s)
 
     def _hurry(self, limit: asyncio.Timeout) -> None:
         """Nobody wants this work any more."""
         when = asyncio.get_running_loop().time() + self._stop_s
         if not limit.expired():
             limit.reschedule(when if (before := limit.when()) is None else min(before, when))
-
-    def _free(self, late: Encoder) -> None:
-        """Free a model that nobody waits for any more, on the compute thread."""
-        log.warning("late_load_freed", model_version=late.model_version)
-        with suppress(RuntimeError):  # the threads are closed, and so the process ends
-            self._compute.submit(late.close)
-
-    def _submit(self, encoder: Encoder, batch: Sequence[Tokens]) -> Computed | Future[Computed]:
-        submitted = time.monotonic()
-        pending = encoder.submit(batch)
-        if pending.ready:  # another thread to wait for it would have to be woken
-            return self._result(pending, submitted)
-        # From this thread, because the event loop may be busy: the vectors must not wait for it.
-        return self._results.submit(self._result, pending, submitted)
-
-    def _result(self, pending: Pending, submitted: float) -> Computed:
-        vectors = pending.result()
-        begin, self._last_result = max(submitted, self._last_result), time.monotonic()
-        return vectors, self._last_result - begin
-
-
-def _give_back() -> None:
-    """Hand what was freed to the system. glibc keeps it in the heaps of the threads that made it, and each load has a new one: a
-    model's size on a CPU, after a few reloads."""
-    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)
 
 
 def _guarded(work: Callable[[], Returned]) -> Returned:

@@ -64,6 +64,7 @@ class Reloader:
         - A command ends in READY or FAILED, and after FAILED a model serves as before. Only a lost device, or both models
           lost, ends the process.
         - Nothing is in flight while the slot changes, so that no job is split over two models.
+        - Of the aliases of one device one changes its model at a time. Whoever waits for its turn in a fleet holds up no other alias.
         - Versions only rise. A command that is not newer changes nothing; one that is abandons the command under way. If that
           had emptied the slot, the newer one's model fills it, and jobs wait until then.
     """
@@ -87,8 +88,9 @@ class Reloader:
         self._desired = DesiredModel()
         self._next = NextCommand()
         self._vacancy: _Vacancy | None = None
+        self._has_floor = False
         self._since: float | None = None
-        metrics.reload_running.set_function(self._running_s)
+        metrics.reload_running.set_function(lambda: self.running_s)
 
     async def start(self, desired: Control | None, configured: Path) -> None:
         """Load the first model: the desired one, else the one before it, else the configured one.
@@ -192,6 +194,8 @@ class Reloader:
             else:
                 outcome = "ready"
                 await self._note_success(command)
+            finally:
+                self._leave_floor()
         self._metrics.reloads.labels(outcome).inc()
         self._metrics.reload_seconds.labels(outcome).observe(time.monotonic() - begin)
         self._since = None if self._next.wait(0.0) is None else self._since
@@ -203,9 +207,15 @@ class Reloader:
     async def _change(self, pursuit: Pursuit, hold: Hold, turn: Turn) -> None:
         if pursuit.command.rollout is not None:
             await self._bring_back()  # its turn may take a while to come, and jobs must not wait for that
+        changes = self._slot.device.residents.changes
         examined = await self._trial.examine(pursuit)
         async with pursuit.interruptible():
             await turn(pursuit.command)
+        await self._take_floor(pursuit)
+        if self._slot.device.residents.changes != changes:
+            examined = await self._trial.examine(
+                pursuit
+            )  # another alias took memory meanwhile, or gave some back
         if self._vacancy is not None or examined.policy == "resource_preserving":
             await self._unload_then_load(pursuit, examined, hold)
         else:
@@ -223,7 +233,9 @@ class Reloader:
             raise
         await self._reporter.update("swap", "LOADING", command=pursuit.command)
         if old is not None:
-            await self._slot.discard(old)  # while jobs flow again: freeing gigabytes takes its time
+            await self._slot.discard(
+                old, keep=True
+            )  # while jobs flow again: freeing gigabytes takes its time
             await self._measure_again(candidate, pursuit, hold)
 
     async def _measure_again(self, candidate: Candidate, pursuit: Pursuit, hold: Hold) -> None:
@@ -233,7 +245,9 @@ class Reloader:
             return
         try:
             async with await self._nothing_in_flight(pursuit, hold):
-                self._budget.serve(await self._trial.measure(candidate.loaded.encoder, pursuit))
+                budget = await self._trial.measure(candidate.loaded.encoder, pursuit)
+                self._slot.note_budget(candidate.loaded, budget)
+                self._budget.serve(budget)
         except (ModelRejected, Superseded) as error:  # it serves all the same, within the budget found first
             log.warning("batch_budget_not_measured_again", reason=str(error))
 
@@ -274,6 +288,19 @@ class Reloader:
         if self._vacancy is not None:
             held, self._vacancy = self._vacancy.held, None
             await held.aclose()
+            self._leave_floor()
+
+    async def _take_floor(self, pursuit: Pursuit) -> None:
+        async with pursuit.interruptible():
+            if not self._has_floor:
+                await self._slot.device.floor.acquire()
+                self._has_floor = True
+
+    def _leave_floor(self) -> None:
+        """Let other aliases change their models, unless this one's slot is empty: the next command fills it."""
+        if self._has_floor and self._vacancy is None:
+            self._has_floor = False
+            self._slot.device.floor.release()
 
     async def _nothing_in_flight(self, pursuit: Pursuit, hold: Hold) -> AsyncExitStack:
         """A hold, which ends when what is returned is closed."""
@@ -292,7 +319,8 @@ class Reloader:
         self._budget.serve(candidate.budget)
         return self._slot.install(candidate.loaded)
 
-    def _running_s(self) -> float:
+    @property
+    def running_s(self) -> float:
         """Seconds of the reload under way. Any thread may ask."""
         since = self._since
         return 0.0 if since is None else time.monotonic() - since
@@ -314,7 +342,7 @@ class Reloader:
         await self._reporter.update("serving", "READY", command=command, model_version=encoder.model_version)
 
     def _publish_info(self, encoder: Encoder) -> None:
-        self._metrics.model.info(
+        self._metrics.model.labels(self._reporter.status.alias).info(
             {"model_version": encoder.model_version, "hidden_size": str(encoder.hidden_size)}
         )
 

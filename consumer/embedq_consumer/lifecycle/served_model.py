@@ -18,6 +18,7 @@ from embedq_consumer.batching.text_queue import TextQueue
 from embedq_consumer.batching.token_budget import TokenBudget
 from embedq_consumer.engine import Encoder
 from embedq_consumer.fairness import InteractiveTraffic
+from embedq_consumer.lifecycle.device import Device
 from embedq_consumer.lifecycle.gates.dimensions import DimensionsInUse
 from embedq_consumer.lifecycle.gates.load_attempts import LoadAttempts
 from embedq_consumer.lifecycle.gates.model_root import ModelRoot
@@ -29,6 +30,7 @@ from embedq_consumer.lifecycle.warming.cache_warmer import Cache, CacheWarmer, W
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_consumer.telemetry.process_memory import machine_bytes, resident_bytes
 from embedq_consumer.threads import CLOSE_S
+from embedq_shared.fleet import Splits
 from embedq_shared.messages import Control, Job
 from embedq_shared.topics import Topics
 
@@ -49,6 +51,8 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
     """One alias of one replica: which model serves it, and within which limits."""
 
     alias: str
+    first: bool = True
+    """Whether its status is the one by the replica's name alone."""
     replica: str
     topics: Topics
     configured: Path
@@ -69,13 +73,13 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ServedModel:
-    """One object per alias. A second alias is a second object; nothing here is shared between two.
+    """One object per alias. A second alias is a second object; two share the device alone, and what is in its memory.
 
     Its parts: `slot` holds the model, `queue` the texts that wait for it, `reporter` owns the status. Only `start` and
     `follow` change the slot, and only `run_batches` takes from the queue.
     """
 
-    # More than six parameters: each is another part of the service that it works with.
+    # More than six parameters: each is another part, and a struct of them would be made for this call alone.
     def __init__(
         self,
         options: ModelOptions,
@@ -84,16 +88,21 @@ class ServedModel:
         metrics: Metrics,
         show_facts: Callable[[Mapping[str, object]], None],
         traffic: InteractiveTraffic | None = None,
+        device: Device | None = None,
+        splits: Splits | None = None,
         cache: Cache | None = None,
     ) -> None:
         """`show_facts` takes what operators should know of the budget, such as `Health.tell`. While `traffic` comes, bulk runs
-        in small micro-batches. `cache` is warmed as the options say."""
+        in small micro-batches. `device`: None for one of its own. `splits` are those that its status tells of. `cache` is warmed
+        as the options say."""
+        self.alias = options.alias
+        self.splits = splits
         batches = options.batches
         self._metrics = metrics
         self._configured = options.configured
         self._root = options.root
         self._memory: tuple[int | None, int | None] = None, None
-        self.slot = ModelSlot(loader, load_timeout_s=options.load_timeout_s)
+        self.slot = ModelSlot(loader, device, load_timeout_s=options.load_timeout_s)
         self._flights = SingleFlight()
         self._batcher = Batcher[QueuedText](
             BatchPolicy(
@@ -113,6 +122,7 @@ class ServedModel:
             publish,
             metrics,
             serving=self._serving,
+            first=options.first,
         )
         self._dimensions = DimensionsInUse()
         self._warmer: CacheWarmer | None = None
@@ -200,9 +210,15 @@ class ServedModel:
             path=_name_of(loaded.path, self._root),
             memory_used=used,
             memory_total=total,
+            splits={} if self.splits is None else self.splits.weights(),
             served_s=round(self.slot.served_s, 3),
             first_error_s=None if (first := self.slot.first_error_s) is None else round(first, 3),
         )
+
+    @property
+    def reload_running_s(self) -> float:
+        """Seconds of the reload under way; 0 while there is none. Any thread may ask."""
+        return self._reloader.running_s
 
     @property
     def busy_since(self) -> dict[str, float | None]:

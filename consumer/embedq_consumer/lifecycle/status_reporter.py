@@ -10,7 +10,7 @@ import msgspec
 
 from embedq_consumer.delivery.outgoing import Outgoing
 from embedq_consumer.telemetry.metrics import Metrics
-from embedq_shared.codec import encode_record
+from embedq_shared.codec import encode_record, status_key
 from embedq_shared.messages import STATUS_INTERVAL_S, Control, State, Status, Step
 from embedq_shared.topics import Topics
 
@@ -26,13 +26,17 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
     """The directory, as a command would name it; None where none could."""
     memory_used: int | None
     memory_total: int | None
+    splits: dict[str, dict[str, int]]
+    """The weights of every split."""
     served_s: float = 0.0
     first_error_s: float | None = None
 
 
 class StatusReporter:
-    """Owns the replica's status. Key of each record: the replica, so that compaction keeps the last one."""
+    """Owns the status of a replica's alias. Key of each record: the replica, and for all but the `first` alias that alias too, so
+    that compaction keeps the last one of each."""
 
+    # More than six parameters: each is another part; one caller.
     def __init__(
         self,
         topics: Topics,
@@ -41,8 +45,10 @@ class StatusReporter:
         publish: Publish,
         metrics: Metrics,
         serving: Callable[[], Serving | None] = lambda: None,
+        first: bool = True,
     ) -> None:
         """`serving` is the model that serves, if one does."""
+        self._key = status_key(replica, alias, first=first)
         self._topic = topics.status
         self._publish = publish
         self._metrics = metrics
@@ -139,7 +145,7 @@ class StatusReporter:
         record = Outgoing(
             topic=self._topic,
             partition=None,
-            key=sent.replica.encode(),
+            key=self._key,
             value=encode_record(sent),
             headers=[],
         )

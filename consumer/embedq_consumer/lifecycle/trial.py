@@ -20,6 +20,7 @@ from embedq_consumer.engine import (
     DeviceLost,
     Encoder,
     Failed,
+    Inspection,
     ModelError,
     OutOfMemory,
     Text,
@@ -39,6 +40,7 @@ from embedq_consumer.lifecycle.gates.golden import check_golden, read_golden
 from embedq_consumer.lifecycle.gates.load_attempts import Attempt, LoadAttempts
 from embedq_consumer.lifecycle.gates.model_root import ModelRoot
 from embedq_consumer.lifecycle.gates.policy import choose_policy
+from embedq_consumer.lifecycle.gates.stamp import stamp_of
 from embedq_consumer.lifecycle.model_slot import Computed, Loaded, ModelSlot, Source
 from embedq_consumer.lifecycle.pursuit import Pursuit
 from embedq_consumer.lifecycle.status_reporter import StatusReporter
@@ -59,6 +61,8 @@ class Examined(msgspec.Struct, frozen=True, kw_only=True):
     source: Source
     policy: Policy
     golden: Golden | None
+    lacks: int = 0
+    """Bytes that models which nobody uses must make room for."""
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,14 +122,16 @@ class Trial:
             ModelError, ModelRejected: it may not serve. Its memory is not freed: there is no other to serve instead.
         """
         await self._reporter.update("load", "LOADING")
-        golden = await self._slot.apart("validate", partial(_golden_of, directory))
+        found = partial(_configured, directory, shares=self._slot.device.shares)
+        source, golden = await self._slot.apart("validate", found)
         try:
-            loaded = await self._slot.load(Source(directory))
+            loaded = await self._slot.load(source)
         except (ModelError, ModelRejected, DeviceLost):
             raise
         except Exception as error:
             raise _cannot_be_loaded(directory, error) from error
-        budget = await self._warm_up(loaded.encoder)
+        if (budget := self._slot.budget_of(loaded)) is None:
+            budget = await self._warm_up(loaded)
         check_finite(await self.check_vectors(loaded.encoder))
         await self._compare_golden(loaded.encoder, golden, None)
         return Candidate(loaded=loaded, budget=budget)
@@ -140,10 +146,14 @@ class Trial:
         command = pursuit.command
         await self._report("validate", command)
         async with pursuit.interruptible():
-            directory, golden = await self._slot.apart("validate", partial(self._find, command))
-        source = Source(directory, command.quantization)
+            found = partial(_found, self._gates, command, shares=self._slot.device.shares)
+            source, golden = await self._slot.apart("validate", found)
+        directory = source.path
+        if (resident := self._slot.resident(source)) is not None:
+            self._check_dimensions(resident.encoder.hidden_size, command)
+            return Examined(source=source, policy="availability_preserving", golden=golden)
         try:
-            found = await self._slot.inspect(source, pursuit.cancel)
+            needs = await self._slot.inspect(source, pursuit.cancel)
         except Abandoned:
             pursuit.check()
             raise
@@ -151,11 +161,10 @@ class Trial:
             raise
         except Exception as error:
             raise _cannot_be_loaded(directory, error) from error
-        self._check_dimensions(found.hidden_size, command)
-        policy: Policy = command.policy or "availability_preserving"
-        if (serving := self._slot.serving) is not None:
-            policy = choose_policy(command.policy, found, serving.encoder.weight_bytes)
-        return Examined(source=msgspec.structs.replace(source, tried=True), policy=policy, golden=golden)
+        self._check_dimensions(needs.hidden_size, command)
+        policy, lacks = _planned(self._slot, command, needs)
+        source = msgspec.structs.replace(source, tried=True)
+        return Examined(source=source, policy=policy, golden=golden, lacks=lacks)
 
     async def serves(self, pursuit: Pursuit) -> bool:
         """Whether the model that a command names is the one that serves right now.
@@ -182,23 +191,31 @@ class Trial:
             ModelError, ModelRejected: it may not serve; its memory is free again.
             Superseded: there is a newer command; its memory is free again.
         """
-        command = pursuit.command
+        if self._slot.resident(examined.source) is not None:
+            return await self._try(await self._slot.load(examined.source), pursuit, examined, old)
         async with self._noted(pursuit):
-            await self._report("load", command)
-            loaded = await self._load(examined.source, pursuit)
-            try:
-                await self._report("warm_up", command)
-                budget = await self._warm_up(loaded.encoder, pursuit)
-                await self._report("check", command)
-                await self._check(loaded.encoder, pursuit, examined.golden, old)
-                await self._warm_cache(loaded.encoder, budget, pursuit)
-                pursuit.check()
-            except DeviceLost:
-                raise  # there is nothing left to free
-            except BaseException:
-                await self._slot.discard(loaded)
-                raise
-            return Candidate(loaded=loaded, budget=budget)
+            await self._report("load", pursuit.command)
+            await self._slot.device.make_room(examined.lacks)
+            return await self._try(await self._load(examined.source, pursuit), pursuit, examined, old)
+
+    async def _try(
+        self, loaded: Loaded, pursuit: Pursuit, examined: Examined, old: Vectors | None
+    ) -> Candidate:
+        """What follows once a model is in memory."""
+        try:
+            if (budget := self._slot.budget_of(loaded)) is None:
+                await self._report("warm_up", pursuit.command)
+                budget = await self._warm_up(loaded, pursuit)
+            await self._report("check", pursuit.command)
+            await self._check(loaded.encoder, pursuit, examined.golden, old)
+            await self._warm_cache(loaded.encoder, budget, pursuit)
+            pursuit.check()
+        except DeviceLost:
+            raise  # there is nothing left to free
+        except BaseException:
+            await self._slot.discard(loaded)
+            raise
+        return Candidate(loaded=loaded, budget=budget)
 
     async def check_vectors(self, encoder: Encoder, pursuit: Pursuit | None = None) -> Vectors:
         """Unit vectors of the check texts, float32 (texts, hidden_size).
@@ -255,14 +272,6 @@ class Trial:
     async def _report(self, step: Step, command: Control) -> None:
         await self._reporter.update(step, "LOADING", command=command)
 
-    def _find(self, command: Control) -> tuple[Path, Golden | None]:
-        """The directory and the golden texts of a command. Blocks on the file system, which may be slow, or hang."""
-        self._gates.attempts.refuse_deadly(_name(command))
-        directory = self._gates.root.resolve(command.path)
-        if command.golden is None:
-            return directory, _golden_of(directory)
-        return directory, read_golden(self._gates.root.golden(command.golden))
-
     async def _load(self, source: Source, pursuit: Pursuit) -> Loaded:
         try:
             return await self._slot.load(source, pursuit.cancel)
@@ -308,19 +317,14 @@ class Trial:
         min_cosine: float | None,
         pursuit: Pursuit | None = None,
     ) -> None:
-        if golden is None:
-            return
-        texts = []
-        for each in golden.texts:
-            prompt = encoder.default_prompt
-            if each.input_type is not None:
-                prompt = encoder.prompts.get(each.input_type, "")
-            texts.append(Text(each.text, prompt, "end"))
-        check_golden(golden, await self._unit_vectors(encoder, texts, pursuit), min_cosine)
+        if golden is not None:
+            vectors = await self._unit_vectors(encoder, _golden_texts(golden, encoder), pursuit)
+            check_golden(golden, vectors, min_cosine)
 
-    async def _warm_up(self, encoder: Encoder, pursuit: Pursuit | None = None) -> Budget:
-        begin = time.monotonic()
+    async def _warm_up(self, loaded: Loaded, pursuit: Pursuit | None = None) -> Budget:
+        begin, encoder = time.monotonic(), loaded.encoder
         budget = await self.measure(encoder, pursuit)
+        self._slot.note_budget(loaded, budget)
         phases = dict(encoder.phases) | {"warm_up": time.monotonic() - begin}
         log.info(
             "model_loaded",
@@ -390,6 +394,45 @@ class Trial:
 def _name(command: Control) -> str:
     """Of its load, for the processes after this one."""
     return f"{command.command_id} {command.path}"
+
+
+def _found(gates: Gates, command: Control, *, shares: bool) -> tuple[Source, Golden | None]:
+    """The model and the golden texts of a command. Blocks on the file system, which may be slow, or hang."""
+    gates.attempts.refuse_deadly(_name(command))
+    directory = gates.root.resolve(command.path)
+    source = Source(directory, command.quantization, stamp=stamp_of(directory) if shares else None)
+    if command.golden is None:
+        return source, _golden_of(directory)
+    return source, read_golden(gates.root.golden(command.golden))
+
+
+def _planned(slot: ModelSlot, command: Control, needs: Inspection) -> tuple[Policy, int]:
+    """How to make room for a model, and the bytes that ones which nobody uses must give.
+
+    Raises:
+        ModelRejected: it does not fit.
+    """
+    policy: Policy = command.policy or "availability_preserving"
+    lacks, unloading = needs.needed - needs.free, slot.freed_by_unloading
+    # Alone on its device, a model to begin with is tried in any case: there is nothing else to serve.
+    if slot.serving is not None or not slot.device.residents.empty:
+        free = needs.free + slot.device.residents.idle_bytes
+        policy = choose_policy(command.policy, msgspec.structs.replace(needs, free=free), unloading)
+    return policy, lacks - unloading if policy == "resource_preserving" else lacks
+
+
+def _golden_texts(golden: Golden, encoder: Encoder) -> list[Text]:
+    """Each with the prompt of its kind."""
+    prompts = [
+        encoder.default_prompt if each.input_type is None else encoder.prompts.get(each.input_type, "")
+        for each in golden.texts
+    ]
+    return [Text(each.text, prompt, "end") for each, prompt in zip(golden.texts, prompts, strict=True)]
+
+
+def _configured(directory: Path, *, shares: bool) -> tuple[Source, Golden | None]:
+    """The same of the settings' model."""
+    return Source(directory, stamp=stamp_of(directory) if shares else None), _golden_of(directory)
 
 
 def _golden_of(directory: Path) -> Golden | None:

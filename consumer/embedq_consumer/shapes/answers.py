@@ -25,6 +25,7 @@ _VERSION: Final = f"sha256:{'0' * 64}"
 
 HTTP_STATUS: Final[Map[str, int]] = {
     "unknown_model": 404,
+    "unknown_model_version": 404,
     "result_too_large": 413,
     "text_too_long": 413,
     "expired": 504,

@@ -174,7 +174,9 @@ class Metrics:
         )
 
         # Model
-        self.model = Info("embedq_model", "The model that the replica serves.", registry=registry)
+        self.model = Info(
+            "embedq_model", "The model that serves an alias of the replica.", ["alias"], registry=registry
+        )
         self.reloads = counter(
             "reloads_total", "Control records: ready, failed, superseded, ignored.", "outcome"
         )

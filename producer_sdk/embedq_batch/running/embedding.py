@@ -27,6 +27,7 @@ from embedq_sdk.errors import (
     ServiceOverloaded,
     TopicMissing,
     UnknownModel,
+    UnknownModelVersion,
     UnreadableReply,
 )
 from embedq_sdk.job_options import JobOptions
@@ -106,7 +107,7 @@ class Embedder:
                     waiting.append(_Waiting(list(again), some.attempt + 1))
                 else:
                     found.problems.update(again)
-            elif isinstance(outcome, UnknownModel):
+            elif isinstance(outcome, UnknownModel | UnknownModelVersion):
                 raise outcome
             elif _heals(outcome) and some.attempt + 1 < MOST_ATTEMPTS:
                 await asyncio.sleep(self._pause(some.attempt))

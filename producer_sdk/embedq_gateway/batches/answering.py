@@ -79,6 +79,7 @@ class EmbedLine:
             raise ApiError("permission_denied", "the batch's API key may not use this model", "model")
         options = JobOptions(
             model=alias,
+            model_version=request.model_version,
             dimensions=request.dimensions,
             dtype=request.dtype,
             input_type=request.input_type,

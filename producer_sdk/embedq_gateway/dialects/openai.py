@@ -212,6 +212,7 @@ def embed_request(job: Job) -> EmbedRequest:
     return EmbedRequest(
         texts=[job.input] if isinstance(job.input, str) else job.input,
         alias=job.model,
+        model_version=job.model_version,
         dimensions=job.dimensions,
         dtype=job.dtype,
         input_type=job.input_type,

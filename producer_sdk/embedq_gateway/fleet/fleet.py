@@ -52,7 +52,7 @@ class Fleet:
 
     def is_unknown(self, alias: str, now: float) -> bool:
         """Whether waiting for this alias would be in vain."""
-        if any(status.alias == alias for status in self.board.all()):
+        if any(status.alias == alias or alias in (status.splits or ()) for status in self.board.all()):
             return False
         return bool(self.board.live(now))
 

@@ -54,6 +54,7 @@ EMBEDDING: Final = (
     "invalid_header",
     "unsupported_content_type",
     "unknown_model",
+    "unknown_model_version",
     "text_too_long",
     "too_many_inputs",
     "result_too_large",

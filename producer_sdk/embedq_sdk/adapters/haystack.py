@@ -20,14 +20,15 @@ from embedq_shared.topics import Lane
 class EmbedderSettings(TypedDict, total=False):
     """Parameters of both components.
 
-    `model` is the service's alias, by default its own; vectors are cut to `dimensions` and normalized; `prefix` and `suffix` are
-    put around each text; `truncate="end"` cuts texts that are too long, which fail otherwise; `lane="bulk"` is for loads that
+    `model` is the service's alias, by default its own, and `model_version` the one that must answer, by default any; vectors are
+    cut to `dimensions` and normalized; `prefix` and `suffix` are put around each text; `truncate="end"` cuts texts that are too long, which fail otherwise; `lane="bulk"` is for loads that
     may wait; `timeout` are seconds for a query, and for each job of 32 documents. `sasl_plain_password` is written into a
     pipeline's file as the name of its variable; `settings` are more of `embedq_sdk.blocking.EmbedClient`, such as
     `topic_prefix` or `security_protocol`, and written as they are.
     """
 
     model: str | None
+    model_version: str | None
     dimensions: int | None
     prefix: str
     suffix: str

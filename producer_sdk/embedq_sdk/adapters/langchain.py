@@ -20,6 +20,7 @@ class EmbedqEmbeddings(Embeddings):
         servers: Kafka's address, "host:port"; by default that of EMBEDQ_KAFKA_SERVERS.
         client: instead, a blocking client to share; closing it is its owner's matter.
         model: the service's alias, by default its own.
+        model_version: the one that must answer, such as that of the vectors in the store; any by default.
         dimensions: the vectors are cut to these and normalized.
         query_instruction: what queries are for, in place of the model's prompt for queries.
         truncate: "end" cuts texts that are too long, which fail otherwise.
@@ -38,6 +39,7 @@ class EmbedqEmbeddings(Embeddings):
         *,
         client: EmbedClient | None = None,
         model: str | None = None,
+        model_version: str | None = None,
         dimensions: int | None = None,
         query_instruction: str | None = None,
         truncate: Truncate | None = None,
@@ -47,6 +49,7 @@ class EmbedqEmbeddings(Embeddings):
     ) -> None:
         options = RetrievalOptions(
             model=model,
+            model_version=model_version,
             dimensions=dimensions,
             query_instruction=query_instruction,
             truncate=truncate,

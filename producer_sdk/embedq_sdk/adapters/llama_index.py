@@ -26,6 +26,10 @@ class EmbedqEmbedding(BaseEmbedding):
         default=None, description="Kafka's address; None: that of EMBEDQ_KAFKA_SERVERS."
     )
     model: str | None = Field(default=None, description="The service's alias; None: its own.")
+    model_version: str | None = Field(
+        default=None,
+        description="The one that must answer, such as that of the vectors in the store; None: any.",
+    )
     dimensions: int | None = Field(default=None, description="The vectors are cut to these and normalized.")
     query_instruction: str | None = Field(
         default=None, description="What queries are for, in place of the model's prompt for queries."
@@ -50,6 +54,7 @@ class EmbedqEmbedding(BaseEmbedding):
         super().__init__(**fields)
         options = RetrievalOptions(
             model=self.model,
+            model_version=self.model_version,
             dimensions=self.dimensions,
             query_instruction=self.query_instruction,
             truncate=self.truncate,

@@ -29,6 +29,8 @@ class RetrievalOptions(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     model: str | None = None
+    model_version: str | None = None
+    """The one that must answer, as it made the vectors that are searched."""
     dimensions: int | None = None
     query_instruction: str | None = None
     """What a query is for, in place of the model's own prompt for queries; documents get none."""
@@ -54,7 +56,11 @@ class RetrievalOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     def _job(self) -> JobArguments:
         return JobArguments(
-            model=self.model, dimensions=self.dimensions, truncate=self.truncate, lane=self.lane
+            model=self.model,
+            model_version=self.model_version,
+            dimensions=self.dimensions,
+            truncate=self.truncate,
+            lane=self.lane,
         )
 
 

@@ -27,7 +27,7 @@ from embedq_sdk.job_options import checked_timeout
 from embedq_sdk.transport.kafka import KafkaConnection, require_topics
 from embedq_sdk.transport.silence import Silence
 from embedq_shared.codec import encode_record, read_command, read_status
-from embedq_shared.fleet import StatusBoard
+from embedq_shared.fleet import Splits, StatusBoard
 from embedq_shared.kafka import (
     AIOKafkaConsumer,
     KafkaError,
@@ -37,7 +37,7 @@ from embedq_shared.kafka import (
     group_lag,
     poll,
 )
-from embedq_shared.messages import Control, Policy, Quantization, Status
+from embedq_shared.messages import Control, Policy, Quantization, Split, Status
 from embedq_shared.topics import GROUP, MAX_RETRY_TIERS, Topics
 
 _UNDECODABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
@@ -206,7 +206,7 @@ async def _carry_out(
         command = decide(earlier, reader.board.live(reader.heard(time.time()), alias))
 
         async def write(command: Control) -> int:
-            return await _write(connection, topics.control, command, connect_timeout)
+            return await write_record(connection, topics.control, command, connect_timeout)
 
         await _take_part(reader, command, write)
         rollout = RolloutView(reader.board, command, started=time.time(), timeout=timeout)
@@ -310,7 +310,8 @@ class FoundCommand(msgspec.Struct, frozen=True):
 
 
 class ControlPlaneReader:
-    """Reads the control and status topics: statuses go to `board`, commands for `alias` are returned, in their order.
+    """Reads the control and status topics: statuses go to `board`, splits to `splits`, and commands for `alias` are returned, in
+    their order.
 
     What cannot be read or decoded is passed: it is neither a status nor a command, and other programs may write here too.
     `control_consumer` makes its consumer. With a `board` that another reader has filled, that one is gone on with.
@@ -334,6 +335,7 @@ class ControlPlaneReader:
         self._heard: float | None = None
         self._alias = alias
         self.board = StatusBoard() if board is None else board
+        self.splits = Splits()
 
     async def read_to_end(self, topics: Iterable[str]) -> list[FoundCommand]:
         """Read topics of one partition from their beginning to their present end; the commands for the alias.
@@ -401,6 +403,8 @@ class ControlPlaneReader:
         if isinstance(record, UnreadableRecord):
             return None
         is_command = record.topic == self._control.topic
+        if is_command:
+            self.splits.see(record.key, record.value)
         if record.value is None:
             if not is_command and record.key is not None:
                 self.board.forget(record.key.decode(errors="replace"))
@@ -417,8 +421,10 @@ class ControlPlaneReader:
         return None
 
 
-async def _write(connection: KafkaConnection, topic: str, command: Control, timeout: float) -> int:
-    """Publish the command; its offset."""
+async def write_record(
+    connection: KafkaConnection, topic: str, command: Control | Split, timeout: float
+) -> int:
+    """Publish a command or a split; its offset."""
     async with connection.client(connection.producer, timeout) as producer:
         sent = await connection.call(
             timeout,

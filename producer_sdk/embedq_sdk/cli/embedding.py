@@ -46,6 +46,10 @@ _TIMEOUT_S: Final = {"interactive": 120.0, "bulk": 86_400.0}
 )
 @click.option("--force", is_flag=True, help="Overwrite the file of --out, and the part that a run left.")
 @click.option("--model", help="The model's alias. Default: the service's own.")
+@click.option(
+    "--model-version",
+    help="The version that must answer, sha256:…, such as that of stored vectors; where the alias has another one, texts fail.",
+)
 @click.option("--dimensions", type=int, help="Length of each vector. Default: the model's own.")
 @click.option(
     "--dtype",

@@ -1,11 +1,14 @@
-"""How replicas of one alias agree on a roll-out: by the order of their records on the status topic. Pure: time is an argument."""
+"""How replicas of one alias agree on a roll-out, by the order of their records on the status topic; and which jobs of an alias are
+another one's. Pure: time is an argument."""
 
 from embedq_shared.fleet.board import StatusBoard, is_live
 from embedq_shared.fleet.rollback import rollback_of
 from embedq_shared.fleet.soak import died_in_soak, failed_in_soak, has_stood, is_soaking
+from embedq_shared.fleet.splits import Splits, share_of
 from embedq_shared.fleet.turns import Turns, failed_in_turn
 
 __all__ = [
+    "Splits",
     "StatusBoard",
     "Turns",
     "died_in_soak",
@@ -15,4 +18,5 @@ __all__ = [
     "is_live",
     "is_soaking",
     "rollback_of",
+    "share_of",
 ]

@@ -10,13 +10,17 @@ import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+from aiokafka import AIOKafkaConsumer, TopicPartition
 
+from embedq_sdk.admin import splits
+from embedq_sdk.admin.control import LostRace, write_record
 from embedq_sdk.admin.topics import create_topics
-from embedq_shared.messages import Datum, ErrorBody, Rollout
+from embedq_shared.messages import Datum, ErrorBody, Rollout, Split
 from tests.helpers.command_line import Run
 from tests.helpers.fake_replica import Replica, failing, failing_in_turn, silent
 from tests.helpers.fake_service import OLD, Answer, Received, changed, expected
@@ -47,12 +51,13 @@ async def test_a_file_becomes_an_array(embedq: Run, responder: Responders, tmp_p
         done = await embedq(
             *("embed", "--file", str(tmp_path / "in.txt"), "--out", str(tmp_path / "out.npy")),
             *("--query", "--instruction", "find", "--lane", "bulk", "--batch-size", "50"),
+            *("--model-version", OLD),
         )
 
     assert (done.code, done.out, done.err) == (0, "", "")
     assert np.array_equal(np.load(tmp_path / "out.npy"), np.stack([expected(text) for text in texts]))
     job = other.received[0]
-    assert (job.job.input_type, job.job.instruction) == ("query", "find")
+    assert (job.job.input_type, job.job.instruction, job.job.model_version) == ("query", "find", OLD)
     assert job.topic.endswith(".bulk")
 
 
@@ -160,6 +165,11 @@ async def test_a_failed_text_is_told_and_changes_the_exit_code(embedq: Run, resp
         (("embed", "x", "--instruction", "i", "--document"), "`instruction`"),
         (("reload", "/m", "--digest", "abc"), "`digest`: expected sha256:"),
         (("reload", "/m", "--min-cosine", "3"), "min-cosine"),
+        (("split", "ab", "new"), "expected ALIAS=WEIGHT"),
+        (("split", "ab"), "give ALIAS=WEIGHT for each share, or --end"),
+        (("split", "ab", "ab=1"), "got the alias itself"),
+        (("split", "ab", "new=0"), "`weights`"),
+        (("embed", "x", "--model-version", ""), "`model_version`"),
         (("topics", "create", "--partitions", "0"), "partitions"),
     ],
 )
@@ -231,6 +241,51 @@ async def test_reload_shows_each_step_and_ends_well(embedq: Run, servers: str, f
     assert "r1: READY serving (version 1)" in done.out
     assert done.out.splitlines()[-1] == "default version 1: READY on 1 of 1 replicas"
     assert replica.commands[0].policy == "resource_preserving"
+
+
+async def test_a_split_is_written_shown_and_ended(embedq: Run, servers: str, fresh: str) -> None:
+    first = await embedq("split", "ab", "default=90", "new=10", "--prefix", fresh)
+    changed_to = await embedq("split", "ab", "default=1", "new=1", "--prefix", fresh)
+    other = await embedq("split", "cd", "new=1", "--prefix", fresh)
+    shown = await embedq("split", "--prefix", fresh)
+    ended = await embedq("split", "ab", "--end", "--prefix", fresh)
+    left = await embedq("split", "--prefix", fresh)
+
+    assert [done.code for done in (first, changed_to, other, shown, ended, left)] == [0] * 6
+    assert first.out == "ab version 1: default 90.0%, new 10.0%\n"
+    assert changed_to.out == "ab version 2: default 50.0%, new 50.0%\n"
+    assert shown.out.splitlines() == ["ab: default 50.0%, new 50.0%", "cd: new 100.0%"]
+    assert ended.out == "ab version 3: ended\n"
+    assert left.out.splitlines() == ["cd: new 100.0%"]
+
+
+async def test_of_two_that_write_a_split_at_once_one_is_told_that_it_lost(
+    servers: str, fresh: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = write_record
+    rival = Split(alias="ab", version=1, command_id="rival", split={"rival": 1})
+
+    async def beaten(where: Any, topic: str, split: Split, timeout: float) -> int:
+        """Both have read the topic to its end before either writes: the rival's record comes in between."""
+        monkeypatch.setattr(splits, "write_record", write)
+        await write(where, topic, rival, timeout)
+        return await write(where, topic, split, timeout)
+
+    monkeypatch.setattr(splits, "write_record", beaten)
+    with pytest.raises(LostRace):
+        await splits.split_alias(servers, "ab", {"new": 1}, topic_prefix=fresh)
+    assert await splits.splits_in_force(servers, topic_prefix=fresh) == {"ab": {"rival": 1}}
+    consumer = AIOKafkaConsumer(bootstrap_servers=servers, auto_offset_reset="earliest")
+    await consumer.start()
+    try:
+        consumer.assign([TopicPartition(f"{fresh}.control", 0)])
+        found: list[bytes] = []
+        while len(found) < 3:
+            for records in (await consumer.getmany(timeout_ms=500)).values():
+                found += [record.value for record in records]
+    finally:
+        await consumer.stop()
+    assert b'"rival"' in found[-1], "what compaction keeps is what is in force"
 
 
 async def test_a_failed_reload_gives_the_reason(embedq: Run, servers: str, fresh: str) -> None:

@@ -146,7 +146,7 @@ async def test_garbage_on_the_control_topic_does_not_stop_a_reload(servers: str,
 async def test_of_two_writers_one_is_told_that_it_lost(
     servers: str, fresh: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = control._write
+    write = control.write_record
     rival = Control(alias="default", version=1, path="/rival", command_id="rival")
 
     async def beaten(where: Any, topic: str, command: Control, timeout: float) -> int:
@@ -154,7 +154,7 @@ async def test_of_two_writers_one_is_told_that_it_lost(
         await write(where, topic, rival, timeout)
         return await write(where, topic, command, timeout)
 
-    monkeypatch.setattr(control, "_write", beaten)
+    monkeypatch.setattr(control, "write_record", beaten)
     async with Replica(servers, fresh) as replica:
         with pytest.raises(LostRace):
             await reload(servers, fresh)

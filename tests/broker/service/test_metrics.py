@@ -169,7 +169,7 @@ async def test_every_figure_is_what_came_out(stack: DevStack, tmp_path: Path) ->
     version = json.loads(by_id["list"].value)["model_version"]
     (serving,) = (name for name in found if name.startswith("model_info{"))
     assert found[serving] == 1
-    assert 'model_info{hidden_size="256",' in serving
+    assert 'model_info{alias="default",hidden_size="256",' in serving
     assert version not in serving  # another model serves than the one that answered
     assert found['reload_step_seconds_count{step="load"}'] >= 1
     assert found["loop_heartbeat_age_seconds"] < 30

@@ -30,8 +30,11 @@ def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
 def test_product_of_few_rows(gated: bool, residual: bool) -> None:
-    x, weight = random(16, 512), random(4096, 512)
-    added = random(16, 2048 if gated else 4096) if residual else None
+    width = (
+        4096 if DEVICE == "cuda" else 512
+    )  # columns by columns: the interpreter takes its time for each program
+    x, weight = random(16, 512), random(width, 512)
+    added = random(16, width // 2 if gated else width) if residual else None
     plan = {"COLUMNS": 32, "STEP": 256, "num_warps": 4, "num_stages": 3}
     wanted = skinny.skinny_linear_reference(x, weight, gated=gated, residual=added)
     assert error(skinny.skinny_linear(x, weight, plan, gated=gated, residual=added), wanted) < CLOSE

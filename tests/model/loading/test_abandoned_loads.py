@@ -41,14 +41,15 @@ class AtLook(Cancellation):
 
 @pytest.fixture
 def collector_off() -> Iterator[None]:
-    gc.collect()
     gc.disable()
+    gc.freeze()  # what the libraries and other tests hold is then not looked through for each load
     yield
+    gc.unfreeze()
     gc.enable()
 
 
 def live_tensors() -> list[torch.Tensor]:
-    """All in this process; other tests' may be among them."""
+    """All in this process that were made since the collector is off."""
     return [each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)]
 
 

@@ -19,8 +19,10 @@ from embedq_consumer.engine import ModelError, load_encoder
 from embedq_consumer.engine.loading import dry_run as module
 from embedq_consumer.engine.loading import loader
 from embedq_consumer.engine.loading.dry_run import dry_run
+from embedq_consumer.engine.loading.dry_run_process import try_directory
 from embedq_consumer.engine.loading.load_cache import LoadCache
-from tests.helpers.bad_models import edit, panicking_tokenizer, without_unknown_token
+from embedq_consumer.engine.model_directory import read_directory
+from tests.helpers.bad_models import copied, edit, panicking_tokenizer, without_unknown_token
 from tests.helpers.support import patient, wait_for
 from tests.helpers.tiny_models import make_tiny_bert, make_tiny_modernbert
 
@@ -39,25 +41,32 @@ def test_nothing_speaks_against_a_good_model(good: Path) -> None:
     dry_run(good, None, within_s=patient(120))
 
 
+def test_a_model_that_fails_there_is_refused_with_its_own_reason(tmp_path: Path, good: Path) -> None:
+    model = copied(good, tmp_path / "model")
+    panicking_tokenizer(model)
+    with pytest.raises(ModelError, match=r"tokenizer\.json: Precompiled: Error"):
+        dry_run(model, None, within_s=patient(120))
+
+
 @pytest.mark.parametrize(
     ("harm", "told"),
     [
-        (panicking_tokenizer, "tokenizer.json: Precompiled: Error"),
         (without_unknown_token, "the tokenizer does not take every text: WordPiece error: Missing"),
         (
-            lambda model: edit(model / "config.json", vocab_size=10_000_000, num_hidden_layers=500),
-            "describes a model of 1,3",
+            lambda model: edit(model / "config.json", vocab_size=10_000_000, num_hidden_layers=30),
+            "describes a model of 1,2",
         ),
     ],
-    ids=["a panic", "no unknown token", "a model that its weights do not fill"],
+    ids=["no unknown token", "a model that its weights do not fill"],
 )
-def test_a_model_that_fails_there_is_refused_with_its_own_reason(
-    tmp_path: Path, harm: Any, told: str
+def test_what_the_process_looks_at_is_refused_with_its_own_reason(
+    tmp_path: Path, good: Path, harm: Any, told: str
 ) -> None:
-    model = make_tiny_bert(tmp_path / "model")
+    """In this process, which has the libraries already."""
+    model = copied(good, tmp_path / "model")
     harm(model)
     with pytest.raises(ModelError) as refused:
-        dry_run(model, None, within_s=patient(120))
+        try_directory(read_directory(model))
     assert told in str(refused.value)
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,14 @@ def panels() -> list[dict[str, Any]]:
     return [panel for dashboard in DASHBOARDS for panel in dashboard["panels"] if panel["type"] != "row"]
 
 
+@cache
+def ours() -> tuple[Metrics, GatewayMetrics]:
+    """Of the service and of the gateway: their names, which no test changes."""
+    return Metrics(), GatewayMetrics(None)
+
+
 def registries() -> list[CollectorRegistry]:
-    """Of the service and of the gateway."""
-    return [Metrics().registry, GatewayMetrics(None).registry]
+    return [each.registry for each in ours()]
 
 
 def expressions() -> Iterator[tuple[str, str]]:
@@ -64,6 +70,7 @@ def expressions() -> Iterator[tuple[str, str]]:
         yield f"alert {rule['alert']}", rule["expr"]
 
 
+@cache
 def metrics() -> dict[str, str]:
     """Each sample name that is exposed, and the metric that it belongs to."""
     names: dict[str, str] = {}
@@ -78,10 +85,11 @@ def metrics() -> dict[str, str]:
     return names
 
 
+@cache
 def labels() -> dict[str, set[str]]:
     """The labels of each metric of ours."""
     known: dict[str, set[str]] = {}
-    for value in [*vars(Metrics()).values(), *vars(GatewayMetrics(None)).values()]:
+    for value in (value for each in ours() for value in vars(each).values()):
         if isinstance(value, Counter | Gauge | Histogram | Info):
             known[value._name] = set(value._labelnames)
         elif isinstance(value, LaneSeconds):
@@ -111,17 +119,23 @@ def test_every_label_asked_for_is_one_that_the_metric_has(where: str, expression
     assert grouped <= has | of_prometheus | of_info | {"le"}, where
 
 
-@pytest.mark.parametrize(("where", "expression"), list(expressions()))
-def test_every_label_value_asked_for_is_one_that_is_written(where: str, expression: str) -> None:
-    """Labels of ours whose values are a short list are all there from the start, so a mistyped value shows."""
-    written: dict[tuple[str, str], set[str]] = {}
+@cache
+def written() -> dict[tuple[str, str], set[str]]:
+    """The values of each metric's labels that are there from the start."""
+    found: dict[tuple[str, str], set[str]] = {}
     for family in (family for registry in registries() for family in registry.collect()):
         for sample in family.samples:
             for label, value in sample.labels.items():
-                written.setdefault((family.name, label), set()).add(value)
+                found.setdefault((family.name, label), set()).add(value)
+    return found
+
+
+@pytest.mark.parametrize(("where", "expression"), list(expressions()))
+def test_every_label_value_asked_for_is_one_that_is_written(where: str, expression: str) -> None:
+    """Labels of ours whose values are a short list are all there from the start, so a mistyped value shows."""
     for name, selector in SELECTOR.findall(expression):
         for label, pattern in LABEL.findall(selector):
-            values = written.get((metrics()[name], label))
+            values = written().get((metrics()[name], label))
             if values:
                 for alternative in pattern.split("|"):
                     assert any(re.fullmatch(alternative, value) for value in values), (

@@ -112,6 +112,7 @@ async def test_a_refused_set_is_a_reply(peer: Peer, link: RedisLink) -> None:
 async def test_any_other_refusal_or_form_fails_and_the_connection_is_not_used_again(
     peer: Peer, link: RedisLink, answer: bytes, failure: str, reason: Reason
 ) -> None:
+    await link.exchange(PING, 10)  # a connection that must first be opened has the time for that besides
     peer.answer = answer
     with pytest.raises(LinkFailed, match=failure) as caught:
         await link.exchange([(b"MGET", b"a", b"b")], 0.2 if reason == "timeout" else 10)

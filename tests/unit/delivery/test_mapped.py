@@ -26,7 +26,7 @@ from embedq_shared.headers import value_of
 from embedq_shared.kafka import partition_of
 from embedq_shared.messages import ErrorBody
 from tests.helpers.fake_parts import ScriptedSink
-from tests.helpers.in_flight import MODEL, NOW_MS, PARTITIONS, TOPICS, VERSION, record, rules
+from tests.helpers.in_flight import MODELS, NOW_MS, PARTITIONS, TOPICS, VERSION, record, rules
 from tests.helpers.shapes import mappings_of
 
 MAPPINGS = mappings_of(
@@ -73,7 +73,7 @@ class Parts:
         return found
 
     def admitted(self, found: Record) -> JobState | DeletedRow | Rejection:
-        got = rules(mappings=MAPPINGS).admit(found, MODEL, NOW_MS, PARTITIONS.get)
+        got = rules(mappings=MAPPINGS).admit(found, MODELS, NOW_MS, PARTITIONS.get)
         assert isinstance(got, JobState | DeletedRow | Rejection)
         return got
 

@@ -309,6 +309,12 @@ def refused(
     return answers(limit).of_rejection(record(b"{}", *headers, key=key), rejection)
 
 
+def test_an_error_that_is_about_the_version_says_which_is_served() -> None:
+    [sent] = refused(model_version=VERSION).outgoing
+    assert body(sent)["model_version"] == VERSION
+    assert dict(sent.headers)["embedq-model-version"] == VERSION.encode()
+
+
 def test_an_error_repeats_what_could_be_read_and_echoes_the_headers() -> None:
     [sent] = refused(
         ("kafka_correlationId", b"\x01"), ("kafka_replyTopic", b"elsewhere"), key=b"\xff"

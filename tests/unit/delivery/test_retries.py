@@ -31,7 +31,7 @@ from embedq_shared.headers import Header, JobHeaders, value_of
 from embedq_shared.messages import ErrorBody
 from embedq_shared.topics import Lane
 from tests.helpers.fake_parts import ScriptedSink
-from tests.helpers.in_flight import MODEL, NOW_MS, PARTITIONS, TOPICS, admitted, record, rules
+from tests.helpers.in_flight import MODELS, NOW_MS, PARTITIONS, TOPICS, admitted, record, rules
 
 ELSEWHERE = ("reply-topic", b"elsewhere")
 INTERNAL = ErrorBody.of("internal", "`input`: the model could not run this input", "input")
@@ -100,7 +100,7 @@ def read_again(sent: Outgoing, partition: int, offset: int, *outcomes: ErrorBody
     raw = record(sent.value, *sent.headers, key=sent.key, timestamp_ms=1)
     ticket = Ticket(TopicPartition(sent.topic, partition), 1, offset)
     found = run_before(msgspec.structs.replace(raw, ticket=ticket, lane="bulk"))
-    job = rules().admit(found, MODEL, NOW_MS, PARTITIONS.get)
+    job = rules().admit(found, MODELS, NOW_MS, PARTITIONS.get)
     assert isinstance(job, JobState)
     for index, outcome in enumerate(outcomes):
         job.settle(index, outcome or InputVector(b"\0" * 128, 3, None, None, cached=False))

@@ -339,16 +339,23 @@ def test_paths_that_a_tokenizer_kept_from_where_it_was_saved_pass() -> None:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: (
-        st.lists(inner)
-        | st.dictionaries(st.text() | st.sampled_from(["auto_map", "x_implementation"]), inner)
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.text(max_size=5) | st.sampled_from(["auto_map", "x_implementation"]), inner, max_size=3
+        )
     ),
+    max_leaves=10,
 )
 
 
 @given(
-    st.dictionaries(st.text() | st.sampled_from(["auto_map", "text_config", "use_kernels", *NUMBERS]), JSON)
+    st.dictionaries(
+        st.text(max_size=5) | st.sampled_from(["auto_map", "text_config", "use_kernels", *NUMBERS]),
+        JSON,
+        max_size=5,
+    )
 )
 def test_no_configuration_makes_the_checks_raise(config: dict[str, Any]) -> None:
     for check in (foreign_config, foreign_tokenizer, too_large):

@@ -63,3 +63,10 @@ def test_an_alias_is_unknown_only_while_others_are_alive() -> None:
     assert not fleet({}).is_unknown("nobody", NOW + STATUS_STALE_AFTER_S + 1)
     gone = fleet({"alias": "gone", "at": 0}, {})
     assert not gone.is_unknown("gone", NOW)
+
+
+def test_a_split_that_a_replica_tells_of_is_known_and_no_model_of_its_own() -> None:
+    one = fleet({"splits": {"ab": {"default": 1}}})
+    assert not one.is_unknown("ab", NOW)
+    assert one.is_unknown("ba", NOW)
+    assert [model.alias for model in one.models(NOW)] == ["default"]

@@ -85,6 +85,7 @@ async def test_every_field_of_a_job_reaches_the_job(door: Door) -> None:
         {
             "input": ["a"],
             "model": "default",
+            "model_version": OLD,
             "dimensions": 32,
             "dtype": "float16",
             "instruction": "find it",
@@ -95,7 +96,8 @@ async def test_every_field_of_a_job_reaches_the_job(door: Door) -> None:
     )
     [received] = door.service.received
     job = received.job
-    assert (job.input, job.model, job.dimensions, job.dtype) == ("a", "default", 32, "float16")
+    assert (job.input, job.model, job.model_version) == ("a", "default", OLD)
+    assert (job.dimensions, job.dtype) == (32, "float16")
     assert (job.instruction, job.input_type, job.truncate) == ("find it", "query", "start")
 
 
@@ -304,6 +306,7 @@ async def test_a_model_whose_replicas_are_gone_for_a_while_is_waited_for(door: D
     [
         ("text_too_long", 413),
         ("unknown_model", 404),
+        ("unknown_model_version", 404),
         ("too_many_inputs", 413),
         ("non_finite", 422),
         ("crashed", 422),

@@ -17,18 +17,19 @@ from embedq_consumer.intake.jobs import JobState, input_param
 from embedq_consumer.intake.records import Record
 from embedq_consumer.intake.result_sizes import datum_bytes, fixed_bytes, held_bytes
 from embedq_shared import codec
-from embedq_shared.messages import Chunking, Job
-from tests.helpers.in_flight import NOW_MS, PARTITIONS, TOPICS, Model, admitted, record, rules
+from embedq_shared.fleet import Splits
+from embedq_shared.messages import Chunking, Job, Split
+from tests.helpers.in_flight import NOW_MS, PARTITIONS, TOPICS, VERSION, Model, admitted, record, rules
 
 REPLIES = ("reply-topic", TOPICS.replies.encode())
 
 
-def admit(found: Record, model: Model | None = None, **settings: Any) -> Admitted:
-    return rules(**settings).admit(found, model or Model(), NOW_MS, PARTITIONS.get)
+def admit(found: Record, model: Model | None = None, alias: str = "default", **settings: Any) -> Admitted:
+    return rules(**settings).admit(found, {alias: model or Model()}, NOW_MS, PARTITIONS.get)
 
 
-def rejected(found: Record, model: Model | None = None, **settings: Any) -> Rejection:
-    answer = admit(found, model, **settings)
+def rejected(found: Record, model: Model | None = None, alias: str = "default", **settings: Any) -> Rejection:
+    answer = admit(found, model, alias, **settings)
     assert isinstance(answer, Rejection)
     return answer
 
@@ -156,13 +157,103 @@ def test_of_jobs_that_are_admitted_the_interactive_ones_are_heard_of() -> None:
         record(input="b", dimensions=100_000),
         msgspec.structs.replace(record(input="c"), lane="bulk"),
     ):
-        admit(found, note_use=heard.append)
+        admit(found, note_use=lambda alias, job: heard.append(job))
     assert [job.input for job in heard] == ["a"]
 
 
 def test_another_alias_is_another_name_for_the_one_model() -> None:
     assert isinstance(admit(record(input="a", model="large"), alias="large"), JobState)
     assert rejected(record(input="a"), alias="large").error.code == "unknown_model"
+
+
+def test_each_alias_has_its_own_model_and_limits() -> None:
+    models = {"default": Model(), "small": Model(hidden_size=64)}
+    asked: list[tuple[str, int]] = []
+
+    def admitted_by(alias: str | None, **fields: Any) -> Admitted:
+        of = rules(note_dimensions=lambda *found: asked.append(found))
+        return of.admit(record(input="a", model=alias, **fields), models, NOW_MS, PARTITIONS.get)
+
+    for alias, served in ((None, "default"), ("default", "default"), ("small", "small")):
+        job = admitted_by(alias)
+        assert isinstance(job, JobState)
+        assert (job.encoder, job.alias, job.request.model) == (models[served], served, served)
+    too_long = admitted_by("small", dimensions=128)
+    assert isinstance(too_long, Rejection)
+    assert "from 32 to 64" in too_long.error.message
+    assert isinstance(admitted_by("default", dimensions=128), JobState)
+    assert asked == [("default", 128)]
+    unknown = admitted_by("other")
+    assert isinstance(unknown, Rejection)
+    assert (unknown.error.code, unknown.error.message) == (
+        "unknown_model",
+        "`model`: expected one of the model aliases served here, 'default', 'small'",
+    )
+
+
+def test_a_job_of_a_split_is_run_by_its_share_and_says_the_name_that_it_came_by() -> None:
+    old, new = Model(), Model(hidden_size=64)
+    new.model_version = "sha256:new"
+    models = {"old": old, "new": new}
+    splits, noted = Splits(), list[str]()
+    weights = Split(alias="ab", version=1, command_id="c", split={"old": 1, "new": 1})
+    splits.see(b"ab", codec.encode_record(weights))
+    of = rules(share_of=splits.target, note_dimensions=lambda alias, dimensions: noted.append(alias))
+
+    def run(**fields: Any) -> Admitted:
+        return of.admit(record(input="a", **fields), models, NOW_MS, PARTITIONS.get)
+
+    aliases = set()
+    for number in range(40):
+        job = run(model="ab", id=f"{number}", dimensions=32)
+        assert isinstance(job, JobState)
+        assert job.alias == splits.target("ab", f"{number}") == noted[-1]
+        assert (job.encoder, job.request.model) == (models[job.alias], "ab")
+        aliases.add(job.alias)
+    assert aliases == {"old", "new"}
+    nameless = run(model="ab")
+    assert isinstance(nameless, JobState)
+    assert nameless.alias == splits.target("ab", "t.jobs-3-7"), "its place, which a repeat has too"
+    for number in range(10):
+        pinned = run(model="ab", id=f"{number}", model_version="sha256:new")
+        assert isinstance(pinned, JobState)
+        assert pinned.encoder is new, "a pin says whose it is"
+    refused = run(model="ab", model_version="sha256:other")
+    assert isinstance(refused, Rejection)
+    assert refused.error.code == "unknown_model_version"
+    del models["new"]
+    codes = set()
+    for number in range(20):
+        found = run(model="ab", id=f"{number}")
+        if isinstance(found, Rejection):
+            codes.add((found.error.code, found.error.message.partition(";")[2]))
+    assert codes == {("unknown_model", " the split that it names has one that is not")}
+
+
+def test_a_pinned_job_is_run_by_that_version_alone() -> None:
+    other = "sha256:" + "cd" * 32
+    assert isinstance(admit(record(input="a", model_version=VERSION)), JobState)
+    assert isinstance(admit(record(input="a", model_version=None)), JobState)
+    found = rejected(record(input="a", id="x", model_version=other))
+    assert (found.error.code, found.error.param, found.error.retryable) == (
+        "unknown_model_version",
+        "model_version",
+        False,
+    )
+    assert found.error.message == f"`model_version`: expected {VERSION}, which 'default' has now"
+    assert (found.model_version, found.envelope.id, found.dead_letter) == (VERSION, "x", False)
+
+
+@pytest.mark.parametrize("pin", ["", "x" * 257, 7, ["a"]])
+def test_a_pin_is_a_short_string(pin: Any) -> None:
+    found = rejected(record(input="a", model_version=pin))
+    assert (found.error.code, found.error.param) == ("invalid_value", "model_version")
+
+
+def test_what_a_pinned_job_could_not_run_on_anyway_is_said_of_the_model_that_serves() -> None:
+    """A wrong version comes before the model's own rules: they are another model's."""
+    found = rejected(record(input="a", model_version="sha256:0", dimensions=10_000))
+    assert found.error.code == "unknown_model_version"
 
 
 @pytest.mark.parametrize("text", ["x" * 101, "ü" * 51, "月" * 34, "🛂" * 26])

@@ -17,7 +17,7 @@ from embedq_consumer.retries import Past
 from embedq_consumer.shapes import FlatAnswer, Mappings
 from embedq_consumer.shapes.registry.schemas import Fetch, Registration
 from embedq_shared.messages import ErrorBody
-from tests.helpers.in_flight import MODEL, NOW_MS, PARTITIONS, TOPICS, record, rules
+from tests.helpers.in_flight import MODELS, NOW_MS, PARTITIONS, TOPICS, record, rules
 from tests.helpers.shapes import mappings_of
 
 MAPPINGS = mappings_of(
@@ -34,7 +34,7 @@ def on(topic: str, value: Any, *headers: tuple[str, bytes], key: bytes | None = 
 
 
 def admit(one: Record, mappings: Mappings = MAPPINGS, **settings: Any) -> Admitted:
-    return rules(mappings=mappings, **settings).admit(one, MODEL, NOW_MS, PARTITIONS.get)
+    return rules(mappings=mappings, **settings).admit(one, MODELS, NOW_MS, PARTITIONS.get)
 
 
 def error(found: Admitted) -> ErrorBody:

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from embedq_consumer.lifecycle.control_topic import ControlTopic
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.codec import encode_record
+from embedq_shared.fleet import Splits
 from embedq_shared.kafka import TopicPartition, Unreadable
-from embedq_shared.messages import Control
+from embedq_shared.messages import Control, Split
 from embedq_shared.topics import Topics
 
 PARTITION = TopicPartition("embed.control", 0)
@@ -31,7 +33,7 @@ def bad() -> Any:
     return record(Unreadable(0, "why"))
 
 
-def of(found: Control) -> Any:
+def of(found: Control | Split) -> Any:
     return record(encode_record(found), found.alias.encode())
 
 
@@ -112,6 +114,21 @@ async def test_of_two_commands_with_one_version_the_first_counts() -> None:
 
     assert newest is not None
     assert newest.command_id == "first"
+
+
+async def test_splits_are_learned_from_the_records_of_all_aliases_and_are_no_faults() -> None:
+    weights = Split(alias="ab", version=1, command_id="s", split={"default": 1, "other": 3})
+    control, consumer, metrics = control_of([of(command(1)), of(weights), of(command(2, alias="other"))])
+    splits = Splits()
+    control._splits = splits
+
+    newest = await control.open()
+
+    assert newest is not None
+    assert (newest.version, splits.weights()) == (1, {"ab": {"default": 1, "other": 3}})
+    consumer.records += [of(msgspec.structs.replace(weights, version=2, split={})), of(command(3))]
+    assert [found.version for found in await control.next()] == [3]
+    assert (splits.weights(), ignored(metrics)) == ({}, 0)
 
 
 async def test_an_empty_topic_has_no_newest_command() -> None:

@@ -81,7 +81,7 @@ async def test_a_loaded_model_serves_only_once_it_is_installed(slot: ModelSlot, 
 async def test_unloading_frees_the_model_on_the_compute_thread_and_says_where_it_came_from(
     slot: ModelSlot, model: Gated
 ) -> None:
-    slot.install(Loaded(model, Source(Path("one"))))
+    slot.install(await slot.load(Source(Path("one"))))
     assert await slot.unload() == Source(Path("one"))
     assert (model.closed, slot.serving) == (True, None)
     assert {name.rsplit("_", 1)[0] for name in model.threads} == {"compute"}

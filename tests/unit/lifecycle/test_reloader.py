@@ -65,7 +65,7 @@ async def test_without_a_command_the_configured_model_serves(bench: MakeBench) -
     assert b.steps() == ["load", "serving"]
     last = b.sent[-1]
     assert (last.state, last.model_version, last.version, last.error) == ("READY", OLD, None, None)
-    assert b.sample("model_info", model_version=OLD, hidden_size="2") == 1
+    assert b.sample("model_info", alias="a", model_version=OLD, hidden_size="2") == 1
 
 
 async def test_the_desired_model_serves_from_the_start(bench: MakeBench) -> None:
@@ -152,8 +152,8 @@ async def test_a_reload_is_counted_timed_and_named_in_the_metrics(bench: MakeBen
     b = await started(bench(new=[new(vector=(1.0, 0.0, 0.0))]))
     await b.follow([command(1, "new", policy=policy)])
     assert b.sample("reloads_total", outcome="ready") == 1
-    assert b.sample("model_info", model_version=NEW, hidden_size="3") == 1
-    assert b.sample("model_info", model_version=OLD, hidden_size="2") is None
+    assert b.sample("model_info", alias="a", model_version=NEW, hidden_size="3") == 1
+    assert b.sample("model_info", alias="a", model_version=OLD, hidden_size="2") is None
     for step in ("validate", "load", "warm_up", "check", "drain", "swap"):
         assert (b.sample("reload_step_seconds_count", step=step) or 0) >= 1, step
     assert b.sample("batch_budget_tokens") == 512
@@ -203,7 +203,7 @@ async def test_a_model_that_fails_a_gate_is_freed_and_the_old_one_serves(
     assert reason in (last.error or "")
     assert "secret" not in (last.error or "")
     assert b.sample("reloads_total", outcome="failed") == 1
-    assert b.sample("model_info", model_version=OLD, hidden_size="2") == 1
+    assert b.sample("model_info", alias="a", model_version=OLD, hidden_size="2") == 1
     if isinstance(broken, FakeModel):
         assert broken.closed
     # The next command applies as if nothing had happened.

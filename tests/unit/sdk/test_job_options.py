@@ -47,6 +47,9 @@ def test_a_client_id_is_a_string_of_at_most_256_bytes(value: Any) -> None:
         ({"lane": None}, "lane"),
         ({"model": ""}, "model"),
         ({"model": 5}, "model"),
+        ({"model_version": ""}, "model_version"),
+        ({"model_version": "x" * 257}, "model_version"),
+        ({"model_version": 5}, "model_version"),
         ({"instruction": 5}, "instruction"),
         ({"instruction": "\ud800"}, "instruction"),
         ({"instruction": "é" * 9_000}, "instruction"),
@@ -114,6 +117,7 @@ def test_no_message_repeats_a_text() -> None:
 def test_a_job_on_the_wire_is_what_was_asked_for(format: Any) -> None:
     options = JobOptions(
         model="m",
+        model_version="sha256:ab",
         dimensions=64,
         dtype="int8",
         input_type="query",
@@ -126,7 +130,8 @@ def test_a_job_on_the_wire_is_what_was_asked_for(format: Any) -> None:
     job = decode_job(options.encode(["x", ""], "id", format), format)
 
     assert job.input == ["x", ""]
-    assert (job.id, job.model, job.dimensions, job.dtype) == ("id", "m", 64, "int8")
+    assert (job.id, job.model, job.model_version) == ("id", "m", "sha256:ab")
+    assert (job.dimensions, job.dtype) == (64, "int8")
     assert (job.input_type, job.instruction, job.truncate) == ("query", "find it", "end")
     decode = msgspec.json.decode if format == "json" else msgspec.msgpack.decode
     assert decode(job.metadata) == {"a": [1, None, "ü"], "b": 1.5}

@@ -261,6 +261,7 @@ def test_a_batch_line_answers_as_openai_does() -> None:
     [
         ("invalid_value", 400, "invalid_request_error"),
         ("unknown_model", 404, "invalid_request_error"),
+        ("unknown_model_version", 404, "invalid_request_error"),
         ("internal", 500, "server_error"),
     ],
 )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from embedq_consumer.intake.admission import Rejection
 from embedq_consumer.shapes import hint
-from tests.helpers.in_flight import MODEL, NOW_MS, PARTITIONS, record, rules
+from tests.helpers.in_flight import MODELS, NOW_MS, PARTITIONS, record, rules
 
 CHANGE: dict[str, Any] = {"before": None, "after": {}, "op": "c"}
 
@@ -33,7 +33,7 @@ CHANGE: dict[str, Any] = {"before": None, "after": {}, "op": "c"}
 )
 def test_an_error_names_the_mapping_that_would_help(value: object, shape: str) -> None:
     given = value if value is None or isinstance(value, bytes) else msgspec.json.encode(value)
-    found = rules().admit(msgspec.structs.replace(record(b""), value=given), MODEL, NOW_MS, PARTITIONS.get)
+    found = rules().admit(msgspec.structs.replace(record(b""), value=given), MODELS, NOW_MS, PARTITIONS.get)
     assert isinstance(found, Rejection)
     assert shape in found.error.message
     assert "EMBEDQ_MAPPINGS" in found.error.message
@@ -41,7 +41,7 @@ def test_an_error_names_the_mapping_that_would_help(value: object, shape: str) -
 
 def test_a_structured_event_is_recognized_by_its_content_type() -> None:
     one = record(b"{}", ("content-type", b"application/cloudevents+json"))
-    found = rules().admit(one, MODEL, NOW_MS, PARTITIONS.get)
+    found = rules().admit(one, MODELS, NOW_MS, PARTITIONS.get)
     assert isinstance(found, Rejection)
     assert found.error.code == "unsupported_content_type"
     assert "shape: cloudevents" in found.error.message
@@ -58,13 +58,13 @@ def test_a_structured_event_is_recognized_by_its_content_type() -> None:
 def test_what_openais_clients_send_has_an_error_that_says_what_to_do(
     fields: dict[str, Any], said: str
 ) -> None:
-    found = rules().admit(record(**fields), MODEL, NOW_MS, PARTITIONS.get)
+    found = rules().admit(record(**fields), MODELS, NOW_MS, PARTITIONS.get)
     assert isinstance(found, Rejection)
     assert said in found.error.message
 
 
 def test_another_kind_of_error_says_nothing_of_mappings() -> None:
-    found = rules().admit(record(input="t", dimensions=8), MODEL, NOW_MS, PARTITIONS.get)
+    found = rules().admit(record(input="t", dimensions=8), MODELS, NOW_MS, PARTITIONS.get)
     assert isinstance(found, Rejection)
     assert "mapping" not in found.error.message
 

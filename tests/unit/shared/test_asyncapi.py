@@ -36,7 +36,7 @@ def test_the_examples_of_a_message_fit_it(name: str) -> None:
         Draft202012Validator(message.get("headers", {})).validate(example.get("headers", {}))
 
 
-@pytest.mark.parametrize("stem", ["job", "result", "failure", "control", "status"])
+@pytest.mark.parametrize("stem", ["job", "result", "failure", "control", "split", "status"])
 def test_a_message_has_the_shape_that_is_generated_from_the_code(stem: str) -> None:
     assert MESSAGES[stem]["payload"] == {"$ref": f"./{stem}.schema.json"}
 

@@ -20,6 +20,7 @@ from embedq_shared.messages import (
     ErrorBody,
     Failure,
     Result,
+    Split,
     Status,
     Timings,
     Usage,
@@ -264,7 +265,8 @@ def test_control_and_status_fit_their_schemas() -> None:
         error=None,
         at=1,
     )
-    assert invalid("control", control) == invalid("status", status) == []
+    split = Split(alias="ab", version=1, command_id="c", split={"a": 90, "b": 10})
+    assert invalid("control", control) == invalid("status", status) == invalid("split", split) == []
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,10 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 _TINY = 1e-12
 """The smallest scale, so that a row of zeros does not divide by zero."""
+_FEW_TOKENS = 512
+"""Up to so many, a program for each of them would leave the device idle."""
+_COPY_PROGRAMS = 256
+"""At least: enough for every multiprocessor, however few rows the plan of a captured graph then has."""
 
 QuantizedRows = tuple[Tensor, Tensor]
 """(FP8 rows (n, k), float32 scales (n, 1)): a row is its FP8 values times its scale."""
@@ -349,7 +353,7 @@ def qk_norm_rope(
     while group < 8 and q_heads % (2 * group) == 0 and k_heads % (2 * group) == 0:
         group *= 2
     # One program for each token; with few tokens one for each group of heads, or the device would be idle.
-    programs = (q_heads + k_heads) // group if len(qkv) <= 512 else 1
+    programs = (q_heads + k_heads) // group if len(qkv) <= _FEW_TOKENS else 1
     _qk_norm_rope_kernel[(len(qkv), programs)](
         qkv,
         qkv.stride(0),
@@ -395,7 +399,7 @@ def copy_rows(own: Tensor, pool: Tensor, keys: Tensor, copies: Tensor, count: Te
     copies as many rows as its inputs say. `own` may be columns of wider rows; `pool` and `keys` (rows, width) are contiguous.
     """
     width = own.shape[1]
-    programs = max(256, min(2048, len(own)))
+    programs = max(_COPY_PROGRAMS, min(2048, len(own)))
     block = min(2048, triton.next_power_of_2(width))
     _copy_rows_kernel[(programs,)](
         own, own.stride(0), pool, keys, copies, count, WIDTH=width, BLOCK=block, num_warps=4

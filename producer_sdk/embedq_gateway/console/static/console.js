@@ -110,10 +110,16 @@ function shortVersion(version) {
 }
 
 function summary(status) {
-  const serving = status.replicas.filter((replica) => replica.state === "READY").length;
+  // A replica has a status for each of its aliases, and serves if it serves all of them.
+  const names = new Set(status.replicas.map((replica) => replica.replica));
+  const waits = new Set(status.replicas.filter((replica) => replica.state !== "READY").map((replica) => replica.replica));
   const reloading = status.replicas.filter((replica) => replica.outcome === "LOADING").length;
-  const versions = new Set(status.replicas.map((replica) => replica.model_version).filter(Boolean)).size;
-  const parts = [`${serving} of ${status.replicas.length} replicas serve`];
+  const byAlias = new Map();
+  for (const { alias, model_version: version } of status.replicas) {
+    if (version) byAlias.set(alias, (byAlias.get(alias) ?? new Set()).add(version));
+  }
+  const versions = Math.max(0, ...[...byAlias.values()].map((found) => found.size));
+  const parts = [`${names.size - waits.size} of ${names.size} replicas serve`];
   if (reloading) parts.push(`${reloading} reloading`);
   if (versions > 1) parts.push(`${versions} model versions`);
   if (status.keys?.fault) parts.push("the key file is broken");

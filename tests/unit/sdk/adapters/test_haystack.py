@@ -18,7 +18,9 @@ from tests.helpers.fake_service import OLD, FakeService, expected
 
 
 def test_a_query_is_sent_as_a_query(service: FakeService) -> None:
-    embedder = EmbedqTextEmbedder("fake:9092", query_instruction="find", prefix="<", suffix=">", model="m")
+    embedder = EmbedqTextEmbedder(
+        "fake:9092", query_instruction="find", prefix="<", suffix=">", model="m", model_version=OLD
+    )
     embedder.warm_up()
     found = embedder.run("q")
     assert found["embedding"] == expected("<q>").tolist()
@@ -28,6 +30,7 @@ def test_a_query_is_sent_as_a_query(service: FakeService) -> None:
         "usage": {"prompt_tokens": 1, "total_tokens": 1},
     }
     assert (service.received[0].job.input_type, service.received[0].job.instruction) == ("query", "find")
+    assert service.received[0].job.model_version == OLD
 
 
 def test_documents_are_sent_as_documents_with_the_fields_that_are_asked_for(service: FakeService) -> None:

@@ -12,7 +12,7 @@ from langchain_tests.unit_tests import EmbeddingsUnitTests
 from embedq_sdk import InvalidArgument
 from embedq_sdk.adapters.langchain import EmbedqEmbeddings
 from embedq_sdk.blocking import EmbedClient
-from tests.helpers.fake_service import FakeService, expected, rows
+from tests.helpers.fake_service import OLD, FakeService, expected, rows
 
 TEXTS = ["a", "b", ""]
 
@@ -35,14 +35,20 @@ class TestStandard(EmbeddingsUnitTests):
 
 def test_queries_and_documents_are_sent_as_what_they_are(service: FakeService) -> None:
     embeddings = EmbedqEmbeddings(
-        "fake:9092", model="m", dimensions=32, query_instruction="find", truncate="end", lane="bulk"
+        "fake:9092",
+        model="m",
+        model_version=OLD,
+        dimensions=32,
+        query_instruction="find",
+        truncate="end",
+        lane="bulk",
     )
     assert embeddings.embed_query("q") == expected("q", 32).tolist()
     assert embeddings.embed_documents(TEXTS) == [expected(text, 32).tolist() for text in TEXTS]
     query, documents = service.received
     assert (query.job.input_type, query.job.instruction, query.job.truncate) == ("query", "find", "end")
     assert (documents.job.input_type, documents.job.instruction) == ("document", None)
-    assert {job.job.model for job in service.received} == {"m"}
+    assert {(job.job.model, job.job.model_version) for job in service.received} == {("m", OLD)}
     assert all(job.topic == "embed.jobs.bulk" for job in service.received)
 
 

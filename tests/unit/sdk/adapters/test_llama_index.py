@@ -13,15 +13,16 @@ llama_index = pytest.importorskip("llama_index.core")
 
 from embedq_sdk import InvalidArgument
 from embedq_sdk.adapters.llama_index import EmbedqEmbedding
-from tests.helpers.fake_service import FakeService, expected, rows
+from tests.helpers.fake_service import OLD, FakeService, expected, rows
 
 TEXTS = [f"node {n}" for n in range(100)]
 
 
 async def test_queries_and_nodes_are_sent_as_what_they_are(service: FakeService) -> None:
-    model = EmbedqEmbedding(servers="fake:9092", query_instruction="find", dimensions=32)
+    model = EmbedqEmbedding(servers="fake:9092", query_instruction="find", dimensions=32, model_version=OLD)
     assert await model.aget_query_embedding("q") == expected("q", 32).tolist()
     assert await model.aget_text_embedding("t") == expected("t", 32).tolist()
+    assert {job.job.model_version for job in service.received} == {OLD}
     assert [(job.job.input_type, job.job.instruction) for job in service.received] == [
         ("query", "find"),
         ("document", None),

@@ -1,0 +1,120 @@
+"""The device of a replica: the one thread that may compute on it, the one that waits for results, and the models in its memory."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import structlog
+
+from embedq_consumer.engine import Encoder, Pending, Tokens
+from embedq_consumer.lifecycle.residents import Loaded, Residents
+from embedq_consumer.threads import CLOSE_S, WorkerThreads
+
+log = structlog.get_logger()
+
+Returned = TypeVar("Returned")
+Computed = tuple[npt.NDArray[np.float32], float]
+"""Vectors of a micro-batch, and the seconds that they took."""
+
+
+class Device:
+    """What all aliases of a replica share. Work reaches the compute thread in call order, so there is no lock around it.
+
+    Invariants: what is submitted, and everything that changes memory on the device, runs on the compute thread; results are
+    waited for on another, unless they are there, so that the next micro-batch reaches the device while this one runs.
+    """
+
+    def __init__(self, residents: Residents | None = None, *, shares: bool = False) -> None:
+        """`shares`: a model may be in memory for another alias, or for one that comes back to it."""
+        self._compute = WorkerThreads("compute")
+        self._results = WorkerThreads("results")
+        self._running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._last_result = 0.0  # monotonic seconds; touched on the thread that has a model's results
+        self.residents = Residents() if residents is None else residents
+        self.shares = shares
+        self.floor = asyncio.Lock()
+        """Held by the alias that changes its model: one at a time, since each counts with the memory that is free, and holds
+        all jobs for its swap."""
+
+    async def encode(self, encoder: Encoder, batch: Sequence[Tokens]) -> Computed:
+        """Vectors of one micro-batch, float32 (rows, hidden_size), and the seconds that they took.
+
+        A micro-batch that was submitted while another ran took as long as it ran alone.
+        """
+        self._running += 1
+        self._idle.clear()
+        try:
+            found = await asyncio.wrap_future(self._compute.submit(self._submit, encoder, batch))
+            return await asyncio.wrap_future(found) if isinstance(found, Future) else found
+        finally:
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
+
+    async def idle(self, within_s: float) -> None:
+        """Return once no micro-batch is under way, of whichever alias, or after so many seconds."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self._idle.wait()
+
+    async def between_batches(self, work: Callable[[], Returned]) -> Returned:
+        """What `work` returns on the compute thread: while a CUDA graph is captured, no other thread may ask the device."""
+        return await asyncio.wrap_future(self._compute.submit(work))
+
+    async def leave(self, loaded: Loaded, *, keep: bool) -> None:
+        """An alias does not use this model any more; it is freed, or stays for the one that comes back to it."""
+        await self._free(self.residents.leave(loaded, time.monotonic(), keep=keep))
+
+    async def make_room(self, wanted: int) -> None:
+        """Free `wanted` bytes of models that nobody uses, the least recently used first."""
+        going = self.residents.make_room(wanted)
+        for one in going:
+            log.info("model_let_go", path=str(one.path), bytes=one.encoder.weight_bytes)
+        await self._free(going)
+
+    def free_late(self, encoder: Encoder) -> None:
+        """Free a model that nobody waited for. Any thread may call this."""
+        log.warning("late_load_freed", model_version=encoder.model_version)
+        with suppress(RuntimeError):  # the threads are closed, and so the process ends
+            self._compute.submit(encoder.close)
+
+    def close(self, within_s: float = CLOSE_S) -> None:
+        """End the threads. A micro-batch that runs longer than this is left behind, as is a load."""
+        until = time.monotonic() + within_s
+        for threads in (self._compute, self._results):
+            threads.close(until - time.monotonic())
+
+    async def _free(self, going: Iterable[Loaded]) -> None:
+        for one in going:
+            await self.between_batches(one.encoder.close)
+            await asyncio.to_thread(_give_back)
+
+    def _submit(self, encoder: Encoder, batch: Sequence[Tokens]) -> Computed | Future[Computed]:
+        submitted = time.monotonic()
+        pending = encoder.submit(batch)
+        if pending.ready:  # another thread to wait for it would have to be woken
+            return self._result(pending, submitted)
+        # From this thread, because the event loop may be busy: the vectors must not wait for it.
+        return self._results.submit(self._result, pending, submitted)
+
+    def _result(self, pending: Pending, submitted: float) -> Computed:
+        vectors = pending.result()
+        begin, self._last_result = max(submitted, self._last_result), time.monotonic()
+        return vectors, self._last_result - begin
+
+
+def _give_back() -> None:
+    """Hand what was freed to the system. glibc keeps it in the heaps of the threads that made it, and each load has a new one: a
+    model's size on a CPU, after a few reloads."""
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
