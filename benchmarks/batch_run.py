@@ -2,11 +2,11 @@
 
 A Kafka of its own, and replicas of a tiny random model (`--replicas 0`: a fake service that sends zeros, for the client alone).
 
-`--kills`: the runner, a replica and the broker are killed with SIGKILL, each once, at random points, and the same command ends the
-run. Then each id must be there once, and every vector must be the one that sentence-transformers gives for its text.
+`--kills`: the runner, a replica and the broker, and with `--redis` Redis, are killed with SIGKILL, each once, at random points, and the
+same command ends the run. Then each id must be there once, and every vector must be the one that sentence-transformers gives for its text.
 
-`--client N`: the same comparison without Kafka, N rounds in one process whose fake service answers within it: processor time of a row,
-its service's included, and of it the event loop's. On a busy machine this is steadier than a rate.
+`--client N`: the same comparison without Kafka, N rounds in one process, whose replies are ready before they are asked for: processor
+time of a row, and of it the event loop's. On a busy machine this is steadier than a rate.
 
 `--rounds N`: the bare stream and the command in turn, N times each, each a process of its own, on texts that nobody saw before. What is
 compared is rows a second from the client's first step to the last one, imports left out, and the processor time of a row.
@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, closing, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,15 +38,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.machine import write
-from embedq_batch import Columns
+from benchmarks.ready_replies import Replies, job_sizes, ready_client
+from embedq_batch import Columns, RunOptions
 from embedq_batch.manifest.place import MANIFEST
-from embedq_batch.manifest.store import glance
+from embedq_batch.running.progress import Progress
+from embedq_batch.running.run import Parts, execute
+from embedq_batch.sinks.opening import opened_sink
+from embedq_batch.sources.opening import opened_source
 from embedq_sdk import EmbedClient
 from embedq_sdk.dev import DevStack
 from embedq_shared.topics import Topics
-from tests.helpers.batch_runs import fake_client
-from tests.helpers.batch_runs import run as run_with
-from tests.helpers.fake_service import FakeService
 from tests.helpers.service_process import Replica, fresh_prefix, make_topics
 from tests.helpers.tiny_models import make_tiny_bert
 
@@ -82,9 +83,24 @@ _SERVED: Final = "import asyncio, sys; from tests.helpers.responder import Respo
     "        await asyncio.Event().wait()\n"
     "asyncio.run(serve())"
 )
-_LOOKED_S: Final = 0.5
-_ROWS_EACH_LOOK: Final = 4
-"""Looks at the memory for one at the manifest."""
+_LOOKED_S: Final = 0.1
+_MORE_EACH: Final = 10
+"""Looks at the manifest for one at memory and disk."""
+_SAID_S: Final = 30.0
+_AWAY_S: Final = 5.0
+"""How long Redis is not there."""
+_LONGEST_S: Final = 600.0
+_FEWEST_A_SECOND: Final = 250
+"""Rows; a run with its kills that is slower has come to a standstill."""
+_DIMENSIONS: Final = 64
+_ENCODED: Final = 50_000
+"""Texts that sentence-transformers is given at once."""
+_KAFKA: Final = {
+    "log.segment.bytes": str(32 << 20),
+    "log.retention.bytes": str(128 << 20),
+    "log.retention.check.interval.ms": "5000",
+}
+"""A million replies are read within a second, and need not stay on the disk. Of jobs, four partitions have 20 MB each."""
 _SAME: Final = 1e-4
 """Of the numbers of a vector of length 1: the replicas compute texts in other micro-batches than sentence-transformers does."""
 
@@ -132,11 +148,15 @@ def cpu_of_this_process() -> float:
 class Runner:
     """The command as a process, and the memory that it took."""
 
-    def __init__(self, environ: dict[str, str], *arguments: str, flush_rows: int = 20_000) -> None:
+    def __init__(self, environ: dict[str, str], *arguments: str, rows: int) -> None:
+        flush_rows = min(20_000, rows // 20)
         self._command = [sys.executable, "-c", _FLUSHES.format(rows=flush_rows) + _PROGRAM, *arguments]
         self._environ = os.environ | environ
         self.memory: list[list[int]] = []
         """Bytes resident at each look, of each process."""
+        self.until = time.monotonic() + _LONGEST_S + rows / _FEWEST_A_SECOND
+        self.disk = 0
+        """Most bytes of Kafka's folder at a look."""
 
     def start(self) -> None:
         self.process = subprocess.Popen(self._command, env=self._environ, stderr=subprocess.PIPE)
@@ -150,22 +170,46 @@ class Runner:
 
 
 def rows_done(manifest: Path) -> int:
+    """About how many: ids are the rows' numbers, and are written in their order. A count of a million would slow what is measured."""
     try:
-        return glance(manifest)[2].done
+        with closing(sqlite3.connect(f"file:{manifest}?mode=ro", uri=True, timeout=5)) as db:
+            return int(db.execute("select coalesce(max(id) + 1, 0) from done").fetchone()[0])
     except sqlite3.Error:
         return 0
 
 
-async def until(runner: Runner, manifest: Path, reached: Callable[[int], bool]) -> bool:
-    """Wait until the manifest has so many rows; False when the process ended before."""
-    looks = 0
+async def until(runner: Runner, manifest: Path, kafka: Path, reached: Callable[[int], bool]) -> bool:
+    """Wait until the manifest has so many rows; False when the process ended before.
+
+    Raises:
+        TimeoutError: it takes far longer than it should.
+    """
+    looks, said = 0, time.monotonic()
     while runner.process.poll() is None:
-        runner.look()
-        if looks % _ROWS_EACH_LOOK == 0 and reached(await asyncio.to_thread(rows_done, manifest)):
+        if time.monotonic() > runner.until:
+            runner.process.kill()
+            raise TimeoutError(f"{rows_done(manifest):,} rows are done, and the run goes on no more")
+        done = await asyncio.to_thread(rows_done, manifest)
+        if looks % _MORE_EACH == 0:
+            runner.look()
+            runner.disk = max(runner.disk, await asyncio.to_thread(bytes_in, kafka))
+        if time.monotonic() - said >= _SAID_S:
+            said = time.monotonic()
+            print(f"{done:,} rows, Kafka has {runner.disk >> 20:,} MiB at most", flush=True)
+        if reached(done):
             return True
         looks += 1
         await asyncio.sleep(_LOOKED_S)
     return False
+
+
+def bytes_in(folder: Path) -> int:
+    """Of the blocks of all files of a folder, some of which may go meanwhile."""
+    found = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            found += path.stat().st_blocks * 512
+    return found
 
 
 # -- kills -------------------------------------------------------------------------------------------------------------------
@@ -180,19 +224,23 @@ async def killed(
     manifest = folder / "out.parquet.embedq" / MANIFEST
     await asyncio.to_thread(make_source, source, options.rows, options.distinct)
     command = ("--from", str(source), "--to", str(out), "--id-column", "id", "--check", "1000")
-    runner = Runner(environ, *command, flush_rows=min(20_000, options.rows // 20))
+    runner = Runner(environ, *command, rows=options.rows)
     chance = random.Random(options.seed)
-    points = sorted(chance.uniform(0.1, 0.9) for _ in range(3))
-    victims = ["runner", "replica", "broker"]
+    victims = ["runner", "replica", "broker", *(["redis"] if options.redis else [])]
     chance.shuffle(victims)
-    kills = []
+    points = sorted(chance.uniform(0.1, 0.75) for _ in victims)  # what is left is enough to be seen
+    kills: list[dict[str, Any]] = []
+    coming: list[asyncio.Task[None]] = []
     started = time.monotonic()
     runner.start()
     for victim, point in zip(victims, points, strict=True):
         target = point * options.rows
-        if not await until(runner, manifest, lambda done, target=target: done >= target):  # type: ignore[misc]
+        if not await until(runner, manifest, stack.directory, lambda done, target=target: done >= target):  # type: ignore[misc]
             break
-        kills.append({"victim": victim, "rows_done": await asyncio.to_thread(rows_done, manifest)})
+        done = await asyncio.to_thread(rows_done, manifest)
+        if done >= options.rows:
+            break  # nothing is left that could be disturbed
+        kills.append({"victim": victim, "rows_done": done})
         print(f"{victim} killed at {kills[-1]['rows_done']:,} rows", flush=True)
         if victim == "runner":
             runner.process.kill()
@@ -202,10 +250,14 @@ async def killed(
             replicas[0].kill()
             await replicas[0].ended()
             await replicas[0].start(ready=False)
+        elif victim == "redis":
+            await asyncio.to_thread(stack.stop_redis, kill=True)
+            coming.append(asyncio.create_task(_redis_comes_back(stack)))
         else:
             await asyncio.to_thread(stack.stop_kafka, kill=True)
             await asyncio.to_thread(stack.start_kafka)
-    await until(runner, manifest, lambda done: False)
+    await until(runner, manifest, stack.directory, lambda done: False)
+    await asyncio.gather(*coming)
     said = (await asyncio.to_thread(runner.process.communicate))[1].decode()
     seconds = time.monotonic() - started
     print(said, flush=True)
@@ -218,6 +270,7 @@ async def killed(
         "exit_code": runner.process.returncode,
         "said": said.splitlines(),
         "killed": kills,
+        "kills_wanted": len(victims),
         "seconds": round(seconds, 1),
         "rows_a_second_with_kills": round(options.rows / seconds),
         "ids": len(ids),
@@ -227,7 +280,13 @@ async def killed(
         "largest_difference": furthest,
         "model_versions": versions,
         "memory_mib": [_memory(looks) for looks in runner.memory],
+        "kafka_mib_at_most": runner.disk >> 20,
     }
+
+
+async def _redis_comes_back(stack: DevStack) -> None:
+    await asyncio.sleep(_AWAY_S)
+    await asyncio.to_thread(stack.start_redis)
 
 
 def _memory(looks: list[int]) -> dict[str, int]:
@@ -246,10 +305,12 @@ def references(model: Path, distinct: int) -> npt.NDArray[np.float32]:
     from sentence_transformers import SentenceTransformer
 
     encoder = SentenceTransformer(str(model), device="cpu")
-    found = encoder.encode(
-        [text(n) for n in range(distinct)], batch_size=256, convert_to_numpy=True, show_progress_bar=False
-    )
-    return np.asarray(found, np.float32)
+    found = np.empty((distinct, _DIMENSIONS), np.float32)
+    for start in range(0, distinct, _ENCODED):  # it keeps an object for each text until all are done
+        end = min(start + _ENCODED, distinct)
+        texts = [text(n) for n in range(start, end)]
+        found[start:end] = encoder.encode(texts, batch_size=512, show_progress_bar=False)
+    return found
 
 
 def compared(out: Path, reference: npt.NDArray[np.float32]) -> tuple[int, float, list[str]]:
@@ -340,9 +401,12 @@ def client_alone(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rows = options.rows
     source = folder / "in.parquet"
     make_source(source, rows, rows)
+    vectors = np.random.default_rng(0).standard_normal((rows, _DIMENSIONS), np.float32)
+    in_a_row = Replies(vectors, job_sizes(rows, rows))
+    in_batches = Replies(vectors, job_sizes(rows))
 
     async def stream(out: Path) -> None:
-        async with fake_client(FakeService(keep=False, compute=False)) as (client, _):
+        async with ready_client(in_a_row, probes=0) as client:
             texts = (text(n) for n in range(rows))
             async for _ in client.stream(
                 texts, lane="bulk", batch_size=64, in_flight=4096, ordered=True, timeout=86_400
@@ -350,8 +414,16 @@ def client_alone(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 pass
 
     async def command(out: Path) -> None:
-        service = FakeService(keep=False, compute=False)
-        await run_with(str(source), str(out), service, columns=Columns(id="id"))
+        async with ready_client(in_batches, probes=1) as client:
+            await execute(
+                Parts(
+                    source=opened_source([str(source)], Columns(id="id")),
+                    sink=opened_sink(str(out)),
+                    client=client,
+                    options=RunOptions(),
+                    progress=Progress(time.monotonic()),
+                )
+            )
 
     found: dict[str, list[float]] = {}
     for n in range(options.client):
@@ -363,6 +435,8 @@ def client_alone(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     medians = {name: statistics.median(spent) for name, spent in found.items()}
     return {
         "rows_a_round": rows,
+        "dimensions": _DIMENSIONS,
+        "rows_with_late_replies": in_a_row.late + in_batches.late,
         **found,
         "stream_to_run": round(medians["stream_cpu_us_a_row"] / medians["run_cpu_us_a_row"], 3),
         "stream_to_run_loop": round(
@@ -375,7 +449,7 @@ async def measured(stack: DevStack, options: argparse.Namespace, folder: Path) -
     topics = await make_topics(stack, fresh_prefix())
     async with AsyncExitStack() as exits:
         if options.replicas:
-            make_tiny_bert(folder / "model", hidden=64)
+            make_tiny_bert(folder / "model", hidden=_DIMENSIONS)
         replicas = [
             Replica(stack, topics, folder / "model", folder / f"replica{n}.log", redis=options.redis)
             for n in range(options.replicas)
@@ -391,9 +465,9 @@ async def measured(stack: DevStack, options: argparse.Namespace, folder: Path) -
             assert fake.stdout is not None
             await asyncio.to_thread(fake.stdout.readline)
         found: dict[str, Any] = {
-            "service": f"{options.replicas} replicas of a tiny BERT of 64 dimensions{', Redis' if options.redis else ''}"
+            "service": f"{options.replicas} replicas of a tiny BERT of {_DIMENSIONS} dimensions{', Redis' if options.redis else ''}"
             if replicas
-            else "fake, zeros of 64 dimensions",
+            else f"fake, zeros of {_DIMENSIONS} dimensions",
         }
         if options.rounds:
             found |= await rounds(stack.kafka_servers, topics, options, folder)
@@ -421,14 +495,22 @@ def main() -> int:
         if options.client:
             found = client_alone(options, Path(folder))
         else:
-            with DevStack(report=print) as stack:
+            with DevStack(report=print, kafka_properties=_KAFKA) as stack:
                 found = asyncio.run(measured(stack, options, Path(folder)))
     width = max(map(len, found))
     for name, value in found.items():
         print(f"{name.replace('_', ' '):<{width}}  {value}")
     write(options.name, found, "embedq", "pyarrow", "aiokafka", "xxhash")
     return (
-        1 if options.kills and (found["exit_code"] or not found["ids_once"] or found["wrong_vectors"]) else 0
+        1
+        if options.kills
+        and (
+            found["exit_code"]
+            or not found["ids_once"]
+            or found["wrong_vectors"]
+            or len(found["killed"]) < found["kills_wanted"]
+        )
+        else 0
     )
 
 

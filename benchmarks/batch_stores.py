@@ -1,13 +1,16 @@
-"""50,000 documents into real stores: what is in them, what a search finds, and how fast the run is beside each store's own bulk load.
+"""50,000 documents of 800 characters into real stores: what is in them, what a search finds, and what bounds the way there.
 
-Everything is in this process but PostgreSQL: there is no broker, and the service is a fake one that has all vectors ready, so that the
-run is as fast as the client and the target allow. Three ways for each store, on the same vectors:
+Everything is in this process but PostgreSQL. There is no broker, and replies are ready before they are asked for: neither a model nor a
+service is measured. Four ways, in turn in each round, on the same vectors:
 
-    bulk   the store's own way of loading many ready vectors, as its documentation has it
-    sink   our target alone, given ready vectors a thousand at a time
-    run    `embedq run` from a Parquet file, manifest included
+    bulk    the store's own way of loading many ready vectors, as its documentation has it
+    sink    our target alone, given ready vectors a thousand at a time
+    run     `embedq run` from a Parquet file: reading, jobs, the SDK's reading of replies, target and manifest
+    runner  the same into a target that takes nothing: as fast as a run can be
 
-Then the store is counted, vectors are read back, and its ten nearest of some queries are compared with brute force.
+Where `runner` is faster than `sink` the store is the bottleneck; `run_to_sink` is what is left of the target's own rate, and `target_busy`
+the share of the run in which the target was at work. Then the store is counted, vectors are read back, and its ten nearest of some
+queries are compared with brute force.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import statistics
 import tempfile
 import time
 import uuid
@@ -31,17 +35,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.machine import write
-from embedq_batch import Columns, Shape, VectorBatch
+from benchmarks.ready_replies import Replies, job_sizes, ready_client
+from embedq_batch import Columns, RunOptions, Shape, Summary, VectorBatch
+from embedq_batch.api import described
+from embedq_batch.running.progress import Progress
+from embedq_batch.running.run import Parts, execute
 from embedq_batch.sinks.opening import opened_sink
-from embedq_shared.codec import null
-from embedq_shared.messages import Datum, Result, Timings, Usage
-from tests.helpers.batch_runs import run
-from tests.helpers.fake_service import OLD, Answer, FakeService, Received
+from embedq_batch.sources.opening import opened_source
+from tests.helpers.fake_service import OLD
 
 Vectors = npt.NDArray[np.float32]
-DIMENSIONS: Final = 64
-"""Of the fake service."""
 CHUNK: Final = 1000
+SLOW: Final = frozenset({"milvus", "qdrant"})
+"""Their local modes take minutes for each way: one round is enough."""
+COLUMNS: Final = Columns(id="id")
 QUERIES: Final = 20
 SPOTS: Final = 200
 NEAREST: Final = 10
@@ -63,41 +70,6 @@ def documents(rows: int, length: int) -> list[str]:
     return found
 
 
-class Ready(FakeService):
-    """A service that has every vector already."""
-
-    def __init__(self, known: dict[str, bytes]) -> None:
-        super().__init__(keep=False)
-        self._known = known
-        self._any = next(iter(known.values()))
-
-    def answers(self, received: Received) -> list[Answer]:
-        texts = received.texts
-        return [
-            Result(
-                id=received.id,
-                model="default",
-                model_version=OLD,
-                dimensions=DIMENSIONS,
-                dtype="float32",
-                data=[
-                    # The probe's text is in no table.
-                    Datum(
-                        index=n,
-                        embedding=self._known.get(text, self._any),
-                        tokens=1,
-                        truncated=False,
-                        cached=True,
-                    )
-                    for n, text in enumerate(texts)
-                ],
-                usage=Usage(len(texts), len(texts)),
-                timings=Timings(),
-                metadata=null(received.format),
-            )
-        ]
-
-
 class NoParts:
     """A target alone has no manifest."""
 
@@ -111,7 +83,9 @@ class NoParts:
 def sink_alone(to: str, ids: Sequence[int], vectors: Vectors) -> float:
     """Seconds that our target takes for ready vectors."""
     sink = opened_sink(to)
-    shape = Shape(width=DIMENSIONS, dtype="float32", spans=False, ids="integer", kept=None, model_version=OLD)
+    shape = Shape(
+        width=vectors.shape[1], dtype="float32", spans=False, ids="integer", kept=None, model_version=OLD
+    )
     sink.open(shape, NoParts(), force=False)
     started = time.monotonic()
     for start in range(0, len(ids), CHUNK):
@@ -131,6 +105,78 @@ def sink_alone(to: str, ids: Sequence[int], vectors: Vectors) -> float:
     seconds = time.monotonic() - started
     sink.close()
     return seconds
+
+
+class Nowhere:
+    """A target that takes nothing."""
+
+    name = "nowhere"
+    dtypes = frozenset({"float32"})
+
+    def __init__(self, folder: Path) -> None:
+        self.manifest = folder / f"{uuid.uuid4().hex}.embedq" / "manifest.sqlite"
+
+    def open(self, shape: Shape, record: Any, *, force: bool) -> None:
+        pass
+
+    def write(self, batch: VectorBatch) -> int:
+        return 0
+
+    def flush(self) -> int:
+        return 0
+
+    def delete(self, ids: Sequence[Any]) -> None:
+        pass
+
+    def finish(self, record: Any) -> None:
+        pass
+
+    def complete(self) -> bool:
+        return True
+
+    def fetch(self, ids: Sequence[Any]) -> dict[Any, Any]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+class Timed:
+    """A target, and the seconds in which it was at work."""
+
+    def __init__(self, sink: Any) -> None:
+        self._sink = sink
+        self.busy = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._sink, name)
+        if name not in ("open", "write", "flush", "finish"):
+            return found
+
+        def timed(*arguments: Any, **named: Any) -> Any:
+            started = time.monotonic()
+            try:
+                return found(*arguments, **named)
+            finally:
+                self.busy += time.monotonic() - started
+
+        return timed
+
+
+async def run(source: Path, sink: Any, replies: Replies) -> tuple[Summary, float]:
+    """One run with its replies ready, and its seconds; the client is connected before."""
+    async with ready_client(replies, probes=1) as client:
+        started = time.monotonic()
+        done = await execute(
+            Parts(
+                source=opened_source([str(source)], COLUMNS),
+                sink=sink,
+                client=client,
+                options=RunOptions(about=described(COLUMNS)),
+                progress=Progress(time.monotonic()),
+            )
+        )
+        return done, time.monotonic() - started
 
 
 # -- stores ------------------------------------------------------------------------------------------------------------------
@@ -171,7 +217,7 @@ class Parquet(Store):
         table = pq.read_table(self.to(name), columns=["id", "vector"])
         ids = table.column("id").to_pylist()
         return ids, np.vstack(
-            [chunk.flatten().to_numpy().reshape(-1, DIMENSIONS) for chunk in table.column("vector").chunks]
+            [chunk.flatten().to_numpy().reshape(len(chunk), -1) for chunk in table.column("vector").chunks]
         )
 
     def count(self, name: str) -> int:
@@ -236,7 +282,7 @@ class Postgres(Store):
     def bulk(self, name: str, ids: list[int], vectors: Vectors) -> None:
         """As pgvector's own example of bulk loading: COPY in binary."""
         self._connection.execute(
-            f"create table {name} (id bigint primary key, vector vector({DIMENSIONS}), model_version text, tokens bigint)"
+            f"create table {name} (id bigint primary key, vector vector({vectors.shape[1]}), model_version text, tokens bigint)"
         )
         into = f"copy {name} (id, vector, model_version, tokens) from stdin with (format binary)"
         with self._connection.cursor().copy(into) as copy:
@@ -277,7 +323,7 @@ class Milvus(Store):
 
     def bulk(self, name: str, ids: list[int], vectors: Vectors) -> None:
         with self._client(name) as client:
-            client.create_collection("docs", dimension=DIMENSIONS, metric_type="COSINE")
+            client.create_collection("docs", dimension=vectors.shape[1], metric_type="COSINE")
             for start in range(0, len(ids), CHUNK):
                 client.insert(
                     "docs",
@@ -334,7 +380,7 @@ class Qdrant(Store):
         with self._client(name) as client:
             client.create_collection(
                 "docs",
-                vectors_config=models.VectorParams(size=DIMENSIONS, distance=models.Distance.COSINE),
+                vectors_config=models.VectorParams(size=vectors.shape[1], distance=models.Distance.COSINE),
             )
             payload = [{"id": id, "model_version": OLD, "tokens": 1} for id in ids]
             client.upload_collection("docs", vectors=vectors, ids=ids, payload=payload, batch_size=CHUNK)
@@ -362,7 +408,7 @@ def _table(ids: list[int], vectors: Vectors) -> pa.Table:
     return pa.table(
         {
             "id": pa.array(ids, pa.int64()),
-            "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), DIMENSIONS),
+            "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1]),
             "model_version": pa.array([OLD] * len(ids)),
             "tokens": pa.array(np.ones(len(ids), np.int32)),
         }
@@ -403,16 +449,29 @@ STORES: Final[dict[str, Callable[[], Any]]] = {
 # -- the measurement ---------------------------------------------------------------------------------------------------------
 
 
-def measured(store: Store, source: Path, vectors: Vectors, service: Ready) -> dict[str, Any]:
+def measured(store: Store, source: Path, vectors: Vectors, replies: Replies, rounds: int) -> dict[str, Any]:
+    """Rates of each round, and what is in the store after the last one."""
     ids = list(range(len(vectors)))
-    names = {way: f"{way}_{uuid.uuid4().hex[:8]}" for way in ("bulk", "sink", "run")}
-    started = time.monotonic()
-    store.bulk(names["bulk"], ids, vectors)
-    seconds = {"bulk": time.monotonic() - started}
-    seconds["sink"] = sink_alone(store.to(names["sink"]), ids, vectors)
-    started = time.monotonic()
-    done = asyncio.run(run(str(source), store.to(names["run"]), service, columns=Columns(id="id")))
-    seconds["run"] = time.monotonic() - started
+    rates: dict[str, list[int]] = {"bulk": [], "sink": [], "run": []}
+    busy: list[float] = []
+    kept: list[float] = []
+    spent_here: dict[str, list[float]] = {"sink": [], "run": []}
+    for _ in range(rounds):
+        names = {way: f"{way}_{uuid.uuid4().hex[:8]}" for way in rates}
+        started = time.monotonic()
+        store.bulk(names["bulk"], ids, vectors)
+        seconds = {"bulk": time.monotonic() - started}
+        before = time.process_time()
+        seconds["sink"] = sink_alone(store.to(names["sink"]), ids, vectors)
+        between = time.process_time()
+        target = Timed(opened_sink(store.to(names["run"])))
+        done, seconds["run"] = asyncio.run(run(source, target, replies))
+        for way, cpu in (("sink", between - before), ("run", time.process_time() - between)):
+            spent_here[way].append(round(cpu / len(ids) * 1e6, 1))
+        kept.append(seconds["sink"] / seconds["run"])
+        for way, spent in seconds.items():
+            rates[way].append(round(len(ids) / spent))
+        busy.append(target.busy / seconds["run"])
 
     chance = Random(2)
     spots = chance.sample(ids, min(SPOTS, len(ids)))
@@ -420,10 +479,13 @@ def measured(store: Store, source: Path, vectors: Vectors, service: Ready) -> di
     queries = np.stack([vectors[n] for n in chance.sample(ids, QUERIES)])
     queries += np.random.default_rng(3).normal(0, 0.05, queries.shape).astype(np.float32)
     exact = [np.argsort(-(vectors @ query))[:NEAREST].tolist() for query in queries]
+    middle = {way: statistics.median(found) for way, found in rates.items()}
     return {
-        "rows_a_second": {way: round(len(ids) / spent) for way, spent in seconds.items()},
-        "run_to_sink": round(seconds["sink"] / seconds["run"], 3),
-        "run_to_bulk": round(seconds["bulk"] / seconds["run"], 3),
+        "rows_a_second": rates,
+        "cpu_us_a_row_in_this_process": spent_here,
+        "run_to_sink": round(statistics.median(kept), 3),
+        "run_to_bulk": round(middle["run"] / middle["bulk"], 3),
+        "target_busy": round(statistics.median(busy), 3),
         "rows": done.rows,
         "failed": done.failed,
         "counted": store.count(names["run"]),
@@ -442,40 +504,50 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=50_000)
     parser.add_argument("--characters", type=int, default=800)
+    parser.add_argument("--dimensions", type=int, default=384, help="as all-MiniLM-L6-v2 has them")
+    parser.add_argument("--rounds", type=int, default=3, help="of stores that are not slow")
     parser.add_argument("--stores", nargs="+", choices=list(STORES), default=list(STORES))
     parser.add_argument("--name", default="batch_stores")
     options = parser.parse_args()
     texts = documents(options.rows, options.characters)
-    vectors = np.random.default_rng(0).standard_normal((options.rows, DIMENSIONS)).astype(np.float32)
+    vectors = np.random.default_rng(0).standard_normal((options.rows, options.dimensions), np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    service = Ready({text: vector.tobytes() for text, vector in zip(texts, vectors, strict=True)})
-    found: dict[str, Any] = {}
+    replies = Replies(vectors, job_sizes(options.rows))
+    results: dict[str, Any] = {
+        "rows": options.rows,
+        "characters": options.characters,
+        "dimensions": options.dimensions,
+    }
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # manifests of stores on other machines are in the working directory
         source = Path(folder) / "in.parquet"
         pq.write_table(pa.table({"id": list(range(options.rows)), "text": texts}), source)
+        alone = [
+            round(options.rows / asyncio.run(run(source, Nowhere(Path(folder)), replies))[1])
+            for _ in range(options.rounds)
+        ]
+        print(f"runner: {alone}", flush=True)
+        found: dict[str, Any] = {}
+        results |= {"runner_rows_a_second": alone, "stores": found}
         for name in options.stores:
             with STORES[name]() as store:
-                found[name] = measured(store, source, vectors, service)
+                rounds = 1 if name in SLOW else options.rounds
+                found[name] = measured(store, source, vectors, replies, rounds)
+            sink = statistics.median(found[name]["rows_a_second"]["sink"])
+            results["rows_with_late_replies"] = replies.late
+            found[name]["runner_to_sink"] = round(statistics.median(alone) / sink, 2)
             print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in found[name].items()), flush=True)
             write(
                 options.name,
-                {
-                    "rows": options.rows,
-                    "characters": options.characters,
-                    "dimensions": DIMENSIONS,
-                    "stores": found,
-                },
-                *(
-                    "embedq",
-                    "pyarrow",
-                    "lancedb",
-                    "psycopg",
-                    "pgvector",
-                    "pymilvus",
-                    "milvus-lite",
-                    "qdrant-client",
-                ),
+                results,
+                "embedq",
+                "pyarrow",
+                "lancedb",
+                "psycopg",
+                "pgvector",
+                "pymilvus",
+                "milvus-lite",
+                "qdrant-client",
             )
         os.chdir("/")
     good = all(

@@ -46,6 +46,7 @@ ROOT: Final = Path(__file__).parents[1]
 LEAST_COSINE: Final = 0.9999
 AT_ONCE: Final = 8
 """Requests under way at once, but for the idle latency."""
+_END_S: Final = 5.0
 # -- the ways -----------------------------------------------------------------------------------------------------------
 
 
@@ -74,7 +75,12 @@ async def process(python: str, way: str, model: Path) -> AsyncIterator[Embed]:
     finally:
         assert child.stdin is not None
         child.stdin.close()
-        await child.wait()
+        try:
+            async with asyncio.timeout(_END_S):
+                await child.wait()
+        except TimeoutError:  # infinity's threads go on without end
+            child.kill()
+            await child.wait()
 
 
 @asynccontextmanager

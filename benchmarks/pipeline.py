@@ -1,7 +1,7 @@
 """Jobs per second and latency through Kafka, cold and cached, next to sentence-transformers on the same texts.
 
 The whole path on one machine: this client, the broker, Redis and one replica share its cores. Cold rounds take turns
-with sentence-transformers' own `encode`, so that the ratio holds on a noisy machine.
+with sentence-transformers' own `encode`, so that the ratio holds on a noisy machine. A backlog of cached jobs is `backlog`'s.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from rich.console import Console
 from rich.table import Table
 
@@ -33,7 +32,6 @@ from benchmarks.texts import distinct
 from embedq_sdk import EmbedClient
 from embedq_sdk.admin.topics import create_topics
 from embedq_sdk.dev import DevStack
-from embedq_shared.topics import Topics
 
 
 def minilm() -> Path:
@@ -53,8 +51,9 @@ async def replica(
     *,
     module: str = "embedq_consumer",
     cached: bool = True,
+    **settings: str,
 ) -> AsyncIterator[str]:
-    """One service process that takes jobs; its metrics page's address."""
+    """One service process that takes jobs; its metrics page's address. `settings` by their names without `EMBEDQ_`."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("EMBEDQ_")} | {
         "EMBEDQ_KAFKA_SERVERS": stack.kafka_servers,
         "EMBEDQ_REDIS_URL": stack.redis_url if cached else "",
@@ -62,6 +61,7 @@ async def replica(
         "EMBEDQ_HTTP_HOST": "127.0.0.1",
         "EMBEDQ_HTTP_PORT": "0",
         "EMBEDQ_TOPIC_PREFIX": prefix,
+        **{f"EMBEDQ_{name.upper()}": value for name, value in settings.items()},
     }
     with log.open("wb") as output:
         process = await asyncio.create_subprocess_exec(
@@ -121,66 +121,7 @@ async def latencies(
     return {"p50_ms": round(float(p50), 2), "p99_ms": round(float(p99), 2)}
 
 
-async def backlog(stack: DevStack, model: Path, log: Path, texts: list[str], jobs: int) -> dict[str, float]:
-    """One replica alone against a backlog of cached jobs: no client runs meanwhile. Rates from the broker's timestamps, and the
-    replica's processor time between the first and the last tenth."""
-    topics = Topics()
-    producer = AIOKafkaProducer(bootstrap_servers=stack.kafka_servers, linger_ms=5, max_batch_size=500_000)
-    await producer.start()
-    for i in range(jobs):
-        value = json.dumps({"input": texts[i % len(texts)], "encoding_format": "base64"}).encode()
-        await producer.send(topics.jobs, value, partition=i % 4, headers=[("correlation-id", b"backlog")])
-    await producer.flush()
-    await producer.stop()
-    consumer = AIOKafkaConsumer(topics.results, bootstrap_servers=stack.kafka_servers)
-    await consumer.start()
-    partitions = sorted(consumer.assignment())
-    await consumer.seek_to_end()
-    for partition in partitions:
-        await consumer.position(partition)
-    stamps: list[int] = []
-    start = sum((await consumer.end_offsets(partitions)).values())
-    spent: list[tuple[int, float]] = []
-    async with replica(stack, model, log) as address:
-        while len(stamps) < jobs:
-            ends = await consumer.end_offsets(partitions)
-            answered = sum(ends.values()) - start
-            if jobs // 10 <= answered <= jobs - jobs // 10:
-                spent.append((answered, await asyncio.to_thread(_processor_s, address)))
-            positions = [await consumer.position(p) for p in partitions]
-            if sum(ends.values()) - sum(positions) < jobs - len(stamps):
-                await asyncio.sleep(0.2)  # leave the cores to the replica until it is done
-                continue
-            for records in (await consumer.getmany(timeout_ms=500)).values():
-                stamps.extend(record.timestamp for record in records)
-    await consumer.stop()
-    stamps.sort()
-    # The first and last tenth hold the start and the end of the run.
-    tenth = len(stamps) // 10
-    return {
-        "jobs": jobs,
-        "jobs_per_s": round(jobs / ((stamps[-1] - stamps[0]) / 1000), 1),
-        "steady_jobs_per_s": round((jobs - 2 * tenth) / ((stamps[-1 - tenth] - stamps[tenth]) / 1000), 1),
-        "processor_us_a_job": _processor_us(spent),
-    }
-
-
-def _processor_s(address: str) -> float:
-    """Processor time that the replica has taken."""
-    with urllib.request.urlopen(f"{address}/metrics") as page:
-        lines = page.read().decode().splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith("process_cpu_seconds_total "))
-
-
-def _processor_us(spent: list[tuple[int, float]]) -> float:
-    """Of each job, between the first and the last look; NaN where it was too quick for two."""
-    if len(spent) < 2 or spent[0][0] == spent[-1][0]:
-        return float("nan")
-    (first, began), *_, (last, ended) = spent
-    return round((ended - began) / (last - first) * 1e6, 1)
-
-
-async def run(model: Path, texts: int, rounds: int, backlog_jobs: int) -> dict[str, Any]:
+async def run(model: Path, texts: int, rounds: int) -> dict[str, Any]:
     """Everything, in one run."""
     results: dict[str, Any] = {"model": model.parent.name, "texts": texts, "rounds": rounds}
     with DevStack() as stack, tempfile.TemporaryDirectory() as scratch:
@@ -224,9 +165,6 @@ async def run(model: Path, texts: int, rounds: int, backlog_jobs: int) -> dict[s
                 "cached, one at a time": await latencies(client.embed, distinct(200, "d"), 1),
                 "cached, 32 at once": await latencies(client.embed, distinct(600, "e"), 32),
             }
-        results["cached_backlog"] = await backlog(
-            stack, model, Path(scratch) / "backlog", distinct(texts, "b0."), backlog_jobs
-        )
     return results
 
 
@@ -253,11 +191,6 @@ def show(results: dict[str, Any]) -> None:
     for name, value in results["latency"].items():
         table.add_row(name, f"{value['p50_ms']:.1f}", f"{value['p99_ms']:.1f}")
     Console().print(table)
-    found = results["cached_backlog"]
-    print(
-        f"backlog of {found['jobs']:,} cached jobs, one replica: {found['jobs_per_s']:,.0f} jobs/s, "
-        f"steady {found['steady_jobs_per_s']:,.0f}, {found['processor_us_a_job']} µs of processor time a job"
-    )
 
 
 def main() -> None:
@@ -266,11 +199,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=None, help="a model directory; default: MiniLM")
     parser.add_argument("--texts", type=int, default=1500, help="texts a round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--backlog", type=int, default=30_000, help="cached jobs of the backlog")
     arguments = parser.parse_args()
-    results = asyncio.run(
-        run(arguments.model or minilm(), arguments.texts, arguments.rounds, arguments.backlog)
-    )
+    results = asyncio.run(run(arguments.model or minilm(), arguments.texts, arguments.rounds))
     show(results)
     path = write(
         "pipeline",

@@ -200,7 +200,7 @@ async def microseconds(jobs: int, *, cached: bool, clients: int) -> float:
         models, queues = {"default": model}, {"default": queue}
         pipeline = Pipeline(rules(), lambda: models, _Cache(entry), queues, deliverer, tasks, intake.weigh)
         quarantine.hand_to(pipeline)
-        runner = BatchRunner(flights, _Device(), budget, pipeline, metrics, tasks)
+        runner = BatchRunner(flights, _Device(), budget, pipeline, metrics)
         await intake.open()
         gc.collect()
         gc.freeze()

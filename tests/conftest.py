@@ -43,6 +43,8 @@ _ROOM: Final = 3.0
 
 settings.register_profile(
     "embedq",
+    # New ones are tried each time, so that fewer are enough; CI tries the same ones, and a release is worth more.
+    max_examples=100 if {"CI", "SOAK"} & os.environ.keys() else 50,
     # How long an example takes says something about the machine; what is slow by itself, the benchmarks show.
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],

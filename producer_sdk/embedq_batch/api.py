@@ -17,7 +17,7 @@ from embedq_batch.running.run import Parts, Summary, execute
 from embedq_batch.sinks.opening import opened_sink
 from embedq_batch.sinks.sink import Sink
 from embedq_batch.sources.opening import opened_source
-from embedq_batch.sources.source import Source
+from embedq_batch.sources.source import Since, Source
 from embedq_sdk.client import EmbedClient
 from embedq_sdk.job_options import JobArguments, JobOptions
 
@@ -31,7 +31,7 @@ async def run(
     security: dict[str, Any] | None = None,
     columns: Columns | None = None,
     query: str | None = None,
-    since: int | None = None,
+    since: Since | None = None,
     options: RunOptions | None = None,
     manifest: str | Path | None = None,
     report: Callable[[str], None] = lambda line: None,
@@ -41,7 +41,7 @@ async def run(
 
     `source` and `sink` are what the command takes after --from and --to, or objects of your own. `columns` say what of a
     row is its text; `job` what is asked of each vector, as in `EmbedClient`. `options` has all else; its `job` is replaced.
-    `query` is for PostgreSQL, instead of a table; `since` (epoch milliseconds) for a Kafka topic.
+    `query` is for PostgreSQL, instead of a table; `since` for a Kafka topic: epoch milliseconds, or {partition: offset}.
 
     Raises:
         BadSource, BadTarget, OtherRun, RunBusy, ModelChanged, TooManyFailures, EmbedError.

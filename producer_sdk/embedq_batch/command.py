@@ -6,6 +6,7 @@ Its help needs this file: so pyarrow and numpy are imported when a run begins.
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ import click
 
 from embedq_batch.content.addresses import typed
 from embedq_sdk.cli.dlq import moment
+from embedq_sdk.cli.embedding import job_arguments, job_options
 from embedq_sdk.cli.kafka_options import CONNECT_TIMEOUT_S, KafkaTarget, kafka_options
 from embedq_sdk.cli.running import FAILED, NO_ANSWER, say
 from embedq_sdk.cli.running import run as run_command
@@ -25,10 +27,22 @@ if TYPE_CHECKING:
     from embedq_batch.running.options import RunOptions
     from embedq_batch.running.progress import Progress
     from embedq_batch.running.run import Summary
+    from embedq_batch.sources.source import Since
 
 STOPPED: Final = 130
 """The exit code after Ctrl-C, as shells have it."""
 _REDRAWN_S: Final = 0.5
+
+_OFFSETS: Final = re.compile(r"\d+:\d+(,\d+:\d+)*")
+
+
+def beginning(ctx: click.Context, param: click.Parameter, value: str | None) -> Since | None:
+    """Where records begin to count: a time, or an offset of each partition that is named."""
+    if value is None or _OFFSETS.fullmatch(value) is None:
+        return moment(ctx, param, value)
+    return {
+        int(partition): int(offset) for partition, offset in (each.split(":") for each in value.split(","))
+    }
 
 
 @click.command(name="run")
@@ -43,8 +57,9 @@ _REDRAWN_S: Final = 0.5
 @click.option("--sql", help="For postgresql://…: the rows of this query instead of a table's.")
 @click.option(
     "--since",
-    callback=moment,
-    help="For kafka:TOPIC and jobs: records from then on, such as 2026-05-01T12:00 or 2h (ago).",
+    callback=beginning,
+    help="For kafka:TOPIC and jobs: records from then on, such as 2026-05-01T12:00 or 2h (ago); for kafka:TOPIC also from offsets on, "
+    "PARTITION:OFFSET, such as 0:1200,1:900.",
 )
 @click.option(
     "--to",
@@ -62,27 +77,7 @@ _REDRAWN_S: Final = 0.5
 @click.option(
     "--keep", multiple=True, help="A column that goes along to the target; may be given several times."
 )
-@click.option("--model", help="The model's alias. Default: the service's own.")
-@click.option("--dimensions", type=int, help="Length of each vector. Default: the model's own.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "float16", "int8", "binary"]),
-    help="What vectors are made of, on the way and in the target. Default: float32.",
-)
-@click.option("--query", "input_type", flag_value="query", help="The texts are search queries.")
-@click.option("--document", "input_type", flag_value="document", help="The texts are documents to be found.")
-@click.option("--instruction", help="The task that a query serves, for models that take instructions.")
-@click.option(
-    "--truncate",
-    type=click.Choice(["error", "start", "end"]),
-    help="Where to cut a text that is too long for the model. Default: error, the row fails.",
-)
-@click.option(
-    "--chunk",
-    type=click.Choice(["late", "mean"]),
-    help="late: a vector for each span of a text, with its place; mean: one vector for a text of any length.",
-)
-@click.option("--chunk-tokens", type=int, help="Tokens in each span or window.")
+@job_options()
 @click.option(
     "--on-model-change",
     type=click.Choice(["finish", "restart", "stop"]),
@@ -140,7 +135,7 @@ def run(
     id_column: str | None,
     keep: tuple[str, ...],
     sql: str | None,
-    since: int | None,
+    since: Since | None,
     manifest: Path | None,
     kafka: KafkaTarget,
     **options: Any,
@@ -227,18 +222,10 @@ async def until_stopped(work: Any) -> int:
 def run_options(given: dict[str, Any], command: str, about: dict[str, Any]) -> RunOptions:
     """A run's options, of those that the command takes."""
     from embedq_batch.running.options import RunOptions
-    from embedq_sdk.job_options import JobOptions, late, mean
+    from embedq_sdk.job_options import JobOptions
 
-    names = ("model", "dimensions", "dtype", "input_type", "instruction", "truncate")
-    job = {name: given.pop(name) for name in names}
-    mode, tokens = given.pop("chunk"), given.pop("chunk_tokens")
-    if mode == "late":
-        job["chunk"] = late() if tokens is None else late(tokens)
-    elif mode == "mean":
-        job["chunk"] = mean(tokens)
-    elif tokens is not None:
-        raise click.UsageError("--chunk-tokens is for --chunk late or --chunk mean")
-    return RunOptions(job=JobOptions(lane="bulk", **job), command=command, about=about, **given)
+    job = JobOptions(lane="bulk", **job_arguments(given))
+    return RunOptions(job=job, command=command, about=about, **given)
 
 
 @contextmanager
@@ -268,9 +255,10 @@ def conclude(summary: Summary, options: RunOptions) -> int:
     rate = summary.embedded / max(summary.seconds, 1e-9)
     cached = f", {summary.cached / summary.embedded:.0%} from the cache" if summary.embedded else ""
     deleted = f", {summary.deleted:,} deleted" if summary.deleted else ""
+    device = f", {summary.device_s:,.1f} s of the device" if summary.device_s else ""
     say(
         f"complete: {summary.rows:,} rows under {summary.model_version[:15]}; {summary.embedded:,} embedded in "
-        f"{duration(summary.seconds)} ({rate:,.0f} rows/s, {summary.tokens:,} tokens{cached}), {summary.skipped:,} done before{deleted}"
+        f"{duration(summary.seconds)} ({rate:,.0f} rows/s, {summary.tokens:,} tokens{cached}{device}), {summary.skipped:,} done before{deleted}"
     )
     if not summary.embedded and not summary.skipped:
         say("nothing was to be done: --only-changed does what is new or changed, --again all rows")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from embedq_batch.content.columns import Columns
     from embedq_batch.corpus.figures import Figures
+    from embedq_batch.sources.source import Since
 
 
 @click.command(name="reembed")
@@ -53,7 +54,7 @@ def reembed(
     id_column: str | None,
     keep: tuple[str, ...],
     sql: str | None,
-    since: int | None,
+    since: Since | None,
     manifest: Path | None,
     kafka: KafkaTarget,
     **options: Any,

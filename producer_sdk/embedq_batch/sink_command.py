@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from embedq_batch.command import STOPPED, shown, until_stopped
+from embedq_sdk.cli.embedding import job_arguments, job_options
 from embedq_sdk.cli.kafka_options import CONNECT_TIMEOUT_S, KafkaTarget, kafka_options
 from embedq_sdk.cli.running import NO_ANSWER, say
 from embedq_sdk.cli.running import run as run_command
@@ -47,18 +49,15 @@ if TYPE_CHECKING:
 @click.option(
     "--keep", multiple=True, help="A column, or for results a field of the metadata, that goes along."
 )
-@click.option("--model", help="The model's alias. Default: the service's own.")
-@click.option("--dimensions", type=int, help="Length of each vector. Default: the model's own.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "float16", "binary"]),
-    help="What vectors are made of. Default: float32.",
+@job_options(
+    dtypes=("float32", "float16", "binary"),
+    dtype_help="What vectors are made of. Default: float32.",
+    chunks=("mean",),
 )
-@click.option("--document", "input_type", flag_value="document", help="The texts are documents to be found.")
 @click.option(
-    "--truncate",
-    type=click.Choice(["error", "start", "end"]),
-    help="Where to cut a text that is too long. Default: error.",
+    "--metrics",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="A file for figures in Prometheus' text format, as of embedq run.",
 )
 @kafka_options
 def sink(
@@ -70,6 +69,7 @@ def sink(
     template: str | None,
     id_column: str | None,
     keep: tuple[str, ...],
+    metrics: Path | None,
     kafka: KafkaTarget,
     **job: Any,
 ) -> None:
@@ -87,6 +87,7 @@ def sink(
     from embedq_batch.following.feeds import DocumentFeed, ResultFeed
     from embedq_batch.following.follow import Following, FollowOptions
     from embedq_batch.running.embedding import Embedder
+    from embedq_batch.running.metrics import written
     from embedq_batch.running.progress import Progress, reported
     from embedq_batch.sinks.opening import opened_sink
     from embedq_sdk.client import EmbedClient
@@ -98,7 +99,7 @@ def sink(
 
     async def work(report: Callable[[str], None]) -> int:
         columns = Columns(text=text_column, template=template, id=id_column, keep=keep)
-        options = JobOptions(lane="bulk", **job)
+        options = JobOptions(lane="bulk", **job_arguments(job))
         store = await asyncio.to_thread(opened_sink, target)
         results = source == "results"
         feed: DocumentFeed | ResultFeed = ResultFeed(columns) if results else DocumentFeed(columns)
@@ -109,7 +110,7 @@ def sink(
         def waits(reason: str | None) -> None:
             progress.waiting = reason
 
-        async with client, reported(progress, report):
+        async with client, reported(progress, report), written(progress, store.name, metrics):
             await Following(
                 KafkaConnection.of(kafka.servers, kafka.security),
                 feed,

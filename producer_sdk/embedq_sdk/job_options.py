@@ -382,8 +382,13 @@ def checked_texts(texts: object, limit: int, name: str = "texts") -> tuple[list[
         raise _wrong(name, expected, texts)
     if not texts:
         raise InvalidArgument(argument=name, expected="at least one text", got="none")
-    if all(type(text) is str and text.isascii() and len(text) <= limit for text in texts):
-        return list(texts), [len(text) for text in texts]
+    if set(map(type, texts)) == {str}:
+        try:
+            sizes = [len(text) if text.isascii() else len(text.encode()) for text in texts]
+        except UnicodeEncodeError:
+            sizes = [limit + 1]  # which text it is, is said below
+        if max(sizes) <= limit:
+            return list(texts), sizes
     sizes = [text_size(text, f"{name}[{n}]", limit) for n, text in enumerate(texts)]
     return [plain(text) for text in texts], sizes
 

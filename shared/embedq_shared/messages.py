@@ -193,11 +193,16 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class Timings(msgspec.Struct, frozen=True):
-    """Seconds for each stage; null where it did not happen."""
+    """Seconds for each stage; null where it did not happen.
+
+    `compute` is that of whole micro-batches, which jobs share; `device` is the job's own part of it, by tokens, so those of all jobs
+    add up to what the device worked.
+    """
 
     queue: float | None = None
     tokenize: float | None = None
     compute: float | None = None
+    device: float | None = None
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True, tag_field="object", tag="list"):

@@ -183,7 +183,7 @@ def bad_inputs(topics: Topics, poison: str) -> list[Bad]:
     job("model empty", "unknown_model", "model", model="")
     job("model a number", "invalid_value", "model", model=7, answer={"model": None})
     job("model of 1 MB", "unknown_model", "model", model=CANARY * 100_000, answer={"model": None})
-    job("model_version unknown", "unknown_model_version", "model_version", model_version=CANARY, answer=_RAN)
+    job("model_version unknown", "unknown_model_version", "model_version", model="default", model_version=CANARY, answer=_RAN)
     job("model_version empty", "invalid_value", "model_version", model_version="")
     job("model_version of 257 characters", "invalid_value", "model_version", model_version="v" * 257)
     job("dimensions 0", "invalid_value", "dimensions", dimensions=0)

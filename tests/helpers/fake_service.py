@@ -117,7 +117,7 @@ class FakeService:
                 for datum in self.data(received, first + n, text, dimensions)
             ],
             usage=Usage(ran, ran),
-            timings=Timings(queue=0.001, compute=0.002),
+            timings=Timings(queue=0.001, compute=0.002, device=0.0005),
             metadata=job.metadata if bytes(job.metadata) else null(received.format),
         )
 

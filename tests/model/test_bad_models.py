@@ -172,7 +172,7 @@ def mutated(content: bytes, how: Any) -> bytes:
     return json.dumps(put(document, place, how[2])).encode()
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(mutation=mutations())
 @example(mutation=("config.json", ("nest", 100_000, 0)))
 @example(mutation=("tokenizer.json", ("nest", 100_000, 1)))

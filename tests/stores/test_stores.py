@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
+from datetime import UTC, date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +19,7 @@ from embedq_batch.errors import BadTarget
 from embedq_batch.sinks.opening import opened_sink
 from embedq_sdk import late
 from embedq_sdk.job_options import JobOptions
+from embedq_shared.vectors import quantize
 from tests.helpers.batch_runs import a_table, run
 from tests.helpers.fake_service import NEW, OLD, FakeService, expected
 
@@ -52,8 +55,10 @@ class Lance:
         return {row["id"]: np.asarray(row["vector"], np.float32) for row in rows if row["id"] in ids}
 
     def nearest(self, vector: npt.NDArray[np.float32], count: int) -> list[RowId]:
-        found = self._open().search(vector).distance_type("cosine").limit(count).to_list()
-        return [row["id"] for row in found]
+        return [row["id"] for row in self.rows_nearest(vector, "cosine", count)]
+
+    def rows_nearest(self, vector: npt.NDArray[Any], kind: str, count: int) -> list[dict[str, Any]]:
+        return list(self._open().search(vector).distance_type(kind).limit(count).to_list())
 
     def columns(self, id: str) -> dict[str, Any]:
         (row,) = [row for row in self._open().to_arrow().to_pylist() if row["id"] == id]
@@ -259,6 +264,32 @@ async def test_rows_that_postgresql_refuses_fail_alone(tmp_path: Path, postgres:
     assert (done.rows, done.failed, store.count()) == (COUNT - bad, bad, COUNT - bad)
 
 
+async def test_columns_of_every_kind_are_in_postgresql_as_they_were(tmp_path: Path, postgres: Any) -> None:
+    import psycopg
+
+    columns: dict[str, list[Any]] = {
+        "whole": [1, -(1 << 63)],
+        "few": [None, 7],
+        "real": [0.5, None],
+        "yes": [True, None],
+        "day": [date(2026, 1, 2), None],
+        "moment": [datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), None],
+        "price": [Decimal("1.25"), None],
+        "raw": [b"\0x", None],
+        "title": ["Käse", None],
+        "tags": [["a", "b"], None],
+    }
+    path = a_table(tmp_path / "in.parquet", TEXTS[:2], id=IDS[:2], **columns)
+    store = Postgres(postgres.get_uri())
+
+    done = await run(path, store.to, columns=Columns(id="id", keep=tuple(columns)), check=2)
+
+    assert (done.rows, done.failed) == (2, 0)
+    with psycopg.connect(postgres.get_uri()) as connection:
+        query = f"select {', '.join(columns)} from {store.to.rpartition('#')[2]} order by id"
+        assert connection.execute(query.encode()).fetchall() == list(zip(*columns.values(), strict=True))
+
+
 @pytest.mark.parametrize("dtype", ["float16", "binary"])
 async def test_postgresql_keeps_short_vectors_as_such(tmp_path: Path, postgres: Any, dtype: Any) -> None:
     path = a_table(tmp_path / "in.parquet", TEXTS[:50], id=IDS[:50])
@@ -270,6 +301,23 @@ async def test_postgresql_keeps_short_vectors_as_such(tmp_path: Path, postgres: 
 
     assert done.check is not None
     assert done.check.passed
+
+
+async def test_lancedb_keeps_bits_and_finds_the_nearest_by_their_hamming_distance(tmp_path: Path) -> None:
+    path = a_table(tmp_path / "in.parquet", TEXTS[:100], id=IDS[:100])
+    store = Lance(tmp_path / "lance")
+
+    done = await run(
+        path, store.to, columns=Columns(id="id"), job=JobOptions(lane="bulk", dtype="binary"), check=50
+    )
+
+    assert done.check is not None
+    assert done.check.passed
+    bits = [np.frombuffer(quantize(expected(text), "binary")[0], np.uint8) for text in TEXTS[:100]]
+    distances = [int(np.unpackbits(each ^ bits[7]).sum()) for each in bits]
+    found = store.rows_nearest(bits[7], "hamming", 10)
+    assert found[0]["id"] == "doc-7"
+    assert [row["_distance"] for row in found] == sorted(distances)[:10]
 
 
 def test_a_password_is_not_shown() -> None:

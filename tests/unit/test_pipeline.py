@@ -92,7 +92,7 @@ class Parts:
         flights = SingleFlight()
         self.models[alias] = model
         self.queues[alias] = TextQueue(flights, batcher, budget, self.metrics)
-        runner = BatchRunner(flights, self.device, budget, self.pipeline, self.metrics, tasks)
+        runner = BatchRunner(flights, self.device, budget, self.pipeline, self.metrics)
         self.loops.append(tasks.create_task(BatchLoop(batcher, runner.run, self.metrics, tasks).run()))
         return self.queues[alias]
 

@@ -84,6 +84,7 @@ class BatchLoop(Generic[ItemT]):
             self._prefetch.begin(long=long)
             self._batcher.note_idle(False)
             self._tasks.create_task(self._run(batch, long), name="micro_batch")
+            await asyncio.sleep(0)  # it is on its way to the device before anything is counted
             self._observe(batch)
 
     async def _run(self, batch: Sequence[ItemT], long: bool) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +17,7 @@ from embedq_consumer.batching.single_flight import JobInput, QueuedText, Settled
 from embedq_consumer.batching.token_budget import TokenBudget
 from embedq_consumer.batching.windows import Vectors
 from embedq_consumer.engine import DeviceLost, Encoder, OutOfMemory, Tokens
+from embedq_consumer.intake.jobs import JobState
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.topics import Lane
 
@@ -31,8 +32,8 @@ AssembledText = tuple[QueuedText, Vectors, list[JobInput]]
 class Device(Protocol):
     """What computes."""
 
-    async def encode(self, encoder: Encoder, batch: Sequence[Tokens]) -> tuple[Vectors, float]:
-        """Vectors of one micro-batch, float32 (rows, hidden_size), and the seconds that they took.
+    def encode(self, encoder: Encoder, batch: Sequence[Tokens]) -> Awaitable[tuple[Vectors, float]]:
+        """Submit one micro-batch, at once. Its vectors, float32 (rows, hidden_size), and the seconds that they took.
 
         Raises:
             OutOfMemory: a smaller micro-batch may fit.
@@ -75,14 +76,12 @@ class BatchRunner:
         budget: TokenBudget,
         results: Results,
         metrics: Metrics,
-        tasks: asyncio.TaskGroup,
     ) -> None:
         self._flights = flights
         self._device = device
         self._budget = budget
         self._results = results
         self._metrics = metrics
-        self._tasks = tasks
 
     async def run(self, batch: Sequence[QueuedText]) -> None:
         """Compute one micro-batch and hand on its results; done when the device is done with it."""
@@ -94,10 +93,7 @@ class BatchRunner:
                 live.append(text)
                 waiters += waiting
         if live:
-            computing = self._tasks.create_task(self._compute(live), name="compute")
-            await asyncio.sleep(0)  # the micro-batch is on its way to the device before anything is counted
-            self._note_queue(waiters, now)
-            await computing
+            await self._compute(live, partial(self._note_queue, waiters, now))
 
     def _waiters(self, text: QueuedText, now_ms: float) -> list[JobInput]:
         """Who still waits for this text, after those whose deadline has passed are settled."""
@@ -116,12 +112,14 @@ class BatchRunner:
         for lane, seconds in waited.items():
             self._metrics.queue.observe(lane, seconds)
 
-    async def _compute(self, batch: Sequence[QueuedText]) -> None:
-        """Run it; if it fails, in halves, until the text that fails is alone."""
+    async def _compute(
+        self, batch: Sequence[QueuedText], meanwhile: Callable[[], None] = lambda: None
+    ) -> None:
+        """Run it; if it fails, in halves, until the text that fails is alone. `meanwhile` is called while it runs."""
         try:
-            vectors, seconds = await self._device.encode(
-                batch[0].identity.encoder, [text.tokens for text in batch]
-            )
+            computing = self._device.encode(batch[0].identity.encoder, [text.tokens for text in batch])
+            meanwhile()
+            vectors, seconds = await computing
         except DeviceLost:
             raise
         except Exception as error:  # noqa: BLE001
@@ -162,9 +160,16 @@ class BatchRunner:
         await self._compute(batch[middle:])
 
     def _note_compute(self, batch: Sequence[QueuedText], seconds: float) -> None:
-        """A job's compute time is that of all micro-batches in which it had a text, each counted once."""
-        waiting = [job for text in batch for job, _ in self._flights.waiters(text.identity)]
-        for job in {id(job): job for job in waiting}.values():
+        """A job's compute time is that of all micro-batches in which it had a text, each counted once; its device time is its part
+        of each, by tokens. Those who wait for one text pay for it together."""
+        a_token = seconds / max(1, sum(text.cost for text in batch))
+        jobs: dict[int, JobState] = {}
+        for text in batch:
+            waiters = self._flights.waiters(text.identity)
+            for job, _ in waiters:
+                jobs[id(job)] = job
+                job.device_s = (job.device_s or 0.0) + a_token * text.cost / len(waiters)
+        for job in jobs.values():
             job.compute_s = (job.compute_s or 0.0) + seconds
 
     def _hand_on(self, batch: Sequence[QueuedText], vectors: Vectors) -> None:

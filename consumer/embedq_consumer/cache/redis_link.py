@@ -41,6 +41,8 @@ _FAILURES: Final = (RedisError, OSError, EOFError, ValueError)
 """What Redis, its client or anything else that listens on that port can do to a round trip. ValueError and EOFError
 come from the client when the peer does not speak the protocol; TimeoutError is an OSError."""
 _READ_BYTES: Final = 1 << 18
+_TURNS: Final = 16
+"""Of the event loop, in which an answer has to come and to be read: a megabyte takes eight."""
 
 
 class RedisOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -339,23 +341,24 @@ def _tls_error(error: BaseException) -> ssl.SSLError | None:
 
 
 class _Deadline:
-    """`asyncio.timeout`, but Redis is not charged for the event loop's own stalls.
+    """`asyncio.timeout`, but Redis is not charged for the event loop's own work.
 
-    A loop that was held up finds the reply and the deadline due in the same turn, and plain `timeout` lets the deadline
-    win. Here a deadline that fires late is put off once more, by as much as it was late. Before `begin` the time counts from
-    Redis's last answer to anybody.
+    Under a backlog a turn of the loop takes some 20 ms, and a long answer is read in several of them: the time passes in
+    `_TURNS` parts, of which each takes one turn at least. Before `begin` it counts from Redis's last answer to anybody.
     """
 
     def __init__(self, seconds: float, answered_at: Callable[[], float]) -> None:
         self._seconds = seconds
         self._answered_at = answered_at
+        self._part = seconds / _TURNS
+        self._left = seconds
         self._waits = True
         self._timeout = asyncio.timeout(None)
 
     async def __aenter__(self) -> Self:
         await self._timeout.__aenter__()
         self._loop = asyncio.get_running_loop()
-        self._timer = self._loop.call_later(self._seconds, self._due)
+        self._timer = self._loop.call_later(self._part, self._passed)
         return self
 
     async def __aexit__(
@@ -367,19 +370,20 @@ class _Deadline:
     def begin(self) -> None:
         """A connection is free. The whole time counts from now on, unless Redis answered nobody meanwhile."""
         self._waits = False
-        if (now := self._loop.time()) - self._answered_at() < self._seconds:
-            self._timer.cancel()
-            self._timer = self._loop.call_at(now + self._seconds, self._due)
+        if self._loop.time() - self._answered_at() < self._seconds:
+            self._left = self._seconds
 
     def extend(self, seconds: float) -> None:
         """Allow this much more time."""
-        when = self._timer.when() + seconds
-        self._timer.cancel()
-        self._timer = self._loop.call_at(when, self._due)
+        self._left += seconds
 
-    def _due(self) -> None:
+    def _passed(self) -> None:
+        """One part of the time."""
         now = self._loop.time()
-        if self._waits and (until := self._answered_at() + self._seconds) > now:
-            self._timer = self._loop.call_at(until, self._due)
-            return
-        self._timeout.reschedule(now + min(now - self._timer.when(), self._seconds))
+        self._left -= self._part
+        if self._waits:
+            self._left = max(self._left, self._answered_at() + self._seconds - now)
+        if self._left > self._part / 2:
+            self._timer = self._loop.call_at(now + self._part, self._passed)
+        else:  # what came in this turn is read before
+            self._timeout.reschedule(now)

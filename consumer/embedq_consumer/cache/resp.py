@@ -50,6 +50,9 @@ class ReplyReader:
         self._at = 0
         self._list: list[bytes | None] | None = None
         self._missing = 0
+        self._head = b""
+        """What the last value began with: those of a list are mostly of one length, which need not be read each time."""
+        self._length = 0
         self._size = 0
         """Bytes of the list so far."""
 
@@ -76,11 +79,13 @@ class ReplyReader:
             self._list, self._missing, self._size = [], first.length, 0
         while self._missing:
             before = self._at
-            item = self._item()
-            if item is INCOMPLETE:
-                return INCOMPLETE
-            if item is not None and not isinstance(item, bytes):
-                raise BadReply("a list of something else than values")
+            item = self._like_the_last()
+            if item is None:
+                item = self._item()
+                if item is INCOMPLETE:
+                    return INCOMPLETE
+                if item is not None and not isinstance(item, bytes):
+                    raise BadReply("a list of something else than values")
             self._list.append(item)
             self._missing -= 1
             self._size += self._at - before
@@ -88,6 +93,17 @@ class ReplyReader:
                 raise BadReply("a list that is too long")
         found, self._list = self._list, None
         return found
+
+    def _like_the_last(self) -> bytes | None:
+        """The next item, if it is all there, and a value as long as the last one."""
+        if not self._head or not self._fed.startswith(self._head, self._at):
+            return None
+        start = self._at + len(self._head)
+        end = start + self._length
+        if self._fed[end : end + 2] != b"\r\n":
+            return None
+        self._at = end + 2
+        return self._fed[start:end]
 
     def _item(self) -> Any:
         end = self._fed.find(b"\r\n", self._at, self._at + _LINE_BYTES)
@@ -124,6 +140,7 @@ class ReplyReader:
             return INCOMPLETE
         if self._fed[end : end + 2] != b"\r\n":
             raise BadReply("a value without its end")
+        self._head, self._length = self._fed[self._at : start], length
         self._at = end + 2
         return self._fed[start:end]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from typing import Final, Protocol, TypeVar, TypeVarTuple
@@ -369,15 +369,15 @@ class Deliverer:
                 self._metrics.retries.labels(reply.retry.tier, reply.retry.reason).inc()
         self._finish(*[reply.record for reply in replies])
 
-    def _count_inputs(self, jobs: Iterable[JobState]) -> None:
-        vectors: Counter[Lane] = Counter()
-        cut = 0
+    def _count_inputs(self, jobs: Sequence[JobState]) -> None:
+        """Of jobs of one lane."""
+        vectors = cut = 0
         for job in jobs:
             for outcome in job.outcomes:
-                vectors[job.record.lane] += not isinstance(outcome, ErrorBody)
-                cut += isinstance(outcome, InputVector) and outcome.truncated is not None
-        for lane, count in vectors.items():
-            self._metrics.inputs.labels(lane).inc(count)
+                if not isinstance(outcome, ErrorBody):
+                    vectors += 1
+                    cut += isinstance(outcome, InputVector) and outcome.truncated is not None
+        self._metrics.inputs.labels(jobs[0].record.lane).inc(vectors)
         self._metrics.truncated.inc(cut)
 
 

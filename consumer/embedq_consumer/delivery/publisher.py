@@ -11,7 +11,6 @@ import asyncio
 import sys
 import time
 from collections.abc import Callable, Collection, Coroutine, Sequence
-from functools import partial
 from itertools import count
 from typing import Any, Final
 
@@ -55,6 +54,7 @@ class _Pump:
         self._spawn = spawn
         self._fail = fail
         self._looking: set[Place] = set()
+        self._sent: dict[asyncio.Future[Any], list[tuple[Destination, Parcel]]] = {}
         self.answers: list[Answer] = []
         self.woken = asyncio.Event()
         self.closed = False
@@ -88,12 +88,15 @@ class _Pump:
             except KafkaError as error:
                 sending = _failed(error)
             destination.opened(parcel, sending, now)
-            sending.add_done_callback(partial(self._note, destination, parcel))
+            if (together := self._sent.get(sending)) is None:  # records of a batch have one answer
+                together = self._sent[sending] = []
+                sending.add_done_callback(self._note)
+            together.append((destination, parcel))
             sent += 1
         return sent
 
-    def _note(self, destination: Destination, parcel: Parcel, sending: asyncio.Future[Any]) -> None:
-        self.answers.append((destination, parcel, sending))
+    def _note(self, sending: asyncio.Future[Any]) -> None:
+        self.answers += [(destination, parcel, sending) for destination, parcel in self._sent.pop(sending)]
         self.woken.set()
         if self.closed and not sending.cancelled():
             sending.exception()  # nobody will look at it again, of which asyncio would complain

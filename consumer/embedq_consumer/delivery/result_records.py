@@ -164,7 +164,7 @@ class ResultEncoder:
                 dtype=request.dtype,
                 data=part,
                 usage=_usage(job),
-                timings=Timings(job.queue_s, job.tokenize_s, job.compute_s),
+                timings=Timings(job.queue_s, job.tokenize_s, job.compute_s, job.device_s),
                 metadata=request.metadata,
                 part=number,
                 parts=len(parts),
@@ -234,6 +234,8 @@ class ResultEncoder:
         A job that was run again and still fails by such an error is for a person to look at: its answer goes out, and a copy
         to the dead letters.
         """
+        if not reply.errors:
+            return reply
         error = next((one for one in reply.errors if one.code in HEALS), None)
         record, now_ms = reply.record, time.time() * 1000
         if error is None or reply.status != "error" or reply.retry is not None or record.value is None:

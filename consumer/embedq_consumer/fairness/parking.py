@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterable, Sequence
-from itertools import groupby
+from itertools import groupby, islice
 from operator import attrgetter
 from typing import Final, Generic, Protocol, TypeVar
 
@@ -254,22 +254,23 @@ class _Partitions:
         self._forget_committed(place.partition, state)
         return len(state.started) - bisect_right(state.started, place.offset) >= self._half
 
-    def room(self, partition: TopicPartition, waiting: Iterable[int], *, ordered: bool) -> int:
-        """How many of `waiting`, the offsets of one client's records that wait, may start."""
+    def room(self, partition: TopicPartition, waiting: Iterable[int], most: int, *, ordered: bool) -> int:
+        """How many of `waiting`, the offsets of one client's records that wait, may start. More than `most` are of no use, and not
+        looked at: thousands may wait."""
         if self.withheld and partition in self.withheld:
             return 0
         state = self._known[partition]
         if len(state.started) >= self._half:
             self._forget_committed(partition, state)
         started = len(state.started)
-        if ordered:
-            return min(self._first_ones(partition, state, waiting), self._most - started)
-        if started < self._half:
+        if not ordered and started < self._half:
             return self._half - started
         if started >= self._most:
             return 0
-        if first_ones := self._first_ones(partition, state, waiting):
-            return min(first_ones, self._most - started)
+        looked_at = islice(waiting, min(most, self._most - started))
+        first_ones = self._first_ones(partition, state, looked_at)
+        if first_ones or ordered:
+            return first_ones
         behind = started - bisect_left(state.started, state.order[0])
         return min(self._half - behind, self._most - started)
 
@@ -504,7 +505,8 @@ class _Client(Generic[RecordT]):
         """Remove and return the first records of one partition that may start: up to `most`, and of no more than `size` bytes
         but for the last of them. The partition's next turn comes after those of the others."""
         for partition, waiting in self.waiting.items():
-            room = partitions.room(partition, (record.ticket.offset for record in waiting), ordered=ordered)
+            offsets = (record.ticket.offset for record in waiting)
+            room = partitions.room(partition, offsets, most, ordered=ordered)
             if room > 0:
                 break
         else:

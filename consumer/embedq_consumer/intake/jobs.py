@@ -96,6 +96,7 @@ class JobState:
         "alias",
         "compute_s",
         "copies",
+        "device_s",
         "distinct",
         "encoder",
         "headers",
@@ -140,6 +141,7 @@ class JobState:
         self.queue_s: float | None = None
         self.tokenize_s: float | None = None
         self.compute_s: float | None = None
+        self.device_s: float | None = None
 
     @property
     def client(self) -> bytes:
@@ -174,6 +176,8 @@ class JobState:
     def failure(self) -> ErrorBody | None:
         """Why the job as a whole failed; None if any input has a vector, or if a list names its errors one by one."""
         errors = [outcome for outcome in self.outcomes if isinstance(outcome, ErrorBody)]
+        if not errors:
+            return None
         if over := next((error for error in errors if error.code == "too_many_inputs"), None):
             return over  # which inputs came first is chance: the whole job fails, the same way each time
         if len(errors) < len(self.outcomes):

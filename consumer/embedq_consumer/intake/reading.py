@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 from embedq_consumer.group import OffsetLedger, Ownership
@@ -23,12 +24,14 @@ class Changes:
 
     def __init__(self) -> None:
         self._waiting: dict[asyncio.Future[None], Callable[[], bool]] = {}
+        self._ending: tuple[asyncio.Timeout, Callable[[], bool]] | None = None
 
     def notify(self) -> None:
         """Something has changed."""
         for future, is_true in self._waiting.items():
             if not future.done() and is_true():
                 future.set_result(None)
+        self._end_if_due()
 
     async def until(self, is_true: Callable[[], bool]) -> None:
         """Return once the condition holds."""
@@ -39,6 +42,21 @@ class Changes:
                 await future
             finally:
                 del self._waiting[future]
+
+    @contextmanager
+    def ending(self, limit: asyncio.Timeout, is_true: Callable[[], bool]) -> Iterator[None]:
+        """End `limit` once the condition holds. One at a time: a task less for each poll than `until` would take."""
+        self._ending = limit, is_true
+        self._end_if_due()
+        try:
+            yield
+        finally:
+            self._ending = None
+
+    def _end_if_due(self) -> None:
+        if self._ending is not None and self._ending[1]():
+            (limit, _), self._ending = self._ending, None
+            limit.reschedule(asyncio.get_running_loop().time())
 
 
 class Reading:
@@ -101,18 +119,15 @@ class Reading:
         self, partitions: Sequence[TopicPartition], *, limit: int, timeout_ms: int
     ) -> PolledRecords:
         """One poll. An interruption ends it early: nothing is lost, since records leave the client only when it returns."""
-        poll = asyncio.ensure_future(
-            self._consumer.getmany(*partitions, timeout_ms=timeout_ms, max_records=limit)
-        )
-        interrupted = asyncio.ensure_future(self._changes.until(self._interrupted))
+        end = asyncio.timeout(None)
         try:
-            await asyncio.wait({poll, interrupted}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            interrupted.cancel()
-            if not poll.done():
-                poll.cancel()
-        await asyncio.wait({poll})
-        return {} if poll.cancelled() else poll.result()
+            async with end:
+                with self._changes.ending(end, self._interrupted):
+                    return await self._consumer.getmany(*partitions, timeout_ms=timeout_ms, max_records=limit)
+        except TimeoutError:
+            if not end.expired():
+                raise
+            return {}
 
     async def rest(self) -> None:
         """Nothing may give records: wait until something may, or for the usual length of a poll."""

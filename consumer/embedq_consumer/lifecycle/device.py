@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -46,15 +46,18 @@ class Device:
         """Held by the alias that changes its model: one at a time, since each counts with the memory that is free, and holds
         all jobs for its swap."""
 
-    async def encode(self, encoder: Encoder, batch: Sequence[Tokens]) -> Computed:
-        """Vectors of one micro-batch, float32 (rows, hidden_size), and the seconds that they took.
-
-        A micro-batch that was submitted while another ran took as long as it ran alone.
+    def encode(self, encoder: Encoder, batch: Sequence[Tokens]) -> Coroutine[Any, Any, Computed]:
+        """Give one micro-batch to the compute thread, at once. Its vectors, float32 (rows, hidden_size), and the seconds that they
+        took; one that was submitted while another ran took as long as it ran alone.
         """
+        submitted = self._compute.submit(self._submit, encoder, batch)
         self._running += 1
         self._idle.clear()
+        return self._computed(submitted)
+
+    async def _computed(self, submitted: Future[Computed | Future[Computed]]) -> Computed:
         try:
-            found = await asyncio.wrap_future(self._compute.submit(self._submit, encoder, batch))
+            found = await asyncio.wrap_future(submitted)
             return await asyncio.wrap_future(found) if isinstance(found, Future) else found
         finally:
             self._running -= 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, Final, Protocol, TypeVar
@@ -186,15 +186,18 @@ class ModelSlot:
         finally:
             threads.shutdown(wait=False)
 
-    async def encode(self, encoder: Encoder, batch: Sequence[Tokens]) -> Computed:
-        """Vectors of one micro-batch, float32 (rows, hidden_size), and the seconds that they took.
-
-        A micro-batch that was submitted while another ran took as long as it ran alone.
+    def encode(self, encoder: Encoder, batch: Sequence[Tokens]) -> Coroutine[Any, Any, Computed]:
+        """Give one micro-batch to the compute thread, at once. Its vectors, float32 (rows, hidden_size), and the seconds that they
+        took; one that was submitted while another ran took as long as it ran alone.
         """
+        computing = self.device.encode(encoder, batch)
         self._running += 1
         self.busy_since = self.busy_since or time.monotonic()
+        return self._computed(computing)
+
+    async def _computed(self, computing: Coroutine[Any, Any, Computed]) -> Computed:
         try:
-            return await self.device.encode(encoder, batch)
+            return await computing
         finally:
             self._running -= 1
             self.busy_since = time.monotonic() if self._running else None

@@ -170,7 +170,7 @@ class ServedModel:
 
     async def run_batches(self, results: Results, tasks: asyncio.TaskGroup) -> None:
         """Take micro-batches from the queue in order, compute them and hand on their results, until cancelled."""
-        runner = BatchRunner(self._flights, self.slot, self._budget, results, self._metrics, tasks)
+        runner = BatchRunner(self._flights, self.slot, self._budget, results, self._metrics)
         await BatchLoop(self._batcher, runner.run, self._metrics, tasks).run()
 
     async def follow(self, commands: Commands, hold: Hold, turn: Turn = everybodys_turn) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, TypeGuard, TypeVar
 
 import msgspec
 import numpy as np
@@ -16,12 +16,24 @@ _T = TypeVar("_T")
 RowId = str | int
 
 BATCH_ROWS: Final = 1024
-"""Rows that a source gives at once: enough for 16 jobs, and 64 MB at the longest texts that are usual."""
+"""Rows that a source gives at once at most: enough for 16 jobs."""
+BATCH_BYTES: Final = 32 << 20
+"""Of what is read at once, about: a thousand books would be a gigabyte."""
 
 HASH_BYTES: Final = 16
 """Of a row's content. Two contents of one row that differ have the same with a chance of 2⁻¹²⁸."""
 
 VectorType = Literal["float32", "float16", "int8", "binary"]
+
+
+def are_texts(values: Sequence[str | Problem]) -> TypeGuard[list[str]]:
+    """Whether none of them is a problem, which is the usual case."""
+    return Problem not in set(map(type, values))
+
+
+def rows_at_once(rows: int, size: int) -> int:
+    """How many rows are read at once, where so many have this many bytes."""
+    return max(1, min(BATCH_ROWS, BATCH_BYTES * rows // max(1, size)))
 
 
 def quoted(value: RowId) -> str:

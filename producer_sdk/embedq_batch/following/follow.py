@@ -166,6 +166,7 @@ class Following:
                 answered = await embedder.embed(batch)
             self._progress.tokens += answered.tokens
             self._progress.cached += answered.cached
+            self._progress.device_s += answered.device_s
             found.extend(group.vectors for group in answered.groups)
             for n, problem in answered.problems.items():
                 await self._refused(taken.origins[batch.ids[n]], problem)

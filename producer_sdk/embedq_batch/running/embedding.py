@@ -11,7 +11,16 @@ import msgspec
 import numpy as np
 import pyarrow as pa
 
-from embedq_batch.content.rows import Problem, RowBatch, RowId, VectorBatch, VectorType, picked, taken
+from embedq_batch.content.rows import (
+    Problem,
+    RowBatch,
+    RowId,
+    VectorBatch,
+    VectorType,
+    are_texts,
+    picked,
+    taken,
+)
 from embedq_sdk.embeddings import FinishedJob, ReadDatum, ReadResult
 from embedq_sdk.errors import (
     ClientClosed,
@@ -69,6 +78,8 @@ class Answered(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     tokens: int
     cached: int
     """Rows that the service did not compute."""
+    device_s: float = 0.0
+    """Seconds of the service's device that these rows took; 0 also where it does not say."""
 
 
 class Embedder:
@@ -93,8 +104,10 @@ class Embedder:
             UnknownModel, KafkaRefused, InvalidArgument and others: no row will ever be embedded.
         """
         found = _Found(batch, self._options.dtype or "float32", spans=self._options.late)
-        texts = [n for n, text in enumerate(batch.texts) if isinstance(text, str)]
-        waiting = deque([_Waiting(range(len(batch)) if len(texts) == len(batch) else texts)])
+        rows: Sequence[int] = range(len(batch))
+        if found.problems:
+            rows = [n for n in rows if n not in found.problems]
+        waiting = deque([_Waiting(rows)])
         while waiting:
             some = waiting.popleft()
             if not some.rows:
@@ -178,9 +191,10 @@ class _Found:
         self._groups: list[Group] = []
         self._tokens = 0
         self._cached = 0
-        self.problems: dict[int, Problem] = {
-            n: text for n, text in enumerate(batch.texts) if isinstance(text, Problem)
-        }
+        self._device_s = 0.0
+        self.problems: dict[int, Problem] = {}
+        if not are_texts(batch.texts):
+            self.problems = {n: text for n, text in enumerate(batch.texts) if isinstance(text, Problem)}
 
     def take(self, rows: Sequence[int], parts: list[ReadResult]) -> dict[int, Problem]:
         """Take a job's result; the rows whose errors may heal, each with its error."""
@@ -204,6 +218,7 @@ class _Found:
         usage = parts[0].usage
         self._tokens += sum([datum.tokens or 0 for datum in data]) if usage is None else usage.total_tokens
         self._cached += self._rows_from_the_cache(data)
+        self._device_s += _seconds(parts[0].timings.device)
         if data:
             vectors = self._vectors(chosen, counts, data, parts[0].model_version)
             self._groups.append(Group(rows=chosen, counts=counts, vectors=vectors))
@@ -241,7 +256,18 @@ class _Found:
 
     def answered(self) -> Answered:
         """All of it."""
-        return Answered(groups=self._groups, problems=self.problems, tokens=self._tokens, cached=self._cached)
+        return Answered(
+            groups=self._groups,
+            problems=self.problems,
+            tokens=self._tokens,
+            cached=self._cached,
+            device_s=self._device_s,
+        )
+
+
+def _seconds(said: float | None) -> float:
+    """What a service says of its time. Nobody has checked that it is a time."""
+    return said if said is not None and 0 <= said < ASKED_AGAIN_S else 0.0
 
 
 def span_id(id: RowId, number: int) -> str:

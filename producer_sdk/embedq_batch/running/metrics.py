@@ -47,6 +47,11 @@ class RunMetrics(Collector):
         for name, what, count in (
             ("embedq_run_tokens", "Tokens of the rows that were answered.", progress.tokens),
             ("embedq_run_cached_rows", "Rows that the service answered from its cache.", progress.cached),
+            (
+                "embedq_run_device_seconds",
+                "Seconds of the service's device that the rows took, as far as it says.",
+                progress.device_s,
+            ),
         ):
             counter = CounterMetricFamily(name, what, labels=labels)
             counter.add_metric([self._target], count)

@@ -28,6 +28,8 @@ class Progress:
         self.deleted = 0
         self.tokens = 0
         self.cached = 0
+        self.device_s = 0.0
+        """Seconds of the service's device, that of a GPU where it has one, as far as it says."""
         self.waiting: str | None = None
         """Why nothing comes."""
         self.round = "rows"
@@ -61,6 +63,8 @@ class Progress:
         parts.append(f"{self.tokens / spent:,.0f} tokens/s")
         if self.embedded:
             parts.append(f"{self.cached / self.embedded:.0%} from the cache")
+        if self.device_s:
+            parts.append(f"{self.device_s:,.1f} s of the device")
         if self.failed:
             parts.append(f"{self.failed:,} failed")
         left = self.seconds_left(now)

@@ -9,7 +9,7 @@ from typing import Final
 import msgspec
 
 from embedq_batch.content.columns import text_bytes
-from embedq_batch.content.rows import Problem, RowBatch, RowId, picked
+from embedq_batch.content.rows import Problem, RowBatch, RowId, are_texts, picked
 from embedq_batch.manifest.plan import GONE, Planned, Wanted, planned
 from embedq_batch.manifest.store import Manifest
 from embedq_batch.running.embedding import Answered, Embedder
@@ -168,8 +168,9 @@ def job_rows(batch: RowBatch, rows: Sequence[int], most: int) -> Iterator[Sequen
     """Rows cut into jobs: so many, and so many bytes, or one text."""
     for start in range(0, len(rows), most):
         some = rows[start : start + most]
-        characters = sum([len(text) for text in picked(batch.texts, some) if isinstance(text, str)])
-        if characters * _MOST_BYTES <= _JOB_BYTES:
+        given = picked(batch.texts, some)
+        texts = given if are_texts(given) else [text for text in given if isinstance(text, str)]
+        if sum(map(len, texts)) * _MOST_BYTES <= _JOB_BYTES:
             yield some
         else:
             yield from _by_bytes(batch, some)

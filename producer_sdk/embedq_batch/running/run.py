@@ -63,6 +63,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     deleted: int
     tokens: int
     cached: int
+    device_s: float
+    """Seconds of the service's device, that of a GPU where it has one; 0 where it does not say."""
     seconds: float
     model_version: str
     manifest: Path
@@ -265,6 +267,7 @@ class _Run:
             deleted=progress.deleted,
             tokens=progress.tokens,
             cached=progress.cached,
+            device_s=progress.device_s,
             seconds=time.monotonic() - progress.started,
             model_version=version,
             manifest=self._manifest.path,

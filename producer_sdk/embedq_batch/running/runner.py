@@ -158,6 +158,7 @@ class Pass:
         """Take an answer: vectors wait to be written, failures to be written down."""
         self._progress.tokens += answered.tokens
         self._progress.cached += answered.cached
+        self._progress.device_s += answered.device_s
         for group in answered.groups:
             match self._versions.saw(group.vectors.model_version):
                 case "restart":

@@ -22,9 +22,9 @@ _MERGED_BYTES: Final = 64 << 20
 
 
 class LanceSink:
-    """A table of a LanceDB database: a folder, or an address that LanceDB knows (s3://…)."""
+    """A table of a LanceDB database: a folder, or an address that LanceDB knows (s3://…). Packed bits are searched by Hamming distance."""
 
-    dtypes = frozenset[VectorType]({"float32", "float16"})
+    dtypes = frozenset[VectorType]({"float32", "float16", "binary"})
 
     def __init__(self, place: str, table: str) -> None:
         self._place = place
@@ -81,8 +81,8 @@ class LanceSink:
         if not self._waiting:
             return 0
         rows = pa.Table.from_batches(self._waiting)
-        last = {id: n for n, id in enumerate(rows.column("id").to_pylist())}
-        if len(last) < rows.num_rows:
+        if len(rows.column("id").unique()) < rows.num_rows:
+            last = {id: n for n, id in enumerate(rows.column("id").to_pylist())}
             rows = rows.take(pa.array(sorted(last.values()), pa.int64()))
         try:
             self._table.merge_insert("id").when_matched_update_all().when_not_matched_insert_all().execute(

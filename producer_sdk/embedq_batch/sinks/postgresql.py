@@ -14,12 +14,11 @@ import pgvector.psycopg
 import psycopg
 import pyarrow as pa
 from psycopg import sql
-from psycopg.abc import Buffer
-from psycopg.adapt import Dumper
+from psycopg.adapt import PyFormat, Transformer
 from psycopg.pq import Format
-from psycopg.types import TypeInfo
 from psycopg.types.json import Jsonb
 
+from embedq_batch.clients import postgresql as binary
 from embedq_batch.content.addresses import without_password
 from embedq_batch.content.rows import RowId, Shape, VectorBatch, VectorType
 from embedq_batch.errors import BadTarget, RowsRefused, TargetAway
@@ -108,25 +107,28 @@ class PostgresSink:
                 reason=f"expected vectors of {self._shape.width}, got {batch.vectors.shape[1]} from another model",
             )
         try:
+            rows = binary.copied(_fields(self._connected(), batch, self._columns))
             if self._empty:
                 try:
-                    self._copy(batch, self._shape)
+                    self._copy(rows)
                     return 0
                 except psycopg.errors.UniqueViolation:
                     self._empty = False  # a row comes once more: under a new model, or after a kill
-            self._upsert(batch, self._shape)
+            self._upsert(rows)
         except psycopg.OperationalError as error:
             raise self._away(error) from None
         except psycopg.Error as error:
             raise RowsRefused(target=self.name, reason=said(error)) from None
+        except (UnicodeEncodeError, OverflowError) as error:  # another encoding than UTF-8; more than 63 bits
+            raise RowsRefused(target=self.name, reason=str(error)) from None
         return 0
 
-    def _copy(self, batch: VectorBatch, shape: Shape) -> None:
+    def _copy(self, rows: bytes) -> None:
         connection = self._connected()
         with connection.transaction():
-            self._copy_into(connection, self._table, batch, shape)
+            self._copy_into(connection, self._table, rows)
 
-    def _upsert(self, batch: VectorBatch, shape: Shape) -> None:
+    def _upsert(self, given: bytes) -> None:
         rows = sql.Identifier("embedq_rows")
         names = sql.SQL(", ").join(sql.Identifier(name) for name, _ in self._columns)
         new = sql.SQL(", ").join(
@@ -139,25 +141,18 @@ class PostgresSink:
             connection.execute(
                 sql.SQL("create temp table {} (like {}) on commit drop").format(rows, self._table)
             )
-            self._copy_into(connection, rows, batch, shape)
+            self._copy_into(connection, rows, given)
             connection.execute(
                 sql.SQL(
                     "insert into {0} ({1}) select {1} from {2} on conflict (id) do update set {3}"
                 ).format(self._table, names, rows, new)
             )
 
-    def _copy_into(
-        self, connection: psycopg.Connection[Any], table: sql.Identifier, batch: VectorBatch, shape: Shape
-    ) -> None:
-        """Copy rows in PostgreSQL's own binary format."""
+    def _copy_into(self, connection: psycopg.Connection[Any], table: sql.Identifier, rows: bytes) -> None:
         names = sql.SQL(", ").join(sql.Identifier(name) for name, _ in self._columns)
         into = sql.SQL("copy {} ({}) from stdin (format binary)").format(table, names)
         with connection.cursor() as cursor, cursor.copy(into) as copy:
-            copy.set_types(
-                [VECTOR[shape.dtype] if name == "vector" else kind for name, kind in self._columns]
-            )
-            for row in _rows(batch, shape):
-                copy.write_row(row)
+            copy.write(rows)
 
     def flush(self) -> int:
         return 0
@@ -227,8 +222,6 @@ class PostgresSink:
             self._connection = psycopg.connect(self._address, autocommit=True, connect_timeout=_CONNECT_S)
             self._connection.execute("create extension if not exists vector")
             pgvector.psycopg.register_vector(self._connection)
-            for kind in VECTOR.values():
-                _send_as_it_is(self._connection, kind)
         return self._connection
 
     def _away(self, error: psycopg.Error) -> TargetAway:
@@ -322,65 +315,54 @@ def _type(kind: pa.DataType) -> str:
     return "jsonb"
 
 
-def _rows(batch: VectorBatch, shape: Shape) -> Iterator[tuple[Any, ...]]:
-    """The values of each row, in the order of `_columns`."""
-    columns: list[Sequence[Any]] = [batch.ids]
+def _fields(
+    connection: psycopg.Connection[Any], batch: VectorBatch, columns: Sequence[tuple[str, str]]
+) -> list[binary.Fixed | binary.Values]:
+    """The columns of a table, as they are copied.
+
+    Raises:
+        psycopg.Error, UnicodeEncodeError, OverflowError: the table cannot hold a value.
+    """
+    ours: dict[str, Any] = {"id": batch.ids, "tokens": batch.tokens}
     if batch.rows is not None and batch.spans is not None:
-        columns += [batch.rows, batch.spans[:, 0].tolist(), batch.spans[:, 1].tolist()]
-    columns += [_vectors(batch), [batch.model_version] * len(batch), batch.tokens.tolist()]
-    if batch.kept is not None:
-        for field, column in zip(batch.kept.schema, batch.kept.columns, strict=True):
-            values = column.to_pylist()
-            if _type(field.type) == "jsonb":
-                values = [None if value is None else Jsonb(value, dumps=_json) for value in values]
-            columns.append(values)
-    yield from zip(*columns, strict=True)
+        ours |= {"row": batch.rows, "start": batch.spans[:, 0], "end": batch.spans[:, 1]}
+    found: list[binary.Fixed | binary.Values] = []
+    for name, kind in columns:
+        if name == "vector":
+            found.append(binary.vectors(batch.vectors))
+        elif name == "model_version":
+            [version] = values_in_binary(connection, kind, [batch.model_version])
+            found.append(binary.same(bytes(version or b""), len(batch)))
+        elif name in ours:
+            values = ours[name]
+            found.append(
+                binary.integers(values) if kind == "bigint" else values_in_binary(connection, kind, values)
+            )
+        elif batch.kept is not None:
+            found.append(_kept(connection, kind, batch.kept.column(name)))
+    return found
+
+
+def _kept(connection: psycopg.Connection[Any], kind: str, column: pa.Array) -> binary.Fixed | binary.Values:
+    """A column that goes along."""
+    if kind == "bigint" and not column.null_count and pa.types.is_signed_integer(column.type):
+        return binary.integers(column.to_numpy(zero_copy_only=False))
+    values = column.to_pylist()
+    if kind == "jsonb":
+        values = [None if value is None else Jsonb(value, dumps=_json) for value in values]
+    return values_in_binary(connection, kind, values)
+
+
+def values_in_binary(connection: psycopg.Connection[Any], kind: str, values: Sequence[Any]) -> binary.Values:
+    """Values as psycopg sends this type in binary, all at once."""
+    transformer = Transformer(connection)
+    oid = connection.adapters.types.get_oid(kind)
+    transformer.set_dumper_types([oid] * len(values), Format.BINARY)
+    return transformer.dump_sequence(values, [PyFormat.BINARY] * len(values))
 
 
 def _json(value: Any) -> bytes:
     return orjson.dumps(value, default=str, option=orjson.OPT_NON_STR_KEYS)
-
-
-class _Packed(bytes):
-    """A vector as pgvector's types are sent in binary."""
-
-
-def _send_as_it_is(connection: psycopg.Connection[Any], kind: str) -> None:
-    """From now on a `_Packed` may stand for this type where rows are copied in binary."""
-    found = TypeInfo.fetch(connection, kind)
-    if found is None:
-        return  # an older pgvector; a table of this type cannot be made either
-
-    number = found.oid
-
-    class AsItIs(Dumper):
-        format = Format.BINARY
-        oid = number
-
-        def dump(self, obj: Any) -> Buffer | None:
-            return obj  # type: ignore[no-any-return]
-
-    connection.adapters.register_dumper(_Packed, AsItIs)
-
-
-def _vectors(batch: VectorBatch) -> list[_Packed]:
-    """All vectors at once: a number of 16 bits for the length, another one that is 0, and then numbers with the highest byte first; of
-    bits 32 bits for how many, and then these."""
-    if batch.vectors.dtype == np.uint8:
-        head = (8 * batch.vectors.shape[1]).to_bytes(4, "big")
-        numbers = batch.vectors
-    else:
-        head = batch.vectors.shape[1].to_bytes(2, "big") + bytes(2)
-        numbers = batch.vectors.astype(batch.vectors.dtype.newbyteorder(">"))
-    return [_Packed(head + each.tobytes()) for each in numbers]
-
-
-def as_pgvector(vector: npt.NDArray[Any]) -> Any:
-    if vector.dtype == np.uint8:
-        return pgvector.Bit(np.unpackbits(vector).astype(bool))
-    if vector.dtype == np.float16:
-        return pgvector.HalfVector(vector)
-    return vector
 
 
 def as_floats(vector: Any) -> npt.NDArray[np.float32]:

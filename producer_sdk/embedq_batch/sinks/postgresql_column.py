@@ -10,9 +10,10 @@ import numpy.typing as npt
 import psycopg
 from psycopg import sql
 
+from embedq_batch.clients import postgresql as binary
 from embedq_batch.content.rows import RowId, Shape, VectorBatch
 from embedq_batch.errors import BadTarget, RowsRefused
-from embedq_batch.sinks.postgresql import VECTOR, PostgresSink, as_floats, as_pgvector, said
+from embedq_batch.sinks.postgresql import VECTOR, PostgresSink, as_floats, said, values_in_binary
 from embedq_batch.sinks.sink import PartsRecord
 
 VERSION: Final = "_model_version"
@@ -78,21 +79,23 @@ class PostgresColumnSink(PostgresSink):
         try:
             connection = self._connected()
             names = self._names()
+            # A key has whatever type it has, and is text on the way.
+            keys = values_in_binary(connection, "text", list(map(str, batch.ids)))
+            rows = binary.copied([keys, binary.vectors(batch.vectors)])
             with connection.transaction():
                 connection.execute(
                     sql.SQL(
-                        "create temp table embedq_rows on commit drop as select {k}, {c} from {t} limit 0"
+                        "create temp table embedq_rows on commit drop as select ''::text as id, {c} as vector from {t} limit 0"
                     ).format(**names)
                 )
                 with (
                     connection.cursor() as cursor,
-                    cursor.copy(sql.SQL("copy embedq_rows from stdin")) as copy,
+                    cursor.copy("copy embedq_rows from stdin (format binary)") as copy,
                 ):
-                    for id, vector in zip(batch.ids, batch.vectors, strict=True):
-                        copy.write_row([id, as_pgvector(vector)])
+                    copy.write(rows)
                 connection.execute(
                     sql.SQL(
-                        "update {t} set {c} = embedq_rows.{c}, {v} = %s from embedq_rows where {t}.{k} = embedq_rows.{k}"
+                        "update {t} set {c} = embedq_rows.vector, {v} = %s from embedq_rows where {t}.{k} = embedq_rows.id::{kind}"
                     ).format(**names),
                     (batch.model_version,),
                 )
@@ -100,6 +103,8 @@ class PostgresColumnSink(PostgresSink):
             raise self._away(error) from None
         except psycopg.Error as error:
             raise RowsRefused(target=self.name, reason=said(error)) from None
+        except UnicodeEncodeError as error:  # a database of another encoding than UTF-8
+            raise RowsRefused(target=self.name, reason=str(error)) from None
         return 0
 
     def delete(self, ids: Sequence[RowId]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,7 +11,7 @@ import msgspec
 
 from embedq_batch.content.columns import Columns, RowReader
 from embedq_batch.content.inference import LOOKED_AT, inferred
-from embedq_batch.content.rows import BATCH_ROWS, Problem, RowBatch
+from embedq_batch.content.rows import BATCH_BYTES, BATCH_ROWS, Problem, RowBatch
 from embedq_batch.content.source_columns import LearnedColumns
 from embedq_batch.errors import BadSource
 from embedq_batch.sources.files import found_files
@@ -26,7 +25,8 @@ class _Lines(LearnedColumns):
 
     def _look(self, lines: Iterable[bytes], source: str) -> None:
         """Check the columns, and learn the types of those that are kept, from the first lines."""
-        records = [record for line in lines if not isinstance(record := _record(line), Problem)]
+        first = next(blocks(lines, LOOKED_AT, BATCH_BYTES), [])
+        records = [record for line in first if not isinstance(record := _record(line), Problem)]
         self._names = sorted({name for record in records for name in record})
         if records:
             self._columns.check(self._names, source)
@@ -36,7 +36,7 @@ class _Lines(LearnedColumns):
             self._kept = inferred(records, self._columns.keep, source)
 
     def _batches(self, lines: Iterator[bytes], rows: RowReader) -> Iterator[RowBatch]:
-        while block := [line for line in islice(lines, BATCH_ROWS) if not line.isspace()]:
+        for block in blocks(lines, BATCH_ROWS, BATCH_BYTES):
             yield rows.of_records([_record(line) for line in block], self._kept)
 
 
@@ -54,7 +54,7 @@ class JsonLinesSource(_Lines):
 
     def open(self) -> None:
         self._files = found_files(self._paths)
-        self._look(islice(self._all(), LOOKED_AT), str(self._files[0]))
+        self._look(self._all(), str(self._files[0]))
 
     def count(self) -> int | None:
         return sum(1 for _ in self._all())
@@ -116,6 +116,22 @@ class StandardInputSource(_Lines):
 
     def close(self) -> None:
         self._spool.close()
+
+
+def blocks(lines: Iterable[bytes], rows: int, size: int) -> Iterator[list[bytes]]:
+    """Lines that are not blank, so many together at most, or of about so many bytes."""
+    block: list[bytes] = []
+    held = 0
+    for line in lines:
+        if line.isspace():
+            continue
+        block.append(line)
+        held += len(line)
+        if len(block) >= rows or held >= size:
+            yield block
+            block, held = [], 0
+    if block:
+        yield block
 
 
 def _record(line: bytes) -> dict[str, Any] | Problem:

@@ -1,4 +1,4 @@
-"""Kafka topics of documents, or of jobs, from an offset's time on to where they end when the pass begins."""
+"""Kafka topics of documents, or of jobs, from a time or from offsets on to where they end when the pass begins."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from embedq_batch.content.documents import Document, DocumentReader, document_of
 from embedq_batch.content.inference import LOOKED_AT, inferred
 from embedq_batch.content.rows import RowBatch
 from embedq_batch.errors import BadSource
+from embedq_batch.sources.source import Since
 from embedq_sdk.errors import KafkaUnavailable, TopicMissing
 from embedq_sdk.transport.kafka import KafkaConnection, require_topics
 from embedq_sdk.transport.kafka import close as closed
@@ -40,7 +41,7 @@ class KafkaSource:
         servers: str | Sequence[str],
         security: Mapping[str, Any],
         *,
-        since: int | None = None,
+        since: Since | None = None,
         documents: Callable[[Polled], list[Document]] | None = None,
     ) -> None:
         self._topics = list(topics)
@@ -147,9 +148,37 @@ class KafkaSource:
         consumer.assign(everything)
         starts: dict[Any, int] = await consumer.beginning_offsets(everything)
         ends: dict[Any, int] = await consumer.end_offsets(everything)
-        if self._since is not None:
+        if isinstance(self._since, int):
             found = await consumer.offsets_for_times(dict.fromkeys(everything, self._since))
             starts = {tp: ends[tp] if found.get(tp) is None else found[tp].offset for tp in everything}
+        elif self._since is not None:
+            at = offsets_from(
+                self._since,
+                {tp.partition: starts[tp] for tp in everything},
+                {tp.partition: ends[tp] for tp in everything},
+                self.name,
+            )
+            starts = {tp: at[tp.partition] for tp in everything}
         for tp in everything:
             consumer.seek(tp, starts[tp])
         return {tp: ends[tp] for tp in everything if starts[tp] < ends[tp]}
+
+
+def offsets_from(
+    wanted: Mapping[int, int], starts: Mapping[int, int], ends: Mapping[int, int], source: str
+) -> dict[int, int]:
+    """Where each partition of a topic is begun; one that is not named, at its start.
+
+    Raises:
+        BadSource: there is no such partition, or its log has no such offset: what was there is deleted, or not yet written.
+    """
+    for partition, offset in wanted.items():
+        if partition not in starts:
+            last = max(starts, default=0)
+            raise BadSource(source=source, reason=f"partition {partition}: expected 0 to {last}")
+        if not starts[partition] <= offset <= ends[partition]:
+            has = f"{starts[partition]} to {ends[partition]}"
+            raise BadSource(
+                source=source, reason=f"partition {partition}: offset {offset}: its log has {has}"
+            )
+    return {**starts, **wanted}

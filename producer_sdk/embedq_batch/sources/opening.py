@@ -10,7 +10,7 @@ from typing import Any, Final
 from embedq_batch.content.addresses import place_of, without_password
 from embedq_batch.content.columns import Columns
 from embedq_batch.errors import MissingPackage
-from embedq_batch.sources.source import Source
+from embedq_batch.sources.source import Since, Source
 from embedq_sdk.errors import InvalidArgument
 from embedq_shared.topics import Topics
 
@@ -26,15 +26,15 @@ def opened_source(
     columns: Columns,
     *,
     query: str | None = None,
-    since: int | None = None,
+    since: Since | None = None,
     servers: str | Sequence[str] = (),
     security: Mapping[str, Any] | None = None,
     prefix: str = "embed",
 ) -> Source:
     """The source that is meant. Nothing is read yet.
 
-    `query` is for PostgreSQL, instead of a table; `since` (epoch milliseconds), `servers` and `security` for Kafka, and `prefix`
-    for the topics of jobs.
+    `query` is for PostgreSQL, instead of a table; `since` (offsets for kafka:TOPIC alone), `servers` and `security` for Kafka, and
+    `prefix` for the topics of jobs.
 
     Raises:
         InvalidArgument: it is none that is known.
@@ -46,6 +46,8 @@ def opened_source(
         raise InvalidArgument(argument="sql", expected="no value, but for postgresql://…", got="one")
     if since is not None and kind not in ("kafka", "jobs"):
         raise InvalidArgument(argument="since", expected="no value, but for kafka:TOPIC and jobs", got="one")
+    if kind == "jobs" and not isinstance(since, int | None):  # in two topics
+        raise InvalidArgument(argument="since", expected="a time for jobs", got="offsets")
     if list(places) == ["-"]:
         from embedq_batch.sources.jsonl import StandardInputSource
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedq_batch.content.columns import Columns, RowReader
-from embedq_batch.content.rows import BATCH_ROWS, RowBatch
+from embedq_batch.content.rows import BATCH_ROWS, RowBatch, rows_at_once
 from embedq_batch.content.source_columns import ArrowColumns
 from embedq_batch.errors import BadSource
 from embedq_batch.sources.files import found_files
@@ -56,12 +56,29 @@ class ParquetSource(ArrowColumns):
         for path in self._files:
             try:
                 with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
-                    for batch in file.iter_batches(
-                        BATCH_ROWS, columns=self._columns.names, use_threads=False
-                    ):
+                    rows = _rows_at_once(file.metadata, self._columns.names)
+                    for batch in file.iter_batches(rows, columns=self._columns.names, use_threads=False):
                         yield reader.of_arrow(batch)
             except (pa.ArrowInvalid, OSError) as error:
                 raise BadSource(source=str(path), reason=str(error)) from None
 
     def close(self) -> None:
         pass
+
+
+def _rows_at_once(metadata: pq.FileMetaData, names: Sequence[str]) -> int:
+    """As many as the longest row group allows. Of texts that are there several times it knows less than they become."""
+    found = BATCH_ROWS
+    for n in range(metadata.num_row_groups):
+        group = metadata.row_group(n)
+        columns = [group.column(each) for each in range(group.num_columns)]
+        size = sum(
+            column.total_uncompressed_size for column in columns if _is_in(column.path_in_schema, names)
+        )
+        found = min(found, rows_at_once(group.num_rows, size))
+    return found
+
+
+def _is_in(path: str, names: Sequence[str]) -> bool:
+    """Whether a leaf belongs to one of these columns, which may have several, such as the list that a column may be."""
+    return any(path == name or path.startswith(f"{name}.") for name in names)

@@ -12,11 +12,13 @@ from psycopg.rows import dict_row
 from embedq_batch.content.addresses import without_password
 from embedq_batch.content.columns import Columns, RowReader
 from embedq_batch.content.inference import LOOKED_AT, inferred
-from embedq_batch.content.rows import BATCH_ROWS, RowBatch
+from embedq_batch.content.rows import BATCH_BYTES, RowBatch, rows_at_once
 from embedq_batch.content.source_columns import LearnedColumns
 from embedq_batch.errors import BadSource
 
 _CONNECT_S: Final = 10
+_FIRST_ROWS: Final = 64
+"""Before it is known how long rows are."""
 _INTEGERS: Final = frozenset({20, 21, 23})
 """The types int8, int2 and int4, by PostgreSQL's own numbers."""
 
@@ -48,7 +50,7 @@ class PostgresSource(LearnedColumns):
                     known = connection.adapters.types
                     self._names = [each.name for each in there if known.get(each.type_code) is not None]
                 cursor.execute(self._selected())
-                records = cursor.fetchmany(LOOKED_AT)
+                records = self._some(cursor)
                 found = {column.name: column.type_code for column in cursor.description or ()}
         except psycopg.Error as error:
             raise self._failed(error) from None
@@ -78,13 +80,24 @@ class PostgresSource(LearnedColumns):
         try:
             with self._connected() as connection, connection.cursor("embedq_rows") as cursor:
                 cursor.execute(self._selected())
-                while records := cursor.fetchmany(BATCH_ROWS):
+                rows = _FIRST_ROWS
+                while records := cursor.fetchmany(rows):
                     yield reader.of_records(records, self._kept)
+                    rows = rows_at_once(len(records), sum(map(_size, records)))
         except psycopg.Error as error:
             raise self._failed(error) from None
 
     def close(self) -> None:
         pass
+
+    def _some(self, cursor: psycopg.ServerCursor[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The first rows, as many as are looked at, or fewer long ones."""
+        found: list[dict[str, Any]] = []
+        size = 0
+        while len(found) < LOOKED_AT and size < BATCH_BYTES and (more := cursor.fetchmany(_FIRST_ROWS)):
+            found += more
+            size += sum(map(_size, more))
+        return found[:LOOKED_AT]
 
     def _connected(self) -> psycopg.Connection[dict[str, Any]]:
         return psycopg.connect(self._address, connect_timeout=_CONNECT_S, row_factory=dict_row)
@@ -101,3 +114,8 @@ class PostgresSource(LearnedColumns):
     def _failed(self, error: psycopg.Error) -> BadSource:
         said = str(error).strip().partition("\n")[0] or type(error).__name__
         return BadSource(source=self.name, reason=said)
+
+
+def _size(record: dict[str, Any]) -> int:
+    """Of its texts and bytes, which alone may be long."""
+    return sum(len(value) for value in record.values() if isinstance(value, str | bytes))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Protocol, runtime_checkable
 
 import pyarrow as pa
 
 from embedq_batch.content.rows import RowBatch
+
+Since = int | Mapping[int, int]
+"""Where a topic's records begin to count: at a time in epoch milliseconds, or at an offset of each partition that is named."""
 
 
 class Source(Protocol):

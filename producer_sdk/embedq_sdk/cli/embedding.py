@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
@@ -23,6 +23,68 @@ if TYPE_CHECKING:
 
 _TIMEOUT_S: Final = {"interactive": 120.0, "bulk": 86_400.0}
 """A bulk job waits behind a backlog, which may be hours long; a person waits for two minutes at most."""
+
+
+def job_options(
+    *,
+    dtypes: Sequence[str] = ("float32", "float16", "int8", "binary"),
+    dtype_help: str = "What vectors are made of, on the way and in the target. Default: float32.",
+    chunks: Sequence[str] = ("late", "mean"),
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command the options of what is asked of each vector; `job_arguments` makes of their values what the SDK takes."""
+    kinds = {
+        "late": "late: a vector for each span of a text, with its place",
+        "mean": "mean: one vector for a text of any length, the mean over its windows",
+    }
+    options = (
+        click.option("--model", help="The model's alias. Default: the service's own."),
+        click.option("--dimensions", type=int, help="Length of each vector. Default: the model's own."),
+        click.option("--dtype", type=click.Choice(dtypes), help=dtype_help),
+        click.option("--query", "input_type", flag_value="query", help="The texts are search queries."),
+        click.option(
+            "--document", "input_type", flag_value="document", help="The texts are documents to be found."
+        ),
+        click.option(
+            "--instruction", help="The task that a query serves, for models that take instructions."
+        ),
+        click.option(
+            "--truncate",
+            type=click.Choice(["error", "start", "end"]),
+            help="Where to cut a text that is too long for the model: its start or its end. Default: error, the text fails.",
+        ),
+        click.option(
+            "--chunk",
+            type=click.Choice(chunks),
+            help=f"{'; '.join(kinds[chunk] for chunk in chunks)}.",
+        ),
+        click.option("--chunk-tokens", type=int, help="Tokens in each span or window."),
+    )
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+_AS_THEY_ARE: Final = ("model", "dimensions", "dtype", "input_type", "instruction", "truncate")
+"""Options that the SDK calls by the same names."""
+
+
+def job_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """Take the values of `job_options` out of a command's arguments: what is asked of each vector, as the SDK takes it."""
+    from embedq_sdk.errors import InvalidArgument
+
+    job = {name: given.pop(name) for name in _AS_THEY_ARE}
+    mode, tokens = given.pop("chunk"), given.pop("chunk_tokens")
+    if mode is None and tokens is not None:
+        raise click.UsageError("--chunk-tokens is for --chunk")
+    try:
+        job["chunk"] = _chunking(mode, tokens)
+    except InvalidArgument as error:
+        raise click.BadParameter(str(error), param_hint="--chunk-tokens") from None
+    return job
 
 
 @click.command()
@@ -45,31 +107,11 @@ _TIMEOUT_S: Final = {"interactive": 120.0, "bulk": 86_400.0}
     help="The file to write, .jsonl or .npy, which is NAME.part until it is complete. Default: JSON lines on standard output.",
 )
 @click.option("--force", is_flag=True, help="Overwrite the file of --out, and the part that a run left.")
-@click.option("--model", help="The model's alias. Default: the service's own.")
+@job_options(dtype_help="How vectors are sent; all but binary are written as float32. Default: float32.")
 @click.option(
     "--model-version",
     help="The version that must answer, sha256:…, such as that of stored vectors; where the alias has another one, texts fail.",
 )
-@click.option("--dimensions", type=int, help="Length of each vector. Default: the model's own.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "float16", "int8", "binary"]),
-    help="How vectors are sent; all but binary are written as float32. Default: float32.",
-)
-@click.option("--query", "input_type", flag_value="query", help="The texts are search queries.")
-@click.option("--document", "input_type", flag_value="document", help="The texts are documents to be found.")
-@click.option("--instruction", help="The task that a query serves, for models that take instructions.")
-@click.option(
-    "--truncate",
-    type=click.Choice(["error", "start", "end"]),
-    help="Where to cut a text that is too long for the model: its start or its end. Default: error, the text fails.",
-)
-@click.option(
-    "--chunk",
-    type=click.Choice(["late", "mean"]),
-    help="late: one line for each span of a text; mean: one vector for a text of any length, the mean over its windows.",
-)
-@click.option("--chunk-tokens", type=int, help="Tokens in each span or window.")
 @click.option(
     "--lane",
     type=click.Choice(["interactive", "bulk"]),
@@ -93,8 +135,6 @@ def embed(
     out: Path | None,
     force: bool,
     with_text: bool,
-    chunk: str | None,
-    chunk_tokens: int | None,
     timeout: float | None,
     kafka: KafkaTarget,
     **job: Any,
@@ -111,17 +151,10 @@ def embed(
         raise click.UsageError("--format is for --file, or for - as standard input")
     if out is not None and out.suffix not in (".jsonl", ".npy"):
         raise click.BadParameter("expected a name that ends with .jsonl or .npy", param_hint="--out")
-    if chunk is None and chunk_tokens is not None:
-        raise click.UsageError("--chunk-tokens is for --chunk late or --chunk mean")
-    if chunk == "late" and out is not None and out.suffix == ".npy":
+    if job["chunk"] == "late" and out is not None and out.suffix == ".npy":
         raise click.BadParameter("spans need a .jsonl file, which says where each begins", param_hint="--out")
-    from embedq_sdk.errors import InvalidArgument
-
+    job |= job_arguments(job)
     job["timeout"] = _TIMEOUT_S[job["lane"]] if timeout is None else timeout
-    try:
-        job["chunk"] = _chunking(chunk, chunk_tokens)
-    except InvalidArgument as error:
-        raise click.BadParameter(str(error), param_hint="--chunk-tokens") from None
 
     async def work() -> int:
         with contextlib.ExitStack() as stack:

@@ -40,6 +40,9 @@ from embedq_shared.weighted_semaphore import WeightedSemaphore
 
 _MSGPACK_TYPE: Final = names.MSGPACK.encode()
 _CORRELATION: Final = names.CORRELATION[0]
+_ID_BYTES: Final = 16
+_IDS_AT_ONCE: Final = 256
+"""Asking the system gives the interpreter's lock away, for milliseconds where another thread of the program has work."""
 
 
 class JobTransport(Protocol):
@@ -88,6 +91,20 @@ class Deadline(msgspec.Struct, frozen=True):
         return cls(asyncio.get_running_loop().time() + timeout, timeout, max_attempts)
 
 
+class _RandomIds:
+    """Ids that nobody else has. A process that is forked cannot go on with a client, nor with its ids."""
+
+    def __init__(self) -> None:
+        self._left: list[bytes] = []
+
+    def next(self) -> bytes:
+        """Another one."""
+        if not self._left:
+            some = os.urandom(_ID_BYTES * _IDS_AT_ONCE)
+            self._left = [some[start : start + _ID_BYTES] for start in range(0, len(some), _ID_BYTES)]
+        return self._left.pop()
+
+
 class JobRunner:
     """Turns inputs into outcomes: one job is one record, one or more replies, perhaps several attempts, one end.
 
@@ -121,6 +138,7 @@ class JobRunner:
         self._submitted: set[PendingJob] = set()
         self.lifetime = Lifetime()
         self._reply_headers: tuple[Header, ...] = ()
+        self._ids = _RandomIds()
 
     # -- life ---------------------------------------------------------------------------------------------------------
 
@@ -250,7 +268,7 @@ class JobRunner:
         """
         self.lifetime.check()
         loop = asyncio.get_running_loop()
-        correlation = os.urandom(16)
+        correlation = self._ids.next()
         texts = inputs.texts
         job = PendingJob(
             loop.create_future(),

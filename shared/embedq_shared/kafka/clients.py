@@ -10,6 +10,7 @@ logging: hundreds of lines while a broker is away, beside an exception that says
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any
 
@@ -17,9 +18,19 @@ import aiokafka
 import aiokafka.admin
 from aiokafka.client import AIOKafkaClient
 from aiokafka.conn import AIOKafkaConnection
-from aiokafka.errors import KafkaConnectionError, UnknownTopicOrPartitionError, UnsupportedVersionError
+from aiokafka.errors import (
+    KafkaConnectionError,
+    KafkaError,
+    OutOfOrderSequenceNumber,
+    ProducerFenced,
+    UnknownTopicOrPartitionError,
+    UnsupportedVersionError,
+)
+from aiokafka.producer.sender import Sender
+from aiokafka.protocol.fetch import FetchRequest
 from aiokafka.protocol.metadata import MetadataRequest
 
+from embedq_shared.kafka.fetches import QuickFetch
 from embedq_shared.kafka.requests import TopicFacts, TopicIds, topics_of
 
 for _library in ("aiokafka", "embedq_shared"):
@@ -32,6 +43,57 @@ class AIOKafkaProducer(aiokafka.AIOKafkaProducer):  # type: ignore[misc]  # aiok
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.client.__class__ = KafkaConnections
+        self._sender.__class__ = PromptSender
+
+
+class PromptSender(Sender):  # type: ignore[misc]
+    """Sends what was appended a round of the event loop earlier than aiokafka's sender, which waits for a set of futures anew each
+    time: here one future is told of all that may be sent, and of each request that is over. A transactional one is aiokafka's own.
+    """
+
+    async def _sender_routine(self) -> None:
+        if self._txn_manager is not None and self._txn_manager.transactional_id is not None:
+            await super()._sender_routine()
+            return
+        requests: set[asyncio.Task[None]] = set()
+        try:
+            while True:
+                await self._maybe_wait_for_pid()
+                for request in [each for each in requests if each.done()]:
+                    requests.discard(request)
+                    request.result()
+                waits_for_leaders = self._send_what_may_be_sent(requests)
+                more = self._message_accumulator.waiter()
+                if waits_for_leaders:
+                    known = self.client.force_metadata_update()
+                    await asyncio.wait({more, known}, return_when=asyncio.FIRST_COMPLETED)
+                else:
+                    await more
+        except asyncio.CancelledError:
+            for request in requests:
+                await request
+        except (OutOfOrderSequenceNumber, ProducerFenced):
+            raise
+        except Exception as error:
+            raise KafkaError("a request to produce failed in a way that aiokafka does not expect") from error
+
+    def _send_what_may_be_sent(self, requests: set[asyncio.Task[None]]) -> bool:
+        """Start a request for each broker that has none. Whether something waits for its partition's leader to be known."""
+        by_node: Any
+        by_node, waits_for_leaders = self._message_accumulator.drain_by_nodes(
+            ignore_nodes=self._in_flight, muted_partitions=self._muted_partitions
+        )
+        for node, batches in by_node.items():
+            self._in_flight.add(node)
+            self._muted_partitions.update(batches)
+            request = asyncio.create_task(self._send_produce_req(node, batches))
+            request.add_done_callback(self._look_again)
+            requests.add(request)
+        return bool(waits_for_leaders)
+
+    def _look_again(self, _: asyncio.Task[None]) -> None:
+        if not (more := self._message_accumulator.waiter()).done():
+            more.set_result(None)
 
 
 class AIOKafkaConsumer(aiokafka.AIOKafkaConsumer):  # type: ignore[misc]
@@ -94,4 +156,6 @@ class _Connection(AIOKafkaConnection):  # type: ignore[misc]
     def send(self, request: Any, expect_response: bool = True) -> Any:
         if isinstance(request, MetadataRequest):
             request._allow_auto_topic_creation = False
+        elif type(request) is FetchRequest:
+            request.__class__ = QuickFetch
         return super().send(request, expect_response)

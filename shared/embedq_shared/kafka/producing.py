@@ -9,13 +9,17 @@ What aiokafka does by itself, and what is done about it here:
 - The broker answers a request when all of its partitions have enough copies, or after the time that the request allows,
   which aiokafka makes as long as the time for a connection that hangs. `ack_timeout_ms` is for the first alone.
 - `send` waits for metadata, and for room in a batch, also while one is tried again, during which nothing else is appended.
-  `append` never waits.
+  `append` never waits. And it makes a future for each record, with an answer of its own, where one for the batch says it all.
 - Whoever asks for metadata while an answer is under way gets that answer, though it knows nothing of a topic named since.
+- Every first record of a batch waits `linger_ms` for others, on an idle client in vain. Here it does so only where others came
+  just before it (`Company`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import copy
+import math
 import struct
 import time
 from typing import Any, Final
@@ -26,15 +30,38 @@ from aiokafka.errors import (
     KafkaError,
     KafkaTimeoutError,
     LeaderNotAvailableError,
+    ProducerClosed,
     TopicAuthorizationFailedError,
     UnknownTopicOrPartitionError,
 )
-from aiokafka.producer.sender import Sender, SendProduceReqHandler
+from aiokafka.producer.sender import SendProduceReqHandler
 
-from embedq_shared.kafka.clients import AIOKafkaProducer
+from embedq_shared.kafka.clients import AIOKafkaProducer, PromptSender
 
 _MIX: Final = 0x5BD1E995
 _WORD: Final = 0xFFFFFFFF
+_FOLLOWS: Final = 2.0
+"""Records that come within twice the time for which one would wait are likely to be followed within it."""
+
+
+class Company:
+    """Whether the first record of a batch waits for others: as long as others came just before. Pure: monotonic seconds.
+
+    Records that are appended one after the other, in a turn of the event loop, came together: what the first does, all do. They
+    are sent together in any case, and so is what comes while a request is under way.
+    """
+
+    def __init__(self, linger_s: float) -> None:
+        self._linger_s = linger_s
+        self._began = self._last = -math.inf
+        self._followed = False
+
+    def linger_s(self, now: float) -> float:
+        """How long a record that comes `now` waits, if it is the first of its batch."""
+        if now - self._began >= self._linger_s / 2:
+            self._began, self._followed = now, now - self._last < _FOLLOWS * self._linger_s
+        self._last = now
+        return self._linger_s if self._followed else 0.0
 
 
 class Evicted(KafkaTimeoutError):  # type: ignore[misc]  # aiokafka has no type information
@@ -58,6 +85,7 @@ class PartitionwiseProducer(AIOKafkaProducer):
     def __init__(self, *, retries: bool, ack_timeout_ms: int, **options: Any) -> None:
         super().__init__(**options)
         self._retries = retries
+        self._company = Company(self._message_accumulator._linger_time)
         self._evicted: set[TopicPartition] = set()
         self._errors: dict[TopicPartition, tuple[float, Exception]] = {}
         self._sender.__class__ = _Sender
@@ -80,33 +108,33 @@ class PartitionwiseProducer(AIOKafkaProducer):
         headers: list[tuple[str, bytes]],
         timestamp_ms: int | None,
     ) -> asyncio.Future[Any]:
-        """Append one record, at once; the future is done when the broker has it, or will not have it.
+        """Append one record, at once; the future, which records of a batch share, is done when the broker has it, or will not
+        have it.
 
         Raises:
             MessageSizeTooLargeError: it is larger than any request.
             BatchFull: more than `max_batch_size` waits to be sent.
             KafkaError: the producer has ended.
         """
-        key_bytes, value_bytes = self._serialize(key, value, headers)
+        self._serialize(key, value, headers)  # which looks at the size
         accumulator, place = self._message_accumulator, TopicPartition(topic, partition)
-        if (waiting := accumulator._batches.get(place)) and waiting[-1]._builder.closed():
-            # It waits to be tried again and takes nothing more; aiokafka would let everything wait for it.
-            accumulator._append_batch(accumulator.create_builder(), place)
-        adding = accumulator.add_message(
-            place,
-            key_bytes,
-            value_bytes,
-            self._request_timeout_ms / 1000,
-            timestamp_ms=timestamp_ms,
-            headers=headers,
-        )
-        try:
-            adding.send(None)
-        except StopIteration as added:
-            future: asyncio.Future[Any] = added.value
-            return future
-        adding.close()  # it would wait for room, and everything else behind it
-        raise BatchFull
+        if accumulator._closed:
+            raise ProducerClosed
+        if accumulator._exception is not None:
+            raise copy.copy(accumulator._exception)
+        accumulator._linger_time = self._company.linger_s(time.monotonic())
+        waiting = accumulator._batches.get(place)
+        # What waits to be tried again takes nothing more; aiokafka would let everything wait for it.
+        if waiting and not waiting[-1]._builder.closed():
+            batch = waiting[-1]
+        else:
+            batch = accumulator._append_batch(accumulator.create_builder(), place)
+        if batch._builder.append(timestamp=timestamp_ms, key=key, value=value, headers=headers) is None:
+            if not accumulator._waiter_future.done():
+                accumulator._waiter_future.set_result(None)
+            raise BatchFull
+        future: asyncio.Future[Any] = batch.future
+        return future
 
     def has_leader(self, topic: str, partition: int) -> bool:
         """Whether the brokers said last that this partition can be written to. False, too, if they were not asked."""
@@ -172,7 +200,7 @@ class PartitionwiseProducer(AIOKafkaProducer):
         return self._retries and place not in self._evicted
 
 
-class _Sender(Sender):  # type: ignore[misc]
+class _Sender(PromptSender):
     """Asks before it sends a batch again."""
 
     may_retry: Any

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from embedq_batch import Columns, RunOptions, run
+from embedq_batch.errors import BadSource
 from tests.helpers.batch_runs import assert_vectors
 from tests.helpers.fake_service import OLD
 from tests.helpers.responder import Responder
@@ -75,3 +77,23 @@ async def test_a_topic_of_changes_leaves_the_last_version_of_each_document(
         done = await run(f"kafka:{topic}", str(out), options=RunOptions(only_changed=True), **common)
         del expected["9"]
         assert_vectors(out, expected | {"8": "eight"}, OLD)
+
+
+async def test_a_topic_is_read_from_offsets_on(servers: str, prefix: str, tmp_path: Path) -> None:
+    """A partition that is not named is read from its start."""
+    async with a_topic(servers) as topic, Responder(servers, prefix):
+        async with AIOKafkaProducer(bootstrap_servers=servers) as producer:
+            for partition, n in product(range(3), range(10)):
+                value = msgspec.json.encode({"id": f"{partition}-{n}", "text": f"text {partition} {n}"})
+                await producer.send(topic, value=value, partition=partition)
+            await producer.flush()
+        common: dict[str, Any] = {"servers": servers, "topic_prefix": prefix, "columns": Columns(id="id")}
+
+        done = await run(f"kafka:{topic}", str(tmp_path / "out.jsonl"), since={0: 7, 2: 10}, **common)
+
+        assert (done.rows, done.failed) == (13, 0)
+        read = [f"0-{n}" for n in range(7, 10)] + [f"1-{n}" for n in range(10)]
+        texts = {id: f"text {id.replace('-', ' ')}" for id in read}
+        assert_vectors(tmp_path / "out.jsonl", texts, OLD)
+        with pytest.raises(BadSource, match="partition 0: offset 11: its log has 0 to 10"):
+            await run(f"kafka:{topic}", str(tmp_path / "more.jsonl"), since={0: 11}, **common)

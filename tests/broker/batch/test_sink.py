@@ -22,7 +22,7 @@ from embedq_sdk import EmbedClient
 from tests.broker.batch.test_documents import Record, a_topic, written
 from tests.helpers.fake_service import NEW, OLD, Answer, Received, expected
 from tests.helpers.responder import Responder
-from tests.helpers.support import wait_until
+from tests.helpers.support import patient, wait_until
 
 pytestmark = pytest.mark.kafka
 PROGRAM = "from embedq_batch.sink_command import sink; sink(prog_name='embedq sink')"
@@ -114,9 +114,17 @@ async def test_changes_of_documents_are_followed_across_a_kill(
         await written(servers, topic, changes)
         del texts["4"]
         texts |= {"3": "changed", "new": "new"}
-        with following(servers, prefix, *arguments):
+        figures = tmp_path / "sink.prom"
+        more = ("--chunk", "mean", "--metrics", str(figures))
+        with following(servers, prefix, *arguments, *more) as process:
             rows = await store.become(texts)
+            process.terminate()
+            assert await asyncio.to_thread(process.wait, patient(30)) == 130
         assert rows["3"]["n"] == 2
+        lines = figures.read_text().splitlines()
+        labels = f'outcome="{{}}",target="{store.to}"'
+        for outcome, count in (("embedded", 2), ("deleted", 1), ("failed", 0)):
+            assert f"embedq_run_rows{{{labels.format(outcome)}}} {count:.1f}" in lines
 
 
 async def test_results_of_submitted_jobs_are_followed(servers: str, prefix: str, tmp_path: Path) -> None:

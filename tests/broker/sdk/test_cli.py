@@ -427,7 +427,7 @@ async def test_the_command_writes_a_line_for_each_span(embedq: Run, responder: R
 
 async def test_the_command_refuses_what_makes_no_sense(embedq: Run, tmp_path: Path) -> None:
     for arguments, reason in (
-        (("--chunk-tokens", "16"), "--chunk late"),
+        (("--chunk-tokens", "16"), "is for --chunk"),
         (("--chunk", "late", "--out", str(tmp_path / "a.npy")), ".jsonl"),
         (("--chunk", "mean", "--chunk-tokens", "7"), "at least 8"),
     ):

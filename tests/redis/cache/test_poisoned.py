@@ -258,7 +258,7 @@ def test_no_answer_raises() -> None:
         assert sum(counted) == 2 * len(asked)
 
     @given(answer=st.lists(pieces | st.binary(max_size=20), max_size=12).map(b"".join))
-    @settings(max_examples=200)
+    @settings(max_examples=100)
     def fuzz(answer: bytes) -> None:
         runner.run(ask(answer))
 

@@ -75,12 +75,12 @@ def done_rows(manifest: Path) -> int:
 
 
 def test_a_run_that_is_killed_goes_on_by_the_same_command(tmp_path: Path) -> None:
-    texts = [f"text {n}" for n in range(6000)]
+    texts = [f"text {n}" for n in range(4000)]
     out = tmp_path / "out.parquet"
     manifest = tmp_path / "out.parquet.embedq" / MANIFEST
     command = ("--from", a_table(tmp_path / "in.parquet", texts), "--to", str(out), "--batch-size", "16")
     chance = random.Random(7)
-    for _ in range(3):
+    for _ in range(2):
         more = chance.randrange(1, 700)
         target = done_rows(manifest) + more
         process = started(
@@ -131,6 +131,7 @@ def test_json_lines_come_from_standard_input(tmp_path: Path) -> None:
 
     assert (code, told.count("\n")) == (0, 1)
     assert told.startswith("embedq: complete: 50 rows under sha256:aaaa")
+    assert ", 0.0 s of the device), 0 done before" in told
     assert_vectors(tmp_path / "out.parquet", {f"r{n}": f"T: {n}" for n in range(50)}, OLD)
     assert pq.read_table(tmp_path / "out.parquet").column("body").to_pylist() == [str(n) for n in range(50)]
 

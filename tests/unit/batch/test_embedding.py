@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
 import pytest
 
 from embedq_batch.content.rows import Problem, RowBatch
@@ -23,6 +24,7 @@ from embedq_sdk import (
 )
 from embedq_sdk.embeddings import FinishedJob, ReadDatum, ReadError, ReadResult
 from embedq_sdk.job_options import JobOptions
+from embedq_shared.messages import Timings
 
 AWAY = KafkaUnavailable(servers="kafka:9092", reason="gone")
 
@@ -84,6 +86,18 @@ async def test_who_has_no_time_is_asked_until_they_have(error: EmbedError) -> No
     assert not answered.problems
     assert (len(client.asked), answered.tokens, answered.cached) == (21, 3, 1)
     assert said == [str(error)] * 20 + [None]
+
+
+@pytest.mark.parametrize(
+    ("said", "taken"), [(0.25, 0.25), (None, 0.0), (-1.0, 0.0), (float("inf"), 0.0), (float("nan"), 0.0)]
+)
+async def test_what_rows_cost_is_what_the_service_says_as_far_as_that_is_a_time(
+    said: float | None, taken: float
+) -> None:
+    def answer(call: int, texts: Sequence[str]) -> list[ReadResult]:
+        return [msgspec.structs.replace(part, timings=Timings(device=said)) for part in good(texts)]
+
+    assert (await embedder(Scripted(answer)).embed(ROWS)).device_s == taken
 
 
 async def test_who_is_refused_is_not_kept_waiting() -> None:

@@ -6,14 +6,18 @@ import io
 from pathlib import Path
 from typing import Any
 
+import click
+import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from embedq_batch.command import beginning, run
 from embedq_batch.content.columns import Columns
-from embedq_batch.content.rows import Problem, RowBatch
+from embedq_batch.content.rows import BATCH_ROWS, Problem, RowBatch, rows_at_once
 from embedq_batch.errors import BadSource
 from embedq_batch.sources.jsonl import StandardInputSource
+from embedq_batch.sources.kafka import offsets_from
 from embedq_batch.sources.opening import opened_source
 from embedq_batch.sources.source import Source
 from embedq_sdk import InvalidArgument
@@ -129,3 +133,72 @@ def test_a_source_that_is_not_known_is_refused_without_its_password(places: list
     with pytest.raises(InvalidArgument, match="`from`: expected") as refused:
         opened_source(places, Columns())
     assert "secret" not in str(refused.value)
+
+
+def test_a_topic_is_begun_at_the_offsets_that_are_given() -> None:
+    starts, ends = {0: 5, 1: 0, 2: 3}, {0: 10, 1: 0, 2: 9}
+
+    assert offsets_from({0: 7, 2: 9}, starts, ends, "kafka:t") == {0: 7, 1: 0, 2: 9}
+    for wanted, said in (
+        ({0: 4}, "partition 0: offset 4: its log has 5 to 10"),
+        ({1: 1}, "partition 1: offset 1: its log has 0 to 0"),
+        ({3: 0}, "partition 3: expected 0 to 2"),
+    ):
+        with pytest.raises(BadSource, match=said):
+            offsets_from(wanted, starts, ends, "kafka:t")
+
+
+@pytest.mark.parametrize(
+    ("typed", "since"),
+    [
+        ("0:1200", {0: 1200}),
+        ("0:1200,11:0", {0: 1200, 11: 0}),
+        ("1970-01-01T00:00:01+00:00", 1000),
+        (None, None),
+    ],
+)
+def test_where_a_topic_begins_is_typed_as_a_time_or_as_offsets(typed: str | None, since: Any) -> None:
+    assert beginning(click.Context(run), run.params[0], typed) == since
+
+
+def test_offsets_are_for_one_topic() -> None:
+    with pytest.raises(InvalidArgument, match="expected a time for jobs, got offsets"):
+        opened_source(["jobs"], Columns(), since={0: 1})
+
+
+@pytest.mark.parametrize("name", ["in.parquet", "in.jsonl", "-"])
+def test_long_rows_are_read_fewer_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A thousand books at once would not fit into memory."""
+    monkeypatch.setattr("embedq_batch.content.rows.BATCH_BYTES", 5000)
+    monkeypatch.setattr("embedq_batch.sources.jsonl.BATCH_BYTES", 5000)
+    texts = [f"{n:02} {'x' * 1000}" for n in range(50)]
+    lines = b"".join(msgspec.json.encode({"text": text}) + b"\n" for text in texts)
+    pq.write_table(pa.table({"text": texts, "long": ["y" * 9000] * 50}), tmp_path / "in.parquet")
+    (tmp_path / "in.jsonl").write_bytes(lines)
+    source = (
+        StandardInputSource(io.BytesIO(lines), Columns())
+        if name == "-"
+        else opened_source([str(tmp_path / name)], Columns())
+    )
+    source.open()
+
+    batches = list(source.batches())
+
+    assert [text for batch in batches for text in batch.texts] == texts
+    assert 2 <= max(map(len, batches)) <= 5
+    source.close()
+
+
+def test_how_many_rows_are_read_at_once_goes_by_how_long_they_are() -> None:
+    assert rows_at_once(64, 64 * 100) == BATCH_ROWS
+    assert rows_at_once(64, 64 << 20) == 32
+    assert rows_at_once(1, 1 << 40) == 1
+    assert rows_at_once(64, 0) == BATCH_ROWS
+
+
+def test_any_number_of_blank_lines_is_passed(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(b'{"text": "a"}\n' + b"\n" * 5000 + b'{"text": "b"}\n')
+
+    assert rows(opened_source([f"{tmp_path}/in.jsonl"], Columns())) == [(0, "a", None), (1, "b", None)]

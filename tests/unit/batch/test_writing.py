@@ -141,6 +141,7 @@ async def test_the_figures_of_a_run_are_in_a_file_for_prometheus(tmp_path: Path)
     assert values["embedq_run_rows", "deleted"] == 0
     assert values["embedq_run_tokens_total", None] == 600
     assert values["embedq_run_cached_rows_total", None] == 0
+    assert values["embedq_run_device_seconds_total", None] == pytest.approx(5 * 0.0005)  # of five jobs
     assert values["embedq_run_source_rows", None] == 300
     assert values["embedq_run_waiting", None] == 0
     assert values["embedq_run_complete", None] == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -141,6 +142,27 @@ async def test_a_peer_that_says_nothing_fails_in_time_and_its_late_reply_answers
     peer.answer = b"+PONG\r\n"
     assert await link.exchange(PING, 10) == [b"PONG"]
     assert peer.connections == 2
+
+
+async def test_a_long_answer_is_read_in_time_by_a_loop_whose_turns_are_long(
+    peer: Peer, link: RedisLink
+) -> None:
+    """As under a backlog: what the loop does itself, between two reads of an answer, is no time of Redis's."""
+    await link.exchange(PING, 10)
+    keys = [b"%d" % number for number in range(512)]
+    peer.answer = b"*512\r\n" + b"$1584\r\n%s\r\n" % (b"v" * 1584) * 512
+
+    async def work() -> None:
+        while True:
+            time.sleep(0.02)  # noqa: ASYNC251  # it holds the loop
+            await asyncio.sleep(0)
+
+    working = asyncio.create_task(work())
+    try:
+        (values,) = await link.exchange([(b"MGET", *keys)], 0.05)
+    finally:
+        working.cancel()
+    assert values == [b"v" * 1584] * 512
 
 
 async def test_a_connection_that_was_closed_meanwhile_is_opened_once_more(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from embedq_consumer.cache.resp import INCOMPLETE, BadReply, ErrorReply, ReplyReader
 
-values = st.none() | st.binary(max_size=40)
+values = st.none() | st.binary(max_size=40) | st.binary(min_size=3, max_size=3)
 
 
 def written(value: Any) -> bytes:

@@ -80,8 +80,11 @@ class FakeProducer:
         if (problem := next(self._broker.raises.get(name, iter(())), None)) is not None:
             raise problem
         self.sent.append(name)
+        open_here = self.open.setdefault(place, [])
+        if self._broker.batches and open_here and not open_here[-1].done():
+            return open_here[-1]
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self.open.setdefault(place, []).append(future)
+        open_here.append(future)
         asyncio.get_running_loop().call_soon(self._broker.settle, self, place, name, future)
         return future
 
@@ -130,6 +133,8 @@ class Broker:
         self.refusing: dict[Place, BaseException] = {}
         self.silent: set[Place] = set()
         self.leaderless: set[Place] = set()
+        self.batches = False
+        """Whether what is sent together has one future."""
         self.said: dict[Place, Exception] = {}
         self.blind: Iterator[BaseException] = iter(())
         self.looks = self.looked_up = 0
@@ -243,6 +248,20 @@ async def test_records_are_sent_in_order_and_counted_once_acknowledged() -> None
         assert one.sample("result_bytes_total") == 4
         assert one.sample("producer_restarts_total") == 0
         assert one.trouble is None
+
+
+async def test_records_of_a_batch_have_one_answer() -> None:
+    async with opened() as one:
+        one.broker.batches = True
+        assert await one.publish("known") == [None]
+        assert await one.publish("a", "bcd", "e") == [None, None, None]
+        assert one.sample("results_total") == 4
+        one.broker.outcomes = {
+            "f": iter([MessageSizeTooLargeError(), None])
+        }  # what the broker says of f and g together
+        assert await one.publish("f", "g") == [None, None]
+        assert one.broker.made[0].sent == ["known", "a", "bcd", "e", "f", "g"]
+        assert one.broker.sent_by("apart") == ["f", "g"]
 
 
 async def test_nothing_to_publish_is_published() -> None:

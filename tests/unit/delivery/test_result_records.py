@@ -84,7 +84,7 @@ def test_a_result_says_all_that_the_contract_has() -> None:
     )
     assert (found["dimensions"], found["dtype"], found["metadata"]) == (32, "float32", {"k": [1]})
     assert found["usage"] == {"prompt_tokens": 6, "total_tokens": 6}
-    assert found["timings"] == {"queue": 0.5, "tokenize": 0.25, "compute": None}
+    assert found["timings"] == {"queue": 0.5, "tokenize": 0.25, "compute": None, "device": None}
     assert (found["part"], found["parts"]) == (0, 1)
     assert [datum["truncated"] for datum in found["data"]] == [False, True]
     assert set(found["data"][0]) == {"object", "index", "embedding", "tokens", "truncated", "cached", "error"}

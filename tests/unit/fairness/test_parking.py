@@ -40,7 +40,8 @@ class Lot:
         self.ends: dict[TopicPartition, int] = {}
         defaults: dict[str, Any] = {"jobs": 10_000, "texts": 10_000, "record_bytes": 10**9}
         defaults |= {"result_bytes": 10**9, "uncommitted": 10_000}
-        self.parking = Parking[Parked](Limits(**defaults | limits), self.committed.get)
+        self.limits = Limits(**defaults | limits)
+        self.parking = Parking[Parked](self.limits, self.committed.get)
 
     def put(self, client: bytes, count: int = 1, partition: TopicPartition = A, **fields: Any) -> None:
         first = self.ends.get(partition, 0)
@@ -175,6 +176,36 @@ def test_a_partition_starts_no_more_than_a_crash_may_repeat() -> None:
     assert [ticket.offset for ticket in started if ticket.partition == B] == [0, 1, 2]
     lot.committed[A] = 2
     assert [record.ticket.offset for record in lot.start()] == [4, 5]
+
+
+class Counted:
+    """A record that counts how often its place is looked at."""
+
+    client = b"a"
+    lane: Lane = "interactive"
+    size = 100
+    looks = 0
+
+    def __init__(self, offset: int) -> None:
+        self._ticket = Ticket(A, offset)
+
+    @property
+    def ticket(self) -> Ticket:
+        Counted.looks += 1
+        return self._ticket
+
+
+def test_what_a_start_costs_does_not_grow_with_what_waits() -> None:
+    """A backlog's records wait by the thousand, and some start whenever some are answered."""
+    lot = Lot(uncommitted=100)
+    parking = Parking[Counted](lot.limits, lot.committed.get)
+    parking.put(Counted(offset) for offset in range(5000))
+    assert len(list(parking.draw(5000))) == 100
+    for done in range(1, 50):
+        lot.committed[A] = done
+        Counted.looks = 0
+        assert len(list(parking.draw(5000))) == 1
+        assert Counted.looks < 20
 
 
 def test_behind_one_that_waits_only_half_as_many_start_so_that_it_can_start_itself() -> None:

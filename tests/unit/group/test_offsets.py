@@ -175,7 +175,7 @@ class LedgerMachine(RuleBasedStateMachine):
             assert self.ledger.committed(partition) == self.noted.get(partition)
 
 
-LedgerMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+LedgerMachine.TestCase.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
 TestLedgerAgainstAModel = LedgerMachine.TestCase
 
 

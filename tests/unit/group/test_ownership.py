@@ -234,7 +234,7 @@ class GroupMachine(RuleBasedStateMachine):
         assert self.generation - before <= 3
 
 
-GroupMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+GroupMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
 TestGroupInEveryOrder = GroupMachine.TestCase
 
 

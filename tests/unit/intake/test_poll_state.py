@@ -107,7 +107,7 @@ class PollStateMachine(RuleBasedStateMachine):
         assert self.state.phase == expected
 
 
-PollStateMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+PollStateMachine.TestCase.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
 TestPollStateAgainstAModel = PollStateMachine.TestCase
 
 

@@ -407,7 +407,7 @@ def play(world: World, chance: random.Random, *, kills: int) -> None:
 PLACES = st.tuples(st.sampled_from([A, B]), st.integers(0, 29))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(st.sets(PLACES, max_size=4), st.integers(0, 2**32))
 def test_killers_are_condemned_by_their_fourth_death_and_nobody_else_is(
     killers: set[tuple[TopicPartition, int]], seed: int
@@ -420,7 +420,7 @@ def test_killers_are_condemned_by_their_fourth_death_and_nobody_else_is(
     assert world.answered == {(partition, offset) for partition in (A, B) for offset in range(30)}
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(st.sets(PLACES, max_size=2), st.integers(0, 2**32), st.integers(0, 30))
 def test_whatever_else_kills_processes_no_record_is_condemned_that_did_not_die_alone_twice(
     killers: set[tuple[TopicPartition, int]], seed: int, kills: int

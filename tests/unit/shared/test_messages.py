@@ -78,7 +78,7 @@ def test_a_result_looks_as_the_contract_says(format: Format) -> None:
             }
         ],
         "usage": {"prompt_tokens": 3, "total_tokens": 3},
-        "timings": {"queue": 0.25, "tokenize": None, "compute": None},
+        "timings": {"queue": 0.25, "tokenize": None, "compute": None, "device": None},
         "metadata": None,
         "part": 0,
         "parts": 1,

@@ -311,11 +311,92 @@ def test_the_fetcher_makes_its_records_by_the_name_that_is_replaced() -> None:
     assert methods == {name for name in dir(BoundedRecords) if not name.startswith("_")}
 
 
+async def test_whoever_waits_for_records_is_woken_by_the_fetch_that_brings_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """aiokafka's own routine would wake them rounds of the event loop later, and is told that nobody is left to be woken."""
+    brought = False
+
+    async def fetched(self: Fetcher, assignment: Any, node: int, request: Any) -> bool:
+        return brought
+
+    monkeypatch.setattr(Fetcher, "_proc_fetch_request", fetched)
+    assert "has_new_data = any(fut.result() for fut in done_pending)" in inspect.getsource(Fetcher)
+    found = consumer.PromptFetcher.__new__(consumer.PromptFetcher)
+    found._loop, found._fetch_waiters = asyncio.get_running_loop(), set()
+    waiter = found._create_fetch_waiter()
+    assert not await found._proc_fetch_request(None, 1, None)
+    assert not waiter.done()
+    brought = True
+    assert not await found._proc_fetch_request(None, 1, None)
+    assert waiter.done()
+
+
+class Fetching:
+    """A fetcher without a client, whose records a test puts there."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.there: dict[TopicPartition, list[Any]] = {}
+        self.fetcher = consumer.PromptFetcher.__new__(consumer.PromptFetcher)
+        self.fetcher._loop, self.fetcher._fetch_waiters = asyncio.get_running_loop(), set()
+        self.fetcher._closed = False
+        monkeypatch.setattr(Fetcher, "fetched_records", self._fetched)
+
+    async def _fetched(
+        self, partitions: Any, timeout: float, most: int | None
+    ) -> dict[TopicPartition, list[Any]]:
+        assert not timeout
+        return self.there
+
+    def put(self) -> None:
+        self.there = {TopicPartition("t", 0): ["record"]}
+        self.wake()
+
+    def wake(self) -> None:
+        for waiter in self.fetcher._fetch_waiters:
+            self.fetcher._notify(waiter)
+
+    def poll(self, timeout: float) -> asyncio.Task[Any]:
+        return asyncio.create_task(self.fetcher.fetched_records([], timeout, 10))
+
+
+async def test_a_poll_waits_for_records_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetching = Fetching(monkeypatch)
+    poll = fetching.poll(3600)
+    await asyncio.sleep(0)
+    fetching.wake()  # for records of other partitions, or that another poll took
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert not poll.done()
+    fetching.put()
+    assert await poll == fetching.there
+    assert await fetching.poll(3600) == fetching.there
+    assert not fetching.fetcher._fetch_waiters
+
+
+async def test_a_poll_that_nothing_comes_for_ends_in_time_or_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetching = Fetching(monkeypatch)
+    assert await fetching.poll(0) == {}
+    assert await fetching.poll(0.001) == {}
+
+
+async def test_a_poll_that_is_cancelled_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetching = Fetching(monkeypatch)
+    poll = fetching.poll(3600)
+    await asyncio.sleep(0)
+    poll.cancel()
+    await asyncio.wait({poll})
+    assert poll.cancelled()
+    assert not fetching.fetcher._fetch_waiters
+
+
 async def test_only_our_consumers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks of a consumer's start, and what they start, have its ceiling, and nobody else."""
     seen: dict[str, list[Any]] = {}
 
     async def start(self: Any) -> None:
+        self._fetcher = Fetcher.__new__(Fetcher)
+
         async def fetch() -> None:
             made = fetcher.MemoryRecords(b"")
             seen.setdefault(type(self).__name__, []).append(getattr(made, "_limit", None))
@@ -329,4 +410,6 @@ async def test_only_our_consumers_are_bounded(monkeypatch: pytest.MonkeyPatch) -
         each._closed = True  # they have nothing to close
 
     assert seen == {"BoundedConsumer": [7, 64 << 20], "AIOKafkaConsumer": [None]}
+    kinds = [type(each._fetcher) for each in consumers]
+    assert kinds == [consumer.PromptFetcher, Fetcher, consumer.PromptFetcher]
     assert isinstance(fetcher.MemoryRecords(b""), MemoryRecords)

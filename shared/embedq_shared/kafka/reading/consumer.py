@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Any
 
+from aiokafka import ConsumerRecord, TopicPartition
 from aiokafka.consumer import fetcher
 
 from embedq_shared.access import DEFAULT_MAX_INFLATED_BYTES
@@ -37,6 +40,40 @@ class BoundedConsumer(AIOKafkaConsumer):
             await super().start()
         finally:
             _ceiling.reset(before)
+        self._fetcher.__class__ = PromptFetcher
+
+
+class PromptFetcher(fetcher.Fetcher):  # type: ignore[misc]  # aiokafka has no type information
+    """Wakes whoever waits for records as soon as they are there.
+
+    aiokafka leaves that to the routine that sends fetches, which is itself woken two rounds of the event loop later, finds
+    the records not consumed yet, and has to be woken again to fetch the next ones.
+    """
+
+    async def _proc_fetch_request(self, *request: Any) -> bool:
+        if await super()._proc_fetch_request(*request):
+            for waiter in self._fetch_waiters:
+                self._notify(waiter)
+        return False  # nobody is left for the routine to wake
+
+    async def fetched_records(
+        self, partitions: Sequence[TopicPartition], timeout: float = 0, max_records: int | None = None
+    ) -> dict[TopicPartition, list[ConsumerRecord]]:
+        """What is there of these partitions; waits `timeout` seconds at most until there is something."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + timeout
+        while True:
+            found: dict[TopicPartition, list[ConsumerRecord]]
+            found = await super().fetched_records(partitions, 0, max_records)
+            if found or loop.time() >= end or self._closed:
+                return found
+            # aiokafka waits for a set of one, with a task and a round of the loop more.
+            waiter = self._create_fetch_waiter()
+            timer = loop.call_at(end, self._notify, waiter)
+            try:
+                await waiter
+            finally:
+                timer.cancel()
 
 
 _unbounded_records = fetcher.MemoryRecords

@@ -524,7 +524,7 @@ Acts = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     size=st.integers(1, 6),
     most=st.one_of(st.none(), st.integers(1, 3)),
