@@ -50,10 +50,6 @@ _TEXTS_A_LOOKUP: Final = 512
 _TEXTS_A_TURN: Final = 64
 """Of a micro-batch of bulk texts while interactive ones come: their outcomes take a millisecond."""
 
-_REMEMBER_S: Final = 0.002
-"""Vectors are kept so much later than their results are sent, for which a broker needs some of it, and their clients more: who
-asks for the same text again because of a result finds it in the cache."""
-
 
 class Cache(Protocol):
     """Remembers vectors as well as it can. Its methods never raise."""
@@ -292,13 +288,10 @@ class Pipeline:
             if not jobs:
                 return
         if fresh := [entry for job in jobs for entry in _cacheable(job)]:
-            self._spawn(self._remember(fresh), "cache_write")
+            # In a task of its own, since a slow cache must not delay the results; before these are sent, so that what a killed
+            # process answered is not computed again.
+            self._spawn(self._cache.put_many(fresh), "cache_write")
         await self._deliverer.deliver(jobs)
-
-    async def _remember(self, fresh: Sequence[tuple[bytes, CachedVector]]) -> None:
-        """Keep these vectors, in a task of its own: neither a slow cache nor the work of writing may delay the results."""
-        await asyncio.sleep(_REMEMBER_S)
-        await self._cache.put_many(fresh)
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         self._tasks.create_task(work, name=name)

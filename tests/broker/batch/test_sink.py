@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import lancedb
 import numpy as np
 import pytest
 from aiokafka import AIOKafkaConsumer
@@ -57,6 +56,8 @@ class Stored:
         self.to = f"lancedb:{folder}#{name}"
 
     def _look(self) -> dict[str, Any]:
+        import lancedb  # takes seconds, which only this file's worker has to spend
+
         database = lancedb.connect(self._folder)
         try:
             rows = database.open_table(self._name).to_arrow().to_pylist()
