@@ -102,6 +102,9 @@ class _Cache:
 
 
 class _Device:
+    def note_failed(self, encoder: Encoder) -> None:
+        """No text fails here."""
+
     async def encode(self, encoder: Encoder, batch: Sequence[Tokens]) -> tuple[Vectors, float]:
         await asyncio.sleep(0.001)
         return np.ones((len(batch), encoder.hidden_size), dtype=np.float32), 0.001

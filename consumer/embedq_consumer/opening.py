@@ -220,6 +220,7 @@ async def open_models(
     settings: Settings,
     publisher: Publisher,
     traffic: InteractiveTraffic,
+    cache: VectorCache,
     metrics: Metrics,
     health: Health,
 ) -> AsyncIterator[ServedModels]:
@@ -228,7 +229,7 @@ async def open_models(
 
     loader = ModelLoader(await asyncio.to_thread(lambda: settings.load))
     announce = partial(publisher.announce, within=STATUS_INTERVAL_S)
-    models = ServedModels(options, loader, announce, metrics, health.tell, traffic)
+    models = ServedModels(options, loader, announce, metrics, health.tell, traffic, cache)
     try:
         yield models
     finally:

@@ -57,7 +57,7 @@ class Cache(Protocol):
     async def get_many(self, keys: Sequence[bytes]) -> list[CachedVector | None]:
         """The entry of each key, in order, or None."""
 
-    async def put_many(self, items: Sequence[tuple[bytes, CachedVector]]) -> None:
+    async def put_many(self, items: Sequence[tuple[bytes, CachedVector]]) -> object:
         """Keep these entries."""
 
 
@@ -293,7 +293,7 @@ class Pipeline:
             self._spawn(self._cache.put_many(fresh), "cache_write")
         await self._deliverer.deliver(jobs)
 
-    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, object], name: str) -> None:
         self._tasks.create_task(work, name=name)
 
 

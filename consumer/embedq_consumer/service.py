@@ -101,7 +101,7 @@ async def _serve(settings: Settings, stop: asyncio.Event, leaving: Callable[[], 
             open_publisher(settings, mappings, turns, metrics, health, stop)
         )
         models = await parts.enter_async_context(
-            open_models(settings, publisher, turns.traffic, metrics, health)
+            open_models(settings, publisher, turns.traffic, cache, metrics, health)
         )
         aliases: list[_Alias] = []
         for model in models:
@@ -143,6 +143,7 @@ async def _serve(settings: Settings, stop: asyncio.Event, leaving: Callable[[], 
             mappings=mappings,
             schemas=schemas or NoRegistry(),
             note_dimensions=models.note_dimensions,
+            note_use=models.note_use,
             share_of=models.splits.target,
         )
         async with _tasks() as tasks:

@@ -236,6 +236,7 @@ class Gateway:
             expected_version=asked.expected_version,
             max_unavailable=asked.max_unavailable,
             canary=asked.canary,
+            soak=asked.soak,
             timeout=asked.timeout,
             topic_prefix=self._topics.prefix,
             **self._security,

@@ -256,6 +256,10 @@ GOLDEN_FILE: Final = "embedq_golden.json"
 """In a model directory: texts, and the vectors that the model must give for them."""
 
 
+MAX_SOAK_S: Final = 7 * 24 * 3600.0
+"""Of a canary: a week has every hour of every weekday."""
+
+
 class Rollout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How a fleet follows a command. Without it every replica follows at once."""
 
@@ -263,6 +267,17 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         Annotated[int, Meta(ge=1, description="Replicas that change at once; absent: all.")] | None
     ) = None
     canary: Annotated[bool, Meta(description="One replica changes alone first.")] = False
+    soak_s: (
+        Annotated[
+            float,
+            Meta(
+                gt=0,
+                le=MAX_SOAK_S,
+                description="Seconds that the canary serves before others follow; absent: 0.",
+            ),
+        ]
+        | None
+    ) = None
 
 
 class Control(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -359,6 +374,9 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     `turn` is the version of a roll-out whose turn this replica takes. `path` is the directory that serves, as a command would name
     it; null where none could. `memory_used` and `memory_total` are bytes of the device, on a CPU of the process and its machine.
     `splits` has the weights of each split that the replica knows of; null in records of replicas that do not say it.
+    `warmed` says of how many texts, of those used most, the cache got vectors of the command's model before it served; null where
+    that is not asked for. `served_s` says for how many seconds the model serves, and `first_error_s` after how many of them it first
+    failed to give a text a vector, null where it never did.
     """
 
     replica: str
@@ -378,3 +396,6 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     memory_used: Annotated[int, Meta(ge=0, le=MAX_INTEGER)] | None = None
     memory_total: Annotated[int, Meta(ge=0, le=MAX_INTEGER)] | None = None
     splits: dict[str, dict[str, int]] | None = None
+    warmed: Annotated[int, Meta(ge=0, le=MAX_INTEGER)] | None = None
+    served_s: Annotated[float, Meta(ge=0)] | None = None
+    first_error_s: Annotated[float, Meta(ge=0)] | None = None

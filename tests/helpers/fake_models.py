@@ -27,6 +27,7 @@ from embedq_consumer.engine import (
 from embedq_consumer.lifecycle import BatchOptions, ModelOptions, ServedModel
 from embedq_consumer.lifecycle.model_slot import Loader, Source
 from embedq_consumer.lifecycle.reloader import Turn, everybodys_turn
+from embedq_consumer.lifecycle.warming.cache_warmer import Cache, WarmOptions
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.codec import decode_status
 from embedq_shared.messages import Control, Status
@@ -194,6 +195,8 @@ class Bench:
         load_timeout_s: float = 30.0,
         batches: BatchOptions = _BATCHES,
         loader: Loader | None = None,
+        cache: Cache | None = None,
+        warming: WarmOptions | None = None,
     ) -> None:
         self.root = root.resolve()
         self.metrics = Metrics()
@@ -220,11 +223,13 @@ class Bench:
                 load_timeout_s=patient(load_timeout_s),
                 stall_timeout_s=stall_timeout_s,
                 attempts=self.root / "attempts",
+                warming=warming,
             ),
             loader or self.loader,
             self._publish,
             self.metrics,
             self.facts.update,
+            cache=cache,
         )
 
     def _load(self, path: Path) -> Encoder:

@@ -66,7 +66,12 @@ class ScriptedDevice:
 
     def __init__(self, failure: Callable[[list[str]], Exception | None] = lambda texts: None) -> None:
         self.ran: list[list[str]] = []
+        self.failed = 0
+        """Texts that got no vector, even alone."""
         self._failure = failure
+
+    def note_failed(self, encoder: Encoder) -> None:
+        self.failed += 1
 
     async def encode(self, encoder: Encoder, batch: Sequence[Tokens]) -> tuple[Vectors, float]:
         texts = ["".join(map(chr, tokens.ids)) for tokens in batch]
@@ -164,11 +169,12 @@ class DictCache:
         self.readable = asyncio.Event()
         self.readable.set()
 
-    async def get_many(self, keys: Sequence[bytes]) -> list[CachedVector | None]:
+    async def get_many(self, keys: Sequence[bytes], *, counted: bool = True) -> list[CachedVector | None]:
         await self.readable.wait()
         self.asked += keys
         return [self.entries.get(key) for key in keys]
 
-    async def put_many(self, items: Sequence[tuple[bytes, CachedVector]]) -> None:
+    async def put_many(self, items: Sequence[tuple[bytes, CachedVector]]) -> int:
         await self.gate.wait()
         self.entries.update(items)
+        return len(items)

@@ -1,18 +1,19 @@
 """Reloads between two real models, one after the other, and what the process holds after each: `python -m tests.helpers.many_reloads ROOT COUNT POLICY`.
 
-Prints a JSON list of bytes. A process of its own, since nothing else may take or give back memory meanwhile.
+Prints JSON, a list of `Held`. A process of its own, since nothing else may take or give back memory meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
-import json
 import sys
 from functools import partial
 from pathlib import Path
 from typing import cast
 
+import msgspec
 import psutil
 
 from embedq_consumer.engine import load_encoder
@@ -20,21 +21,52 @@ from embedq_shared.messages import Policy
 from tests.helpers.fake_models import Bench, command
 
 
-async def main(root: Path, count: int, policy: Policy) -> list[int]:
-    """Bytes after each reload."""
+class Held(msgspec.Struct, frozen=True):
+    """Bytes after a reload."""
+
+    own: int
+    """Pages of this process alone: what is in use, and what the allocator keeps of what was freed."""
+    in_use: int | None
+    """What malloc has handed out; None where the C library does not say."""
+
+
+class _MallInfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    )
+
+
+def held() -> Held:
+    """What the process holds now."""
+    gc.collect()  # the few kilobytes of Python objects that it would take some day
+    in_use = None
+    if (ask := getattr(ctypes.CDLL(None), "mallinfo2", None)) is not None:
+        ask.restype = _MallInfo
+        found = ask()
+        in_use = found.uordblks + found.hblkhd
+    return Held(psutil.Process().memory_full_info().uss, in_use)
+
+
+async def main(root: Path, count: int, policy: Policy) -> list[Held]:
+    """What is held after each reload."""
     bench = Bench(root, {"old": [], "new": []}, load_timeout_s=600.0, stall_timeout_s=600.0)
     bench.loader.load_path = partial(load_encoder, device="cpu", threads=1, known_models=root / "known")
     await bench.model.start(None)
-    held: list[int] = []
+    found: list[Held] = []
     for version in range(1, count + 1):
         await bench.follow([command(version, ("old", "new")[version % 2], policy=policy)])
         assert bench.sent[-1].state == "READY", bench.sent[-1]
-        gc.collect()  # the few kilobytes of Python objects that it would take some day
-        held.append(psutil.Process().memory_full_info().uss)
+        found.append(held())
     await asyncio.to_thread(bench.model.close)
-    return held
+    return found
 
 
 if __name__ == "__main__":
-    found = asyncio.run(main(Path(sys.argv[1]), int(sys.argv[2]), cast("Policy", sys.argv[3])))
-    sys.stdout.write(json.dumps(found) + "\n")
+    each = asyncio.run(main(Path(sys.argv[1]), int(sys.argv[2]), cast("Policy", sys.argv[3])))
+    sys.stdout.buffer.write(msgspec.json.encode(each) + b"\n")

@@ -45,12 +45,20 @@ def fresh_prefix() -> str:
 
 
 async def make_topics(
-    stack: DevStack, prefix: str, *, partitions: int = 4, copies: int = 1, names: Iterable[str] = ()
+    stack: DevStack,
+    prefix: str,
+    *,
+    partitions: int = 4,
+    copies: int = 1,
+    names: Iterable[str] = (),
+    only: Collection[str] = (),
 ) -> Topics:
-    """embedq's topics below this prefix, and other ones by name, with this many copies of each partition."""
+    """embedq's topics below this prefix, and other ones by name, with this many copies of each partition. `only`: these of ours."""
     wanted = wanted_topics(prefix, partitions=partitions, reply_partitions=partitions, retry_tiers=0)
     new = [
-        NewTopic(topic.name, topic.partitions, copies, topic_configs=dict(topic.config)) for topic in wanted
+        NewTopic(topic.name, topic.partitions, copies, topic_configs=dict(topic.config))
+        for topic in wanted
+        if not only or topic.name in only
     ]
     new += [NewTopic(name, partitions, copies) for name in names]
     admin = AIOKafkaAdminClient(bootstrap_servers=stack.kafka_servers)

@@ -109,7 +109,7 @@ class Leaf(NamedTuple):
 LEAVES: Final = {
     "embedq_consumer.verify": Leaf(frozenset(), frozenset({"embedq_consumer.engine"})),
     "embedq_sdk.dev": Leaf(
-        frozenset({"embedq_sdk.cli"}), frozenset({"embedq_sdk.admin", "embedq_sdk.errors"})
+        frozenset({"embedq_sdk.cli.commands"}), frozenset({"embedq_sdk.admin", "embedq_sdk.errors"})
     ),
 }
 

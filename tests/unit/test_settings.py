@@ -17,6 +17,7 @@ from embedq_consumer.cache import RedisOptions, SecretSource
 from embedq_consumer.engine import LoadOptions
 from embedq_consumer.intake.admission import AdmissionPolicy
 from embedq_consumer.lifecycle import BatchOptions
+from embedq_consumer.lifecycle.warming.cache_warmer import WarmOptions
 from embedq_consumer.service import serve
 from embedq_consumer.settings import Settings, SettingsError
 from embedq_consumer.shapes import RegistryOptions
@@ -187,6 +188,18 @@ def test_layers_that_fp8_leaves_alone_are_numbers_separated_by_commas() -> None:
         settings(fp8_keep="0")
     with pytest.raises(SettingsError, match="EMBEDQ_FP8_KEEP"):
         settings(quantization="fp8", fp8_keep="0,down")
+
+
+def test_a_cache_that_is_warmed_is_one() -> None:
+    assert settings().served_models(1).aliases[0].warming is None
+    warmed = settings(
+        redis_url="redis://here:6379/0", cache_warm_texts="500", cache_warm_s="10"
+    ).served_models(1)
+    assert [one.warming for one in warmed.aliases] == [WarmOptions(texts=500, seconds=10.0)]
+    with pytest.raises(SettingsError, match="EMBEDQ_CACHE_WARM_TEXTS: needs EMBEDQ_REDIS_URL"):
+        settings(cache_warm_texts="500")
+    with pytest.raises(SettingsError, match="EMBEDQ_CACHE_WARM_TEXTS"):
+        settings(redis_url="redis://here:6379/0", cache_warm_texts="10001")
 
 
 def test_the_model_of_the_settings_lies_where_its_links_lead(tmp_path: Path) -> None:

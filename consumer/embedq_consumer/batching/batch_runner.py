@@ -40,6 +40,9 @@ class Device(Protocol):
             DeviceLost: nothing runs on this device any more.
         """
 
+    def note_failed(self, encoder: Encoder) -> None:
+        """A text has got no vector of this model, even alone."""
+
 
 class Results(Protocol):
     """Where the runner hands on its results, each input exactly once. The methods return at once."""
@@ -127,7 +130,10 @@ class BatchRunner:
         self._metrics.compute.observe(seconds)
         self._metrics.tokens.inc(sum(text.cost for text in batch))
         self._note_compute(batch, seconds)
-        if len(batch) == 1 or (finite := _finite(batch, vectors)).all():
+        finite = _finite(batch, vectors)
+        if len(batch) == 1 or finite.all():
+            if not finite.all():
+                self._device.note_failed(batch[0].identity.encoder)
             self._hand_on(batch, vectors)
             return
         sound, broken = (
@@ -142,6 +148,7 @@ class BatchRunner:
 
     async def _halve(self, batch: Sequence[QueuedText], *, out_of_memory: bool) -> None:
         if len(batch) == 1:
+            self._device.note_failed(batch[0].identity.encoder)
             waiters = self._flights.resolve(batch[0].identity)
             self._results.settle((job, index, input_errors.failed(job, index)) for job, index in waiters)
             return

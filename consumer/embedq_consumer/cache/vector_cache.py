@@ -112,22 +112,23 @@ class VectorCache:
         if self._link:
             await self._link.close(self._options.timeout_s)
 
-    async def get_many(self, keys: Sequence[bytes]) -> list[CachedVector | None]:
+    async def get_many(self, keys: Sequence[bytes], *, counted: bool = True) -> list[CachedVector | None]:
         """The entry of each key, in order, or None where Redis has none or cannot be asked. Never raises.
 
         One MGET, or one for every `CHUNK_BYTES` of vectors. The first chunk that fails ends the look-up, so that a
-        dead Redis costs one time-out however many keys there are.
+        dead Redis costs one time-out however many keys there are. Not `counted`: no job asks, so hits and misses say nothing.
         """
         entries: list[CachedVector | None] = [None] * len(keys)
+        count = self._count_lookups if counted else _count_nothing
         link = self._usable
         if link is None:
-            self._count_lookups(bypass=len(keys))
+            count(bypass=len(keys))
             return entries
         for chunk, size in _chunks([_ENTRY_BYTES + entry_bytes(key) for key in keys]):
             asked = keys[chunk]
             replies = await self._round_trip(link, "get", [(b"MGET", *asked)], size)
             if replies is None:
-                self._count_lookups(error=len(keys) - chunk.start)
+                count(error=len(keys) - chunk.start)
                 break
             misses = corrupt = 0
             for index, (key, value) in enumerate(zip(asked, replies[0], strict=True), chunk.start):
@@ -138,18 +139,18 @@ class VectorCache:
                     self._metrics.cache_corrupt.labels(found).inc()
                 else:
                     entries[index] = found
-            self._count_lookups(hit=len(asked) - misses - corrupt, miss=misses, corrupt=corrupt)
+            count(hit=len(asked) - misses - corrupt, miss=misses, corrupt=corrupt)
         return entries
 
-    async def put_many(self, items: Sequence[tuple[bytes, CachedVector]]) -> None:
-        """Keep these entries, as far as Redis takes them, replacing what it had for these keys. Never raises.
+    async def put_many(self, items: Sequence[tuple[bytes, CachedVector]]) -> int:
+        """Keep these entries, as far as Redis takes them, replacing what it had for these keys; how many it took. Never raises.
 
         One pipelined write, or one for every `CHUNK_BYTES` of vectors; the first that fails ends it.
         """
-        link = self._usable
+        link, kept = self._usable, 0
         if link is None:
             self._count_writes(bypass=len(items))
-            return
+            return 0
         for chunk, size in _chunks([_ENTRY_BYTES + len(entry.vector) for _, entry in items]):
             commands: list[Command] = [
                 (b"SET", key, self._codec.pack(key, entry), b"PX", self._jittered_ttl_ms())
@@ -160,8 +161,10 @@ class VectorCache:
                 self._count_writes(error=len(items) - chunk.start)
                 break
             taken = replies.count(b"OK")
+            kept += taken
             self._count_writes(ok=taken, error=len(replies) - taken)
             self._note_refusal(next((each.code for each in replies if isinstance(each, Refusal)), None))
+        return kept
 
     async def _round_trip(
         self, link: Link, operation: str, commands: Sequence[Command], size: int, *, say: bool = False
@@ -238,6 +241,10 @@ class VectorCache:
         for outcome, number in outcomes.items():
             if number:
                 self._metrics.cache_writes.labels(outcome).inc(number)
+
+
+def _count_nothing(**outcomes: int) -> None:
+    """These look-ups are not counted."""
 
 
 def _chunks(sizes: Sequence[int]) -> Iterator[tuple[slice, int]]:

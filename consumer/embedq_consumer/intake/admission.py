@@ -90,7 +90,7 @@ class UnknownAddress(msgspec.Struct, frozen=True):
 Admitted = JobState | Rejection | UnknownAddress | UnknownSchema | DeletedRow
 
 
-def _nobody_asks(alias: str, dimensions: int) -> None:
+def _nobody_asks(alias: str, asked: object) -> None:
     """Nobody wants to know."""
 
 
@@ -113,6 +113,8 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
     """Hears of the `dimensions` that an admitted job of an alias names."""
     share_of: ShareOf = _no_split
     """Whose job one of an alias is that no model serves by itself."""
+    note_use: Callable[[str, Job], None] = _nobody_asks
+    """Hears of each job of the interactive lane that is admitted for an alias."""
 
     def admit(
         self, record: Record, models: Map[str, Encoder], now_ms: float, partitions: PartitionCount
@@ -184,6 +186,8 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
             return _refused(request, headers, job, format, answer)
         if job.dimensions is not None:
             self.note_dimensions(served, job.dimensions)
+        if record.lane == "interactive":
+            self.note_use(served, job)
         return JobState(record, headers, request, encoder, served)
 
     def _admit_mapped(

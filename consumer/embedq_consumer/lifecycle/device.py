@@ -36,6 +36,9 @@ class Device:
         """`shares`: a model may be in memory for another alias, or for one that comes back to it."""
         self._compute = WorkerThreads("compute")
         self._results = WorkerThreads("results")
+        self._running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._last_result = 0.0  # monotonic seconds; touched on the thread that has a model's results
         self.residents = Residents() if residents is None else residents
         self.shares = shares
@@ -47,7 +50,25 @@ class Device:
         """Give one micro-batch to the compute thread, at once. Its vectors, float32 (rows, hidden_size), and the seconds that they
         took; one that was submitted while another ran took as long as it ran alone.
         """
-        return _computed(self._compute.submit(self._submit, encoder, batch))
+        submitted = self._compute.submit(self._submit, encoder, batch)
+        self._running += 1
+        self._idle.clear()
+        return self._computed(submitted)
+
+    async def _computed(self, submitted: Future[Computed | Future[Computed]]) -> Computed:
+        try:
+            found = await asyncio.wrap_future(submitted)
+            return await asyncio.wrap_future(found) if isinstance(found, Future) else found
+        finally:
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
+
+    async def idle(self, within_s: float) -> None:
+        """Return once no micro-batch is under way, of whichever alias, or after so many seconds."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self._idle.wait()
 
     async def between_batches(self, work: Callable[[], Returned]) -> Returned:
         """What `work` returns on the compute thread: while a CUDA graph is captured, no other thread may ask the device."""
@@ -93,11 +114,6 @@ class Device:
         vectors = pending.result()
         begin, self._last_result = max(submitted, self._last_result), time.monotonic()
         return vectors, self._last_result - begin
-
-
-async def _computed(submitted: Future[Computed | Future[Computed]]) -> Computed:
-    found = await asyncio.wrap_future(submitted)
-    return await asyncio.wrap_future(found) if isinstance(found, Future) else found
 
 
 def _give_back() -> None:

@@ -79,6 +79,8 @@ class ModelSlot:
         self.device = Device() if device is None else device
         self._hung: list[Future[Any]] = []
         self._running = 0
+        self._serves_since = 0.0
+        self._first_failure: float | None = None
         self.serving: Loaded | None = None
         """The serving model, if there is one. Changed by `install` and `unload` alone."""
         self.busy_since: float | None = None
@@ -200,6 +202,10 @@ class ModelSlot:
             self._running -= 1
             self.busy_since = time.monotonic() if self._running else None
 
+    async def idle(self, within_s: float) -> None:
+        """Return once no micro-batch is under way on the device, or after so many seconds."""
+        await self.device.idle(within_s)
+
     async def memory(self) -> Memory | None:
         """The device's memory; None on a CPU, and while no model serves.
 
@@ -213,7 +219,23 @@ class ModelSlot:
     def install(self, new: Loaded) -> Loaded | None:
         """Serve this model from now on; returns the one before, to be discarded, for which nothing may be in flight."""
         old, self.serving = self.serving, new
+        self._serves_since, self._first_failure = time.monotonic(), None
         return old
+
+    def note_failed(self, encoder: Encoder) -> None:
+        """A text has got no vector of this model, even alone."""
+        if self.serving is not None and self.serving.encoder is encoder and self._first_failure is None:
+            self._first_failure = time.monotonic()
+
+    @property
+    def served_s(self) -> float:
+        """For how long the serving model serves."""
+        return time.monotonic() - self._serves_since
+
+    @property
+    def first_error_s(self) -> float | None:
+        """After how many of these seconds it first failed to give a text a vector; None: it never did."""
+        return None if self._first_failure is None else self._first_failure - self._serves_since
 
     async def unload(self) -> Source:
         """Free the serving model, for which nothing may be in flight; returns what it was loaded from.

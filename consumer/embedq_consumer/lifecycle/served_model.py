@@ -26,11 +26,12 @@ from embedq_consumer.lifecycle.model_slot import Loader, ModelSlot
 from embedq_consumer.lifecycle.reloader import Commands, Hold, Reloader, Turn, everybodys_turn
 from embedq_consumer.lifecycle.status_reporter import Publish, Serving, StatusReporter
 from embedq_consumer.lifecycle.trial import Gates, Trial, TrialLimits
+from embedq_consumer.lifecycle.warming.cache_warmer import Cache, CacheWarmer, WarmOptions
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_consumer.telemetry.process_memory import machine_bytes, resident_bytes
 from embedq_consumer.threads import CLOSE_S
 from embedq_shared.fleet import Splits
-from embedq_shared.messages import Control
+from embedq_shared.messages import Control, Job
 from embedq_shared.topics import Topics
 
 _MEMORY_EVERY_S: Final = 5.0
@@ -67,6 +68,8 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
     """A micro-batch that takes longer than this while a model stands its trial ends the process."""
     attempts: Path | None
     """A folder that outlives the process, for the loads that do not; None: nothing is noted."""
+    warming: WarmOptions | None = None
+    """None: the cache is not warmed, and no text is kept in mind."""
 
 
 class ServedModel:
@@ -87,9 +90,11 @@ class ServedModel:
         traffic: InteractiveTraffic | None = None,
         device: Device | None = None,
         splits: Splits | None = None,
+        cache: Cache | None = None,
     ) -> None:
         """`show_facts` takes what operators should know of the budget, such as `Health.tell`. While `traffic` comes, bulk runs
-        in small micro-batches. `device`: None for one of its own. `splits` are those that its status tells of."""
+        in small micro-batches. `device`: None for one of its own. `splits` are those that its status tells of. `cache` is warmed
+        as the options say."""
         self.alias = options.alias
         self.splits = splits
         batches = options.batches
@@ -120,6 +125,9 @@ class ServedModel:
             first=options.first,
         )
         self._dimensions = DimensionsInUse()
+        self._warmer: CacheWarmer | None = None
+        if options.warming is not None and cache is not None:
+            self._warmer = CacheWarmer(options.warming, cache, self.slot, self.reporter, metrics)
         trial = Trial(
             self.slot,
             Gates(
@@ -133,6 +141,7 @@ class ServedModel:
                 batch_items=batches.max_items,
                 stall_timeout_s=options.stall_timeout_s,
             ),
+            self._warmer,
         )
         self._reloader = Reloader(
             self.slot,
@@ -172,6 +181,11 @@ class ServedModel:
         """A job asks for vectors of this length: no command's model may give shorter ones for a while."""
         self._dimensions.note(dimensions, time.monotonic())
 
+    def note_use(self, job: Job) -> None:
+        """An interactive job is admitted: what is asked for most is kept in mind, if the cache is to be warmed."""
+        if self._warmer is not None:
+            self._warmer.note(job)
+
     async def watch_memory(self) -> None:
         """Measure the device's memory again and again, until cancelled; on a CPU this process's."""
         while True:
@@ -197,6 +211,8 @@ class ServedModel:
             memory_used=used,
             memory_total=total,
             splits={} if self.splits is None else self.splits.weights(),
+            served_s=round(self.slot.served_s, 3),
+            first_error_s=None if (first := self.slot.first_error_s) is None else round(first, 3),
         )
 
     @property

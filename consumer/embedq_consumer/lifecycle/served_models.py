@@ -16,9 +16,11 @@ from embedq_consumer.lifecycle.model_slot import Loader
 from embedq_consumer.lifecycle.residents import Residents
 from embedq_consumer.lifecycle.served_model import ModelOptions, ServedModel
 from embedq_consumer.lifecycle.status_reporter import Publish
+from embedq_consumer.lifecycle.warming.cache_warmer import Cache
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_consumer.threads import CLOSE_S
 from embedq_shared.fleet import Splits
+from embedq_shared.messages import Job
 
 _Tell = Callable[[Mapping[str, object]], None]
 
@@ -48,6 +50,7 @@ class ServedModels:
         metrics: Metrics,
         show_facts: _Tell,
         traffic: InteractiveTraffic | None = None,
+        cache: Cache | None = None,
     ) -> None:
         several = len(options.aliases) > 1
         self._device = Device(
@@ -69,6 +72,7 @@ class ServedModels:
                 traffic,
                 self._device,
                 self.splits if one.first else None,
+                cache,
             )
             for one in options.aliases
         }
@@ -90,6 +94,10 @@ class ServedModels:
     def note_dimensions(self, alias: str, dimensions: int) -> None:
         """A job asks for an alias's vectors of this length."""
         self._by_alias[alias].note_dimensions(dimensions)
+
+    def note_use(self, alias: str, job: Job) -> None:
+        """An interactive job is admitted for an alias."""
+        self._by_alias[alias].note_use(job)
 
     @property
     def busy_since(self) -> dict[str, float | None]:

@@ -28,6 +28,8 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
     memory_total: int | None
     splits: dict[str, dict[str, int]]
     """The weights of every split."""
+    served_s: float = 0.0
+    first_error_s: float | None = None
 
 
 class StatusReporter:
@@ -85,8 +87,14 @@ class StatusReporter:
             version=command.version if command else self.status.version,
             command_id=command.command_id if command else self.status.command_id,
             turn=self._turn_after(command, step, state),
+            warmed=None if step == "validate" else self.status.warmed,
             model_version=model_version or self.status.model_version,
         )
+        await self._send(self.status)
+
+    async def show_warmed(self, texts: int) -> None:
+        """Say of how many texts, of those used most, the cache has a vector of the model that is on trial."""
+        self.status = msgspec.structs.replace(self.status, warmed=texts)
         await self._send(self.status)
 
     async def take_turn(self, version: int | None) -> None:

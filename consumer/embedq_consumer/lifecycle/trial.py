@@ -1,4 +1,4 @@
-"""The trial that every model stands before it may serve: validate, load, warm up, check, compare."""
+"""The trial that every model stands before it may serve: validate, load, warm up, check, compare. Then its cache is warmed."""
 
 from __future__ import annotations
 
@@ -36,14 +36,16 @@ from embedq_consumer.lifecycle.gates.checks import (
     check_version,
 )
 from embedq_consumer.lifecycle.gates.dimensions import DimensionsInUse, check_dimensions
-from embedq_consumer.lifecycle.gates.golden import Golden, check_golden, read_golden
+from embedq_consumer.lifecycle.gates.golden import check_golden, read_golden
 from embedq_consumer.lifecycle.gates.load_attempts import Attempt, LoadAttempts
 from embedq_consumer.lifecycle.gates.model_root import ModelRoot
 from embedq_consumer.lifecycle.gates.policy import choose_policy
 from embedq_consumer.lifecycle.gates.stamp import stamp_of
-from embedq_consumer.lifecycle.model_slot import Loaded, ModelSlot, Source
+from embedq_consumer.lifecycle.model_slot import Computed, Loaded, ModelSlot, Source
 from embedq_consumer.lifecycle.pursuit import Pursuit
 from embedq_consumer.lifecycle.status_reporter import StatusReporter
+from embedq_consumer.lifecycle.warming.cache_warmer import CacheWarmer
+from embedq_shared.golden import Golden
 from embedq_shared.messages import GOLDEN_FILE, Control, Policy, Step
 from embedq_shared.vectors import cut_and_normalize
 
@@ -99,11 +101,19 @@ class Trial:
           runs, and what `loader.load` names.
     """
 
-    def __init__(self, slot: ModelSlot, gates: Gates, reporter: StatusReporter, limits: TrialLimits) -> None:
+    def __init__(
+        self,
+        slot: ModelSlot,
+        gates: Gates,
+        reporter: StatusReporter,
+        limits: TrialLimits,
+        warmer: CacheWarmer | None = None,
+    ) -> None:
         self._slot = slot
         self._gates = gates
         self._reporter = reporter
         self._limits = limits
+        self._warmer = warmer
 
     async def configured(self, directory: Path) -> Candidate:
         """The model of the settings, which no command asked for and which may lie anywhere.
@@ -198,6 +208,7 @@ class Trial:
                 budget = await self._warm_up(loaded, pursuit)
             await self._report("check", pursuit.command)
             await self._check(loaded.encoder, pursuit, examined.golden, old)
+            await self._warm_cache(loaded.encoder, budget, pursuit)
             pursuit.check()
         except DeviceLost:
             raise  # there is nothing left to free
@@ -289,6 +300,12 @@ class Trial:
             old = await self.check_vectors(self._slot.serving.encoder, pursuit)
         check_similarity(command.min_cosine, old, vectors)
 
+    async def _warm_cache(self, encoder: Encoder, budget: Budget, pursuit: Pursuit) -> None:
+        """Have what is used most ready in the cache; not while jobs wait for this model, as none serves."""
+        if self._warmer is not None and self._slot.serving is not None:
+            run = partial(self._compute, encoder, pursuit=pursuit)
+            await self._warmer.warm(encoder, run, budget.tokens)
+
     def _check_dimensions(self, hidden_size: int | None, command: Control) -> None:
         in_use = self._gates.dimensions.most(time.monotonic())
         check_dimensions(hidden_size, command.min_dimensions, in_use)
@@ -354,12 +371,15 @@ class Trial:
         return [each for each in found if isinstance(each, Tokens)]
 
     async def _encode(self, encoder: Encoder, batch: Sequence[Tokens], pursuit: Pursuit | None) -> Vectors:
+        return (await self._compute(encoder, batch, pursuit))[0]
+
+    async def _compute(self, encoder: Encoder, batch: Sequence[Tokens], pursuit: Pursuit | None) -> Computed:
         """Vectors of a model on trial: what it raises is a reason to reject it, or to try a smaller micro-batch."""
         if pursuit is not None:
             pursuit.check()
         try:
             async with asyncio.timeout(self._limits.stall_timeout_s):
-                vectors, _ = await self._slot.encode(encoder, batch)
+                return await self._slot.encode(encoder, batch)
         except (OutOfMemory, DeviceLost):
             raise
         except TimeoutError:
@@ -369,7 +389,6 @@ class Trial:
             ) from None
         except Exception as error:
             raise ModelRejected(f"the model cannot run: {type(error).__name__}") from error
-        return vectors
 
 
 def _name(command: Control) -> str:

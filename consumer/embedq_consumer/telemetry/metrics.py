@@ -150,6 +150,12 @@ class Metrics:
             "reason",
         )
         self.cache_writes = counter("cache_writes_total", "Cache writes: ok, error, bypass.", "outcome")
+        self.cache_warmed = counter(
+            "cache_warmed_total",
+            "Vectors that a model was to have ready in the cache before it served: computed, found there already, left as time ran "
+            "out, failed.",
+            "outcome",
+        )
         self.cache_seconds = seconds(
             "cache", "One round trip to Redis, by operation: ping, get, put.", "operation"
         )
@@ -220,6 +226,8 @@ class Metrics:
             self.cache.labels(outcome)
         for outcome in ("ok", "error", "bypass"):
             self.cache_writes.labels(outcome)
+        for outcome in ("computed", "found", "left", "failed"):
+            self.cache_warmed.labels(outcome)
         for reason in ("size", "format", "signature", "values"):
             self.cache_corrupt.labels(reason)
         for reason in ("timeout", "connection", "tls", "password", "permission", "protocol", "refused"):

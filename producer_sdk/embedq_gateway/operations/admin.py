@@ -25,7 +25,7 @@ from embedq_gateway.operations.sse import EventStream, events
 from embedq_sdk.admin import LostRace, RolloutUpdate, UnexpectedVersion
 from embedq_sdk.admin.commands import DEFAULT_WAVE
 from embedq_sdk.admin.rollout import ReplicaView
-from embedq_shared.messages import DEFAULT_ALIAS, Policy, Quantization
+from embedq_shared.messages import DEFAULT_ALIAS, MAX_SOAK_S, Policy, Quantization
 from embedq_shared.topics import Lane
 
 log = logging.getLogger("embedq.gateway")
@@ -56,6 +56,8 @@ class ReloadRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """Replicas that change at once: a number, a percentage such as "25%", or null for all."""
     canary: bool = True
     """One replica changes alone first."""
+    soak: Annotated[float, Meta(ge=0, le=MAX_SOAK_S)] = 0.0
+    """Seconds that the canary must serve before others follow."""
     timeout: Annotated[float, Meta(gt=0, le=3600)] = 600.0
 
     @property

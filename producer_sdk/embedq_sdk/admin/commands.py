@@ -9,7 +9,7 @@ from typing import Final, get_args
 import msgspec
 
 from embedq_sdk.errors import EmbedError, InvalidArgument
-from embedq_shared.messages import MAX_INTEGER, Control, Policy, Quantization, Rollout, Status
+from embedq_shared.messages import MAX_INTEGER, MAX_SOAK_S, Control, Policy, Quantization, Rollout, Status
 
 __all__ = [
     "DEFAULT_WAVE",
@@ -17,6 +17,7 @@ __all__ = [
     "UnexpectedVersion",
     "check_alias",
     "checked_command",
+    "checked_soak",
     "checked_version",
     "checked_wave",
     "command_back",
@@ -220,8 +221,21 @@ def checked_wave(max_unavailable: int | str | None) -> int | str | None:
     return max_unavailable
 
 
-def rollout_of(wave: int | str | None, canary: bool, live: int) -> Rollout | None:
+def checked_soak(soak: float, canary: bool) -> float | None:
+    """Seconds that the canary must serve before others follow; None for none."""
+    if isinstance(soak, bool) or not isinstance(soak, (int, float)) or not 0 <= soak <= MAX_SOAK_S:
+        raise InvalidArgument(argument="soak", expected=f"seconds from 0 to {MAX_SOAK_S:.0f}", got=repr(soak))
+    if soak and not canary:
+        raise InvalidArgument(argument="soak", expected="0 without a canary", got=repr(soak))
+    return float(soak) or None
+
+
+def rollout_of(
+    wave: int | str | None, canary: bool, live: int, soak_s: float | None = None
+) -> Rollout | None:
     """How so many live replicas follow a command."""
     if isinstance(wave, str):
         wave = max(1, live * int(wave.rstrip("%")) // 100)
-    return None if wave is None and not canary else Rollout(max_unavailable=wave, canary=canary)
+    if wave is None and not canary:
+        return None
+    return Rollout(max_unavailable=wave, canary=canary, soak_s=soak_s)

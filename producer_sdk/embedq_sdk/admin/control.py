@@ -13,6 +13,7 @@ from embedq_sdk.admin.commands import (
     DEFAULT_WAVE,
     check_alias,
     checked_command,
+    checked_soak,
     checked_version,
     checked_wave,
     command_back,
@@ -87,6 +88,7 @@ async def reload_model(
     expected_version: int | None = None,
     max_unavailable: int | str | None = DEFAULT_WAVE,
     canary: bool = True,
+    soak: float = 0.0,
     timeout: float = 600.0,
     topic_prefix: str = "embed",
     connect_timeout: float = 10.0,
@@ -111,7 +113,9 @@ async def reload_model(
         max_unavailable: replicas that change at once, or which part of the live ones ("25%", at least one); None: all.
         canary: one replica changes alone first. Without it, and with None for `max_unavailable`, each replica follows for itself:
             one that fails keeps its old model, and the others go on with the new one.
-        timeout: seconds until the last update says "timeout".
+        soak: seconds that the canary must serve the new model before others follow. If a text gets no vector by the model's fault
+            meanwhile, or the canary dies, it goes back.
+        timeout: seconds, beside the soak time, until the last update says "timeout".
         security: as for `EmbedClient`.
 
     Raises:
@@ -132,15 +136,16 @@ async def reload_model(
     )
     expected = checked_version(expected_version)
     wave = checked_wave(max_unavailable)
+    soak_s = checked_soak(soak, canary)
 
     def decide(earlier: list[Control], live: list[Status]) -> Control:
         refuse_unexpected(alias, expected, earlier)
         return msgspec.structs.replace(
-            next_command(command, earlier, live), rollout=rollout_of(wave, canary, len(live))
+            next_command(command, earlier, live), rollout=rollout_of(wave, canary, len(live), soak_s)
         )
 
     place = _Place(KafkaConnection.of(servers, security), Topics(topic_prefix), alias, connect_timeout)
-    updates = _carry_out(place, decide, checked_timeout("timeout", timeout))
+    updates = _carry_out(place, decide, checked_timeout("timeout", timeout) + (soak_s or 0.0))
     async with aclosing(updates):
         async for update in updates:
             yield update

@@ -6,7 +6,14 @@ from typing import Final, Literal
 
 import msgspec
 
-from embedq_shared.fleet import StatusBoard, failed_in_turn, is_live, rollback_of
+from embedq_shared.fleet import (
+    StatusBoard,
+    died_in_soak,
+    failed_in_soak,
+    failed_in_turn,
+    is_live,
+    rollback_of,
+)
 from embedq_shared.messages import STATUS_INTERVAL_S, Control, State, Status, Step
 
 Progress = Literal["running", "ready", "failed", "rolled_back", "timeout", "no_replicas", "superseded"]
@@ -22,7 +29,7 @@ class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
 
     `state` is the replica's: READY as long as a model serves, whatever became of a reload. `outcome` is that of its last
     command, `version`: None before the first, else LOADING, READY or FAILED, with the `step` that it has come to and the
-    `error` that ended it there. `path` is the directory that serves, as a command would name it. `memory_used` and `memory_total`
+    `error` that ended it there; `warmed` is how many vectors the cache got for it before it served, None where that is not asked for. `path` is the directory that serves, as a command would name it. `memory_used` and `memory_total`
     are bytes of its device, on a CPU of its process and machine.
     """
 
@@ -44,6 +51,7 @@ class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int | None = None
     memory_used: int | None = None
     memory_total: int | None = None
+    warmed: int | None = None
 
 
 class RolloutUpdate(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,6 +109,7 @@ def view_of(status: Status, now: float, *, answered: bool = False, waiting: bool
         max_tokens=status.max_tokens,
         memory_used=status.memory_used,
         memory_total=status.memory_total,
+        warmed=status.warmed,
     )
 
 
@@ -181,12 +190,15 @@ class RolloutView:
         """Why a replica fails the roll-out, if one does."""
         if self._command.rollout is None:
             return None
+        live = self._board.live(heard, self._command.alias)
         for status in self._board.all():
             if status.alias == self._command.alias:
                 silent = not is_live(status, heard)
                 if reason := failed_in_turn(self._command, status, silent=silent):
                     return reason
-        return None
+                if silent and (reason := died_in_soak(self._command, status, live)):
+                    return reason
+        return failed_in_soak(self._command, live)
 
     def _progress(self, live: list[Status], now: float, heard: float) -> Progress:
         if any(self._is_of_another(status) for status in live):

@@ -16,6 +16,7 @@ import click
 
 from embedq_sdk.cli.dlq import dlq
 from embedq_sdk.cli.embedding import embed
+from embedq_sdk.cli.golden.command import golden
 from embedq_sdk.cli.kafka_options import CONNECT_TIMEOUT_S, KafkaTarget, kafka_options
 from embedq_sdk.cli.models import models, reload, rollback, split
 from embedq_sdk.cli.pull import pull
@@ -93,7 +94,7 @@ def cli() -> None:
 
 cli.add_command(embed)
 cli.add_command(dlq)
-for _command in (models, pull, reload, rollback, split):
+for _command in (golden, models, pull, reload, rollback, split):
     cli.add_command(_command)
 
 

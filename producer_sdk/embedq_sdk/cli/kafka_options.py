@@ -28,18 +28,29 @@ class KafkaTarget(msgspec.Struct, frozen=True, kw_only=True):
 
 def kafka_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the options below, and their values as its argument `kafka`, a `KafkaTarget`."""
+    return _with_options(command, _servers(required=True))
 
+
+def optional_kafka_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for a command that can do without: `kafka` is None where no servers are given."""
+    return _with_options(command, _servers(required=False))
+
+
+def _with_options(command: Callable[..., Any], servers_option: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
-    def with_target(*args: Any, servers: str, prefix: str, **rest: Any) -> Any:
+    def with_target(*args: Any, servers: str | None, prefix: str, **rest: Any) -> Any:
         given = {name: rest.pop(name) for name in _NAMES}
         security = {name: given[name] for name in _AS_THEY_ARE}
         security["sasl_plain_username"] = given["sasl_username"]
         security["sasl_plain_password"] = _secret(given, "sasl_password")
         if given["security_protocol"].startswith("SASL") and given["sasl_mechanism"] == "OAUTHBEARER":
             security["sasl_oauth_token_provider"] = _provider(given)
-        return command(*args, kafka=KafkaTarget(servers=servers, prefix=prefix, security=security), **rest)
+        kafka = None
+        if servers is not None:
+            kafka = KafkaTarget(servers=servers, prefix=prefix, security=security)
+        return command(*args, kafka=kafka, **rest)
 
-    for option in reversed(_OPTIONS):
+    for option in reversed((servers_option, *_OPTIONS)):
         with_target = option(with_target)
     return with_target
 
@@ -99,14 +110,18 @@ _NAMES: Final = (
     "oauth_cafile",
 )
 
-_OPTIONS: Final = (
-    click.option(
+
+def _servers(*, required: bool) -> Callable[..., Any]:
+    return click.option(
         "--servers",
         envvar="EMBEDQ_KAFKA_SERVERS",
-        required=True,
+        required=required,
         show_envvar=True,
         help="Kafka's address: host:port, several separated by commas.",
-    ),
+    )
+
+
+_OPTIONS: Final = (
     click.option(
         "--prefix",
         envvar="EMBEDQ_TOPIC_PREFIX",

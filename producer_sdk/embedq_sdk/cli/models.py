@@ -10,7 +10,7 @@ import click
 
 from embedq_sdk.cli.kafka_options import CONNECT_TIMEOUT_S, KafkaTarget, kafka_options
 from embedq_sdk.cli.running import FAILED, MIXED, NO_ANSWER, run, say
-from embedq_shared.messages import SAME_SPACE_COSINE, Policy
+from embedq_shared.messages import MAX_SOAK_S, SAME_SPACE_COSINE, Policy
 
 if TYPE_CHECKING:
     from embedq_sdk.admin.rollout import RolloutUpdate
@@ -47,7 +47,11 @@ _max_unavailable = click.option(
     help="How many replicas change at once, at least one.",
 )
 _timeout = click.option(
-    "--timeout", type=float, default=600.0, show_default=True, help="Seconds to wait for all replicas."
+    "--timeout",
+    type=float,
+    default=600.0,
+    show_default=True,
+    help="Seconds to wait for all replicas, a soak time apart.",
 )
 _wait = click.option(
     "--wait/--no-wait",
@@ -108,6 +112,14 @@ _wait = click.option(
     show_default=True,
     help="One replica changes alone first. With --no-canary and --max-unavailable all each replica follows for itself, and "
     "nothing is taken back.",
+)
+@click.option(
+    "--soak",
+    type=click.FloatRange(0, MAX_SOAK_S),
+    default=0.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long the canary must serve before others follow. If a text gets no vector meanwhile, or the canary dies, it goes back.",
 )
 @_wait
 @_timeout

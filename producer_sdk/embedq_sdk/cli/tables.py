@@ -150,7 +150,10 @@ def _or_dash(value: int | None) -> str:
 
 
 def _step(replica: ReplicaView) -> str:
-    return "waiting" if replica.waiting else replica.step
+    if replica.waiting:
+        return "waiting"
+    warms = replica.step == "check" and replica.outcome == "LOADING" and replica.warmed is not None
+    return "warming the cache" if warms else replica.step
 
 
 def _standing(replica: ReplicaView) -> tuple[State, str, int | None]:

@@ -3,7 +3,20 @@ another one's. Pure: time is an argument."""
 
 from embedq_shared.fleet.board import StatusBoard, is_live
 from embedq_shared.fleet.rollback import rollback_of
+from embedq_shared.fleet.soak import died_in_soak, failed_in_soak, has_stood, is_soaking
 from embedq_shared.fleet.splits import Splits, share_of
 from embedq_shared.fleet.turns import Turns, failed_in_turn
 
-__all__ = ["Splits", "StatusBoard", "Turns", "failed_in_turn", "is_live", "rollback_of", "share_of"]
+__all__ = [
+    "Splits",
+    "StatusBoard",
+    "Turns",
+    "died_in_soak",
+    "failed_in_soak",
+    "failed_in_turn",
+    "has_stood",
+    "is_live",
+    "is_soaking",
+    "rollback_of",
+    "share_of",
+]

@@ -14,6 +14,7 @@ from typing import Final
 import msgspec
 
 from embedq_shared.fleet.board import is_live
+from embedq_shared.fleet.soak import died_in_soak, failed_in_soak, has_stood, is_done, is_soaking
 from embedq_shared.messages import STATUS_INTERVAL_S, STATUS_STALE_AFTER_S, Control, Status
 
 __all__ = ["Turns", "failed_in_turn"]
@@ -71,14 +72,15 @@ def _is_successor(before: Status, status: Status) -> bool:
     )
 
 
+def _is_born_again(before: Status, status: Status) -> bool:
+    """Whether a replica served, died, and another process of its name speaks."""
+    served, starts = before.state == "READY", status.serving is False and status.state != "STOPPED"
+    return served and starts and (status.version or 0) < (before.version or 0)
+
+
 def _holds_turn(status: Status) -> bool:
     """Whether the replica is in its turn. One that failed in it has left it, and halts the roll-out instead."""
     return status.turn is not None and not (status.state == "FAILED" and status.version == status.turn)
-
-
-def _is_done(command: Control, status: Status) -> bool:
-    ours = status.version == command.version and status.command_id in (None, command.command_id)
-    return ours and status.state == "READY"
 
 
 class Turns:
@@ -86,7 +88,7 @@ class Turns:
 
     Invariants:
         - Of replicas that are heard of, at most `max_unavailable` are in their turn at once, and before the first of them is READY
-          at most one if the command asks for a canary.
+          at most one if the command asks for a canary. None begins before one has served for the canary's soak time.
         - Nobody begins a turn of a command that a replica has failed in its turn, unless that command is a rollback: what can
           come back shall.
         - Silence is measured by our own records, as they come back: where those are missing too, nobody has fallen silent.
@@ -103,6 +105,8 @@ class Turns:
         self._open_since: tuple[int, float] | None = None
         self._failed_since: tuple[int, float] | None = None
         self._died: tuple[int, str] | None = None
+        self._gone: Status | None = None
+        """The last status of a process that served, and whose successor did not follow the same command any more."""
 
     def see(self, key: str, status: Status, now: float) -> None:
         """Take a status and its record's key, in the topic's order; our own ones too."""
@@ -115,6 +119,8 @@ class Turns:
         before = self._heard.get(key)
         if before is not None and _is_successor(before.status, status):
             self._died = (before.status.version or 0, _silent(before.status))
+        if before is not None and _is_born_again(before.status, status):
+            self._gone = before.status
         self._heard[key] = _Heard(status, self._clock)
         if status.replica == self._replica:
             self._judge(status)
@@ -150,7 +156,14 @@ class Turns:
         for heard in self._heard.values():
             if reason := failed_in_turn(command, heard.status, silent=self._is_silent(heard)):
                 return reason
-        return None
+        if command.rollout is None or command.rollout.soak_s is None:
+            return None
+        live = list(self._live())
+        dead = [heard.status for heard in self._heard.values() if self._is_silent(heard)]
+        for status in dead if self._gone is None else [self._gone, *dead]:
+            if reason := died_in_soak(command, status, live):
+                return reason
+        return failed_in_soak(command, live)
 
     def rollback_due(self, command: Control, now: float) -> str | None:
         """Why to take a command back now; None as long as there is no reason, or another replica has yet to do it."""
@@ -172,10 +185,12 @@ class Turns:
                 if reason is not None:
                     self._died = (command.version, reason)
                     return True
+                if is_soaking(command, heard.status):
+                    self._gone = heard.status
         return command.rollout is not None and any(
             is_live(heard.status, wall)
             and heard.status.serving is not False
-            and not _is_done(command, heard.status)
+            and not is_done(command, heard.status)
             for heard in self._heard.values()
             if heard.status.replica != self._replica
         )
@@ -206,8 +221,10 @@ class Turns:
         rollout = command.rollout
         if rollout is None:
             return math.inf
-        if rollout.canary and not any(_is_done(command, heard.status) for heard in self._heard.values()):
+        if rollout.canary and not any(is_done(command, heard.status) for heard in self._heard.values()):
             return 1
+        if rollout.soak_s is not None and not has_stood(command, self._live()):
+            return 0 if any(is_done(command, status) for status in self._live()) else 1
         return math.inf if rollout.max_unavailable is None else rollout.max_unavailable
 
     def _is_halted(self, command: Control) -> bool:
@@ -220,7 +237,7 @@ class Turns:
     def _waiting(self, command: Control) -> Iterator[Status]:
         """Others that have yet to follow a command and are not at it."""
         for status in self._others():
-            if status.serving is not False and status.turn is None and not _is_done(command, status):
+            if status.serving is not False and status.turn is None and not is_done(command, status):
                 yield status
 
     def _others(self) -> Iterator[Status]:

@@ -434,3 +434,26 @@ async def test_the_command_refuses_what_makes_no_sense(embedq: Run, tmp_path: Pa
         done = await embedq("embed", "a", *arguments)
         assert done.code == 2
         assert reason in done.err
+
+
+async def test_golden_texts_of_the_model_that_serves_are_written_and_compared(
+    embedq: Run, responder: Responders, tmp_path: Path
+) -> None:
+    file = tmp_path / "golden.json"
+    (tmp_path / "texts.txt").write_text("hello\nworld\n")
+    async with responder() as other:
+        wrote = await embedq(
+            "golden", "write", "--texts", str(tmp_path / "texts.txt"), "--query", "--out", str(file)
+        )
+        same = await embedq("golden", "check", str(file))
+        stored = json.loads(file.read_bytes())
+        stored["texts"][1]["embedding"][0] -= 1.0
+        file.write_text(json.dumps(stored))
+        another = await embedq("golden", "check", str(file))
+
+    assert (wrote.code, wrote.err) == (0, "")
+    assert stored["model_version"] == OLD
+    assert (same.code, same.err) == (0, "")
+    assert another.code == 1
+    assert "texts[1]: expected a cosine of at least 0.995 to the stored vector" in another.err
+    assert {job.job.input_type for job in other.received} == {"query"}

@@ -169,6 +169,45 @@ async def test_two_replicas_change_models_to_and_fro_under_load_and_every_vector
         assert await asyncio.gather(*(replica.stop() for replica in pair)) == [0, 0]
 
 
+async def test_the_first_queries_after_a_reload_are_hits_where_the_cache_was_warmed(
+    stack: DevStack, models: Path, tmp_path: Path
+) -> None:
+    dimensions = 40  # no other test asks for so many, so that nobody else has put these vectors there
+    a, b = await asyncio.to_thread(own, models / "a"), await asyncio.to_thread(own, models / "b")
+    topics = await make_topics(stack, fresh_prefix())
+    replica = Replica(stack, topics, models / "a", tmp_path / "log", cache_warm_texts=100)
+
+    def job(number: int) -> dict[str, Any]:
+        return list_job(number) | {"dimensions": dimensions}
+
+    async with (
+        replicas(replica),
+        producer(stack) as client,
+        reader(stack, topics.results) as results,
+        reader(stack, topics.status) as status,
+        load(stack, topics.jobs, results, window=8, make=job) as jobs,
+    ):
+        await jobs.progress(60)
+        sent = await command(client, topics, 1, "b", policy="availability_preserving")
+        [said] = await outcomes(status, sent, 1)
+        assert (said["state"], said["model_version"], said["warmed"]) == ("READY", b.version, len(_TEXTS))
+        await jobs.progress(30)
+        metrics = await replica.metrics()
+        assert metrics['embedq_cache_warmed_total{outcome="computed"}'] == len(_TEXTS)
+    by_version: dict[str, list[dict[str, Any]]] = {a.version: [], b.version: []}
+    for result in jobs.answered.results:
+        by_version[result["model_version"]].append(result)
+    assert by_version[b.version]
+    for model in (a, b):
+        for result in by_version[model.version]:
+            texts = list_job(int(result["id"].split("-")[1]))["input"]
+            for text, datum in zip(texts, result["data"], strict=True):
+                expected = cut_and_normalize(model.vectors[text], dimensions)
+                np.testing.assert_allclose(datum["embedding"], expected, atol=1e-5)
+    assert all(datum["cached"] for result in by_version[b.version] for datum in result["data"])
+    assert not all(datum["cached"] for result in by_version[a.version] for datum in result["data"])
+
+
 async def test_a_command_that_cannot_be_followed_keeps_the_old_model_and_says_why(
     stack: DevStack, models: Path, tmp_path: Path
 ) -> None:

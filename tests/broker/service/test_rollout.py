@@ -17,14 +17,24 @@ import pytest
 from embedq_sdk.admin import RolloutUpdate, live_replicas, reload_model, rollback_model
 from embedq_sdk.dev import DevStack
 from embedq_shared.topics import Topics
+from tests.helpers.ailing_model import AILING
 from tests.helpers.delivery import statuses
-from tests.helpers.service_process import Reader, Replica, fresh_prefix, make_topics, reader, replicas
+from tests.helpers.service_process import (
+    Reader,
+    Replica,
+    fresh_prefix,
+    make_topics,
+    producer,
+    reader,
+    replicas,
+)
 from tests.helpers.support import patient, wait_until
 from tests.helpers.tiny_models import nan_weights
 
 pytestmark = [pytest.mark.kafka, pytest.mark.slow, pytest.mark.timeout(400)]
 
 NAMES = ("r1", "r2", "r3")
+SOAK_S = 5.0
 
 
 class Fleet:
@@ -127,6 +137,18 @@ def who_tried(said: Sequence[dict[str, Any]], version: int) -> list[str]:
     return list(dict.fromkeys(tried))
 
 
+def began(said: Sequence[dict[str, Any]], version: int, replica: str) -> float:
+    """When a replica began to load for a command, in seconds of its own clock."""
+    its = [one for one in of_version(said, version) if one["replica"] == replica]
+    return float(next(one["at"] for one in its if one["step"] == "load")) / 1000
+
+
+def ready_at(said: Sequence[dict[str, Any]], version: int, replica: str) -> float:
+    """When it first said that it serves what a command asks for."""
+    its = [one for one in of_version(said, version) if one["replica"] == replica]
+    return float(next(one["at"] for one in its if one["state"] == "READY")) / 1000
+
+
 async def until(status: Reader, told: Any, what: str) -> list[dict[str, Any]]:
     """All statuses, as soon as they satisfy a condition."""
 
@@ -151,11 +173,13 @@ async def test_a_fleet_changes_in_turns_goes_back_whole_when_one_fails_and_start
     stack: DevStack, models: Path, tmp_path: Path
 ) -> None:
     async with a_fleet(stack, models, tmp_path) as fleet, reader(stack, fleet.topics.status) as status:
-        good = await fleet.reload("b", max_unavailable=1)
+        good = await fleet.reload("b", max_unavailable=1, soak=SOAK_S)
         assert (good.progress, [replica.path for replica in good.replicas]) == ("ready", ["b"] * 3)
         said = await statuses(status)
         assert sorted(who_tried(said, 1)) == list(NAMES)
         assert most_at_once(said) == 1
+        canary, second, _ = who_tried(said, 1)
+        assert began(said, 1, second) - ready_at(said, 1, canary) >= SOAK_S
 
         back = await last(
             rollback_model(
@@ -255,3 +279,44 @@ async def test_whoever_dies_meanwhile_the_fleet_ends_on_one_model(
                 said = await until(status, all_ready(7), "a fleet whose canary was replaced")
                 assert len(who_tried(said, 6)) == 1
                 assert await fleet.serving() == dict.fromkeys(NAMES, "b")
+
+
+async def test_a_canary_whose_model_fails_in_its_soak_time_takes_the_fleet_back(
+    stack: DevStack, models: Path, tmp_path: Path
+) -> None:
+    topics = await make_topics(stack, fresh_prefix())
+    pair = [
+        Replica(
+            *(stack, topics, models / "a", tmp_path / f"{name}.log"),
+            python=("-m", "tests.helpers.ailing_model"),
+            replica=name,
+            retry_delays_s="",
+        ).in_environment({AILING: str(tmp_path / "ailing")})
+        for name in NAMES[:2]
+    ]
+    async with replicas(*pair), reader(stack, topics.status) as status, producer(stack) as client:
+        reloading = asyncio.create_task(
+            last(
+                reload_model(
+                    stack.kafka_servers,
+                    "b",
+                    topic_prefix=topics.prefix,
+                    soak=3600.0,
+                    connect_timeout=patient(10),
+                )
+            )
+        )
+
+        def canary_serves(said: list[dict[str, Any]]) -> bool:
+            return any(one["state"] == "READY" for one in of_version(said, 1))
+
+        said = await until(status, canary_serves, "the canary's model")
+        [canary] = who_tried(said, 1)
+        for partition in range(4):  # whoever reads it
+            job = {"id": f"job-{partition}", "input": "incurable", "dimensions": 32}
+            await client.send_and_wait(topics.jobs, json.dumps(job).encode(), partition=partition)
+        async with asyncio.timeout(patient(120)):
+            ended = await reloading
+        assert (ended.progress, [replica.path for replica in ended.replicas]) == ("rolled_back", ["a"] * 2)
+        assert (ended.reason or "").startswith(f"{canary}: a text got no vector ")
+        assert who_tried(await statuses(status), 1) == [canary], "nobody else has tried it"

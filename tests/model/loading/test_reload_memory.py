@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 from safetensors.torch import load_file, save_file
 
 from embedq_shared.messages import Policy
 from tests.helpers.bad_models import copied
+from tests.helpers.many_reloads import Held
 from tests.helpers.support import patient
 from tests.helpers.tiny_models import minilm_path
 
@@ -43,9 +44,17 @@ def test_after_ten_more_reloads_a_process_holds_what_it_held_after_the_first_one
         check=True,
         timeout=patient(300),
     )
-    held = json.loads(ran.stdout.splitlines()[-1])
-    record_property("held", held)
-    assert len(held) == RELOADS
-    # What the allocator keeps in hand goes up and down by some per cent (24 reloads: 713 to 772 MB, and 726 after the last),
-    # a leak only up: two megabytes a reload are found, of a model of 90.
-    assert min(held[-3:]) <= 1.01 * max(held[:3]), [f"{each / 1e6:.1f} MB" for each in held]
+    found = msgspec.json.decode(ran.stdout.splitlines()[-1], type=list[Held])
+    record_property("held", msgspec.to_builtins(found))
+    assert len(found) == RELOADS
+    in_use = [each.in_use for each in found if each.in_use is not None]
+    assert all(each <= 1.01 * in_use[0] for each in in_use), megabytes(in_use)
+    # What the allocator keeps of what was freed lies between what is in use, page by page: it goes up and down by some per cent
+    # (556 to 597 MB in eleven reloads, while 347 were in use after each). What is not malloc's is found here, four megabytes a
+    # reload of it, of a model of 90.
+    own = [each.own for each in found]
+    assert min(own[-3:]) <= 1.05 * max(own[:3]), megabytes(own)
+
+
+def megabytes(sizes: Sequence[int]) -> list[str]:
+    return [f"{size / 1e6:.1f} MB" for size in sizes]

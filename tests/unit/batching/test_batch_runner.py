@@ -205,6 +205,7 @@ async def test_a_text_that_fails_is_found_by_halving_and_fails_alone() -> None:
     assert (failed, index) == (job, 2)
     assert isinstance(error, ErrorBody)
     assert (error.code, error.param, error.retryable) == ("internal", "input[2]", True)
+    assert parts.device.failed == 1
     assert parts.sample("batch_splits_total") == 2
     assert parts.sample("tokens_total") == 3
     assert parts.batcher.max_tokens == 1_000
@@ -230,6 +231,7 @@ async def test_a_text_that_is_not_finite_fails_alone_whatever_it_does_to_others(
     found = {text: value for text, _, value in parts.results.plain}
     assert {text: found[text] for text in "abcd"} == {text: ord(text) for text in "abcd"}
     assert np.isnan(found["x"]), "what is done about it is decided where results are made"
+    assert parts.device.failed == 1
     assert parts.sample("batch_splits_total") == 1
 
 

@@ -152,6 +152,13 @@ async def test_each_value_that_is_not_believed_is_counted_by_its_reason() -> Non
     assert [one.sample("cache_corrupt_total", reason=reason) for reason in reasons] == [1, 1, 1, 1]
 
 
+async def test_a_look_up_that_no_job_asks_for_counts_as_neither_hit_nor_miss() -> None:
+    one = await Opened().open()
+    assert await one.cache.put_many(items("a")) == 1
+    assert await one.cache.get_many([key("a"), key("b")], counted=False) == [entry("a"), None]
+    assert one.lookups() == {}
+
+
 async def test_nothing_asked_is_nothing_sent() -> None:
     one = await Opened().open()
     assert await one.cache.get_many([]) == []
@@ -162,7 +169,7 @@ async def test_nothing_asked_is_nothing_sent() -> None:
 async def test_a_write_that_redis_refuses_is_an_error_but_no_failure_of_the_link() -> None:
     one = await Opened(failures=1).open()
     one.link.refuses_writes = True
-    await one.cache.put_many(items("a", "b"))
+    assert await one.cache.put_many(items("a", "b")) == 0
     assert one.writes() == {"error": 2}
     assert one.breaker.state == "closed"
 

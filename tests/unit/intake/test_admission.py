@@ -150,6 +150,17 @@ def test_binary_needs_a_multiple_of_8_even_where_the_model_decides() -> None:
     assert isinstance(admit(record(input="a", dtype="binary"), Model(hidden_size=104)), JobState)
 
 
+def test_of_jobs_that_are_admitted_the_interactive_ones_are_heard_of() -> None:
+    heard: list[Job] = []
+    for found in (
+        record(input="a"),
+        record(input="b", dimensions=100_000),
+        msgspec.structs.replace(record(input="c"), lane="bulk"),
+    ):
+        admit(found, note_use=lambda alias, job: heard.append(job))
+    assert [job.input for job in heard] == ["a"]
+
+
 def test_another_alias_is_another_name_for_the_one_model() -> None:
     assert isinstance(admit(record(input="a", model="large"), alias="large"), JobState)
     assert rejected(record(input="a"), alias="large").error.code == "unknown_model"

@@ -151,6 +151,36 @@ async def test_a_failure_reaches_its_caller_and_leaves_the_slot_idle(slot: Model
     assert vectors.tolist() == [[3.0, 4.0]]
 
 
+async def test_who_waits_for_an_idle_device_waits_for_the_last_result_or_so_long(
+    slot: ModelSlot, model: Gated
+) -> None:
+    await slot.idle(0.0)
+    running = asyncio.create_task(slot.encode(model, ONE_TEXT))
+    await wait_until(lambda: len(model.gates) == 1)
+    await slot.idle(0.01)  # it is not, and nobody waits for ever
+    idle = asyncio.create_task(slot.idle(600.0))
+    model.gates[0].open.set()
+    await running
+    await idle
+
+
+async def test_the_first_failure_of_the_model_that_serves_is_remembered_until_another_one_serves(
+    slot: ModelSlot,
+) -> None:
+    one, other = FakeModel(), FakeModel()
+    slot.install(Loaded(one, Source(Path("one"))))
+    slot.note_failed(other)  # of a model that does not serve, or not any more
+    assert slot.first_error_s is None
+    slot.note_failed(one)
+    first = slot.first_error_s
+    assert first is not None
+    assert 0 <= first <= slot.served_s
+    slot.note_failed(one)
+    assert slot.first_error_s == first
+    slot.install(Loaded(other, Source(Path("other"))))
+    assert slot.first_error_s is None
+
+
 # -- loads that do not end ----------------------------------------------------------------------------------------------
 
 

@@ -50,6 +50,7 @@ SLOW = HEAVY - {"click", "embedq_consumer"} | {
         "dev --help",
         "dlq --help",
         "dlq replay --help",
+        "golden write --help",
         "verify --help",
         "gateway --help",
         "embed",  # wrong usage

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from embedq_consumer.lifecycle.gates.checks import ModelRejected
-from embedq_consumer.lifecycle.gates.golden import Golden, GoldenText, check_golden, read_golden
+from embedq_consumer.lifecycle.gates.golden import check_golden, read_golden
+from embedq_shared.golden import Golden, GoldenText
+from embedq_shared.messages import SAME_SPACE_COSINE
 
 
 def written(file: Path, *texts: dict[str, Any], **more: Any) -> Path:
@@ -69,8 +71,10 @@ def test_a_pipe_or_a_file_of_any_size_is_refused_and_not_waited_for(tmp_path: Pa
         read_golden(tmp_path / "sparse")
 
 
-def golden(*embeddings: list[float], **more: float) -> Golden:
-    return Golden(texts=[GoldenText(text="text", embedding=each) for each in embeddings], **more)
+def golden(*embeddings: list[float], min_cosine: float = SAME_SPACE_COSINE) -> Golden:
+    return Golden(
+        texts=[GoldenText(text="text", embedding=each) for each in embeddings], min_cosine=min_cosine
+    )
 
 
 def test_vectors_of_the_same_direction_pass_and_shorter_ones_are_compared_with_the_cut() -> None:

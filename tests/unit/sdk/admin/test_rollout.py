@@ -8,6 +8,7 @@ import pytest
 
 from embedq_sdk.admin.commands import (
     NothingBefore,
+    checked_soak,
     checked_wave,
     command_back,
     next_command,
@@ -323,6 +324,30 @@ def test_a_replica_that_died_in_its_turn_is_a_failure() -> None:
 
     assert update.reason == "r1: fell silent in step warm_up"
     assert [replica.replica for replica in update.replicas] == ["r2"]
+
+
+def test_an_error_of_the_canary_in_its_soak_time_and_its_death_are_failures() -> None:
+    soaks = Rollout(max_unavailable=1, canary=True, soak_s=60.0)
+    fine = watch(ours("r1", served_s=3.0), a_status("r2"), rollout=soaks)
+    assert (fine.progress, fine.reason) == ("running", None)
+    erred = watch(ours("r1", served_s=9.0, first_error_s=4.0), a_status("r2"), rollout=soaks)
+    assert erred.reason == "r1: a text got no vector 4 s after the new model began to serve"
+    died = watch(ours("r1", served_s=9.0), a_status("r2", at=START + 20), now=START + 20, rollout=soaks)
+    assert died.reason == "r1: fell silent in its soak time"
+
+
+@pytest.mark.parametrize("soak", [-1, 1e9, float("nan"), True, "60"])
+def test_what_is_no_soak_time_is_refused(soak: Any) -> None:
+    with pytest.raises(InvalidArgument, match="soak"):
+        checked_soak(soak, canary=True)
+
+
+def test_a_soak_time_is_the_canarys() -> None:
+    assert checked_soak(60, canary=True) == 60.0
+    assert checked_soak(0, canary=False) is None
+    with pytest.raises(InvalidArgument, match="without a canary"):
+        checked_soak(60, canary=False)
+    assert rollout_of(1, True, 3, 60.0) == Rollout(max_unavailable=1, canary=True, soak_s=60.0)
 
 
 def test_a_failure_outside_a_turn_is_the_replicas_own() -> None:

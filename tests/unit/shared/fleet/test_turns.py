@@ -60,8 +60,8 @@ def at_it(replica: str, version: int = 2, **more: Any) -> Status:
     )
 
 
-def through(replica: str, version: int = 2) -> Status:
-    return a_status(replica, version=version, command_id=f"c{version}", model_version="new")
+def through(replica: str, version: int = 2, **more: Any) -> Status:
+    return a_status(replica, version=version, command_id=f"c{version}", model_version="new", **more)
 
 
 def failed(replica: str, version: int = 2) -> Status:
@@ -227,6 +227,78 @@ def test_a_rollback_goes_on_whoever_fails_it() -> None:
     assert found.granted is True
 
 
+# -- the canary's soak time ---------------------------------------------------------------------------------------------
+
+SOAKS = a_command(rollout=Rollout(max_unavailable=2, canary=True, soak_s=60.0))
+
+
+def test_until_the_canary_has_served_its_time_nobody_follows_it() -> None:
+    others = [a_status("s"), a_status("t")]
+    for served, may in ((0.0, False), (59.9, False), (60.0, True)):
+        fleet = [through("r", served_s=served), *others]
+        assert [turns(me, *fleet).may_claim(SOAKS, 100.0) for me in "st"] == [may, may]
+        assert turns("s", *fleet).failure(SOAKS) is None
+    assert turns("s", through("r"), *others).may_claim(SOAKS, 100.0), "r is older, and says nothing of it"
+    assert turns("r", a_status("r"), *others).may_claim(SOAKS, 0.0), "somebody has to be the first"
+
+
+def test_an_error_in_its_soak_time_fails_the_rollout_and_one_after_it_does_not() -> None:
+    early = [through("r", served_s=9.0, first_error_s=8.0), a_status("s")]
+    why = "r: a text got no vector 8 s after the new model began to serve"
+    assert turns("s", *early).failure(SOAKS) == why
+    assert turns("s", *early).rollback_due(SOAKS, 0.0) is None  # r has lived to write it
+    assert turns("r", *early).rollback_due(SOAKS, 0.0) == why
+    assert not turns("s", *early).may_claim(SOAKS, 100.0)
+    for status in (through("r", served_s=90.0, first_error_s=8.0), through("r", served_s=60.0)):
+        bad = status.first_error_s is not None
+        assert (turns("s", status, a_status("s")).failure(SOAKS) is None) != bad
+    assert turns("s", through("r", served_s=90.0, first_error_s=61.0), a_status("s")).failure(SOAKS) is None
+    assert turns("s", *early).failure(a_command()) is None, (
+        "without a soak time, errors are no matter of a roll-out"
+    )
+
+
+def test_once_one_has_stood_the_others_need_not_and_after_the_last_nobody_is_judged() -> None:
+    erring = through("s", served_s=9.0, first_error_s=1.0)
+    assert turns("t", through("r", served_s=99.0), erring, a_status("t")).failure(SOAKS) is None
+    assert turns("s", erring, through("t", served_s=3.0)).failure(SOAKS) is None
+    failed_at_its_start = a_status("t", version=2, command_id="c2", state="FAILED")
+    assert turns("s", erring, failed_at_its_start).failure(SOAKS) is None
+
+
+def test_a_canary_that_dies_in_its_soak_time_fails_the_rollout() -> None:
+    found = turns("s", through("r", served_s=9.0), a_status("s"))
+    let_pass(found, "s", STATUS_STALE_AFTER_S + STATUS_INTERVAL_S)
+    assert found.failure(SOAKS) == "r: fell silent in its soak time"
+    later = turns("s", through("r", served_s=70.0), a_status("s"))
+    let_pass(later, "s", STATUS_STALE_AFTER_S + STATUS_INTERVAL_S)
+    assert later.failure(SOAKS) is None
+    assert later.may_claim(SOAKS, 0.0), "another canary"
+    stopped = turns("s", through("r", served_s=9.0), through("r"), a_status("s"))
+    stopped.see("r", a_status("r", version=2, command_id="c2", state="STOPPED"), 1.0)
+    let_pass(stopped, "s", 100.0)
+    assert stopped.failure(SOAKS) is None
+
+
+def test_the_successor_of_a_canary_that_died_does_not_try_again_and_nobody_else_does() -> None:
+    reborn = a_status("r", version=1, command_id="before", step="load", state="LOADING", serving=False)
+    found = turns("s", a_status("s"), through("r", served_s=9.0), reborn)
+    assert found.failure(SOAKS) == "r: fell silent in its soak time"
+    own = turns("r", through("r", served_s=9.0), a_status("s"))
+    assert own.begin(SOAKS, WALL)
+    own.see("r", reborn, 1.0)
+    assert own.rollback_due(SOAKS, 1.0) == "r: fell silent in its soak time"
+    for said in (through("r", served_s=12.0), a_status("r", version=1, command_id="c9", state="FAILED")):
+        refused = turns("s", a_status("s"), through("r", served_s=9.0), said)
+        assert refused.failure(SOAKS) is None, "it lives, and says what it does not follow"
+
+
+def test_a_rollback_has_no_soak_time() -> None:
+    back = rollback_of(SOAKS, "why")
+    assert back is not None
+    assert back.rollout == Rollout(max_unavailable=2)
+
+
 # -- a replica that starts ----------------------------------------------------------------------------------------------
 
 
@@ -320,6 +392,7 @@ class Member:
         self.phase = "done"
         self.turn: int | None = None
         self.alive = True
+        self.serves_since = self.fleet.now
         self.say("READY")
 
     def catch_up(self) -> None:
@@ -339,6 +412,7 @@ class Member:
                 turn=self.turn,
                 model_version=self.serves,
                 at=int(self.fleet.now * 1000),
+                served_s=self.fleet.now - self.serves_since,
             )
         )
 
@@ -380,7 +454,7 @@ class Member:
             if breaks and command.rollback_of is None:
                 self.say("FAILED")
             else:
-                self.turn, self.serves = None, command.path
+                self.turn, self.serves, self.serves_since = None, command.path, now
                 self.say("READY")
 
     def beat(self) -> None:
@@ -415,6 +489,11 @@ class Fleet:
         passed = any(s.version == 2 and s.state == "READY" for s in self.log)
         if command.rollout.canary and not passed:
             assert len([m for m in working if m.follows is command]) <= 1
+        soak_s = command.rollout.soak_s or 0.0
+        soaked = any(s.version == 2 and s.state == "READY" and (s.served_s or 0) >= soak_s for s in self.log)
+        if passed and not soaked:
+            living = {m.name for m in self.living if m.serves == command.path}
+            assert not living or not [m for m in working if m.follows is command]
 
     def settle(self, breaks: bool) -> None:
         """Time passes, nobody is harmed any more, and everybody reads all."""
@@ -450,13 +529,20 @@ Acts = st.lists(
     size=st.integers(1, 6),
     most=st.one_of(st.none(), st.integers(1, 3)),
     canary=st.booleans(),
+    soak=st.sampled_from([None, 20.0]),
     broken=st.booleans(),
     acts=Acts,
 )
 def test_a_fleet_never_changes_more_at_once_than_it_may_and_ends_on_one_model(
-    size: int, most: int | None, canary: bool, broken: bool, acts: list[tuple[str, int, int, bool]]
+    size: int,
+    most: int | None,
+    canary: bool,
+    soak: float | None,
+    broken: bool,
+    acts: list[tuple[str, int, int, bool]],
 ) -> None:
-    fleet = Fleet(size, a_command(rollout=Rollout(max_unavailable=most, canary=canary)))
+    soak_s = soak if canary else None
+    fleet = Fleet(size, a_command(rollout=Rollout(max_unavailable=most, canary=canary, soak_s=soak_s)))
     for act, who, lag, breaks in acts:
         member = fleet.members[who % size]
         if act == "tick":
