@@ -79,8 +79,8 @@ def as_tensorflow_named_them(tensors: dict[str, Any]) -> None:
     ("harm", "told"),
     [
         (
-            lambda model: edit(model / "config.json", vocab_size=499),
-            "embeddings.word_embeddings.weight: expected the shape (499, 128), as config.json describes it",
+            lambda model: edit(model / "config.json", vocab_size=501),
+            "embeddings.word_embeddings.weight: expected the shape (501, 128), as config.json describes it",
         ),
         (lambda model: edit(model / "config.json", hidden_size=64), "expected the shape"),
         (weights(renamed), "1 tensors are missing, among them encoder.layer.0.output.dense.bias"),
