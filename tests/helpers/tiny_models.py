@@ -485,18 +485,19 @@ def _word_piece(first: Sequence[str] = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MA
 
 
 def _pieces(words: Sequence[str], most: int) -> list[str]:
-    """Each character, and the most frequent beginnings and ends of words, which follow from `words` alone.
+    """Each character, whole words, and their most frequent beginnings and ends, which follow from `words` alone.
 
     The library's own trainer breaks ties anew each time, so the same seed would make another model, and what a cache knows of the
     models of a run before would be of no use.
     """
     single = {mark + character for word in words for character in word for mark in ("", "##")}
-    longer: Counter[str] = Counter()
+    parts: Counter[str] = Counter()
     for word in words:
-        longer.update(word[:end] for end in range(2, len(word) + 1))
-        longer.update("##" + word[start:] for start in range(1, len(word) - 1))
-    frequent = sorted(longer, key=lambda piece: (-longer[piece], piece))
-    return [*sorted(single), *sorted(frequent[: most - len(single)])]
+        parts.update(word[:end] for end in range(2, len(word)))
+        parts.update("##" + word[start:] for start in range(1, len(word) - 1))
+    whole = {word for word in words if len(word) > 1}
+    frequent = sorted(parts.keys() - whole, key=lambda piece: (-parts[piece], piece))
+    return [*sorted(single), *sorted([*sorted(whole), *frequent][: most - len(single)])]
 
 
 def _decoder(max_tokens: int) -> dict[str, Any]:
