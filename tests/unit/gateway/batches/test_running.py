@@ -8,7 +8,7 @@ import random
 import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -445,8 +445,9 @@ class Unreliable:
         return await self._call(lambda: self._objects.names(folder))
 
     async def read(self, key: str) -> AsyncGenerator[bytes, None]:
-        async for chunk in self._objects.read(key):
-            yield await self._call(partial(_given, chunk))
+        async with aclosing(self._objects.read(key)) as chunks:
+            async for chunk in chunks:
+                yield await self._call(partial(_given, chunk))
 
     def writing(self, key: str) -> AbstractAsyncContextManager[ObjectWriter]:
         return self._objects.writing(key)
