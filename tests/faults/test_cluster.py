@@ -15,7 +15,7 @@ from tests.helpers.cluster import Cluster
 from tests.helpers.service_process import fresh_prefix, make_topics
 from tests.helpers.support import patient, wait_until
 
-pytestmark = [pytest.mark.kafka, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.kafka, pytest.mark.slow, pytest.mark.timeout(240)]
 
 
 async def append(servers: str, topic: str, *values: bytes, within: float = 60.0) -> None:

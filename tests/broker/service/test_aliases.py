@@ -23,7 +23,7 @@ from tests.helpers.delivery import load, until_committed
 from tests.helpers.service_process import Reader, Replica, fresh_prefix, make_topics, reader, replicas
 from tests.helpers.support import patient, wait_until
 
-pytestmark = [pytest.mark.kafka, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.kafka, pytest.mark.slow, pytest.mark.timeout(240)]
 
 _ALIASES: Final = ("default", "second", "third")
 _DIMENSIONS: Final = 64
