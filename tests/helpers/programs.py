@@ -13,6 +13,8 @@ from pathlib import Path
 
 import psutil
 
+from embedq_sdk.dev.jars import DEFAULT_VERSION
+
 OWNER = """
 import json, os, signal, sys, time
 from embedq_sdk.dev import DevStack
@@ -69,6 +71,11 @@ def owner(then: str = "pass", environ: dict[str, str] | None = None) -> Iterator
             yield Owner(process, directory=directory, **facts)
         finally:
             process.kill()
+
+
+def kafka_version() -> str:
+    """Of the brokers that the suite starts: the matrix names another one."""
+    return os.environ.get("EMBEDQ_KAFKA_VERSION", DEFAULT_VERSION)
 
 
 def own_environ() -> dict[str, str]:

@@ -19,7 +19,7 @@ import psutil
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient
 
-from tests.helpers.programs import alive, own_environ
+from tests.helpers.programs import alive, kafka_version, own_environ
 from tests.helpers.support import patient, wait_for
 from tests.helpers.tiny_models import make_tiny_bert
 
@@ -143,7 +143,7 @@ def test_ctrl_c_during_the_start_ends_it_too() -> None:
 def test_the_lines_to_copy_lead_to_a_broker_that_has_embedqs_topics() -> None:
     with terminal() as screen:
         started(screen)
-        assert "Apache Kafka 4.1.0 (embedded process)\n" in screen.shown()
+        assert f"Apache Kafka {kafka_version()} (embedded process)\n" in screen.shown()
         assert screen.exported("EMBEDQ_REDIS_URL").startswith("redis://127.0.0.1:")
         topics = asyncio.run(topics_of(screen.exported("EMBEDQ_KAFKA_SERVERS")))
         assert {"embed.jobs", "embed.jobs.bulk", "embed.replies", "embed.control"} <= topics

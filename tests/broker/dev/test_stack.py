@@ -20,7 +20,7 @@ from embedq_sdk.dev import stack as stack_room
 from embedq_sdk.dev.kafka_probe import cluster_nodes, group_coordinator
 from embedq_sdk.dev.ports import free_ports
 from embedq_shared import kafka
-from tests.helpers.programs import alive, own_environ
+from tests.helpers.programs import alive, kafka_version, own_environ
 from tests.helpers.support import patient, wait_for
 
 pytestmark = pytest.mark.kafka
@@ -73,7 +73,7 @@ async def test_a_record_goes_through_kafka_and_a_value_through_redis(own_stack: 
 def test_the_descriptions_name_what_runs(own_stack: DevStack) -> None:
     with ask_redis(own_stack) as client:
         version = client.info("server")["redis_version"]
-    assert own_stack.kafka_description == "Apache Kafka 4.1.0 (embedded process)"
+    assert own_stack.kafka_description == f"Apache Kafka {kafka_version()} (embedded process)"
     assert own_stack.redis_description.startswith(f"Redis {version} (embedded process, ")
     assert psutil.Process(own_stack.kafka_pids[1]).name() == "java"
 
