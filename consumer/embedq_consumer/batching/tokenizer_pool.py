@@ -1,4 +1,4 @@
-"""Threads that tokenize, and what needs none."""
+"""Threads that tokenize."""
 
 from __future__ import annotations
 
@@ -18,14 +18,8 @@ CALLS: Final = _THREADS + 1
 """Calls that should be given to the threads at once: those that run and the next. More would only delay texts that come."""
 
 
-_QUICK_TEXTS: Final = 4
-_QUICK_CHARACTERS: Final = 512
-"""A call of no more than these takes 30 to 200 µs: less than waking a thread, and being woken by it, on an idle machine, and much
-less on a busy one."""
-
-
 class TokenizerPool:
-    """Tokenizes off the event loop, but for a quick call, which runs at once. The others run in their order."""
+    """Tokenizes off the event loop. Calls run in their order."""
 
     def __init__(self) -> None:
         self._threads = WorkerThreads("tokenize", _THREADS)
@@ -35,8 +29,6 @@ class TokenizerPool:
         self, encoder: Encoder, texts: Sequence[Text]
     ) -> list[Tokens | Chunked | TextTooLong | Failed]:
         """What the model is given for each text, in order."""
-        if _quick(texts):
-            return self._tokens_of(encoder, texts)
         return await asyncio.wrap_future(self._threads.submit(self._tokens_of, encoder, texts))
 
     @property
@@ -57,14 +49,6 @@ class TokenizerPool:
             return _tokens_of(encoder, texts)
         finally:
             self._running.remove(began)
-
-
-def _quick(texts: Sequence[Text]) -> bool:
-    return (
-        len(texts) <= _QUICK_TEXTS
-        and sum([len(text.text) + len(text.prompt) for text in texts]) <= _QUICK_CHARACTERS
-        and all(text.chunk is None for text in texts)
-    )
 
 
 def _tokens_of(encoder: Encoder, texts: Sequence[Text]) -> list[Tokens | Chunked | TextTooLong | Failed]:
