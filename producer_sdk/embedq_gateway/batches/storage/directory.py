@@ -7,6 +7,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import threading
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -76,7 +77,7 @@ class DirectoryObjects:
             while chunk := await self._do("read", lambda: file.read(READ_CHUNK_BYTES)):
                 yield chunk
         finally:
-            await asyncio.to_thread(file.close)
+            await _in_any_case(file.close)
 
     @contextlib.asynccontextmanager
     async def writing(self, key: str) -> AsyncIterator[_FileWriter]:
@@ -88,7 +89,7 @@ class DirectoryObjects:
             await self._do("write", lambda: _force(file))
             await self._do("write", lambda: self._publish(path, key))
         except BaseException:
-            await asyncio.to_thread(_discard, path, file)
+            await _in_any_case(partial(_discard, path, file))
             raise
         await self._do("write", file.close)
 
@@ -101,16 +102,11 @@ class DirectoryObjects:
         self, what: str, work: Callable[[], BinaryIO], let_go: Callable[[BinaryIO], object]
     ) -> BinaryIO:
         """What `work` opens. A thread cannot be called back: if nobody waits any more, `let_go` gets the file when it is open."""
-        opening = asyncio.ensure_future(self._do(what, work))
-
-        def opened_for_nobody(done: asyncio.Future[BinaryIO]) -> None:
-            if not done.cancelled() and done.exception() is None:
-                done.get_loop().run_in_executor(None, let_go, done.result())
-
+        opening = _Opening(work, let_go)
         try:
-            return await asyncio.shield(opening)
+            return await self._do(what, opening)
         except asyncio.CancelledError:
-            opening.add_done_callback(opened_for_nobody)
+            _in_any_case(opening.abandon)
             raise
 
     async def _do(self, what: str, work: Callable[[], Answer]) -> Answer:
@@ -206,6 +202,39 @@ class DirectoryObjects:
         with open(self._root / _LOCK, "r+b") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def _in_any_case(work: Callable[[], object]) -> Awaitable[object]:
+    """Do it in a thread, even when whoever waits for it is cancelled: before its turn has come, that would take it back."""
+    return asyncio.shield(asyncio.get_running_loop().run_in_executor(None, work))
+
+
+class _Opening:
+    """A file that one thread opens for a task. If the task is gone by then, whichever of the two is later lets go of it."""
+
+    def __init__(self, work: Callable[[], BinaryIO], let_go: Callable[[BinaryIO], object]) -> None:
+        self._work = work
+        self._let_go = let_go
+        self._lock = threading.Lock()
+        self._file: BinaryIO | None = None
+        self._wanted = True
+
+    def __call__(self) -> BinaryIO:
+        file = self._work()
+        with self._lock:
+            self._file = file
+            if self._wanted:
+                return file
+        self._let_go(file)
+        return file
+
+    def abandon(self) -> None:
+        """Nobody waits any more."""
+        with self._lock:
+            self._wanted = False
+            file = self._file
+        if file is not None:
+            self._let_go(file)
 
 
 class _FileWriter:

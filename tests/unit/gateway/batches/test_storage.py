@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, suppress
 from pathlib import Path
 
 import pytest
@@ -159,6 +162,76 @@ async def test_a_place_that_is_no_directory_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=r"cannot open in the directory .*file"):
         await prepare(DirectoryObjects(tmp_path / "file"), "test")
+
+
+@pytest.mark.parametrize("turns", range(4))
+async def test_a_reader_that_is_cancelled_at_any_moment_leaves_no_file_open(
+    tmp_path: Path, turns: int
+) -> None:
+    storage = DirectoryObjects(tmp_path)
+    await storage.open()
+    await storage.put("folder/name", b"data" * 1000)
+    busy = BusyThread()
+    asyncio.get_running_loop().set_default_executor(busy.threads)
+    reading = asyncio.create_task(whole(storage, "folder/name"))
+    for _ in range(turns):
+        await busy.take_a_turn()
+    for _ in range(2):  # the second time while it closes what it has opened
+        reading.cancel()
+        await several_turns_of_the_loop()
+    busy.stop()
+    await asyncio.wait({reading})
+    await asyncio.to_thread(lambda: None)
+    assert open_files(tmp_path) == []
+
+
+def open_files(folder: Path) -> list[Path]:
+    """Those of this process below a folder."""
+    found = []
+    for number in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):
+            found.append(number.readlink())
+    return [path for path in found if path.is_relative_to(folder)]
+
+
+async def several_turns_of_the_loop() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+class BusyThread:
+    """One thread, which begins what waits for it when it is told to."""
+
+    def __init__(self) -> None:
+        self.threads = ThreadPoolExecutor(1)
+        self._stopped = threading.Event()
+        self._turns = threading.Semaphore(0)
+        self._block()
+
+    async def take_a_turn(self) -> None:
+        """Do what waits, and nothing that comes after it."""
+        await several_turns_of_the_loop()
+        begun = self._block()
+        self._turns.release()
+        while not begun.is_set():
+            await asyncio.sleep(0)
+        await several_turns_of_the_loop()
+
+    def stop(self) -> None:
+        """Do whatever comes at once from now on."""
+        self._stopped.set()
+        self._turns.release()
+
+    def _block(self) -> threading.Event:
+        begun = threading.Event()
+
+        def wait() -> None:
+            begun.set()
+            if not self._stopped.is_set():
+                self._turns.acquire()
+
+        self.threads.submit(wait)
+        return begun
 
 
 async def test_what_a_killed_process_left_aside_goes_after_a_day(tmp_path: Path) -> None:
