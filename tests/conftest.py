@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -40,6 +41,9 @@ then fill the gaps, and neither worker is left alone with a long file at the end
 
 _ROOM: Final = 3.0
 """What a whole test's time is multiplied by at least. Only a test that hangs uses it up."""
+
+# jsonschema would build a grammar of internationalized addresses with it, for a second and a half; no schema of ours has that format.
+sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
 
 settings.register_profile(
     "embedq",
