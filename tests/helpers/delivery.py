@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
@@ -16,7 +17,7 @@ from aiokafka.record.default_records import _DefaultRecordBatchBuilderPy
 from embedq_sdk.dev import DevStack
 from embedq_shared.topics import Topics
 from tests.helpers.service_process import Reader, Replica, partitions_of, producer
-from tests.helpers.support import patient, wait_until
+from tests.helpers.support import patience, patient, wait_until
 
 MakeJob = Callable[[int], dict[str, Any]]
 
@@ -79,13 +80,14 @@ class Answered:
 
     async def until(self, ids: Iterable[str], *, within: float = 120.0) -> None:
         """Wait until each of these jobs has a result."""
-        waiting = set(ids)
-        async with asyncio.timeout(patient(within)):
-            while missing := waiting - set(self.counts()):
-                try:
-                    await self.more()
-                except AssertionError as error:
-                    raise AssertionError(f"{len(missing)} of {len(waiting)} jobs have no result") from error
+        waiting, started = set(ids), time.monotonic()
+        while missing := waiting - set(self.counts()):
+            # Asked again each time: the load may have come after the beginning.
+            left = within - (time.monotonic() - started) / patience()
+            try:
+                await self.more(within=min(60.0, max(0.0, left)))
+            except AssertionError as error:
+                raise AssertionError(f"{len(missing)} of {len(waiting)} jobs have no result") from error
 
     async def some(self, count: int, *, within: float = 60.0) -> None:
         """Wait until there are `count` results."""

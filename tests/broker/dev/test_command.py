@@ -162,7 +162,9 @@ def test_the_gateways_address_answers_openais_clients(tmp_path: Path) -> None:
             return False
 
         wait_for(answers, within=120, what="a vector over HTTP")
-        upload = httpx.post(f"{url}/files", data={"purpose": "batch"}, files={"file": b"{}"}, timeout=5)
+        upload = httpx.post(
+            f"{url}/files", data={"purpose": "batch"}, files={"file": b"{}"}, timeout=patient(5)
+        )
         assert upload.status_code == 200
         screen.press_ctrl_c()
         assert end_of(screen) == 0

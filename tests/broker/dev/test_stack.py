@@ -53,7 +53,7 @@ async def read(servers: str, topic: str, count: int) -> list[bytes]:
 
 
 def ask_redis(stack: DevStack) -> redis.Redis:
-    return redis.Redis.from_url(stack.redis_url, socket_timeout=2)
+    return redis.Redis.from_url(stack.redis_url, socket_timeout=patient(2))
 
 
 def kafka_address(stack: DevStack) -> tuple[str, int]:

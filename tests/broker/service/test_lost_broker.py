@@ -60,7 +60,7 @@ async def test_a_reply_topic_without_a_leader_costs_its_own_jobs_alone(
                         headers=[("reply-topic", lonely.encode())],
                     )
             found = await letters.until(20)
-            await jobs.progress(20)
+            await jobs.progress(70)
             during = set(jobs.ids[before:])
         async with reader(cluster, topics.jobs) as records:
             polled = [record for record in await records.all() if record.key is not None]
