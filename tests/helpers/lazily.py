@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import importlib
 from types import ModuleType
+from typing import Any
 
 
 def lazily(name: str) -> ModuleType:
-    """The module `name`, imported when one of its names is first asked for. Each worker of the suite imports every file of tests, and
-    runs a part of them. Where it is not installed, it is empty: such tests are skipped.
+    """In place of the module `name`, which is imported when one of its names is first asked for. Each worker of the suite imports
+    every file of tests, and runs a part of them.
+
+    The standard library's loader of this kind will not do: pytest asks everything in a file for its class, which loads it.
     """
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.loader is None:
-        return ModuleType(name)
-    spec.loader = importlib.util.LazyLoader(spec.loader)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+    return _Lazy(name)
+
+
+class _Lazy(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # what pytest and others look for in everything
+            raise AttributeError(name)
+        return getattr(importlib.import_module(self.__name__), name)
