@@ -90,8 +90,8 @@ endif
 
 check: lint types ## lint, types, generated files
 
-unit: setup ## the tests that need no broker, no Redis and no model, in half a minute
-	$(BIN)/python -m pytest $(PARALLEL) tests/unit
+unit: setup ## the tests that need no broker, no Redis, no model and no process of their own, in half a minute
+	EMBEDQ_TEST_EXAMPLES=20 $(BIN)/python -m pytest $(call parallel,2) tests/unit
 
 matrix: ## the suite on each Python and each Kafka that are supported; `.ci/matrix` says which
 	@.ci/matrix

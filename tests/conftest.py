@@ -32,6 +32,7 @@ ORDER: Final = (
     "browser",
     "stores",
     "redis",
+    "processes",
     "project",
     "model",
     "gpu",
@@ -53,8 +54,11 @@ gc.disable()  # until all is imported, see `pytest_collection_finish`
 
 settings.register_profile(
     "embedq",
-    # New ones are tried each time, so that fewer are enough; CI tries the same ones, and a release is worth more.
-    max_examples=100 if {"CI", "SOAK"} & os.environ.keys() else 50,
+    # New ones are tried each time, so that fewer are enough; CI tries the same ones, and a release is worth more. `make unit`, for
+    # whoever tries a change again and again, asks for some.
+    max_examples=int(
+        os.environ.get("EMBEDQ_TEST_EXAMPLES", 100 if {"CI", "SOAK"} & os.environ.keys() else 50)
+    ),
     # How long an example takes says something about the machine; what is slow by itself, the benchmarks show.
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
