@@ -57,7 +57,7 @@ settings.register_profile(
     # New ones are tried each time, so that fewer are enough; CI tries the same ones, and a release is worth more. `make unit`, for
     # whoever tries a change again and again, asks for some.
     max_examples=int(
-        os.environ.get("EMBEDQ_TEST_EXAMPLES", 100 if {"CI", "SOAK"} & os.environ.keys() else 50)
+        os.environ.get("EMBEDQ_TEST_EXAMPLES") or (100 if {"CI", "SOAK"} & os.environ.keys() else 50)
     ),
     # How long an example takes says something about the machine; what is slow by itself, the benchmarks show.
     deadline=None,
