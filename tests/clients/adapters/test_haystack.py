@@ -29,7 +29,7 @@ pytestmark = [
 @pytest.fixture(scope="module", autouse=True)
 def imported() -> None:
     """Not in an event loop."""
-    assert adapter.EmbedqTextEmbedder
+    _ = adapter.EmbedqTextEmbedder
 
 
 def test_a_query_is_sent_as_a_query(service: FakeService) -> None:

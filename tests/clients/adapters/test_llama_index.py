@@ -27,7 +27,7 @@ TEXTS = [f"node {n}" for n in range(100)]
 @pytest.fixture(scope="module", autouse=True)
 def imported() -> None:
     """Not in an event loop."""
-    assert adapter.EmbedqEmbedding
+    _ = adapter.EmbedqEmbedding
 
 
 async def test_queries_and_nodes_are_sent_as_what_they_are(service: FakeService) -> None:

@@ -45,7 +45,7 @@ class Here:
             streams = {"stdin": io.TextIOWrapper(io.BytesIO(asked)), "stdout": output, "stderr": errors}
             patch.setattr(golden_vectors, "sys", SimpleNamespace(**streams))
             self.returncode = await asyncio.to_thread(golden_vectors.main, Path(self._model))
-        return output.buffer.getvalue(), errors.getvalue().encode()  # type: ignore[attr-defined]
+        return output.buffer.getvalue(), errors.getvalue().encode()
 
 
 @pytest.fixture
