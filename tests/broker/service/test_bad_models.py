@@ -32,7 +32,8 @@ def marked(models: Path, to: Path, mark: str) -> Path:
 
 def begun(model: Path) -> int:
     """How many loads of this directory have begun to hang."""
-    return len((model / "hangs").read_bytes())
+    file = model.with_suffix(".begun")
+    return file.stat().st_size if file.exists() else 0
 
 
 async def test_every_directory_that_would_harm_is_refused_with_its_reason_while_jobs_are_answered(
@@ -114,6 +115,12 @@ async def test_a_load_that_hangs_is_given_up_the_old_model_serves_and_sigterm_en
         drain_timeout_s=5,
         **BAD_LOADS,
     )
+
+    def second_load() -> bool:
+        refused = [event["reason"] for event in replica.events() if event["event"] == "reload_failed"]
+        assert len(refused) == 1, refused
+        return begun(root / "stuck") == 2
+
     async with (
         replicas(replica),
         producer(stack) as client,
@@ -127,7 +134,7 @@ async def test_a_load_that_hangs_is_given_up_the_old_model_serves_and_sigterm_en
             assert outcome["state"] == "FAILED"
             assert "load: it did not end within" in outcome["error"]
             await command(client, topics, 2, "stuck")
-            await wait_until(lambda: begun(root / "stuck") == 2, what="a second load")
+            await wait_until(second_load, what="a second load")
             await others.progress(20)
         replica.kill(signal.SIGTERM)
         assert await replica.ended(within=5 + 15) == 0
