@@ -151,7 +151,7 @@ class Neighbors:
 
     async def _send(self) -> None:
         partitions = sorted(await self._client.partitions_for(self._topic))
-        written = []
+        written: list[asyncio.Future[Any]] = []
         began = time.monotonic()
         while not self._ending:
             number = len(written)

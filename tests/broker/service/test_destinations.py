@@ -63,7 +63,7 @@ async def test_an_address_that_refuses_our_records_costs_its_own_jobs_alone(
             [NewTopic(strict, 1, 1, topic_configs={"message.timestamp.before.max.ms": "0"})]
         )
     replica = Replica(stack, topics, models / "a", tmp_path / "log", reply_topics="*")
-    guilty = [
+    guilty: list[dict[str, Any]] = [
         {"id": f"guilty-{number}", "input": f"a text {number}", "dimensions": 32} for number in range(10)
     ]
     async with replicas(replica), reader(stack, topics.results) as results:

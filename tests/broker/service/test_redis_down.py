@@ -91,7 +91,7 @@ async def test_a_redis_that_answers_what_no_redis_does_costs_nobody_a_job_or_a_w
     stack: DevStack, models: Path, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     left = ["integers", "nested", "deep", "huge value", "endless line"]
-    told = []
+    told: list[str] = []
 
     def next_answer(keys: int) -> bytes:
         told.append(left.pop(0) if left else told[-1])
