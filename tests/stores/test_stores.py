@@ -14,9 +14,11 @@ import numpy.typing as npt
 import pytest
 
 from embedq_batch import Columns, Sink
-from embedq_batch.content.rows import RowId
+from embedq_batch.content.rows import RowId, Shape
 from embedq_batch.errors import BadTarget
+from embedq_batch.following.follow import NoParts
 from embedq_batch.sinks.opening import opened_sink
+from embedq_batch.sinks.sink import Followed
 from embedq_sdk import late
 from embedq_sdk.job_options import JobOptions
 from embedq_shared.vectors import quantize
@@ -237,6 +239,21 @@ async def test_spans_of_a_row_that_became_shorter_leave_the_store(tmp_path: Path
 
     assert store.count() == 3
     assert store.vectors(["x#0", "x#1", "x#2", "y#0"]).keys() == {"x#0", "x#1", "y#0"}
+
+    # Where there is no manifest, as under a standing sink, the store itself knows which vectors a row has.
+    shape = Shape(width=64, dtype="float32", spans=True, ids="string", kept=None, model_version=OLD)
+    sink = opened_sink(store.to)
+    assert isinstance(sink, Followed)
+    sink.open(shape, NoParts(), force=False)
+    sink.delete_spans(["x"], ["x#0"])
+    sink.flush()
+    sink.close()
+    assert store.vectors(["x#0", "x#1", "y#0"]).keys() == {"x#0", "y#0"}
+    sink.open(shape, NoParts(), force=False)
+    sink.delete_spans(["x", "y"], [])
+    sink.flush()
+    sink.close()
+    assert store.count() == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*")

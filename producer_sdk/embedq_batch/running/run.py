@@ -29,6 +29,8 @@ from embedq_sdk.errors import InvalidArgument
 
 _T = TypeVar("_T")
 
+_NOT_THE_JOB: Final = ("lane", "trace", "client_id", "metadata", "model_version")
+"""Options of a job that may be others when a run goes on. Each row's version is written down, whether it was asked for or not."""
 SAME: Final = 0.999
 """Least cosine of a vector to what the target gives back: float16 and int8 keep more, another text far less."""
 
@@ -280,7 +282,7 @@ def about(source: Source, sink: Sink, options: RunOptions) -> About:
     job = {
         name: value
         for name, value in msgspec.to_builtins(options.job).items()
-        if value is not None and name not in ("lane", "trace", "client_id", "metadata")
+        if value is not None and name not in _NOT_THE_JOB
     }
     return About(source=source.name, target=sink.name, job=job | options.about)
 

@@ -100,6 +100,17 @@ class LanceSink:
         except (OSError, RuntimeError) as error:
             raise TargetAway(target=self.name, reason=str(error)) from None
 
+    def delete_spans(self, rows: Sequence[RowId], but: Sequence[RowId]) -> None:
+        self.flush()
+        surplus = f"row in ({', '.join(map(quoted, rows))})"
+        if but:
+            surplus += f" and id not in ({', '.join(map(quoted, but))})"
+        try:
+            if self._table.count_rows(surplus):  # a delete of nothing makes a version of the table, too
+                self._table.delete(surplus)
+        except (OSError, RuntimeError) as error:
+            raise TargetAway(target=self.name, reason=str(error)) from None
+
     def finish(self, record: PartsRecord) -> None:
         self.flush()
         self._table.optimize()

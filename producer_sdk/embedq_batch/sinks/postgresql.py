@@ -51,6 +51,7 @@ class PostgresSink:
         self._connection: psycopg.Connection[Any] | None = None
         self._shape: Shape | None = None
         self._columns: list[tuple[str, str]] = []
+        self._rows_indexed = False
         self._empty = False
         """Whether the table had no rows that these could replace. Then they are copied into it, and not by way of another one."""
 
@@ -166,6 +167,27 @@ class PostgresSink:
                 )
         except psycopg.OperationalError as error:
             raise self._away(error) from None
+
+    def delete_spans(self, rows: Sequence[RowId], but: Sequence[RowId]) -> None:
+        query = sql.SQL('delete from {} where "row" = any(%s) and not id = any(%s)').format(self._table)
+        try:
+            connection = self._connected()
+            if not self._rows_indexed:
+                self._index_rows(connection)
+            with connection.transaction():
+                connection.execute(query, (list(rows), list(but)))
+        except psycopg.OperationalError as error:
+            raise self._away(error) from None
+
+    def _index_rows(self, connection: psycopg.Connection[Any]) -> None:
+        """Find the vectors of a row without reading the table. A table of somebody else is read."""
+        name = sql.Identifier(f"{self._table_name.rpartition('.')[2]}_row")
+        made_meanwhile = (psycopg.errors.UniqueViolation, psycopg.errors.DuplicateTable)
+        with contextlib.suppress(psycopg.errors.InsufficientPrivilege, *made_meanwhile):
+            connection.execute(
+                sql.SQL('create index if not exists {} on {} ("row")').format(name, self._table)
+            )
+        self._rows_indexed = True
 
     def finish(self, record: PartsRecord) -> None:
         pass

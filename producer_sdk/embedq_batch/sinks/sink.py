@@ -95,6 +95,18 @@ class Counted(Protocol):
 
 
 @runtime_checkable
+class Followed(Protocol):
+    """A target that a topic may be followed into: it keeps rows by id without a manifest, and knows all vectors of a row by the row."""
+
+    def delete_spans(self, rows: Sequence[RowId], but: Sequence[RowId]) -> None:
+        """Delete the vectors of these rows but for those with the ids `but`. It was opened for spans.
+
+        Raises:
+            TargetAway.
+        """
+
+
+@runtime_checkable
 class Switchable(Protocol):
     """A target that readers can be given under another name, which means one target at a time."""
 

@@ -22,7 +22,7 @@ from embedq_batch.manifest.place import MANIFEST
 from embedq_batch.manifest.store import glance
 from embedq_batch.sinks.finals import ParquetFile
 from embedq_batch.sinks.parts import PartsSink
-from embedq_sdk import InvalidArgument, UnknownModel, late
+from embedq_sdk import InvalidArgument, UnknownModel, UnknownModelVersion, late
 from embedq_sdk.job_options import JobOptions
 from embedq_shared.messages import Datum, ErrorBody
 from tests.helpers.batch_runs import a_table, assert_vectors, run, vectors_in
@@ -363,6 +363,49 @@ async def test_an_alias_that_is_not_served_ends_the_run_at_once(tmp_path: Path) 
             a_table(tmp_path / "in.parquet", TEXTS), str(tmp_path / "o.parquet"), FakeService(behave=unknown)
         )
     assert not (tmp_path / "o.parquet").exists()
+
+
+async def test_a_run_that_asks_for_a_version_stops_where_another_one_answers_and_goes_on_once_it_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("embedq_batch.running.runner._WRITE_ROWS", 40)
+    source, out = a_table(tmp_path / "in.parquet", TEXTS), tmp_path / "o.parquet"
+    service = pinned(until=200)
+    asked = {"job": JobOptions(lane="bulk", model_version=OLD), "job_texts": 16, "in_flight": 32}
+
+    with pytest.raises(UnknownModelVersion):
+        await run(source, str(out), service, **asked)
+    assert not out.exists()
+    stopped = glance(tmp_path / "o.parquet.embedq" / MANIFEST)[2]
+    assert stopped.versions.keys() == {OLD}
+    assert 0 < stopped.done < 500
+
+    done = await run(source, str(out), pinned(), **asked)
+    assert (done.rows, done.skipped, done.failed) == (500, stopped.done, 0)
+    assert_vectors(out, ALL, OLD)
+
+    # The version is not a part of the run: without it the same run takes whichever there is.
+    done = await run(source, str(out), FakeService(version=NEW), only_changed=True)
+    assert done.model_version == NEW
+    assert_vectors(out, ALL, NEW)
+
+
+def pinned(until: int = 1_000_000) -> FakeService:
+    """A service that answers jobs which ask for its version, or for none; after so many texts its version is another one."""
+    left = until
+
+    def behave(job: Received) -> list[Answer]:
+        nonlocal left
+        left -= len(job.texts)
+        service.version = OLD if left > 0 else NEW
+        if job.job.model_version in (None, service.version):
+            return [service.good(job)]
+        return [
+            FakeService.failure(job, ErrorBody.of("unknown_model_version", "it has another one", "model"))
+        ]
+
+    service = FakeService(behave=behave)
+    return service
 
 
 # -- a table that changes ---------------------------------------------------------------------------------------------
