@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pytest
 
 from embedq_batch import Columns, Sink
@@ -224,6 +225,15 @@ async def test_a_table_in_a_store_is_searched_as_brute_force_searches_it_and_fol
     assert found.keys() == {"doc-3", "new"}
     assert np.allclose(found["doc-3"], expected("changed", salt=NEW), atol=1e-6)
     assert store.columns("doc-4")["model_version"] == NEW
+
+    # A standing sink asks for the types of what it keeps.
+    sink = opened_sink(store.to)
+    assert isinstance(sink, Followed)
+    types = sink.kept_types(["year", "none"])
+    sink.close()
+    assert types == (
+        None if isinstance(store, Qdrant | Milvus) else pa.schema([pa.field("year", pa.int64())])
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*")

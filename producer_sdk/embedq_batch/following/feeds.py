@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from embedq_batch.content.columns import Columns, fitted
 from embedq_batch.content.documents import DocumentReader, document_of
-from embedq_batch.content.inference import inferred
+from embedq_batch.content.inference import following
 from embedq_batch.content.rows import Problem, RowBatch, RowId, VectorBatch
 from embedq_batch.running.embedding import span_id
 from embedq_sdk.embeddings import Embeddings
@@ -39,9 +39,12 @@ class Taken(msgspec.Struct, frozen=True, kw_only=True, eq=False):
 class Feed(Protocol):
     """Makes rows or vectors of a topic's records."""
 
-    @property
-    def kept(self) -> pa.Schema | None:
-        """The columns that go along; known once some records were taken."""
+    keep: Sequence[str]
+    """The columns that go along."""
+    there: pa.Schema | None
+    """Their types, as far as the store has them."""
+    kept: pa.Schema | None
+    """Their types in what was taken last; None: none go along."""
 
     def take(self, records: Sequence[Polled]) -> Taken:
         """What some records hold, in their order."""
@@ -58,16 +61,17 @@ class DocumentFeed:
 
     def __init__(self, columns: Columns) -> None:
         self._columns = columns
-        self._reader: DocumentReader | None = None
+        self.keep: Sequence[str] = columns.keep
+        self.there: pa.Schema | None = None
         self.kept: pa.Schema | None = None
+        self._reader = DocumentReader(columns, None)
         self._next: dict[int, int] = {}
 
     def take(self, records: Sequence[Polled]) -> Taken:
         documents = [document_of(record, self._columns.id) for record in records]
-        if self._reader is None:
+        if self.keep:
             found = [each.record for each in documents if isinstance(each.record, dict)]
-            if self._columns.keep:
-                self.kept = inferred(found, self._columns.keep, "the topic")
+            self.kept = following(found, self.keep, self.there)
             self._reader = DocumentReader(self._columns, self.kept)
         for record in records:
             self._next[record.partition] = record.offset + 1
@@ -93,9 +97,9 @@ class ResultFeed:
 
     def __init__(self, columns: Columns, version: str | None = None) -> None:
         self._version = version
-        self._keep = columns.keep
+        self.keep: Sequence[str] = columns.keep
+        self.there: pa.Schema | None = None
         self.kept: pa.Schema | None = None
-        self._known = False
         self._collector = ResultCollector()
 
     def take(self, records: Sequence[Polled]) -> Taken:
@@ -109,10 +113,8 @@ class ResultFeed:
                 problems.append((record, result))
             elif result is not None:
                 results.append((record, result))
-        if results and not self._known:
-            self._known = True
-            found = [_columns(result.metadata) for _, result in results]
-            self.kept = inferred(found, self._keep, "the results' metadata") if self._keep else None
+        if self.keep:
+            self.kept = following([_columns(result.metadata) for _, result in results], self.keep, self.there)
         for record, result in results:
             if result.embeddings is None:
                 problems.append((record, Problem(type(result.error).__name__, str(result.error))))
@@ -120,6 +122,9 @@ class ResultFeed:
             for row, error in result.embeddings.errors.items():
                 problems.append((record, Problem(type(error).__name__, f"input {row}: {error}")))
             batch = self._batch(str(result.id), result.embeddings, _columns(result.metadata))
+            if isinstance(batch, Problem):
+                problems.append((record, batch))
+                continue
             if not len(batch):
                 continue
             if self._version not in (None, batch.model_version):
@@ -148,7 +153,7 @@ class ResultFeed:
         except BadReply as bad:
             return Problem("malformed", str(bad))
 
-    def _batch(self, id: str, found: Embeddings, metadata: dict[str, Any]) -> VectorBatch:
+    def _batch(self, id: str, found: Embeddings, metadata: dict[str, Any]) -> VectorBatch | Problem:
         good = [row for row in range(len(found)) if row not in found.errors]
         rows: list[RowId] = [id if found.count == 1 else f"{id}#{found.inputs[row]}" for row in good]
         ids, spans = rows, None
@@ -162,8 +167,11 @@ class ResultFeed:
         kept = None
         if self.kept is not None:
             texts: list[str | Problem] = [""] * len(good)
-            records = [{name: metadata.get(name) for name in self._keep}] * len(good)
+            records = [{name: metadata.get(name) for name in self.keep}] * len(good)
             kept = fitted(records, self.kept, texts)
+            for text in texts:
+                if isinstance(text, Problem):
+                    return text
         return VectorBatch(
             ids=ids,
             vectors=found.vectors[good],

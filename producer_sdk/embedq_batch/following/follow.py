@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -36,6 +36,7 @@ from embedq_shared.kafka import (
     poll,
 )
 
+_T = TypeVar("_T")
 _POLL_MS: Final = 500
 _CONNECT_S: Final = 10.0
 _SESSION_MS: Final = 30_000
@@ -150,6 +151,8 @@ class Following:
         Raises:
             DocumentRefused, BadTarget, InvalidArgument, KafkaUnavailable, EmbedError.
         """
+        if self._feed.keep and self._feed.there is None:
+            self._feed.there = await self._store(self._sink.kept_types, self._feed.keep)
         taken = self._feed.take(records)
         for record, problem in taken.problems:
             await self._refused(record, problem)
@@ -232,8 +235,8 @@ class Following:
             await self._store(self._sink.delete_spans, rows, batch.ids)
         self._progress.embedded += len(rows)
 
-    async def _store(self, function: Callable[..., Any], *arguments: Any) -> None:
-        await patiently(self._thread, self._progress, function, *arguments)
+    async def _store(self, function: Callable[..., _T], *arguments: Any) -> _T:
+        return await patiently(self._thread, self._progress, function, *arguments)
 
     async def _refuse(self, rows: Sequence[RowId], problem: Problem, taken: Taken) -> None:
         """Records of which the store gets nothing, each once."""

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from embedq_batch.content.inference import in_json
 from embedq_batch.content.rows import RowId, Shape, VectorBatch, VectorType, quoted
 from embedq_batch.errors import BadTarget, TargetAway
 from embedq_batch.manifest.place import MANIFEST, beside, in_working_folder
@@ -99,6 +100,15 @@ class LanceSink:
             self._table.delete(f"id in ({', '.join(map(quoted, ids))})")
         except (OSError, RuntimeError) as error:
             raise TargetAway(target=self.name, reason=str(error)) from None
+
+    def kept_types(self, names: Sequence[str]) -> pa.Schema | None:
+        try:
+            schema = lancedb.connect(self._place).open_table(self._table_name).schema
+        except ValueError:  # there is none
+            return None
+        except (OSError, RuntimeError) as error:
+            raise BadTarget(target=self.name, reason=str(error)) from None
+        return in_json(schema, names)
 
     def delete_spans(self, rows: Sequence[RowId], but: Sequence[RowId]) -> None:
         self.flush()

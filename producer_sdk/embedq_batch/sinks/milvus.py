@@ -97,6 +97,9 @@ class MilvusSink:
             some = list(ids[start : start + _AT_ONCE])
             self._call(lambda client, some=some: client.delete(self._collection, ids=some))
 
+    def kept_types(self, names: Sequence[str]) -> None:
+        return None  # what is kept has no types here
+
     def delete_spans(self, rows: Sequence[RowId], but: Sequence[RowId]) -> None:
         surplus = f"row in [{', '.join(map(quoted, rows))}]"
         if but:

@@ -93,6 +93,9 @@ class QdrantSink:
         chosen = models.PointIdsList(points=[point_id(id) for id in ids])
         self._call(lambda client: client.delete(self._collection, chosen, wait=True))
 
+    def kept_types(self, names: Sequence[str]) -> None:
+        return None  # what is kept has no types here
+
     def delete_spans(self, rows: Sequence[RowId], but: Sequence[RowId]) -> None:
         if not self._rows_indexed and "://" in self._address:  # the local mode has no indexes
             kind = models.PayloadSchemaType.KEYWORD

@@ -9,10 +9,15 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from embedq_batch import Columns, VectorBatch
-from embedq_batch.content.rows import RowId, Shape
+from embedq_batch.content.columns import fitted
+from embedq_batch.content.inference import following as types_of
+from embedq_batch.content.rows import Problem, RowId, Shape
 from embedq_batch.errors import DocumentRefused, RowsRefused
 from embedq_batch.following.feeds import DocumentFeed, Feed, ResultFeed
 from embedq_batch.following.follow import Following, FollowOptions
@@ -35,19 +40,25 @@ SPANS = JobOptions(lane="bulk", chunk=late(10))
 
 
 class Table:
-    """A store in memory. It refuses rows with these ids."""
+    """A store in memory. It refuses rows with these ids, and its columns have types where `typed` says so."""
 
     name = "a store"
     dtypes = frozenset({"float32"})
 
-    def __init__(self, refused: Sequence[RowId] = ()) -> None:
+    def __init__(self, refused: Sequence[RowId] = (), *, typed: bool = True) -> None:
+        self._typed = typed
         self.manifest = Path("unused")
         self.rows: dict[RowId, dict[str, Any]] = {}
         self.shape: Shape | None = None
         self._refused = set(refused)
 
     def open(self, shape: Shape, record: Any, *, force: bool) -> None:
+        if self._typed and self.shape is not None:
+            assert self.shape.kept == shape.kept
         self.shape = shape
+
+    def kept_types(self, names: Sequence[str]) -> pa.Schema | None:
+        return self.shape.kept if self._typed and self.shape is not None else None
 
     def write(self, batch: VectorBatch) -> int:
         assert len(set(batch.ids)) == len(batch)
@@ -56,7 +67,8 @@ class Table:
         for n, id in enumerate(batch.ids):
             place = None if batch.spans is None else tuple(batch.spans[n].tolist())
             row = id if batch.rows is None else batch.rows[n]
-            self.rows[id] = {"row": row, "place": place, "vector": batch.vectors[n]}
+            kept = {} if batch.kept is None else batch.kept.slice(n, 1).to_pylist()[0]
+            self.rows[id] = {"row": row, "place": place, "vector": batch.vectors[n], **kept}
         return 0
 
     def flush(self) -> int:
@@ -109,8 +121,8 @@ def a_record(key: str, value: bytes | None, headers: Sequence[Any] = ()) -> Any:
 _offsets = iter(range(1_000_000))
 
 
-def a_document(id: str, text: str | None) -> Any:
-    return a_record(id, None if text is None else msgspec.json.encode({"id": id, "text": text}))
+def a_document(id: str, text: str | None, **columns: Any) -> Any:
+    return a_record(id, None if text is None else msgspec.json.encode({"id": id, "text": text, **columns}))
 
 
 def a_result(id: str, texts: str | list[str], job: JobOptions = BULK, version: str = OLD) -> Any:
@@ -175,6 +187,70 @@ async def test_of_rows_with_several_vectors_those_that_the_store_refuses_are_tol
             await sink.take([a_document(id, id * 25) for id in ("w", "x", "y", "z")])
     assert {row["row"] for row in table.rows.values()} >= {"w", "x"}
     assert len(table.rows) % 3 == 0
+
+
+# -- columns that go along ---------------------------------------------------------------------------------------------------
+
+KEPT = Columns(id="id", keep=("n", "tags"))
+
+
+async def test_a_column_has_the_type_that_the_store_has_whatever_comes_first_after_a_restart() -> None:
+    table = Table()
+    async with following(table, DocumentFeed(KEPT)) as sink:
+        await sink.take([a_document("a", "text", n=1.5, tags=["x"]), a_document("b", "text", n=2)])
+    async with following(table, DocumentFeed(KEPT)) as sink:
+        await sink.take([a_document("b", None)])  # says nothing of any column
+        await sink.take([a_document("c", "text"), a_document("d", "text", n=3, tags=[])])
+        with pytest.raises(DocumentRefused, match="invalid_column"):
+            await sink.take([a_document("e", "text", n="three")])
+    assert {id: (row["n"], row["tags"]) for id, row in table.rows.items()} == {
+        "a": (1.5, ["x"]),
+        "c": (None, None),
+        "d": (3.0, []),
+    }
+
+
+async def test_a_store_without_types_takes_the_values_of_each_poll_as_they_come() -> None:
+    table = Table(typed=False)
+    async with following(table, DocumentFeed(KEPT)) as sink:
+        await sink.take([a_document("a", "text")])
+        await sink.take([a_document("b", "text", n=1)])
+        await sink.take([a_document("c", "text", n="two")])
+        with pytest.raises(DocumentRefused, match="invalid_column"):  # and not the topic's end
+            await sink.take([a_document("d", "text", n=1), a_document("e", "text", n="x")])
+    assert [table.rows[id]["n"] for id in ("a", "b", "c")] == [None, 1, "two"]
+
+
+async def test_a_results_metadata_that_does_not_fit_is_told() -> None:
+    async with following(Table(), ResultFeed(Columns(keep=("n",)))) as sink:
+        await sink.take([a_result("one", "a", JobOptions(lane="bulk", metadata={"n": 1}))])
+        with pytest.raises(DocumentRefused, match="invalid_column"):
+            await sink.take([a_result("two", "b", JobOptions(lane="bulk", metadata={"n": "x"}))])
+
+
+@given(
+    st.lists(
+        st.dictionaries(
+            st.sampled_from(["a", "b"]),
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.integers()),
+        )
+    ),
+    st.sampled_from(
+        [None, pa.schema([("a", pa.int64())]), pa.schema([("a", pa.null()), ("b", pa.string())])]
+    ),
+)
+def test_any_values_have_types_and_those_that_do_not_fit_are_told(
+    records: list[dict[str, Any]], there: pa.Schema | None
+) -> None:
+    schema = types_of(records, ("a", "b"), there)
+    texts: list[str | Problem] = [""] * len(records)
+
+    batch = fitted([{name: record.get(name) for name in ("a", "b")} for record in records], schema, texts)
+
+    assert schema.names == ["a", "b"]
+    for record, text, row in zip(records, texts, batch.to_pylist(), strict=True):
+        lost = any(record.get(name) is not None and row[name] is None for name in ("a", "b"))
+        assert lost == isinstance(text, Problem)
 
 
 # -- what ends the command ---------------------------------------------------------------------------------------------------
