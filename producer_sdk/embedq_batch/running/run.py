@@ -24,7 +24,7 @@ from embedq_batch.running.runner import Pass, Restart
 from embedq_batch.running.threads import Thread, patiently
 from embedq_batch.sinks.finals import json_line
 from embedq_batch.sinks.sink import Sink
-from embedq_batch.sources.source import Source
+from embedq_batch.sources.source import Log, Source
 from embedq_sdk.errors import InvalidArgument
 
 _T = TypeVar("_T")
@@ -159,9 +159,18 @@ class _Run:
 
     def _begun(self) -> State | None:
         """The state that this run begins with, written down."""
-        state = begun(self._manifest.state, self._options, self._manifest.figures().failed)
-        if state is not None:
-            state = self._manifest.state = msgspec.structs.replace(state, total=self._progress.total)
+        known = self._manifest.state
+        state = begun(known, self._options, self._manifest.figures().failed)
+        if state is None:
+            return None
+        if isinstance(self._source, Log):
+            if state.round == known.round:  # goes on
+                self._source.since = dict(state.since) if isinstance(state.since, list) else state.since
+            else:
+                since = self._source.since
+                since = since if isinstance(since, int | None) else sorted(since.items())
+                state = msgspec.structs.replace(state, since=since)
+        state = self._manifest.state = msgspec.structs.replace(state, total=self._progress.total)
         return state
 
     async def _in_turn(self, function: Callable[[], _T]) -> _T:

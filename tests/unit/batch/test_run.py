@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedq_batch import Columns, VectorBatch
-from embedq_batch.content.rows import RowId
+from embedq_batch.content.rows import RowBatch, RowId
 from embedq_batch.errors import BadTarget, ModelChanged, OtherRun, RowsRefused, TargetAway, TooManyFailures
 from embedq_batch.manifest.place import MANIFEST
 from embedq_batch.manifest.store import glance
 from embedq_batch.sinks.finals import ParquetFile
 from embedq_batch.sinks.parts import PartsSink
+from embedq_batch.sources.parquet import ParquetSource
+from embedq_batch.sources.source import Since
 from embedq_sdk import InvalidArgument, UnknownModel, UnknownModelVersion, late
 from embedq_sdk.job_options import JobOptions
 from embedq_shared.messages import Datum, ErrorBody
+from tests.helpers.batch_runs import TEXTS as TEXTS_ALONE
 from tests.helpers.batch_runs import a_table, assert_vectors, run, vectors_in
 from tests.helpers.fake_service import NEW, OLD, Answer, FakeService, Received, changed, expected
 from tests.helpers.support import wait_until
@@ -406,6 +409,36 @@ def pinned(until: int = 1_000_000) -> FakeService:
 
     service = FakeService(behave=behave)
     return service
+
+
+class Topic(ParquetSource):
+    """A source that is read from somewhere on; it notes from where."""
+
+    def __init__(self, path: str, since: Since | None) -> None:
+        super().__init__([path], TEXTS_ALONE)
+        self.since = since
+        self.begun: list[Since | None] = []
+
+    def batches(self) -> Iterator[RowBatch]:
+        self.begun.append(self.since)
+        return super().batches()
+
+
+@pytest.mark.parametrize("since", [None, 1_000, {0: 7, 1: 3}])
+async def test_a_run_that_goes_on_begins_where_it_began_and_the_next_one_where_it_says(
+    tmp_path: Path, since: Since | None
+) -> None:
+    table, out = a_table(tmp_path / "in.parquet", TEXTS), str(tmp_path / "o.jsonl")
+    later = 5_000
+    stopped = Topic(table, since)
+    with pytest.raises(UnknownModelVersion):
+        await run(stopped, out, pinned(until=200), job=JobOptions(lane="bulk", model_version=OLD))
+    gone_on, next_one = Topic(table, later), Topic(table, later)
+
+    await run(gone_on, out)
+    await run(next_one, out, only_changed=True)
+
+    assert (stopped.begun, gone_on.begun, next_one.begun) == ([since], [since], [later])
 
 
 # -- a table that changes ---------------------------------------------------------------------------------------------
