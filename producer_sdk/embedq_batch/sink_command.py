@@ -103,7 +103,7 @@ def sink(
     async def work(report: Callable[[str], None]) -> int:
         columns = Columns(text=text_column, template=template, id=id_column, keep=keep)
         options = JobOptions(lane="bulk", **job_arguments(job))
-        store: Any = await asyncio.to_thread(opened_sink, target)
+        store = await asyncio.to_thread(opened_sink, target)
         if not isinstance(store, Followed):  # a file is made once all of its rows are there
             raise InvalidArgument(argument="to", expected=_STORES, got=target)
         results = source == "results"

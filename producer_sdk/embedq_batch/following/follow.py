@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 import numpy as np
@@ -23,7 +23,7 @@ from embedq_batch.running.embedding import Embedder
 from embedq_batch.running.progress import Progress
 from embedq_batch.running.reading import job_rows
 from embedq_batch.running.threads import Thread, patiently
-from embedq_batch.sinks.sink import Followed, Sink
+from embedq_batch.sinks.sink import Followed
 from embedq_sdk.errors import InvalidArgument
 from embedq_sdk.transport.kafka import KafkaConnection, close, require_topics
 from embedq_shared.kafka import (
@@ -65,10 +65,6 @@ class FollowOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Jobs at once."""
 
 
-class FollowedSink(Sink, Followed, Protocol):
-    """A store that a topic may be followed into."""
-
-
 class NoParts:
     """A store that is followed into has no manifest."""
 
@@ -93,7 +89,7 @@ class Following:
         connection: KafkaConnection,
         feed: Feed,
         embedder: Embedder | None,
-        sink: FollowedSink,
+        sink: Followed,
         options: FollowOptions,
         progress: Progress,
     ) -> None:
@@ -161,13 +157,8 @@ class Following:
             vectors += await self._embedded(taken)
         for some in _alike(vectors):
             await self._write(joined(some), taken)
-        deleted = [] if taken.rows is None else taken.rows.deleted
-        if deleted and self._shape_there is not None:
-            if self._shape_there.spans:
-                await self._store(self._sink.delete_spans, deleted, [])
-            else:
-                await self._store(self._sink.delete, deleted)
-            self._progress.deleted += len(deleted)
+        if taken.rows is not None and taken.rows.deleted:
+            await self._delete(taken.rows.deleted)
         if self._shape_there is not None:
             await self._store(self._sink.flush)
         self._progress.read += len(records)
@@ -177,8 +168,6 @@ class Following:
         rows, embedder = taken.rows, self._embedder
         if rows is None or embedder is None:
             raise RuntimeError("rows came from a topic of results. This is a bug.")
-        if self._shape_there is None and rows.deleted and not len(rows):
-            await self._opened(await embedder.probe())
         room = asyncio.Semaphore(self._options.in_flight)
         found: list[VectorBatch] = []
 
@@ -234,6 +223,17 @@ class Following:
         if batch.rows is not None:
             await self._store(self._sink.delete_spans, rows, batch.ids)
         self._progress.embedded += len(rows)
+
+    async def _delete(self, rows: Sequence[RowId]) -> None:
+        """Delete rows, also before anything was written."""
+        shape = self._shape_there
+        if shape is None and self._embedder is not None:
+            shape = await self._opened(await self._embedder.probe())
+        if shape is not None and shape.spans:
+            await self._store(self._sink.delete_spans, rows, [])
+        else:
+            await self._store(self._sink.delete, rows)
+        self._progress.deleted += len(rows)
 
     async def _store(self, function: Callable[..., _T], *arguments: Any) -> _T:
         return await patiently(self._thread, self._progress, function, *arguments)

@@ -96,7 +96,7 @@ class Counted(Protocol):
 
 
 @runtime_checkable
-class Followed(Protocol):
+class Followed(Sink, Protocol):
     """A target that a topic may be followed into: it keeps rows by id without a manifest, and knows all vectors of a row by the row."""
 
     def kept_types(self, names: Sequence[str]) -> pa.Schema | None:

@@ -161,6 +161,20 @@ async def test_the_first_thing_that_a_topic_says_may_be_a_delete() -> None:
     assert table.rows == {}
 
 
+async def test_a_delete_beside_documents_that_all_fail_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+
+    async def noted(self: Following, record: Any, problem: Problem) -> None:
+        told.append(problem.code)
+
+    monkeypatch.setattr(Following, "_refused", noted)
+    table = Table()
+    table.rows["x"] = {"row": "x"}
+    async with following(table, DocumentFeed(COLUMNS)) as sink:
+        await sink.take([a_document("x", None), a_record("y", b'{"id": "y"}')])
+    assert (table.rows, told) == ({}, ["missing_text"])
+
+
 async def test_results_with_spans_have_their_places_and_the_last_one_of_a_poll_counts() -> None:
     table = Table()
     async with following(table, ResultFeed(Columns())) as sink:
