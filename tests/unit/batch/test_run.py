@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedq_batch import Columns, VectorBatch
+from embedq_batch.command import run as run_command
 from embedq_batch.content.rows import RowBatch, RowId
 from embedq_batch.errors import BadTarget, ModelChanged, OtherRun, RowsRefused, TargetAway, TooManyFailures
 from embedq_batch.manifest.place import MANIFEST
@@ -28,7 +29,7 @@ from embedq_sdk import InvalidArgument, UnknownModel, UnknownModelVersion, late
 from embedq_sdk.job_options import JobOptions
 from embedq_shared.messages import Datum, ErrorBody
 from tests.helpers.batch_runs import TEXTS as TEXTS_ALONE
-from tests.helpers.batch_runs import a_table, assert_vectors, run, vectors_in
+from tests.helpers.batch_runs import a_table, assert_vectors, invoked, run, vectors_in
 from tests.helpers.fake_service import NEW, OLD, Answer, FakeService, Received, changed, expected
 from tests.helpers.support import wait_until
 
@@ -409,6 +410,18 @@ def pinned(until: int = 1_000_000) -> FakeService:
 
     service = FakeService(behave=behave)
     return service
+
+
+def test_the_command_takes_the_version_that_must_answer(tmp_path: Path) -> None:
+    source, out = a_table(tmp_path / "in.parquet", TEXTS), tmp_path / "o.parquet"
+    typed = ("--from", source, "--to", str(out), "--model-version")
+
+    refused = invoked(run_command, *typed, NEW, service=pinned())
+    done = invoked(run_command, *typed, OLD, service=pinned())
+
+    assert (refused.exit_code, done.exit_code) == (1, 0)
+    assert "unknown_model_version: it has another one" in refused.output
+    assert_vectors(out, ALL, OLD)
 
 
 class Topic(ParquetSource):
