@@ -100,7 +100,8 @@ class ResultFeed:
         self.keep: Sequence[str] = columns.keep
         self.there: pa.Schema | None = None
         self.kept: pa.Schema | None = None
-        self._collector = ResultCollector()
+        # A store is upserted: a repeat changes nothing there, and a text that was submitted again under its id is another one.
+        self._collector = ResultCollector(remember=0)
 
     def take(self, records: Sequence[Polled]) -> Taken:
         problems: list[tuple[Polled, Problem]] = []

@@ -380,7 +380,7 @@ async def test_a_run_that_asks_for_a_version_stops_where_another_one_answers_and
     with pytest.raises(UnknownModelVersion):
         await run(source, str(out), service, **asked)
     assert not out.exists()
-    stopped = glance(tmp_path / "o.parquet.embedq" / MANIFEST)[2]
+    _, _, stopped = await asyncio.to_thread(glance, tmp_path / "o.parquet.embedq" / MANIFEST)
     assert stopped.versions.keys() == {OLD}
     assert 0 < stopped.done < 500
 
