@@ -111,6 +111,8 @@ class Following:
             DocumentRefused, BadTarget, InvalidArgument, KafkaUnavailable, TopicMissing, EmbedError.
         """
         options, connection = self._options, self._connection
+        # With its first list pyarrow imports pandas where that is installed: a second, in which the loop would send no heartbeat.
+        await asyncio.to_thread(pa.array, [0])
         consumer = await connection.connect(
             lambda: connection.consumer(
                 group_id=options.group,

@@ -167,8 +167,8 @@ class _Run:
             if state.round == known.round:  # goes on
                 self._source.since = dict(state.since) if isinstance(state.since, list) else state.since
             else:
-                since = self._source.since
-                since = since if isinstance(since, int | None) else sorted(since.items())
+                given = self._source.since
+                since = given if isinstance(given, int | None) else sorted(given.items())
                 state = msgspec.structs.replace(state, since=since)
         state = self._manifest.state = msgspec.structs.replace(state, total=self._progress.total)
         return state

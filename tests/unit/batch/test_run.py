@@ -375,7 +375,11 @@ async def test_a_run_that_asks_for_a_version_stops_where_another_one_answers_and
     monkeypatch.setattr("embedq_batch.running.runner._WRITE_ROWS", 40)
     source, out = a_table(tmp_path / "in.parquet", TEXTS), tmp_path / "o.parquet"
     service = pinned(until=200)
-    asked = {"job": JobOptions(lane="bulk", model_version=OLD), "job_texts": 16, "in_flight": 32}
+    asked: dict[str, Any] = {
+        "job": JobOptions(lane="bulk", model_version=OLD),
+        "job_texts": 16,
+        "in_flight": 32,
+    }
 
     with pytest.raises(UnknownModelVersion):
         await run(source, str(out), service, **asked)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from embedq_batch import Columns, VectorBatch
 from embedq_batch.content.columns import fitted
 from embedq_batch.content.inference import following as types_of
-from embedq_batch.content.rows import Problem, RowId, Shape
+from embedq_batch.content.rows import Problem, RowId, Shape, VectorType
 from embedq_batch.errors import DocumentRefused, RowsRefused
 from embedq_batch.following.feeds import DocumentFeed, Feed, ResultFeed
 from embedq_batch.following.follow import Following, FollowOptions
@@ -43,7 +43,7 @@ class Table:
     """A store in memory. It refuses rows with these ids, and its columns have types where `typed` says so."""
 
     name = "a store"
-    dtypes = frozenset({"float32"})
+    dtypes = frozenset[VectorType]({"float32"})
 
     def __init__(self, refused: Sequence[RowId] = (), *, typed: bool = True) -> None:
         self._typed = typed
@@ -96,6 +96,12 @@ class Table:
 
     def close(self) -> None:
         pass
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """With its first list pyarrow imports pandas where that is installed."""
+    pa.array([0])
 
 
 @asynccontextmanager
