@@ -192,16 +192,18 @@ async def test_what_cannot_be_stored_is_a_dead_letter_or_the_end(
     async with a_topic(servers) as topic, a_topic(servers) as letters, Responder(servers, prefix):
         records: list[Record] = [("a", {"text": "one"}), ("b", {"title": "no text"}), ("c", ["no document"])]
         await written(servers, topic, records)
-        arguments = ("--from", topic, "--to", store.to)
+        arguments = ("--from", topic, "--to", store.to, "--chunk", "late")
         with following(servers, prefix, *arguments, "--group", uuid.uuid4().hex) as process:
             _, told = await asyncio.to_thread(process.communicate)
         assert process.returncode == 1
         assert b"cannot be stored: " in told
         assert b"--dead-letters" in told
+        assert b"Traceback" not in told
 
         more = ("--group", uuid.uuid4().hex, "--dead-letters", letters)
         with following(servers, prefix, *arguments, *more):
-            await store.become({"a": "one"})
+            rows = await store.become({"a#0": "one"})
+            assert (rows["a#0"]["row"], rows["a#0"]["start"], rows["a#0"]["end"]) == ("a", 0, 3)
             async with AIOKafkaConsumer(
                 letters, bootstrap_servers=servers, auto_offset_reset="earliest"
             ) as consumer:
