@@ -144,16 +144,17 @@ class Router:
         records = self._records
         if records is None:
             raise RuntimeError("a router without records has nothing to read. This is a bug.")
+        await self._asked.wait()
         while True:
-            await self._asked.wait()
             pause = _PAUSE_S
             try:
                 if not self._pools:
                     await self._look(records)
+                self._asked.clear()
                 if self._pools:
                     await self._follow(records)
-                self._asked.clear()
                 self._settle()
+                await self._asked.wait()
                 continue
             except (KafkaRefused, TopicMissing) as error:
                 log.warning(
@@ -163,7 +164,8 @@ class Router:
                 self._know(self._routes)
                 pause = _REFUSED_PAUSE_S
             except KafkaUnavailable:
-                pass
+                if not self._pools:
+                    self._settle()  # nothing is known, as before
             finally:
                 await records.close()
             await asyncio.sleep(pause)
