@@ -121,10 +121,12 @@ def checked_pool(pool: str | None) -> str | None:
     Raises:
         InvalidArgument: no pool can have this name.
     """
-    if not isinstance(pool, str | None):
+    if pool is None:
+        return None
+    if not isinstance(pool, str):
         raise InvalidArgument(argument="pool", expected="a name, or None", got=type(pool).__name__)
     try:
-        return None if pool is None else pool_named(pool)
+        return pool_named(pool)
     except ValueError as error:
         raise InvalidArgument(argument="pool", expected=str(error), got=repr(pool[:80])) from None
 

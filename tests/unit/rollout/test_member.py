@@ -255,7 +255,7 @@ async def test_a_process_that_died_in_its_turn_is_taken_back_by_the_next_of_its_
 async def test_a_command_for_another_pool_is_not_followed_and_what_it_leaves_behind_neither() -> None:
     world = await World(a_status("m")).opened()
     moved, late = a_command(3, pool="big"), a_command(3, command_id="late")
-    following = asyncio.create_task(world.commands.next())  # type: ignore[arg-type]
+    following = asyncio.create_task(world.commands.next())
     world.source.waiting.put_nowait([moved, a_command(2)])
     world.source.waiting.put_nowait([late])
     await wait_until(lambda: world.commands.newest == moved and world.source.waiting.empty(), what="both")
@@ -270,7 +270,7 @@ async def test_a_failure_of_an_alias_that_has_moved_away_takes_nothing_back() ->
     world = await World(failed("n"), a_status("m")).opened()
     world.source.waiting.put_nowait([a_command(2), a_command(3, pool="big")])
     world.source.waiting.put_nowait([a_command(4)])
-    following = asyncio.create_task(world.commands.next())  # type: ignore[arg-type]
+    following = asyncio.create_task(world.commands.next())
     await wait_until(following.done, what="the command that comes back")
     assert world.written == []
     world.running.cancel()
