@@ -15,6 +15,7 @@ import uuid
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from io import FileIO
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -300,7 +301,7 @@ class Reader:
         """All records so far, once there are `count` of them."""
 
         async def enough() -> bool:
-            await self._poll()
+            await self.poll()
             return len(self.records) >= count
 
         await wait_until(enough, within=within, what=f"record {count} (there are {len(self.records)})")
@@ -308,17 +309,19 @@ class Reader:
 
     async def all(self) -> list[ConsumerRecord]:
         """All records up to the end as it is now."""
-        await self._poll()
+        await self.poll()
         partitions = list(self._consumer.assignment())
         ends = await self._consumer.end_offsets(partitions)
         for partition in partitions:
             while await self._consumer.position(partition) < ends[partition]:
-                await self._poll()
+                await self.poll()
         return self.records
 
-    async def _poll(self) -> None:
-        for found in (await self._consumer.getmany(timeout_ms=100)).values():
-            self.records.extend(found)
+    async def poll(self) -> list[ConsumerRecord]:
+        """What came within a tenth of a second, if anything did."""
+        came = list(chain.from_iterable((await self._consumer.getmany(timeout_ms=100)).values()))
+        self.records += came
+        return came
 
 
 async def partitions_of(admin: AIOKafkaAdminClient, topics: Collection[str]) -> list[TopicPartition]:
