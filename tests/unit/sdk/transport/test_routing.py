@@ -12,12 +12,18 @@ import pytest
 
 from embedq_sdk.embeddings import ReadError, job_failed
 from embedq_sdk.errors import KafkaRefused, KafkaUnavailable, TopicMissing, UnknownModel
+from embedq_sdk.job_options import JobInputs, JobLimits, JobOptions
+from embedq_sdk.stream import JobStream, StreamOptions
 from embedq_sdk.transport import routing
+from embedq_sdk.transport.job_runner import Deadline, JobRunner
 from embedq_sdk.transport.pending_jobs import PendingJob, Route
 from embedq_sdk.transport.routing import Router
 from embedq_shared.codec import encode_record
-from embedq_shared.messages import Control
+from embedq_shared.messages import Control, ErrorBody
 from embedq_shared.topics import Topics
+from embedq_shared.weighted_semaphore import WeightedSemaphore
+from tests.helpers.fake_service import Answer, Received
+from tests.helpers.fake_transport import FakeTransport
 from tests.helpers.support import patient, wait_until
 
 ONE: Collection[str] = Topics("t").lanes
@@ -249,3 +255,67 @@ async def test_a_job_that_has_nowhere_else_to_go_fails_at_once(model: str | None
         router.try_elsewhere(job, REFUSAL, lambda job: None)
         assert job.future.exception() is REFUSAL
     assert records.calls == []
+
+
+class Sending:
+    """A runner that sends where a router says, to a service that serves `large` in the pool `big` alone."""
+
+    def __init__(self, router: Router) -> None:
+        self.transport = FakeTransport()
+        self.runner = JobRunner(self.transport, router, WeightedSemaphore(10, 1000))
+        self.transport.deliver = self.runner.deliver
+        self.transport.service.behave = self._answer
+        self.runner.open()
+        self.asked: list[str] = []
+        """The topics of the jobs that were answered."""
+
+    def _answer(self, job: Received) -> list[Answer]:
+        self.asked.append(job.topic)
+        service = self.transport.service
+        if job.topic.startswith("t.jobs.big"):
+            return [service.good(job)]
+        return [service.failure(job, ErrorBody.of("unknown_model", "not here"))]
+
+    async def call(self, **options: Any) -> Any:
+        [found] = await self.runner.run(
+            [JobInputs(["x"], 1)], JobOptions(**options), Deadline.after(patient(10))
+        )
+        return found.outcome
+
+    @property
+    def topics(self) -> list[str]:
+        return [job.topic for job in self.transport.sent]
+
+
+async def test_every_kind_of_call_asks_where_its_jobs_go() -> None:
+    for kind in ("run", "submit", "stream"):
+        async with running(Records(says("large", "big"))) as router:
+            sending, options = Sending(router), JobOptions(model="large", lane="bulk")
+            match kind:
+                case "run":
+                    assert isinstance(await sending.call(model="large", lane="bulk"), list)
+                case "submit":
+                    await sending.runner.submit("x", 1, options, id="1", format="json", timeout=patient(10))
+                case _:
+                    window = StreamOptions(limits=JobLimits(), timeout=patient(10), batch_size=1, in_flight=1)
+                    _, [finished] = await JobStream(sending.runner, options, window).collect(["x"])
+                    assert isinstance(finished.outcome, list)
+            assert sending.topics == ["t.jobs.big.bulk"], kind
+
+
+async def test_a_caller_sees_nothing_of_a_job_that_was_sent_to_the_wrong_pool_first() -> None:
+    records = Records(says("large", "big"))
+    async with running(records, ONE) as router:
+        sending = Sending(router)
+        assert isinstance(await sending.call(model="large"), list)
+        assert sending.asked == ["t.jobs", "t.jobs.big"]
+        assert isinstance(await sending.call(model="nobody's"), UnknownModel)
+        assert sending.asked[2:] == ["t.jobs"]
+
+
+async def test_a_pool_without_topics_fails_the_call_and_holds_nothing() -> None:
+    async with running(Records(says("a", "new"))) as router:
+        sending = Sending(router)
+        with pytest.raises(TopicMissing):
+            await sending.call(model="a")
+        assert (sending.topics, sending.runner.in_flight.held) == ([], (0, 0))
