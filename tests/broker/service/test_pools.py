@@ -21,7 +21,7 @@ from tests.helpers.gateway_process import GatewayProcess, running
 from tests.helpers.service_process import Replica, fresh_prefix, make_topics, reader, replicas
 from tests.helpers.support import patient, wait_until
 
-pytestmark = [pytest.mark.kafka, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.kafka, pytest.mark.slow, pytest.mark.timeout(240)]
 
 _GROUP: Final = "{prefix}.embedq"
 
@@ -163,7 +163,7 @@ async def test_jobs_reach_the_pool_of_their_alias_and_a_move_loses_none(
             of_big = await service_status(group=group, pool="big", **server)
             assert {one.replica for one in of_big.replicas} == {"other"}
             assert [one.topic for one in of_big.lag] == list(big.lanes)
-            assert await asyncio.gather(home.stop(), other.stop()) == [0, 0]
+            assert await asyncio.gather(*(one.stop() for one in (home, other))) == [0, 0]
 
 
 def _wrongly_sent(number: int) -> dict[str, Any]:
