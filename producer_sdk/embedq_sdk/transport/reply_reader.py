@@ -186,6 +186,8 @@ class ReplyReader:
                 self._position = record.offset + 1
                 if not isinstance(record, UnreadableRecord):  # the service writes none: it is foreign
                     self._deliver(record)
+            if found:
+                await asyncio.sleep(0)  # who waited for these goes on before the next poll is prepared
 
     async def _reconnect(self) -> AIOKafkaConsumer:
         """A new consumer where the last one was."""

@@ -19,6 +19,7 @@ from embedq_shared.topics import Topics
 from tests.helpers.delivery import Answered, short_job, until_committed
 from tests.helpers.neighbors import assert_served, neighbors
 from tests.helpers.service_process import (
+    Reader,
     Replica,
     fresh_prefix,
     make_topics,
@@ -53,6 +54,12 @@ async def send(
         await asyncio.gather(*sent)
 
 
+async def guilty_ones(results: Reader) -> list[dict[str, Any]]:
+    """The results of the jobs that name the address."""
+    found = [json.loads(record.value) for record in await results.all()]
+    return [result for result in found if result["id"].startswith("guilty")]
+
+
 async def test_an_address_that_refuses_our_records_costs_its_own_jobs_alone(
     stack: DevStack, models: Path, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
@@ -66,20 +73,30 @@ async def test_an_address_that_refuses_our_records_costs_its_own_jobs_alone(
     guilty: list[dict[str, Any]] = [
         {"id": f"guilty-{number}", "input": f"a text {number}", "dimensions": 32} for number in range(10)
     ]
-    async with replicas(replica), reader(stack, topics.results) as results:
+    async with (
+        replicas(replica),
+        reader(stack, topics.results) as results,
+        reader(stack, topics.dead_letters) as letters,
+        reader(stack, strict) as taken,
+    ):
         async with neighbors(stack, topics, rate=100) as others:
             await others.progress(50)
             begun = time.monotonic()
             for job in guilty:
                 await send(stack, topics, [job], reply_topic=strict)
                 await others.progress(10)
-            answered = Answered(results)
-            await answered.until([job["id"] for job in guilty])
-        errors = [result["error"] for result in answered.results if result["id"].startswith("guilty")]
-        assert [error["code"] for error in errors] == ["invalid_header"] * len(guilty)
-        async with reader(stack, topics.dead_letters) as letters:
-            found = await letters.until(len(guilty))
-        assert len(found) == len(guilty)
+
+            async def all_settled() -> bool:
+                """What is written within its millisecond is not too old for the topic: that one is answered there."""
+                refused = [result["error"] for result in await guilty_ones(results)]
+                assert {error["code"] for error in refused} <= {"invalid_header"}
+                return len(refused) + len(await taken.all()) == len(guilty)
+
+            await wait_until(all_settled, what="an end of each of these jobs")
+        refused = {result["id"] for result in await guilty_ones(results)}
+        assert len(refused) >= len(guilty) / 2
+        found = await letters.until(len(refused))
+        assert {json.loads(letter.value)["id"] for letter in found} == refused
         assert {value_of(letter.headers, "reply-topic") for letter in found} == {strict.encode()}
         for reason in [value_of(letter.headers, "embedq-error-message") or b"" for letter in found]:
             assert reason.startswith(b"header `reply-topic`: expected a topic that takes results")
