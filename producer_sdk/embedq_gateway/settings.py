@@ -184,7 +184,9 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     group: Annotated[
         NotEmpty,
-        Meta(description="The service's consumer group, its `EMBEDQ_GROUP`: whose lag the console shows."),
+        Meta(
+            description="The service's consumer group, its `EMBEDQ_GROUP`: whose lag the console shows, with that of every pool."
+        ),
     ] = GROUP
 
     # Leaving

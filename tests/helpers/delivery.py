@@ -195,7 +195,7 @@ async def load(
 
 async def uncommitted(stack: DevStack, topics: Topics) -> int:
     """Records of both lanes that the group has not committed."""
-    group = f"{topics.prefix}.embedq"
+    group = topics.group(f"{topics.prefix}.embedq")
     admin = AIOKafkaAdminClient(bootstrap_servers=stack.kafka_servers)
     reader = AIOKafkaConsumer(bootstrap_servers=stack.kafka_servers)
     await admin.start()

@@ -26,7 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from embedq_sdk.admin.topics import wanted_topics
 from embedq_sdk.dev import DevStack
-from embedq_shared.topics import Topics
+from embedq_shared.topics import DEFAULT_POOL, Topics
 from tests.helpers import warm_start
 from tests.helpers.support import patient, wait_until
 from tests.helpers.warm_start import WarmProcess
@@ -53,9 +53,13 @@ async def make_topics(
     copies: int = 1,
     names: Iterable[str] = (),
     only: Collection[str] = (),
+    pool: str | None = None,
 ) -> Topics:
-    """embedq's topics below this prefix, and other ones by name, with this many copies of each partition. `only`: these of ours."""
-    wanted = wanted_topics(prefix, partitions=partitions, reply_partitions=partitions, retry_tiers=0)
+    """embedq's topics below this prefix, and other ones by name, with this many copies of each partition. `only`: these of ours.
+    `pool`: those of another pool, beside the default one's."""
+    wanted = wanted_topics(
+        prefix, partitions=partitions, reply_partitions=partitions, retry_tiers=0, pool=pool
+    )
     new = [
         NewTopic(topic.name, topic.partitions, copies, topic_configs=dict(topic.config))
         for topic in wanted
@@ -71,7 +75,7 @@ async def make_topics(
                 raise for_code(code)(topic)
     finally:
         await admin.close()
-    return Topics(prefix)
+    return Topics(prefix, pool)
 
 
 class Replica:
@@ -99,6 +103,7 @@ class Replica:
             "EMBEDQ_REDIS_URL": stack.redis_url if redis else "",
             "EMBEDQ_TOPIC_PREFIX": topics.prefix,
             "EMBEDQ_GROUP": f"{topics.prefix}.embedq",
+            "EMBEDQ_POOL": topics.pool or DEFAULT_POOL,
             "EMBEDQ_MODEL": str(model),
             "EMBEDQ_HTTP_PORT": "0",
             # Tests name reply topics of their own; one of them is about the default.

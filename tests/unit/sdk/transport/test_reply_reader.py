@@ -132,7 +132,7 @@ async def running(
         refused,
         moved,
     )
-    await reader.open(["jobs", "replies"], 1.0)
+    assert await reader.open(["jobs", "replies"], 1.0) == await reader.topics() == {"jobs", "replies"}
     tasks = {asyncio.create_task(reader.run()), asyncio.create_task(reader.watch())}
     try:
         yield reader, delivered
