@@ -127,7 +127,10 @@ async def test_an_address_that_refuses_its_result_costs_no_other_job_its_answer(
 async def test_what_a_fenced_transaction_sent_is_never_seen(stack: DevStack) -> None:
     topics = await make_topics(stack, fresh_prefix(), partitions=1)
     make = transactional_producers(
-        {"bootstrap_servers": stack.kafka_servers}, topics.prefix, timeout_ms=15_000, max_bytes=1_000_000
+        {"bootstrap_servers": stack.kafka_servers},
+        topics.prefix,
+        timeout_ms=int(patient(15_000)),
+        max_bytes=1_000_000,
     )
     nobody = FencedMember(group=topics.prefix, membership=Membership("nobody", 7))
     offsets = {TopicPartition(topics.bulk, 0): OffsetAndMetadata(1, "")}

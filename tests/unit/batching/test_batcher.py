@@ -720,9 +720,7 @@ class Backlog:
 
 
 @pytest.mark.parametrize("under_way", [2, 3])
-@pytest.mark.parametrize(
-    ("pause", "bulk"), [(1.7, 5), (1.7, 40), (1.7, 100), (LATELY_S / 2, 40), (LATELY_S / 2, 100)]
-)
+@pytest.mark.parametrize(("pause", "bulk"), [(1.7, 5), (1.7, 40), (1.7, 100), (LATELY_S / 2, 100)])
 def test_a_bulk_backlog_moves_interactive_p99_by_one_micro_batch_at_most(
     under_way: int, pause: float, bulk: int
 ) -> None:
