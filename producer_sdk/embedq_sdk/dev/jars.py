@@ -219,18 +219,17 @@ def kept_connections() -> Iterator[None]:
 
     By itself it opens one for each of 160 files, and reads all certificates for it, which is most of its processor time.
     """
-    import requests
     from jgo.util import http as module
-    from requests.adapters import HTTPAdapter
 
     http: Any = module
+    requests = http.requests
     with requests.Session() as session:
-        session.mount("https://", HTTPAdapter(pool_maxsize=_FETCH_AT_ONCE))
-        plain, http.requests = http.requests, SimpleNamespace(request=session.request)
+        session.mount("https://", requests.adapters.HTTPAdapter(pool_maxsize=_FETCH_AT_ONCE))
+        http.requests = SimpleNamespace(request=session.request)
         try:
             yield
         finally:
-            http.requests = plain
+            http.requests = requests
 
 
 def _format(files: KafkaFiles, staging: Path) -> None:
