@@ -197,6 +197,13 @@ def test_the_best_of_late_counts_and_not_a_lull() -> None:
     assert ahead.jobs < 60
 
 
+def test_of_a_shorter_time_the_same_rate_says_less_and_one_job_at_least() -> None:
+    ahead = ReadAhead(2.0, least=256, most=10_000)
+    assert ahead.answered_in(0.5) == 1
+    answer(ahead, rate=300, seconds=3)
+    assert 145 <= ahead.answered_in(0.5) <= 155
+
+
 def test_it_says_when_the_number_may_have_changed() -> None:
     ahead = ReadAhead(1.0, least=1, most=100)
     assert [ahead.note_answered(now) for now in (0.0, 0.1, 0.5, 0.6)] == [False, False, True, False]

@@ -6,6 +6,7 @@ import msgspec
 
 from embedq_consumer.group import OffsetLedger
 from embedq_consumer.intake.jobs_consumer import IntakeOptions
+from embedq_consumer.intake.records import Record
 from embedq_consumer.intake.workload import Workload
 from tests.helpers.in_flight import record
 
@@ -49,3 +50,35 @@ def test_a_record_that_waits_for_something_outside_is_overtaken_by_nobody() -> N
     assert newest_answered <= started, "its time begins now"
     work.finish([first])
     assert work.idle
+
+
+async def test_at_ebb_a_lane_starts_less_and_what_comes_meanwhile_has_its_turn() -> None:
+    ledger = OffsetLedger()
+    work = Workload(OPTIONS, ledger, lambda: True)
+    started: list[Record] = []
+    work.begin(started.extend)
+    records = [record(b"{}") for _ in range(6)]
+    partition = records[0].ticket.partition
+    ledger.add(partition, 0)
+    records = [
+        msgspec.structs.replace(each, ticket=ledger.begin(partition, offset), client=b"%d" % offset)
+        for offset, each in enumerate(records)
+    ]
+    for each in records:
+        work.add(each)
+    work.park(records[:3])
+    assert started == records[:3]
+    assert not work.at_ebb, "only while it is ebbing"
+    with work.ebbing(0.5):
+        assert not work.at_ebb
+        work.park(records[3:4])
+        work.finish(started[:2])
+        assert work.at_ebb, "nothing was answered before: one job is as little as there can be"
+        work.start_more()
+        assert started == records[:3]
+        work.finish(started[2:])
+        work.start_more()
+        assert started == records[:4]
+        work.park(records[4:])
+    work.start_more()
+    assert started == records, "afterwards as before"
