@@ -1,6 +1,6 @@
 """What a reload costs those who wait, under full load: the pause of the device, latency around it, time to ready, memory.
 
-    python -m benchmarks.reload_pause                                   # a tiny Qwen3 on a CPU
+    python -m benchmarks.reload_pause                                   # a very small Qwen3 on a CPU
     python -m benchmarks.reload_pause --shape 4B --kafka /tmp/kafka     # on a GPU
 
 The real service, on a real Kafka, has more documents than it can do, and somebody asks for a short text twenty times a second.
@@ -54,7 +54,7 @@ Vectors = npt.NDArray[np.float32]
 
 NAMES: Final = ("one", "two")
 PARTITIONS: Final = 6
-DIMENSIONS: Final = 256
+DIMENSIONS: Final = 128
 """Of the vectors that are compared: as telling as whole ones, and ten thousand of them take 10 MB."""
 SAMPLED: Final = 60
 """Documents whose every result is compared."""
@@ -231,7 +231,7 @@ class Trickle:
 def short_texts() -> Iterator[str]:
     """Never one twice."""
     for number in count():
-        yield f"what did the harbor master write on day {number}?"
+        yield f"the {number}th day"
 
 
 async def read_statuses(consumer: AIOKafkaConsumer, found: list[dict[str, Any]]) -> None:
@@ -515,7 +515,7 @@ def summary(run: Run, trickle: Trickle, quiet_s: float) -> dict[str, Any]:
                 "within_50_ms": sum(row["beyond_a_micro_batch_s"] <= 0.05 for row in of),
                 "ready_s": spread([row["steps_s"]["ready"] for row in of]),
                 **{
-                    f"p99_{span}_ms": spread([row["latency"][span].get("p99_ms", float("nan")) for row in of])
+                    f"p99_{span}_ms": spread([row["latency"][span].get("p99_ms", 0.0) for row in of])
                     for span in ("before", "around", "whole")
                 },
             }
@@ -600,7 +600,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="tiny")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="least")
     parser.add_argument(
         "--models", type=Path, help="where both models are or go; the temporary directory otherwise"
     )
@@ -640,7 +640,7 @@ def main() -> None:
     texts, tokens = sized_texts(folder / NAMES[0], lengths)
     results["tokens_per_document"] = round(sum(tokens) / len(tokens), 1)
     print(json.dumps(results), flush=True)
-    log = Path(tempfile.gettempdir()) / f"embedq-{arguments.name}.log"
+    log = Path(tempfile.gettempdir()) / f"embedq-{arguments.name}-{os.getpid()}.log"
     with kafka_of(arguments.kafka) as servers:
         found, documents, trickle = asyncio.run(measure(servers, arguments, folder, texts, log))
     results |= found

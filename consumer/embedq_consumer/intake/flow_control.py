@@ -108,9 +108,9 @@ class ReadAhead:
         """As things are."""
         return min(self._most, max(self._least, round(self._best * self._seconds)))
 
-    def answered_in(self, seconds: float) -> int:
-        """How many are answered in so short a time, one at least, whatever `least` is."""
-        return min(self._most, max(1, round(self._best * seconds)))
+    def answered_in(self, seconds: float, least: int) -> int:
+        """How many are answered in so short a time."""
+        return min(self.jobs, max(least, round(self._best * seconds)))
 
     @property
     def _best(self) -> float:

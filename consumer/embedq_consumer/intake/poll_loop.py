@@ -215,18 +215,19 @@ class Intake:
 
     @asynccontextmanager
     async def held(self, within: float) -> AsyncIterator[None]:
-        """Nothing is started, and nothing unanswered, inside; the group membership goes on. What is started runs down first.
+        """Nothing is started, and nothing unanswered, inside; the group membership goes on. What is started runs down first, in no
+        more than `within` seconds.
 
         Raises:
-            TimeoutError: what was started did not finish within `within` seconds; nothing is held then.
+            TimeoutError: what was started then did not finish within as many more; nothing is held then.
         """
         with self._work.ebbing(_EBB_S), suppress(TimeoutError):
-            async with asyncio.timeout(within / 2):
+            async with asyncio.timeout(within):
                 await self._changes.until(lambda: self._work.at_ebb)
         self._state.hold()
         self._changes.notify()
         try:
-            async with asyncio.timeout(within / 2):
+            async with asyncio.timeout(within):
                 await self._changes.until(lambda: self._state.hold_reached and self._work.idle)
             yield
         finally:

@@ -200,7 +200,8 @@ class ServedModel:
                 self._memory = memory.used, memory.total
                 log.debug("memory", **msgspec.structs.asdict(memory))
             else:
-                self._memory = await asyncio.to_thread(resident_bytes), machine_bytes()
+                self._memory = used, total = await asyncio.to_thread(resident_bytes), machine_bytes()
+                log.debug("memory", used=used, total=total)
             await asyncio.sleep(_MEMORY_EVERY_S)
 
     def _serving(self) -> Serving | None:

@@ -57,28 +57,26 @@ async def test_at_ebb_a_lane_starts_less_and_what_comes_meanwhile_has_its_turn()
     work = Workload(OPTIONS, ledger, lambda: True)
     started: list[Record] = []
     work.begin(started.extend)
-    records = [record(b"{}") for _ in range(6)]
-    partition = records[0].ticket.partition
-    ledger.add(partition, 0)
+    one = record(b"{}")
+    ledger.add(one.ticket.partition, 0)
     records = [
-        msgspec.structs.replace(each, ticket=ledger.begin(partition, offset), client=b"%d" % offset)
-        for offset, each in enumerate(records)
+        msgspec.structs.replace(one, ticket=ledger.begin(one.ticket.partition, offset), client=b"%d" % offset)
+        for offset in range(30)
     ]
     for each in records:
         work.add(each)
-    work.park(records[:3])
-    assert started == records[:3]
+    work.park(records[:20])
+    assert started == records[:20]
     assert not work.at_ebb, "only while it is ebbing"
     with work.ebbing(0.5):
-        assert not work.at_ebb
-        work.park(records[3:4])
-        work.finish(started[:2])
-        assert work.at_ebb, "nothing was answered before: one job is as little as there can be"
+        work.park(records[20:])
+        work.finish(started[:3])
         work.start_more()
-        assert started == records[:3]
-        work.finish(started[2:])
+        assert (len(started), work.at_ebb) == (20, False)
+        work.finish(started[3:4])
+        assert work.at_ebb, "nothing was answered before: sixteen are as little as there can be"
+        work.finish(started[4:6])
         work.start_more()
-        assert started == records[:4]
-        work.park(records[4:])
+        assert started == records[:22], "two had their turns"
     work.start_more()
     assert started == records, "afterwards as before"
