@@ -13,6 +13,8 @@ TESTS ?= tests
 # Broker tests mostly wait, so several run at a time, each worker with a broker and a Redis of its own: on two cores, two workers
 # leave a fifth of the processors idle. Many more than cores make the limits of the tests longer, not the run shorter.
 WORKERS ?= 3
+# Those of faults wait more than others: for sessions to end, for brokers to come back.
+SLOW_WORKERS ?= 4
 # `make faults`: at-least-once or exactly-once; without a seed a random one, which is printed.
 FAULTS_JOBS ?= 200000
 FAULTS_MODE ?= at-least-once
@@ -20,7 +22,8 @@ FAULTS_SEED ?=
 FUZZ_INPUTS ?= 1000000
 FUZZ_SEED ?= 1
 KINDS ?=
-# Measuring every process, each replica's too, costs a quarter of the suite's time: CI does it, and whoever asks.
+# Measuring every process, each replica's too, makes it a quarter slower: CI does it, and whoever asks. The tests of faults run after
+# that, unmeasured: they need time more than it needs them, since what they run could only add to the number.
 COVERAGE ?= $(CI)
 # Tests of faults take half of the suite's time: CI runs them, and whoever changes what they are about. Those that only go on for
 # longer (fifty reloads, twenty thousand rows, every architecture) are for the days before a release.
@@ -29,8 +32,13 @@ SOAK ?=
 # Importing torch and transformers compiles thousands of files; keeping the result makes the next start seconds faster.
 unexport PYTHONDONTWRITEBYTECODE
 # A file's tests stay together, for what they share; files start in the order that tests/conftest.py gives.
-PARALLEL := $(if $(filter-out 0 1,$(WORKERS)),-n $(WORKERS) --dist loadfile --no-loadscope-reorder)
-TIER := $(if $(SOAK),,-m '$(if $(SLOW),not soak,not slow and not soak)')
+parallel = $(if $(filter-out 0 1,$(1)),-n $(1) --dist loadfile --no-loadscope-reorder)
+PARALLEL := $(call parallel,$(WORKERS))
+tier = -m '$(1)'
+TIER := $(if $(SOAK),,$(call tier,$(if $(SLOW),not soak,not slow and not soak)))
+# What runs after what is measured.
+MORE := $(if $(SOAK),slow or soak,$(if $(SLOW),slow and not soak))
+NONE_SELECTED := 5
 UV := UV_LINK_MODE=hardlink $(BIN)/uv
 
 .PHONY: help setup demo lint types check test suite unit matrix faults fuzz architectures check format contract docs constraints pin-images sbom bench clean
@@ -72,15 +80,18 @@ ifeq ($(COVERAGE),)
 	$(BIN)/python -m pytest $(PARALLEL) $(TIER) $(TESTS)
 else
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m coverage run -m pytest $(PARALLEL) $(TIER) $(TESTS)
+	@set -x; failed=0; \
+	$(BIN)/python -m coverage run -m pytest $(PARALLEL) $(call tier,not slow and not soak) $(TESTS) || failed=$$?; \
+	$(if $(MORE),$(BIN)/python -m pytest $(call parallel,$(SLOW_WORKERS)) $(call tier,$(MORE)) $(TESTS) || [ $$? = $(NONE_SELECTED) ] || failed=1;) \
+	exit $$failed
 	$(BIN)/python -m coverage combine -q
 	$(BIN)/python -m coverage report $(if $(filter tests,$(TESTS)),,--fail-under=0)
 endif
 
 check: lint types ## lint, types, generated files
 
-unit: setup ## the tests that need no broker, no Redis and no model, in half a minute
-	$(BIN)/python -m pytest $(PARALLEL) tests/unit
+unit: setup ## the tests that need no broker, no Redis, no model and no process of their own, in half a minute
+	EMBEDQ_TEST_EXAMPLES=20 $(BIN)/python -m pytest $(call parallel,auto) tests/unit
 
 matrix: ## the suite on each Python and each Kafka that are supported; `.ci/matrix` says which
 	@.ci/matrix

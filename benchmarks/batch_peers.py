@@ -91,6 +91,7 @@ def ray(source: str, out: str, model: str) -> None:
 def other(way: str, source: Path, out: Path, model: Path) -> float:
     done = subprocess.run(
         [sys.executable, "-c", _OTHER.format(way=way), str(source), str(out), str(model)],
+        env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"},
         check=True,
         capture_output=True,
         text=True,

@@ -52,6 +52,8 @@ COLUMNS: Final = Columns(id="id")
 QUERIES: Final = 20
 SPOTS: Final = 200
 NEAREST: Final = 10
+_MEMORY: Final = Path("/dev/shm")
+"""Qdrant's local mode waits for the disk after each point."""
 _WORDS: Final = [
     f"{first}{second}"
     for first in ("ri", "mo", "sto", "bre", "win", "le")
@@ -306,6 +308,8 @@ class Milvus(Store):
     """Milvus Lite, a file for each way."""
 
     def __init__(self, folder: Path) -> None:
+        import pymilvus  # noqa: F401  # takes seconds, which belong to no way of loading
+
         self._folder = folder
 
     def to(self, name: str) -> str:
@@ -359,6 +363,8 @@ class Qdrant(Store):
     """Its client's local mode, a folder for each way."""
 
     def __init__(self, folder: Path) -> None:
+        import qdrant_client  # noqa: F401  # takes a second, which belongs to no way of loading
+
         self._folder = folder
 
     def to(self, name: str) -> str:
@@ -432,8 +438,8 @@ def postgres() -> Iterator[Store]:
 
 
 @contextmanager
-def local(make: Callable[[Path], Store]) -> Iterator[Store]:
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+def local(make: Callable[[Path], Store], place: Path | None = None) -> Iterator[Store]:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True, dir=place) as folder:
         yield make(Path(folder))
 
 
@@ -442,7 +448,7 @@ STORES: Final[dict[str, Callable[[], Any]]] = {
     "postgresql": postgres,
     "lancedb": lambda: local(Lance),
     "milvus": lambda: local(Milvus),
-    "qdrant": lambda: local(Qdrant),
+    "qdrant": lambda: local(Qdrant, _MEMORY if os.access(_MEMORY, os.W_OK) else None),
 }
 
 

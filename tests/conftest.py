@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -30,6 +32,7 @@ ORDER: Final = (
     "browser",
     "stores",
     "redis",
+    "processes",
     "project",
     "model",
     "gpu",
@@ -38,13 +41,24 @@ ORDER: Final = (
 """Folders in the order in which their tests run. What mostly waits comes first: with two workers, short and busy tests
 then fill the gaps, and neither worker is left alone with a long file at the end."""
 
+_YOUNG_OBJECTS: Final = 10_000
+"""After how many new objects the collector looks for garbage: Hypothesis makes many, and hardly any of them is."""
+
 _ROOM: Final = 3.0
 """What a whole test's time is multiplied by at least. Only a test that hangs uses it up."""
 
+# jsonschema would build a grammar of internationalized addresses with it, for a second and a half; no schema of ours has that format.
+sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
+
+gc.disable()  # until all is imported, see `pytest_collection_finish`
+
 settings.register_profile(
     "embedq",
-    # New ones are tried each time, so that fewer are enough; CI tries the same ones, and a release is worth more.
-    max_examples=100 if {"CI", "SOAK"} & os.environ.keys() else 50,
+    # New ones are tried each time, so that fewer are enough; CI tries the same ones, and a release is worth more. `make unit`, for
+    # whoever tries a change again and again, asks for some.
+    max_examples=int(
+        os.environ.get("EMBEDQ_TEST_EXAMPLES") or (100 if {"CI", "SOAK"} & os.environ.keys() else 50)
+    ),
     # How long an example takes says something about the machine; what is slow by itself, the benchmarks show.
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
@@ -89,6 +103,18 @@ def blocking_calls(blockbuster: BlockBuster) -> Iterator[BlockBuster]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the tests into ORDER, and leave the order within a folder as it is."""
     items.sort(key=lambda item: _place(item.path.relative_to(HERE).as_posix()))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays, a million objects that no collection need look through: not each test's that asks for one, nor
+    those that come by themselves."""
+    gc.freeze()
+    gc.set_threshold(_YOUNG_OBJECTS, 10, 10)
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else nothing frees the libraries' objects at exit, and some complain
 
 
 def _place(path: str) -> int:

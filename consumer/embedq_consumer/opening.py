@@ -46,6 +46,7 @@ from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.backoff import backoff
 from embedq_shared.kafka import BrokerUnreachable, KafkaConnectionError, reason
 from embedq_shared.messages import STATUS_INTERVAL_S
+from embedq_shared.topics import Topics
 
 log = structlog.get_logger()
 
@@ -178,7 +179,7 @@ async def open_publisher(
         if missing := [topic for topic in needed if publisher.topics.partitions(topic) is None]:
             raise MissingTopics(
                 f"no topic {', '.join(missing)} on the broker, or none that this user may see; "
-                "`embedq topics create` makes them"
+                f"`{_creation_of(topics)}` makes them"
             )
         if missing := [topic for topic in mappings.outputs if publisher.topics.partitions(topic) is None]:
             raise MissingTopics(
@@ -191,6 +192,12 @@ async def open_publisher(
         yield publisher
     finally:
         await publisher.close()
+
+
+def _creation_of(topics: Topics) -> str:
+    """The command that makes a pool's topics; those that all pools share it makes without a pool."""
+    command = "embedq topics create"
+    return command if topics.pool is None else f"{command}; {command} --pool {topics.pool}"
 
 
 class ModelLoader:
@@ -240,7 +247,7 @@ async def open_models(
 async def open_control(
     settings: Settings, model: ServedModel, metrics: Metrics
 ) -> AsyncIterator[ControlTopic]:
-    control = ControlTopic(settings.kafka(), settings.topics, model.alias, metrics, splits=model.splits)
+    control = ControlTopic(settings.kafka(), settings.topics, model.alias, metrics, routes=model.routes)
     try:
         yield control
     finally:
@@ -323,7 +330,7 @@ async def open_releases(
         options,
         transactional_producers(
             settings.kafka(),
-            f"{settings.group}.{settings.replica}",
+            f"{settings.consumer_group}.{settings.replica}",
             timeout_ms=_TRANSACTION_TIMEOUT_MS,
             max_bytes=_MAX_REQUEST_BYTES,
         ),

@@ -5,7 +5,7 @@ admit        is it a job that can run here? If not: rejected, which `Deliverer` 
              and one whose schema is not known yet waits in a task of its own
 weigh        its texts and the size of its results count against its client's share
 check        texts over the size limit are settled with an error; of equal inputs of a job only the first goes on
-look up      what the cache holds is settled
+look up      what the cache holds is settled; meanwhile a lone job's texts become tokens, if the tokenizer has nothing else to do
 join         an input whose text is under way already waits for that one's vector
 tokenize     the first of equal texts becomes tokens and waits in its lane's queue; what expired meanwhile does not
              … `BatchLoop` takes a micro-batch, `BatchRunner` computes it and comes back with `computed` …
@@ -192,11 +192,13 @@ class Pipeline:
 
     async def _look_up_and_join(self, jobs: Sequence[JobState]) -> None:
         inputs = self._check([(job, index) for job in jobs for index in job.distinct])
+        only = self._queues.get(jobs[0].alias) if len(jobs) == 1 else None
+        early = None if only is None else only.tokenize_early(inputs)  # while the cache is asked
         missing = await self._look_up(inputs)
         for alias, queue in self._queues.items():
             its = missing if len(self._queues) == 1 else [one for one in missing if one[0].alias == alias]
             if its:
-                queue.join(its)
+                queue.join(its, early)
                 self._tokenize_more(queue)
 
     def _tokenize_more(self, queue: TextQueue) -> None:

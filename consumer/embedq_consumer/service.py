@@ -127,7 +127,7 @@ async def _serve(settings: Settings, stop: asyncio.Event, leaving: Callable[[], 
         quarantine = Quarantine(suspects, intake.commits, intake, metrics)
         results = ResultEncoder(
             settings.topics,
-            settings.group,
+            settings.consumer_group,
             settings.max_result_bytes,
             replica=settings.replica,
             retries=RetryPolicy(tiers),
@@ -144,7 +144,8 @@ async def _serve(settings: Settings, stop: asyncio.Event, leaving: Callable[[], 
             schemas=schemas or NoRegistry(),
             note_dimensions=models.note_dimensions,
             note_use=models.note_use,
-            share_of=models.splits.target,
+            share_of=models.routes.splits.target,
+            pool_of=models.routes.pool_of_job,
         )
         async with _tasks() as tasks:
             pipeline = Pipeline(

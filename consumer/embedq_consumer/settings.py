@@ -17,7 +17,7 @@ from embedq_shared.messages import DEFAULT_ALIAS, DEFAULT_MAX_INPUTS, MAX_ID_LEN
 from embedq_shared.secret import Secret
 from embedq_shared.settings.environment import SettingsError, read_settings
 from embedq_shared.settings.kafka import OF_THE_LOCAL_STACK, PREFIX, KafkaSettings, NotEmpty
-from embedq_shared.topics import GROUP
+from embedq_shared.topics import DEFAULT_POOL, GROUP, Topics, pool_named
 from embedq_shared.user_cache import user_cache
 
 if TYPE_CHECKING:
@@ -63,9 +63,22 @@ class Settings(KafkaSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
             "`rediss://HOST:6379/0`. Empty: no cache."
         ),
     ] = Secret("")
-    group: Annotated[NotEmpty, Meta(description="Consumer group. Replicas of one group share the jobs.")] = (
-        GROUP
-    )
+    pool: Annotated[
+        str,
+        Meta(
+            pattern=r"^(?!bulk$)[A-Za-z0-9_-]{0,64}(?!\n)$",
+            extra={"takes": "letters, digits, `_` and `-`, at most 64, not `bulk`"},
+            description="The pool of this replica: those of one pool serve the same aliases, and read job topics of their own, "
+            "`embed.jobs.POOL` and `embed.jobs.POOL.bulk`. `default`: `embed.jobs` and `embed.jobs.bulk`.",
+        ),
+    ] = DEFAULT_POOL
+    group: Annotated[
+        NotEmpty,
+        Meta(
+            description="Consumer group. Replicas of one group share the jobs. In another pool than the default one the pool's name is "
+            "added: `embedq.POOL`."
+        ),
+    ] = GROUP
     http_host: Annotated[
         NotEmpty,
         Meta(
@@ -489,6 +502,10 @@ class Settings(KafkaSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
             raise ValueError("EMBEDQ_DEVICE: cannot be set together with EMBEDQ_DEVICES")
         if any(delay > _LONGEST_RETRY_S for delay in self.retry_delays):
             raise ValueError(f"EMBEDQ_RETRY_DELAYS_S: expected at most {_LONGEST_RETRY_S:.0f} each")
+        if self.topics.pool is not None and DEFAULT_ALIAS in (self.alias, *self.further_aliases):
+            raise ValueError(
+                f"EMBEDQ_ALIAS: expected no alias {DEFAULT_ALIAS} with EMBEDQ_POOL, since jobs that name no model go to the default pool"
+            )
         self._check_aliases()
         self.kafka_options()  # what does not fit together is said now
 
@@ -502,6 +519,16 @@ class Settings(KafkaSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
             raise ValueError("EMBEDQ_ALIASES: expected each name once, and not that of EMBEDQ_ALIAS")
         if any(len(name) > MAX_ID_LENGTH for name in names):
             raise ValueError(f"EMBEDQ_ALIASES: expected names of at most {MAX_ID_LENGTH} characters")
+
+    @property
+    def topics(self) -> Topics:
+        """The topics below this prefix, as this pool has them."""
+        return Topics(self.topic_prefix, pool_named(self.pool))
+
+    @property
+    def consumer_group(self) -> str:
+        """The group that reads this pool's lanes."""
+        return self.topics.group(self.group)
 
     @property
     def further_aliases(self) -> dict[str, Path]:
@@ -550,7 +577,7 @@ class Settings(KafkaSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
         from embedq_consumer.intake import IntakeOptions
 
         return IntakeOptions(
-            group=self.group,
+            group=self.consumer_group,
             replica=self.replica,
             static_membership=self.static_membership,
             max_in_flight_jobs=self.max_in_flight_jobs,
@@ -588,7 +615,7 @@ class Settings(KafkaSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
         if self.bulk_delivery == "at-least-once":
             return None
         return ExactlyOnceOptions(
-            group=self.group,
+            group=self.consumer_group,
             interval_s=self.transaction_interval_ms / 1000,
             reply_timeout_s=self.reply_timeout_s,
         )

@@ -6,7 +6,7 @@ import importlib.util
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -19,9 +19,11 @@ from embedq_sdk.cli.running import run as run_command
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import pyarrow as pa
 
-    from embedq_batch.content.rows import Shape, VectorBatch
+_STORES: Final = (
+    "a store, whose rows are upserted: lancedb:FOLDER#TABLE, postgresql://…#TABLE or #TABLE:COLUMN, qdrant:ADDRESS#COLLECTION or "
+    "milvus:ADDRESS#COLLECTION"
+)
 
 
 @click.command(name="sink")
@@ -52,7 +54,6 @@ if TYPE_CHECKING:
 @job_options(
     dtypes=("float32", "float16", "binary"),
     dtype_help="What vectors are made of. Default: float32.",
-    chunks=("mean",),
 )
 @click.option(
     "--metrics",
@@ -90,7 +91,9 @@ def sink(
     from embedq_batch.running.metrics import written
     from embedq_batch.running.progress import Progress, reported
     from embedq_batch.sinks.opening import opened_sink
+    from embedq_batch.sinks.sink import Followed
     from embedq_sdk.client import EmbedClient
+    from embedq_sdk.errors import InvalidArgument
     from embedq_sdk.job_options import JobOptions
     from embedq_sdk.transport.kafka import KafkaConnection
     from embedq_shared.topics import Topics
@@ -101,8 +104,15 @@ def sink(
         columns = Columns(text=text_column, template=template, id=id_column, keep=keep)
         options = JobOptions(lane="bulk", **job_arguments(job))
         store = await asyncio.to_thread(opened_sink, target)
+        if not isinstance(store, Followed):  # a file is made once all of its rows are there
+            raise InvalidArgument(argument="to", expected=_STORES, got=target)
         results = source == "results"
-        feed: DocumentFeed | ResultFeed = ResultFeed(columns) if results else DocumentFeed(columns)
+        if results and options != JobOptions(lane="bulk", model_version=options.model_version):
+            expected = "documents, where it is said what their vectors shall be; results have theirs"
+            raise InvalidArgument(argument="from", expected=expected, got="results")
+        feed: DocumentFeed | ResultFeed = (
+            ResultFeed(columns, options.model_version) if results else DocumentFeed(columns)
+        )
         client = EmbedClient(
             kafka.servers, topic_prefix=kafka.prefix, connect_timeout=CONNECT_TIMEOUT_S, **kafka.security
         )
@@ -116,7 +126,6 @@ def sink(
                 feed,
                 None if results else Embedder(client, options, waits),
                 store,
-                lambda batch: _shape(batch, feed.kept),
                 FollowOptions(
                     topic=Topics(kafka.prefix).results if results else source.removeprefix("kafka:"),
                     group=group,
@@ -132,20 +141,3 @@ def sink(
     except KeyboardInterrupt:
         say(f"stopped: {progress.line(time.monotonic())}")
         sys.exit(STOPPED)
-
-
-def _shape(batch: VectorBatch, kept: pa.Schema | None) -> Shape:
-    """What the store is opened for."""
-    import numpy as np
-
-    from embedq_batch.content.rows import Shape
-
-    packed, halves = batch.vectors.dtype == np.uint8, batch.vectors.dtype == np.float16
-    return Shape(
-        width=batch.vectors.shape[1],
-        dtype="binary" if packed else "float16" if halves else "float32",
-        spans=False,
-        ids="string",
-        kept=kept,
-        model_version=batch.model_version,
-    )

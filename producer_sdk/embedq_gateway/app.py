@@ -233,6 +233,7 @@ class Gateway:
             golden=asked.golden,
             golden_min_cosine=asked.golden_min_cosine,
             min_dimensions=asked.min_dimensions,
+            pool=asked.pool,
             expected_version=asked.expected_version,
             max_unavailable=asked.max_unavailable,
             canary=asked.canary,

@@ -178,13 +178,15 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             description="Texts that small requests of one moment may share a job with, if they ask for the same with the same key. "
             "Nobody is waited for. 1: each request is a job of its own."
         ),
-    ] = 8
+    ] = 32
 
     # Operating
 
     group: Annotated[
         NotEmpty,
-        Meta(description="The service's consumer group, its `EMBEDQ_GROUP`: whose lag the console shows."),
+        Meta(
+            description="The service's consumer group, its `EMBEDQ_GROUP`: whose lag the console shows, with that of every pool."
+        ),
     ] = GROUP
 
     # Leaving

@@ -66,7 +66,9 @@ class _Life:
             refused=lambda error: self._runner.refuse(error),
             moved=lambda: self._runner.move(),
         )
-        self._runner = JobRunner(self._transport, topics, in_flight, client=client, max_attempts=max_attempts)
+        self._runner = JobRunner(
+            self._transport, self._transport.router, in_flight, client=client, max_attempts=max_attempts
+        )
 
     async def open(self) -> Self:
         """Connect, as `async with` does at its beginning; `close` belongs to it. Does nothing where it is open.

@@ -124,6 +124,9 @@ class JobStarter(Protocol):
     in_flight: WeightedSemaphore
     lifetime: Lifetime
 
+    async def ready(self, options: JobOptions, deadline: Deadline) -> None:
+        """Wait until it is known where such jobs go."""
+
     def begin(self, inputs: JobInputs, options: JobOptions, deadline: Deadline) -> PendingJob:
         """Send one job whose weight was acquired."""
 
@@ -179,7 +182,7 @@ class JobStream:
 
         Raises:
             InvalidArgument: the source is not iterable, or gave something that no job can carry.
-            ClientClosed, WrongEventLoop.
+            KafkaUnavailable, TopicMissing, ClientClosed, WrongEventLoop.
         """
         self._runner.lifetime.check()
         source = listed_column(source, "texts")
@@ -187,6 +190,7 @@ class JobStream:
             raise InvalidArgument(
                 argument="texts", expected="an iterable of strings", got=type(source).__name__
             )
+        await self._runner.ready(self._job_options, Deadline.after(self._options.timeout))
         feeder = asyncio.create_task(self._feed(source), name="embedq-stream")
         try:
             while (job := await self._next()) is not None:

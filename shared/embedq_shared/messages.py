@@ -7,6 +7,8 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import Meta
 
+from embedq_shared.topics import POOL_NAME
+
 Dtype = Literal["float32", "float16", "int8", "binary"]
 EncodingFormat = Literal["float", "base64"]
 InputType = Literal["query", "document"]
@@ -285,6 +287,7 @@ class Control(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     A writer's version is one above the one that it has read, and so says which one it expects: of two that have read the same one,
     the first counts. `fallback` is the directory that served before: a replica that starts and cannot load `path` loads that one.
+    Replicas of other pools than `pool` do not follow it.
     """
 
     alias: Annotated[str, Meta(min_length=1, max_length=256)]
@@ -335,6 +338,16 @@ class Control(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         ]
         | None
     ) = None
+    pool: (
+        Annotated[
+            str,
+            Meta(
+                pattern=POOL_NAME,
+                description="Whose replicas serve the alias, and whose lanes its jobs go to; absent: the default pool.",
+            ),
+        ]
+        | None
+    ) = None
     rollout: Rollout | None = None
     fallback: str | None = None
     fallback_quantization: (
@@ -376,7 +389,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     `splits` has the weights of each split that the replica knows of; null in records of replicas that do not say it.
     `warmed` says of how many texts, of those used most, the cache got vectors of the command's model before it served; null where
     that is not asked for. `served_s` says for how many seconds the model serves, and `first_error_s` after how many of them it first
-    failed to give a text a vector, null where it never did.
+    failed to give a text a vector, null where it never did. `pool` is the replica's; null for the default one.
     """
 
     replica: str
@@ -399,3 +412,4 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     warmed: Annotated[int, Meta(ge=0, le=MAX_INTEGER)] | None = None
     served_s: Annotated[float, Meta(ge=0)] | None = None
     first_error_s: Annotated[float, Meta(ge=0)] | None = None
+    pool: str | None = None

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterable
 from typing import Final, Literal
 
 import msgspec
 
 GROUP: Final = "embedq"
-"""The one consumer group, for both lanes."""
+"""The one consumer group, for both lanes; that of another pool than the default one has the pool's name behind it."""
+
+DEFAULT_POOL: Final = "default"
+"""What people call the pool whose names have no pool in them; records name no pool for it."""
+POOL_NAME: Final = r"^(?!(bulk|default)$)[A-Za-z0-9_-]{1,64}(?!\n)$"
+"""Of any other pool. No dot, so that its topics are no other pool's, and not `bulk`, which is the default pool's lane."""
 
 DEFAULT_PARTITIONS: Final = 8
 """Of the job, result and dead letter topics: replicas that can share a lane. More can be added later, but not taken away."""
@@ -56,8 +62,9 @@ _RESERVED: Final = re.compile(
     r"|connect-.*|.*[.-](configs|offsets|status)"
     r"|.*\.internal"
     r"|.*-(changelog|repartition)"
-    r"|.*\.(jobs|jobs\.bulk|control|dlq|retry|retry\..*)"
+    r"|.*\.(jobs|jobs\.bulk|jobs\.[A-Za-z0-9_-]+\.bulk|control|dlq|retry|retry\..*)"
 )
+_POOL_NAME: Final = re.compile(POOL_NAME)
 
 
 def is_reserved(name: str) -> bool:
@@ -68,20 +75,42 @@ def is_reserved(name: str) -> bool:
     return _RESERVED.fullmatch(name) is not None
 
 
+def pool_named(name: str) -> str | None:
+    """The pool that people mean by a name; None for the default one.
+
+    Raises:
+        ValueError: no pool can have this name; the message says what was expected.
+    """
+    if name in ("", DEFAULT_POOL):
+        return None
+    if _POOL_NAME.search(name) is None:
+        raise ValueError(f"1 to 64 letters, digits, '_' and '-', not bulk; or {DEFAULT_POOL}")
+    return name
+
+
 class Topics(msgspec.Struct, frozen=True):
-    """The topics below one prefix, `embed` unless set otherwise."""
+    """The topics below one prefix, `embed` unless set otherwise, and the group, as one pool of replicas has them. The one place that
+    knows these names.
+
+    Lanes, retry topics and group are each pool's own; all others are shared. The default pool is None.
+    """
 
     prefix: str = "embed"
+    pool: str | None = None
+
+    def group(self, service: str = GROUP) -> str:
+        """The pool's consumer group; `service` is the default pool's."""
+        return service if self.pool is None else f"{service}.{self.pool}"
 
     @property
     def jobs(self) -> str:
         """Interactive jobs."""
-        return f"{self.prefix}.jobs"
+        return f"{self.prefix}.jobs" if self.pool is None else f"{self.prefix}.jobs.{self.pool}"
 
     @property
     def bulk(self) -> str:
         """Bulk jobs: they wait while there are interactive ones."""
-        return f"{self.prefix}.jobs.bulk"
+        return f"{self.jobs}.bulk"
 
     @property
     def results(self) -> str:
@@ -105,20 +134,41 @@ class Topics(msgspec.Struct, frozen=True):
 
     @property
     def dead_letters(self) -> str:
-        """Records that no result could answer completely."""
+        """Records that no result could answer completely, of all pools."""
         return f"{self.prefix}.dlq"
 
     def retry(self, tier: int) -> str:
         """Bulk jobs that wait to be run again; tiers are numbered from 1."""
-        return f"{self.prefix}.retry.{tier}"
+        own = "" if self.pool is None else f".{self.pool}"
+        return f"{self.prefix}.retry{own}.{tier}"
+
+    def retries_among(self, names: Collection[str]) -> list[str]:
+        """The retry topics among the names of topics, by their tiers."""
+        return [name for tier in range(1, MAX_RETRY_TIERS + 1) if (name := self.retry(tier)) in names]
 
     @property
     def lanes(self) -> tuple[str, str]:
         """Both job topics, interactive first."""
         return (self.jobs, self.bulk)
 
+    def lane(self, lane: Lane) -> str:
+        """The job topic of a lane."""
+        return self.bulk if lane == "bulk" else self.jobs
+
+    def of(self, pool: str | None) -> Topics:
+        """The same as another pool has them."""
+        return Topics(self.prefix, pool)
+
+    def pools_among(self, names: Iterable[str]) -> list[str]:
+        """The pools, without the default one, both of whose lanes are among the names of topics, sorted."""
+        known, begin = frozenset(names), f"{self.prefix}.jobs."
+        found = {name.removeprefix(begin) for name in known if name.startswith(begin)}
+        return sorted(
+            pool for pool in found if _POOL_NAME.search(pool) and known.issuperset(self.of(pool).lanes)
+        )
+
     def is_internal(self, topic: str) -> bool:
-        """Whether a result there could loop or do damage: Kafka's own topics, and embedq's that are not for results."""
-        retry = f"{self.prefix}.retry"
-        ours = {self.jobs, self.bulk, self.control, self.status, self.dead_letters, retry}
-        return topic in ours or topic.startswith(("__", f"{retry}."))
+        """Whether a result there could loop or do damage: Kafka's own topics, and embedq's that are not for results, of any pool."""
+        jobs, retry = f"{self.prefix}.jobs", f"{self.prefix}.retry"
+        ours = {jobs, self.control, self.status, self.dead_letters, retry}
+        return topic in ours or topic.startswith(("__", f"{jobs}.", f"{retry}."))

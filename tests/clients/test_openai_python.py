@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
-import openai
 import pytest
-from openai import AsyncOpenAI, OpenAI
 
 from embedq_sdk.blocking import EmbedClient
 from embedq_sdk.embeddings import Vectors
 from tests.clients.conftest import ALIAS, TEXTS, same_bits
+from tests.helpers.lazily import lazily
 from tests.helpers.support import patient
+
+if TYPE_CHECKING:
+    import openai
+else:
+    openai = lazily("openai")
 
 pytestmark = pytest.mark.kafka
 
 
 @pytest.fixture
-def client(v1: str) -> Iterator[OpenAI]:
-    with OpenAI(base_url=v1, api_key="none", max_retries=0, timeout=patient(60)) as client:
+def client(v1: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=v1, api_key="none", max_retries=0, timeout=patient(60)) as client:
         yield client
 
 
-def test_its_defaults_get_the_sdks_vectors_to_the_last_bit(client: OpenAI, expected: Vectors) -> None:
+def test_its_defaults_get_the_sdks_vectors_to_the_last_bit(client: openai.OpenAI, expected: Vectors) -> None:
     """By default it asks for base64, and decodes it."""
     answer = client.embeddings.create(model=ALIAS, input=TEXTS)
     assert [each.index for each in answer.data] == list(range(len(TEXTS)))
@@ -33,18 +38,20 @@ def test_its_defaults_get_the_sdks_vectors_to_the_last_bit(client: OpenAI, expec
     assert answer.usage.total_tokens == answer.usage.prompt_tokens > len(TEXTS)
 
 
-def test_floats_are_the_shortest_decimals_of_the_same_vectors(client: OpenAI, expected: Vectors) -> None:
+def test_floats_are_the_shortest_decimals_of_the_same_vectors(
+    client: openai.OpenAI, expected: Vectors
+) -> None:
     answer = client.embeddings.create(model=ALIAS, input=TEXTS, encoding_format="float")
     rows = [each.embedding for each in answer.data]
     assert np.array_equal(np.array(rows, dtype=np.float32), expected)
 
 
-def test_one_text_and_fewer_dimensions(client: OpenAI, embedq: EmbedClient) -> None:
+def test_one_text_and_fewer_dimensions(client: openai.OpenAI, embedq: EmbedClient) -> None:
     answer = client.embeddings.create(model=ALIAS, input="the tide", dimensions=64, user="somebody")
     assert same_bits(answer.data[0].embedding, embedq.embed("the tide", dimensions=64))
 
 
-def test_what_only_embedq_has_is_an_extra_field_or_header(client: OpenAI, embedq: EmbedClient) -> None:
+def test_what_only_embedq_has_is_an_extra_field_or_header(client: openai.OpenAI, embedq: EmbedClient) -> None:
     answer = client.embeddings.with_raw_response.create(
         model=ALIAS,
         input="who wrote it?",
@@ -56,12 +63,12 @@ def test_what_only_embedq_has_is_an_extra_field_or_header(client: OpenAI, embedq
     assert answer.headers["x-embedq-model-version"] == found.model_version
 
 
-def test_token_ids_are_refused_with_what_to_do_instead(client: OpenAI) -> None:
+def test_token_ids_are_refused_with_what_to_do_instead(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="check_embedding_ctx_length"):
         client.embeddings.create(model=ALIAS, input=[[9906, 1917]])
 
 
-def test_an_error_is_the_packages_own_exception(client: OpenAI) -> None:
+def test_an_error_is_the_packages_own_exception(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as unknown:
         client.embeddings.create(model="another", input="x")
     assert (unknown.value.code, unknown.value.type) == ("unknown_model", "not_found_error")
@@ -70,7 +77,7 @@ def test_an_error_is_the_packages_own_exception(client: OpenAI) -> None:
     assert wide.value.param == "dimensions"
 
 
-def test_the_models_are_those_that_are_alive(client: OpenAI, embedq: EmbedClient) -> None:
+def test_the_models_are_those_that_are_alive(client: openai.OpenAI, embedq: EmbedClient) -> None:
     (model,) = client.models.list()
     assert model.id == ALIAS
     assert (
@@ -80,7 +87,7 @@ def test_the_models_are_those_that_are_alive(client: OpenAI, embedq: EmbedClient
 
 
 async def test_the_async_client_too(v1: str, expected: Vectors) -> None:
-    async with AsyncOpenAI(base_url=v1, api_key="none", max_retries=0, timeout=patient(60)) as client:
+    async with openai.AsyncOpenAI(base_url=v1, api_key="none", max_retries=0, timeout=patient(60)) as client:
         answers = await asyncio.gather(
             *(client.embeddings.create(model=ALIAS, input=text) for text in TEXTS),
             client.embeddings.create(model=ALIAS, input=TEXTS),

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.kafka, pytest.mark.slow, pytest.mark.timeout(240)]
 
 async def append(servers: str, topic: str, *values: bytes, within: float = 60.0) -> None:
     producer = AIOKafkaProducer(
-        bootstrap_servers=servers, acks="all", enable_idempotence=True, request_timeout_ms=5000
+        bootstrap_servers=servers, acks="all", enable_idempotence=True, request_timeout_ms=int(patient(5_000))
     )
     try:
         async with asyncio.timeout(patient(within)):
@@ -141,12 +141,12 @@ async def test_groups_and_transactions_outlive_any_one_broker(cluster: Cluster) 
 def test_redis_is_behind_a_proxy_too(cluster: Cluster) -> None:
     import redis
 
-    with redis.Redis.from_url(cluster.redis_url, socket_timeout=2) as client:
+    with redis.Redis.from_url(cluster.redis_url, socket_timeout=patient(2)) as client:
         assert client.ping()
         cluster.redis_proxy.half_open()
         with pytest.raises(redis.TimeoutError):
             client.ping()
-        with redis.Redis.from_url(cluster.direct_redis_url, socket_timeout=2) as onlooker:
+        with redis.Redis.from_url(cluster.direct_redis_url, socket_timeout=patient(2)) as onlooker:
             assert onlooker.ping()
         cluster.heal()
         assert client.ping()
@@ -155,7 +155,7 @@ def test_redis_is_behind_a_proxy_too(cluster: Cluster) -> None:
 async def _leader_by(cluster: Cluster, node: int, topic: str) -> int:
     """The leader of the first partition, by what one broker knows."""
     address = cluster.direct_servers.split(",")[node - 1]
-    client = AIOKafkaAdminClient(bootstrap_servers=address, request_timeout_ms=2000)
+    client = AIOKafkaAdminClient(bootstrap_servers=address, request_timeout_ms=int(patient(2_000)))
     try:
         await client.start()
         return _leader_of_first(await client.describe_topics([topic]))

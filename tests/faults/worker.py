@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Final
@@ -20,7 +21,10 @@ def main() -> int:
     from embedq_consumer.process import main as serve
 
     trap.install(ALL)
-    return serve()
+    try:
+        return serve()
+    finally:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Python's end would leave the signal untrapped
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The service whose loads hang, or end the process, where a directory says so: `python -m tests.helpers.bad_loads`.
 
-A file `hangs` in the directory makes its load wait for ever, and gets a byte for each, `crashes` end the process as native code does, `breaks` take the
-device with it.
+A file `hangs` in the directory makes its load wait for ever; NAME.begun beside the directory gets a byte for each (a directory that
+changes would have another dry run). `crashes` ends the process as native code does, `breaks` takes the device with it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from embedq_consumer.leaving import ExitDeadline, leave
 
 def load(path: Path, *args: Any, **kwargs: Any) -> Any:
     if (path / "hangs").exists():
-        with (path / "hangs").open("ab") as file:
+        with path.with_suffix(".begun").open("ab") as file:
             file.write(b"1")
         time.sleep(100_000)
     if (path / "crashes").exists():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
+import msgspec
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.record.default_records import _DefaultRecordBatchBuilderPy
@@ -16,7 +18,7 @@ from aiokafka.record.default_records import _DefaultRecordBatchBuilderPy
 from embedq_sdk.dev import DevStack
 from embedq_shared.topics import Topics
 from tests.helpers.service_process import Reader, Replica, partitions_of, producer
-from tests.helpers.support import patient, wait_until
+from tests.helpers.support import patience, patient, wait_until
 
 MakeJob = Callable[[int], dict[str, Any]]
 
@@ -76,16 +78,18 @@ class Answered:
     def __init__(self, results: Reader) -> None:
         self._results = results
         self._decoded: list[dict[str, Any]] = []
+        self._counts: Counter[str] = Counter()
 
     async def until(self, ids: Iterable[str], *, within: float = 120.0) -> None:
         """Wait until each of these jobs has a result."""
-        waiting = set(ids)
-        async with asyncio.timeout(patient(within)):
-            while missing := waiting - set(self.counts()):
-                try:
-                    await self.more()
-                except AssertionError as error:
-                    raise AssertionError(f"{len(missing)} of {len(waiting)} jobs have no result") from error
+        waiting, started = set(ids), time.monotonic()
+        while missing := waiting - self._counts.keys():
+            # Asked again each time: the load may have come after the beginning.
+            left = within - (time.monotonic() - started) / patience()
+            try:
+                await self.more(within=min(60.0, max(0.0, left)))
+            except AssertionError as error:
+                raise AssertionError(f"{len(missing)} of {len(waiting)} jobs have no result") from error
 
     async def some(self, count: int, *, within: float = 60.0) -> None:
         """Wait until there are `count` results."""
@@ -105,12 +109,20 @@ class Answered:
 
     def counts(self) -> Counter[str]:
         """How many results each job has."""
-        return Counter(result["id"] for result in self._decoded)
+        return self._counts.copy()
 
     def duplicates(self) -> int:
         """Results beyond the first of each job."""
-        counts = self.counts()
-        return counts.total() - len(counts)
+        return self._counts.total() - len(self._counts)
+
+    def __contains__(self, id: object) -> bool:
+        """Whether this job has a result."""
+        return id in self._counts
+
+    @property
+    def jobs(self) -> int:
+        """How many jobs have a result."""
+        return len(self._counts)
 
     @property
     def results(self) -> list[dict[str, Any]]:
@@ -118,8 +130,9 @@ class Answered:
         return self._decoded
 
     def _decode(self) -> None:
-        records = self._results.records
-        self._decoded += [json.loads(record.value) for record in records[len(self._decoded) :]]
+        new = [msgspec.json.decode(each.value) for each in self._results.records[len(self._decoded) :]]
+        self._decoded += new
+        self._counts.update(result["id"] for result in new)
 
 
 class Load:
@@ -138,25 +151,22 @@ class Load:
 
     async def run(self) -> None:
         """Send and read until `finish`, and on until every job has its answer."""
+        open_: set[str] = set()
         while True:
-            open_ = len(
-                set(self.ids) - self.answered.counts().keys()
-            )  # others' jobs may be answered on the same topic
+            open_ = {id for id in open_ if id not in self.answered}
             if self._ending and not open_:
                 return
-            while not self._ending and open_ < self._window:
+            while not self._ending and len(open_) < self._window:
                 job = self._make(len(self.ids))
                 await self._client.send(self._topic, json.dumps(job).encode(), key=job["id"].encode())
                 self.ids.append(job["id"])
-                open_ += 1
+                open_.add(job["id"])
             await self.answered.more()
 
     async def progress(self, count: int, *, within: float = 90.0) -> None:
         """Wait until `count` more jobs have their answer."""
-        target = len(self.answered.counts()) + count
-        await wait_until(
-            lambda: len(self.answered.counts()) >= target, within=within, what=f"{count} more answers"
-        )
+        target = self.answered.jobs + count
+        await wait_until(lambda: self.answered.jobs >= target, within=within, what=f"{count} more answers")
 
     def finish(self) -> None:
         """Send no more."""
@@ -185,7 +195,7 @@ async def load(
 
 async def uncommitted(stack: DevStack, topics: Topics) -> int:
     """Records of both lanes that the group has not committed."""
-    group = f"{topics.prefix}.embedq"
+    group = topics.group(f"{topics.prefix}.embedq")
     admin = AIOKafkaAdminClient(bootstrap_servers=stack.kafka_servers)
     reader = AIOKafkaConsumer(bootstrap_servers=stack.kafka_servers)
     await admin.start()

@@ -10,6 +10,7 @@ from typing import Any
 from embedq_sdk.errors import KafkaRefused, KafkaUnavailable, TopicMissing
 from embedq_sdk.transport.kafka import KafkaConnection
 from embedq_sdk.transport.pending_jobs import PendingJob
+from embedq_sdk.transport.routing import Router
 from embedq_shared.headers import Header
 from embedq_shared.topics import Topics
 from tests.helpers.fake_service import Answer, FakeService, Received, reply_record
@@ -38,6 +39,7 @@ class FakeTransport:
         moved: Callable[[], None] | None = None,
     ) -> None:
         self.service = FakeService()
+        self.router = Router(topics or Topics("t"))
         self.sent: list[PendingJob] = []
         self.acknowledges = True
         self.silent = False

@@ -6,9 +6,38 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Final
 
 Answer = Callable[[int], bytes]
 """What to send for a command, by how many keys its MGET asks for; 0 for any other command."""
+
+HOSTILE: Final[dict[str, Answer]] = {
+    "integers": lambda keys: b"*%d\r\n" % keys + b":1\r\n" * keys,
+    "nested": lambda keys: b"*%d\r\n" % keys + b"*1\r\n$1\r\nx\r\n" * keys,
+    "deep": lambda keys: b"*1\r\n" * 200_000,
+    "errors": lambda keys: b"*%d\r\n" % keys + b"-ERR no\r\n" * keys,
+    "too few": lambda keys: b"*%d\r\n" % (keys - 1) + b"$-1\r\n" * (keys - 1),
+    "too many": lambda keys: b"*%d\r\n" % (keys + 1) + b"$-1\r\n" * (keys + 1),
+    "twice": lambda keys: 2 * (b"*%d\r\n" % keys + b"$-1\r\n" * keys),
+    "none": lambda keys: b"*-1\r\n",
+    "huge value": lambda keys: b"*%d\r\n$536870912\r\n" % keys + b"x" * 8_000_000,
+    "huge list": lambda keys: b"*2147483647\r\n" + b"$-1\r\n" * 100_000,
+    "endless line": lambda keys: b"+" + b"x" * 8_000_000,
+    "push": lambda keys: b">2\r\n+invalidate\r\n*1\r\n$1\r\nx\r\n",
+    "map": lambda keys: b"%1\r\n+a\r\n:1\r\n",
+    "null": lambda keys: b"_\r\n",
+    "streamed": lambda keys: b"$?\r\n;4\r\nabcd\r\n;0\r\n",
+    "not a number": lambda keys: b"*two\r\n",
+    "negative": lambda keys: b"*%d\r\n$-7\r\n" % keys,
+    "no end": lambda keys: b"*%d\r\n" % keys + b"$1\r\nxyz" * keys,
+    "moved": lambda keys: b"-MOVED 1\r\n",
+    "asked": lambda keys: b"-ASK x y:z\r\n",
+    "loading": lambda keys: b"-LOADING\r\n",
+    "bytes": lambda keys: b"-\xff\xfe\r\n",
+    "another protocol": lambda keys: b"HTTP/1.1 200 OK\r\n\r\n",
+    "zeros": lambda keys: bytes(100),
+}
+"""Answers to MGET that are none."""
 
 
 class HostileRedis:

@@ -23,7 +23,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 with DevStack() as stack:
     {then}
     facts = dict(
-        pids=[stack.redis_pid, *stack.kafka_pids.values()],
+        pids=[stack.redis_pid, *({{}} if "EMBEDQ_KAFKA_SERVERS" in os.environ else stack.kafka_pids).values()],
         guardian=stack.guardian_pid,
         directory=str(stack.directory),
         kafka=stack.kafka_description,
@@ -82,6 +82,11 @@ def own_environ() -> dict[str, str]:
     """This process's environment without the addresses that would keep the stack from starting anything."""
     named = {"EMBEDQ_KAFKA_SERVERS", "EMBEDQ_REDIS_URL"}
     return {name: value for name, value in os.environ.items() if name not in named}
+
+
+def without_kafka() -> dict[str, str]:
+    """The same with a Kafka that is said to be elsewhere: then Redis is the one server that a stack starts, in a tenth of the time."""
+    return own_environ() | {"EMBEDQ_KAFKA_SERVERS": "kafka.example:9092"}
 
 
 def alive(pid: int) -> bool:

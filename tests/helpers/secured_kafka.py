@@ -44,6 +44,7 @@ USERS: Final = (
 )
 AUDIENCE: Final = "embedq-tests"
 SASL: Final = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER")
+IN_THE_CLEAR: Final = ("PLAIN", "SCRAM-SHA-512")
 
 
 class SecuredKafka(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,7 +57,7 @@ class SecuredKafka(msgspec.Struct, frozen=True, kw_only=True):
     mutual_tls: str
     """Asks for a client's, too."""
     sasl: str
-    """In the clear."""
+    """In the clear, and by two mechanisms only."""
     sasl_tls: str
     files: Path
     """`ca.pem`, `client.pem` and `client.key`, and those of `expired`, `stranger` (another authority); `jwks.json`."""
@@ -159,6 +160,7 @@ def _secured(plain: dict[str, str], ports: Mapping[str, int], files: Path) -> di
         "ssl.truststore.location": str(files / "ca.pem"),
         "listener.name.mtls.ssl.client.auth": "required",
         "sasl.enabled.mechanisms": ",".join(SASL),
+        "listener.name.sasl_plaintext.sasl.enabled.mechanisms": ",".join(IN_THE_CLEAR),
         "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
         "super.users": "User:ANONYMOUS;User:alice;User:CN=client",
         "sasl.oauthbearer.jwks.endpoint.url": f"file://{files}/jwks.json",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import http.client
-import json
 import os
 import signal
 import sys
@@ -15,9 +14,11 @@ import uuid
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from io import FileIO
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import msgspec
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import for_code
@@ -25,7 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from embedq_sdk.admin.topics import wanted_topics
 from embedq_sdk.dev import DevStack
-from embedq_shared.topics import Topics
+from embedq_shared.topics import DEFAULT_POOL, Topics
 from tests.helpers import warm_start
 from tests.helpers.support import patient, wait_until
 from tests.helpers.warm_start import WarmProcess
@@ -52,9 +53,13 @@ async def make_topics(
     copies: int = 1,
     names: Iterable[str] = (),
     only: Collection[str] = (),
+    pool: str | None = None,
 ) -> Topics:
-    """embedq's topics below this prefix, and other ones by name, with this many copies of each partition. `only`: these of ours."""
-    wanted = wanted_topics(prefix, partitions=partitions, reply_partitions=partitions, retry_tiers=0)
+    """embedq's topics below this prefix, and other ones by name, with this many copies of each partition. `only`: these of ours.
+    `pool`: those of another pool, beside the default one's."""
+    wanted = wanted_topics(
+        prefix, partitions=partitions, reply_partitions=partitions, retry_tiers=0, pool=pool
+    )
     new = [
         NewTopic(topic.name, topic.partitions, copies, topic_configs=dict(topic.config))
         for topic in wanted
@@ -70,7 +75,7 @@ async def make_topics(
                 raise for_code(code)(topic)
     finally:
         await admin.close()
-    return Topics(prefix)
+    return Topics(prefix, pool)
 
 
 class Replica:
@@ -88,6 +93,8 @@ class Replica:
         **settings: Any,
     ) -> None:
         self.log = log
+        self._read = 0
+        self._events: list[dict[str, Any]] = []
         self._python = list(python) or ["-m", "embedq_consumer"]
         self._environ = {
             name: value for name, value in os.environ.items() if not name.startswith("EMBEDQ_")
@@ -96,6 +103,7 @@ class Replica:
             "EMBEDQ_REDIS_URL": stack.redis_url if redis else "",
             "EMBEDQ_TOPIC_PREFIX": topics.prefix,
             "EMBEDQ_GROUP": f"{topics.prefix}.embedq",
+            "EMBEDQ_POOL": topics.pool or DEFAULT_POOL,
             "EMBEDQ_MODEL": str(model),
             "EMBEDQ_HTTP_PORT": "0",
             # Tests name reply topics of their own; one of them is about the default.
@@ -158,10 +166,13 @@ class Replica:
         return "\n".join(self.log.read_text().splitlines()[-lines:])
 
     def events(self) -> list[dict[str, Any]]:
-        """Its log, as far as it is written."""
-        whole, _, _ = self.log.read_text().rpartition("\n")
-        lines = whole.splitlines()
-        return [json.loads(line) for line in lines if line.startswith("{")]
+        """Its log, as far as it is written. Who waits for a line asks fifty times a second: each is decoded once."""
+        with self.log.open("rb") as log:
+            log.seek(self._read)
+            whole, end, _ = log.read().rpartition(b"\n")
+        self._read += len(whole) + len(end)
+        self._events += [msgspec.json.decode(line) for line in whole.splitlines() if line.startswith(b"{")]
+        return list(self._events)
 
     def port(self) -> int | None:
         started = [event for event in self.events() if event["event"] == "starting"]
@@ -295,7 +306,7 @@ class Reader:
         """All records so far, once there are `count` of them."""
 
         async def enough() -> bool:
-            await self._poll()
+            await self.poll()
             return len(self.records) >= count
 
         await wait_until(enough, within=within, what=f"record {count} (there are {len(self.records)})")
@@ -303,17 +314,19 @@ class Reader:
 
     async def all(self) -> list[ConsumerRecord]:
         """All records up to the end as it is now."""
-        await self._poll()
+        await self.poll()
         partitions = list(self._consumer.assignment())
         ends = await self._consumer.end_offsets(partitions)
         for partition in partitions:
             while await self._consumer.position(partition) < ends[partition]:
-                await self._poll()
+                await self.poll()
         return self.records
 
-    async def _poll(self) -> None:
-        for found in (await self._consumer.getmany(timeout_ms=100)).values():
-            self.records.extend(found)
+    async def poll(self) -> list[ConsumerRecord]:
+        """What came within a tenth of a second, if anything did."""
+        came = list(chain.from_iterable((await self._consumer.getmany(timeout_ms=100)).values()))
+        self.records += came
+        return came
 
 
 async def partitions_of(admin: AIOKafkaAdminClient, topics: Collection[str]) -> list[TopicPartition]:

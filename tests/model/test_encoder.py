@@ -140,7 +140,6 @@ def test_a_closed_encoder_frees_its_weights(tmp_path: Path) -> None:
     assert weights() == 0
     with pytest.raises(RuntimeError, match="This is a bug"):
         encoder.encode([ids])
-    gc.unfreeze()
 
 
 def test_loading_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

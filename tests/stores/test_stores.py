@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Callable, Sequence
 from datetime import UTC, date, datetime
@@ -11,12 +12,15 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pytest
 
 from embedq_batch import Columns, Sink
-from embedq_batch.content.rows import RowId
+from embedq_batch.content.rows import RowId, Shape
 from embedq_batch.errors import BadTarget
+from embedq_batch.following.follow import NoParts
 from embedq_batch.sinks.opening import opened_sink
+from embedq_batch.sinks.sink import Followed
 from embedq_sdk import late
 from embedq_sdk.job_options import JobOptions
 from embedq_shared.vectors import quantize
@@ -223,6 +227,17 @@ async def test_a_table_in_a_store_is_searched_as_brute_force_searches_it_and_fol
     assert np.allclose(found["doc-3"], expected("changed", salt=NEW), atol=1e-6)
     assert store.columns("doc-4")["model_version"] == NEW
 
+    # A standing sink asks for the types of what it keeps.
+    def types() -> pa.Schema | None:
+        sink = followed(store)
+        try:
+            return sink.kept_types(["year", "none"])
+        finally:
+            sink.close()
+
+    year = pa.schema([pa.field("year", pa.int64())])
+    assert await asyncio.to_thread(types) == (None if isinstance(store, Qdrant | Milvus) else year)
+
 
 @pytest.mark.filterwarnings("ignore:.*")
 async def test_spans_of_a_row_that_became_shorter_leave_the_store(tmp_path: Path, store: Store) -> None:
@@ -237,6 +252,28 @@ async def test_spans_of_a_row_that_became_shorter_leave_the_store(tmp_path: Path
 
     assert store.count() == 3
     assert store.vectors(["x#0", "x#1", "x#2", "y#0"]).keys() == {"x#0", "x#1", "y#0"}
+
+    # Where there is no manifest, as under a standing sink, the store itself knows which vectors a row has.
+    shape = Shape(width=64, dtype="float32", spans=True, ids="string", kept=None, model_version=OLD)
+
+    def deleted(rows: list[RowId], but: list[RowId]) -> None:
+        sink = followed(store)
+        sink.open(shape, NoParts(), force=False)
+        sink.delete_spans(rows, but)
+        sink.flush()
+        sink.close()
+
+    await asyncio.to_thread(deleted, ["x"], ["x#0"])
+    assert store.vectors(["x#0", "x#1", "y#0"]).keys() == {"x#0", "y#0"}
+    await asyncio.to_thread(deleted, ["x", "y"], [])
+    assert store.count() == 0
+
+
+def followed(store: Store) -> Followed:
+    """The target of a standing sink."""
+    sink = opened_sink(store.to)
+    assert isinstance(sink, Followed)
+    return sink
 
 
 @pytest.mark.filterwarnings("ignore:.*")

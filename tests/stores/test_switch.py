@@ -130,5 +130,9 @@ async def test_a_link_means_the_new_file_and_what_is_not_complete_is_refused(
         refused = CliRunner().invoke(switch, [old, "--to", new])
         assert refused.exit_code == 1
         assert "a file of its own" in refused.output
+        (tmp_path / "new.npy").touch()
+        refused = CliRunner().invoke(switch, [str(tmp_path / "docs.npy"), "--to", str(tmp_path / "new.npy")])
+        assert refused.exit_code == 1
+        assert "a pointer file" in refused.output
 
     await asyncio.to_thread(all_of_it)

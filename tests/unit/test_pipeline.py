@@ -351,6 +351,19 @@ async def test_a_job_whose_every_text_is_cached_is_answered_at_once() -> None:
         assert parts.model.calls == []
 
 
+async def test_a_lone_jobs_text_is_tokenized_while_the_cache_is_asked_for_it() -> None:
+    async with running() as parts:
+        parts.pipeline.take([job(1, input="a")])
+        await parts.finished(1)
+        parts.cache.readable.clear()
+        parts.pipeline.take([job(2, input="b")])
+        await wait_until(lambda: parts.model.calls == [["a"], ["b"]], what="b tokenized")
+        assert parts.sink.finished == [1]
+        parts.cache.readable.set()
+        await parts.finished(1, 2)
+        assert parts.model.calls == [["a"], ["b"]]
+
+
 @pytest.mark.parametrize(
     ("held", "asked", "hit"),
     [

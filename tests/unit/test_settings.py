@@ -251,6 +251,28 @@ def test_aliases_that_cannot_be_told_apart_are_refused(aliases: str, expected: s
         settings(aliases=aliases)
 
 
+def test_a_pool_has_its_topics_and_its_group_and_the_default_one_those_of_always() -> None:
+    one = settings()
+    assert (one.topics, one.consumer_group) == (Topics("embed"), "embedq")
+    assert settings(pool="default") == one
+    big = settings(pool="big", alias="large", group="ours")
+    assert (big.topics, big.consumer_group) == (Topics("embed", "big"), "ours.big")
+    assert big.intake.group == big.consumer_group
+    assert big.admission.topics.jobs == "embed.jobs.big"
+
+
+@pytest.mark.parametrize("pool", ["bulk", "a.b", "x" * 65, "a b"])
+def test_a_pool_that_could_be_no_part_of_a_topics_name_is_refused(pool: str) -> None:
+    with pytest.raises(SettingsError, match="EMBEDQ_POOL: expected letters, digits"):
+        settings(pool=pool, alias="large")
+
+
+@pytest.mark.parametrize("aliases", [{}, {"alias": "large", "aliases": "default"}])
+def test_the_alias_of_jobs_that_name_no_model_lives_in_the_default_pool(aliases: dict[str, str]) -> None:
+    with pytest.raises(SettingsError, match="EMBEDQ_ALIAS: expected no alias default with EMBEDQ_POOL"):
+        settings(pool="big", **aliases)
+
+
 def test_models_are_loaded_as_the_settings_say() -> None:
     assert settings(model="/m/a").load == LoadOptions(root=Path("/m"), dry_run_s=180.0)
     assert settings(

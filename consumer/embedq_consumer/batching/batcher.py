@@ -23,6 +23,9 @@ micro-batch even beside several others, and a turn still holds some texts."""
 SHORT: Final = 4
 """While interactive texts come, bulk ones run in quarters of a micro-batch. Three may be under way when a text comes
 (`PrefetchLimit`), and its own may be filled with them: together it waits for one micro-batch's time."""
+APART: Final = 4
+"""Beside a client whose backlog fills micro-batches, texts of the others run without it in up to a quarter of what runs: whoever comes waits
+for the two micro-batches that are under way, and not for one of its own that the backlog fills."""
 _LAST_PART: Final = 8
 """Texts are taken in order until an eighth of the budget is left; that is filled by best fit."""
 
@@ -68,8 +71,10 @@ class _Client(Generic[ItemT]):
     def __init__(self, quantum: int) -> None:
         self.jobs = Rounds[int](quantum, remembers=False)
         self.texts: dict[int, list[_Entry[ItemT]]] = {}
+        self.tokens = 0
 
     def put(self, entry: _Entry[ItemT]) -> None:
+        self.tokens += entry.cost
         if texts := self.texts.get(entry.job):
             texts.append(entry)
         else:
@@ -99,6 +104,7 @@ class _Client(Generic[ItemT]):
 
     def remove(self, entry: _Entry[ItemT]) -> None:
         """This one runs."""
+        self.tokens -= entry.cost
         texts = self.texts[entry.job]
         if len(texts) == 1:
             del self.texts[entry.job]
@@ -121,6 +127,7 @@ class _LaneQueue(Generic[ItemT]):
         self._arrivals = 0
         self._waiting: OrderedDict[int, float] = OrderedDict()  # when each arrived, in order
         self._clients: dict[bytes, _Client[ItemT]] = {}
+        self._backlogs: set[bytes] = set()  # clients of which more waits than a micro-batch holds
         self._rounds = Rounds[bytes](1)
         self._long = 0
         self.resize(max_tokens)
@@ -136,6 +143,8 @@ class _LaneQueue(Generic[ItemT]):
             self._rounds.enter(item.client)
         entry = _Entry(item, self._arrivals)
         client.put(entry)
+        if client.tokens > self._max_tokens:
+            self._backlogs.add(item.client)
         self._waiting[self._arrivals] = item.arrived
         self._arrivals += 1
         self.tokens += entry.cost
@@ -149,6 +158,13 @@ class _LaneQueue(Generic[ItemT]):
         for client in self._clients.values():
             client.jobs.quantum = self._rounds.quantum
             self._long += sum(entry.cost > max_tokens for texts in client.texts.values() for entry in texts)
+        self._backlogs = {key for key, client in self._clients.items() if client.tokens > max_tokens}
+
+    def beside_backlogs(self) -> int:
+        """Tokens of those clients of which no more waits than a micro-batch holds, while more of another one does; else 0."""
+        if not self._backlogs:
+            return 0
+        return self.tokens - sum(self._clients[key].tokens for key in self._backlogs)
 
     def oldest(self) -> float:
         """When the text that waits longest arrived."""
@@ -174,15 +190,15 @@ class _LaneQueue(Generic[ItemT]):
         self._remove([entry])
         return entry.item
 
-    def take_short(self, budget: int, most: int) -> list[ItemT]:
-        """Remove and return up to `most` texts that fill `budget` tokens.
+    def take_short(self, budget: int, most: int, *, apart: bool = False) -> list[ItemT]:
+        """Remove and return up to `most` texts that fill `budget` tokens; `apart`: without those of a backlog.
 
         In fair order while more than `_LAST_PART` of a micro-batch is left, then the longest that fits of the next `WINDOW`.
         """
         taken: list[_Entry[ItemT]] = []
         near: list[_Entry[ItemT]] = []
         left, last_part = budget, self._max_tokens // _LAST_PART
-        for cost, entry in self._upcoming(self._max_tokens):
+        for cost, entry in self._upcoming(self._max_tokens, apart=apart):
             if not near and len(taken) < most and left > last_part and cost <= left:
                 taken.append(entry)
                 left -= cost
@@ -228,12 +244,15 @@ class _LaneQueue(Generic[ItemT]):
         job = self._clients[entry.client].jobs.flow(entry.job).credit - used.get(entry.job, 0)
         return min(client, job) - entry.cost >= -self._max_tokens
 
-    def _upcoming(self, longest: float) -> Iterator[tuple[int, _Entry[ItemT]]]:
-        """All that waits, in fair order, without texts above `longest`."""
+    def _upcoming(self, longest: float, *, apart: bool = False) -> Iterator[tuple[int, _Entry[ItemT]]]:
+        """All that waits, in fair order, without texts above `longest`, and `apart` from backlogs."""
         self._rounds.turn()
         if len(self._clients) == 1:
             return next(iter(self._clients.values())).upcoming(longest)
-        return self._rounds.simulate(lambda client: self._clients[client].upcoming(longest))
+        left_out = self._backlogs if apart else ()
+        return self._rounds.simulate(
+            lambda client: iter(()) if client in left_out else self._clients[client].upcoming(longest)
+        )
 
     def _first(self, longest: float) -> _Entry[ItemT]:
         return next(self._upcoming(longest))[1]
@@ -249,6 +268,8 @@ class _LaneQueue(Generic[ItemT]):
         for key, cost in used.items():
             self.tokens -= cost
             self._rounds.charge(key, cost)
+            if self._clients[key].tokens <= self._max_tokens:
+                self._backlogs.discard(key)
             if self._clients[key].texts:
                 self._clients[key].jobs.turn()
             else:
@@ -267,6 +288,8 @@ class BatchPolicy(Generic[ItemT]):
           other.
         - Texts of one job run in order of arrival, except for those that fill the last eighth of a micro-batch: fewer than
           `WINDOW` texts are ever picked so past one that is within the budget.
+        - Beside a client of which more waits than a micro-batch holds, interactive texts of the others run apart from it, up to
+          a quarter of what runs, so that their own micro-batch takes no longer than they do.
         - Between two texts over the budget, shorter ones that wait in the same lane or in the interactive one get a
           micro-batch.
         - Interactive texts go before bulk ones; bulk texts that waited `bulk_max_wait` seconds get their share first. The
@@ -296,6 +319,7 @@ class BatchPolicy(Generic[ItemT]):
         """Whether the device has nothing to do."""
         self._followed = False
         self._owed = 0  # tokens that overdue bulk texts may run before interactive ones
+        self._saved = max_tokens // APART  # tokens that may run apart from backlogs
 
     @property
     def max_tokens(self) -> int:
@@ -332,7 +356,7 @@ class BatchPolicy(Generic[ItemT]):
             return []
         batch: list[ItemT] = []
         left = self._max_tokens - self._run_overdue(batch, now)
-        left -= self._fill(batch, "interactive", left, self.max_items)
+        left -= self._fill_interactive(batch, left)
         if not self._lanes["interactive"]:  # else it is full
             self._fill(batch, "bulk", *self._room_for_bulk(left, now))
         return batch
@@ -365,6 +389,17 @@ class BatchPolicy(Generic[ItemT]):
         self._owed -= moved
         return moved
 
+    def _fill_interactive(self, batch: list[ItemT], left: int) -> int:
+        """Move interactive texts into the batch, apart from backlogs while that keeps to its share. Returns the tokens moved."""
+        queue = self._lanes["interactive"]
+        # However short they are, a micro-batch takes some time.
+        least, waits = self._max_tokens // TURNS, queue.beside_backlogs()
+        apart = waits > 0 and max(waits, least) <= self._saved and not queue.long_is_next()
+        moved = self._fill(batch, "interactive", left, self.max_items, apart=apart)
+        earned = -max(moved, least) if apart else moved // APART
+        self._saved = min(self._saved + earned, self._max_tokens // APART)
+        return moved
+
     def _room_for_bulk(self, left: int, now: float) -> tuple[int, int]:
         """Tokens of bulk texts that a micro-batch takes which has `left` of its budget, and the texts it may have with them."""
         if not self._traffic.lately(now):
@@ -375,7 +410,7 @@ class BatchPolicy(Generic[ItemT]):
             room = max(room, min(bulk.next_cost(), left))
         return max(0, min(left, room)), max(1, self.max_items // SHORT)
 
-    def _fill(self, batch: list[ItemT], lane: Lane, budget: int, most: int) -> int:
+    def _fill(self, batch: list[ItemT], lane: Lane, budget: int, most: int, *, apart: bool = False) -> int:
         """Move texts of one lane into the batch, until it has `budget` tokens more or holds `most`; or one long text.
 
         Returns the tokens moved.
@@ -385,7 +420,7 @@ class BatchPolicy(Generic[ItemT]):
             batch.append(queue.take_long())
             queue.after_long = self._lanes["interactive"].after_long = True
             return batch[0].cost
-        taken = queue.take_short(budget, most - len(batch))
+        taken = queue.take_short(budget, most - len(batch), apart=apart)
         batch += taken
         return sum(item.cost for item in taken)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterable, Sequence
 from typing import Final
+
+import msgspec
 
 from embedq_consumer.batching.batcher import Batcher
 from embedq_consumer.batching.input_errors import EXPIRED_IN_QUEUE, error_of
@@ -32,8 +35,23 @@ a text that comes for more than that, and a tokenizer needs many bytes for each 
 _TURNS_A_CALL: Final = 8
 """A client's turn at the tokenizer is an eighth of a call, and a text."""
 
+_EARLY_TEXTS: Final = 4
+_EARLY_CHARACTERS: Final = 2_000
+"""Limits of what is tokenized before it is known to be needed: some 0.2 ms of a thread."""
+
 First = tuple[Identity, JobState]
 """The first of equal inputs: its identity, and the job that it is an input of."""
+Found = Tokens | Chunked | TextTooLong | Failed
+
+
+class Early(msgspec.Struct):
+    """A call of the tokenizer that began before its texts were known to be needed."""
+
+    identities: Sequence[Identity]
+    began: float
+    found: asyncio.Future[list[Found]]
+    seconds: float = 0.0
+    """How long it took, once it is over."""
 
 
 class TextQueue:
@@ -44,7 +62,7 @@ class TextQueue:
     Invariants:
         - A text waits for `CALLS` calls of the tokenizer and its client's turn, interactive ones before bulk ones; a call is
           short (`_TEXTS_A_CALL`).
-        - No text is tokenized for which nobody waits any more.
+        - No text is tokenized for which nobody waits any more, but for a few early ones.
     """
 
     def __init__(
@@ -57,6 +75,8 @@ class TextQueue:
         self._tokenizers = TokenizerPool()
         self._waiting = {lane: FairQueue[bytes, First](_CHARACTERS_A_CALL // _TURNS_A_CALL) for lane in LANES}
         self._calls = 0
+        self._early: Early | None = None  # of texts that joined, and are not taken by a call yet
+        self._early_pays = False  # whether the cache lacked a text since the last time
 
     @property
     def busy_since(self) -> float | None:
@@ -67,12 +87,41 @@ class TextQueue:
         """End the tokenizer's threads. A call that runs longer than this is left behind."""
         self._tokenizers.close(within_s)
 
-    def join(self, inputs: Sequence[JobInput]) -> None:
-        """Let each input wait for its vector, and those whose text their client has not under way for the tokenizer."""
+    def tokenize_early(self, inputs: Sequence[JobInput]) -> Early | None:
+        """Begin to tokenize these few inputs while the cache is asked for them, if the tokenizer has nothing else to do; `join` is
+        given what this returns. Only once for each time that the cache lacked a text: where it has all, nothing is tokenized.
+        """
+        if self._calls or not self._early_pays or not 0 < len(inputs) <= _EARLY_TEXTS:
+            return None
+        identities = [Identity.of(job, index) for job, index in inputs]
+        characters = sum(len(one.text.text) + len(one.text.prompt) for one in identities)
+        if characters > _EARLY_CHARACTERS or any(map(self._flights.waiters, identities)):
+            return None
+        self._early_pays = False
+        self._calls += 1
+        texts = [one.text for one in identities]
+        early = Early(identities, time.monotonic(), self._tokenizers.start(inputs[0][0].encoder, texts))
+
+        def ended(found: asyncio.Future[list[Found]]) -> None:
+            self._calls -= 1
+            early.seconds = time.monotonic() - early.began
+            if not found.cancelled():
+                found.exception()  # whoever needs the texts raises it
+
+        early.found.add_done_callback(ended)
+        return early
+
+    def join(self, inputs: Sequence[JobInput], early: Early | None = None) -> None:
+        """Let each input wait for its vector, and those whose text their client has not under way for the tokenizer.
+
+        `early`: what `tokenize_early` returned, if it was asked for these inputs, of which the cache may have had some.
+        """
         shared = 0
+        firsts: list[Identity] = []
         for job, index in inputs:
             identity = Identity.of(job, index)
             if self._flights.join(identity, (job, index)):
+                firsts.append(identity)
                 first = (identity, job)
                 self._waiting[identity.lane].put(job.client, first, _cost(first))
             else:
@@ -80,6 +129,8 @@ class TextQueue:
             if job.copies:
                 shared += len(job.copies.get(index, ()))
         self._metrics.deduplicated.inc(shared)
+        self._early_pays = True
+        self._early = early if early is not None and firsts == early.identities else None
 
     def next_call(self) -> list[First] | None:
         """Texts for `tokenize`, of one lane; None if none wait, or if enough calls are under way: ask again after one."""
@@ -125,14 +176,20 @@ class TextQueue:
 
     async def _tokenize(self, first: Sequence[First]) -> list[Settled]:
         encoder = first[0][0].encoder  # one for all: a swap waits until nothing is in flight
-        started = time.monotonic()
-        found = await self._tokenizers.run(encoder, [identity.text for identity, _ in first])
-        now = time.monotonic()
-        self._metrics.tokenize.observe(now - started)
+        early, self._early = self._early, None
+        if early is not None and [identity for identity, _ in first] == early.identities:
+            found = await early.found
+            now, took = time.monotonic(), early.seconds
+        else:
+            started = time.monotonic()
+            found = await self._tokenizers.run(encoder, [identity.text for identity, _ in first])
+            now = time.monotonic()
+            took = now - started
+        self._metrics.tokenize.observe(took)
         queued: list[QueuedText] = []
         errors: list[Settled] = []
         for (identity, job), text in zip(first, found, strict=True):
-            job.tokenize_s = now - started
+            job.tokenize_s = took
             error = error_of(text, job.request, self._budget.longest)
             if error is not None:
                 waiters = self._flights.resolve(identity)
@@ -150,9 +207,7 @@ def _cost(entry: First) -> int:
     return max(len(text.text) + len(text.prompt), _CHARACTERS_A_CALL // _TEXTS_A_CALL)
 
 
-def _queued(
-    identity: Identity, job: JobState, found: Tokens | Chunked | TextTooLong | Failed, now: float
-) -> Iterable[QueuedText]:
+def _queued(identity: Identity, job: JobState, found: Found, now: float) -> Iterable[QueuedText]:
     """One text, or its windows."""
     client, number = job.client, job.number
     if isinstance(found, Tokens):

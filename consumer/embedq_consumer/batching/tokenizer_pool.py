@@ -29,7 +29,13 @@ class TokenizerPool:
         self, encoder: Encoder, texts: Sequence[Text]
     ) -> list[Tokens | Chunked | TextTooLong | Failed]:
         """What the model is given for each text, in order."""
-        return await asyncio.wrap_future(self._threads.submit(self._tokens_of, encoder, texts))
+        return await self.start(encoder, texts)
+
+    def start(
+        self, encoder: Encoder, texts: Sequence[Text]
+    ) -> asyncio.Future[list[Tokens | Chunked | TextTooLong | Failed]]:
+        """The same, begun at once."""
+        return asyncio.wrap_future(self._threads.submit(self._tokens_of, encoder, texts))
 
     @property
     def busy_since(self) -> float | None:

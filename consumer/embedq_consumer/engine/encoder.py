@@ -220,6 +220,8 @@ class PackedEncoder:
         return _InOrder(self._submit([batch[i] for i in plain]), rows[plain], vectors)
 
     def _computed(self, batch: Sequence[Ids]) -> _Computed:
+        if len(batch) == 1 and len(batch[0]):
+            return _Computed(self._run(batch))
         vectors = np.zeros((len(batch), self.hidden_size), dtype=np.float32)
         # Neighbors of equal length share an attention call.
         order = sorted((i for i, ids in enumerate(batch) if len(ids)), key=lambda i: len(batch[i]))

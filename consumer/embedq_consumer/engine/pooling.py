@@ -202,6 +202,8 @@ class _Concatenated(Pooling):
 
 def _reduced(how: str, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
     """(tokens, hidden) → (sequences, hidden)."""
+    if len(cu_seqlens) == 2:  # a text alone, which waits for each step
+        return tokens.mean(0, keepdim=True) if how == "mean" else tokens.amax(0, keepdim=True)
     return torch.segment_reduce(tokens, how, lengths=cu_seqlens.diff().long(), unsafe=True)
 
 

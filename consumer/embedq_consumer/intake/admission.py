@@ -99,6 +99,11 @@ def _no_split(alias: str, id: str, among: Collection[str] | None) -> str | None:
     return None
 
 
+def _no_pools(alias: str, id: str) -> str | None:
+    """There is one pool."""
+    return None
+
+
 class AdmissionPolicy(msgspec.Struct, frozen=True):
     """The settings that decide what is accepted. `schemas` is what the Schema Registry has said so far."""
 
@@ -113,6 +118,8 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
     """Hears of the `dimensions` that an admitted job of an alias names."""
     share_of: ShareOf = _no_split
     """Whose job one of an alias is that no model serves by itself."""
+    pool_of: Callable[[str, str], str | None] = _no_pools
+    """The pool that runs an alias's job; None for the default one, and where nothing is known."""
     note_use: Callable[[str, Job], None] = _nobody_asks
     """Hears of each job of the interactive lane that is admitted for an alias."""
 
@@ -177,7 +184,8 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
                 self.share_of(alias, job.id or record.name, _of_version(models, job.model_version)) or alias
             )
             if (encoder := models.get(served)) is None:
-                return _refused(_unknown_model(alias, served, models), headers, job, format, answer)
+                error = _unknown_model(alias, served, models, _elsewhere(self, alias, job, record))
+                return _refused(error, headers, job, format, answer)
         if job.model_version is not None and job.model_version != encoder.model_version:
             error = _other_version(served, encoder)
             return _refused(error, headers, job, format, answer, encoder.model_version)
@@ -450,15 +458,26 @@ def _refused(
     )
 
 
-def _unknown_model(alias: str, share: str, models: Map[str, Encoder]) -> ErrorBody:
-    """`share` is whose job it is, if the alias is a split."""
+def _unknown_model(
+    alias: str, share: str, models: Map[str, Encoder], elsewhere: str | None = None
+) -> ErrorBody:
+    """`share` is whose job it is, if the alias is a split; `elsewhere` the job topic of another pool, if that runs it."""
     served = list(models)
     expected = f"{served[0]!r}, the only model alias served here"
     if len(served) > 1:
         expected = f"one of the model aliases served here, {', '.join(map(repr, served))}"
     if share != alias:
         expected += "; the split that it names has one that is not"
+    if elsewhere is not None:
+        expected += f"; another pool serves this one: its jobs go to the topic {elsewhere}"
     return ErrorBody.of("unknown_model", f"`model`: expected {expected}{_of_openai(alias)}", "model")
+
+
+def _elsewhere(policy: AdmissionPolicy, alias: str, job: Job, record: Record) -> str | None:
+    """The job topic of another pool that runs a job; None where none is known to."""
+    pool = policy.pool_of(alias, job.id or record.name)
+    other = pool is not None and pool != policy.topics.pool
+    return policy.topics.of(pool).lane(record.lane) if other else None
 
 
 def _of_version(models: Map[str, Encoder], version: str | None) -> Collection[str] | None:

@@ -317,6 +317,7 @@ class Intake:
             unreadable(record, why)
         if records:
             (self._gate.take if self._gate else self.park)(records)
+            await asyncio.sleep(0)  # what was started asks the cache before the next poll is prepared
         if plan.complete and not polled:
             await self._reading.step_over_gaps()
 

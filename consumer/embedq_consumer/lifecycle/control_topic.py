@@ -11,7 +11,7 @@ import structlog
 
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.codec import read_command
-from embedq_shared.fleet import Splits
+from embedq_shared.fleet import Routes
 from embedq_shared.kafka import (
     BoundedConsumer,
     MakeConsumer,
@@ -44,10 +44,10 @@ class ControlTopic:
         alias: str,
         metrics: Metrics,
         make_consumer: MakeConsumer = BoundedConsumer,
-        splits: Splits | None = None,
+        routes: Routes | None = None,
     ) -> None:
-        """`splits` learns from the records of all aliases."""
-        self._splits = splits
+        """`routes` learns from the records of all aliases."""
+        self._routes = routes
         self._alias = alias
         self._metrics = metrics
         self._topic = WholePartition(
@@ -82,8 +82,8 @@ class ControlTopic:
         if isinstance(record, UnreadableRecord):
             self._ignore(record.offset, record.reason)
             return None
-        if self._splits is not None:
-            self._splits.see(record.key, record.value)
+        if self._routes is not None:
+            self._routes.see(record.key, record.value)
         try:
             return read_command(record.key, record.value, self._alias)
         except _UNDECODABLE as error:

@@ -31,7 +31,7 @@ from embedq_consumer.lifecycle.warming.cache_warmer import Cache, CacheWarmer, W
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_consumer.telemetry.process_memory import machine_bytes, resident_bytes
 from embedq_consumer.threads import CLOSE_S
-from embedq_shared.fleet import Splits
+from embedq_shared.fleet import Routes
 from embedq_shared.messages import Control, Job
 from embedq_shared.topics import Topics
 
@@ -92,14 +92,14 @@ class ServedModel:
         show_facts: Callable[[Mapping[str, object]], None],
         traffic: InteractiveTraffic | None = None,
         device: Device | None = None,
-        splits: Splits | None = None,
+        routes: Routes | None = None,
         cache: Cache | None = None,
     ) -> None:
         """`show_facts` takes what operators should know of the budget, such as `Health.tell`. While `traffic` comes, bulk runs
-        in small micro-batches. `device`: None for one of its own. `splits` are those that its status tells of. `cache` is warmed
+        in small micro-batches. `device`: None for one of its own. `routes` has the splits that its status tells of. `cache` is warmed
         as the options say."""
         self.alias = options.alias
-        self.splits = splits
+        self.routes = routes
         batches = options.batches
         self._metrics = metrics
         self._configured = options.configured
@@ -215,7 +215,7 @@ class ServedModel:
             path=_name_of(loaded.path, self._root),
             memory_used=used,
             memory_total=total,
-            splits={} if self.splits is None else self.splits.weights(),
+            splits={} if self.routes is None else self.routes.splits.weights(),
             served_s=round(self.slot.served_s, 3),
             first_error_s=None if (first := self.slot.first_error_s) is None else round(first, 3),
         )

@@ -19,7 +19,7 @@ from embedq_consumer.lifecycle.status_reporter import Publish
 from embedq_consumer.lifecycle.warming.cache_warmer import Cache
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_consumer.threads import CLOSE_S
-from embedq_shared.fleet import Splits
+from embedq_shared.fleet import Routes
 from embedq_shared.messages import Job
 
 _Tell = Callable[[Mapping[str, object]], None]
@@ -60,8 +60,8 @@ class ServedModels:
         self._metrics = metrics
         self._show_facts = show_facts
         self._budgets: dict[str, int] = {}
-        self.splits = Splits()
-        """The aliases that are shares of others; the first alias's control topic fills it."""
+        self.routes = Routes()
+        """The aliases that are shares of others, and those of other pools; the first alias's control topic fills it."""
         self._by_alias = {
             one.alias: ServedModel(
                 one,
@@ -71,7 +71,7 @@ class ServedModels:
                 self._teller(one) if several else show_facts,
                 traffic,
                 self._device,
-                self.splits if one.first else None,
+                self.routes if one.first else None,
                 cache,
             )
             for one in options.aliases

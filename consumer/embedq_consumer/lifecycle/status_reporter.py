@@ -63,6 +63,7 @@ class StatusReporter:
             model_version=None,
             error=None,
             at=0,
+            pool=topics.pool,
         )
 
     async def update(

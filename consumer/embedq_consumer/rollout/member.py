@@ -56,7 +56,7 @@ class FleetMember:
         self._statuses = statuses
         self._topics = topics
         self._write = write
-        self._turns = Turns(replica, alias)
+        self._turns = Turns(replica, alias, topics.pool)
         self._heard = asyncio.Condition()
         self._desired: Control | None = None
         self._begins_before = False
@@ -73,8 +73,14 @@ class FleetMember:
         self._hear(await self._statuses.open())
 
     def begin(self, desired: Control | None) -> Control | None:
-        """The command to begin with: `desired`, or where a roll-out of that is under way, one for what served before it."""
+        """The command to begin with: `desired`, or where a roll-out of that is under way, one for what served before it. None where
+        another pool serves the alias now: then this replica begins with what its settings say."""
         self._desired = desired
+        if desired is not None and desired.pool != self._topics.pool:
+            log.warning(
+                "alias_of_another_pool", alias=desired.alias, pool=desired.pool, version=desired.version
+            )
+            return None
         self._begins_before = desired is not None and self._turns.begin(desired, time.time())
         if desired is None or not self._begins_before:
             return desired
@@ -83,7 +89,9 @@ class FleetMember:
 
     def commands(self, source: Commands) -> FollowedCommands:
         """The commands of `source`; before them the desired one, if this replica has begun with what served before it."""
-        self._commands = FollowedCommands(source, self._desired, follow_it=self._begins_before)
+        self._commands = FollowedCommands(
+            source, self._desired, follow_it=self._begins_before, pool=self._topics.pool
+        )
         return self._commands
 
     async def turn(self, command: Control, voice: Voice) -> None:

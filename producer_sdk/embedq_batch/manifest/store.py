@@ -84,6 +84,8 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     ended: float = 0.0
     command: str = ""
     total: int | None = None
+    since: int | list[tuple[int, int]] | None = None
+    """Where a topic's records begin to count, as epoch milliseconds or offsets of partitions: "2h" ago is another time when a run goes on."""
 
 
 class Written(msgspec.Struct, frozen=True, kw_only=True):

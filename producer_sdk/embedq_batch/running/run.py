@@ -24,11 +24,13 @@ from embedq_batch.running.runner import Pass, Restart
 from embedq_batch.running.threads import Thread, patiently
 from embedq_batch.sinks.finals import json_line
 from embedq_batch.sinks.sink import Sink
-from embedq_batch.sources.source import Source
+from embedq_batch.sources.source import Log, Source
 from embedq_sdk.errors import InvalidArgument
 
 _T = TypeVar("_T")
 
+_NOT_THE_JOB: Final = ("lane", "trace", "client_id", "metadata", "model_version")
+"""Options of a job that may be others when a run goes on. Each row's version is written down, whether it was asked for or not."""
 SAME: Final = 0.999
 """Least cosine of a vector to what the target gives back: float16 and int8 keep more, another text far less."""
 
@@ -157,9 +159,18 @@ class _Run:
 
     def _begun(self) -> State | None:
         """The state that this run begins with, written down."""
-        state = begun(self._manifest.state, self._options, self._manifest.figures().failed)
-        if state is not None:
-            state = self._manifest.state = msgspec.structs.replace(state, total=self._progress.total)
+        known = self._manifest.state
+        state = begun(known, self._options, self._manifest.figures().failed)
+        if state is None:
+            return None
+        if isinstance(self._source, Log):
+            if state.round == known.round:  # goes on
+                self._source.since = dict(state.since) if isinstance(state.since, list) else state.since
+            else:
+                given = self._source.since
+                since = given if isinstance(given, int | None) else sorted(given.items())
+                state = msgspec.structs.replace(state, since=since)
+        state = self._manifest.state = msgspec.structs.replace(state, total=self._progress.total)
         return state
 
     async def _in_turn(self, function: Callable[[], _T]) -> _T:
@@ -280,7 +291,7 @@ def about(source: Source, sink: Sink, options: RunOptions) -> About:
     job = {
         name: value
         for name, value in msgspec.to_builtins(options.job).items()
-        if value is not None and name not in ("lane", "trace", "client_id", "metadata")
+        if value is not None and name not in _NOT_THE_JOB
     }
     return About(source=source.name, target=sink.name, job=job | options.about)
 

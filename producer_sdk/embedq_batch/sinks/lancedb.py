@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from embedq_batch.content.inference import in_json
 from embedq_batch.content.rows import RowId, Shape, VectorBatch, VectorType, quoted
 from embedq_batch.errors import BadTarget, TargetAway
 from embedq_batch.manifest.place import MANIFEST, beside, in_working_folder
@@ -97,6 +98,26 @@ class LanceSink:
         self.flush()
         try:
             self._table.delete(f"id in ({', '.join(map(quoted, ids))})")
+        except (OSError, RuntimeError) as error:
+            raise TargetAway(target=self.name, reason=str(error)) from None
+
+    def kept_types(self, names: Sequence[str]) -> pa.Schema | None:
+        try:
+            schema = lancedb.connect(self._place).open_table(self._table_name).schema
+        except ValueError:  # there is none
+            return None
+        except (OSError, RuntimeError) as error:
+            raise BadTarget(target=self.name, reason=str(error)) from None
+        return in_json(schema, names)
+
+    def delete_spans(self, rows: Sequence[RowId], but: Sequence[RowId]) -> None:
+        self.flush()
+        surplus = f"row in ({', '.join(map(quoted, rows))})"
+        if but:
+            surplus += f" and id not in ({', '.join(map(quoted, but))})"
+        try:
+            if self._table.count_rows(surplus):  # a delete of nothing makes a version of the table, too
+                self._table.delete(surplus)
         except (OSError, RuntimeError) as error:
             raise TargetAway(target=self.name, reason=str(error)) from None
 

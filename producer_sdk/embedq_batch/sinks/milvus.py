@@ -97,6 +97,15 @@ class MilvusSink:
             some = list(ids[start : start + _AT_ONCE])
             self._call(lambda client, some=some: client.delete(self._collection, ids=some))
 
+    def kept_types(self, names: Sequence[str]) -> None:
+        return None  # what is kept has no types here
+
+    def delete_spans(self, rows: Sequence[RowId], but: Sequence[RowId]) -> None:
+        surplus = f"row in [{', '.join(map(quoted, rows))}]"
+        if but:
+            surplus += f" and id not in [{', '.join(map(quoted, but))}]"
+        self._call(lambda client: client.delete(self._collection, filter=surplus))
+
     def finish(self, record: PartsRecord) -> None:
         self._call(lambda client: client.flush(self._collection))
 

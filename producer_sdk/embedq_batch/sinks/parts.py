@@ -142,6 +142,11 @@ class PartsSink:
 
     def point(self, alias: str) -> str | None:
         """A symbolic link, which is replaced as a whole."""
+        if self._final.others(self._path):
+            raise BadTarget(
+                target=str(self._path),
+                reason="has a second file with its ids, and one link names one: a pointer file, NAME.json, names both",
+            )
         link = Path(alias)
         before = os.readlink(link) if link.is_symlink() else None
         if before is None and link.exists():

@@ -20,6 +20,7 @@ from psycopg.types.json import Jsonb
 
 from embedq_batch.clients import postgresql as binary
 from embedq_batch.content.addresses import without_password
+from embedq_batch.content.inference import in_json
 from embedq_batch.content.rows import RowId, Shape, VectorBatch, VectorType
 from embedq_batch.errors import BadTarget, RowsRefused, TargetAway
 from embedq_batch.manifest.place import MANIFEST, in_working_folder
@@ -33,6 +34,14 @@ OTHERS: Final = "a view of another maker"
 _VIEW_WAIT_MS: Final = 2000
 """How long a switch waits for queries that have the view: those that come meanwhile wait behind it."""
 _VIEW_TRIES: Final = 15
+_IN_JSON: Final = {
+    "bigint": pa.int64(),
+    "double precision": pa.float64(),
+    "boolean": pa.bool_(),
+    "text": pa.string(),
+    "jsonb": pa.null(),
+}
+"""Types of columns as documents have them."""
 VECTOR: Final = {"float32": "vector", "float16": "halfvec", "binary": "bit"}
 
 
@@ -51,6 +60,7 @@ class PostgresSink:
         self._connection: psycopg.Connection[Any] | None = None
         self._shape: Shape | None = None
         self._columns: list[tuple[str, str]] = []
+        self._rows_indexed = False
         self._empty = False
         """Whether the table had no rows that these could replace. Then they are copied into it, and not by way of another one."""
 
@@ -166,6 +176,35 @@ class PostgresSink:
                 )
         except psycopg.OperationalError as error:
             raise self._away(error) from None
+
+    def kept_types(self, names: Sequence[str]) -> pa.Schema | None:
+        try:
+            found = self._columns_there(self._connected())
+        except psycopg.Error as error:
+            raise BadTarget(target=self.name, reason=said(error)) from None
+        known = [(name, _IN_JSON[kind]) for name, kind in found.items() if kind in _IN_JSON]
+        return in_json(pa.schema(known), names) if found else None
+
+    def delete_spans(self, rows: Sequence[RowId], but: Sequence[RowId]) -> None:
+        query = sql.SQL('delete from {} where "row" = any(%s) and not id = any(%s)').format(self._table)
+        try:
+            connection = self._connected()
+            if not self._rows_indexed:
+                self._index_rows(connection)
+            with connection.transaction():
+                connection.execute(query, (list(rows), list(but)))
+        except psycopg.OperationalError as error:
+            raise self._away(error) from None
+
+    def _index_rows(self, connection: psycopg.Connection[Any]) -> None:
+        """Find the vectors of a row without reading the table. A table of somebody else is read."""
+        name = sql.Identifier(f"{self._table_name.rpartition('.')[2]}_row")
+        made_meanwhile = (psycopg.errors.UniqueViolation, psycopg.errors.DuplicateTable)
+        with contextlib.suppress(psycopg.errors.InsufficientPrivilege, *made_meanwhile):
+            connection.execute(
+                sql.SQL('create index if not exists {} on {} ("row")').format(name, self._table)
+            )
+        self._rows_indexed = True
 
     def finish(self, record: PartsRecord) -> None:
         pass

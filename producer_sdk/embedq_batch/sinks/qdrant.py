@@ -40,6 +40,7 @@ class QdrantSink:
         self._collection = collection
         self._client: QdrantClient | None = None
         self._shape: Shape | None = None
+        self._rows_indexed = False
 
     @property
     def name(self) -> str:
@@ -90,6 +91,21 @@ class QdrantSink:
 
     def delete(self, ids: Sequence[RowId]) -> None:
         chosen = models.PointIdsList(points=[point_id(id) for id in ids])
+        self._call(lambda client: client.delete(self._collection, chosen, wait=True))
+
+    def kept_types(self, names: Sequence[str]) -> None:
+        return None  # what is kept has no types here
+
+    def delete_spans(self, rows: Sequence[RowId], but: Sequence[RowId]) -> None:
+        if not self._rows_indexed and "://" in self._address:  # the local mode has no indexes
+            kind = models.PayloadSchemaType.KEYWORD
+            self._call(lambda client: client.create_payload_index(self._collection, "row", kind))
+        self._rows_indexed = True
+        surplus = models.Filter(
+            must=[models.FieldCondition(key="row", match=models.MatchAny(any=list(map(str, rows))))],
+            must_not=[models.HasIdCondition(has_id=[point_id(id) for id in but])],
+        )
+        chosen = models.FilterSelector(filter=surplus)
         self._call(lambda client: client.delete(self._collection, chosen, wait=True))
 
     def finish(self, record: PartsRecord) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from embedq_batch.content.rows import RowId, Shape, VectorBatch, VectorType
 
@@ -91,6 +92,27 @@ class Counted(Protocol):
 
         Raises:
             BadTarget, TargetAway.
+        """
+
+
+@runtime_checkable
+class Followed(Sink, Protocol):
+    """A target that a topic may be followed into: it keeps rows by id without a manifest, and knows all vectors of a row by the row."""
+
+    def kept_types(self, names: Sequence[str]) -> pa.Schema | None:
+        """The types of those of these columns that it has already, of a kind that JSON has; of lists and objects of any kind null.
+
+        None where it has no table yet, or columns without types. It is asked before `open`.
+
+        Raises:
+            BadTarget.
+        """
+
+    def delete_spans(self, rows: Sequence[RowId], but: Sequence[RowId]) -> None:
+        """Delete the vectors of these rows but for those with the ids `but`. It was opened for spans.
+
+        Raises:
+            TargetAway.
         """
 
 

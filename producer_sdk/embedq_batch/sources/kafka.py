@@ -50,7 +50,7 @@ class KafkaSource:
         self._connection = KafkaConnection.of(
             list(servers) if not isinstance(servers, str) else servers, security
         )
-        self._since = since
+        self.since = since
         self._kept: pa.Schema | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -148,12 +148,12 @@ class KafkaSource:
         consumer.assign(everything)
         starts: dict[Any, int] = await consumer.beginning_offsets(everything)
         ends: dict[Any, int] = await consumer.end_offsets(everything)
-        if isinstance(self._since, int):
-            found = await consumer.offsets_for_times(dict.fromkeys(everything, self._since))
+        if isinstance(self.since, int):
+            found = await consumer.offsets_for_times(dict.fromkeys(everything, self.since))
             starts = {tp: ends[tp] if found.get(tp) is None else found[tp].offset for tp in everything}
-        elif self._since is not None:
+        elif self.since is not None:
             at = offsets_from(
-                self._since,
+                self.since,
                 {tp.partition: starts[tp] for tp in everything},
                 {tp.partition: ends[tp] for tp in everything},
                 self.name,

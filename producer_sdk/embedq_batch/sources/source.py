@@ -54,6 +54,14 @@ class Source(Protocol):
 
 
 @runtime_checkable
+class Log(Protocol):
+    """A source that is read from a time or an offset on."""
+
+    since: Since | None
+    """None: from its start. It may be changed before a pass begins."""
+
+
+@runtime_checkable
 class Named(Protocol):
     """A source that knows all of its columns."""
 

@@ -61,7 +61,7 @@ class Fleet:
         return [view_of(status, now) for status in self.board.live(now)]
 
     def _model(self, alias: str, found: Iterable[Status], now: float) -> Model:
-        """During a reload replicas differ: the one that follows the newest command counts."""
+        """During a reload replicas differ: the one that follows the newest command counts, and those of its pool."""
         statuses = list(found)
         newest = max(statuses, key=lambda status: (status.version or 0, status.at))
         version = newest.model_version or ""
@@ -72,7 +72,7 @@ class Fleet:
             dimensions=newest.dimensions,
             max_tokens=newest.max_tokens,
             since_ms=since,
-            replicas=len(statuses),
+            replicas=sum(status.pool == newest.pool for status in statuses),
         )
 
 

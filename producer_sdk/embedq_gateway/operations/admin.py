@@ -50,6 +50,8 @@ class ReloadRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """A file of texts and expected vectors, below the service's model root."""
     golden_min_cosine: Annotated[float, Meta(ge=-1, le=1)] | None = None
     min_dimensions: Annotated[int, Meta(ge=1)] | None = None
+    pool: str | None = None
+    """Where the alias shall live, `default` for the pool without a name; null: where it lives now."""
     expected_version: Annotated[int, Meta(ge=0)] | None = None
     """The command that must be in force, 0 for none."""
     max_unavailable: int | str | None = DEFAULT_WAVE

@@ -22,29 +22,37 @@ _ANSWER_S: Final = 5.0
 
 
 class LagReader:
-    """Asks the brokers for the lag of the service's group. In one task."""
+    """Asks the brokers for the lag of the service's groups, one for each pool. In one task."""
 
     def __init__(self, connection: KafkaConnection, topics: Topics, group: str) -> None:
         self._connection = connection
         self._topics = topics
         self._group = group
         self._clients: tuple[AIOKafkaAdminClient, AIOKafkaConsumer] | None = None
+        self._pools: list[Topics] = []
+        """Those whose topics were there when the clients connected."""
 
     async def read(self) -> Mapping[Lane, int]:
-        """The jobs of each lane that the service has not committed.
+        """The jobs of each lane, of all pools together, that the service has not committed.
 
         Raises:
             KafkaUnavailable, TopicMissing: the brokers do not say; the next call connects anew.
         """
         try:
             admin, consumer = await self._connected()
-            found = await self._connection.call(
-                _ANSWER_S, "reading the lag", group_lag(admin, consumer, self._group, self._topics.lanes)
-            )
+            lag = dict.fromkeys(LANES, 0)
+            for pool in self._pools:
+                found = await self._connection.call(
+                    _ANSWER_S,
+                    "reading the lag",
+                    group_lag(admin, consumer, pool.group(self._group), pool.lanes),
+                )
+                for lane in LANES:
+                    lag[lane] += found[pool.lane(lane)]
         except EmbedError:
             await self.close()
             raise
-        return {lane: found[topic] for lane, topic in zip(LANES, self._topics.lanes, strict=True)}
+        return lag
 
     async def close(self) -> None:
         """Disconnect. It may be asked again later."""
@@ -59,7 +67,8 @@ class LagReader:
                 made.push_async_callback(close, admin)
                 consumer = await self._connection.connect(self._connection.consumer, _CONNECT_S)
                 made.push_async_callback(close, consumer)
-                await require_topics(self._connection, consumer, list(self._topics.lanes), _ANSWER_S)
+                known = await require_topics(self._connection, consumer, list(self._topics.lanes), _ANSWER_S)
+                self._pools = [self._topics, *map(self._topics.of, self._topics.pools_among(known))]
                 made.pop_all()
             self._clients = admin, consumer
         return self._clients

@@ -9,7 +9,17 @@ from typing import Final, get_args
 import msgspec
 
 from embedq_sdk.errors import EmbedError, InvalidArgument
-from embedq_shared.messages import MAX_INTEGER, MAX_SOAK_S, Control, Policy, Quantization, Rollout, Status
+from embedq_shared.messages import (
+    DEFAULT_ALIAS,
+    MAX_INTEGER,
+    MAX_SOAK_S,
+    Control,
+    Policy,
+    Quantization,
+    Rollout,
+    Status,
+)
+from embedq_shared.topics import DEFAULT_POOL, pool_named
 
 __all__ = [
     "DEFAULT_WAVE",
@@ -17,10 +27,12 @@ __all__ = [
     "UnexpectedVersion",
     "check_alias",
     "checked_command",
+    "checked_pool",
     "checked_soak",
     "checked_version",
     "checked_wave",
     "command_back",
+    "home_of",
     "next_command",
     "refuse_unexpected",
     "rollout_of",
@@ -103,6 +115,48 @@ def check_alias(alias: object) -> None:
     _check_text("alias", alias, _MAX_ALIAS_CHARS)
 
 
+def checked_pool(pool: str | None) -> str | None:
+    """The pool of this name; None for the default one, which is also what no name means.
+
+    Raises:
+        InvalidArgument: no pool can have this name.
+    """
+    if pool is None:
+        return None
+    if not isinstance(pool, str):
+        raise InvalidArgument(argument="pool", expected="a name, or None", got=type(pool).__name__)
+    try:
+        return pool_named(pool)
+    except ValueError as error:
+        raise InvalidArgument(argument="pool", expected=str(error), got=repr(pool[:80])) from None
+
+
+def home_of(alias: str, asked: str | None, earlier: list[Control], live: list[Status]) -> str | None:
+    """The pool that a command for an alias is for: the one that was asked for, else that of its current command, else that whose
+    replicas serve it; None for the default one.
+
+    Raises:
+        InvalidArgument: replicas of several pools serve it and nobody says which one is meant; or the alias can't live there.
+    """
+    pools = {status.pool for status in live}
+    current = max(earlier, key=lambda record: record.version, default=None)
+    if asked is not None:
+        pool = checked_pool(asked)
+    elif current is not None:
+        pool = current.pool
+    elif len(pools) > 1:
+        names = ", ".join(sorted(pool or DEFAULT_POOL for pool in pools))
+        raise InvalidArgument(
+            argument="pool", expected=f"one of {names}, whose replicas serve {alias}", got="none"
+        )
+    else:
+        pool = next(iter(pools), None)
+    if pool is not None and alias == DEFAULT_ALIAS:
+        expected = f"{DEFAULT_POOL} for the alias {alias}, since jobs that name no model go there"
+        raise InvalidArgument(argument="pool", expected=expected, got=repr(pool))
+    return pool
+
+
 def checked_version(expected: int | None) -> int | None:
     """The version that must be in force, 0 for none at all; None: whichever."""
     if expected is not None:
@@ -149,13 +203,16 @@ def _cosine(name: str, value: float | None) -> float | None:
 def next_command(command: Control, earlier: list[Control], live: list[Status]) -> Control:
     """The command with the next version, and with a fallback directory that is known to load.
 
-    What live replicas follow counts, too: the control topic may have been deleted and made again, and their versions only rise.
-    The fallback is the directory that all live replicas serve, if they say so. Else it is the current command's path if a live
-    replica serves it (in a roll-out: if all do), else that command's own fallback.
+    What live replicas of any pool follow counts, too: the control topic may have been deleted and made again, and their versions only
+    rise. The fallback is the directory that all live replicas of the command's pool serve, if they say so. Else it is the current
+    command's path if a live replica serves it (in a roll-out: if all do), else that command's own fallback; if that is of this pool.
     """
     followed = max((status.version or 0 for status in live), default=0)
     current = max(earlier, key=lambda record: record.version, default=None)
-    fallback, quantization = _served_before(current, live)
+    before = current if current is not None and current.pool == command.pool else None
+    fallback, quantization = _served_before(
+        before, [status for status in live if status.pool == command.pool]
+    )
     return msgspec.structs.replace(
         command,
         version=max(current.version if current else 0, followed) + 1,
@@ -178,7 +235,7 @@ def _served_before(current: Control | None, live: list[Status]) -> tuple[str | N
 
 
 def command_back(alias: str, earlier: list[Control], live: list[Status]) -> Control:
-    """The command that brings back what served before the current one.
+    """The command that brings back what served before the current one, in its pool: an alias that has moved does not move back.
 
     Raises:
         NothingBefore: that is not known, or a rollback brought it back already.
@@ -203,6 +260,7 @@ def command_back(alias: str, earlier: list[Control], live: list[Status]) -> Cont
         command_id=uuid.uuid4().hex,
         quantization=current.fallback_quantization,
         policy=current.policy,
+        pool=current.pool,
         fallback=current.path,
         fallback_quantization=current.quantization,
         rollback_of=current.version,

@@ -13,16 +13,18 @@ from embedq_sdk.admin.commands import (
     DEFAULT_WAVE,
     check_alias,
     checked_command,
+    checked_pool,
     checked_soak,
     checked_version,
     checked_wave,
     command_back,
+    home_of,
     next_command,
     refuse_unexpected,
     rollout_of,
 )
 from embedq_sdk.admin.rollout import ReplicaView, RolloutUpdate, RolloutView, view_of
-from embedq_sdk.errors import EmbedError, InvalidArgument
+from embedq_sdk.errors import EmbedError, InvalidArgument, TopicMissing
 from embedq_sdk.job_options import checked_timeout
 from embedq_sdk.transport.kafka import KafkaConnection, require_topics
 from embedq_sdk.transport.silence import Silence
@@ -38,7 +40,7 @@ from embedq_shared.kafka import (
     poll,
 )
 from embedq_shared.messages import Control, Policy, Quantization, Split, Status
-from embedq_shared.topics import GROUP, MAX_RETRY_TIERS, Topics
+from embedq_shared.topics import GROUP, Topics
 
 _UNDECODABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _STEP_S: Final = 10.0
@@ -66,7 +68,7 @@ class LaneLag(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ServiceStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """The live replicas, the lag of each lane, and that of each retry topic that the brokers have."""
+    """The live replicas, the lag of each lane, and that of each retry topic that the brokers have, pool by pool."""
 
     replicas: list[ReplicaView]
     lag: list[LaneLag]
@@ -85,6 +87,7 @@ async def reload_model(
     golden: str | None = None,
     golden_min_cosine: float | None = None,
     min_dimensions: int | None = None,
+    pool: str | None = None,
     expected_version: int | None = None,
     max_unavailable: int | str | None = DEFAULT_WAVE,
     canary: bool = True,
@@ -109,6 +112,9 @@ async def reload_model(
         golden: a file of texts and expected vectors, below the model root. Default: the one in the model's directory, if it is there.
         golden_min_cosine: least cosine similarity to those. Default: `SAME_SPACE_COSINE`.
         min_dimensions: the least hidden size. Default: what jobs lately asked for.
+        pool: where the alias shall live, "default" for the pool without a name: from now on its jobs go to that pool's lanes, and that
+            pool's replicas follow. Those of another one, which served it until now, serve on, for the jobs that they have. Default: where it
+            lives now.
         expected_version: the command that must be in force, 0 for none; if another one is, nothing is written.
         max_unavailable: replicas that change at once, or which part of the live ones ("25%", at least one); None: all.
         canary: one replica changes alone first. Without it, and with None for `max_unavailable`, each replica follows for itself:
@@ -119,7 +125,7 @@ async def reload_model(
         security: as for `EmbedClient`.
 
     Raises:
-        InvalidArgument, TopicMissing, UnexpectedVersion: no command was written.
+        InvalidArgument, TopicMissing, UnexpectedVersion: no command was written. A pool must have its topics.
         KafkaUnavailable: a command may have been written, or not.
         LostRace: another writer was faster; replicas follow that one.
     """
@@ -137,11 +143,16 @@ async def reload_model(
     expected = checked_version(expected_version)
     wave = checked_wave(max_unavailable)
     soak_s = checked_soak(soak, canary)
+    checked_pool(pool)
 
     def decide(earlier: list[Control], live: list[Status]) -> Control:
         refuse_unexpected(alias, expected, earlier)
-        return msgspec.structs.replace(
-            next_command(command, earlier, live), rollout=rollout_of(wave, canary, len(live), soak_s)
+        home = home_of(alias, pool, earlier, live)
+        followers = sum(status.pool == home for status in live)
+        return next_command(
+            msgspec.structs.replace(command, pool=home, rollout=rollout_of(wave, canary, followers, soak_s)),
+            earlier,
+            live,
         )
 
     place = _Place(KafkaConnection.of(servers, security), Topics(topic_prefix), alias, connect_timeout)
@@ -175,7 +186,8 @@ async def rollback_model(
 
     def decide(earlier: list[Control], live: list[Status]) -> Control:
         command = command_back(alias, earlier, live)
-        return msgspec.structs.replace(command, rollout=rollout_of(wave, False, len(live)))
+        followers = sum(status.pool == command.pool for status in live)
+        return msgspec.structs.replace(command, rollout=rollout_of(wave, False, followers))
 
     place = _Place(KafkaConnection.of(servers, security), Topics(topic_prefix), alias, connect_timeout)
     updates = _carry_out(place, decide, checked_timeout("timeout", timeout))
@@ -199,11 +211,13 @@ async def _carry_out(
     """Write the command that `decide` makes of the alias's earlier ones and its live replicas, and watch it."""
     connection, topics, alias, connect_timeout = place
     async with connection.client(control_consumer(connection), connect_timeout) as consumer:
-        await require_topics(connection, consumer, [topics.control, topics.status], connect_timeout)
+        names = [topics.control, topics.status]
+        known = await require_topics(connection, consumer, names, connect_timeout)
         reader = ControlPlaneReader(connection, consumer, topics, alias)
         commands = await reader.read_to_end([topics.control, topics.status])
         earlier = [found.command for found in commands]
         command = decide(earlier, reader.board.live(reader.heard(time.time()), alias))
+        _require_lanes(connection, topics.of(command.pool), known)
 
         async def write(command: Control) -> int:
             return await write_record(connection, topics.control, command, connect_timeout)
@@ -229,6 +243,19 @@ async def _carry_out(
                 rollout.take(found.command)
 
 
+def _require_lanes(connection: KafkaConnection, topics: Topics, known: set[str]) -> None:
+    """Check that jobs can go where a command sends those of its alias.
+
+    Raises:
+        TopicMissing: its pool has no such topic.
+    """
+    if topics.pool is None:
+        return
+    for lane in topics.lanes:
+        if lane not in known:
+            raise TopicMissing(servers=connection.servers, topic=lane)
+
+
 def _without_what_drifts(replica: ReplicaView) -> ReplicaView:
     """A replica without what changes while nothing happens."""
     return msgspec.structs.replace(replica, age_s=0.0, memory_used=None)
@@ -238,6 +265,7 @@ async def service_status(
     servers: str | list[str],
     *,
     topic_prefix: str = "embed",
+    pool: str | None = None,
     group: str = GROUP,
     connect_timeout: float = 10.0,
     **security: Any,
@@ -245,7 +273,8 @@ async def service_status(
     """The live replicas, and the lag of each lane and each retry topic, now.
 
     Args:
-        group: the service's consumer group (its setting EMBEDQ_GROUP), whose lag it is.
+        pool: of this pool alone, "default" for the one without a name. Default: of all whose topics are there.
+        group: the service's consumer group (its setting EMBEDQ_GROUP), whose lag it is; that of a pool has the pool's name behind it.
         security: as for `EmbedClient`.
 
     Raises:
@@ -254,25 +283,32 @@ async def service_status(
     if not isinstance(group, str) or not group:
         raise InvalidArgument(argument="group", expected="a non-empty string", got=repr(group))
     connection = KafkaConnection.of(servers, security)
-    topics = Topics(topic_prefix)
+    topics = Topics(topic_prefix, checked_pool(pool))
     async with (
         connection.client(control_consumer(connection), connect_timeout) as consumer,
         connection.client(connection.admin, connect_timeout) as admin,
     ):
         known = await require_topics(connection, consumer, [*topics.lanes, topics.status], connect_timeout)
-        retries = [name for tier in range(1, MAX_RETRY_TIERS + 1) if (name := topics.retry(tier)) in known]
+        several = [] if pool is not None else topics.pools_among(known)
+        pools = [topics, *(topics.of(each) for each in several)]
         reader = ControlPlaneReader(connection, consumer, topics)
         await reader.read_to_end([topics.status])
         now = time.time()
-        lag = await connection.call(
-            connect_timeout,
-            "reading the lag",
-            group_lag(admin, consumer, group, [*topics.lanes, *retries]),
-        )
+        lag: dict[str, int] = {}
+        for each in pools:
+            names = [*each.lanes, *each.retries_among(known)]
+            lag |= await connection.call(
+                connect_timeout,
+                "reading the lag",
+                group_lag(admin, consumer, each.group(group), names),
+            )
+        live = reader.board.live(reader.heard(now))
         return ServiceStatus(
-            replicas=[view_of(status, now) for status in reader.board.live(reader.heard(now))],
-            lag=[LaneLag(topic=topic, jobs=lag[topic]) for topic in topics.lanes],
-            retries=[LaneLag(topic=topic, jobs=lag[topic]) for topic in retries],
+            replicas=[view_of(status, now) for status in live if pool is None or status.pool == topics.pool],
+            lag=[LaneLag(topic=topic, jobs=lag[topic]) for each in pools for topic in each.lanes],
+            retries=[
+                LaneLag(topic=topic, jobs=lag[topic]) for each in pools for topic in each.retries_among(known)
+            ],
         )
 
 

@@ -90,8 +90,8 @@ class DeadLetterBox:
 
     Invariants:
         - What is settled was acknowledged before: a letter's note is written after the brokers have its replay.
-        - A replay goes to the job topic that the letter came from, and to no other topic: anybody who may write dead
-          letters could otherwise make it write anywhere.
+        - A replay goes to the job topic that the letter came from, of whichever pool, and to no other topic: anybody who may write
+          dead letters could otherwise make it write anywhere.
     """
 
     def __init__(
@@ -106,6 +106,8 @@ class DeadLetterBox:
         self._topics = topics
         self._timeout = connect_timeout
         self._letters: dict[int, list[DeadLetter]] = {}
+        self._lanes: list[str] = []
+        """Of all pools."""
 
     # -- reading --------------------------------------------------------------------------------------------------------
 
@@ -143,7 +145,10 @@ class DeadLetterBox:
 
     async def _partitions(self) -> list[int]:
         name = self._topics.dead_letters
-        await require_topics(self._connection, self._consumer, [name, *self._topics.lanes], self._timeout)
+        needed = [name, *self._topics.lanes]
+        known = await require_topics(self._connection, self._consumer, needed, self._timeout)
+        pools = [None, *self._topics.pools_among(known)]
+        self._lanes = [lane for pool in pools for lane in self._topics.of(pool).lanes]
         async with self._connection.client(self._connection.admin, self._timeout) as admin:
             [described] = await self._connection.call(
                 _STEP_S, "finding the partitions", admin.describe_topics([name])
@@ -207,7 +212,7 @@ class DeadLetterBox:
     async def replay(
         self, letters: Sequence[DeadLetter], *, rate: float, keep_deadline: bool = True
     ) -> AsyncGenerator[ReplayProgress, None]:
-        """Send the records of these letters to their job topics, as they were, at most `rate` a second.
+        """Send the records of these letters, which `find` gave, to their job topics, as they were, at most `rate` a second.
 
         After each chunk a note says which are done, and progress is yielded. When it is interrupted, what was acknowledged
         is still noted; the next replay goes on from there.
@@ -220,7 +225,7 @@ class DeadLetterBox:
                 lane: await self._connection.call(
                     _STEP_S, "finding the partitions", producer.partitions_for(lane)
                 )
-                for lane in self._topics.lanes
+                for lane in self._lanes
             }
             replayed, failed = 0, list[tuple[Position, str]]()
             size = max(1, min(_CHUNK, int(rate * _CHUNK_S)))

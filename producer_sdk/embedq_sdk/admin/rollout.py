@@ -52,6 +52,8 @@ class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
     memory_used: int | None = None
     memory_total: int | None = None
     warmed: int | None = None
+    pool: str | None = None
+    """None for the default pool."""
 
 
 class RolloutUpdate(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,6 +112,7 @@ def view_of(status: Status, now: float, *, answered: bool = False, waiting: bool
         memory_used=status.memory_used,
         memory_total=status.memory_total,
         warmed=status.warmed,
+        pool=status.pool,
     )
 
 
@@ -151,7 +154,7 @@ class RolloutView:
     def at(self, now: float, heard: float | None = None) -> RolloutUpdate:
         """How the reload stands at `now`, by what was `heard` until then; None: everything."""
         heard = now if heard is None else heard
-        live = self._board.live(heard, self._command.alias)
+        live = self._live(heard)
         self._notice_rollback(live)
         if self._failed_at is None and (reason := self._failure(heard)) is not None:
             self._failed_at, self._reason = now, reason
@@ -190,15 +193,19 @@ class RolloutView:
         """Why a replica fails the roll-out, if one does."""
         if self._command.rollout is None:
             return None
-        live = self._board.live(heard, self._command.alias)
+        live = self._live(heard)
         for status in self._board.all():
-            if status.alias == self._command.alias:
+            if (status.alias, status.pool) == (self._command.alias, self._command.pool):
                 silent = not is_live(status, heard)
                 if reason := failed_in_turn(self._command, status, silent=silent):
                     return reason
                 if silent and (reason := died_in_soak(self._command, status, live)):
                     return reason
         return failed_in_soak(self._command, live)
+
+    def _live(self, heard: float) -> list[Status]:
+        """The statuses of the live replicas that follow."""
+        return self._board.followers(heard, self._command.alias, self._command.pool)
 
     def _progress(self, live: list[Status], now: float, heard: float) -> Progress:
         if any(self._is_of_another(status) for status in live):

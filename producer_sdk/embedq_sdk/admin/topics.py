@@ -11,6 +11,7 @@ from aiokafka.admin import NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import TopicAlreadyExistsError, for_code
 
+from embedq_sdk.admin.commands import checked_pool
 from embedq_sdk.errors import InvalidArgument
 from embedq_sdk.job_options import checked_count, checked_timeout
 from embedq_sdk.transport.kafka import KafkaConnection
@@ -50,10 +51,15 @@ class TopicReport(msgspec.Struct, kw_only=True):
 
 
 def wanted_topics(
-    prefix: str, *, partitions: int, reply_partitions: int, retry_tiers: int = DEFAULT_RETRY_TIERS
+    prefix: str,
+    *,
+    partitions: int,
+    reply_partitions: int,
+    retry_tiers: int = DEFAULT_RETRY_TIERS,
+    pool: str | None = None,
 ) -> list[TopicSpec]:
-    """Every topic of the wire contract, with its configuration."""
-    topics = Topics(prefix)
+    """Every topic of the wire contract, with its configuration; of another pool than the default one those that are its own."""
+    topics = Topics(prefix, pool)
     # Kafka deletes by a record's timestamp, read or not. A producer may give one of last year (a connector's, or a clock
     # that is wrong), and such a record would be gone within minutes: so the broker's own clock counts.
     by_age = {"cleanup.policy": "delete", "message.timestamp.type": "LogAppendTime"}
@@ -73,16 +79,19 @@ def wanted_topics(
     }
     # A dead letter keeps its record's timestamp: retention by time would delete old ones at once.
     forever = {"cleanup.policy": "delete", "retention.ms": "-1"}
+    shared = (
+        (topics.results, partitions, week),
+        (topics.replies, reply_partitions, short),
+        (topics.control, 1, compacted),
+        (topics.status, 1, compacted),
+        (topics.dead_letters, partitions, forever),
+    )
     return [
         TopicSpec(name=name, partitions=count, config=config)
         for name, count, config in (
             (topics.jobs, partitions, week),
             (topics.bulk, partitions, week),
-            (topics.results, partitions, week),
-            (topics.replies, reply_partitions, short),
-            (topics.control, 1, compacted),
-            (topics.status, 1, compacted),
-            (topics.dead_letters, partitions, forever),
+            *(shared if pool is None else ()),
             *((topics.retry(tier), partitions, week) for tier in range(1, retry_tiers + 1)),
         )
     ]
@@ -96,6 +105,7 @@ async def create_topics(
     reply_partitions: int = DEFAULT_REPLY_PARTITIONS,
     replication: int | None = None,
     retry_tiers: int = DEFAULT_RETRY_TIERS,
+    pool: str | None = None,
     timeout: float = 30.0,
     connect_timeout: float = 10.0,
     **security: Any,
@@ -107,6 +117,7 @@ async def create_topics(
         reply_partitions: of the reply topic; client instances spread over them.
         replication: copies of each topic. Default: 3, or one on each broker if there are fewer.
         retry_tiers: retry topics, 0 to 8: as many as the service's setting `EMBEDQ_RETRY_DELAYS_S` has delays.
+        pool: the topics that this pool has for itself; those that pools share are the default pool's. Default: the default pool's.
         timeout: seconds for creating and describing.
         security: as for `EmbedClient`.
 
@@ -120,6 +131,7 @@ async def create_topics(
         partitions=checked_count("partitions", partitions),
         reply_partitions=checked_count("reply_partitions", reply_partitions),
         retry_tiers=_checked_tiers(retry_tiers),
+        pool=checked_pool(pool),
     )
     if replication is not None:
         checked_count("replication", replication)

@@ -101,13 +101,14 @@ for _command in (golden, models, pull, reload, rollback, split):
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--watch", is_flag=True, help="Print again every second, until Ctrl-C.")
+@click.option("--pool", help="Show this pool alone, `default` for the one without a name. Default: all.")
 @click.option(
     "--group",
     envvar="EMBEDQ_GROUP",
     default=GROUP,
     show_default=True,
     show_envvar=True,
-    help="The service's consumer group, whose lag is shown.",
+    help="The service's consumer group, whose lag is shown; that of a pool has the pool's name behind it.",
 )
 @click.option(
     "--corpus",
@@ -129,6 +130,7 @@ for _command in (golden, models, pull, reload, rollback, split):
 def status(
     as_json: bool,
     watch: bool,
+    pool: str | None,
     group: str,
     corpus: str | None,
     source: tuple[str, ...],
@@ -156,6 +158,7 @@ def status(
         return await service_status(
             kafka.servers,
             topic_prefix=kafka.prefix,
+            pool=pool,
             group=group,
             connect_timeout=CONNECT_TIMEOUT_S,
             **kafka.security,
@@ -212,9 +215,15 @@ def topics() -> None:
     show_default=True,
     help="Retry topics: as many as the service's EMBEDQ_RETRY_DELAYS_S has delays.",
 )
+@click.option("--pool", help="The job and retry topics of this pool, once the default pool has its own.")
 @kafka_options
 def create(
-    partitions: int, reply_partitions: int, replication: int | None, retry_tiers: int, kafka: KafkaTarget
+    partitions: int,
+    reply_partitions: int,
+    replication: int | None,
+    retry_tiers: int,
+    pool: str | None,
+    kafka: KafkaTarget,
 ) -> None:
     """Create the topics that are missing. Existing topics are not changed."""
 
@@ -228,6 +237,7 @@ def create(
             reply_partitions=reply_partitions,
             replication=replication,
             retry_tiers=retry_tiers,
+            pool=pool,
             connect_timeout=CONNECT_TIMEOUT_S,
             **kafka.security,
         )

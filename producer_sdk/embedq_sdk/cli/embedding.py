@@ -30,6 +30,7 @@ def job_options(
     dtypes: Sequence[str] = ("float32", "float16", "int8", "binary"),
     dtype_help: str = "What vectors are made of, on the way and in the target. Default: float32.",
     chunks: Sequence[str] = ("late", "mean"),
+    pin_help: str = "where the alias has another one, the command ends, and goes on once it is back",
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command the options of what is asked of each vector; `job_arguments` makes of their values what the SDK takes."""
     kinds = {
@@ -38,6 +39,10 @@ def job_options(
     }
     options = (
         click.option("--model", help="The model's alias. Default: the service's own."),
+        click.option(
+            "--model-version",
+            help=f"The version that must answer, sha256:…, such as that of stored vectors; {pin_help}.",
+        ),
         click.option("--dimensions", type=int, help="Length of each vector. Default: the model's own."),
         click.option("--dtype", type=click.Choice(dtypes), help=dtype_help),
         click.option("--query", "input_type", flag_value="query", help="The texts are search queries."),
@@ -68,7 +73,15 @@ def job_options(
     return add
 
 
-_AS_THEY_ARE: Final = ("model", "dimensions", "dtype", "input_type", "instruction", "truncate")
+_AS_THEY_ARE: Final = (
+    "model",
+    "model_version",
+    "dimensions",
+    "dtype",
+    "input_type",
+    "instruction",
+    "truncate",
+)
 """Options that the SDK calls by the same names."""
 
 
@@ -107,10 +120,9 @@ def job_arguments(given: dict[str, Any]) -> dict[str, Any]:
     help="The file to write, .jsonl or .npy, which is NAME.part until it is complete. Default: JSON lines on standard output.",
 )
 @click.option("--force", is_flag=True, help="Overwrite the file of --out, and the part that a run left.")
-@job_options(dtype_help="How vectors are sent; all but binary are written as float32. Default: float32.")
-@click.option(
-    "--model-version",
-    help="The version that must answer, sha256:…, such as that of stored vectors; where the alias has another one, texts fail.",
+@job_options(
+    dtype_help="How vectors are sent; all but binary are written as float32. Default: float32.",
+    pin_help="where the alias has another one, texts fail",
 )
 @click.option(
     "--lane",

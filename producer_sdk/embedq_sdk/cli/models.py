@@ -105,6 +105,10 @@ _wait = click.option(
     type=click.IntRange(0),
     help="The command that must be in force, 0 for none; else nothing is written. Default: whichever.",
 )
+@click.option(
+    "--pool",
+    help="Where the alias shall live, `default` for the pool without a name: jobs go there from now on. Default: where it lives now.",
+)
 @_max_unavailable
 @click.option(
     "--canary/--no-canary",

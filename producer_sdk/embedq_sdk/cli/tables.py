@@ -11,6 +11,7 @@ from rich.table import Table
 from embedq_sdk.admin.control import ServiceStatus
 from embedq_sdk.admin.rollout import ReplicaView, RolloutUpdate
 from embedq_shared.messages import State
+from embedq_shared.topics import DEFAULT_POOL
 
 _COLORS: Final = {"READY": "green", "FAILED": "red", "LOADING": "yellow", "STOPPED": "dim"}
 
@@ -24,14 +25,27 @@ def _colored(state: State) -> str:
     return f"[{_COLORS[state]}]{state}[/]"
 
 
-def replica_table(replicas: Iterable[ReplicaView], title: str) -> Table:
+def replica_table(replicas: Sequence[ReplicaView], title: str) -> Table:
     """One row for each replica: itself, then its last command."""
     table = Table(title=title, title_justify="left")
-    for column in ("replica", "alias", "state", "model", "age", "version", "step", "outcome", "error"):
+    pool = _pool_columns(replicas)
+    for column in (
+        "replica",
+        *pool,
+        "alias",
+        "state",
+        "model",
+        "age",
+        "version",
+        "step",
+        "outcome",
+        "error",
+    ):
         table.add_column(column)
     for replica in replicas:
         table.add_row(
             escape(replica.replica),
+            *(_pool(replica) for _ in pool),
             escape(replica.alias),
             _colored(replica.state),
             short(replica.model_version),
@@ -89,7 +103,7 @@ def status_lines(status: ServiceStatus, *, plain: bool) -> Sequence[Table | str]
     if not plain:
         return [replica_table(status.replicas, "replicas"), *lag]
     rows = [
-        f"{escape(r.replica)} {escape(r.alias)} {r.state} model={short(r.model_version)} age={r.age_s:.0f}s "
+        f"{escape(r.replica)} {escape(r.alias)} {r.state} {_pool_word(r)}model={short(r.model_version)} age={r.age_s:.0f}s "
         f"version={'-' if r.version is None else r.version} step={r.step} outcome={r.outcome or '-'}"
         + (f" error={escape(r.error)}" if r.error else "")
         for r in status.replicas
@@ -103,15 +117,17 @@ def model_lines(replicas: Sequence[ReplicaView], *, plain: bool) -> Sequence[Tab
         return ["no live replicas"]
     if plain:
         return [
-            f"{escape(r.replica)} {escape(r.alias)} {r.state} directory={escape(r.path or '-')} model={r.model_version or '-'} "
+            f"{escape(r.replica)} {escape(r.alias)} {r.state} {_pool_word(r)}directory={escape(r.path or '-')} model={r.model_version or '-'} "
             f"version={_or_dash(r.version)} step={r.step} dimensions={_or_dash(r.dimensions)} max_tokens={_or_dash(r.max_tokens)} "
             f"memory={memory(r)}"
             for r in replicas
         ]
     table = Table(title="models", title_justify="left")
+    pool = _pool_columns(replicas)
     for column in (
         *(
             "replica",
+            *pool,
             "alias",
             "state",
             "directory",
@@ -128,6 +144,7 @@ def model_lines(replicas: Sequence[ReplicaView], *, plain: bool) -> Sequence[Tab
         table.add_row(
             *(
                 escape(r.replica),
+                *(_pool(r) for _ in pool),
                 escape(r.alias),
                 _colored(r.state),
                 escape(r.path or "-"),
@@ -143,6 +160,19 @@ def memory(replica: ReplicaView) -> str:
     if replica.memory_used is None or replica.memory_total is None:
         return "-"
     return f"{replica.memory_used / 1e9:.1f}/{replica.memory_total / 1e9:.1f}GB"
+
+
+def _pool_columns(replicas: Iterable[ReplicaView]) -> tuple[str, ...]:
+    """A column for the pools, where there is another one than the default one."""
+    return ("pool",) if any(replica.pool is not None for replica in replicas) else ()
+
+
+def _pool(replica: ReplicaView) -> str:
+    return escape(replica.pool or DEFAULT_POOL)
+
+
+def _pool_word(replica: ReplicaView) -> str:
+    return "" if replica.pool is None else f"pool={escape(replica.pool)} "
 
 
 def _or_dash(value: int | None) -> str:

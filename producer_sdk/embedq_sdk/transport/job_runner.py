@@ -26,12 +26,21 @@ from embedq_sdk.errors import (
     KafkaUnavailable,
     Overloaded,
     TopicMissing,
+    UnknownModel,
     UnreadableReply,
 )
 from embedq_sdk.job_options import JobInputs, JobOptions
 from embedq_sdk.reply_checks import Asked, BadReply, read_checked
 from embedq_sdk.transport.lifetime import Lifetime
-from embedq_sdk.transport.pending_jobs import PendingJob, PendingReplies, retry_pause, settle, worth_retrying
+from embedq_sdk.transport.pending_jobs import (
+    PendingJob,
+    PendingReplies,
+    Route,
+    retry_pause,
+    settle,
+    worth_retrying,
+)
+from embedq_sdk.transport.routing import Router
 from embedq_shared import topics as names
 from embedq_shared.codec import CONTENT_TYPES, Format
 from embedq_shared.headers import Header, reply_partition_bytes
@@ -119,7 +128,7 @@ class JobRunner:
     def __init__(
         self,
         transport: JobTransport,
-        topics: Topics,
+        router: Router,
         in_flight: WeightedSemaphore,
         pause: Callable[[int], float] = retry_pause,
         client: bytes = b"",
@@ -129,7 +138,7 @@ class JobRunner:
         deadline does not say; None: until then."""
         self._transport = transport
         self._client = client
-        self._topics = topics
+        self._router = router
         self.in_flight = in_flight
         """Weighs texts and their bytes; `JobStream` acquires from it text by text."""
         self._pause = pause
@@ -149,12 +158,12 @@ class JobRunner:
             ClientClosed: it was closed while the transport connected.
         """
         self.lifetime.opened()
-        self._reply_headers = _address(self._topics, self._transport)
+        self._reply_headers = _address(self._router.topics, self._transport)
 
     def move(self) -> None:
         """The reply topic is another one than before: what was on its way to the old one will not come, so that all jobs of now
         are sent again, with the new address. What comes twice is counted, and claimed by nobody."""
-        former, self._reply_headers = self._reply_headers, _address(self._topics, self._transport)
+        former, self._reply_headers = self._reply_headers, _address(self._router.topics, self._transport)
         for job in self._replies.jobs():
             job.headers = [*(each for each in job.headers if each not in former), *self._reply_headers]
             if job.retry_timer is None and not job.future.done():  # the others will be sent anyway
@@ -196,6 +205,11 @@ class JobRunner:
 
     # -- jobs of a call -----------------------------------------------------------------------------------------------
 
+    async def ready(self, options: JobOptions, deadline: Deadline) -> None:
+        """Check that the client can be used, and wait until it is known where such jobs go; raises what `run` raises."""
+        self.lifetime.check()
+        await self._router.ready(options.model, deadline.at)
+
     async def run(
         self, inputs: Sequence[JobInputs], options: JobOptions, deadline: Deadline
     ) -> list[FinishedJob]:
@@ -204,11 +218,11 @@ class JobRunner:
         Raises:
             DeadlineExceeded, KafkaUnavailable, Overloaded, UnreadableReply, ClientClosed, WrongEventLoop.
         """
-        self.lifetime.check()
+        await self.ready(options, deadline)
         jobs: list[PendingJob] = []
         try:
             for each in inputs:
-                await self._acquire(len(each.texts), each.size, deadline)
+                await _acquire(self.in_flight, len(each.texts), each.size, deadline)
                 try:
                     jobs.append(self.begin(each, options, deadline))
                 except BaseException:
@@ -270,10 +284,12 @@ class JobRunner:
         loop = asyncio.get_running_loop()
         correlation = self._ids.next()
         texts = inputs.texts
+        route = Route(options.model, options.lane, correlation.hex())
         job = PendingJob(
             loop.create_future(),
-            topic=_lane(self._topics, options),
-            value=options.encode(texts[0] if len(texts) == 1 else texts, correlation.hex()),
+            topic=self._router.topic(route),
+            route=route,
+            value=options.encode(texts[0] if len(texts) == 1 else texts, route.id),
             headers=[
                 (_CORRELATION, correlation),
                 *self._reply_headers,
@@ -321,6 +337,8 @@ class JobRunner:
             return
         if isinstance(outcome, list):
             job.complete(outcome)
+        elif isinstance(outcome, UnknownModel):
+            self._router.try_elsewhere(job, outcome, self._transport.send)
         else:
             job.fail(outcome)
 
@@ -360,16 +378,16 @@ class JobRunner:
             KafkaUnavailable, Overloaded, ClientClosed, WrongEventLoop.
             InvalidArgument: the broker takes no record of this size.
         """
-        self.lifetime.check()
         deadline = Deadline.after(timeout)
+        await self.ready(options, deadline)
         count = 1 if isinstance(texts, str) else len(texts)
-        await self._acquire(count, size, deadline)
+        await _acquire(self.in_flight, count, size, deadline)
         try:
             self.lifetime.check()
             loop = asyncio.get_running_loop()
             job = PendingJob(
                 loop.create_future(),
-                topic=_lane(self._topics, options),
+                topic=self._router.topic(Route(options.model, options.lane, id)),
                 value=options.encode(texts, id, format),
                 headers=[
                     (names.CONTENT_TYPE, CONTENT_TYPES[format].encode()),
@@ -396,15 +414,16 @@ class JobRunner:
     def _expire_submitted(self, job: PendingJob) -> None:
         job.fail(self._transport.unavailable(f"it did not acknowledge the job within {job.timeout:g} s"))
 
-    async def _acquire(self, count: int, size: int, deadline: Deadline) -> None:
-        if self.in_flight.try_acquire(count, size):
-            return
-        try:
-            async with asyncio.timeout_at(deadline.at):
-                await self.in_flight.acquire(count, size)
-        except TimeoutError:
-            texts, held = self.in_flight.held
-            raise Overloaded(texts=texts, size=held, timeout=deadline.timeout) from None
+
+async def _acquire(in_flight: WeightedSemaphore, count: int, size: int, deadline: Deadline) -> None:
+    if in_flight.try_acquire(count, size):
+        return
+    try:
+        async with asyncio.timeout_at(deadline.at):
+            await in_flight.acquire(count, size)
+    except TimeoutError:
+        texts, held = in_flight.held
+        raise Overloaded(texts=texts, size=held, timeout=deadline.timeout) from None
 
 
 def _address(topics: Topics, transport: JobTransport) -> tuple[Header, ...]:
@@ -419,10 +438,6 @@ def _address(topics: Topics, transport: JobTransport) -> tuple[Header, ...]:
 def _send_again(transport: JobTransport, job: PendingJob) -> None:
     job.retry_timer = None
     transport.send(job)
-
-
-def _lane(topics: Topics, options: JobOptions) -> str:
-    return topics.bulk if options.lane == "bulk" else topics.jobs
 
 
 def _overdue(job: PendingJob, transport: JobTransport) -> EmbedError:

@@ -17,6 +17,8 @@ from embedq_shared.kafka import (
     BrokerUnreachable,
     KafkaError,
     KafkaOptions,
+    TopicPartition,
+    WholePartition,
     connect,
     explain,
     is_permanent,
@@ -109,6 +111,13 @@ class KafkaConnection:
             request_timeout_ms=int(timeout_s * 1000),
             **settings,
             **self._options,
+        )
+
+    def whole_partition(self, topic: str, *, poll_ms: int) -> WholePartition:
+        """A topic of one partition, to be read whole and then followed. While nothing is written, a broker answers every `poll_ms`."""
+        settings = {"client_id": "embedq-sdk", "request_timeout_ms": int(REQUEST_TIMEOUT_S * 1000)}
+        return WholePartition(
+            TopicPartition(topic, 0), settings | self._options, poll_ms=poll_ms, fetch_ms=poll_ms
         )
 
     def admin(self) -> AIOKafkaAdminClient:

@@ -14,6 +14,7 @@ from embedq_sdk.transport.job_sender import Sender
 from embedq_sdk.transport.kafka import KafkaConnection
 from embedq_sdk.transport.pending_jobs import PendingJob
 from embedq_sdk.transport.reply_reader import ReplyReader
+from embedq_sdk.transport.routing import ControlReader, Router
 from embedq_shared.topics import Topics
 
 _SILENT_S: Final = 1.2
@@ -24,7 +25,7 @@ _LEAST_CONNECT_S: Final = 0.1
 
 
 class KafkaTransport:
-    """Sends jobs and delivers the records of one reply partition; a `JobTransport`. Three tasks, each with a name.
+    """Sends jobs and delivers the records of one reply partition; a `JobTransport`. Four tasks, each with a name.
 
     Args:
         connection: where Kafka is.
@@ -53,6 +54,10 @@ class KafkaTransport:
         self._instance = (instance or uuid.uuid4().hex).encode()
         self._sender = Sender(connection)
         self._replies = ReplyReader(connection, topics.replies, self._partition_of, deliver, refused, moved)
+        self.router = Router(
+            topics, connection.servers, ControlReader(connection, topics, self._replies.topics)
+        )
+        """Where jobs go."""
         self._broken = broken
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -63,7 +68,8 @@ class KafkaTransport:
             KafkaUnavailable, TopicMissing.
         """
         end = time.monotonic() + timeout
-        await self._replies.open([*self._topics.lanes, self._topics.replies], timeout)
+        names = await self._replies.open([*self._topics.lanes, self._topics.replies], timeout)
+        self.router.see_topics(names)
         try:
             await self._sender.open(max(_LEAST_CONNECT_S, end - time.monotonic()))
         except BaseException:
@@ -73,6 +79,7 @@ class KafkaTransport:
             ("embedq-reply-reader", self._replies.run()),
             ("embedq-job-sender", self._sender.run()),
             ("embedq-reply-topic", self._replies.watch()),
+            ("embedq-control-reader", self.router.run()),
         ):
             task = asyncio.create_task(work, name=name)
             task.add_done_callback(self._task_ended)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Final
+from typing import Final, NamedTuple
 
 from embedq_sdk.embeddings import JobOutcome, PartJoiner, ReadFailure, ReadResult, job_failed
 from embedq_sdk.errors import JobFailed
 from embedq_sdk.reply_checks import Asked, check_whole
 from embedq_shared.backoff import backoff
 from embedq_shared.headers import Header
+from embedq_shared.topics import Lane
 
 FIRST_BACKOFF_S: Final = 0.1
 """An overloaded replica has finished a micro-batch or two by then."""
@@ -20,6 +21,14 @@ LONGEST_BACKOFF_S: Final = 5.0
 def retry_pause(attempt: int) -> float:
     """Seconds to wait before a job is sent again, after attempt number `attempt` (from 0)."""
     return backoff(attempt, first_s=FIRST_BACKOFF_S, longest_s=LONGEST_BACKOFF_S)
+
+
+class Route(NamedTuple):
+    """What decides to which topic a job goes: the alias that it names, if it names one, its lane and its id."""
+
+    model: str | None
+    lane: Lane
+    id: str
 
 
 class PendingJob:
@@ -46,6 +55,7 @@ class PendingJob:
         "joiner",
         "max_attempts",
         "retry_timer",
+        "route",
         "size",
         "timeout",
         "topic",
@@ -67,9 +77,12 @@ class PendingJob:
         awaits_reply: bool = True,
         max_attempts: int | None = None,
         asked: Asked | None = None,
+        route: Route | None = None,
     ) -> None:
         self.future = future
         self.topic = topic
+        self.route = route
+        """Where it may go to; None where its topic is final."""
         self.value = value
         self.headers = headers
         self.correlation = correlation

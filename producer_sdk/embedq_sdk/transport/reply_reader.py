@@ -75,8 +75,8 @@ class ReplyReader:
         a connection."""
         return float("inf") if self._consumer is None else self._silence.at(now)
 
-    async def open(self, topics: list[str], timeout: float) -> None:
-        """Connect, check that `topics` exist, choose the partition and go to its end.
+    async def open(self, topics: list[str], timeout: float) -> set[str]:
+        """Connect, check that `topics` exist, choose the partition and go to its end. Returns the names of all topics.
 
         Raises:
             KafkaUnavailable, TopicMissing.
@@ -85,7 +85,7 @@ class ReplyReader:
         consumer = await self._connect(timeout)
         try:
             left = max(_LEAST_CALL_S, end - time.monotonic())
-            await require_topics(self._connection, consumer, topics, left)
+            names = await require_topics(self._connection, consumer, topics, left)
             self._consumer = consumer
             await self._look(consumer)
             await self._connection.call(
@@ -95,6 +95,17 @@ class ReplyReader:
             self._consumer = None
             await close(consumer)
             raise
+        return names
+
+    async def topics(self) -> set[str]:
+        """The names of all topics.
+
+        Raises:
+            KafkaUnavailable: no broker says them.
+        """
+        if self._consumer is None:
+            raise self._connection.unavailable("listing the topics: not connected")
+        return await require_topics(self._connection, self._consumer, [], _LOOK_S)
 
     async def _go_to_end(self, consumer: AIOKafkaConsumer) -> None:
         self.partition = 0
@@ -175,6 +186,8 @@ class ReplyReader:
                 self._position = record.offset + 1
                 if not isinstance(record, UnreadableRecord):  # the service writes none: it is foreign
                     self._deliver(record)
+            if found:
+                await asyncio.sleep(0)  # who waited for these goes on before the next poll is prepared
 
     async def _reconnect(self) -> AIOKafkaConsumer:
         """A new consumer where the last one was."""

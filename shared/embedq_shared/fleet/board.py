@@ -34,3 +34,7 @@ class StatusBoard:
             (s for s in self._last.values() if is_live(s, now) and alias in (None, s.alias)),
             key=lambda s: (s.replica, s.alias),
         )
+
+    def followers(self, now: float, alias: str, pool: str | None) -> list[Status]:
+        """The statuses of live replicas that follow an alias's commands in a pool, sorted by name."""
+        return [status for status in self.live(now, alias) if status.pool == pool]

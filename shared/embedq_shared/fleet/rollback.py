@@ -30,6 +30,7 @@ def rollback_of(command: Control, reason: str) -> Control | None:
         command_id=command.command_id[:_MOST_ID_CHARS] + _SUFFIX,
         quantization=command.fallback_quantization,
         policy=command.policy,
+        pool=command.pool,
         rollout=None if rollout is None else msgspec.structs.replace(rollout, canary=False, soak_s=None),
         fallback=command.fallback,
         fallback_quantization=command.fallback_quantization,

@@ -84,7 +84,7 @@ def _holds_turn(status: Status) -> bool:
 
 
 class Turns:
-    """The turns of one alias's replicas, as `replica` sees them. `now` is monotonic seconds.
+    """The turns of one alias's replicas in one pool, as `replica` sees them. `now` is monotonic seconds.
 
     Invariants:
         - Of replicas that are heard of, at most `max_unavailable` are in their turn at once, and before the first of them is READY
@@ -94,9 +94,10 @@ class Turns:
         - Silence is measured by our own records, as they come back: where those are missing too, nobody has fallen silent.
     """
 
-    def __init__(self, replica: str, alias: str) -> None:
+    def __init__(self, replica: str, alias: str, pool: str | None = None) -> None:
         self._replica = replica
         self._alias = alias
+        self._pool = pool
         self._heard: dict[str, _Heard] = {}
         self._clock = 0.0
         self._own_at: float | None = None
@@ -110,7 +111,7 @@ class Turns:
 
     def see(self, key: str, status: Status, now: float) -> None:
         """Take a status and its record's key, in the topic's order; our own ones too."""
-        if status.alias != self._alias:
+        if (status.alias, status.pool) != (self._alias, self._pool):
             return
         if status.replica == self._replica:
             if self._own_at is not None:

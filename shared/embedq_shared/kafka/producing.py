@@ -6,6 +6,8 @@ What aiokafka does by itself, and what is done about it here:
   request is answered.
 - While a batch is tried again, its broker gets nothing else for 0.1 s, and until metadata have come. With `retries=False`
   every failure is the caller's at once.
+- It asks who leads a partition now only where it sends again: a producer without retries would be sent away by a former leader
+  until its metadata are five minutes old. Here it asks after each failure that may pass.
 - The broker answers a request when all of its partitions have enough copies, or after the time that the request allows,
   which aiokafka makes as long as the time for a connection that hangs. `ack_timeout_ms` is for the first alone.
 - `send` waits for metadata, and for room in a batch, also while one is tried again, during which nothing else is appended.
@@ -197,7 +199,10 @@ class PartitionwiseProducer(AIOKafkaProducer):
 
     def _may_retry(self, place: TopicPartition, error: Exception) -> bool:
         self._errors[place] = (time.monotonic(), error)
-        return self._retries and place not in self._evicted
+        again = self._retries and place not in self._evicted
+        if not again and getattr(error, "retriable", False):
+            self.client.force_metadata_update()
+        return again
 
 
 class _Sender(PromptSender):

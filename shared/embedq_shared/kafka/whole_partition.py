@@ -32,9 +32,10 @@ class WholePartition:
         options: Mapping[str, Any],
         *,
         poll_ms: int,
+        fetch_ms: int = 100,
         make_consumer: MakeConsumer = BoundedConsumer,
     ) -> None:
-        """`poll_ms`: how long `next` waits for a record at most."""
+        """`poll_ms`: how long `next` waits for a record at most. `fetch_ms`: how often the broker answers while there is none."""
         self._partition = partition
         self._poll_ms = poll_ms
         self._connected = False
@@ -43,7 +44,7 @@ class WholePartition:
             enable_auto_commit=False,
             auto_offset_reset="earliest",
             isolation_level="read_committed",
-            fetch_max_wait_ms=100,
+            fetch_max_wait_ms=fetch_ms,
         )
 
     async def open(self) -> list[Polled]:
@@ -71,6 +72,6 @@ class WholePartition:
         """The records since the last call; waits a moment for one."""
         return list(await poll_partition(self._consumer, self._partition, timeout_ms=self._poll_ms))
 
-    async def close(self) -> str | None:
+    async def close(self, within_s: float = _CLOSE_S) -> str | None:
         """Disconnect; None, or why that took too long."""
-        return await stop_client(self._consumer, _CLOSE_S)
+        return await stop_client(self._consumer, within_s)

@@ -107,9 +107,15 @@ def started(screen: Terminal) -> None:
     assert screen.process.poll() is None, screen.shown()
 
 
-def test_ctrl_c_ends_everything_quietly_with_exit_code_0() -> None:
+def test_the_lines_to_copy_lead_to_embedqs_topics_and_ctrl_c_ends_everything_quietly_with_exit_code_0() -> (
+    None
+):
     with terminal() as screen:
         started(screen)
+        assert f"Apache Kafka {kafka_version()} (embedded process)\n" in screen.shown()
+        assert screen.exported("EMBEDQ_REDIS_URL").startswith("redis://127.0.0.1:")
+        topics = asyncio.run(topics_of(screen.exported("EMBEDQ_KAFKA_SERVERS")))
+        assert {"embed.jobs", "embed.jobs.bulk", "embed.replies", "embed.control"} <= topics
         children = screen.descendants()
         assert len(children) >= 4  # two guardians, Redis, Kafka
         screen.press_ctrl_c()
@@ -140,15 +146,6 @@ def test_ctrl_c_during_the_start_ends_it_too() -> None:
         assert "Press Ctrl-C" not in screen.shown()
 
 
-def test_the_lines_to_copy_lead_to_a_broker_that_has_embedqs_topics() -> None:
-    with terminal() as screen:
-        started(screen)
-        assert f"Apache Kafka {kafka_version()} (embedded process)\n" in screen.shown()
-        assert screen.exported("EMBEDQ_REDIS_URL").startswith("redis://127.0.0.1:")
-        topics = asyncio.run(topics_of(screen.exported("EMBEDQ_KAFKA_SERVERS")))
-        assert {"embed.jobs", "embed.jobs.bulk", "embed.replies", "embed.control"} <= topics
-
-
 def test_the_gateways_address_answers_openais_clients(tmp_path: Path) -> None:
     model = make_tiny_bert(tmp_path / "model")
     with terminal(repr(str(model)), "True", "http_port=0") as screen:
@@ -165,7 +162,9 @@ def test_the_gateways_address_answers_openais_clients(tmp_path: Path) -> None:
             return False
 
         wait_for(answers, within=120, what="a vector over HTTP")
-        upload = httpx.post(f"{url}/files", data={"purpose": "batch"}, files={"file": b"{}"}, timeout=5)
+        upload = httpx.post(
+            f"{url}/files", data={"purpose": "batch"}, files={"file": b"{}"}, timeout=patient(5)
+        )
         assert upload.status_code == 200
         screen.press_ctrl_c()
         assert end_of(screen) == 0

@@ -10,20 +10,25 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import openai
 import pytest
-from openai.types import Batch
 
 from embedq_sdk.dev import DevStack
 from embedq_sdk.embeddings import Vectors
 from embedq_shared.topics import Topics
 from tests.helpers.gateway_process import GatewayProcess, running
+from tests.helpers.lazily import lazily
 from tests.helpers.s3_server import BUCKET, s3_server
 from tests.helpers.service_process import Replica, fresh_prefix, make_topics
 from tests.helpers.support import patient, wait_until
+
+if TYPE_CHECKING:
+    import openai
+    from openai.types import Batch
+else:
+    openai = lazily("openai")
 
 pytestmark = [pytest.mark.kafka, pytest.mark.asyncio(loop_scope="session")]
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
-import openai
 import pytest
 import pytest_asyncio
 
@@ -16,8 +15,14 @@ from embedq_gateway.keys.key_file import KeyEntry, add_key, hash_of, remove_key
 from embedq_sdk.dev import DevStack
 from embedq_shared.topics import Topics
 from tests.helpers.gateway_process import GatewayProcess, running
+from tests.helpers.lazily import lazily
 from tests.helpers.service_process import Replica
 from tests.helpers.support import patient, wait_until
+
+if TYPE_CHECKING:
+    import openai
+else:
+    openai = lazily("openai")
 
 pytestmark = [pytest.mark.kafka, pytest.mark.asyncio(loop_scope="session")]
 

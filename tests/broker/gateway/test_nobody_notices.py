@@ -7,17 +7,22 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import pytest
-from openai import AsyncOpenAI, OpenAIError
 
 from embedq_sdk.dev import DevStack
 from tests.helpers.command_line import run_embedq
 from tests.helpers.gateway_process import GatewayProcess, running
+from tests.helpers.lazily import lazily
 from tests.helpers.service_process import Replica, fresh_prefix, make_topics, replicas
 from tests.helpers.support import patient, wait_until
 from tests.helpers.tiny_models import make_tiny_bert
+
+if TYPE_CHECKING:
+    import openai
+else:
+    openai = lazily("openai")
 
 pytestmark = [pytest.mark.kafka, pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
 
@@ -29,11 +34,11 @@ class Load:
 
     def __init__(self) -> None:
         self.versions: Counter[str] = Counter()
-        self.failed: list[OpenAIError] = []
+        self.failed: list[openai.OpenAIError] = []
         self.in_flight = 0
         self.stopped = False
 
-    async def call_forever(self, client: AsyncOpenAI, name: int) -> None:
+    async def call_forever(self, client: openai.AsyncOpenAI, name: int) -> None:
         number = 0
         while not self.stopped:
             number += 1
@@ -41,7 +46,7 @@ class Load:
             try:
                 found = await client.embeddings.create(model="default", input=f"caller {name}, text {number}")
                 self.versions[(found.model_extra or {})["model_version"]] += 1
-            except OpenAIError as error:
+            except openai.OpenAIError as error:
                 self.failed.append(error)
             finally:
                 self.in_flight -= 1
@@ -58,7 +63,9 @@ class Load:
 async def load_on(gateway: GatewayProcess) -> AsyncIterator[Load]:
     """Two hundred callers. In the end each of them has its last answer."""
     load = Load()
-    client = AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0, timeout=patient(120))
+    client = openai.AsyncOpenAI(
+        base_url=f"{gateway.url}/v1", api_key="none", max_retries=0, timeout=patient(120)
+    )
     async with client, asyncio.timeout(patient(300)), asyncio.TaskGroup() as callers:
         for name in range(IN_FLIGHT):
             callers.create_task(load.call_forever(client, name))

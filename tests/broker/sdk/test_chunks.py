@@ -12,6 +12,7 @@ from embedq_sdk import Chunk, EmbedClient, InvalidArgument, JobFailed, late, mea
 from embedq_shared.messages import Chunking, ErrorBody
 from tests.helpers.fake_service import Answer, Received, expected
 from tests.helpers.responder import Responder
+from tests.helpers.support import patient
 
 Clients = Callable[..., EmbedClient]
 Responders = Callable[..., Responder]
@@ -89,7 +90,7 @@ async def test_a_submitted_jobs_spans_are_on_the_results_topic(
 ) -> None:
     async with responder(), client() as embedq:
         id = await embedq.submit([TEXT, "b"], chunk=late(8), format=format)
-        async for found in embedq.results(from_beginning=True, timeout=20):
+        async for found in embedq.results(from_beginning=True, timeout=patient(20)):
             if found.id == id:
                 break
 

@@ -171,6 +171,9 @@ async def test_a_failed_text_is_told_and_changes_the_exit_code(embedq: Run, resp
         (("split", "ab", "new=0"), "`weights`"),
         (("embed", "x", "--model-version", ""), "`model_version`"),
         (("topics", "create", "--partitions", "0"), "partitions"),
+        (("topics", "create", "--pool", "bulk"), "`pool`"),
+        (("reload", "/m", "--pool", "big"), "`pool`: expected default for the alias default"),
+        (("status", "--pool", "a.b"), "`pool`"),
     ],
 )
 async def test_wrong_usage_is_exit_code_2(embedq: Run, arguments: tuple[str, ...], told: str) -> None:
@@ -219,8 +222,11 @@ async def test_topics_are_created_and_then_exist(embedq: Run) -> None:
 
     first = await embedq(*command, "--partitions", "2")
     second = await embedq(*command, "--partitions", "3")
+    pool = await embedq(*command, "--partitions", "1", "--retry-tiers", "1", "--pool", "big")
 
-    assert first.code == second.code == 0
+    assert first.code == second.code == pool.code == 0
+    names = ("jobs.big", "jobs.big.bulk", "retry.big.1")
+    assert pool.out.splitlines() == [f"{prefix}.{name}: created, 1 partitions" for name in names]
     assert f"{prefix}.jobs: created, 2 partitions" in first.out.splitlines()
     assert f"{prefix}.jobs: exists, 2 partitions" in second.out.splitlines()
     assert f"embedq: warning: {prefix}.jobs has 2 partitions, not 3" in second.err.splitlines()

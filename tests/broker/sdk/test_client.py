@@ -258,7 +258,7 @@ async def test_no_answer_is_a_deadline_exceeded_and_a_late_one_is_only_counted(
     async with responder() as other, client() as embedq:
         other.behave = lambda job: None
         with pytest.raises(DeadlineExceeded, match="the job is in Kafka") as raised:
-            await embedq.embed("x", timeout=1.5)
+            await embedq.embed("x", timeout=patient(1.5))
         late = other.received[0]
         counted = embedq.unclaimed_replies
         await other.send(late, other.good(late))

@@ -18,6 +18,7 @@ from embedq_sdk.admin.topics import create_topics
 from embedq_shared.messages import Control, Rollout
 from embedq_shared.topics import Topics
 from tests.helpers.fake_replica import Replica, failing, failing_in_turn, silent
+from tests.helpers.support import patient
 
 pytestmark = pytest.mark.kafka
 
@@ -31,7 +32,7 @@ def fresh(servers: str) -> str:
 
 
 async def reload(servers: str, prefix: str, path: str = "/models/new", **more: Any) -> list[RolloutUpdate]:
-    return [u async for u in reload_model(servers, path, topic_prefix=prefix, timeout=30, **more)]
+    return [u async for u in reload_model(servers, path, topic_prefix=prefix, timeout=patient(30), **more)]
 
 
 async def test_a_reload_ends_when_every_replica_is_ready(servers: str, fresh: str) -> None:
@@ -95,7 +96,7 @@ async def test_a_rollback_brings_back_what_was_there_before(servers: str, fresh:
             await anext(rollback_model(servers, topic_prefix=fresh))
         await reload(servers, fresh, "/one")
         await reload(servers, fresh, "/two")
-        back = [update async for update in rollback_model(servers, topic_prefix=fresh, timeout=30)]
+        back = [update async for update in rollback_model(servers, topic_prefix=fresh, timeout=patient(30))]
 
     assert back[-1].ok
     assert [(command.path, command.fallback) for command in replica.commands] == [
@@ -117,15 +118,15 @@ async def test_a_command_that_expects_another_one_is_not_written(servers: str, f
 
 async def test_a_stuck_replica_runs_into_the_timeout(servers: str, fresh: str) -> None:
     async with Replica(servers, fresh, "r1"), Replica(servers, fresh, "stuck", silent):
-        updates = [u async for u in reload_model(servers, "/m", topic_prefix=fresh, timeout=2.0)]
+        updates = [u async for u in reload_model(servers, "/m", topic_prefix=fresh, timeout=patient(2.0))]
 
     assert updates[-1].progress == "timeout"
     assert [r.answered for r in updates[-1].replicas] == [True, False]
 
 
 async def test_without_replicas_the_command_is_written_and_said_so(servers: str, fresh: str) -> None:
-    updates = [u async for u in reload_model(servers, "/m", topic_prefix=fresh, timeout=1.0)]
-    later = [u async for u in reload_model(servers, "/m", topic_prefix=fresh, timeout=1.0)]
+    updates = [u async for u in reload_model(servers, "/m", topic_prefix=fresh, timeout=patient(1.0))]
+    later = [u async for u in reload_model(servers, "/m", topic_prefix=fresh, timeout=patient(1.0))]
 
     assert [u.progress for u in updates] == ["running", "no_replicas"]
     assert later[-1].version == 2

@@ -78,8 +78,8 @@ async def test_a_pause_of_kafka_ends_calls_at_their_deadline_and_later_ones_work
         await embedq.embed("before")
         await asyncio.to_thread(own_stack.pause_kafka)
         try:
-            await within(1.5, embedq.embed("x", timeout=1.5))
-            await within(1.5, embedq.submit("x", timeout=1.5))
+            await within(patient(1.5), embedq.embed("x", timeout=patient(1.5)))
+            await within(patient(1.5), embedq.submit("x", timeout=patient(1.5)))
         finally:
             await asyncio.to_thread(own_stack.resume_kafka)
 
@@ -95,7 +95,7 @@ async def test_a_call_with_time_left_survives_a_restart_of_kafka(own_stack: DevS
             waiting = [
                 asyncio.create_task(embedq.embed(f"patient {n}", timeout=patient(60))) for n in range(20)
             ]
-            await within(1.5, embedq.embed("impatient", timeout=1.5))
+            await within(patient(1.5), embedq.embed("impatient", timeout=patient(1.5)))
         finally:
             await asyncio.to_thread(own_stack.start_kafka)
         vectors = await asyncio.gather(*waiting)
@@ -173,7 +173,7 @@ def test_a_program_with_kafka_gone_writes_nothing_by_itself(own_stack: DevStack)
 import asyncio, logging, sys
 from embedq_sdk import EmbedClient, EmbedError
 
-if sys.argv[2:] == ["log"]:
+if sys.argv[3:] == ["log"]:
     logging.basicConfig(level=logging.WARNING)
 
 async def main():
@@ -182,7 +182,7 @@ async def main():
         sys.stdin.readline()
         for _ in range(2):
             try:
-                await client.embed("x", timeout=3)
+                await client.embed("x", timeout=float(sys.argv[2]))
             except EmbedError as error:
                 print(type(error).__name__, flush=True)
 
@@ -191,7 +191,7 @@ asyncio.run(main())
 
     def run(*more: str) -> tuple[str, str]:
         process = subprocess.Popen(
-            [sys.executable, "-c", program, own_stack.kafka_servers, *more],
+            [sys.executable, "-c", program, own_stack.kafka_servers, f"{patient(3):.1f}", *more],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -218,7 +218,7 @@ async def test_a_command_whose_kafka_goes_away_ends_with_its_exit_code(
     texts.write_text("".join(f"text {n}\n" for n in range(5_000)))
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", "from embedq_sdk.cli import main; main()"),
-        *("embed", "--file", str(texts), "--in-flight", "64", "--timeout", "3"),
+        *("embed", "--file", str(texts), "--in-flight", "64", "--timeout", f"{patient(3):.1f}"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=os.environ | {"EMBEDQ_KAFKA_SERVERS": own_stack.kafka_servers},

@@ -21,7 +21,7 @@ from embedq_sdk import (
 from embedq_shared.messages import Datum, ErrorBody
 from tests.helpers.fake_service import NEW, OLD, Answer, Received, changed, expected, rows
 from tests.helpers.responder import Responder
-from tests.helpers.support import wait_until
+from tests.helpers.support import patient, wait_until
 
 pytestmark = pytest.mark.kafka
 
@@ -227,7 +227,7 @@ async def test_a_stream_without_answers_ends_at_each_jobs_deadline(
     async with responder() as other, client() as embedq:
         other.behave = lambda job: None
         with pytest.raises(DeadlineExceeded):
-            async for _ in embedq.stream(["a", "b"], timeout=1.5):
+            async for _ in embedq.stream(["a", "b"], timeout=patient(1.5)):
                 pass
 
         assert embedq.in_flight == 0

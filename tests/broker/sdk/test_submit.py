@@ -14,6 +14,7 @@ from embedq_sdk import EmbedClient, InvalidArgument, UnknownModel
 from embedq_shared.messages import ErrorBody
 from tests.helpers.fake_service import Answer, Received, expected
 from tests.helpers.responder import Responder
+from tests.helpers.support import patient
 
 pytestmark = pytest.mark.kafka
 
@@ -24,7 +25,7 @@ Responders = Callable[..., Responder]
 async def collect(embedq: EmbedClient, ids: set[str], **settings: Any) -> dict[str, Any]:
     """Results by id, until all of `ids` are there."""
     found: dict[str, Any] = {}
-    async with aclosing(embedq.results(timeout=20, **settings)) as results:
+    async with aclosing(embedq.results(timeout=patient(20), **settings)) as results:
         async for result in results:
             assert result.id is not None
             assert result.id not in found, "a repeat"

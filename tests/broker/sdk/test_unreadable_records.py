@@ -26,6 +26,7 @@ from embedq_shared.kafka import (
 from embedq_shared.topics import Topics
 from tests.helpers.command_line import Run
 from tests.helpers.fake_replica import Replica
+from tests.helpers.support import patient
 from tests.helpers.unreadable_records import plain_producer, send_unreadable
 
 pytestmark = pytest.mark.kafka
@@ -46,6 +47,13 @@ def consumer_of(servers: str) -> BoundedConsumer:
     return BoundedConsumer(bootstrap_servers=servers, enable_auto_commit=False, auto_offset_reset="earliest")
 
 
+def good_result(id: str) -> bytes:
+    return (
+        b'{"object":"list","id":"%s","model":"m","model_version":"v","dimensions":2,"dtype":"float32",'
+        b'"data":[{"index":0,"embedding":[1.0,0.0]}]}' % id.encode()
+    )
+
+
 async def write_results(servers: str, topics: Topics) -> tuple[set[str], set[str]]:
     """Results on every partition with unreadable records first, in the middle, next to each other, and last.
 
@@ -58,11 +66,7 @@ async def write_results(servers: str, topics: Topics) -> tuple[set[str], set[str
         async def send_good(partition: int, count: int) -> None:
             for _ in range(count):
                 good.add(id := f"good-{len(good)}")
-                value = (
-                    b'{"object":"list","id":"%s","model":"m","model_version":"v","dimensions":2,"dtype":"float32",'
-                    b'"data":[{"index":0,"embedding":[1.0,0.0]}]}' % id.encode()
-                )
-                await client.send_and_wait(topics.results, value, partition=partition)
+                await client.send_and_wait(topics.results, good_result(id), partition=partition)
 
         async def send_bad(partition: int) -> None:
             offset = await send_unreadable(client, topics.results, partition)
@@ -79,12 +83,13 @@ async def write_results(servers: str, topics: Topics) -> tuple[set[str], set[str
     return good, places
 
 
-async def read(results: EmbedClient, count: int, *, group: str | None = None) -> list[JobResult]:
+async def read(results: EmbedClient, to: int | str, *, group: str | None = None) -> list[JobResult]:
+    """So many results, or those up to this one."""
     found: list[JobResult] = []
-    async with aclosing(results.results(group=group, from_beginning=True, timeout=20)) as read:
+    async with aclosing(results.results(group=group, from_beginning=True, timeout=patient(20))) as read:
         async for result in read:
             found.append(result)
-            if len(found) == count:
+            if to in (len(found), result.id):
                 break
     return found
 
@@ -105,17 +110,20 @@ async def test_a_reader_of_results_gets_all_good_ones_once_and_an_error_for_each
 
 
 async def test_a_group_does_not_meet_an_unreadable_record_again(servers: str, topics: Topics) -> None:
-    async with plain_producer(servers) as producer:
+    group = f"{topics.prefix}-group"
+    async with (
+        plain_producer(servers) as producer,
+        EmbedClient(servers, topic_prefix=topics.prefix) as client,
+    ):
         await send_unreadable(producer, topics.results)
-    async with EmbedClient(servers, topic_prefix=topics.prefix) as client:
-        group = f"{topics.prefix}-group"
-        async with aclosing(client.results(group=group, timeout=3)) as results:
-            first = [result async for result in results]
-        async with aclosing(client.results(group=group, timeout=3)) as results:
-            second = [result async for result in results]
+        await producer.send_and_wait(topics.results, good_result("one"), partition=0)
+        first = await read(client, 2, group=group)
+        await producer.send_and_wait(topics.results, good_result("two"), partition=0)
+        second = await read(client, "two", group=group)
 
-    assert [type(result.error) for result in first] == [UnreadableReply]
-    assert second == []
+    assert [type(result.error) for result in first] == [UnreadableReply, type(None)]
+    # The result at which the first reader stopped was not taken back yet.
+    assert [(result.id, result.error) for result in second if result.id != "one"] == [("two", None)]
 
 
 async def test_status_and_reload_work_with_unreadable_records_on_both_topics(
@@ -133,7 +141,9 @@ async def test_status_and_reload_work_with_unreadable_records_on_both_topics(
             shown = await embedq("status", "--prefix", topics.prefix)
             updates = [
                 update
-                async for update in reload_model(servers, "/new", topic_prefix=topics.prefix, timeout=30)
+                async for update in reload_model(
+                    servers, "/new", topic_prefix=topics.prefix, timeout=patient(30)
+                )
             ]
             again = await embedq("reload", "/newer", "--prefix", topics.prefix)
 

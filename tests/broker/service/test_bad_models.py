@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,7 +13,8 @@ import pytest
 from embedq_sdk.dev import DevStack
 from tests.broker.service.test_reload import command, outcomes
 from tests.helpers.bad_models import HARMS, copied, panicking_tokenizer, pipe
-from tests.helpers.delivery import load, short_job, until_it_logged
+from tests.helpers.delivery import until_it_logged
+from tests.helpers.neighbors import assert_served, neighbors
 from tests.helpers.service_process import Replica, fresh_prefix, make_topics, producer, reader, replicas
 from tests.helpers.support import patient, wait_until
 
@@ -29,11 +32,12 @@ def marked(models: Path, to: Path, mark: str) -> Path:
 
 def begun(model: Path) -> int:
     """How many loads of this directory have begun to hang."""
-    return len((model / "hangs").read_bytes())
+    file = model.with_suffix(".begun")
+    return file.stat().st_size if file.exists() else 0
 
 
 async def test_every_directory_that_would_harm_is_refused_with_its_reason_while_jobs_are_answered(
-    stack: DevStack, models: Path, tmp_path: Path
+    stack: DevStack, models: Path, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     root = tmp_path / "models"
     copied(models / "a", root / "a")
@@ -44,19 +48,19 @@ async def test_every_directory_that_would_harm_is_refused_with_its_reason_while_
     async with (
         replicas(replica),
         producer(stack) as client,
-        reader(stack, topics.results) as results,
         reader(stack, topics.status) as status,
-        load(stack, topics.jobs, results, window=16, make=short_job) as jobs,
+        neighbors(stack, topics) as others,
     ):
+        since = time.monotonic()
         for version, (name, harm) in enumerate(HARMS.items(), 1):
             sent = await command(client, topics, version, name)
             [outcome] = await outcomes(status, sent, 1)
             assert outcome["state"] == "FAILED", name
             assert harm.told in outcome["error"], (name, outcome["error"])
-            await jobs.progress(5)
+            await others.progress(10)
         assert replica.returncode is None
-    assert set(jobs.answered.counts()) == set(jobs.ids)
-    assert jobs.answered.duplicates() == 0
+    assert_served(others, since, record_property)
+    assert others.repeats == 0
 
 
 @pytest.mark.parametrize("name", ["panic", "pipe-as-weights", "endless-link"])
@@ -96,7 +100,7 @@ async def test_a_configured_directory_that_would_harm_ends_the_start_with_one_li
 
 
 async def test_a_load_that_hangs_is_given_up_the_old_model_serves_and_sigterm_ends_the_process(
-    stack: DevStack, models: Path, tmp_path: Path
+    stack: DevStack, models: Path, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     root = tmp_path / "models"
     copied(models / "a", root / "a")
@@ -111,27 +115,33 @@ async def test_a_load_that_hangs_is_given_up_the_old_model_serves_and_sigterm_en
         drain_timeout_s=5,
         **BAD_LOADS,
     )
+
+    def second_load() -> bool:
+        refused = [event["reason"] for event in replica.events() if event["event"] == "reload_failed"]
+        assert len(refused) == 1, refused
+        return begun(root / "stuck") == 2
+
     async with (
         replicas(replica),
         producer(stack) as client,
-        reader(stack, topics.results) as results,
         reader(stack, topics.status) as status,
     ):
-        async with load(stack, topics.jobs, results, window=16, make=short_job) as jobs:
+        async with neighbors(stack, topics, rate=20) as others:
+            since = time.monotonic()
             sent = await command(client, topics, 1, "stuck")
             await until_it_logged(replica, "load_left_behind")
             [outcome] = await outcomes(status, sent, 1)
             assert outcome["state"] == "FAILED"
             assert "load: it did not end within" in outcome["error"]
-            await jobs.progress(20)
             await command(client, topics, 2, "stuck")
-            await wait_until(lambda: begun(root / "stuck") == 2, what="a second load")
-            await jobs.progress(20)
+            await wait_until(second_load, what="a second load")
+            await others.progress(20)
         replica.kill(signal.SIGTERM)
         assert await replica.ended(within=5 + 15) == 0
         [left] = [event for event in replica.events() if event["event"] == "threads_left_behind"]
         assert left["threads"] == ["load_0", "load_0"]
-    assert jobs.answered.duplicates() == 0
+    assert_served(others, since, record_property)
+    assert others.repeats == 0
 
 
 async def test_told_to_stop_while_its_first_load_hangs_it_leaves(

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from aiokafka import ConsumerRecord
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from embedq_sdk.dev import DevStack
 from embedq_shared.headers import value_of
 from embedq_shared.topics import Topics
 from tests.helpers.delivery import Answered, short_job, until_committed
+from tests.helpers.neighbors import assert_served, neighbors
 from tests.helpers.service_process import (
     Reader,
     Replica,
@@ -53,14 +54,14 @@ async def send(
         await asyncio.gather(*sent)
 
 
-async def letter(letters: Reader) -> ConsumerRecord:
-    """The one dead letter."""
-    [found] = await letters.until(1)
-    return found
+async def guilty_ones(results: Reader) -> list[dict[str, Any]]:
+    """The results of the jobs that name the address."""
+    found = [json.loads(record.value) for record in await results.all()]
+    return [result for result in found if result["id"].startswith("guilty")]
 
 
 async def test_an_address_that_refuses_our_records_costs_its_own_jobs_alone(
-    stack: DevStack, models: Path, tmp_path: Path
+    stack: DevStack, models: Path, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     strict = f"{fresh_prefix()}.strict"
     topics = await make_topics(stack, fresh_prefix())
@@ -69,22 +70,41 @@ async def test_an_address_that_refuses_our_records_costs_its_own_jobs_alone(
             [NewTopic(strict, 1, 1, topic_configs={"message.timestamp.before.max.ms": "0"})]
         )
     replica = Replica(stack, topics, models / "a", tmp_path / "log", reply_topics="*")
-    async with replicas(replica), reader(stack, topics.results) as results:
-        before = [short_job(number) for number in range(100)]
-        after = [short_job(number) for number in range(100, 200)]
-        guilty = {"id": "guilty", "input": "a text", "dimensions": 32}
-        await send(stack, topics, before)
-        await send(stack, topics, [guilty], reply_topic=strict)
-        await send(stack, topics, after)
-        answered = Answered(results)
-        await answered.until([job["id"] for job in (*before, guilty, *after)])
-        [error] = [result for result in answered.results if result["id"] == "guilty"]
-        assert error["error"]["code"] == "invalid_header"
-        async with reader(stack, topics.dead_letters) as letters:
-            found = await letter(letters)
-        assert b"INVALID_TIMESTAMP" in (value_of(found.headers, "embedq-error-message") or b"")
+    guilty: list[dict[str, Any]] = [
+        {"id": f"guilty-{number}", "input": f"a text {number}", "dimensions": 32} for number in range(10)
+    ]
+    async with (
+        replicas(replica),
+        reader(stack, topics.results) as results,
+        reader(stack, topics.dead_letters) as letters,
+        reader(stack, strict) as taken,
+    ):
+        async with neighbors(stack, topics, rate=100) as others:
+            await others.progress(50)
+            begun = time.monotonic()
+            for job in guilty:
+                await send(stack, topics, [job], reply_topic=strict)
+                await others.progress(10)
+
+            async def all_settled() -> bool:
+                """What is written within its millisecond is not too old for the topic: that one is answered there."""
+                refused = [result["error"] for result in await guilty_ones(results)]
+                assert {error["code"] for error in refused} <= {"invalid_header"}
+                return len(refused) + len(await taken.all()) == len(guilty)
+
+            await wait_until(all_settled, what="an end of each of these jobs")
+        refused = {result["id"] for result in await guilty_ones(results)}
+        assert len(refused) >= len(guilty) / 2
+        found = await letters.until(len(refused))
+        assert {json.loads(letter.value)["id"] for letter in found} == refused
+        assert {value_of(letter.headers, "reply-topic") for letter in found} == {strict.encode()}
+        for reason in [value_of(letter.headers, "embedq-error-message") or b"" for letter in found]:
+            assert reason.startswith(b"header `reply-topic`: expected a topic that takes results")
+            assert b"INVALID_TIMESTAMP" in reason
         await until_committed(stack, topics)
         assert await replica.stop() == 0
+    assert_served(others, begun, record_property)
+    assert others.repeats == 0
     assert not {"producer_replaced", "failed"} & {event["event"] for event in replica.events()}
 
 

@@ -97,12 +97,15 @@ async def test_no_replica_outlives_a_command_that_is_killed(
 ) -> None:
     topics = await make_topics(stack, fresh_prefix())
     command = Command(stack, topics, models / "a", tmp_path / "log", devices="cpu,cpu")
-    async with replicas(command):
+    await command.start(ready=False)
+    try:
+        await wait_until(lambda: len(command.children) == 2, within=60, what="two replicas")
         pids = list(command.children.values())
         assert all(map(running, pids))
+    finally:
         command.kill()
         await command.ended()
-        await wait_until(lambda: not any(map(running, pids)), what="the end of both replicas")
+    await wait_until(lambda: not any(map(running, pids)), what="the end of both replicas")
 
 
 async def test_a_command_told_twice_ends_at_once_with_all_its_replicas(

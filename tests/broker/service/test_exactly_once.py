@@ -18,7 +18,14 @@ from embedq_consumer.exactly_once import transactional_producers
 from embedq_consumer.exactly_once.transactions import Parcel
 from embedq_sdk.dev import DevStack
 from embedq_shared.headers import value_of
-from embedq_shared.kafka import FencedMember, MemberFenced, Membership, OffsetAndMetadata, TopicPartition
+from embedq_shared.kafka import (
+    FencedMember,
+    KafkaError,
+    MemberFenced,
+    Membership,
+    OffsetAndMetadata,
+    TopicPartition,
+)
 from tests.helpers.delivery import Answered, long_job, preload, short_job, until_committed, until_it_logged
 from tests.helpers.service_process import (
     Replica,
@@ -120,7 +127,10 @@ async def test_an_address_that_refuses_its_result_costs_no_other_job_its_answer(
 async def test_what_a_fenced_transaction_sent_is_never_seen(stack: DevStack) -> None:
     topics = await make_topics(stack, fresh_prefix(), partitions=1)
     make = transactional_producers(
-        {"bootstrap_servers": stack.kafka_servers}, topics.prefix, timeout_ms=15_000, max_bytes=1_000_000
+        {"bootstrap_servers": stack.kafka_servers},
+        topics.prefix,
+        timeout_ms=int(patient(15_000)),
+        max_bytes=1_000_000,
     )
     nobody = FencedMember(group=topics.prefix, membership=Membership("nobody", 7))
     offsets = {TopicPartition(topics.bulk, 0): OffsetAndMetadata(1, "")}
@@ -140,6 +150,38 @@ async def test_what_a_fenced_transaction_sent_is_never_seen(stack: DevStack) -> 
         await producer.abandon()
     async with reader(stack, topics.results, committed=True) as results:
         assert [record.value for record in await results.all()] == [b"third"]
+
+
+@pytest.mark.slow
+async def test_a_transaction_that_hangs_holds_its_readers_up_until_the_brokers_end_it_and_no_longer(
+    stack: DevStack,
+) -> None:
+    """Its producer lives, and could go on: what it sent is never seen, and it cannot commit any more."""
+    topics = await make_topics(stack, fresh_prefix(), partitions=1)
+    options = {"bootstrap_servers": stack.kafka_servers}
+    hung, other = (
+        transactional_producers(options, f"{topics.prefix}.{name}", timeout_ms=1_000, max_bytes=1_000_000)()
+        for name in ("hung", "other")
+    )
+    try:
+        for one, value in ((hung, b"hung"), (other, b"other")):
+            await one.start()
+            await one.begin()
+            assert await one.send([_result(topics.results, value)], patient(10)) == [None]
+        await other.commit()
+        async with (
+            reader(stack, topics.results) as all_results,
+            reader(stack, topics.results, committed=True) as committed,
+        ):
+            assert [record.value for record in await all_results.until(2)] == [b"hung", b"other"]
+            # They look every 10 s for transactions whose time is over.
+            assert [record.value for record in await committed.until(1)] == [b"other"]
+            with pytest.raises(KafkaError):
+                await hung.commit()
+            assert [record.value for record in await committed.all()] == [b"other"]
+    finally:
+        await hung.abandon()
+        await other.abandon()
 
 
 def _result(topic: str, value: bytes) -> Parcel:

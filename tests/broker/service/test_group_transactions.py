@@ -31,9 +31,9 @@ async def _producer(stack: DevStack, name: str) -> AsyncIterator[FencedProducer]
     producer = FencedProducer(
         bootstrap_servers=stack.kafka_servers,
         retries=True,
-        ack_timeout_ms=3_000,
+        ack_timeout_ms=int(patient(3_000)),
         transactional_id=name,
-        transaction_timeout_ms=10_000,
+        transaction_timeout_ms=int(patient(10_000)),
     )
     await producer.start()
     try:
@@ -170,8 +170,8 @@ async def test_a_member_whose_heartbeat_hears_first_that_it_left_does_not_join_a
         group=f"{topics.prefix}.g",
         client_id="leaver",
         static=False,
-        session_timeout_ms=10_000,
-        rebalance_timeout_ms=10_000,
+        session_timeout_ms=int(patient(10_000)),
+        rebalance_timeout_ms=int(patient(10_000)),
         heartbeat_ms=20,
     )
     member, told = GroupMember({"bootstrap_servers": stack.kafka_servers}, options), _Told()

@@ -19,7 +19,7 @@ from embedq_sdk.dev import DevStack
 from embedq_shared.topics import Topics
 from tests.helpers.delivery import preload
 from tests.helpers.service_process import fresh_prefix, make_topics
-from tests.helpers.support import wait_until
+from tests.helpers.support import patient, wait_until
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(120)]
 
@@ -42,8 +42,8 @@ class Taken:
             max_poll_records=10,
             max_uncommitted=2048,
             commit_interval_s=0.5,
-            session_timeout_ms=6000,
-            rebalance_timeout_ms=20_000,
+            session_timeout_ms=int(patient(6_000)),
+            rebalance_timeout_ms=int(patient(20_000)),
             stuck_after_s=60.0,
             stuck_limit_s=600.0,
         )
@@ -62,7 +62,7 @@ class Taken:
         committing = asyncio.create_task(self._intake.commit_forever())
         try:
             await wait_until(lambda: len(self.records) >= count, what=f"{count} records")
-            assert await self._intake.stop(within=10)
+            assert await self._intake.stop(within=patient(10))
             await polling
         finally:
             for task in (polling, committing):

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from aiokafka import ConsumerRecord
 from aiokafka.admin import NewTopic
 from aiokafka.admin.client import AIOKafkaAdminClient
 
 from embedq_shared.headers import value_of
 from tests.helpers.cluster import Cluster
-from tests.helpers.delivery import load, until_committed
+from tests.helpers.delivery import until_committed
+from tests.helpers.neighbors import assert_served, neighbors
 from tests.helpers.service_process import Replica, fresh_prefix, make_topics, producer, reader, replicas
-from tests.helpers.support import patient
 
 pytestmark = [pytest.mark.kafka, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -31,7 +31,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 async def test_a_reply_topic_without_a_leader_costs_its_own_jobs_alone(
-    cluster: Cluster, models: Path, tmp_path: Path
+    cluster: Cluster, models: Path, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     topics = await make_topics(cluster, fresh_prefix(), copies=3)
     lonely = f"{fresh_prefix()}.lonely"
@@ -44,14 +44,14 @@ async def test_a_reply_topic_without_a_leader_costs_its_own_jobs_alone(
     replica = Replica(cluster, topics, models / "a", tmp_path / "log", reply_timeout_s=8, reply_topics="*")
     async with replicas(replica):
         async with (
-            reader(cluster, topics.results) as results,
             reader(cluster, topics.dead_letters) as letters,
-            load(cluster, topics.jobs, results, window=8) as jobs,
+            neighbors(cluster, topics) as others,
         ):
-            await jobs.progress(50)
+            await others.progress(50)
             await asyncio.to_thread(cluster.stop_kafka, LOST, kill=True)
-            await jobs.progress(200)  # what it led has other leaders now
-            before = len(jobs.ids)
+            await others.progress(200)
+            await others.catch_up()  # what it led has other leaders now
+            begun = time.monotonic()
             async with producer(cluster) as client:
                 for number in range(20):
                     await client.send_and_wait(
@@ -60,10 +60,7 @@ async def test_a_reply_topic_without_a_leader_costs_its_own_jobs_alone(
                         headers=[("reply-topic", lonely.encode())],
                     )
             found = await letters.until(20)
-            await jobs.progress(20)
-            during = set(jobs.ids[before:])
-        async with reader(cluster, topics.jobs) as records:
-            polled = [record for record in await records.all() if record.key is not None]
+            await others.progress(20)
         await until_committed(cluster, topics)
         assert replica.returncode is None
         assert await replica.stop() == 0
@@ -72,14 +69,4 @@ async def test_a_reply_topic_without_a_leader_costs_its_own_jobs_alone(
     assert all(b"LEADER_NOT_AVAILABLE" in (reason or b"") for reason in reasons), reasons
     codes = {value_of(letter.headers, "embedq-error-code") for letter in found}
     assert codes == {b"undeliverable"}
-    sent = {job.key.decode(): job.timestamp for job in polled}
-    took = sorted(
-        (record.timestamp - sent[_id(record)]) / 1000 for record in results.records if _id(record) in during
-    )
-    assert len(took) > 50
-    assert took[int(len(took) * 0.99)] < patient(1.0)
-
-
-def _id(record: ConsumerRecord) -> str:
-    found: str = json.loads(record.value)["id"]
-    return found
+    assert_served(others, begun, record_property)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import pytest
 
 from embedq_sdk.dev import DevStack
 from tests.helpers.delivery import load, until_committed
+from tests.helpers.hostile_redis import HOSTILE, hostile_redis
+from tests.helpers.neighbors import assert_served, neighbors
 from tests.helpers.service_process import Replica, fresh_prefix, make_topics, reader, replicas
+from tests.helpers.support import wait_until
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(180)]
 
@@ -81,3 +85,32 @@ async def test_a_replica_that_starts_without_redis_serves_and_uses_it_once_it_is
         await asyncio.to_thread(own_redis.start_redis)
         while hits(jobs.answered.results) == 0:
             await jobs.progress(20)
+
+
+async def test_a_redis_that_answers_what_no_redis_does_costs_nobody_a_job_or_a_wait(
+    stack: DevStack, models: Path, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    left = ["integers", "nested", "deep", "huge value", "endless line"]
+    told: list[str] = []
+
+    def next_answer(keys: int) -> bytes:
+        told.append(left.pop(0) if left else told[-1])
+        return HOSTILE[told[-1]](keys)
+
+    topics = await make_topics(stack, fresh_prefix())
+    async with hostile_redis() as hostile:
+        replica = Replica(stack, topics, models / "a", tmp_path / "log")
+        async with replicas(replica.in_environment({"EMBEDQ_REDIS_URL": hostile.url})):
+            async with neighbors(stack, topics) as others:
+                await others.progress(20)
+                begun = time.monotonic()
+                hostile.answer = next_answer
+                await wait_until(lambda: not left, what="an answer of each kind")
+                await others.progress(100)
+            metrics = await replica.metrics()
+            assert await replica.stop() == 0
+    assert (
+        sum(value for name, value in metrics.items() if name.startswith("embedq_cache_failures_total")) >= 5
+    )
+    assert_served(others, begun, record_property)
+    assert others.repeats == 0

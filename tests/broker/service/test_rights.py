@@ -21,7 +21,7 @@ from tests.helpers.command_line import run_embedq
 from tests.helpers.rights import Right, grant, rights
 from tests.helpers.secured_kafka import SecuredKafka, secured_kafka
 from tests.helpers.service_process import Replica, replicas
-from tests.helpers.support import wait_until
+from tests.helpers.support import patient, wait_until
 
 pytestmark = pytest.mark.kafka
 
@@ -65,7 +65,7 @@ def replica_of(kafka: SecuredKafka, model: Path, log: Path, user: str, **setting
 @asynccontextmanager
 async def plain(kafka: SecuredKafka, user: str) -> AsyncIterator[AIOKafkaProducer]:
     options = KafkaOptions(servers=kafka.sasl_tls, **kafka.security(user)).client_options()
-    client = AIOKafkaProducer(**options, request_timeout_ms=5_000)
+    client = AIOKafkaProducer(**options, request_timeout_ms=int(patient(5_000)))
     await client.start()
     try:
         yield client

@@ -215,6 +215,11 @@ def refusals(kafka: SecuredKafka) -> dict[str, tuple[str, dict[str, Any], str]]:
             "refuses user alice or the password",
         ),
         "user": (kafka.sasl_tls, kafka.security("nobody"), "refuses user nobody or the password"),
+        "mechanism": (
+            kafka.sasl,
+            kafka.security(mechanism="SCRAM-SHA-256", security_protocol="SASL_PLAINTEXT", ssl_cafile=None),
+            "does not know the SASL mechanism SCRAM-SHA-256; it offers PLAIN, SCRAM-SHA-512",
+        ),
         "token": (
             kafka.sasl_tls,
             kafka.security(**token, sasl_oauth_token_provider=Token("no token")),
@@ -267,6 +272,7 @@ REFUSALS: Final = (
         "password of PLAIN",
         "password of SCRAM",
         "user",
+        "mechanism",
         "token",
         "token of yesterday",
         "token for somebody else",

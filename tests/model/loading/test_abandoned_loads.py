@@ -44,7 +44,6 @@ def collector_off() -> Iterator[None]:
     gc.disable()
     gc.freeze()  # what the libraries and other tests hold is then not looked through for each load
     yield
-    gc.unfreeze()
     gc.enable()
 
 

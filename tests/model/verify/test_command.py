@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from embedq_consumer.engine import DeviceLost, OutOfMemory
+from embedq_consumer.engine import DeviceLost, Encoder, OutOfMemory, load_encoder
 from embedq_consumer.verify import comparison as module
 from embedq_consumer.verify.command import verify
 from embedq_consumer.verify.sample_texts import sample_texts
@@ -54,6 +55,28 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_qwen3(tmp_path_factory.mktemp("models") / "qwen3")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded_once() -> Iterator[None]:
+    """A directory's model is the same each time; loading it takes longer than all that is done with it here."""
+    kept: dict[Path, Encoder] = {}
+    closes: list[Callable[[], None]] = []
+
+    def load(path: Path, **options: Any) -> Encoder:
+        if options["quantization"] != "none" or options["keep_bf16"]:
+            return load_encoder(path, **options)
+        if path not in kept:
+            kept[path] = encoder = load_encoder(path, **options)
+            closes.append(encoder.close)
+            patch.setattr(encoder, "close", lambda: None)
+        return kept[path]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "load_encoder", load)
+        yield
+    for close in closes:
+        close()
 
 
 def perturbed(model: Path, path: Path, noise: float) -> Path:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +17,7 @@ from click.testing import CliRunner, Result
 from embedq_consumer.engine import Text, Tokens, load_encoder
 from embedq_consumer.lifecycle.gates.checks import ModelRejected
 from embedq_consumer.lifecycle.gates.golden import check_golden, read_golden
+from embedq_consumer.verify import golden_vectors
 from embedq_sdk.cli.commands import cli
 from embedq_sdk.cli.golden.texts import BUILT_IN
 from embedq_shared.golden import Golden
@@ -23,6 +29,34 @@ def run(*arguments: object) -> Result:
     result = CliRunner(env={"EMBEDQ_KAFKA_SERVERS": ""}).invoke(cli, ["golden", *map(str, arguments)])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result
+
+
+class Here:
+    """In place of the process of `golden_vectors`: what it would do, in this one, which has the libraries already."""
+
+    def __init__(self, model: str, patch: pytest.MonkeyPatch) -> None:
+        self._model = model
+        self._patch = patch
+        self.returncode = -1
+
+    async def communicate(self, asked: bytes) -> tuple[bytes, bytes]:
+        output, errors = io.TextIOWrapper(io.BytesIO()), io.StringIO()
+        with self._patch.context() as patch:
+            streams = {"stdin": io.TextIOWrapper(io.BytesIO(asked)), "stdout": output, "stderr": errors}
+            patch.setattr(golden_vectors, "sys", SimpleNamespace(**streams))
+            self.returncode = await asyncio.to_thread(golden_vectors.main, Path(self._model))
+        return output.buffer.getvalue(), errors.getvalue().encode()
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From the call on, directories are loaded by `Here`: libraries take seconds to import, in each process."""
+
+    async def start(python: str, option: str, program: str, model: str, **_: object) -> Here:
+        assert (python, option, program) == (sys.executable, "-m", golden_vectors.__name__)
+        return Here(model, monkeypatch)
+
+    return lambda: monkeypatch.setattr(asyncio, "create_subprocess_exec", start)
 
 
 def vectors_of(model: Path, golden: Golden) -> np.ndarray:
@@ -39,7 +73,9 @@ def vectors_of(model: Path, golden: Golden) -> np.ndarray:
     return vectors
 
 
-def test_what_is_written_of_a_directory_is_what_a_reload_checks(tmp_path: Path) -> None:
+def test_what_is_written_of_a_directory_is_what_a_reload_checks(
+    tmp_path: Path, here: Callable[[], None]
+) -> None:
     model = make_tiny_bert(tmp_path / "models" / "one", seed=1, hidden=64)
     wrote = run("write", "--from", model, "--device", "cpu")
     assert (wrote.exit_code, f"{len(BUILT_IN)} texts, 64 numbers each, of sha256:" in wrote.stdout) == (
@@ -50,6 +86,7 @@ def test_what_is_written_of_a_directory_is_what_a_reload_checks(tmp_path: Path) 
     check_golden(stored, vectors_of(model, stored), min_cosine=0.9999)
     assert [each.text for each in stored.texts] == list(BUILT_IN)
 
+    here()
     same = run("check", model / GOLDEN_FILE, "--from", model, "--device", "cpu", "--min-cosine", "0.9999")
     assert (same.exit_code, "lowest cosine 1.000000" in same.stdout) == (0, True)
     other = make_tiny_bert(tmp_path / "models" / "other", seed=2, hidden=64)
@@ -63,7 +100,10 @@ def test_what_is_written_of_a_directory_is_what_a_reload_checks(tmp_path: Path) 
     assert (again.exit_code, "--force overwrites it" in again.stderr) == (2, True)
 
 
-def test_texts_of_ones_own_with_a_type_a_threshold_and_a_cut(tmp_path: Path) -> None:
+def test_texts_of_ones_own_with_a_type_a_threshold_and_a_cut(
+    tmp_path: Path, here: Callable[[], None]
+) -> None:
+    here()
     texts, file = tmp_path / "texts.jsonl", tmp_path / "golden.json"
     texts.write_text('{"text": "one"}\n{"text": ""}\n{"text": "two"}\n')
     options = ("--texts", texts, "--query", "--dimensions", 32, "--min-cosine", 0.9, "--out", file)
@@ -87,8 +127,13 @@ def test_texts_of_ones_own_with_a_type_a_threshold_and_a_cut(tmp_path: Path) -> 
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], reason: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    here: Callable[[], None],
+    arguments: tuple[str, ...],
+    reason: str,
 ) -> None:
+    here()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "texts.txt").write_text("a text\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,20 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedq_batch import Columns, VectorBatch
-from embedq_batch.content.rows import RowId
+from embedq_batch.command import run as run_command
+from embedq_batch.content.rows import RowBatch, RowId
 from embedq_batch.errors import BadTarget, ModelChanged, OtherRun, RowsRefused, TargetAway, TooManyFailures
 from embedq_batch.manifest.place import MANIFEST
 from embedq_batch.manifest.store import glance
 from embedq_batch.sinks.finals import ParquetFile
 from embedq_batch.sinks.parts import PartsSink
-from embedq_sdk import InvalidArgument, UnknownModel, late
+from embedq_batch.sources.parquet import ParquetSource
+from embedq_batch.sources.source import Since
+from embedq_sdk import InvalidArgument, UnknownModel, UnknownModelVersion, late
 from embedq_sdk.job_options import JobOptions
 from embedq_shared.messages import Datum, ErrorBody
-from tests.helpers.batch_runs import a_table, assert_vectors, run, vectors_in
+from tests.helpers.batch_runs import TEXTS as TEXTS_ALONE
+from tests.helpers.batch_runs import a_table, assert_vectors, invoked, run, vectors_in
 from tests.helpers.fake_service import NEW, OLD, Answer, FakeService, Received, changed, expected
 from tests.helpers.support import wait_until
 
@@ -363,6 +367,95 @@ async def test_an_alias_that_is_not_served_ends_the_run_at_once(tmp_path: Path) 
             a_table(tmp_path / "in.parquet", TEXTS), str(tmp_path / "o.parquet"), FakeService(behave=unknown)
         )
     assert not (tmp_path / "o.parquet").exists()
+
+
+async def test_a_run_that_asks_for_a_version_stops_where_another_one_answers_and_goes_on_once_it_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("embedq_batch.running.runner._WRITE_ROWS", 40)
+    source, out = a_table(tmp_path / "in.parquet", TEXTS), tmp_path / "o.parquet"
+    service = pinned(until=200)
+    asked: dict[str, Any] = {
+        "job": JobOptions(lane="bulk", model_version=OLD),
+        "job_texts": 16,
+        "in_flight": 32,
+    }
+
+    with pytest.raises(UnknownModelVersion):
+        await run(source, str(out), service, **asked)
+    assert not out.exists()
+    _, _, stopped = await asyncio.to_thread(glance, tmp_path / "o.parquet.embedq" / MANIFEST)
+    assert stopped.versions.keys() == {OLD}
+    assert 0 < stopped.done < 500
+
+    done = await run(source, str(out), pinned(), **asked)
+    assert (done.rows, done.skipped, done.failed) == (500, stopped.done, 0)
+    assert_vectors(out, ALL, OLD)
+
+    # The version is not a part of the run: without it the same run takes whichever there is.
+    done = await run(source, str(out), FakeService(version=NEW), only_changed=True)
+    assert done.model_version == NEW
+    assert_vectors(out, ALL, NEW)
+
+
+def pinned(until: int = 1_000_000) -> FakeService:
+    """A service that answers jobs which ask for its version, or for none; after so many texts its version is another one."""
+    left = until
+
+    def behave(job: Received) -> list[Answer]:
+        nonlocal left
+        left -= len(job.texts)
+        service.version = OLD if left > 0 else NEW
+        if job.job.model_version in (None, service.version):
+            return [service.good(job)]
+        return [
+            FakeService.failure(job, ErrorBody.of("unknown_model_version", "it has another one", "model"))
+        ]
+
+    service = FakeService(behave=behave)
+    return service
+
+
+def test_the_command_takes_the_version_that_must_answer(tmp_path: Path) -> None:
+    source, out = a_table(tmp_path / "in.parquet", TEXTS), tmp_path / "o.parquet"
+    typed = ("--from", source, "--to", str(out), "--model-version")
+
+    refused = invoked(run_command, *typed, NEW, service=pinned())
+    done = invoked(run_command, *typed, OLD, service=pinned())
+
+    assert (refused.exit_code, done.exit_code) == (1, 0)
+    assert "unknown_model_version: it has another one" in refused.output
+    assert_vectors(out, ALL, OLD)
+
+
+class Topic(ParquetSource):
+    """A source that is read from somewhere on; it notes from where."""
+
+    def __init__(self, path: str, since: Since | None) -> None:
+        super().__init__([path], TEXTS_ALONE)
+        self.since = since
+        self.begun: list[Since | None] = []
+
+    def batches(self) -> Iterator[RowBatch]:
+        self.begun.append(self.since)
+        return super().batches()
+
+
+@pytest.mark.parametrize("since", [None, 1_000, {0: 7, 1: 3}])
+async def test_a_run_that_goes_on_begins_where_it_began_and_the_next_one_where_it_says(
+    tmp_path: Path, since: Since | None
+) -> None:
+    table, out = a_table(tmp_path / "in.parquet", TEXTS), str(tmp_path / "o.jsonl")
+    later = 5_000
+    stopped = Topic(table, since)
+    with pytest.raises(UnknownModelVersion):
+        await run(stopped, out, pinned(until=200), job=JobOptions(lane="bulk", model_version=OLD))
+    gone_on, next_one = Topic(table, later), Topic(table, later)
+
+    await run(gone_on, out)
+    await run(next_one, out, only_changed=True)
+
+    assert (stopped.begun, gone_on.begun, next_one.begun) == ([since], [since], [later])
 
 
 # -- a table that changes ---------------------------------------------------------------------------------------------

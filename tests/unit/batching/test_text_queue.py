@@ -74,6 +74,99 @@ async def test_a_text_is_tokenized_and_waits_for_a_micro_batch(parts: Parts) -> 
     assert parts.sample("tokenize_seconds_count") == 1
 
 
+async def lacked(parts: Parts) -> None:
+    """The cache lacked a text, which runs."""
+    await parts.add(admitted(input=["lacked"], model=Letters()))
+    for text in parts.queued():
+        parts.flights.resolve(text.identity)
+
+
+async def test_a_few_texts_are_tokenized_while_the_cache_is_asked_and_not_again_once_it_lacks_them(
+    parts: Parts,
+) -> None:
+    await lacked(parts)
+    model = Letters()
+    job = admitted(input=["abc", "de"], model=model)
+    inputs = [(job, index) for index in job.distinct]
+    early = parts.queue.tokenize_early(inputs)
+    assert early is not None
+    parts.queue.join(inputs, early)
+    call = parts.queue.next_call()
+    assert call is not None
+    assert await parts.queue.tokenize(call) == []
+    assert model.calls == [["abc", "de"]]
+    assert [text.tokens.ids.tolist() for text in parts.queued()] == [[97, 98, 99], [100, 101]]
+    assert job.tokenize_s is not None
+    assert parts.sample("tokenize_seconds_count") == 2
+
+
+async def test_of_texts_that_were_tokenized_early_the_cache_may_have_some(parts: Parts) -> None:
+    await lacked(parts)
+    model = Letters()
+    job = admitted(input=["abc", "de"], model=model)
+    early = parts.queue.tokenize_early([(job, 0), (job, 1)])
+    assert early is not None
+    parts.queue.join([(job, 1)], early)
+    call = parts.queue.next_call()
+    assert call is not None
+    await parts.queue.tokenize(call)
+    assert model.calls == [["abc", "de"], ["de"]]
+    assert [text.tokens.ids.tolist() for text in parts.queued()] == [[100, 101]]
+
+
+async def test_while_the_cache_has_every_text_nothing_is_tokenized_early(parts: Parts) -> None:
+    job = admitted(input=["a"], model=Letters())
+    assert parts.queue.tokenize_early([(job, 0)]) is None
+    await lacked(parts)
+    early = parts.queue.tokenize_early([(job, 0)])
+    assert early is not None
+    await asyncio.wait([early.found])
+    assert parts.queue.tokenize_early([(job, 0)]) is None
+    await lacked(parts)
+    again = parts.queue.tokenize_early([(job, 0)])
+    assert again is not None
+    await asyncio.wait([again.found])
+
+
+@pytest.mark.parametrize("texts", [["x"] * 0, [str(number) for number in range(5)], ["x" * 2_001]])
+async def test_no_more_than_a_few_short_texts_are_tokenized_early(parts: Parts, texts: list[str]) -> None:
+    await lacked(parts)
+    job = admitted(input=texts or ["x"], model=Letters(10_000))
+    assert parts.queue.tokenize_early([(job, index) for index in range(len(texts))]) is None
+
+
+async def test_nothing_is_tokenized_early_beside_another_call_or_a_text_that_is_under_way(
+    parts: Parts,
+) -> None:
+    job = admitted(input=["a"], model=Letters())
+    parts.queue.join([(job, 0)])
+    other = admitted(input=["b"], model=job.encoder)
+    call = parts.queue.next_call()
+    assert call is not None
+    assert parts.queue.tokenize_early([(other, 0)]) is None
+    await parts.queue.tokenize(call)
+    assert parts.queue.tokenize_early([(job, 0)]) is None
+    early = parts.queue.tokenize_early([(other, 0)])
+    assert early is not None
+    await asyncio.wait([early.found])
+
+
+async def test_what_fails_when_it_is_tokenized_early_fails_where_it_is_needed(parts: Parts) -> None:
+    class Broken(Letters):
+        def tokenize(self, texts: Sequence[Text]) -> list[Tokens | TextTooLong]:
+            raise RuntimeError("broken")
+
+    await lacked(parts)
+    job = admitted(input=["a"], model=Broken())
+    early = parts.queue.tokenize_early([(job, 0)])
+    assert early is not None
+    parts.queue.join([(job, 0)], early)
+    call = parts.queue.next_call()
+    assert call is not None
+    with pytest.raises(RuntimeError, match="broken"):
+        await parts.queue.tokenize(call)
+
+
 async def test_equal_inputs_are_tokenized_once_and_the_others_are_counted(parts: Parts) -> None:
     model = Letters()
     jobs = [admitted(input=["a", "b"], model=model), admitted(input=["b", "a", "c"], model=model)]

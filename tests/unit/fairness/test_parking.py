@@ -104,7 +104,7 @@ def test_of_several_busy_clients_each_has_the_same_under_way_and_as_much_stays_f
     lot = Lot(texts=1000)
     names = (b"a", b"b", b"c", b"d")
     for name in names:
-        lot.put(name, 2000)
+        lot.put(name, 400)
     started = lot.start(cost=Cost(1, 256 * 1024))  # a turn each
     assert {name: clients(started).count(name) for name in names} == dict.fromkeys(names, 200)
     lot.put(b"new", 500)

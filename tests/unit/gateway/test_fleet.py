@@ -47,6 +47,12 @@ def test_during_a_reload_the_newest_command_counts() -> None:
     assert (model.model_version, model.replicas) == (NEW, 3)
 
 
+def test_of_an_alias_that_has_moved_the_replicas_of_its_pool_count() -> None:
+    moved = {"version": 7, "model_version": NEW, "pool": "big"}
+    [model] = fleet(moved, {"version": 6}, {"version": 6}).models(NOW)
+    assert (model.model_version, model.replicas) == (NEW, 1)
+
+
 def test_since_when_a_version_is_known_does_not_change() -> None:
     one = fleet({})
     first = one.model("default", NOW)

@@ -230,6 +230,22 @@ def test_a_job_of_a_split_is_run_by_its_share_and_says_the_name_that_it_came_by(
     assert codes == {("unknown_model", " the split that it names has one that is not")}
 
 
+def test_a_job_of_another_pools_alias_is_told_where_it_should_go() -> None:
+    lives = {"large": "big", "small": None}
+    of = rules(pool_of=lambda alias, id: lives.get(alias))
+
+    def said(alias: str, lane: Any = "interactive") -> str:
+        job = msgspec.structs.replace(record(input="a", model=alias), lane=lane)
+        found = of.admit(job, {"ours": Model()}, NOW_MS, PARTITIONS.get)
+        assert isinstance(found, Rejection)
+        assert (found.error.code, found.error.retryable) == ("unknown_model", False)
+        return found.error.message.partition(";")[2]
+
+    assert said("large") == " another pool serves this one: its jobs go to the topic t.jobs.big"
+    assert said("large", "bulk").endswith(" t.jobs.big.bulk")
+    assert said("small") == said("nobody's") == ""
+
+
 def test_a_pinned_job_is_run_by_that_version_alone() -> None:
     other = "sha256:" + "cd" * 32
     assert isinstance(admit(record(input="a", model_version=VERSION)), JobState)

@@ -289,6 +289,27 @@ async def test_a_client_that_comes_starts_beside_another_ones_flood_that_waits()
         assert running.names[11] == place(A, 10)
 
 
+async def test_what_a_poll_brought_goes_on_before_the_next_poll_is_prepared() -> None:
+    class Working(Harness):
+        """What is taken begins with a task, as in the service."""
+
+        def take(self, records: Iterable[Record]) -> None:
+            self.work = asyncio.create_task(self.look_up(list(records)))
+
+        async def look_up(self, records: Sequence[Record]) -> None:
+            self.consumer.calls.append("look up")
+            self.taken += records
+
+    running = Working(ScriptedConsumer(blocks=True))
+    async with running.running(A):
+        await wait_until(lambda: running.consumer.latest == (A,), what="a poll that waits")
+        running.consumer.calls.clear()
+        running.consumer.write(A, *values(1))
+        await running.until_taken(1)
+        await wait_until(lambda: "poll" in running.consumer.calls, what="the next poll")
+        assert running.consumer.calls[:2] == ["look up", "poll"]
+
+
 async def test_a_poll_of_many_jobs_is_started_in_several_turns_of_the_event_loop() -> None:
     running = Harness(ScriptedConsumer(), max_poll_records=1000, max_in_flight_jobs=1000)
     running.consumer.write(A, *values(700))

@@ -13,7 +13,7 @@ import pytest
 from embedq_consumer.lifecycle.control_topic import ControlTopic
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.codec import encode_record
-from embedq_shared.fleet import Splits
+from embedq_shared.fleet import Routes
 from embedq_shared.kafka import TopicPartition, Unreadable
 from embedq_shared.messages import Control, Split
 from embedq_shared.topics import Topics
@@ -119,8 +119,9 @@ async def test_of_two_commands_with_one_version_the_first_counts() -> None:
 async def test_splits_are_learned_from_the_records_of_all_aliases_and_are_no_faults() -> None:
     weights = Split(alias="ab", version=1, command_id="s", split={"default": 1, "other": 3})
     control, consumer, metrics = control_of([of(command(1)), of(weights), of(command(2, alias="other"))])
-    splits = Splits()
-    control._splits = splits
+    routes = Routes()
+    control._routes = routes
+    splits = routes.splits
 
     newest = await control.open()
 

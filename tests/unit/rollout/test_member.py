@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import pytest
 
 from embedq_consumer.delivery.outgoing import Outgoing
@@ -249,6 +250,50 @@ async def test_a_process_that_died_in_its_turn_is_taken_back_by_the_next_of_its_
     await wait_until(lambda: world.written != [], what="the rollback")
     assert world.rollbacks[0].reason == "m: fell silent in step load"
     world.running.cancel()
+
+
+async def test_a_command_for_another_pool_is_not_followed_and_what_it_leaves_behind_neither() -> None:
+    world = await World(a_status("m")).opened()
+    moved, late = a_command(3, pool="big"), a_command(3, command_id="late")
+    following = asyncio.create_task(world.commands.next())
+    world.source.waiting.put_nowait([moved, a_command(2)])
+    world.source.waiting.put_nowait([late])
+    await wait_until(lambda: world.commands.newest == moved and world.source.waiting.empty(), what="both")
+    back = a_command(4)
+    world.source.waiting.put_nowait([back])
+    assert await following == [back]
+    assert world.commands.newest == back
+    world.running.cancel()
+
+
+async def test_a_failure_of_an_alias_that_has_moved_away_takes_nothing_back() -> None:
+    world = await World(failed("n"), a_status("m")).opened()
+    world.source.waiting.put_nowait([a_command(2), a_command(3, pool="big")])
+    world.source.waiting.put_nowait([a_command(4)])
+    following = asyncio.create_task(world.commands.next())
+    await wait_until(following.done, what="the command that comes back")
+    assert world.written == []
+    world.running.cancel()
+
+
+async def test_replicas_of_another_pool_take_no_part() -> None:
+    world = await World(msgspec.structs.replace(failed("n"), pool="big"), a_status("m")).opened()
+    await world.hand_out(a_command())
+    await world.has_looked_again()
+    assert world.written == []
+    world.running.cancel()
+
+
+async def test_one_that_starts_with_an_alias_of_another_pool_begins_with_its_settings() -> None:
+    world = World(a_status("m"))
+    await world.member.open()
+    moved, back = a_command(5, pool="big"), a_command(6)
+    assert world.member.begin(moved) is None
+    commands = world.member.commands(world.source)
+    assert commands.newest == moved
+    world.source.waiting.put_nowait([a_command(5, command_id="lost")])
+    world.source.waiting.put_nowait([back])
+    assert await commands.next() == [back]
 
 
 async def test_statuses_of_the_long_gone_are_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from embedq_sdk.errors import (
 from embedq_sdk.job_options import JobLimits, JobOptions, late
 from embedq_sdk.stream import JobStream, StreamedJob, StreamOptions
 from embedq_sdk.transport.job_runner import JobRunner
+from embedq_sdk.transport.routing import Router
 from embedq_shared.messages import Datum, ErrorBody
 from embedq_shared.topics import Topics
 from embedq_shared.weighted_semaphore import WeightedSemaphore
@@ -40,7 +41,7 @@ class Streams:
         self.transport = FakeTransport()
         self.service: FakeService = self.transport.service
         self.in_flight = WeightedSemaphore(*limits)
-        self.runner = JobRunner(self.transport, Topics("t"), self.in_flight)
+        self.runner = JobRunner(self.transport, Router(Topics("t")), self.in_flight)
         self.transport.deliver = self.runner.deliver
         self.runner.open()
 

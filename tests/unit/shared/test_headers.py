@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from embedq_shared import headers, topics
 from embedq_shared.headers import client_of, parse, reply_partition_bytes, value_of
+from embedq_shared.messages import Control
 
 KNOWN = (
     *topics.CORRELATION,
@@ -295,6 +299,53 @@ def test_the_topics_below_a_prefix() -> None:
     assert found.lanes == ("team.embed.jobs", "team.embed.jobs.bulk")
     rest = (found.results, found.replies, found.control, found.status, found.dead_letters)
     assert rest == tuple(f"team.embed.{name}" for name in ("results", "replies", "control", "status", "dlq"))
+    assert (found.retry(1), found.group(), found.group("ours")) == ("team.embed.retry.1", "embedq", "ours")
+
+
+def test_a_pool_has_lanes_retry_topics_and_a_group_of_its_own_and_shares_the_rest() -> None:
+    one, big = topics.Topics("e"), topics.Topics("e").of("big")
+    assert big.lanes == ("e.jobs.big", "e.jobs.big.bulk")
+    assert [big.lane(lane) for lane in topics.LANES] == list(big.lanes)
+    assert (big.retry(2), big.group(), big.group("ours")) == ("e.retry.big.2", "embedq.big", "ours.big")
+    for shared in ("results", "replies", "control", "status", "dead_letters"):
+        assert getattr(big, shared) == getattr(one, shared)
+    assert big.of(None) == one
+    assert big.retries_among({"e.retry.1", "e.retry.big.2", "e.retry.big.1"}) == [
+        "e.retry.big.1",
+        "e.retry.big.2",
+    ]
+
+
+POOLS: Final = st.from_regex(topics.POOL_NAME, fullmatch=True)
+
+
+@given(one=st.none() | POOLS, other=st.none() | POOLS)
+def test_two_pools_never_share_a_topic_of_their_own(one: str | None, other: str | None) -> None:
+    def own(pool: str | None) -> set[str]:
+        found = topics.Topics("e", pool)
+        return {*found.lanes, found.group(), *(found.retry(tier) for tier in range(1, 9))}
+
+    assert one == other or own(one).isdisjoint(own(other))
+    assert all(topics.is_topic_name(name) for name in own(one))
+
+
+@given(pools=st.sets(POOLS, max_size=5), others=st.sets(st.text(max_size=20)))
+def test_pools_are_found_among_the_topics_by_both_of_their_lanes(pools: set[str], others: set[str]) -> None:
+    names = {lane for pool in [None, *pools] for lane in topics.Topics("e", pool).lanes}
+    beside = {f"f.jobs.{name}" for name in others} | {"e.jobs.", "e.jobs.half.bulk", "e.jobs.a.b.bulk"}
+    assert topics.Topics("e").pools_among(names | beside) == sorted(pools)
+
+
+@pytest.mark.parametrize("name", ["bulk", "a.b", "a b", "x" * 65, "ä", "a\n", "a/b"])
+def test_a_pool_has_a_name_that_is_no_other_topics(name: str) -> None:
+    with pytest.raises(ValueError, match="letters, digits"):
+        topics.pool_named(name)
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert({"alias": "a", "version": 1, "path": "p", "command_id": "c", "pool": name}, Control)
+
+
+def test_people_call_the_pool_without_a_name_default() -> None:
+    assert [topics.pool_named(name) for name in ("", "default", "big")] == [None, None, "big"]
 
 
 @pytest.mark.parametrize(
@@ -313,7 +364,10 @@ def test_the_topics_below_a_prefix() -> None:
         ("embed.results", False),
         ("embed.replies", False),
         ("embed.retrying", False),
-        ("embed.jobs.mine", False),
+        ("embed.jobs.mine", True),
+        (topics.Topics(pool="big").bulk, True),
+        (topics.Topics(pool="big").retry(1), True),
+        ("embed.jobsworth", False),
         ("_answers", False),
         ("jobs", False),
     ],

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 from aiokafka.errors import (
+    InvalidTimestampError,
     KafkaConnectionError,
     LeaderNotAvailableError,
     MessageSizeTooLargeError,
     NotEnoughReplicasError,
+    NotLeaderForPartitionError,
     TopicAuthorizationFailedError,
     UnknownTopicOrPartitionError,
 )
@@ -47,8 +49,10 @@ class Broker:
         self.error: dict[int, int] = {}
         self.requests: list[list[int]] = []
         self.away = False
+        self.asked = 0
 
     def metadata(self, topics: list[str] | None) -> MetadataResponse_v5:
+        self.asked += 1
         named = self.topics.keys() if topics is None else topics
         return MetadataResponse_v5(
             0,
@@ -245,6 +249,34 @@ async def test_without_retries_each_failure_comes_with_its_reason() -> None:
         broker.away = True
         with pytest.raises(KafkaConnectionError):
             await append(producer, 0)
+
+
+@pytest.mark.parametrize("retries", [False, True])
+async def test_after_a_failure_that_may_pass_the_brokers_are_asked_again_who_leads_the_partition(
+    retries: bool,
+) -> None:
+    """aiokafka does so only for what it sends again. Else a producer would ask a former leader for ever."""
+    async with producing(retries=retries) as (producer, broker):
+        await producer.look_up("t", 0)
+        broker.topics["t"][0] = -1  # it has just changed
+        broker.error[0] = NotLeaderForPartitionError.errno
+        sent = append(producer, 0)
+        await wait_until(lambda: not producer.has_leader("t", 0), what="a look at who leads it")
+        if not retries:
+            with pytest.raises(NotLeaderForPartitionError):
+                await sent
+        broker.topics["t"][0] = 1
+
+
+async def test_a_refused_record_is_no_reason_to_ask_who_leads_its_partition() -> None:
+    async with producing(retries=False) as (producer, broker):
+        await producer.look_up("t", 0)
+        asked = broker.asked
+        broker.error[0] = InvalidTimestampError.errno
+        with pytest.raises(InvalidTimestampError):
+            await append(producer, 0)
+        await _rounds(10)
+        assert broker.asked == asked
 
 
 async def test_a_record_too_large_is_refused_and_a_full_batch_never_waits() -> None:

@@ -64,6 +64,8 @@ class Packing(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device, starts: Sequence[int] | None = None) -> Packing:
         """`starts`: the sequences' first positions, counted from 0 on; 0 by default."""
+        if len(lengths) == 1 and starts is None and device.type == "cpu":
+            return _alone(lengths[0])
         runs: list[LengthRun] = []
         ends = [0]
         for length in lengths:
@@ -82,6 +84,13 @@ class Packing(msgspec.Struct, frozen=True):
                 for end, start, length in zip(ends[1:], starts or [0] * len(lengths), lengths, strict=True)
             ),
         )
+
+
+@lru_cache(maxsize=1024)
+def _alone(length: int) -> Packing:
+    """That of one text on a CPU, which is read only: a short one waits for each tensor that is made."""
+    ends = torch.tensor([0, length], dtype=torch.int32)
+    return Packing((LengthRun(0, 1, length),), ends, length, ((length, length),))
 
 
 def register() -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from subprocess import PIPE, Popen, TimeoutExpired
 from typing import IO, Final
 
 import msgspec
@@ -71,7 +71,7 @@ def dry_run(
     with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as complained:
         try:
             code = _run(wanted, command or (sys.executable, "-m", _PROCESS), said, complained, cancel)
-        except subprocess.TimeoutExpired:
+        except TimeoutExpired:
             raise ModelError(f"{path}: a dry run of it did not end within {within_s:g} s") from None
         if code:
             raise ModelError(f"{path}: a dry run of it ended by {_how(code)}{_last_line(complained)}")
@@ -92,10 +92,10 @@ def _run(
     cancel: Cancellation,
 ) -> int:
     """The exit code; the process is gone when this returns or raises."""
-    process = subprocess.Popen(
+    process = Popen(
         command,
         env=_environment(),
-        stdin=subprocess.PIPE,
+        stdin=PIPE,
         stdout=said,
         stderr=complained,
         start_new_session=True,

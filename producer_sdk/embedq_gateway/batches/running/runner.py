@@ -161,11 +161,14 @@ class BatchRun:
             "cancelling": self._close,
         }
         while not self.batch.ended and not self._leaving:
+            input_gone = False
             try:
                 await steps[self.batch.status]()
-            except WrongStatus:
-                continue  # it was cancelled in between, and `batch` says so
-            except _InputGone:
+            except* WrongStatus:
+                pass  # it was cancelled in between, and `batch` says so
+            except* _InputGone:
+                input_gone = True
+            if input_gone:
                 await self.fail(
                     FileFault(code="input_file_missing", message="expected the input file to be there")
                 )

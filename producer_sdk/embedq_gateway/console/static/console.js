@@ -92,7 +92,7 @@ function showReplicas(status) {
       "tr",
       {},
       make("th", { scope: "row", text: replica.replica }),
-      make("td", { text: replica.alias }),
+      make("td", { text: replica.pool ? `${replica.alias} (pool ${replica.pool})` : replica.alias }),
       make("td", {}, serves),
       make("td", {}, version ? make("code", { text: shortVersion(version), title: version }) : "none"),
       reloadCell(replica),

@@ -235,8 +235,11 @@ async def test_a_file_that_is_no_batch_is_refused_with_its_lines(place: Place) -
     assert batch.output_file_id is batch.error_file_id is None
 
 
-async def test_a_batch_whose_input_has_gone_fails_and_says_so(place: Place) -> None:
+@pytest.mark.parametrize("found", ["before it is read", "by who takes over"])
+async def test_a_batch_whose_input_has_gone_fails_and_says_so(place: Place, found: str) -> None:
     batch = await place.begin(jsonl(["a"]))
+    if found == "by who takes over":
+        await place.register.change(OWNER, batch.id, lambda batch: batch.validated(1, int(place.now())))
     file = await place.files.get(OWNER, batch.input_file_id)
     assert file is not None
     await place.files.delete(file)

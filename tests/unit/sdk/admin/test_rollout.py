@@ -8,13 +8,16 @@ import pytest
 
 from embedq_sdk.admin.commands import (
     NothingBefore,
+    checked_pool,
     checked_soak,
     checked_wave,
     command_back,
+    home_of,
     next_command,
     rollout_of,
 )
 from embedq_sdk.admin.rollout import RolloutUpdate, RolloutView, view_of
+from embedq_sdk.admin.topics import wanted_topics
 from embedq_sdk.errors import InvalidArgument
 from embedq_shared.codec import encode_record, read_command, read_status
 from embedq_shared.fleet import StatusBoard, rollback_of
@@ -214,6 +217,75 @@ def test_a_rollout_that_is_not_through_is_nothing_to_fall_back_to() -> None:
     through = next_command(new, [current], [a_status(version=7), a_status("r2", version=7)])
     assert (through.fallback, through.fallback_quantization) == ("/m7", "fp8")
     assert next_command(new, [current], []).fallback == "/old"
+
+
+# -- pools --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_command_stays_where_its_alias_lives_unless_it_is_told_where_to_go() -> None:
+    at_home, in_big = a_command(3), a_command(4, alias="a", pool="big")
+    one, other = a_status(alias="a"), a_status("r2", alias="a", pool="big")
+
+    assert home_of("a", None, [], []) is None
+    assert home_of("a", None, [at_home, in_big], [one]) == "big"
+    assert home_of("a", "default", [in_big], [other]) is None
+    assert home_of("a", "huge", [in_big], [other]) == "huge"
+    assert home_of("a", None, [], [other]) == "big", "where it is served"
+    with pytest.raises(InvalidArgument, match="`pool`: expected one of big, default"):
+        home_of("a", None, [], [one, other])
+    with pytest.raises(InvalidArgument, match="`pool`: expected default for the alias default"):
+        home_of("default", "big", [], [])
+    for wrong in ("bulk", "a.b", 7):
+        with pytest.raises(InvalidArgument, match="`pool`"):
+            checked_pool(wrong)  # type: ignore[arg-type]
+
+
+def test_a_command_that_moves_an_alias_falls_back_to_what_serves_there() -> None:
+    moves = a_command(path="/new", pool="big")
+    before = a_command(7, fallback="/old")
+    here = a_status(version=7, serving=True, path="m7")
+    there = a_status("r2", version=None, serving=True, path="configured", pool="big")
+
+    found = next_command(moves, [before], [here, there])
+    assert (found.version, found.pool, found.fallback) == (8, "big", "configured")
+    assert next_command(moves, [before], [here]).fallback is None, "another pool's directory is none of ours"
+    back = next_command(a_command(path="/m7"), [found], [here, there])
+    assert (back.version, back.pool, back.fallback) == (9, None, "m7")
+
+
+def test_a_rollback_stays_in_the_pool_of_what_it_takes_back() -> None:
+    current = a_command(7, alias="a", fallback="/old", pool="big", rollout=WAVES)
+    assert command_back("a", [current], []).pool == "big"
+    rollback = rollback_of(current, "why")
+    assert rollback is not None
+    assert rollback.pool == "big"
+
+
+def test_replicas_of_another_pool_are_not_waited_for_and_fail_nothing() -> None:
+    command = a_command(2, pool="big", rollout=WAVES)
+    board = StatusBoard()
+    for status in (
+        ours(pool="big"),
+        ours("r2", version=1, command_id="before"),
+        ours("r3", state="FAILED", turn=2, error="of another pool"),
+        ours("r4", version=9, command_id="later"),
+    ):
+        board.see(status.replica, status)
+
+    update = RolloutView(board, command, started=START, timeout=60.0).at(START + 1)
+    assert update.progress == "ready"
+    assert [(replica.replica, replica.pool) for replica in update.replicas] == [("r1", "big")]
+
+
+def test_a_pool_has_topics_of_its_own_and_none_of_those_that_are_shared() -> None:
+    found = wanted_topics("e", partitions=5, reply_partitions=2, retry_tiers=1, pool="big")
+    assert [(topic.name, topic.partitions) for topic in found] == [
+        ("e.jobs.big", 5),
+        ("e.jobs.big.bulk", 5),
+        ("e.retry.big.1", 5),
+    ]
+    alike = {topic.name: topic.config for topic in wanted_topics("e", partitions=5, reply_partitions=2)}
+    assert found[0].config == alike["e.jobs"]
 
 
 def test_the_command_back_swaps_a_command_and_what_served_before() -> None:

@@ -11,10 +11,9 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import pytest
 from blockbuster import BlockBuster
 
@@ -31,8 +30,14 @@ from embedq_sdk.blocking.session import making
 from embedq_shared.headers import client_of
 from embedq_shared.messages import Datum, ErrorBody
 from tests.helpers.fake_service import OLD, Answer, FakeService, Received, changed, expected, rows
+from tests.helpers.lazily import lazily
 from tests.helpers.support import patient, wait_for, wait_until
 from tests.unit.sdk.blocking.conftest import Clients, Side
+
+if TYPE_CHECKING:
+    import pandas as pd
+else:
+    pd = lazily("pandas")
 
 TEXTS = [f"text {n}" for n in range(100)]
 
@@ -82,7 +87,11 @@ def test_what_is_asked_for_is_what_is_sent(client: Clients, side: Side) -> None:
     assert job.topic.endswith(".jobs.bulk")
 
 
-@pytest.mark.parametrize("kind", [list, tuple, iter, np.array, pd.Series], ids=lambda kind: kind.__name__)
+def series(texts: list[str]) -> Any:
+    return pd.Series(texts)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, iter, np.array, series], ids=lambda kind: kind.__name__)
 def test_many_texts_of_any_kind_come_back_in_order(client: Clients, kind: Callable[[list[str]], Any]) -> None:
     assert np.array_equal(client().embed_many(kind(TEXTS), batch_size=7), rows(TEXTS))
 

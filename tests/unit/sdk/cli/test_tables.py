@@ -9,7 +9,7 @@ from rich.console import Console
 
 from embedq_sdk.admin.control import LaneLag, ServiceStatus
 from embedq_sdk.admin.rollout import ReplicaView, RolloutUpdate
-from embedq_sdk.cli.tables import replica_lines, status_lines
+from embedq_sdk.cli.tables import model_lines, replica_lines, status_lines
 
 
 def a_replica(**more: Any) -> ReplicaView:
@@ -53,6 +53,23 @@ def test_a_table_has_both(outcome: Any, word: str) -> None:
     cells = [cell.strip() for cell in row.split("│") if cell.strip()]
     assert cells[:3] == ["r1", "default", "READY"]
     assert cells[6:8] == ["check", word]
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_pools_are_shown_where_there_is_another_than_the_default_one(plain: bool) -> None:
+    alone, beside = a_replica(), a_replica(replica="r2", alias="large", pool="big")
+
+    def pools(*replicas: ReplicaView) -> str:
+        console = Console(width=200, force_terminal=False)
+        with console.capture() as capture:
+            for line in model_lines(replicas, plain=plain):
+                console.print(line, soft_wrap=True)
+        return shown(*replicas, plain=plain) + capture.get()
+
+    assert "pool" not in pools(alone)
+    both = pools(alone, beside)
+    assert both.count("big") == 2
+    assert both.count("pool=big" if plain else "pool") == 2
 
 
 def test_a_reload_shows_how_the_command_stands() -> None:

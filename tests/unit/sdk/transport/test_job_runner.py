@@ -30,6 +30,7 @@ from embedq_sdk.errors import (
 )
 from embedq_sdk.job_options import JobInputs, JobOptions
 from embedq_sdk.transport.job_runner import Deadline, JobRunner
+from embedq_sdk.transport.routing import Router
 from embedq_shared.codec import decode_job
 from embedq_shared.headers import client_of, parse
 from embedq_shared.messages import ErrorBody
@@ -56,7 +57,7 @@ class Machine:
         self.service = self.transport.service
         self.runner = JobRunner(
             self.transport,
-            Topics("t"),
+            Router(Topics("t")),
             WeightedSemaphore(*limits),
             pause=lambda attempt: pause,
             client=b"us",
@@ -595,7 +596,7 @@ async def test_closing_ends_every_job_and_accepts_no_more(machine: Machine) -> N
 
 
 async def test_a_runner_that_was_never_opened_accepts_nothing() -> None:
-    runner = JobRunner(FakeTransport(), Topics(), WeightedSemaphore(1, 1))
+    runner = JobRunner(FakeTransport(), Router(Topics()), WeightedSemaphore(1, 1))
 
     with pytest.raises(ClientClosed):
         await runner.run(inputs(["x"]), OPTIONS, Deadline.after(1))

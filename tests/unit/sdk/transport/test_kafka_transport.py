@@ -61,6 +61,13 @@ class Reader(Link):
     partition = 5
     quiet = 0.0
 
+    async def open(self, *args: Any) -> set[str]:  # type: ignore[override]
+        await super().open(*args)
+        return {"t.jobs", "t.jobs.bulk", "t.replies", "t.jobs.big", "t.jobs.big.bulk"}
+
+    async def topics(self) -> set[str]:
+        return set()
+
     def silent_for(self, now: float) -> float:
         return self.quiet
 
@@ -104,6 +111,8 @@ async def test_the_reader_is_at_its_place_before_the_sender_can_send() -> None:
     assert connected.reader.calls[0] == ("open", ["t.jobs", "t.jobs.bulk", "t.replies"], 5.0)
     assert 0.1 <= connected.sender.calls[0][1] <= 5.0
     assert connected.transport.reply_partition == 5
+    router = connected.transport.router
+    assert (router.knows(None), router.knows("an alias")) == (True, False), "there is a pool"
     await connected.transport.close()
     assert connected.sender.did == ["open", "run", "close"]
     assert connected.reader.did == ["open", "run", "watch", "close"]

@@ -132,7 +132,7 @@ async def running(
         refused,
         moved,
     )
-    await reader.open(["jobs", "replies"], 1.0)
+    assert await reader.open(["jobs", "replies"], 1.0) == await reader.topics() == {"jobs", "replies"}
     tasks = {asyncio.create_task(reader.run()), asyncio.create_task(reader.watch())}
     try:
         yield reader, delivered
@@ -156,6 +156,43 @@ async def test_only_what_comes_after_opening_is_delivered_in_order(knows_topic: 
 
         assert delivered == [b"one", b"two"]
     assert consumer.stopped
+
+
+async def test_who_waits_for_a_reply_goes_on_before_the_next_poll() -> None:
+    done: list[str] = []
+    reply: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    class Noting(Consumer):
+        async def getmany(self, *args: Any, **options: Any) -> dict[TopicPartition, list[Any]]:
+            done.append("poll")
+            return await super().getmany(*args, **options)
+
+    def deliver(record: Any) -> None:
+        done.append("reply")
+        reply.set_result(None)
+
+    async def caller() -> None:
+        await reply
+        done.append("caller")
+
+    topic = Topic()
+    reader = ReplyReader(
+        Connection(Noting(topic)),
+        "replies",
+        lambda count: count - 1,
+        deliver,
+        lambda error: None,
+        lambda: None,
+    )
+    await reader.open(["jobs", "replies"], 1.0)
+    topic.records[3] += [b"one"]
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(caller())
+        reading = tasks.create_task(reader.run())
+        await reply
+        reading.cancel()
+    await reader.close()
+    assert done == ["poll", "reply", "caller"]
 
 
 async def test_records_that_cannot_be_read_are_passed() -> None:

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import importlib.util
 import pickle
+from typing import TYPE_CHECKING
 
 import pytest
 
-pytestmark = pytest.mark.filterwarnings(
-    "default"
-)  # what LlamaIndex deprecates in itself is no matter of ours
-llama_index = pytest.importorskip("llama_index.core")
-
 from embedq_sdk import InvalidArgument
-from embedq_sdk.adapters.llama_index import EmbedqEmbedding
 from tests.helpers.fake_service import OLD, FakeService, expected, rows
+from tests.helpers.lazily import lazily
 
+if TYPE_CHECKING:
+    from embedq_sdk.adapters import llama_index as adapter
+else:
+    adapter = lazily("embedq_sdk.adapters.llama_index")
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("llama_index") is None, reason="needs LlamaIndex"),
+    pytest.mark.filterwarnings("default"),  # what LlamaIndex deprecates in itself is no matter of ours
+]
 TEXTS = [f"node {n}" for n in range(100)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """Not in an event loop."""
+    _ = adapter.EmbedqEmbedding
+
+
 async def test_queries_and_nodes_are_sent_as_what_they_are(service: FakeService) -> None:
-    model = EmbedqEmbedding(servers="fake:9092", query_instruction="find", dimensions=32, model_version=OLD)
+    model = adapter.EmbedqEmbedding(
+        servers="fake:9092", query_instruction="find", dimensions=32, model_version=OLD
+    )
     assert await model.aget_query_embedding("q") == expected("q", 32).tolist()
     assert await model.aget_text_embedding("t") == expected("t", 32).tolist()
     assert {job.job.model_version for job in service.received} == {OLD}
@@ -30,7 +44,7 @@ async def test_queries_and_nodes_are_sent_as_what_they_are(service: FakeService)
 
 
 def test_a_batch_is_under_way_at_once(service: FakeService) -> None:
-    model = EmbedqEmbedding(servers="fake:9092")
+    model = adapter.EmbedqEmbedding(servers="fake:9092")
     assert model.get_text_embedding_batch(TEXTS) == rows(TEXTS).tolist()
     assert [len(job.texts) for job in service.received] == [32, 32, 32, 4]
     assert model.get_query_embedding("q") == expected("q").tolist()
@@ -38,7 +52,7 @@ def test_a_batch_is_under_way_at_once(service: FakeService) -> None:
 
 
 async def test_a_batch_in_an_event_loop(service: FakeService) -> None:
-    model = EmbedqEmbedding(servers="fake:9092", embed_batch_size=50)
+    model = adapter.EmbedqEmbedding(servers="fake:9092", embed_batch_size=50)
     assert await model.aget_text_embedding_batch(TEXTS) == rows(TEXTS).tolist()
 
 
@@ -46,7 +60,7 @@ def test_nodes_are_embedded_as_a_transformation(service: FakeService) -> None:
     """With their metadata, as LlamaIndex puts it."""
     from llama_index.core.schema import TextNode
 
-    (node,) = EmbedqEmbedding(servers="fake:9092")([TextNode(text="t", metadata={"title": "T"})])
+    (node,) = adapter.EmbedqEmbedding(servers="fake:9092")([TextNode(text="t", metadata={"title": "T"})])
     (text,) = service.received[0].texts
     assert "title: T" in text
     assert node.embedding == expected(text).tolist()
@@ -58,22 +72,22 @@ def test_it_is_stored_without_its_login(service: FakeService) -> None:
         "sasl_plain_username": "u",
         "sasl_plain_password": "hunter2",
     }
-    model = EmbedqEmbedding(servers="fake:9092", model="m", lane="bulk", settings=login)
+    model = adapter.EmbedqEmbedding(servers="fake:9092", model="m", lane="bulk", settings=login)
     assert "hunter2" not in f"{model.to_dict()} {model!r} {model}"
-    plain = EmbedqEmbedding(servers="fake:9092", model="m", lane="bulk", timeout=60)
-    again = EmbedqEmbedding.from_dict(plain.to_dict())
+    plain = adapter.EmbedqEmbedding(servers="fake:9092", model="m", lane="bulk", timeout=60)
+    again = adapter.EmbedqEmbedding.from_dict(plain.to_dict())
     assert (again.model, again.lane, again.timeout) == ("m", "bulk", 60)
     assert again.get_text_embedding("t") == expected("t").tolist()
 
 
 def test_it_is_sent_to_a_worker(service: FakeService) -> None:
-    model = EmbedqEmbedding(servers="fake:9092")
+    model = adapter.EmbedqEmbedding(servers="fake:9092")
     model.get_text_embedding("t")
     assert pickle.loads(pickle.dumps(model)).get_text_embedding("t") == expected("t").tolist()
 
 
 def test_a_wrong_setting_is_refused_when_it_is_made() -> None:
     with pytest.raises(InvalidArgument, match="dimensions"):
-        EmbedqEmbedding(servers="fake:9092", dimensions=3)
+        adapter.EmbedqEmbedding(servers="fake:9092", dimensions=3)
     with pytest.raises(ValueError, match="lane"):
-        EmbedqEmbedding(servers="fake:9092", lane="express")
+        adapter.EmbedqEmbedding(servers="fake:9092", lane="express")

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -213,7 +213,7 @@ class BusyThread:
         await several_turns_of_the_loop()
         begun = self._block()
         self._turns.release()
-        while not begun.is_set():
+        while not begun.is_set():  # noqa: ASYNC110  # a thread sets it
             await asyncio.sleep(0)
         await several_turns_of_the_loop()
 
