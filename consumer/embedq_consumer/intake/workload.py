@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
 
@@ -19,9 +19,9 @@ from embedq_shared.topics import LANES, Lane
 
 _LEAST_READ_AHEAD: Final = 256
 """Started jobs that are no bound to anything: a first micro-batch, of a client that is alone and gets half of them."""
-_LEAST_AT_EBB: Final = 16
-"""The same at ebb. A lane answers what comes, which may be little: its rate is no measure of what it could do, and a client that asks for
-a text now and then must not wait for the one before. Of long texts on a CPU they are a second or two."""
+_LEAST_AT_EBB: Final[Mapping[Lane, int]] = {"interactive": 16, "bulk": 1}
+"""The same at ebb. The interactive lane answers what comes, which may be little: its rate is no measure of what it could do, and whoever asks
+now and then must not wait for the text before. Nobody waits for a bulk one, and of long ones on a CPU each takes a while."""
 
 Take = Callable[[Iterable[Record]], None]
 """Draws records and starts each before it draws the next: `Workload.weigh` says meanwhile what it takes."""
@@ -163,7 +163,11 @@ class Workload:
 
     def _allowed(self, lane: Lane) -> int:
         read_ahead = self._read_ahead[lane]
-        return read_ahead.jobs if self._ebb_s is None else read_ahead.answered_in(self._ebb_s, _LEAST_AT_EBB)
+        return (
+            read_ahead.jobs
+            if self._ebb_s is None
+            else read_ahead.answered_in(self._ebb_s, _LEAST_AT_EBB[lane])
+        )
 
     def weigh(self, record: Record, cost: Cost) -> None:
         """A started record turned out to be a job that takes this. Nothing if it was given up meanwhile."""
