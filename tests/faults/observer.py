@@ -22,7 +22,7 @@ from embedq_shared.kafka import (
     stop_client,
 )
 from embedq_shared.topics import Topics
-from tests.faults import group_log
+from tests.faults import group_log, leaders
 from tests.faults.history import Accepted, Committed, DeadLetter, Ends, HistoryWriter, Mode, Result, place
 from tests.faults.load import JobMaker, Judge
 
@@ -302,13 +302,7 @@ class Observer:
         self._history.add(Ends(at=self._clock(), ends=ends))
 
     async def _ends(self, consumer: AIOKafkaConsumer, topics: Sequence[str]) -> dict[str, int]:
-        await consumer._client.set_topics(topics)
-        partitions = [
-            TopicPartition(topic, number)
-            for topic in topics
-            for number in consumer._client.cluster.partitions_for_topic(topic) or ()
-        ]
-        ends = await consumer.end_offsets(partitions)
+        ends = await leaders.ends_of(consumer, topics)
         return {place(partition.topic, partition.partition): end for partition, end in ends.items()}
 
 

@@ -309,8 +309,7 @@ class Intake:
             polled = await self._reading.poll(plan.partitions, limit=plan.limit, timeout_ms=timeout_ms)
         self._planner.note(plan, polled, only_urgent=only_urgent)
         records, unread = self._begin(polled)
-        if self._gate is not None:
-            unreadable = self._gate.take_unreadable
+        unreadable = unreadable if self._gate is None else self._gate.take_unreadable
         for record, why in unread:
             if self._gate is None:
                 self.start(record)
