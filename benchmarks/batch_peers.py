@@ -81,7 +81,8 @@ def ray(source: str, out: str, model: str) -> None:
     cores = os.cpu_count() or 1
     cluster.init(num_cpus=cores + 1, include_dashboard=False, log_to_driver=False)
     started = time.monotonic()
-    found = data.read_parquet(source).map_batches(
+    blocks = 4 * cores  # one file is one block otherwise, and keeps one actor busy
+    found = data.read_parquet(source, override_num_blocks=blocks).map_batches(
         Encoder, fn_constructor_args=(model,), concurrency=cores, batch_size=512, num_cpus=1
     )
     found.write_parquet(out)
