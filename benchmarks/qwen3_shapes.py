@@ -9,6 +9,7 @@ from typing import Any
 from tests.helpers.tiny_models import make_tiny_qwen3
 
 SHAPES: dict[str, dict[str, Any]] = {
+    "least": {"layers": 2, "hidden": 128, "heads": 2, "kv_heads": 1, "inner": 256, "vocabulary": 600},
     "tiny": {"layers": 4, "hidden": 512, "heads": 8, "kv_heads": 2, "inner": 1536, "vocabulary": 600},
     "0.6B": {"layers": 28, "hidden": 1024, "heads": 16, "kv_heads": 8, "inner": 3072, "vocabulary": 151669},
     "4B": {"layers": 36, "hidden": 2560, "heads": 32, "kv_heads": 8, "inner": 9728, "vocabulary": 151665},

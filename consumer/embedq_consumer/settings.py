@@ -452,8 +452,8 @@ class Settings(KafkaSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
     drain_timeout_s: Annotated[
         PositiveFloat,
         Meta(
-            description="Seconds that a stop, or a reload before its swap, waits for the jobs in flight. "
-            "Jobs that a stop leaves unfinished are repeated by another replica."
+            description="Seconds that a stop, or a reload before its swap, waits for the jobs in flight; a reload lets them run down "
+            "for as long before that, while others come and go. Jobs that a stop leaves unfinished are repeated by another replica."
         ),
     ] = 30.0
     stall_timeout_s: Annotated[

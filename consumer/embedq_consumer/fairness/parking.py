@@ -125,6 +125,10 @@ class Parking(Generic[RecordT]):
         """Whether nothing is started."""
         return not any(lane.started for lane in self._lanes.values())
 
+    def started(self, lane: Lane) -> int:
+        """Records that are started."""
+        return self._lanes[lane].started
+
     @property
     def partitions(self) -> frozenset[TopicPartition]:
         """Those that are not forgotten yet."""

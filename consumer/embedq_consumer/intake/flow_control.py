@@ -106,8 +106,15 @@ class ReadAhead:
     @property
     def jobs(self) -> int:
         """As things are."""
-        best = max(self._rates, default=0.0)
-        return min(self._most, max(self._least, round(best * self._seconds)))
+        return min(self._most, max(self._least, round(self._best * self._seconds)))
+
+    def answered_in(self, seconds: float, least: int) -> int:
+        """How many are answered in so short a time."""
+        return min(self.jobs, max(least, round(self._best * seconds)))
+
+    @property
+    def _best(self) -> float:
+        return max(self._rates, default=0.0)
 
 
 class PartitionRotation:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Final, Protocol
 
 import structlog
@@ -43,6 +43,10 @@ _CLOSE_S: Final = 10.0
 """Leaving the group takes milliseconds, unless the brokers are gone."""
 _DRAIN_S: Final = 30.0
 """The longest that a partition which moves waits for what is in flight of it."""
+
+_EBB_S: Final = 0.5
+"""What is left to be waited for when a hold begins, in seconds of work: two micro-batches, so that the device is busy to the last, and a
+job that comes in the hold waits for no more. Some seconds of work are started before."""
 
 TakeUnreadable = Callable[[Record, str], None]
 GiveUp = Callable[[Record, Overtaken], None]
@@ -191,8 +195,7 @@ class Intake:
         self._changes.notify()
         try:
             async with asyncio.timeout(within):
-                await self._changes.until(lambda: self._state.ended)
-                await self._idle()
+                await self._changes.until(lambda: self._state.ended and self._work.idle)
         except TimeoutError:
             return False
         finally:
@@ -212,17 +215,20 @@ class Intake:
 
     @asynccontextmanager
     async def held(self, within: float) -> AsyncIterator[None]:
-        """Nothing is started, and nothing unanswered, inside; the group membership goes on.
+        """Nothing is started, and nothing unanswered, inside; the group membership goes on. What is started runs down first, in no
+        more than `within` seconds.
 
         Raises:
-            TimeoutError: what was started did not finish within `within` seconds; nothing is held then.
+            TimeoutError: what was started then did not finish within as many more; nothing is held then.
         """
+        with self._work.ebbing(_EBB_S), suppress(TimeoutError):
+            async with asyncio.timeout(within):
+                await self._changes.until(lambda: self._work.at_ebb)
         self._state.hold()
         self._changes.notify()
         try:
             async with asyncio.timeout(within):
-                await self._changes.until(lambda: self._state.hold_reached)
-                await self._idle()
+                await self._changes.until(lambda: self._state.hold_reached and self._work.idle)
             yield
         finally:
             self._state.release()
@@ -267,7 +273,7 @@ class Intake:
         self._committer.note_finished(len(finished))
         if reopened:
             self._state.interrupt()
-        if reopened or self._work.idle:
+        if reopened or self._work.idle or self._work.at_ebb:
             self._changes.notify()
 
     @property
@@ -358,7 +364,3 @@ class Intake:
 
     def _may_start(self) -> bool:
         return self._state.phase == "running" and (self._gate is None or self._gate.is_open)
-
-    async def _idle(self) -> None:
-        """Wait until nothing that was started is unanswered."""
-        await self._changes.until(lambda: self._work.idle)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Final
 
 from embedq_consumer.fairness import BulkTurns, Cost, InteractiveTraffic, Limits, Parking, Starter
@@ -18,6 +19,9 @@ from embedq_shared.topics import LANES, Lane
 
 _LEAST_READ_AHEAD: Final = 256
 """Started jobs that are no bound to anything: a first micro-batch, of a client that is alone and gets half of them."""
+_LEAST_AT_EBB: Final[Mapping[Lane, int]] = {"interactive": 16, "bulk": 1}
+"""The same at ebb. The interactive lane answers what comes, which may be little: its rate is no measure of what it could do, and whoever asks
+now and then must not wait for the text before. Nobody waits for a bulk one, and of long ones on a CPU each takes a while."""
 
 Take = Callable[[Iterable[Record]], None]
 """Draws records and starts each before it draws the next: `Workload.weigh` says meanwhile what it takes."""
@@ -29,7 +33,7 @@ class Workload:
     Invariants:
         - A record comes once, by `add`, and goes once: answered, or dropped with its partition.
         - What waits was never worked on. It is started in turn (`park`) or out of turn (`start`), once.
-        - A lane has no more jobs started than it answers in some seconds (`ReadAhead`), as clients share them.
+        - A lane has no more jobs started than it answers in some seconds (`ReadAhead`), as clients share them; at ebb, in fewer.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class Workload:
         self._read_ahead = {
             lane: ReadAhead(options.read_ahead_s, least=_LEAST_READ_AHEAD, most=most) for lane in LANES
         }
+        self._ebb_s: float | None = None
         self._parking = Parking[Record](
             Limits(
                 jobs=_LEAST_READ_AHEAD,
@@ -105,7 +110,7 @@ class Workload:
                 newest = max(newest, started)
         self._newest_answered[lane] = newest
         if count and self._read_ahead[lane].note_answered(time.monotonic(), count):
-            self._parking.allow(lane, self._read_ahead[lane].jobs)
+            self._parking.allow(lane, self._allowed(lane))
 
     def follow(self, *, releasing: Collection[TopicPartition]) -> None:
         """Other partitions are ours. Of those that are to be given up nothing more starts; what waits of those that went is
@@ -141,6 +146,29 @@ class Workload:
         """Something that waiting records wait for may have come true."""
         self._starter.soon()
 
+    @contextmanager
+    def ebbing(self, seconds: float) -> Iterator[None]:
+        """Start no more of a lane than it answers in so many seconds, inside: what is started runs down to that, and jobs that
+        come meanwhile have their turns as ever."""
+        self._ebb(seconds)
+        try:
+            yield
+        finally:
+            self._ebb(None)
+
+    def _ebb(self, seconds: float | None) -> None:
+        self._ebb_s = seconds
+        for lane in LANES:
+            self._parking.allow(lane, self._allowed(lane))
+
+    def _allowed(self, lane: Lane) -> int:
+        read_ahead = self._read_ahead[lane]
+        return (
+            read_ahead.jobs
+            if self._ebb_s is None
+            else read_ahead.answered_in(self._ebb_s, _LEAST_AT_EBB[lane])
+        )
+
     def weigh(self, record: Record, cost: Cost) -> None:
         """A started record turned out to be a job that takes this. Nothing if it was given up meanwhile."""
         if record.ticket in self._started:
@@ -172,6 +200,12 @@ class Workload:
     def idle(self) -> bool:
         """Whether nothing is started."""
         return self._parking.idle
+
+    @property
+    def at_ebb(self) -> bool:
+        """Whether what is started has run down as far as it shall; never but while it is `ebbing`."""
+        low = (self._parking.started(lane) <= self._allowed(lane) for lane in LANES)
+        return self._ebb_s is not None and all(low)
 
     @property
     def waits(self) -> bool:

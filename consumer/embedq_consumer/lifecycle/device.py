@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +21,8 @@ from embedq_consumer.lifecycle.residents import Loaded, Residents
 from embedq_consumer.threads import CLOSE_S, WorkerThreads
 
 log = structlog.get_logger()
+_micro_batches: Final = logging.getLogger(__name__)
+"""Asked before an event is made of a micro-batch, of which a busy device runs hundreds in a second."""
 
 Returned = TypeVar("Returned")
 Computed = tuple[npt.NDArray[np.float32], float]
@@ -105,15 +109,28 @@ class Device:
     def _submit(self, encoder: Encoder, batch: Sequence[Tokens]) -> Computed | Future[Computed]:
         submitted = time.monotonic()
         pending = encoder.submit(batch)
+        result = partial(self._result, encoder, batch, pending, submitted)
         if pending.ready:  # another thread to wait for it would have to be woken
-            return self._result(pending, submitted)
+            return result()
         # From this thread, because the event loop may be busy: the vectors must not wait for it.
-        return self._results.submit(self._result, pending, submitted)
+        return self._results.submit(result)
 
-    def _result(self, pending: Pending, submitted: float) -> Computed:
+    def _result(
+        self, encoder: Encoder, batch: Sequence[Tokens], pending: Pending, submitted: float
+    ) -> Computed:
         vectors = pending.result()
         begin, self._last_result = max(submitted, self._last_result), time.monotonic()
-        return vectors, self._last_result - begin
+        seconds = self._last_result - begin
+        if _micro_batches.isEnabledFor(logging.DEBUG):  # when the device worked, and for which model
+            tokens = sum(text.cost for text in batch)
+            log.debug(
+                "micro_batch",
+                model_version=encoder.model_version,
+                texts=len(batch),
+                tokens=tokens,
+                seconds=round(seconds, 6),
+            )
+        return vectors, seconds
 
 
 def _give_back() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
+import structlog
 
 from embedq_consumer.batching.batch_loop import BatchLoop
 from embedq_consumer.batching.batch_runner import BatchRunner, Results
@@ -33,6 +34,8 @@ from embedq_consumer.threads import CLOSE_S
 from embedq_shared.fleet import Routes
 from embedq_shared.messages import Control, Job
 from embedq_shared.topics import Topics
+
+log = structlog.get_logger()
 
 _MEMORY_EVERY_S: Final = 5.0
 """Well within the minutes that an alert waits; a look takes a fraction of a millisecond between two micro-batches."""
@@ -195,8 +198,10 @@ class ServedModel:
                 self._metrics.gpu_reserved.set(memory.reserved)
                 self._metrics.gpu_peak.set(memory.peak)
                 self._memory = memory.used, memory.total
+                log.debug("memory", **msgspec.structs.asdict(memory))
             else:
-                self._memory = await asyncio.to_thread(resident_bytes), machine_bytes()
+                self._memory = used, total = await asyncio.to_thread(resident_bytes), machine_bytes()
+                log.debug("memory", used=used, total=total)
             await asyncio.sleep(_MEMORY_EVERY_S)
 
     def _serving(self) -> Serving | None:

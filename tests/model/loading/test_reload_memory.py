@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -40,6 +41,7 @@ def test_after_ten_more_reloads_a_process_holds_what_it_held_after_the_first_one
 ) -> None:
     ran = subprocess.run(
         [sys.executable, "-m", "tests.helpers.many_reloads", str(root), str(RELOADS), policy],
+        env=os.environ | {"MALLOC_ARENA_MAX": "1"},
         stdout=subprocess.PIPE,
         check=True,
         timeout=patient(300),
@@ -49,11 +51,10 @@ def test_after_ten_more_reloads_a_process_holds_what_it_held_after_the_first_one
     assert len(found) == RELOADS
     in_use = [each.in_use for each in found if each.in_use is not None]
     assert all(each <= 1.01 * in_use[0] for each in in_use), megabytes(in_use)
-    # What the allocator keeps of what was freed lies between what is in use, page by page: it goes up and down by some per cent
-    # (556 to 597 MB in eleven reloads, while 347 were in use after each). What is not malloc's is found here, four megabytes a
-    # reload of it, of a model of 90.
+    # Of what was freed glibc keeps up to 64 MB at the end of each thread's heap, which `malloc_trim` does not reach, and each load has
+    # other threads: with its usual heaps these pages go up and down by 3 to 7 %. With one heap they do not.
     own = [each.own for each in found]
-    assert min(own[-3:]) <= 1.05 * max(own[:3]), megabytes(own)
+    assert min(own[-3:]) <= 1.01 * max(own[:3]), megabytes(own)
 
 
 def megabytes(sizes: Sequence[int]) -> list[str]:

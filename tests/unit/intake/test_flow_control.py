@@ -197,6 +197,14 @@ def test_the_best_of_late_counts_and_not_a_lull() -> None:
     assert ahead.jobs < 60
 
 
+def test_in_a_shorter_time_fewer_are_answered_at_the_same_rate() -> None:
+    ahead = ReadAhead(2.0, least=256, most=10_000)
+    assert ahead.answered_in(0.5, least=16) == 16
+    answer(ahead, rate=300, seconds=3)
+    assert 145 <= ahead.answered_in(0.5, least=16) <= 155
+    assert ReadAhead(2.0, least=8, most=8).answered_in(0.5, least=16) == 8
+
+
 def test_it_says_when_the_number_may_have_changed() -> None:
     ahead = ReadAhead(1.0, least=1, most=100)
     assert [ahead.note_answered(now) for now in (0.0, 0.1, 0.5, 0.6)] == [False, False, True, False]

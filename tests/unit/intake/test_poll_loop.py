@@ -926,6 +926,28 @@ async def test_inside_a_hold_nothing_is_in_flight_and_nothing_is_polled() -> Non
         await running.until_taken(3)
 
 
+async def test_before_a_hold_what_is_started_runs_down_and_polls_go_on_meanwhile() -> None:
+    running = Harness(ScriptedConsumer(), answer=False)
+    running.consumer.write(A, *values(20))
+    async with running.running(A):
+        await running.until_taken(20)
+        entering = asyncio.create_task(_enter(running))
+        polls = len(running.consumer.polls)
+        await wait_until(
+            lambda: len(running.consumer.polls) > polls + 2, what="polls, while many are started"
+        )
+        running.finish(*running.taken[:4])
+        await running.a_turn()
+        polls = len(running.consumer.polls)
+        running.consumer.write(A, b"more")
+        await running.a_turn()
+        assert len(running.consumer.polls) == polls
+        assert not entering.done()
+        running.finish(*running.taken[4:])
+        assert len(await entering) == 20
+        await running.until_taken(21)
+
+
 async def test_the_records_of_a_poll_that_was_under_way_wait_until_the_hold_is_over() -> None:
     """The poll has its records in the same step in which it is interrupted, and they are not lost."""
     running = Harness(ScriptedConsumer(blocks=True), answer=False)

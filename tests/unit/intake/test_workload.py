@@ -6,6 +6,7 @@ import msgspec
 
 from embedq_consumer.group import OffsetLedger
 from embedq_consumer.intake.jobs_consumer import IntakeOptions
+from embedq_consumer.intake.records import Record
 from embedq_consumer.intake.workload import Workload
 from tests.helpers.in_flight import record
 
@@ -49,3 +50,33 @@ def test_a_record_that_waits_for_something_outside_is_overtaken_by_nobody() -> N
     assert newest_answered <= started, "its time begins now"
     work.finish([first])
     assert work.idle
+
+
+async def test_at_ebb_a_lane_starts_less_and_what_comes_meanwhile_has_its_turn() -> None:
+    ledger = OffsetLedger()
+    work = Workload(OPTIONS, ledger, lambda: True)
+    started: list[Record] = []
+    work.begin(started.extend)
+    one = record(b"{}")
+    ledger.add(one.ticket.partition, 0)
+    records = [
+        msgspec.structs.replace(one, ticket=ledger.begin(one.ticket.partition, offset), client=b"%d" % offset)
+        for offset in range(30)
+    ]
+    for each in records:
+        work.add(each)
+    work.park(records[:20])
+    assert started == records[:20]
+    assert not work.at_ebb, "only while it is ebbing"
+    with work.ebbing(0.5):
+        work.park(records[20:])
+        work.finish(started[:3])
+        work.start_more()
+        assert (len(started), work.at_ebb) == (20, False)
+        work.finish(started[3:4])
+        assert work.at_ebb, "nothing was answered before: sixteen are as little as there can be"
+        work.finish(started[4:6])
+        work.start_more()
+        assert started == records[:22], "two had their turns"
+    work.start_more()
+    assert started == records, "afterwards as before"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 from embedq_consumer.engine import Pending, Tokens
 from embedq_consumer.lifecycle import ModelRejected, ModelSlot, NoModel
@@ -141,6 +142,27 @@ async def test_it_is_busy_from_the_first_submit_to_the_last_result(slot: ModelSl
     model.gates[1].open.set()
     await second
     assert slot.busy_since is None
+
+
+async def test_with_debug_logs_each_micro_batch_says_when_it_ended_how_long_it_ran_and_for_whom(
+    slot: ModelSlot, model: Gated, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> None:
+        running = asyncio.create_task(slot.encode(model, ONE_TEXT))
+        await wait_until(lambda: bool(model.gates))
+        model.gates.pop().open.set()
+        await running
+
+    with capture_logs() as logs:
+        with caplog.at_level("INFO", "embedq_consumer.lifecycle.device"):
+            await run()
+        assert not logs
+        with caplog.at_level("DEBUG", "embedq_consumer.lifecycle.device"):
+            await run()
+    [said] = logs
+    assert (said["event"], said["texts"], said["tokens"]) == ("micro_batch", 1, 3)
+    assert said["model_version"] == model.model_version
+    assert 0 < said["seconds"] < 30
 
 
 async def test_a_failure_reaches_its_caller_and_leaves_the_slot_idle(slot: ModelSlot) -> None:
