@@ -67,7 +67,10 @@ GAPS_S: Final = {"workers": (1.0, 6.0), "brokers": (4.0, 12.0), "redis": (1.0, 8
 """Between the end of a fault and the beginning of the next one, at least and at most. Brokers need the longest to be whole
 again: one more lost before that, and two of three copies are away, which is not what three copies are for."""
 _PASSES: Final = 40
-"""A kill at a point comes at one of its first passes, if the point is one that every micro-batch passes."""
+"""A kill at a point comes at one of its first passes, if the point is one that every micro-batch or transaction passes."""
+_OFTEN: Final = (POINTS.keys() - RARE_POINTS) | TRANSACTION_POINTS.keys()
+"""At the first pass of each order, faults would meet what runs alone for its suspicion again and again: nothing else of its replica
+runs then, so the next transaction is its answer's."""
 TRANSACTIONAL: Final = frozenset({"kill_in_transaction", "freeze_in_transaction"})
 FRAGILE: Final = frozenset({"topic_deleted"})
 """Faults that take an address away: jobs that name it may be answered by an error."""
@@ -101,7 +104,7 @@ def steps(seed: int, track: str, kinds: Sequence[str], *, workers: int, brokers:
                 target=draw.randrange(workers) if track == "workers" else draw.randint(1, brokers),
                 seconds=round(draw.uniform(kind.least_s, kind.most_s), 2),
                 point=(point := draw.choice(sorted(_points_of(name))) if _points_of(name) else ""),
-                passes=draw.randint(1, _PASSES) if point in POINTS and point not in RARE_POINTS else 1,
+                passes=draw.randint(1, _PASSES) if point in _OFTEN else 1,
             )
 
 
