@@ -50,8 +50,6 @@ _ROOM: Final = 3.0
 # jsonschema would build a grammar of internationalized addresses with it, for a second and a half; no schema of ours has that format.
 sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
 
-gc.disable()  # until all is imported, see `pytest_collection_finish`
-
 settings.register_profile(
     "embedq",
     # New ones are tried each time, so that fewer are enough; CI tries the same ones, and a release is worth more. `make unit`, for
@@ -105,12 +103,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: _place(item.path.relative_to(HERE).as_posix()))
 
 
-def pytest_collection_finish() -> None:
-    """What is imported by now stays, a million objects that no collection need look through: not each test's that asks for one, nor
-    those that come by themselves."""
-    gc.freeze()
-    gc.set_threshold(_YOUNG_OBJECTS, 10, 10)
-    gc.enable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported meanwhile stays, a million objects that no collection of garbage need look through: not each test's that asks
+    for one, nor those that come by themselves."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.set_threshold(_YOUNG_OBJECTS, 10, 10)
+        gc.enable()
 
 
 def pytest_unconfigure() -> None:

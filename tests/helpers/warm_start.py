@@ -35,12 +35,14 @@ _IMPORTED: Final = (
     "embedq_consumer.process",
     "embedq_consumer.engine.loading.loader",
     "torch",
+    "transformers.conversion_mapping",
     "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
     "transformers.models.bert.modeling_bert",
     "transformers.models.qwen3.modeling_qwen3",
 )
-"""What a replica imports by itself, before or while it loads a model."""
+"""What a replica and its dry runs import by themselves, before or while they load a model."""
 _LOOK_EVERY_S: Final = 0.01
 _READY: Final = b"ready"
 _MOST_BYTES: Final = 1 << 20
@@ -300,3 +302,4 @@ if __name__ == "__main__":
         if len(os.listdir("/proc/self/task")) == 1:
             connection.send(_READY)
             _serve(connection)
+    gc.unfreeze()  # else nothing frees the libraries' objects at exit, and some complain

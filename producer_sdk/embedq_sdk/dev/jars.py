@@ -25,7 +25,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from types import SimpleNamespace
+from typing import Any, Final
 
 import msgspec
 
@@ -189,7 +190,7 @@ def _download(version: str, staging: Path) -> None:
     (staging / "jars").mkdir()
     for attempt in range(1, _FETCH_ATTEMPTS + 1):
         # A new repository each time: in the last one, what a broken connection left would pass for the whole file.
-        with tempfile.TemporaryDirectory(dir=staging) as repository:
+        with tempfile.TemporaryDirectory(dir=staging) as repository, kept_connections():
             context = MavenContext(repo_cache=Path(repository), timeout=_FETCH_TIMEOUT_S)
             roots = [
                 context.create_dependency(f"{group}:jar:{release}:compile")
@@ -210,6 +211,25 @@ def _download(version: str, staging: Path) -> None:
             for path in paths:
                 path.rename(staging / "jars" / path.name)
             return
+
+
+@contextmanager
+def kept_connections() -> Iterator[None]:
+    """Inside, jgo asks for its files over connections that stay open.
+
+    By itself it opens one for each of 160 files, and reads all certificates for it, which is most of its processor time.
+    """
+    from jgo.util import http as module
+
+    http: Any = module
+    requests = http.requests
+    with requests.Session() as session:
+        session.mount("https://", requests.adapters.HTTPAdapter(pool_maxsize=_FETCH_AT_ONCE))
+        http.requests = SimpleNamespace(request=session.request)
+        try:
+            yield
+        finally:
+            http.requests = requests
 
 
 def _format(files: KafkaFiles, staging: Path) -> None:

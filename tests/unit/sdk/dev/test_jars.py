@@ -6,19 +6,50 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
 
 from embedq_sdk.dev import DevStackError
-from embedq_sdk.dev.jars import KafkaFiles, cache_directory, fetch, find_kafka
-from tests.helpers.support import wait_for
+from embedq_sdk.dev.jars import KafkaFiles, cache_directory, fetch, find_kafka, kept_connections
+from tests.helpers.support import patient, wait_for
 
 
 @pytest.fixture
 def empty(tmp_path: Path) -> KafkaFiles:
     return find_kafka({"EMBEDQ_CACHE_DIR": str(tmp_path / "cache")})
+
+
+def test_files_come_over_a_connection_that_stays_open() -> None:
+    from jgo.util import http
+
+    connections: list[object] = []
+
+    class Repository(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def setup(self) -> None:
+            connections.append(self.client_address)
+            super().setup()
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "3")
+            self.end_headers()
+            self.wfile.write(b"jar")
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Repository) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/a.jar"
+        with kept_connections():
+            answers = [http.get(url, timeout=patient(30)) for _ in range(3)]
+        server.shutdown()
+    assert [answer.content for answer in answers] == [b"jar"] * 3
+    assert len(connections) == 1
 
 
 def put_files(files: KafkaFiles, directory: Path) -> None:
