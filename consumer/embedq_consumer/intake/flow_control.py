@@ -106,15 +106,13 @@ class ReadAhead:
     @property
     def jobs(self) -> int:
         """As things are."""
-        return min(self._most, max(self._least, round(self._best * self._seconds)))
+        best = max(self._rates, default=0.0)
+        return min(self._most, max(self._least, round(best * self._seconds)))
 
     def answered_in(self, seconds: float, least: int) -> int:
-        """How many are answered in so short a time."""
-        return min(self.jobs, max(least, round(self._best * seconds)))
-
-    @property
-    def _best(self) -> float:
-        return max(self._rates, default=0.0)
+        """How many are answered in so short a time, as things went of late: at the best of it they might take far longer."""
+        usual = sum(self._rates) / max(1, len(self._rates))
+        return min(self.jobs, max(least, round(usual * seconds)))
 
 
 class PartitionRotation:

@@ -200,8 +200,10 @@ def test_the_best_of_late_counts_and_not_a_lull() -> None:
 def test_in_a_shorter_time_fewer_are_answered_at_the_same_rate() -> None:
     ahead = ReadAhead(2.0, least=256, most=10_000)
     assert ahead.answered_in(0.5, least=16) == 16
-    answer(ahead, rate=300, seconds=3)
+    now = answer(ahead, rate=300, seconds=3)
     assert 145 <= ahead.answered_in(0.5, least=16) <= 155
+    answer(ahead, rate=100, seconds=3, start=now)
+    assert 90 <= ahead.answered_in(0.5, least=16) <= 110, "the best time counts no more than the others"
     assert ReadAhead(2.0, least=8, most=8).answered_in(0.5, least=16) == 8
 
 
