@@ -79,13 +79,13 @@ def checkpoint(folder: Path, name: str, shape: str, seed: int) -> Path:
     return path
 
 
-def bus() -> dict[str, float]:
-    """Gigabytes a second from pinned and from ordinary memory to the device; nothing where there is none."""
+def bus() -> dict[str, Any]:
+    """The GPU, and gigabytes a second from pinned and from ordinary memory to it; nothing where there is none."""
     import torch
 
     if not torch.cuda.is_available():
         return {}
-    found: dict[str, float] = {}
+    found: dict[str, Any] = {"device": torch.cuda.get_device_name()}
     there = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     for kind in ("pinned", "ordinary"):
         here = torch.ones(1 << 30, dtype=torch.uint8, pin_memory=kind == "pinned")
