@@ -38,15 +38,16 @@ class GatewayProcess:
         self.process: asyncio.subprocess.Process | None = None
 
     async def start(self, *, connected: bool = True) -> GatewayProcess:
-        """Start the process, and wait until it listens; `connected`: until it has reached Kafka and seen a replica."""
+        """Start it, and wait until it listens; `connected`: until each of its workers has reached Kafka and one has seen a replica."""
+        before = len(self.events())
         with await asyncio.to_thread(self.log.open, "ab", buffering=0) as log:
             self.process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "embedq_gateway", env=self._environ, stdout=log, stderr=log
             )
-        await wait_until(self._is(connected), within=60.0, what="a gateway that answers")
+        await wait_until(self._is(connected, before), within=60.0, what="a gateway that answers")
         return self
 
-    def _is(self, connected: bool) -> Any:
+    def _is(self, connected: bool, before: int) -> Any:
         async def answers() -> bool:
             if self.process is not None and self.process.returncode is not None:
                 raise AssertionError(f"the gateway ended with {self.process.returncode}:\n{self.tail()}")
@@ -56,7 +57,7 @@ class GatewayProcess:
                 try:
                     if not connected:
                         return (await http.get("/livez")).status_code == 200
-                    if not (await http.get("/v1/models")).json()["data"]:
+                    if not (await http.get("/v1/models")).json()["data"] or not self._all_connected(before):
                         return False
                     probe = await http.post("/v1/embeddings", json={"input": "is it there?"})
                     return probe.status_code == 200
@@ -64,6 +65,12 @@ class GatewayProcess:
                     return False
 
         return answers
+
+    def _all_connected(self, before: int) -> bool:
+        """Whether each worker has said so: the connection of a request chooses which of them answers."""
+        said = self.events()[before:]
+        workers = next(event["workers"] for event in said if event["event"] == "listening")
+        return sum(event["event"] == "kafka_connected" for event in said) >= workers
 
     @property
     def url(self) -> str | None:
