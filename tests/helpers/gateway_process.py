@@ -69,8 +69,8 @@ class GatewayProcess:
     def _all_connected(self, before: int) -> bool:
         """Whether each worker has said so: the connection of a request chooses which of them answers."""
         said = self.events()[before:]
-        workers = next(event["workers"] for event in said if event["event"] == "listening")
-        return sum(event["event"] == "kafka_connected" for event in said) >= workers
+        workers = int(next(event["workers"] for event in said if event["event"] == "listening"))
+        return len([event for event in said if event["event"] == "kafka_connected"]) >= workers
 
     @property
     def url(self) -> str | None:
