@@ -19,15 +19,14 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import msgspec
 import psutil
 from aiokafka import AIOKafkaProducer, ConsumerRecord
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin import NewTopic
 from rich.console import Console
 from rich.table import Table
 
@@ -40,6 +39,7 @@ from embedq_shared.topics import Topics
 from tests.broker.service.test_reload import command, outcomes
 from tests.helpers.bad_models import HARMS, copied
 from tests.helpers.cluster import Cluster
+from tests.helpers.delivery import administering
 from tests.helpers.hostile_redis import HOSTILE, HostileRedis, hostile_redis
 from tests.helpers.neighbors import Neighbors, neighbors
 from tests.helpers.record_batches import ZSTD, bomb, send_batch
@@ -265,17 +265,6 @@ KILLS: Final = "kills"
 
 
 # -- the frame -----------------------------------------------------------------------------------------------------------
-
-
-@asynccontextmanager
-async def administering(stack: DevStack) -> AsyncIterator[AIOKafkaAdminClient]:
-    """A client for topics and offsets."""
-    admin = AIOKafkaAdminClient(bootstrap_servers=stack.kafka_servers)
-    await admin.start()
-    try:
-        yield admin
-    finally:
-        await admin.close()
 
 
 def job(id: str) -> bytes:

@@ -193,20 +193,29 @@ async def load(
     await running.answered.all()
 
 
+@asynccontextmanager
+async def administering(stack: DevStack) -> AsyncIterator[AIOKafkaAdminClient]:
+    """A client for topics, offsets and their like."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=stack.kafka_servers)
+    await admin.start()
+    try:
+        yield admin
+    finally:
+        await admin.close()
+
+
 async def uncommitted(stack: DevStack, topics: Topics) -> int:
     """Records of both lanes that the group has not committed."""
     group = topics.group(f"{topics.prefix}.embedq")
-    admin = AIOKafkaAdminClient(bootstrap_servers=stack.kafka_servers)
     reader = AIOKafkaConsumer(bootstrap_servers=stack.kafka_servers)
-    await admin.start()
-    await reader.start()
-    try:
-        partitions = await partitions_of(admin, topics.lanes)
-        ends = await reader.end_offsets(partitions)
-        committed = await admin.list_consumer_group_offsets(group)
-    finally:
-        await reader.stop()
-        await admin.close()
+    async with administering(stack) as admin:
+        await reader.start()
+        try:
+            partitions = await partitions_of(admin, topics.lanes)
+            ends = await reader.end_offsets(partitions)
+            committed = await admin.list_consumer_group_offsets(group)
+        finally:
+            await reader.stop()
     left = 0
     for partition in partitions:
         offset = committed[partition].offset if partition in committed else 0

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +21,7 @@ from tests.broker.service.test_reload import (
 )
 from tests.helpers.bad_models import copied
 from tests.helpers.broken_reloads import WAYS
-from tests.helpers.delivery import load, statuses
+from tests.helpers.delivery import administering, load, statuses
 from tests.helpers.service_process import (
     Reader,
     Replica,
@@ -214,7 +213,7 @@ async def test_without_its_status_topic_a_fleet_serves_and_agrees_within_a_minut
         await jobs.progress(10)
 
         # It takes no record: nobody can have a turn, so all serve the old model, and follow once it does.
-        async with topic_admin(stack) as admin:
+        async with administering(stack) as admin:
             await set_largest_record(admin, topics.status, 1)
             sent = await command(client, topics, 1, "b", fallback="a", rollout=waves)
             await jobs.progress(100)
@@ -226,7 +225,7 @@ async def test_without_its_status_topic_a_fleet_serves_and_agrees_within_a_minut
             assert {(one["state"], one["model_version"]) for one in said} == {("READY", b.version)}
 
         # It is gone: a command without turns needs nobody's word.
-        async with topic_admin(stack) as admin:
+        async with administering(stack) as admin:
             await admin.delete_topics([topics.status])
         sent = await command(client, topics, 2, "a")
         for replica in pair:
@@ -287,17 +286,6 @@ async def agreement(status: Reader, sent: dict[str, Any], *names: str) -> list[d
 
     await wait_until(ended, within=AGREED_WITHIN_S, what=f"an outcome of version {sent['version']}")
     return [last[name] for name in names]
-
-
-@asynccontextmanager
-async def topic_admin(stack: DevStack) -> AsyncIterator[AIOKafkaAdminClient]:
-    """An admin client."""
-    admin = AIOKafkaAdminClient(bootstrap_servers=stack.kafka_servers)
-    await admin.start()
-    try:
-        yield admin
-    finally:
-        await admin.close()
 
 
 async def set_largest_record(admin: AIOKafkaAdminClient, topic: str, size: int) -> None:

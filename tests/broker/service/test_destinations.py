@@ -5,18 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin import NewTopic
 
 from embedq_sdk.dev import DevStack
 from embedq_shared.headers import value_of
 from embedq_shared.topics import Topics
-from tests.helpers.delivery import Answered, short_job, until_committed
+from tests.helpers.delivery import Answered, administering, short_job, until_committed
 from tests.helpers.neighbors import assert_served, neighbors
 from tests.helpers.service_process import (
     Reader,
@@ -30,16 +29,6 @@ from tests.helpers.service_process import (
 from tests.helpers.support import wait_until
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(240)]
-
-
-@asynccontextmanager
-async def administering(stack: DevStack) -> AsyncIterator[AIOKafkaAdminClient]:
-    admin = AIOKafkaAdminClient(bootstrap_servers=stack.kafka_servers)
-    await admin.start()
-    try:
-        yield admin
-    finally:
-        await admin.close()
 
 
 async def send(

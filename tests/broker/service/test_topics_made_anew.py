@@ -14,9 +14,9 @@ from aiokafka.errors import for_code
 
 from embedq_consumer.group.topic_watch import topic_id_of
 from embedq_sdk.dev import DevStack
-from tests.broker.service.test_destinations import administering
 from tests.helpers.delivery import (
     Answered,
+    administering,
     long_job,
     preload,
     short_job,
