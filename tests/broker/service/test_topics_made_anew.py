@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic, RecordsToDelete
 from aiokafka.errors import for_code
 
 from embedq_consumer.group.topic_watch import topic_id_of
 from embedq_sdk.dev import DevStack
+from embedq_shared.kafka import AIOKafkaConsumer
 from tests.helpers.delivery import (
     Answered,
     administering,
@@ -173,6 +174,7 @@ async def test_a_broker_deletes_the_offsets_of_a_topic_with_it_and_takes_late_on
     topics = await make_topics(stack, fresh_prefix(), partitions=1)
     await preload(stack, topics.jobs, 30)
     partition, group = TopicPartition(topics.jobs, 0), f"{topics.prefix}.plain"
+    # embedq's own client: aiokafka's asks for the topic while it is away, and the broker makes it for asking.
     consumer = AIOKafkaConsumer(
         bootstrap_servers=stack.kafka_servers, group_id=group, enable_auto_commit=False
     )
