@@ -46,6 +46,7 @@ def main() -> int:
         texts=options.texts,
         window=options.window,
         longest_s=options.longest,
+        gaps=options.gaps,
         settle_s=options.settle,
         settings=dict(pair.split("=", 1) for pair in options.set),
     )
@@ -118,6 +119,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=2000, help="jobs without an answer, at most")
     parser.add_argument(
         "--longest", type=float, help="seconds after which no job is sent, whatever --jobs says"
+    )
+    parser.add_argument(
+        "--gaps",
+        type=float,
+        default=1.0,
+        help="how many times longer than usual the times between faults are",
     )
     parser.add_argument(
         "--settle", type=float, default=240.0, help="seconds that the rest may take without faults"

@@ -69,6 +69,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Jobs without an answer, at most, before the producer waits."""
     longest_s: float | None = None
     """After so many seconds no more jobs are sent, whatever `jobs` says."""
+    gaps: float = 1.0
+    """How many times longer than usual the times between faults are: on few cores, faults for so many jobs, not for so many seconds."""
     settle_s: float = 240.0
     """After the last fault: how long the rest may take, on a quiet machine."""
     settings: dict[str, str] = {}
@@ -245,7 +247,12 @@ class Harness:
             if self._plan.mode == "exactly-once" or name not in TRANSACTIONAL
         ]
         return steps(
-            self._plan.seed, track, kinds, workers=self._plan.workers, brokers=len(self._cluster.nodes)
+            self._plan.seed,
+            track,
+            kinds,
+            workers=self._plan.workers,
+            brokers=len(self._cluster.nodes),
+            gaps=self._plan.gaps,
         )
 
     async def _apply(self, step: Step) -> None:

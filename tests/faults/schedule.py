@@ -90,8 +90,13 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     passes: int = 0
 
 
-def steps(seed: int, track: str, kinds: Sequence[str], *, workers: int, brokers: int) -> Iterator[Step]:
-    """The faults of one track, without end; none if no kind belongs to it. Equal arguments give equal steps."""
+def steps(
+    seed: int, track: str, kinds: Sequence[str], *, workers: int, brokers: int, gaps: float = 1.0
+) -> Iterator[Step]:
+    """The faults of one track, without end; none if no kind belongs to it. Equal arguments give equal steps.
+
+    `gaps` makes the times between faults so many times longer, and leaves the faults as they are.
+    """
     choices = [name for name in KINDS if name in kinds and KINDS[name].track == track]
     draw = random.Random(f"{seed} {track}")
     while choices:
@@ -99,7 +104,7 @@ def steps(seed: int, track: str, kinds: Sequence[str], *, workers: int, brokers:
         for name in draw.sample(choices, len(choices)):
             kind = KINDS[name]
             yield Step(
-                after_s=round(draw.uniform(*GAPS_S[track]), 2),
+                after_s=round(gaps * draw.uniform(*GAPS_S[track]), 2),
                 fault=name,
                 target=draw.randrange(workers) if track == "workers" else draw.randint(1, brokers),
                 seconds=round(draw.uniform(kind.least_s, kind.most_s), 2),

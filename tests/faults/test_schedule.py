@@ -7,6 +7,7 @@ from itertools import islice
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from tests.faults.points import ALL
 from tests.faults.schedule import KINDS, TRACKS, Step, steps
@@ -19,6 +20,14 @@ def first(count: int, seed: int, track: str, kinds: list[str] | None = None) -> 
 @given(st.integers(), st.sampled_from(TRACKS))
 def test_a_seed_gives_the_same_faults_each_time(seed: int, track: str) -> None:
     assert first(30, seed, track) == first(30, seed, track)
+
+
+@given(st.integers(), st.sampled_from(TRACKS))
+def test_longer_gaps_change_nothing_else(seed: int, track: str) -> None:
+    slow = islice(steps(seed, track, list(KINDS), workers=3, brokers=3, gaps=4.0), 30)
+    for usual, step in zip(first(30, seed, track), slow, strict=True):
+        assert step == replace(usual, after_s=step.after_s)
+        assert step.after_s == pytest.approx(4 * usual.after_s, abs=0.03)
 
 
 @pytest.mark.parametrize("track", TRACKS)
