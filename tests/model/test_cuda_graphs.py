@@ -82,7 +82,9 @@ class Forward:
             if (text[:, 0] == BAD).any():
                 out[max(0, slot - 1) : slot + 1] = torch.nan
 
-    def pooled(self, *, pool: bool = False, attention: str = "flash_attn_4") -> PooledForward:
+    def pooled(
+        self, *, pool: bool = False, attention: str = "flash_attn_4", padding: int | None = None
+    ) -> PooledForward:
         def kernel(*_: Any) -> torch.Tensor:
             raise NotImplementedError
 
@@ -92,6 +94,7 @@ class Forward:
             hidden_size=3,
             device=CPU,
             attention=kernel,
+            padding=padding,
             prefix_pool=(lambda rows: torch.zeros(1, rows, 2, dtype=torch.long)) if pool else None,
         )
 
@@ -148,6 +151,19 @@ def test_a_text_that_is_too_long_for_every_graph_runs_in_its_own_size() -> None:
     batch = [text_of(1300), text_of(5)]
     assert np.array_equal(graphs.submit(batch).result(), wanted(batch))
     assert (1, 1408) in forward.rows
+
+
+@pytest.mark.parametrize("length", [20, 1300], ids=["in a graph", "too long for every graph"])
+def test_padding_that_a_text_spells_does_not_count_for_the_tokens_after_it(length: int) -> None:
+    padding = 7
+    graphs = CpuGraphs(Forward().pooled(attention="torch_varlen", padding=padding), part_tokens=512)
+    text = text_of(length)
+    text.ids[[2, 3, length - 1]] = padding
+    counted = int((text.ids != padding).sum())
+    assert counted < length
+    found = graphs.submit([text_of(5, padding), text]).result()
+    # The padding has the position 0 wherever it stands, and the others are counted from 1 on.
+    assert found[1, 1] == counted * (counted + 1) / 2
 
 
 def test_a_text_that_gives_nan_spoils_no_neighbor() -> None:
