@@ -26,6 +26,7 @@ from embedq_consumer.settings import Settings, SettingsError
 from embedq_consumer.telemetry.health import Health
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.codec import decode_status
+from embedq_shared.kafka import BrokerUnreachable, KafkaConnectionError, KafkaRefused, reason
 from embedq_shared.messages import Control, Rollout, Status
 from tests.helpers.fake_models import INSPECTION, FakeModel, command
 from tests.helpers.support import wait_until
@@ -41,6 +42,7 @@ class World:
         self.desired: Control | None = None
         self.said: list[Said] = []
         self.drains = True
+        self.away: type[Exception] | None = None
         self.failure: Exception | None = None
         self.joined = asyncio.Event()
         self.fail = asyncio.Event()
@@ -75,6 +77,9 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
         def __init__(self, *_: Any, **__: Any) -> None: ...
 
         async def open(self) -> None:
+            if world.away is not None:
+                world.did.append("nobody there")
+                raise world.away("no answer")
             world.did.append("publisher open")
 
         async def announce(self, records: Sequence[Outgoing], *, within: float) -> None:
@@ -300,6 +305,46 @@ async def test_in_the_middle_of_a_rollout_it_begins_with_what_the_others_serve(
     world.said = [Said("another", other)]
     await serve_and_stop(world, settings)
     assert [did for did in world.did if did.startswith("loaded")] == ["loaded old"]
+
+
+@pytest.mark.parametrize("away", [BrokerUnreachable, KafkaConnectionError, TimeoutError])
+async def test_while_kafka_is_away_at_the_start_it_asks_again_is_not_ready_and_says_why(
+    world: World, settings: Settings, away: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "_LONGEST_PAUSE_S", 0.0)
+    world.away = away
+    stop = asyncio.Event()
+    running = asyncio.create_task(serve(settings, stop))
+    await wait_until(lambda: world.did.count("nobody there") >= 3 or running.done(), what="three tries")
+    assert not running.done(), running.exception()
+    told = f"waiting for Kafka: {reason(away('no answer'))}"
+    assert world.readiness() == {"status": "not ready", "reason": told}
+    world.away = None
+    await wait_until(lambda: "group joined" in world.did, what="the group")
+    world.joined.set()
+    await wait_until(lambda: world.value("ready") == 1.0, what="readiness")
+    stop.set()
+    await running
+
+
+async def test_a_stop_while_kafka_is_away_at_the_start_is_a_clean_stop(
+    world: World, settings: Settings
+) -> None:
+    world.away = BrokerUnreachable
+    stop = asyncio.Event()
+    running = asyncio.create_task(serve(settings, stop))
+    await wait_until(lambda: "nobody there" in world.did, what="the first try")
+    stop.set()
+    await running
+    assert set(world.did) == {"nobody there", "publisher closed"}
+
+
+async def test_a_broker_that_refuses_at_the_start_ends_it_at_once(world: World, settings: Settings) -> None:
+    """It is there: asking again would not help."""
+    world.away = KafkaRefused
+    with pytest.raises(KafkaRefused):
+        await serve(settings, asyncio.Event())
+    assert world.did == ["nobody there", "publisher closed"]
 
 
 async def test_it_is_ready_once_the_group_has_given_it_partitions(world: World, settings: Settings) -> None:
