@@ -8,7 +8,6 @@ the `Encoder` that it returns, and the values of `api`. Importing this module im
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Unpack
@@ -74,6 +73,8 @@ def count_gpus() -> int:
     Raises:
         DeviceLost: the driver does not answer.
     """
+    import subprocess  # which the help of a command that names this room would wait for
+
     try:
         asked = subprocess.run(
             [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"],

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ipaddress
 import re
-import ssl
-from typing import Any, Final, Literal, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args
 
 import msgspec
 
 from embedq_shared.secret import Secret
+
+if TYPE_CHECKING:
+    import ssl
 
 SecurityProtocol = Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"]
 SaslMechanism = Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"]
@@ -183,6 +185,8 @@ class KafkaOptions(msgspec.Struct, frozen=True, kw_only=True):
         return options | {"bootstrap_servers": self.servers}
 
     def _context(self) -> ssl.SSLContext:
+        import ssl  # no help text needs it
+
         try:
             made = ssl.create_default_context(cafile=self.ssl_cafile)
             if self.ssl_certfile is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Mapping
 from typing import TypeVar, get_type_hints
@@ -68,6 +67,8 @@ def _read_file(raw: dict[str, str], field: str, prefix: str) -> None:
 def _explain(message: str, kind: type[msgspec.Struct], prefix: str, raw: Mapping[str, str]) -> str:
     """msgspec's sentence in plain words, after the variable's name."""
     if unknown := re.match(r"Object contains unknown field `(.*)`", message):
+        import difflib  # for the mistaken alone
+
         close = difflib.get_close_matches(unknown[1], kind.__struct_fields__, n=1)
         hint = f"; did you mean {prefix}{close[0].upper()}?" if close else ""
         return f"unknown setting {prefix}{unknown[1].upper()}{hint}"
