@@ -132,10 +132,12 @@ def test_windows_of_a_long_text_have_the_positions_of_their_own_length(
 class _Forgetful(torch.nn.Module):
     """A rotary module that looks at the longest position of a call in a way of its own."""
 
+    kind = "of its own"
+
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
-        self.rope_type = "of its own"
+        self.rope_type = self.kind
         self.device = torch.nn.Buffer(torch.ones(1), persistent=False)
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,15 +146,18 @@ class _Forgetful(torch.nn.Module):
         return both.cos().to(x.dtype), both.sin().to(x.dtype)
 
 
+@pytest.mark.parametrize("kind", [_Forgetful.kind, "default", "dynamic"])
 def test_positions_that_depend_on_the_call_in_an_unknown_way_are_not_packed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Whatever they say that they are: a type that never depends on it, one that does in another way."""
     from transformers.models.llama import modeling_llama
 
+    monkeypatch.setattr(_Forgetful, "kind", kind)
     monkeypatch.setattr(modeling_llama, "LlamaRotaryEmbedding", _Forgetful)
     encoder, ids = served(make_rotary(tmp_path, "Llama", "default"))
     assert encoder.kernels["not_packed"] == (
-        "rope_type of its own: _Forgetful depends on the longest text of a call"
+        f"rope_type {kind}: _Forgetful depends on the longest text of a call"
     )
     wanted = normalized(alone_by_transformers(tmp_path, ids))
     assert np.abs(normalized(encoder.encode(ids)) - wanted).max() <= TOLERANCE
