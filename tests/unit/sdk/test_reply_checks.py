@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import numpy.ma  # by its first user, and so in the middle of a measurement
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
