@@ -237,6 +237,21 @@ async def test_a_drain_that_takes_too_long_fails_the_command_and_changes_nothing
     assert loaded.closed == (policy == "availability_preserving")  # else it was never loaded
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+async def test_each_status_says_whether_a_model_serves_whatever_became_of_the_command(
+    bench: MakeBench, policy: Policy
+) -> None:
+    b = await started(bench(new=[new()]))
+    await b.follow([command(1, "new", policy=policy)], [command(2, "nowhere", policy=policy)])
+    await b.model.reporter.update("stopped", "STOPPED")
+    trial = [
+        said.serving for said in b.sent if said.version == 1 and said.step in ("load", "warm_up", "check")
+    ]
+    assert trial == [policy == "availability_preserving"] * 3
+    ended = [(said.version, said.state, said.serving) for said in b.sent if said.state != "LOADING"]
+    assert ended == [(1, "READY", True), (2, "FAILED", True), (2, "STOPPED", False)]
+
+
 async def test_memory_that_runs_out_in_the_check_alone_fails_the_command(bench: MakeBench) -> None:
     class RunsOut(FakeModel):
         """Takes the two micro-batches of the warm-up, then nothing more."""
