@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 import time
-from base64 import b64encode
 from collections.abc import Iterable, Iterator
 from typing import Final
 
@@ -34,8 +33,6 @@ _CONNECT_STAGES: Final = {
     "crashed": b"TASK_PUT",
 }
 """Where a sink of Kafka Connect would have failed, by error code; everything else is in the value."""
-
-_Embedding = bytes | str | msgspec.Raw
 
 
 class EncodedResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="object", tag="list"):
@@ -429,7 +426,7 @@ def _failure_of_line(job: JobState) -> ErrorBody | None:
 
 def _all_data(job: JobState) -> list[msgspec.Raw]:
     """Every input's outcome, encoded."""
-    made: dict[int, _Embedding] = {}
+    made: dict[int, msgspec.Raw] = {}
     return [
         datum
         for index, outcome in enumerate(job.outcomes)
@@ -465,11 +462,11 @@ def _size(outgoing: Outgoing) -> int:
 
 
 def _data(
-    request: Request, index: int, outcome: Outcome | None, made: dict[int, _Embedding]
+    request: Request, index: int, outcome: Outcome | None, made: dict[int, msgspec.Raw]
 ) -> Iterator[msgspec.Raw]:
     """One input's outcome, encoded: a datum, or one for each of its spans.
 
-    Equal inputs of a job have one outcome: `made` keeps its vectors' encoded forms, which cost most.
+    Equal inputs of a job have one outcome: `made` keeps its vectors' decimals, which cost most.
     """
     if isinstance(outcome, Spans):
         for span in outcome.spans:
@@ -507,22 +504,16 @@ def _encoded(request: Request, datum: Datum) -> msgspec.Raw:
     return msgspec.Raw(codec.encode(datum, request.format))
 
 
-def _embedding(request: Request, vector: bytes, made: dict[int, _Embedding]) -> _Embedding:
+def _embedding(request: Request, vector: bytes, made: dict[int, msgspec.Raw]) -> bytes | msgspec.Raw:
     """A vector as the result has it. All vectors of a job live as long as `made`, so that each has an address of its own."""
-    if request.format == "msgpack":
-        return vector
+    if request.format == "msgpack" or request.encoding == "base64":
+        return vector  # in JSON bytes are base64
     found = made.get(id(vector))
     if found is None:
-        found = made[id(vector)] = _encoded_vector(request, vector)
+        # orjson writes a float32 with the fewest digits that read back the same; msgspec knows float64 alone.
+        numbers = np.frombuffer(vector, dtype=NUMPY[request.dtype])
+        found = made[id(vector)] = msgspec.Raw(orjson.dumps(numbers, option=orjson.OPT_SERIALIZE_NUMPY))
     return found
-
-
-def _encoded_vector(request: Request, vector: bytes) -> str | msgspec.Raw:
-    if request.encoding == "base64":
-        return b64encode(vector).decode("ascii")
-    # orjson writes a float32 with the fewest digits that read back the same; msgspec knows float64 alone.
-    numbers = np.frombuffer(vector, dtype=NUMPY[request.dtype])
-    return msgspec.Raw(orjson.dumps(numbers, option=orjson.OPT_SERIALIZE_NUMPY))
 
 
 def _split(data: list[msgspec.Raw], limit: int) -> list[list[msgspec.Raw]]:
