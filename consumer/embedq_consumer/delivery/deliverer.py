@@ -21,7 +21,7 @@ from embedq_consumer.fairness import BulkTurns, InteractiveTraffic, Turns, Turns
 from embedq_consumer.intake.admission import DeletedRow, Rejection
 from embedq_consumer.intake.jobs import InputVector, JobState
 from embedq_consumer.intake.records import Record
-from embedq_consumer.intake.result_sizes import cost_of
+from embedq_consumer.intake.result_sizes import cost_of, datum_bytes
 from embedq_consumer.retries import HEALS
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.headers import JobHeaders
@@ -390,11 +390,11 @@ def large(job: JobState) -> bool:
 
 def _quick(jobs: Sequence[JobState]) -> bool:
     """Whether encoding their results takes a millisecond or two."""
-    return (
-        sum([len(job.outcomes) for job in jobs]) <= _QUICK_INPUTS
-        and not any(job.request.late for job in jobs)
-        and sum([cost_of(job).result_bytes for job in jobs]) <= _QUICK_BYTES
-    )
+    inputs = size = 0
+    for job in jobs:
+        inputs += len(job.outcomes)
+        size += len(job.outcomes) * datum_bytes(job.request)
+    return inputs <= _QUICK_INPUTS and size <= _QUICK_BYTES and not any(job.request.late for job in jobs)
 
 
 class _Batch:

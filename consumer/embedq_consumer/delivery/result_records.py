@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Final
 
 import msgspec
@@ -13,7 +13,7 @@ import orjson
 
 from embedq_consumer.delivery.outgoing import Outgoing
 from embedq_consumer.intake.admission import DeletedRow, Rejection
-from embedq_consumer.intake.jobs import InputVector, JobState, Outcome, Request, Spans
+from embedq_consumer.intake.jobs import InputVector, JobState, Request, Spans
 from embedq_consumer.intake.records import Death, Record
 from embedq_consumer.intake.result_sizes import fixed_bytes
 from embedq_consumer.retries import HEALS, Attempt, RetryPolicy, RetryTiers, Tier, headers_of
@@ -116,10 +116,10 @@ class ResultEncoder:
     def of_job(self, job: JobState) -> Reply:
         """The result of a job whose every input has its outcome."""
         request = job.request
-        error = job.failure() or _failure_of_line(job)
         envelope = Envelope(request.id, request.model, request.metadata)
         version = job.encoder.model_version
-        if error is not None:
+        errors = tuple([outcome for outcome in job.outcomes if isinstance(outcome, ErrorBody)])
+        if errors and (error := job.failure() or _failure_of_line(job)) is not None:
             return self._failure(
                 job.record,
                 job.headers,
@@ -129,7 +129,6 @@ class ResultEncoder:
                 model_version=version,
                 answer=request.answer,
             )
-        errors = tuple(outcome for outcome in job.outcomes if isinstance(outcome, ErrorBody))
         status: ResultStatus = (
             "ok" if not errors else "partial" if len(errors) < len(job.outcomes) else "error"
         )
@@ -151,6 +150,7 @@ class ResultEncoder:
         """The result, in as many records as it needs."""
         request, version = job.request, job.encoder.model_version
         parts = _split(_all_data(job), self._limit - fixed_bytes(job.record, job.headers, request))
+        usage, timings = _usage(job), Timings(job.queue_s, job.tokenize_s, job.compute_s, job.device_s)
         outgoing = []
         for number, part in enumerate(parts):
             result = EncodedResult(
@@ -160,8 +160,8 @@ class ResultEncoder:
                 dimensions=request.dimensions,
                 dtype=request.dtype,
                 data=part,
-                usage=_usage(job),
-                timings=Timings(job.queue_s, job.tokenize_s, job.compute_s, job.device_s),
+                usage=usage,
+                timings=timings,
                 metadata=request.metadata,
                 part=number,
                 parts=len(parts),
@@ -425,17 +425,47 @@ def _failure_of_line(job: JobState) -> ErrorBody | None:
 
 
 def _all_data(job: JobState) -> list[msgspec.Raw]:
-    """Every input's outcome, encoded."""
+    """Every input's outcome, encoded: a datum, or one for each of its spans.
+
+    Equal inputs of a job have one outcome: `made` keeps its vectors' decimals, which cost most.
+    """
+    request = job.request
     made: dict[int, msgspec.Raw] = {}
-    return [
-        datum
-        for index, outcome in enumerate(job.outcomes)
-        for datum in _data(job.request, index, outcome, made)
-    ]
+    data: list[Datum] = []
+    for index, outcome in enumerate(job.outcomes):
+        if isinstance(outcome, InputVector):
+            data.append(
+                Datum(
+                    index=index,
+                    embedding=_embedding(request, outcome.vector, made),
+                    tokens=outcome.tokens,
+                    truncated=outcome.truncated is not None,
+                    cached=outcome.cached,
+                    scale=msgspec.UNSET if outcome.scale is None else outcome.scale,
+                )
+            )
+        elif isinstance(outcome, Spans):
+            data += [
+                Datum(
+                    index=index,
+                    embedding=_embedding(request, span.vector, made),
+                    tokens=span.tokens,
+                    truncated=False,
+                    cached=False,
+                    scale=msgspec.UNSET if span.scale is None else span.scale,
+                    span=(span.start, span.end),
+                )
+                for span in outcome.spans
+            ]
+        elif outcome is not None:
+            data.append(Datum(index=index, embedding=None, error=outcome))
+        else:
+            raise RuntimeError(f"input {index} has no outcome. This is a bug.")
+    return [msgspec.Raw(codec.encode(datum, request.format)) for datum in data]
 
 
 def _usage(job: JobState) -> Usage:
-    tokens = sum(outcome.tokens for outcome in job.outcomes if isinstance(outcome, InputVector | Spans))
+    tokens = sum([outcome.tokens for outcome in job.outcomes if isinstance(outcome, InputVector | Spans)])
     return Usage(tokens, tokens)
 
 
@@ -459,49 +489,6 @@ def _history(deaths: Iterable[Death]) -> bytes:
 def _size(outgoing: Outgoing) -> int:
     headers = sum(len(name) + len(value) + 8 for name, value in outgoing.headers)
     return len(outgoing.value or b"") + len(outgoing.key or b"") + headers
-
-
-def _data(
-    request: Request, index: int, outcome: Outcome | None, made: dict[int, msgspec.Raw]
-) -> Iterator[msgspec.Raw]:
-    """One input's outcome, encoded: a datum, or one for each of its spans.
-
-    Equal inputs of a job have one outcome: `made` keeps its vectors' decimals, which cost most.
-    """
-    if isinstance(outcome, Spans):
-        for span in outcome.spans:
-            yield _encoded(
-                request,
-                Datum(
-                    index=index,
-                    embedding=_embedding(request, span.vector, made),
-                    tokens=span.tokens,
-                    truncated=False,
-                    cached=False,
-                    scale=msgspec.UNSET if span.scale is None else span.scale,
-                    span=(span.start, span.end),
-                ),
-            )
-    elif isinstance(outcome, InputVector):
-        yield _encoded(
-            request,
-            Datum(
-                index=index,
-                embedding=_embedding(request, outcome.vector, made),
-                tokens=outcome.tokens,
-                truncated=outcome.truncated is not None,
-                cached=outcome.cached,
-                scale=msgspec.UNSET if outcome.scale is None else outcome.scale,
-            ),
-        )
-    elif outcome is not None:
-        yield _encoded(request, Datum(index=index, embedding=None, error=outcome))
-    else:
-        raise RuntimeError(f"input {index} has no outcome. This is a bug.")
-
-
-def _encoded(request: Request, datum: Datum) -> msgspec.Raw:
-    return msgspec.Raw(codec.encode(datum, request.format))
 
 
 def _embedding(request: Request, vector: bytes, made: dict[int, msgspec.Raw]) -> bytes | msgspec.Raw:

@@ -32,8 +32,8 @@ class Wire:
     def __init__(self) -> None:
         self.written: list[bytes] = []
 
-    def write(self, data: bytes | memoryview) -> None:
-        self.written.append(bytes(data))
+    def write(self, data: bytes) -> None:
+        self.written.append(data)
 
 
 def connected(kind: type[AIOKafkaConnection], versions: dict[int, tuple[int, int]]) -> Any:
