@@ -116,7 +116,10 @@ def reply_partition_bytes(partition: int) -> bytes:
 
 def value_of(headers: Sequence[Header], name: str) -> bytes | None:
     """The last value of a header, None without one. For readers of results; jobs are read by `parse` in one pass."""
-    return next((value for found, value in reversed(headers) if found == name), None)
+    for found, value in reversed(headers):
+        if found == name:
+            return value
+    return None
 
 
 def _reply_topic(name: str | None, raw: bytes | None) -> str | None:

@@ -21,7 +21,7 @@ from embedq_consumer.fairness import BulkTurns, InteractiveTraffic, Turns, Turns
 from embedq_consumer.intake.admission import DeletedRow, Rejection
 from embedq_consumer.intake.jobs import InputVector, JobState
 from embedq_consumer.intake.records import Record
-from embedq_consumer.intake.result_sizes import cost_of
+from embedq_consumer.intake.result_sizes import cost_of, datum_bytes
 from embedq_consumer.retries import HEALS
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.headers import JobHeaders
@@ -39,15 +39,16 @@ not for a client's whole flood: one is encoded while one is sent. A large result
 _THREADS: Final = 2
 """While a large result is encoded, the small ones after it go on."""
 FEW_INPUTS: Final = 2
-"""Work on the results of so few inputs stays on the event loop: some 30 µs each, where waking a thread and being woken by it
+"""The outcomes of so few inputs are made on the event loop: some 30 µs each, where waking a thread and being woken by it
 takes more, and on a busy machine much more."""
 _AT_ONCE: Final = 64
 """Jobs that are encoded and published together: the first answers of a large poll need not wait for the last."""
 _AT_ONCE_BESIDE: Final = 32
-"""Bulk jobs, while interactive ones come: two milliseconds or so, since they are encoded on the event loop."""
-_INPUTS_BESIDE: Final = 64
-_BYTES_BESIDE: Final = 256 * 1024
-"""Unless they have more inputs or larger results than these: 32 times 384 decimals are some 200 KB."""
+"""Bulk jobs, while interactive ones come."""
+_QUICK_INPUTS: Final = 64
+_QUICK_BYTES: Final = 256 * 1024
+"""Results of no more inputs and bytes are encoded on the event loop, in a millisecond or two: 64 of 384 floats as base64, 32 as decimals.
+A thread would hold Python's lock as long, and take what it needs from one core's cache to another's and back."""
 _ERROR_S: Final = 5.0
 """For an error in place of a result that could not be delivered: its dead letter tells of it anyway."""
 
@@ -189,7 +190,7 @@ class Deliverer:
             await self._deliver_large(jobs[0])
             return
         lane = jobs[0].record.lane
-        if _few(jobs, FEW_INPUTS) or (self.takes_turns(lane) and _quick(jobs)):
+        if _quick(jobs):
             replies = self._encode(jobs)
         else:
             replies = await self.in_thread(lane, self._encode, jobs)
@@ -389,12 +390,11 @@ def large(job: JobState) -> bool:
 
 def _quick(jobs: Sequence[JobState]) -> bool:
     """Whether encoding their results takes a millisecond or two."""
-    return _few(jobs, _INPUTS_BESIDE) and sum(cost_of(job).result_bytes for job in jobs) <= _BYTES_BESIDE
-
-
-def _few(jobs: Sequence[JobState], inputs: int) -> bool:
-    """Whether their results are those of so few inputs."""
-    return sum(len(job.outcomes) for job in jobs) <= inputs and not any(job.request.late for job in jobs)
+    inputs = size = 0
+    for job in jobs:
+        inputs += len(job.outcomes)
+        size += len(job.outcomes) * datum_bytes(job.request)
+    return inputs <= _QUICK_INPUTS and size <= _QUICK_BYTES and not any(job.request.late for job in jobs)
 
 
 class _Batch:

@@ -179,17 +179,20 @@ class Places:
         """Move what waits for a failing place, and may, to others of its topic: those others."""
         if destination.failing_since is None or self.presence.away_since is not None:
             return []
-        moved: dict[Place, Destination] = {}
+        moved: list[Parcel] = []
+        others: dict[Place, Destination] = {}
         for parcel in destination.waiting():
             if not parcel.record.movable:
                 continue
             other = self.destination_of(parcel.record, now)
             if other is not destination:
-                destination.remove([parcel])
+                moved.append(parcel)
                 parcel.alone = False
-                moved[other.place] = other
+                others[other.place] = other
                 other.add(parcel)
-        return list(moved.values())
+        if moved:
+            destination.remove(moved)  # all at once: it looks through all that waits, which may be thousands
+        return list(others.values())
 
     # -- what to say of it --------------------------------------------------------------------------------------------------
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import struct
 import time
-from base64 import b64encode
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Final
 
 import msgspec
@@ -14,7 +13,7 @@ import orjson
 
 from embedq_consumer.delivery.outgoing import Outgoing
 from embedq_consumer.intake.admission import DeletedRow, Rejection
-from embedq_consumer.intake.jobs import InputVector, JobState, Outcome, Request, Spans
+from embedq_consumer.intake.jobs import InputVector, JobState, Request, Spans
 from embedq_consumer.intake.records import Death, Record
 from embedq_consumer.intake.result_sizes import fixed_bytes
 from embedq_consumer.retries import HEALS, Attempt, RetryPolicy, RetryTiers, Tier, headers_of
@@ -34,8 +33,6 @@ _CONNECT_STAGES: Final = {
     "crashed": b"TASK_PUT",
 }
 """Where a sink of Kafka Connect would have failed, by error code; everything else is in the value."""
-
-_Embedding = bytes | str | msgspec.Raw
 
 
 class EncodedResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="object", tag="list"):
@@ -119,10 +116,10 @@ class ResultEncoder:
     def of_job(self, job: JobState) -> Reply:
         """The result of a job whose every input has its outcome."""
         request = job.request
-        error = job.failure() or _failure_of_line(job)
         envelope = Envelope(request.id, request.model, request.metadata)
         version = job.encoder.model_version
-        if error is not None:
+        errors = tuple([outcome for outcome in job.outcomes if isinstance(outcome, ErrorBody)])
+        if errors and (error := job.failure() or _failure_of_line(job)) is not None:
             return self._failure(
                 job.record,
                 job.headers,
@@ -132,7 +129,6 @@ class ResultEncoder:
                 model_version=version,
                 answer=request.answer,
             )
-        errors = tuple(outcome for outcome in job.outcomes if isinstance(outcome, ErrorBody))
         status: ResultStatus = (
             "ok" if not errors else "partial" if len(errors) < len(job.outcomes) else "error"
         )
@@ -154,6 +150,7 @@ class ResultEncoder:
         """The result, in as many records as it needs."""
         request, version = job.request, job.encoder.model_version
         parts = _split(_all_data(job), self._limit - fixed_bytes(job.record, job.headers, request))
+        usage, timings = _usage(job), Timings(job.queue_s, job.tokenize_s, job.compute_s, job.device_s)
         outgoing = []
         for number, part in enumerate(parts):
             result = EncodedResult(
@@ -163,8 +160,8 @@ class ResultEncoder:
                 dimensions=request.dimensions,
                 dtype=request.dtype,
                 data=part,
-                usage=_usage(job),
-                timings=Timings(job.queue_s, job.tokenize_s, job.compute_s, job.device_s),
+                usage=usage,
+                timings=timings,
                 metadata=request.metadata,
                 part=number,
                 parts=len(parts),
@@ -428,17 +425,47 @@ def _failure_of_line(job: JobState) -> ErrorBody | None:
 
 
 def _all_data(job: JobState) -> list[msgspec.Raw]:
-    """Every input's outcome, encoded."""
-    made: dict[int, _Embedding] = {}
-    return [
-        datum
-        for index, outcome in enumerate(job.outcomes)
-        for datum in _data(job.request, index, outcome, made)
-    ]
+    """Every input's outcome, encoded: a datum, or one for each of its spans.
+
+    Equal inputs of a job have one outcome: `made` keeps its vectors' decimals, which cost most.
+    """
+    request = job.request
+    made: dict[int, msgspec.Raw] = {}
+    data: list[Datum] = []
+    for index, outcome in enumerate(job.outcomes):
+        if isinstance(outcome, InputVector):
+            data.append(
+                Datum(
+                    index=index,
+                    embedding=_embedding(request, outcome.vector, made),
+                    tokens=outcome.tokens,
+                    truncated=outcome.truncated is not None,
+                    cached=outcome.cached,
+                    scale=msgspec.UNSET if outcome.scale is None else outcome.scale,
+                )
+            )
+        elif isinstance(outcome, Spans):
+            data += [
+                Datum(
+                    index=index,
+                    embedding=_embedding(request, span.vector, made),
+                    tokens=span.tokens,
+                    truncated=False,
+                    cached=False,
+                    scale=msgspec.UNSET if span.scale is None else span.scale,
+                    span=(span.start, span.end),
+                )
+                for span in outcome.spans
+            ]
+        elif outcome is not None:
+            data.append(Datum(index=index, embedding=None, error=outcome))
+        else:
+            raise RuntimeError(f"input {index} has no outcome. This is a bug.")
+    return [msgspec.Raw(codec.encode(datum, request.format)) for datum in data]
 
 
 def _usage(job: JobState) -> Usage:
-    tokens = sum(outcome.tokens for outcome in job.outcomes if isinstance(outcome, InputVector | Spans))
+    tokens = sum([outcome.tokens for outcome in job.outcomes if isinstance(outcome, InputVector | Spans)])
     return Usage(tokens, tokens)
 
 
@@ -464,65 +491,16 @@ def _size(outgoing: Outgoing) -> int:
     return len(outgoing.value or b"") + len(outgoing.key or b"") + headers
 
 
-def _data(
-    request: Request, index: int, outcome: Outcome | None, made: dict[int, _Embedding]
-) -> Iterator[msgspec.Raw]:
-    """One input's outcome, encoded: a datum, or one for each of its spans.
-
-    Equal inputs of a job have one outcome: `made` keeps its vectors' encoded forms, which cost most.
-    """
-    if isinstance(outcome, Spans):
-        for span in outcome.spans:
-            yield _encoded(
-                request,
-                Datum(
-                    index=index,
-                    embedding=_embedding(request, span.vector, made),
-                    tokens=span.tokens,
-                    truncated=False,
-                    cached=False,
-                    scale=msgspec.UNSET if span.scale is None else span.scale,
-                    span=(span.start, span.end),
-                ),
-            )
-    elif isinstance(outcome, InputVector):
-        yield _encoded(
-            request,
-            Datum(
-                index=index,
-                embedding=_embedding(request, outcome.vector, made),
-                tokens=outcome.tokens,
-                truncated=outcome.truncated is not None,
-                cached=outcome.cached,
-                scale=msgspec.UNSET if outcome.scale is None else outcome.scale,
-            ),
-        )
-    elif outcome is not None:
-        yield _encoded(request, Datum(index=index, embedding=None, error=outcome))
-    else:
-        raise RuntimeError(f"input {index} has no outcome. This is a bug.")
-
-
-def _encoded(request: Request, datum: Datum) -> msgspec.Raw:
-    return msgspec.Raw(codec.encode(datum, request.format))
-
-
-def _embedding(request: Request, vector: bytes, made: dict[int, _Embedding]) -> _Embedding:
+def _embedding(request: Request, vector: bytes, made: dict[int, msgspec.Raw]) -> bytes | msgspec.Raw:
     """A vector as the result has it. All vectors of a job live as long as `made`, so that each has an address of its own."""
-    if request.format == "msgpack":
-        return vector
+    if request.format == "msgpack" or request.encoding == "base64":
+        return vector  # in JSON bytes are base64
     found = made.get(id(vector))
     if found is None:
-        found = made[id(vector)] = _encoded_vector(request, vector)
+        # orjson writes a float32 with the fewest digits that read back the same; msgspec knows float64 alone.
+        numbers = np.frombuffer(vector, dtype=NUMPY[request.dtype])
+        found = made[id(vector)] = msgspec.Raw(orjson.dumps(numbers, option=orjson.OPT_SERIALIZE_NUMPY))
     return found
-
-
-def _encoded_vector(request: Request, vector: bytes) -> str | msgspec.Raw:
-    if request.encoding == "base64":
-        return b64encode(vector).decode("ascii")
-    # orjson writes a float32 with the fewest digits that read back the same; msgspec knows float64 alone.
-    numbers = np.frombuffer(vector, dtype=NUMPY[request.dtype])
-    return msgspec.Raw(orjson.dumps(numbers, option=orjson.OPT_SERIALIZE_NUMPY))
 
 
 def _split(data: list[msgspec.Raw], limit: int) -> list[list[msgspec.Raw]]:

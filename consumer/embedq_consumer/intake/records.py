@@ -81,8 +81,10 @@ class Record(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     @property
     def name(self) -> str:
         """`topic-partition-offset`: the id of a job that has none."""
-        origin = self.origin
-        return f"{origin.topic}-{origin.partition}-{origin.offset}"
+        if self.past is not None:
+            return f"{self.past.topic}-{self.past.partition}-{self.past.offset}"
+        topic, partition = self.ticket.partition
+        return f"{topic}-{partition}-{self.ticket.offset}"
 
     @property
     def origin(self) -> Past:

@@ -121,13 +121,13 @@ async def test_a_record_is_finished_after_the_brokers_have_its_result() -> None:
     ("fields", "loop_alone"),
     [
         ({"input": "a"}, True),
-        ({"input": ["a", "b"]}, True),
-        ({"input": ["a", "b", "c"]}, False),
+        ({"input": [f"{number}" for number in range(32)]}, True),
+        ({"input": [f"{number}" for number in range(65)]}, False),
         ({"input": "a", "chunk": {"mode": "late", "tokens": 8}}, False),  # it may have thousands of spans
     ],
-    ids=str,
+    ids=["one text", "32 texts", "65 texts", "late chunks"],
 )
-async def test_results_of_one_or_two_inputs_need_no_thread(
+async def test_results_that_are_quickly_encoded_need_no_thread(
     fields: dict[str, Any], loop_alone: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_thread: list[object] = []
@@ -144,9 +144,7 @@ async def test_results_of_one_or_two_inputs_need_no_thread(
         assert bool(on_thread) != loop_alone
 
 
-def test_beside_interactive_work_bulk_results_are_encoded_on_the_event_loop_only_where_that_is_quick() -> (
-    None
-):
+def test_results_are_encoded_on_the_event_loop_only_where_that_is_quick() -> None:
     one, many = answered(input="a", dimensions=256), answered(input=[f"{number}" for number in range(65)])
     assert _quick([one] * 32)
     assert not _quick([one] * 64), "too many bytes"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from itertools import count
 
 import pytest
@@ -197,6 +198,28 @@ def test_what_waits_for_a_failing_place_moves_if_it_may() -> None:
     assert other.place == ("t", 1)
     assert other.waiting() == [letter]
     assert len(destination) == 1
+
+
+def test_what_moves_keeps_its_order_and_is_taken_out_at_once_however_much_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = places(t=2)
+    destination = failing(found)
+    letters = [parcel(sent=record(partition=0, anywhere=True)) for _ in range(100)]
+    for letter in letters:
+        destination.add(letter)
+    removed: list[int] = []
+    remove = Destination.remove
+
+    def noted(its: Destination, parcels: Collection[Parcel]) -> None:
+        removed.append(len(parcels))
+        remove(its, parcels)
+
+    monkeypatch.setattr(Destination, "remove", noted)
+    [other] = found.elsewhere(destination, 0)
+    assert other.waiting() == letters
+    assert len(destination) == 1
+    assert removed == [100], "all that waits is looked through each time"
 
 
 def test_nothing_moves_while_kafka_is_away() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedq_shared.kafka.clients import _Connection
-from embedq_shared.kafka.fetches import Fetch, Fetched, QuickFetch
+from embedq_shared.kafka.wire.fetches import Fetch, Fetched, QuickFetch
 
 int16, int32, int64 = (st.integers(-(2**bits), 2**bits - 1) for bits in (15, 31, 63))
 names = st.text(max_size=20)
