@@ -309,7 +309,10 @@ class Reader:
             await self.poll()
             return len(self.records) >= count
 
-        await wait_until(enough, within=within, what=f"record {count} (there are {len(self.records)})")
+        # The broker is what waits: what comes is seen as it comes.
+        await wait_until(
+            enough, within=within, what=f"record {count} (there are {len(self.records)})", longest_pause=0.02
+        )
         return self.records
 
     async def all(self) -> list[ConsumerRecord]:
