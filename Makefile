@@ -39,6 +39,8 @@ TIER := $(if $(SOAK),,$(call tier,$(if $(SLOW),not soak,not slow and not soak)))
 # What runs after what is measured.
 MORE := $(if $(SOAK),slow or soak,$(if $(SLOW),slow and not soak))
 NONE_SELECTED := 5
+# The files that have some of those: each worker would import the other nine tenths for nothing.
+MARKED = $(or $(sort $(shell grep -rlsE --include='test_*.py' 'mark\.(slow|soak)' $(TESTS))),$(TESTS))
 UV := UV_LINK_MODE=hardlink $(BIN)/uv
 
 .PHONY: help setup demo lint types check test suite unit matrix faults fuzz architectures check format contract docs constraints pin-images sbom bench clean
@@ -82,7 +84,7 @@ else
 	$(BIN)/python -m coverage erase
 	@set -x; failed=0; \
 	$(BIN)/python -m coverage run -m pytest $(PARALLEL) $(call tier,not slow and not soak) $(TESTS) || failed=$$?; \
-	$(if $(MORE),$(BIN)/python -m pytest $(call parallel,$(SLOW_WORKERS)) $(call tier,$(MORE)) $(TESTS) || [ $$? = $(NONE_SELECTED) ] || failed=1;) \
+	$(if $(MORE),$(BIN)/python -m pytest $(call parallel,$(SLOW_WORKERS)) $(call tier,$(MORE)) $(MARKED) || [ $$? = $(NONE_SELECTED) ] || failed=1;) \
 	exit $$failed
 	$(BIN)/python -m coverage combine -q
 	$(BIN)/python -m coverage report $(if $(filter tests,$(TESTS)),,--fail-under=0)

@@ -26,6 +26,7 @@ HERE: Final = Path(__file__).parent
 
 ORDER: Final = (
     "faults",
+    "architectures",
     "broker/service",
     "broker",
     "clients",
@@ -36,6 +37,7 @@ ORDER: Final = (
     "project",
     "model",
     "gpu",
+    "fuzz",
     "unit",
 )
 """Folders in the order in which their tests run. What mostly waits comes first: with two workers, short and busy tests

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -39,14 +40,22 @@ async def test_langchain_openai(v1: str, expected: Vectors) -> None:
 async def test_llama_index_openai_like(v1: str, expected: Vectors) -> None:
     from llama_index.embeddings.openai_like import OpenAILikeEmbedding
 
-    model = OpenAILikeEmbedding(
-        model_name=ALIAS, api_base=v1, api_key="none", timeout=patient(60), max_retries=0
-    )
     texts = [text for text in TEXTS if text]  # it refuses to embed nothing
     rows = expected[[n for n, text in enumerate(TEXTS) if text]]
-    assert same_bits(await asyncio.to_thread(model.get_text_embedding_batch, texts), rows)
-    assert same_bits(await model.aget_text_embedding_batch(texts), rows)
-    assert same_bits(await model.aget_query_embedding(TEXTS[0]), expected[0])
+    with httpx.Client() as http:  # those that it makes by itself, nobody can close
+        async with httpx.AsyncClient() as async_http:
+            model = OpenAILikeEmbedding(
+                model_name=ALIAS,
+                api_base=v1,
+                api_key="none",
+                timeout=patient(60),
+                max_retries=0,
+                http_client=http,
+                async_http_client=async_http,
+            )
+            assert same_bits(await asyncio.to_thread(model.get_text_embedding_batch, texts), rows)
+            assert same_bits(await model.aget_text_embedding_batch(texts), rows)
+            assert same_bits(await model.aget_query_embedding(TEXTS[0]), expected[0])
 
 
 async def test_haystack_openai(v1: str, expected: Vectors) -> None:
@@ -66,6 +75,8 @@ async def test_haystack_openai(v1: str, expected: Vectors) -> None:
     assert np.array_equal(np.array(found["embedding"], dtype=np.float32), expected[0])
     documents = OpenAIDocumentEmbedder(**settings, progress_bar=False)
     embedded = await asyncio.to_thread(documents.run, documents=[Document(content=text) for text in TEXTS])
+    query.close()
+    documents.close()
     rows = [each.embedding for each in embedded["documents"]]
     assert np.array_equal(np.array(rows, dtype=np.float32), expected)
     assert embedded["meta"]["model"] == ALIAS

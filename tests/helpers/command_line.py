@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
+import signal
 import sys
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 import msgspec
+
+from embedq_sdk.cli import main
+from tests.helpers import warm_start
 
 Run = Callable[..., Awaitable["Done"]]
 
@@ -30,15 +34,31 @@ async def run_embedq(
     *arguments: str, environ: Mapping[str, str], stdin: str | bytes = "", within: float = 60.0
 ) -> Done:
     """Run `embedq` with these variables on top of ours. It never shows a traceback."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", "from embedq_sdk.cli import main; main()", *arguments),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ | dict(environ),
-    )
-    async with asyncio.timeout(within):
-        out, err = await process.communicate(stdin.encode() if isinstance(stdin, str) else stdin)
-    assert b"Traceback" not in err, err.decode()
-    assert process.returncode is not None
-    return Done(process.returncode, out.decode(), err.decode())
+    whole = os.environ | dict(environ)
+    with TemporaryFile() as given, TemporaryFile() as out, TemporaryFile() as err:
+        given.write(stdin.encode() if isinstance(stdin, str) else stdin)
+        given.seek(0)
+        command = [__name__, *arguments]
+        process = await asyncio.to_thread(
+            warm_start.start, "command", command, whole, out=out, err=err, stdin=given
+        ) or await asyncio.create_subprocess_exec(
+            sys.executable, "-m", *command, stdin=given, stdout=out, stderr=err, env=whole
+        )
+        try:
+            async with asyncio.timeout(within):
+                code = await process.wait()
+        finally:
+            if process.returncode is None:
+                process.send_signal(signal.SIGKILL)
+        done = Done(code, *(_all_of(stream).decode() for stream in (out, err)))
+    assert "Traceback" not in done.err, done.err
+    return done
+
+
+def _all_of(stream: IO[bytes]) -> bytes:
+    stream.seek(0)
+    return stream.read()
+
+
+if __name__ == "__main__":
+    main()

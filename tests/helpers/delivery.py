@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
@@ -204,32 +204,41 @@ async def administering(stack: DevStack) -> AsyncIterator[AIOKafkaAdminClient]:
         await admin.close()
 
 
-async def uncommitted(stack: DevStack, topics: Topics) -> int:
-    """Records of both lanes that the group has not committed."""
+@asynccontextmanager
+async def _counting(stack: DevStack, topics: Topics) -> AsyncIterator[Callable[[], Awaitable[int]]]:
+    """Ask again and again how many records of both lanes the group has not committed."""
     group = topics.group(f"{topics.prefix}.embedq")
     reader = AIOKafkaConsumer(bootstrap_servers=stack.kafka_servers)
     async with administering(stack) as admin:
         await reader.start()
         try:
             partitions = await partitions_of(admin, topics.lanes)
-            ends = await reader.end_offsets(partitions)
-            committed = await admin.list_consumer_group_offsets(group)
+
+            async def left() -> int:
+                ends = await reader.end_offsets(partitions)
+                committed = await admin.list_consumer_group_offsets(group)
+                offsets = {tp: committed[tp].offset if tp in committed else 0 for tp in partitions}
+                return sum(ends[tp] - max(0, offset) for tp, offset in offsets.items())
+
+            yield left
         finally:
             await reader.stop()
-    left = 0
-    for partition in partitions:
-        offset = committed[partition].offset if partition in committed else 0
-        left += ends[partition] - max(0, offset)
-    return left
+
+
+async def uncommitted(stack: DevStack, topics: Topics) -> int:
+    """Records of both lanes that the group has not committed."""
+    async with _counting(stack, topics) as left:
+        return await left()
 
 
 async def until_committed(stack: DevStack, topics: Topics, *, within: float = 30.0) -> None:
     """Wait until the group has committed the end of both lanes."""
+    async with _counting(stack, topics) as left:
 
-    async def nothing_left() -> bool:
-        return await uncommitted(stack, topics) == 0
+        async def nothing_left() -> bool:
+            return await left() == 0
 
-    await wait_until(nothing_left, within=within, what="a commit of everything")
+        await wait_until(nothing_left, within=within, what="a commit of everything")
 
 
 async def until_it_logged(replica: Replica, event: str, *, times: int = 1, within: float = 60.0) -> None:

@@ -34,9 +34,6 @@ from tests.helpers.warm_start import WarmProcess
 _MEASURED: Final = "COVERAGE_PROCESS_CONFIG" in os.environ
 """Whether coverage is measured: it costs the half second that an orderly end takes."""
 
-_IN_THE_SUITE: Final = "PYTEST_VERSION" in os.environ
-"""Where a start may be a fork of a process that has imported everything. A benchmark measures a start as users have it."""
-
 _LEAVE_S: Final = 5.0
 
 
@@ -136,8 +133,10 @@ class Replica:
         return self
 
     async def _started(self, log: FileIO) -> asyncio.subprocess.Process | WarmProcess:
-        if self._python[0] == "-m" and _IN_THE_SUITE:
-            warm = await asyncio.to_thread(warm_start.start, self._python[1:], self._environ, log.fileno())
+        if self._python[0] == "-m":
+            warm = await asyncio.to_thread(
+                warm_start.start, "replica", self._python[1:], self._environ, out=log
+            )
             if warm is not None:
                 return warm
         return await asyncio.create_subprocess_exec(
@@ -309,7 +308,10 @@ class Reader:
             await self.poll()
             return len(self.records) >= count
 
-        await wait_until(enough, within=within, what=f"record {count} (there are {len(self.records)})")
+        # The broker is what waits: what comes is seen as it comes.
+        await wait_until(
+            enough, within=within, what=f"record {count} (there are {len(self.records)})", longest_pause=0.02
+        )
         return self.records
 
     async def all(self) -> list[ConsumerRecord]:

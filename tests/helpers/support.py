@@ -17,6 +17,12 @@ Two workers with a broker and a few replicas each come to about that; beyond it,
 LONGEST: Final = 10.0
 """The most that a limit is multiplied by: a test that truly hangs must still end within CI's time."""
 
+_FIRST_PAUSE_S: Final = 0.02
+_LAST_PAUSE_S: Final = 0.1
+_PAUSE: Final = 0.1
+"""A wait asks again after this part of the time that it has waited, between the two: who waits for seconds for a process to start
+would else take from it, with fifty questions in each, the processor that it starts on."""
+
 
 def patience() -> float:
     """What a limit is multiplied by: 1 on a quiet machine, more on a busy one, up to LONGEST.
@@ -39,11 +45,15 @@ def patient(seconds: float) -> float:
 
 
 async def wait_until(
-    ready: Callable[[], bool | Awaitable[bool]], *, within: float = 30.0, what: str = "the condition"
+    ready: Callable[[], bool | Awaitable[bool]],
+    *,
+    within: float = 30.0,
+    what: str = "the condition",
+    longest_pause: float = _LAST_PAUSE_S,
 ) -> None:
     """Wait for a condition instead of a duration; `what` names it when it never comes.
 
-    `within` is in seconds of a quiet machine.
+    `within` is in seconds of a quiet machine. `longest_pause`: seconds between two questions, at most.
     """
     started = time.monotonic()
     while True:
@@ -57,7 +67,7 @@ async def wait_until(
                     answer = ready()
                     if await answer if isinstance(answer, Awaitable) else answer:
                         return
-                    await asyncio.sleep(0.02)
+                    await asyncio.sleep(min(_pause(started), longest_pause))
         except TimeoutError:
             continue
 
@@ -68,7 +78,12 @@ def wait_for(ready: Callable[[], bool], *, within: float = 30.0, what: str = "th
     while not ready():
         waited = time.monotonic() - started
         assert waited < patient(within), f"{what} did not come true within {waited:.0f} s"
-        time.sleep(0.02)
+        time.sleep(_pause(started))
+
+
+def _pause(started: float) -> float:
+    """Until the next question of a wait that began then."""
+    return min(_LAST_PAUSE_S, max(_FIRST_PAUSE_S, _PAUSE * (time.monotonic() - started)))
 
 
 def _cores() -> int:

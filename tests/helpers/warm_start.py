@@ -1,8 +1,11 @@
-"""Python programs that start from a process which has imported the service's libraries: PyTorch alone takes seconds each time.
+"""Python programs that start from a process which has imported their libraries: PyTorch alone takes a replica seconds each time, and
+what a command imports three quarters of the time that it takes.
 
-One such process for each worker of the suite, from the first use on. It runs nothing of ours and has one thread; for each start
-it forks, and the child gets the program's arguments, environment, directory and log, and runs it as `python -m` would. So a test
-still has a process of its own to kill, freeze and look at, whose memory, descriptors and event loop nobody shares.
+Two such processes for all workers of the suite, one for replicas and one for commands and gateways, from the first use on until the
+last worker ends. They run nothing of ours and have one thread; for each start they fork, and the child gets the program's arguments,
+environment, directory and streams, and runs it as `python -m` would. So a test still has a process of its own to kill, freeze and
+look at, whose memory, descriptors and event loop nobody shares. What a command imports in an interpreter of its own,
+`tests/processes` shows.
 
 A replica that started so has its dry runs started so, too: a process with what PyTorch and transformers take seconds to import,
 for each model that it meets. What starts it otherwise, and that it ends with its replica, `tests/model/loading/test_dry_run.py`
@@ -29,20 +32,31 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, Final, NoReturn
+from typing import IO, Any, Final, Literal, NoReturn
 
-_IMPORTED: Final = (
-    "embedq_consumer.process",
-    "embedq_consumer.engine.loading.loader",
-    "torch",
-    "transformers.conversion_mapping",
-    "transformers.modeling_utils",
-    "transformers.models.auto.modeling_auto",
-    "transformers.models.auto.tokenization_auto",
-    "transformers.models.bert.modeling_bert",
-    "transformers.models.qwen3.modeling_qwen3",
-)
-"""What a replica and its dry runs import by themselves, before or while they load a model."""
+Kind = Literal["replica", "command"]
+
+_IMPORTED: Final[dict[Kind, tuple[str, ...]]] = {
+    "replica": (
+        "embedq_consumer.process",
+        "embedq_consumer.engine.loading.loader",
+        "torch",
+        "transformers.conversion_mapping",
+        "transformers.modeling_utils",
+        "transformers.models.auto.modeling_auto",
+        "transformers.models.auto.tokenization_auto",
+        "transformers.models.bert.modeling_bert",
+        "transformers.models.qwen3.modeling_qwen3",
+    ),
+    "command": (
+        "embedq_gateway.app",
+        "embedq_gateway.serving",
+        "embedq_sdk.cli.commands",
+    ),
+}
+"""What a replica and its dry runs, and what a command, import by themselves: at once, or while they run."""
+_IN_THE_SUITE: Final = "PYTEST_VERSION" in os.environ
+"""A benchmark measures a start as users have it."""
 _LOOK_EVERY_S: Final = 0.01
 _READY: Final = b"ready"
 _MOST_BYTES: Final = 1 << 20
@@ -106,9 +120,10 @@ class WarmPopen:
             raise ValueError(f"a start of another kind: {command}")
         reading, self._writing = os.pipe()
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as channel:
-                channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * _MOST_BYTES)
-                channel.connect(_address(os.getppid()))
+            with _unconnected() as channel:
+                channel.connect(_serving_at)
+                if channel.recv(16) != _READY:
+                    raise ConnectionError("what starts processes is about to end")
                 streams = (reading, stdout.fileno(), stderr.fileno())
                 self._process = _asked(channel, command[2:], env, streams, parent=os.getpid())
         finally:
@@ -132,16 +147,27 @@ class WarmPopen:
         self._process.within(None)
 
 
-def start(module: Sequence[str], environ: Mapping[str, str], log: int) -> WarmProcess | None:
-    """Run `python -m MODULE ARGUMENTS` with this environment; `log` is the descriptor of its output. Blocks for milliseconds.
+def start(
+    kind: Kind,
+    module: Sequence[str],
+    environ: Mapping[str, str],
+    *,
+    out: IO[bytes],
+    err: IO[bytes] | None = None,
+    stdin: IO[bytes] | None = None,
+) -> WarmProcess | None:
+    """Run `python -m MODULE ARGUMENTS` with this environment; without `err`, `out` has both. Blocks for milliseconds.
 
-    None where it cannot be: a library has started a thread, which no child would have.
+    None outside of the suite, and where it cannot be: a library has started a thread, which no child would have.
     """
+    if not _IN_THE_SUITE:
+        return None
     with _lock:
-        if (channel := _channel()) is None:
+        if (channel := _channel(kind)) is None:
             return None
         with Path(os.devnull).open("rb") as nothing:
-            return _asked(channel, module, environ, (nothing.fileno(), log, log))
+            streams = ((stdin or nothing).fileno(), out.fileno(), (err or out).fileno())
+            return _asked(channel, module, environ, streams)
 
 
 def _asked(
@@ -166,72 +192,111 @@ def _asked(
     return WarmProcess(int(channel.recv(16)), reading)
 
 
-def _address(starting: int) -> str:
-    """Where that process listens; abstract, so that nothing is left of it."""
-    return f"\0embedq-warm-start-{starting}"
-
-
 _lock: Final = threading.Lock()
-_open: socket.socket | None = None
-_cannot = False
+_open: Final[dict[Kind, socket.socket | None]] = {}
 
 
-def _channel() -> socket.socket | None:
-    """The connection to this worker's starting process; None where there can be none."""
-    global _open, _cannot
-    if _open is None and not _cannot:
-        _open, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        _open.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * _MOST_BYTES)
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "tests.helpers.warm_start", str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-            )
-        atexit.register(_close, _open, process)
-        if _open.recv(16) != _READY:
-            _open, _cannot = None, True
-    return _open
+def _channel(kind: Kind) -> socket.socket | None:
+    """The connection to the starting process, which the first worker starts; None where there can be none."""
+    if kind not in _open:
+        run = os.environ.get("PYTEST_XDIST_TESTRUNUID") or os.getpid()
+        address = f"\0embedq-warm-{kind}-{run}"  # abstract, so that nothing is left of it
+        channel, ready = _unconnected(), False
+        while True:
+            _start(kind, address)
+            try:
+                channel.connect(address)
+                break
+            except ConnectionRefusedError:  # who has the address does not listen yet, or no more
+                time.sleep(_LOOK_EVERY_S)
+        with suppress(ConnectionResetError):
+            ready = channel.recv(16) == _READY
+        if ready:
+            atexit.register(_leave, channel, os.getpid())
+        else:
+            channel.close()
+        _open[kind] = channel if ready else None
+    return _open[kind]
 
 
-def _close(channel: socket.socket, process: subprocess.Popen[bytes]) -> None:
-    channel.close()  # it ends by itself then
-    process.wait()
+def _unconnected() -> socket.socket:
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * _MOST_BYTES)
+    return made
+
+
+def _start(kind: Kind, address: str) -> None:
+    """Start the process that starts others, unless a worker has."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening:
+        try:
+            listening.bind(address)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            return
+        listening.listen()
+        subprocess.run(
+            [sys.executable, "-m", "tests.helpers.warm_start", kind, str(listening.fileno())],
+            stdin=subprocess.DEVNULL,
+            pass_fds=[listening.fileno()],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            check=True,
+        )
+
+
+def _leave(channel: socket.socket, worker: int) -> None:
+    """The last worker waits until that process has written down what it ran."""
+    if os.getpid() == worker:  # and no fork of it
+        with channel, suppress(OSError):
+            channel.shutdown(socket.SHUT_WR)
+            channel.recv(1)
 
 
 # -- in the process that starts others ---------------------------------------------------------------------------------
 
 
-def _serve(channel: socket.socket) -> None:
-    """Fork for each request until the other side closes, and write down how each child ends."""
+_serving_at = ""
+"""The address of the process that starts others, in itself and in all that it has started."""
+_channels: Final[list[socket.socket]] = []
+"""Those of workers, and of dry runs; the last one stays open until the process has ended."""
+
+
+def _serve(kind: Kind, listening: socket.socket) -> None:
+    """Fork for each request until the last other side closes, and write down how each child ends."""
+    global _serving_at
+    _serving_at = listening.getsockname().decode()
     outcomes: dict[int, int] = {}
     woken, wake = socket.socketpair()
     woken.setblocking(False)
     wake.setblocking(False)
     signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listening.bind(_address(os.getpid()))
-    listening.listen()
-    own = [woken, wake, channel, listening]
     while True:
-        ready, _, _ = select.select([channel, listening, woken], [], [])
+        ready, _, _ = select.select([listening, woken, *_channels], [], [])
         if woken in ready:
             with suppress(BlockingIOError):
                 woken.recv(4096)
             _reap(outcomes)
         if listening in ready:
-            asking, _ = listening.accept()
-            with asking:
-                _start_for(asking, outcomes, [*own, asking])
-        if channel in ready and not _start_for(channel, outcomes, own):
-            return
+            _channels.append(listening.accept()[0])
+            with suppress(BrokenPipeError):
+                _channels[-1].send(_READY)
+        for channel in [each for each in _channels if each in ready]:
+            if not _start_for(kind, channel, outcomes, [woken, wake, listening, *_channels]):
+                if len(_channels) == 1:
+                    return
+                _channels.remove(channel)
+                channel.close()
 
 
-def _start_for(channel: socket.socket, outcomes: dict[int, int], own: Sequence[socket.socket]) -> bool:
+def _start_for(
+    kind: Kind, channel: socket.socket, outcomes: dict[int, int], own: Sequence[socket.socket]
+) -> bool:
     """Fork for the next request of `channel`; False if its other side is closed. The child has none of `own`."""
-    request, descriptors, _, _ = socket.recv_fds(channel, _MOST_BYTES, _STREAMS + 1)
+    try:
+        request, descriptors, _, _ = socket.recv_fds(channel, _MOST_BYTES, _STREAMS + 1)
+    except ConnectionResetError:  # it was killed before it read its last answer
+        return False
     if not request:
         return False
     *streams, outcome = descriptors
@@ -241,7 +306,7 @@ def _start_for(channel: socket.socket, outcomes: dict[int, int], own: Sequence[s
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for each in (*(its.detach() for its in own), outcome, *outcomes.values()):
             os.close(each)
-        _run(json.loads(request), streams)
+        _run(kind, json.loads(request), streams)
     outcomes[pid] = outcome
     for each in streams:
         os.close(each)
@@ -267,7 +332,7 @@ def _reap(outcomes: dict[int, int]) -> None:
         os.close(outcome)
 
 
-def _run(request: dict[str, object], streams: Sequence[int]) -> NoReturn:
+def _run(kind: Kind, request: dict[str, object], streams: Sequence[int]) -> NoReturn:
     """Become the program."""
     for target, source in enumerate(streams):
         os.dup2(source, target)
@@ -286,20 +351,38 @@ def _run(request: dict[str, object], streams: Sequence[int]) -> NoReturn:
     if isinstance(parent, int):
         os.setsid()
         os.getppid = lambda: parent
-    else:
+    elif kind == "replica":
         dry_run: Any = importlib.import_module("embedq_consumer.engine.loading.dry_run")
         dry_run.Popen = WarmPopen
-    runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
-    sys.exit(0)
+    code = 0
+    try:
+        runpy.run_module(argv[0], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            raise
+        code = end.code or 0
+    _end(code)
+
+
+def _end(code: int) -> NoReturn:
+    """What an interpreter does at its end, without freeing its memory: that is shared with the process that it was forked from, and each
+    page would be copied in order to be freed, which took a replica four times as much of a processor as all that it did before."""
+    threading._shutdown()  # type: ignore[attr-defined]  # which waits for threads
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
-    for name in _IMPORTED:
+    if os.fork():
+        os._exit(0)  # it ends with the last worker, which need not be the one that has started it
+    wanted: Kind = "replica" if sys.argv[1] == "replica" else "command"
+    for name in _IMPORTED[wanted]:
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # what is there is never looked at again, so that its pages stay shared
-    with socket.socket(fileno=int(sys.argv[1])) as connection:
+    with socket.socket(fileno=int(sys.argv[2])) as door:
         if len(os.listdir("/proc/self/task")) == 1:
-            connection.send(_READY)
-            _serve(connection)
+            _serve(wanted, door)
     gc.unfreeze()  # else nothing frees the libraries' objects at exit, and some complain

@@ -155,16 +155,16 @@ def test_the_gateways_address_answers_openais_clients(tmp_path: Path) -> None:
             rf"^A gateway answers at {re.escape(url.removesuffix('/v1'))};", screen.shown(), re.MULTILINE
         )
 
-        def answers() -> bool:
-            screen.shown()
-            with contextlib.suppress(httpx.TransportError):
-                return httpx.post(f"{url}/embeddings", json={"input": "a"}, timeout=5).status_code == 200
-            return False
+        with httpx.Client(base_url=url, verify=False) as http:
 
-        wait_for(answers, within=120, what="a vector over HTTP")
-        upload = httpx.post(
-            f"{url}/files", data={"purpose": "batch"}, files={"file": b"{}"}, timeout=patient(5)
-        )
+            def answers() -> bool:
+                screen.shown()
+                with contextlib.suppress(httpx.TransportError):
+                    return http.post("/embeddings", json={"input": "a"}, timeout=5).status_code == 200
+                return False
+
+            wait_for(answers, within=120, what="a vector over HTTP")
+            upload = http.post("/files", data={"purpose": "batch"}, files={"file": b"{}"}, timeout=patient(5))
         assert upload.status_code == 200
         screen.press_ctrl_c()
         assert end_of(screen) == 0

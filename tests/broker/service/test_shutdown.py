@@ -43,6 +43,20 @@ async def test_what_was_accepted_is_answered_and_committed_and_the_next_replica_
     assert await uncommitted(stack, topics) == 0
 
 
+async def test_in_an_interpreter_of_its_own_it_ends_with_code_0_and_nobody_complains(
+    stack: DevStack, models: Path, tmp_path: Path
+) -> None:
+    """Others of these start as forks, which end without freeing what they have."""
+    topics = await make_topics(stack, fresh_prefix())
+    strict = ("-W", "error::ResourceWarning", "-m", "embedq_consumer")
+    replica = Replica(stack, topics, models / "a", tmp_path / "log", python=strict)
+    async with replicas(replica), reader(stack, topics.results) as results:
+        answered = Answered(results)
+        await answered.until(await preload(stack, topics.jobs, 5))
+        assert await replica.stop() == 0
+    assert [line for line in replica.log.read_text().splitlines() if line and not line.startswith("{")] == []
+
+
 async def test_told_to_stop_while_the_model_loads_it_ends_with_code_0_and_takes_no_job(
     stack: DevStack, models: Path, tmp_path: Path
 ) -> None:
