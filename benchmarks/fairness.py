@@ -100,17 +100,34 @@ async def preload(
     return count
 
 
-async def waits(client: EmbedClient, address: str, count: int, name: str) -> list[tuple[float, float]]:
-    """One text at a time: the seconds of each call, and the micro-batches that ended meanwhile, its own among them. The first
-    one comes when nobody has asked for long."""
+class Wait(NamedTuple):
+    """Of one call, in seconds."""
+
+    seconds: float
+    micro_batches: float
+    """That ended meanwhile, its own among them."""
+    formed_s: float
+    """From the poll until its micro-batch was formed."""
+    computed_s: float
+    """In its own micro-batch."""
+
+    @property
+    def else_s(self) -> float:
+        """Through Kafka, there and back, and behind micro-batches that were formed before its own."""
+        return self.seconds - self.formed_s - self.computed_s
+
+
+async def waits(client: EmbedClient, address: str, count: int, name: str) -> list[Wait]:
+    """One text at a time. The first one comes when nobody has asked for long."""
     found = []
     for number in range(count + 1):
         before = await asyncio.to_thread(metrics, address)
         started = time.perf_counter()
-        await client.embed(f"{name} {number}", timeout=300)
+        [timings] = (await client.embed_detailed(f"{name} {number}", timeout=300)).timings
         seconds = time.perf_counter() - started
         after = await asyncio.to_thread(metrics, address)
-        found.append((seconds, after[_ENDED] - before[_ENDED]))
+        ended = after[_ENDED] - before[_ENDED]
+        found.append(Wait(seconds, ended, timings.queue or 0.0, timings.compute or 0.0))
     return found
 
 
@@ -197,8 +214,11 @@ async def beside(
     left = (
         jobs + count + 1 - sum(value for key, value in after.items() if key.startswith("embedq_jobs_total"))
     )
-    seconds, between = zip(*found, strict=True)
-    p50, p99 = np.percentile(seconds, [50, 99])
+    p50, p99 = np.percentile([wait.seconds for wait in found], [50, 99])
+
+    def median(values: Iterable[float]) -> float:
+        return round(float(np.median([*values])), 4)
+
     return {
         "flood_jobs": jobs,
         "unanswered_at_the_end": round(left),
@@ -207,15 +227,18 @@ async def beside(
         "whole_micro_batch_s": round(unasked.micro_batch_s, 4) if unasked else None,
         "device_busy_before": round(unasked.device_busy, 4) if unasked else None,
         "processor_ms_a_token_before": round(unasked.processor_ms_a_token, 4) if unasked else None,
-        "first_s": round(first[0], 4),
+        "first_s": round(first.seconds, 4),
         "p50_s": round(float(p50), 4),
         "p99_s": round(float(p99), 4),
-        "max_s": round(max(seconds), 4),
+        "max_s": round(max(wait.seconds for wait in found), 4),
+        "until_formed_p50_s": median(wait.formed_s for wait in found),
+        "computed_p50_s": median(wait.computed_s for wait in found),
+        "else_p50_s": median(wait.else_s for wait in found),
         "polled_to_micro_batch_mean_s": mean_s("queue"),
         "polled_to_answered_mean_s": mean_s("job"),
         "micro_batch_s": round(mean, 4),
-        "micro_batches_p50": float(np.percentile(between, 50)),
-        "micro_batches_max": max(between),
+        "micro_batches_p50": median(wait.micro_batches for wait in found),
+        "micro_batches_max": max(wait.micro_batches for wait in found),
         "resident_mb": round(after.get("process_resident_memory_bytes", 0.0) / 1e6),
     }
 
@@ -262,6 +285,9 @@ def show(results: dict[str, Any]) -> None:
         "p50_s",
         "p99_s",
         "max_s",
+        "until_formed_p50_s",
+        "computed_p50_s",
+        "else_p50_s",
         "p99_over_alone_s",
         "p99_over_alone_micro_batches",
         "micro_batch_s",
