@@ -64,6 +64,7 @@ class FixedDevice:
 def main() -> int:
     """The service."""
     opening.load_encoder = lambda *args, **kwargs: FixedDevice(load_encoder(*args, **kwargs))  # type: ignore[attr-defined]
+    opening.is_cpu = lambda device: False  # type: ignore[attr-defined]
     os.environ.setdefault("EMBEDQ_MAX_BATCH_TOKENS", str(_TOKENS))
     return process.main()
 

@@ -27,6 +27,7 @@ from embedq_consumer.engine import (
     LoadOptions,
     default_batch_tokens,
     inspect_model,
+    is_cpu,
     load_encoder,
 )
 from embedq_consumer.exactly_once import ReleaseLoop, make_release_loop, transactional_producers
@@ -232,7 +233,8 @@ async def open_models(
     health: Health,
 ) -> AsyncIterator[ServedModels]:
     batch_tokens = settings.max_batch_tokens or await asyncio.to_thread(default_batch_tokens, settings.device)
-    options = await asyncio.to_thread(settings.served_models, batch_tokens)
+    late = await asyncio.to_thread(is_cpu, settings.device)
+    options = await asyncio.to_thread(settings.served_models, batch_tokens, late=late)
 
     loader = ModelLoader(await asyncio.to_thread(lambda: settings.load))
     announce = partial(publisher.announce, within=STATUS_INTERVAL_S)

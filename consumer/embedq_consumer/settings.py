@@ -696,8 +696,9 @@ class Settings(KafkaSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
             cafile=self.schema_registry_cafile,
         )
 
-    def served_models(self, batch_tokens: int) -> AliasOptions:
-        """The aliases of this replica. `batch_tokens` is the budget in full: `max_batch_tokens`, or the device's own.
+    def served_models(self, batch_tokens: int, *, late: bool = False) -> AliasOptions:
+        """The aliases of this replica. `batch_tokens` is the budget in full: `max_batch_tokens`, or the device's own; `late`:
+        the device is a CPU, for which micro-batches are formed at the last moment.
 
         Blocks on the file system.
         """
@@ -716,6 +717,7 @@ class Settings(KafkaSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
                 max_items=self.max_batch_items,
                 max_wait_s=self.max_wait_ms / 1000,
                 bulk_max_wait_s=self.bulk_max_wait_s,
+                late=late,
             ),
             drain_timeout_s=self.drain_timeout_s,
             load_timeout_s=self.load_timeout_s,

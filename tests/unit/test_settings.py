@@ -207,13 +207,15 @@ def test_the_model_of_the_settings_lies_where_its_links_lead(tmp_path: Path) -> 
     (tmp_path / "link").symlink_to(tmp_path / "one")
     options = settings(
         model=str(tmp_path / "link"), replica="r", max_wait_ms="4", bulk_max_wait_s="7", drain_timeout_s="9"
-    ).served_models(batch_tokens=512)
+    ).served_models(batch_tokens=512, late=True)
     assert (options.kept_models, options.pinned) == (0, frozenset())
     [found] = options.aliases
     assert found.first
     assert (found.configured, found.root) == (tmp_path / "one", tmp_path)
     assert (found.alias, found.replica, found.drain_timeout_s) == ("default", "r", 9)
-    assert found.batches == BatchOptions(max_tokens=512, max_items=1024, max_wait_s=0.004, bulk_max_wait_s=7)
+    assert found.batches == BatchOptions(
+        max_tokens=512, max_items=1024, max_wait_s=0.004, bulk_max_wait_s=7, late=True
+    )
 
 
 def test_more_aliases_begin_with_the_same_model_or_one_of_their_own(tmp_path: Path) -> None:

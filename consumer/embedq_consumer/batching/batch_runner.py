@@ -83,8 +83,9 @@ class BatchRunner:
         self._results = results
         self._metrics = metrics
 
-    async def run(self, batch: Sequence[QueuedText]) -> None:
-        """Compute one micro-batch and hand on its results; done when the device is done with it."""
+    async def run(self, batch: Sequence[QueuedText]) -> float | None:
+        """Compute one micro-batch and hand on its results; done when the device is done with it. The seconds that the device took;
+        None if it failed as a whole, or nobody waits for it any more."""
         now_ms, now = time.time() * 1000, time.monotonic()
         live: list[QueuedText] = []
         waiters: list[JobInput] = []
@@ -92,8 +93,7 @@ class BatchRunner:
             if waiting := self._waiters(text, now_ms):
                 live.append(text)
                 waiters += waiting
-        if live:
-            await self._compute(live, partial(self._note_queue, waiters, now))
+        return await self._compute(live, partial(self._note_queue, waiters, now)) if live else None
 
     def _waiters(self, text: QueuedText, now_ms: float) -> list[JobInput]:
         """Who still waits for this text, after those whose deadline has passed are settled."""
@@ -114,7 +114,7 @@ class BatchRunner:
 
     async def _compute(
         self, batch: Sequence[QueuedText], meanwhile: Callable[[], None] = lambda: None
-    ) -> None:
+    ) -> float | None:
         """Run it; if it fails, in halves, until the text that fails is alone. `meanwhile` is called while it runs."""
         try:
             computing = self._device.encode(batch[0].identity.encoder, [text.tokens for text in batch])
@@ -126,7 +126,7 @@ class BatchRunner:
             # Anything else that the model raises is the input's fault until it has failed alone.
             log.warning("batch_failed", texts=len(batch), reason=type(error).__name__)
             await self._halve(batch, out_of_memory=isinstance(error, OutOfMemory))
-            return
+            return None
         self._metrics.compute.observe(seconds)
         self._metrics.tokens.inc(sum(text.cost for text in batch))
         self._note_compute(batch, seconds)
@@ -135,7 +135,7 @@ class BatchRunner:
             if not finite.all():
                 self._device.note_failed(batch[0].identity.encoder)
             self._hand_on(batch, vectors)
-            return
+            return seconds
         sound, broken = (
             [text for text, is_finite in zip(batch, finite, strict=True) if is_finite == kind]
             for kind in (True, False)
@@ -145,6 +145,7 @@ class BatchRunner:
         self._hand_on(sound, vectors[np.repeat(finite, [text.tokens.rows for text in batch])])
         for text in broken:
             await self._compute([text])
+        return seconds
 
     async def _halve(self, batch: Sequence[QueuedText], *, out_of_memory: bool) -> None:
         if len(batch) == 1:

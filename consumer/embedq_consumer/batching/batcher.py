@@ -22,10 +22,10 @@ TURNS: Final = 8
 micro-batch even beside several others, and a turn still holds some texts."""
 SHORT: Final = 4
 """While interactive texts come, bulk ones run in quarters of a micro-batch. Three may be under way when a text comes
-(`PrefetchLimit`), and its own may be filled with them: together it waits for one micro-batch's time."""
+(`PrefetchLimit`), and its own may be filled with them: together it waits for one micro-batch's time at most."""
 APART: Final = 4
 """Beside a client whose backlog fills micro-batches, texts of the others run without it in up to a quarter of what runs: whoever comes waits
-for the two micro-batches that are under way, and not for one of its own that the backlog fills."""
+for the micro-batches that are under way, and not for one of its own that the backlog fills."""
 _LAST_PART: Final = 8
 """Texts are taken in order until an eighth of the budget is left; that is filled by best fit."""
 

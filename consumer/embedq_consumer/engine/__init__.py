@@ -59,6 +59,7 @@ __all__ = [
     "count_gpus",
     "default_batch_tokens",
     "inspect_model",
+    "is_cpu",
     "load_encoder",
 ]
 
@@ -92,14 +93,19 @@ def default_batch_tokens(device: str) -> int:
     """A token budget that keeps the device busy without delaying the texts that wait.
 
     On two cores MiniLM is no slower with 512 or 1,024 tokens at a time than with 2,048 (813, 823 and 768 tokens a second), and whoever
-    waits beside another client's flood waits for two or three micro-batches.
+    waits beside another client's flood waits for one or two micro-batches.
     """
+    return 1_024 if is_cpu(device) else 16_384
+
+
+def is_cpu(device: str) -> bool:
+    """Whether models run on the CPU, where `device` is what `LoadOptions` say."""
     if device == "auto":
         _before_torch()
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return 1_024 if device == "cpu" else 16_384
+    return device == "cpu"
 
 
 def inspect_model(

@@ -48,6 +48,9 @@ class BatchOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_items: int
     max_wait_s: float
     bulk_max_wait_s: float
+    late: bool = False
+    """Each is formed shortly before the one that runs is done. For a CPU: it has the next one at once, while a GPU that waits for the event
+    loop loses more than whoever comes gains."""
 
 
 class ModelOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,6 +104,7 @@ class ServedModel:
         self.alias = options.alias
         self.routes = routes
         batches = options.batches
+        self._late = batches.late
         self._metrics = metrics
         self._configured = options.configured
         self._root = options.root
@@ -174,7 +178,7 @@ class ServedModel:
     async def run_batches(self, results: Results, tasks: asyncio.TaskGroup) -> None:
         """Take micro-batches from the queue in order, compute them and hand on their results, until cancelled."""
         runner = BatchRunner(self._flights, self.slot, self._budget, results, self._metrics)
-        await BatchLoop(self._batcher, runner.run, self._metrics, tasks).run()
+        await BatchLoop(self._batcher, runner.run, self._metrics, tasks, late=self._late).run()
 
     async def follow(self, commands: Commands, hold: Hold, turn: Turn = everybodys_turn) -> None:
         """Reload as commands say, until cancelled. The swap runs inside `hold`, where nothing is in flight."""

@@ -1,4 +1,4 @@
-"""How many micro-batches are under way at once: the limit with plain numbers as time, and the loop around a batcher."""
+"""The loop around a batcher: which micro-batches it runs, and when."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from embedq_consumer.batching.batch_loop import BatchLoop, PrefetchLimit
+from embedq_consumer.batching.batch_loop import BatchLoop
 from embedq_consumer.batching.batcher import Batcher, BatchPolicy
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.topics import Lane
@@ -26,75 +26,28 @@ class Item:
     job: int = 0
 
 
-def test_one_runs_and_one_is_prefetched() -> None:
-    prefetch = PrefetchLimit()
-    prefetch.begin(long=False)
-    assert prefetch.allows_another()
-    prefetch.begin(long=False)
-    assert not prefetch.allows_another()
-    prefetch.end(0.0, 0.2, long=False)
-    assert prefetch.allows_another()
-
-
-def test_quick_ones_allow_two_to_be_prefetched_and_slow_ones_again_one() -> None:
-    prefetch = PrefetchLimit()
-    for _ in range(2):
-        prefetch.begin(long=False)
-    prefetch.end(0.0, 0.003, long=False)
-    prefetch.begin(long=False)
-    assert prefetch.allows_another()
-    prefetch.begin(long=False)
-    assert not prefetch.allows_another()
-    prefetch.end(0.001, 0.1, long=False)  # it had the device from 0.003 on
-    assert not prefetch.allows_another()
-    prefetch.end(0.002, 0.2, long=False)
-    assert prefetch.allows_another()
-
-
-def test_waiting_for_another_one_does_not_count_as_slow() -> None:
-    prefetch = PrefetchLimit()
-    for _ in range(2):
-        prefetch.begin(long=False)
-    prefetch.end(0.0, 1.0, long=False)
-    prefetch.end(0.0, 1.003, long=False)
-    for _ in range(2):
-        prefetch.begin(long=False)
-    assert prefetch.allows_another()
-
-
-def test_nothing_is_prefetched_after_a_text_over_the_budget() -> None:
-    prefetch = PrefetchLimit()
-    prefetch.begin(long=False)
-    assert prefetch.allows_another()  # it may itself be prefetched
-    prefetch.begin(long=True)
-    prefetch.end(0.0, 0.2, long=False)
-    assert not prefetch.allows_another()
-    prefetch.end(0.1, 1.0, long=True)
-    assert prefetch.allows_another()
-
-
 @dataclass
 class Device:
     """Runs what it is given until the test ends it."""
 
     started: list[list[int]] = field(default_factory=list)
-    ends: list[asyncio.Future[None]] = field(default_factory=list)
+    ends: list[asyncio.Future[float | None]] = field(default_factory=list)
 
-    async def run(self, batch: Sequence[Item]) -> None:
+    async def run(self, batch: Sequence[Item]) -> float | None:
         self.started.append([item.number for item in batch])
         self.ends.append(asyncio.get_running_loop().create_future())
-        await self.ends[-1]
+        return await self.ends[-1]
 
 
 @asynccontextmanager
 async def working(
-    device: Device, *costs: int, metrics: Metrics | None = None, max_wait: float = 0.0
+    device: Device, *costs: int, metrics: Metrics | None = None, max_wait: float = 0.0, late: bool = False
 ) -> AsyncIterator[Batcher[Item]]:
     """A loop around a budget of 100 tokens, with these texts waiting."""
     batcher = Batcher[Item](BatchPolicy(max_tokens=100, max_items=10, max_wait=max_wait, bulk_max_wait=5.0))
     batcher.put(Item(number, cost) for number, cost in enumerate(costs))
     async with asyncio.TaskGroup() as tasks:
-        loop = tasks.create_task(BatchLoop(batcher, device.run, metrics or Metrics(), tasks).run())
+        loop = tasks.create_task(BatchLoop(batcher, device.run, metrics or Metrics(), tasks, late=late).run())
         yield batcher
         loop.cancel()
         for end in device.ends:
@@ -116,6 +69,27 @@ async def test_the_next_micro_batch_is_assembled_when_one_ends_and_not_before() 
         batcher.put([Item(3, 40)])  # in time for the third, which is not assembled yet
         device.ends[0].set_result(None)
         await wait_until(lambda: device.started == [[0], [1], [2, 3]], within=10)
+
+
+async def test_a_late_one_holds_who_came_while_the_one_before_it_ran() -> None:
+    device = Device()
+    async with working(device, 60, 60, 60, 60, late=True) as batcher:
+        await wait_until(lambda: device.started == [[0], [1]], within=10)  # no pace is known yet
+        device.ends[0].set_result(60.0)  # a second a token
+        await settled()
+        assert device.started == [[0], [1]]
+        batcher.put([Item(4, 40)])
+        device.ends[1].set_result(60.0)
+        await wait_until(lambda: device.started == [[0], [1], [2, 4]], within=10)
+
+
+async def test_a_late_one_is_formed_before_the_one_that_runs_is_done() -> None:
+    device = Device()
+    async with working(device, 60, 60, 60, late=True):
+        await wait_until(lambda: device.started == [[0], [1]], within=10)
+        device.ends[0].set_result(0.06)  # a millisecond a token
+        await wait_until(lambda: device.started == [[0], [1], [2]], within=10)
+        assert not device.ends[1].done()
 
 
 async def test_a_text_waits_for_others_only_while_the_device_has_something_to_do() -> None:
@@ -147,7 +121,7 @@ async def test_a_short_text_goes_before_the_next_of_many_long_ones() -> None:
 async def test_a_micro_batch_that_fails_ends_the_loop() -> None:
     class Broken(Exception): ...
 
-    async def run(batch: Sequence[Item]) -> None:
+    async def run(batch: Sequence[Item]) -> float | None:
         raise Broken
 
     batcher = Batcher[Item](BatchPolicy(max_tokens=100, max_items=10, max_wait=0.0, bulk_max_wait=5.0))

@@ -57,9 +57,9 @@ class Parts:
         )
         self.budget = TokenBudget(self.batcher, self.metrics, lambda facts: None)
 
-    async def run(self, *texts: QueuedText) -> None:
+    async def run(self, *texts: QueuedText) -> float | None:
         runner = BatchRunner(self.flights, self.device, self.budget, self.results, self.metrics)
-        await runner.run(texts)
+        return await runner.run(texts)
 
     def sample(self, name: str, **labels: str) -> float | None:
         return self.metrics.registry.get_sample_value(f"embedq_{name}", labels)
@@ -96,6 +96,16 @@ async def test_each_text_is_handed_on_with_its_vector_and_all_who_waited() -> No
     assert parts.flights.waiters(texts[1].identity) == []
     assert (parts.sample("compute_seconds_count"), parts.sample("compute_seconds_sum")) == (1, 0.5)
     assert parts.sample("tokens_total") == 2
+
+
+async def test_a_micro_batch_says_how_long_the_device_took_unless_it_failed_or_nobody_waits() -> None:
+    parts = Parts(lambda texts: ValueError() if texts == ["a", "b"] else None)
+    job = admitted(input=["a", "b", "c"])
+    first, second, third = (parts.queued(job, index) for index in range(3))
+    assert await parts.run(third) == 0.5
+    assert await parts.run(first, second) is None
+    assert await parts.run(first) is None
+    assert parts.device.ran == [["c"], ["a", "b"], ["a"], ["b"]]
 
 
 async def test_a_text_that_two_clients_queued_runs_once_in_a_micro_batch_and_not_again_in_the_next() -> None:
