@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import httpx
@@ -19,6 +19,7 @@ import psutil
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient
 
+from embedq_sdk.dev.ports import USUAL_GATEWAY, USUAL_KAFKA, USUAL_REDIS, is_free
 from tests.helpers.programs import alive, kafka_version, own_environ
 from tests.helpers.support import patient, wait_for
 from tests.helpers.tiny_models import make_tiny_bert
@@ -107,6 +108,13 @@ def started(screen: Terminal) -> None:
     assert screen.process.poll() is None, screen.shown()
 
 
+def is_usual(address: str, ports: Sequence[int]) -> bool:
+    """Whether the next start will have this address, too: a usual port, or none of those was free."""
+    found = re.search(r":(\d+)(?:/|$)", address)
+    assert found is not None, address
+    return int(found[1]) in ports or not any(map(is_free, ports))
+
+
 def test_the_lines_to_copy_lead_to_embedqs_topics_and_ctrl_c_ends_everything_quietly_with_exit_code_0() -> (
     None
 ):
@@ -114,6 +122,12 @@ def test_the_lines_to_copy_lead_to_embedqs_topics_and_ctrl_c_ends_everything_qui
         started(screen)
         assert f"Apache Kafka {kafka_version()} (embedded process)\n" in screen.shown()
         assert screen.exported("EMBEDQ_REDIS_URL").startswith("redis://127.0.0.1:")
+        for name, ports in (
+            ("EMBEDQ_KAFKA_SERVERS", USUAL_KAFKA),
+            ("EMBEDQ_REDIS_URL", USUAL_REDIS),
+            ("OPENAI_BASE_URL", USUAL_GATEWAY),
+        ):
+            assert is_usual(screen.exported(name), ports), name
         topics = asyncio.run(topics_of(screen.exported("EMBEDQ_KAFKA_SERVERS")))
         assert {"embed.jobs", "embed.jobs.bulk", "embed.replies", "embed.control"} <= topics
         children = screen.descendants()
