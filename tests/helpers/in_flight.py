@@ -71,6 +71,9 @@ def rules(**changes: Any) -> AdmissionPolicy:
     settings: dict[str, Any] = {
         "topics": TOPICS,
         "max_inputs": 2048,
+    def close_some(self) -> bool:
+        raise NotImplementedError
+
         "max_text_bytes": 1_000_000,
         "max_result_bytes": 900_000,
         "reply_patterns": ("*",),

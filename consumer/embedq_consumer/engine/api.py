@@ -266,3 +266,9 @@ class Encoder(Protocol):
 
     def close(self) -> None:
         """Release the weights' memory. The encoder must not be used afterwards."""
+
+    def close_some(self) -> bool:
+        """`close` in steps, of which all but the last one are short, so that others' micro-batches reach the device between them.
+        Whether something is left for another step."""
+        self.close()
+        return False
