@@ -375,9 +375,13 @@ class Run:
         return next(event for event in reversed(self.log.read()) if event["event"] == name)
 
 
-def budget_of(event: dict[str, Any]) -> dict[str, int]:
-    """A budget that was found by trial."""
-    return {"tokens": event["tokens"], "longest_text": event["longest_text"]}
+def budget_of(event: dict[str, Any]) -> dict[str, int | bool]:
+    """A budget that was found by trial, or taken over."""
+    return {
+        "tokens": event["tokens"],
+        "longest_text": event["longest_text"],
+        "taken_over": event.get("taken_over", False),
+    }
 
 
 def forget(path: Path) -> None:

@@ -11,7 +11,17 @@ import numpy.typing as npt
 from aiokafka import TopicPartition
 
 from embedq_consumer.batching.single_flight import Identity, JobInput, QueuedText
-from embedq_consumer.engine import Chunked, Encoder, Memory, Pending, Piece, Text, TextTooLong, Tokens
+from embedq_consumer.engine import (
+    Chunked,
+    Encoder,
+    Footprint,
+    Memory,
+    Pending,
+    Piece,
+    Text,
+    TextTooLong,
+    Tokens,
+)
 from embedq_consumer.group import Ticket
 from embedq_consumer.intake.admission import AdmissionPolicy
 from embedq_consumer.intake.jobs import JobState
@@ -31,6 +41,7 @@ class Model:
         self.model_version = VERSION
         self.max_tokens = 512
         self.weight_bytes = 0
+        self.footprint: Footprint | None = None
         self.prompts: Mapping[str, str] = {"query": "Q: ", "document": "D: "}
         self.notes: Sequence[str] = ()
         self.phases: Mapping[str, float] = {}
@@ -60,6 +71,9 @@ class Model:
     def close(self) -> None:
         raise NotImplementedError
 
+    def close_some(self) -> bool:
+        raise NotImplementedError
+
 
 MODEL: Encoder = Model()
 MODELS: Mapping[str, Encoder] = {"default": MODEL}
@@ -71,9 +85,6 @@ def rules(**changes: Any) -> AdmissionPolicy:
     settings: dict[str, Any] = {
         "topics": TOPICS,
         "max_inputs": 2048,
-    def close_some(self) -> bool:
-        raise NotImplementedError
-
         "max_text_bytes": 1_000_000,
         "max_result_bytes": 900_000,
         "reply_patterns": ("*",),

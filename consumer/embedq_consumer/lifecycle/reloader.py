@@ -250,9 +250,9 @@ class Reloader:
             return
         try:
             async with await self._nothing_in_flight(pursuit, hold):
-                budget = await self._trial.measure(candidate.loaded.encoder, pursuit)
-                self._slot.note_budget(candidate.loaded, budget)
-                self._budget.serve(budget)
+                measured = await self._trial.measure(candidate.loaded.encoder, pursuit)
+                self._slot.note_measured(candidate.loaded, measured)
+                self._budget.serve(measured.budget)
         except (ModelRejected, Superseded) as error:  # it serves all the same, within the budget found first
             log.warning("batch_budget_not_measured_again", reason=str(error))
 
