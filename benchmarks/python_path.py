@@ -105,6 +105,9 @@ class _Device:
     def note_failed(self, encoder: Encoder) -> None:
         """No text fails here."""
 
+    def note_out_of_memory(self, encoder: Encoder) -> None:
+        """Nor is memory short."""
+
     async def encode(self, encoder: Encoder, batch: Sequence[Tokens]) -> tuple[Vectors, float]:
         await asyncio.sleep(0.001)
         return np.ones((len(batch), encoder.hidden_size), dtype=np.float32), 0.001

@@ -333,6 +333,7 @@ class Run:
             if one["command_id"] == command.command_id and one["step"] == "swap"
         )
         loaded = [event for event in self.log.events if event["event"] == "model_loaded" and at(event) > sent]
+        freed = [event for event in self.log.events if event["event"] == "model_freed" and at(event) > sent]
         budgets = [
             event for event in self.log.events if event["event"] == "batch_budget" and at(event) > sent
         ]
@@ -344,6 +345,7 @@ class Run:
                 "spans": Spans(sent, swap, ready),
                 "steps_s": steps(self.statuses, command.command_id, sent),
                 "load_s": loaded[-1]["seconds"],
+                "freed_s": {name: freed[-1][name] for name in ("seconds", "longest_step_s")},
                 "budgets": [budget_of(event) for event in budgets],
                 "memory": held,
             }
@@ -373,9 +375,13 @@ class Run:
         return next(event for event in reversed(self.log.read()) if event["event"] == name)
 
 
-def budget_of(event: dict[str, Any]) -> dict[str, int]:
-    """A budget that was found by trial."""
-    return {"tokens": event["tokens"], "longest_text": event["longest_text"]}
+def budget_of(event: dict[str, Any]) -> dict[str, int | bool]:
+    """A budget that was found by trial, or taken over."""
+    return {
+        "tokens": event["tokens"],
+        "longest_text": event["longest_text"],
+        "taken_over": event.get("taken_over", False),
+    }
 
 
 def forget(path: Path) -> None:

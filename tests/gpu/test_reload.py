@@ -16,7 +16,7 @@ import torch
 from structlog.testing import capture_logs
 
 from benchmarks.qwen3_shapes import make
-from embedq_consumer.engine import Encoder, Text, load_encoder
+from embedq_consumer.engine import Encoder, Text, Tokens, load_encoder
 from embedq_consumer.lifecycle import BatchOptions
 from tests.helpers.encoders import normalized, tokens_of
 from tests.helpers.fake_models import Bench, command
@@ -42,19 +42,20 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Device:
-    """Loads models onto the GPU; from one of these loads on, this process may have `limit` bytes of it, if that is set."""
+    """Loads models onto the GPU; beside each further one `leaves` bytes of it are free, if that is set."""
 
     def __init__(self) -> None:
-        self.limit: int | None = None
-        self._total = torch.cuda.get_device_properties(0).total_memory
+        self.leaves: int | None = None
+        self.ballast: torch.Tensor | None = None
 
     def load(self, path: Path) -> Encoder:
         """A loader of a slot. What is the most in use is counted from the end of a load: a load itself takes more for a while."""
         encoder = load_encoder(path, device="cuda")
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        if self.limit is not None:
-            torch.cuda.set_per_process_memory_fraction(min(1.0, self.limit / self._total))
+        if self.leaves is not None:
+            free, _ = torch.cuda.mem_get_info()
+            self.ballast = torch.empty(max(0, free - self.leaves), dtype=torch.uint8, device="cuda")
         return encoder
 
 
@@ -62,8 +63,10 @@ class Device:
 def device() -> Iterator[Device]:
     gc.collect()
     torch.cuda.empty_cache()
-    yield Device()
-    torch.cuda.set_per_process_memory_fraction(1.0)
+    made = Device()
+    yield made
+    made.ballast = None
+    torch.cuda.empty_cache()
 
 
 @pytest.fixture
@@ -87,8 +90,8 @@ async def test_after_a_reload_the_budget_is_that_of_the_device_without_the_old_m
         held = torch.cuda.memory_reserved() - others
         passing = torch.cuda.max_memory_reserved() - others - held
         assert passing > 0
-        # Both models, and a third of what the longest text takes.
-        device.limit = others + 2 * held + passing // 3
+        # Beside both models, a third of what the longest text takes.
+        device.leaves = passing // 3
         await bench.follow([command(1, "new")])
     assert (bench.serving, bench.sent[-1].state) == ("new", "READY"), bench.sent[-1].error
     alone, beside, again = (_budget(line) for line in logs if line["event"] == "batch_budget")
@@ -101,6 +104,25 @@ async def test_after_a_reload_the_budget_is_that_of_the_device_without_the_old_m
     assert bench.sample("batch_budget_tokens") == alone[0]
     assert (bench.facts["max_batch_tokens"], bench.facts["max_text_tokens"]) == alone
     assert bench.holds == ["old", "new", "new", "new"], "measured again while nothing is in flight"
+
+
+async def test_beside_a_model_of_its_shape_a_reload_takes_the_budget_over_and_its_longest_text_fits(
+    bench: Bench,
+) -> None:
+    with capture_logs() as logs:
+        await bench.model.start(None)
+        await bench.follow([command(1, "new")])
+    assert (bench.serving, bench.sent[-1].state) == ("new", "READY"), bench.sent[-1].error
+    alone, beside = (line for line in logs if line["event"] == "batch_budget")
+    encoder = bench.model.slot.loaded.encoder
+    assert beside["taken_over"]
+    assert _budget(beside) == _budget(alone) == (BATCHES.max_tokens, encoder.max_tokens)
+    assert bench.holds == ["old", "new"]
+    whole = Tokens(np.arange(encoder.max_tokens, dtype=np.int32) % 1000, whole=True)
+    before = torch.cuda.memory_reserved()
+    vectors, _ = await bench.model.slot.encode(encoder, [whole])
+    assert np.isfinite(vectors).all()
+    assert torch.cuda.memory_reserved() - before <= beside["takes_bytes"]
 
 
 async def test_a_model_that_came_by_a_reload_gives_the_vectors_that_it_gives_alone(bench: Bench) -> None:

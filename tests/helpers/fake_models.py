@@ -17,6 +17,7 @@ from embedq_consumer.engine import (
     Chunked,
     Encoder,
     Failed,
+    Footprint,
     Inspection,
     Memory,
     Pending,
@@ -38,6 +39,21 @@ Vectors = npt.NDArray[np.float32]
 
 
 _BATCHES: Final = BatchOptions(max_tokens=512, max_items=4, max_wait_s=0.0, bulk_max_wait_s=5.0)
+
+
+FOOTPRINT: Final = Footprint(
+    device="the device",
+    architecture="{}",
+    dtype="bf16",
+    quantization="none",
+    keep_bf16=(),
+    deterministic=False,
+    kernels=(),
+    pooling=("mean",),
+    dense=(),
+    max_tokens=64,
+)
+"""Of a model that is given it; fake models have none by themselves."""
 
 
 class FakeVectors(Pending):

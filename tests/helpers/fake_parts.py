@@ -68,10 +68,15 @@ class ScriptedDevice:
         self.ran: list[list[str]] = []
         self.failed = 0
         """Texts that got no vector, even alone."""
+        self.ran_out = 0
+        """Micro-batches that found too little memory."""
         self._failure = failure
 
     def note_failed(self, encoder: Encoder) -> None:
         self.failed += 1
+
+    def note_out_of_memory(self, encoder: Encoder) -> None:
+        self.ran_out += 1
 
     async def encode(self, encoder: Encoder, batch: Sequence[Tokens]) -> tuple[Vectors, float]:
         texts = ["".join(map(chr, tokens.ids)) for tokens in batch]

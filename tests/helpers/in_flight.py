@@ -11,7 +11,17 @@ import numpy.typing as npt
 from aiokafka import TopicPartition
 
 from embedq_consumer.batching.single_flight import Identity, JobInput, QueuedText
-from embedq_consumer.engine import Chunked, Encoder, Memory, Pending, Piece, Text, TextTooLong, Tokens
+from embedq_consumer.engine import (
+    Chunked,
+    Encoder,
+    Footprint,
+    Memory,
+    Pending,
+    Piece,
+    Text,
+    TextTooLong,
+    Tokens,
+)
 from embedq_consumer.group import Ticket
 from embedq_consumer.intake.admission import AdmissionPolicy
 from embedq_consumer.intake.jobs import JobState
@@ -31,6 +41,7 @@ class Model:
         self.model_version = VERSION
         self.max_tokens = 512
         self.weight_bytes = 0
+        self.footprint: Footprint | None = None
         self.prompts: Mapping[str, str] = {"query": "Q: ", "document": "D: "}
         self.notes: Sequence[str] = ()
         self.phases: Mapping[str, float] = {}
@@ -58,6 +69,9 @@ class Model:
         return None
 
     def close(self) -> None:
+        raise NotImplementedError
+
+    def close_some(self) -> bool:
         raise NotImplementedError
 
 

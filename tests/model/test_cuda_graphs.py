@@ -144,6 +144,17 @@ def test_more_parts_than_staging_memory_wait_for_earlier_ones() -> None:
     assert np.array_equal(pending[0].result(), wanted(first))
 
 
+def test_graphs_go_some_at_a_time_until_none_is_left() -> None:
+    graphs = CpuGraphs(Forward().pooled(), part_tokens=512)
+    for length in (10, 60, 120, 250, 500):
+        graphs.submit([text_of(length)]).result()
+    went = []
+    while graphs.drop(2):
+        went.append(len(graphs._graphs))
+    assert went == [3, 1, 0]
+    graphs.close()
+
+
 def test_a_text_that_is_too_long_for_every_graph_runs_in_its_own_size() -> None:
     forward = Forward()
     graphs = CpuGraphs(forward.pooled(attention="torch_varlen"), part_tokens=512)

@@ -43,6 +43,9 @@ class Device(Protocol):
     def note_failed(self, encoder: Encoder) -> None:
         """A text has got no vector of this model, even alone."""
 
+    def note_out_of_memory(self, encoder: Encoder) -> None:
+        """A micro-batch of this model, within its budget, found too little memory."""
+
 
 class Results(Protocol):
     """Where the runner hands on its results, each input exactly once. The methods return at once."""
@@ -125,6 +128,8 @@ class BatchRunner:
         except Exception as error:  # noqa: BLE001
             # Anything else that the model raises is the input's fault until it has failed alone.
             log.warning("batch_failed", texts=len(batch), reason=type(error).__name__)
+            if isinstance(error, OutOfMemory):
+                self._device.note_out_of_memory(batch[0].identity.encoder)
             await self._halve(batch, out_of_memory=isinstance(error, OutOfMemory))
             return None
         self._metrics.compute.observe(seconds)

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 
-from embedq_consumer.batching.batcher import Batcher
-from embedq_consumer.engine import Encoder, OutOfMemory, Tokens
+from embedq_consumer.batching.batcher import SHORT, Batcher
+from embedq_consumer.engine import Encoder, Footprint, Memory, OutOfMemory, Tokens
 from embedq_consumer.telemetry.metrics import Metrics
 
 log = structlog.get_logger()
@@ -31,6 +31,31 @@ class Budget(msgspec.Struct, frozen=True):
     longest: int
 
 
+class Conditions(msgspec.Struct, frozen=True, kw_only=True):
+    """All that the result of a trial depends on, but for the memory that is free: under equal ones it finds the same. Compared as a whole."""
+
+    footprint: Footprint
+    tokens: int
+    """What is wished for in a micro-batch."""
+    max_items: int
+
+
+class Measured(msgspec.Struct, frozen=True, kw_only=True):
+    """What a trial has found."""
+
+    budget: Budget
+    conditions: Conditions | None = None
+    """None where they are not known, or the device has no memory of its own: then it is no other model's."""
+    takes: int = 0
+    """Bytes that it took beside the weights, at most."""
+
+    def is_for(self, conditions: Conditions, free: int) -> bool:
+        """Whether a trial under these conditions would find the same, with so many bytes free: all that is wished for fits, and what
+        that takes is there."""
+        wished = Budget(conditions.tokens, conditions.footprint.max_tokens)
+        return self.conditions == conditions and self.budget == wished and self.takes <= free
+
+
 async def find_budget(
     encoder: Encoder,
     run: Callable[[Sequence[Tokens]], Awaitable[object]],
@@ -38,7 +63,7 @@ async def find_budget(
     *,
     tokens: int,
     max_items: int,
-) -> Budget:
+) -> Measured:
     """The largest budget up to `tokens` with which the device does not run out of memory, found by trial.
 
     `run` computes one micro-batch of `encoder`; `ids` is a text as long as the model takes. Where memory runs out, the
@@ -48,7 +73,7 @@ async def find_budget(
     Raises:
         OutOfMemory: not even `LEAST` tokens fit.
     """
-    longest = len(ids)
+    longest, wished = len(ids), tokens
     before = encoder.memory()
     if before is not None:
         while not await _fits(run, [Tokens(ids[:longest], whole=True)], longest):
@@ -64,7 +89,39 @@ async def find_budget(
         free_bytes=before and before.free,
         peak_bytes=after and after.peak,
     )
-    return budget
+    if before is None or after is None:
+        return Measured(budget=budget)
+    conditions = conditions_of(encoder, tokens=wished, max_items=max_items)
+    return Measured(budget=budget, conditions=conditions, takes=_taken(before, after))
+
+
+def conditions_of(encoder: Encoder, *, tokens: int, max_items: int) -> Conditions | None:
+    """Of a trial of this model; None where the engine does not say what its memory depends on."""
+    if encoder.footprint is None:
+        return None
+    return Conditions(footprint=encoder.footprint, tokens=tokens, max_items=max_items)
+
+
+def _taken(before: Memory, after: Memory) -> int:
+    """Bytes that runs took in between, at most: what was in use at the height of it, and what the device has less of since, where
+    what was kept without being used counts as taken. The one leaves out what lies between tensors, the other what was given back."""
+    kept = before.free - (before.total - before.used)
+    return max(0, after.peak - (before.reserved - kept), after.used - before.used + kept)
+
+
+async def part_fits(
+    run: Callable[[Sequence[Tokens]], Awaitable[object]],
+    ids: npt.NDArray[np.int32],
+    budget: Budget,
+    max_items: int,
+) -> bool:
+    """Whether micro-batches run of the size that bulk's have beside interactive texts: they delay others no more than those do. They warm up
+    a model whose budget is known."""
+    tokens = max(LEAST, budget.tokens // SHORT)
+    try:
+        return await _all_fit(run, ids[:tokens], tokens, max(1, max_items // SHORT))
+    except OutOfMemory:
+        return False
 
 
 async def _all_fit(

@@ -22,6 +22,7 @@ __all__ = [
     "DeviceLost",
     "Encoder",
     "Failed",
+    "Footprint",
     "Inspection",
     "LoadArguments",
     "LoadOptions",
@@ -98,6 +99,26 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
     device: str
     hidden_size: int | None
     """Components of a vector; None where only the load will know."""
+
+
+class Footprint(msgspec.Struct, frozen=True, kw_only=True):
+    """All that decides how much of its device's memory a micro-batch takes beside the weights. Models of which it is equal take the
+    same for the same micro-batch, whatever their weights and texts say."""
+
+    device: str
+    """What the driver calls it: another one has other kernels."""
+    architecture: str
+    """`config.json`, without what only names the model."""
+    dtype: str
+    quantization: Quantization
+    keep_bf16: tuple[int, ...]
+    deterministic: bool
+    kernels: tuple[tuple[str, str], ...]
+    """As in `Encoder.kernels`, sorted."""
+    pooling: tuple[str, ...]
+    dense: tuple[tuple[int, int], ...]
+    """Widths of the layers after the pooling."""
+    max_tokens: int
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True):
@@ -227,6 +248,8 @@ class Encoder(Protocol):
     """What an operator should know of how the directory was read, a sentence each."""
     weight_bytes: int
     """Of its device's memory that closing it gives back, at least."""
+    footprint: Footprint | None = None
+    """What its micro-batches' memory depends on; None where that is not known, so that it has to be tried."""
 
     @property
     def kernels(self) -> Mapping[str, str]:
@@ -266,3 +289,9 @@ class Encoder(Protocol):
 
     def close(self) -> None:
         """Release the weights' memory. The encoder must not be used afterwards."""
+
+    def close_some(self) -> bool:
+        """`close` in steps, of which all but the last one are short, so that others' micro-batches reach the device between them.
+        Whether something is left for another step."""
+        self.close()
+        return False

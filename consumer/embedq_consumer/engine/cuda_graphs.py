@@ -175,10 +175,7 @@ class Graphs:
         self._prefixes = None if self._pool is None else PrefixCache(_POOL_ROWS)
         # Held while `_prefixes` is looked at, as the tokenizer's threads do, too.
         self._finding = Lock()
-        idle = [stream for stream in _idle_streams if stream.device == device]
-        self._stream = idle[-1] if idle else _new_stream(device)
-        if idle:
-            _idle_streams.remove(self._stream)
+        self._stream = _stream_of(device)
         self._memory = torch.cuda.graph_pool_handle()
         self._tried: set[tuple[int, ...]] = set()  # which kinds of rows ran without a graph
         self._graphs: dict[tuple[int, int, bool], torch.cuda.CUDAGraph] = {}
@@ -188,14 +185,7 @@ class Graphs:
             length = shared_length(size, slots, self.sizes.key_room)
         self._inputs = torch.zeros(length, dtype=torch.int32, device=device)
         self._outputs = _Outputs.empty(slots, self._hidden, device)
-        self._free = [
-            _Staging(
-                torch.zeros(length, dtype=torch.int32).pin_memory(),
-                _Outputs.empty(slots, self._hidden),
-                _new_event(),
-            )
-            for _ in range(_IN_FLIGHT)
-        ]
+        self._free = [_staging(length, slots, self._hidden) for _ in range(_IN_FLIGHT)]
         self._running: deque[_Part] = deque()
         # Held while parts go to the device, whose buffers all parts share.
         self._feeding = RLock()
@@ -435,12 +425,35 @@ class Graphs:
     def _row(self, inputs: Tensor, size: int, slots: int, keys: int) -> Row:
         return split_row(inputs, size, slots, self._pool, LONGEST_PREFIX, keys)
 
+    def drop(self, most: int) -> bool:
+        """Let so many graphs go, the last captured first; nothing may be in flight or come. Whether there were any."""
+        self._stream.synchronize()
+        going = list(self._graphs)[-most:]
+        for key in going:
+            del self._graphs[key]
+        return bool(going)
+
     def close(self) -> None:
         """Return the stream for the next encoder: libraries keep a workspace of 32 MiB for every stream they ever saw."""
         self._stream.synchronize()
         self._graphs.clear()
         self._pool = None
         _idle_streams.append(self._stream)
+
+
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """One that an encoder has returned, else a new one."""
+    for stream in reversed(_idle_streams):
+        if stream.device == device:
+            _idle_streams.remove(stream)
+            return stream
+    return _new_stream(device)
+
+
+def _staging(length: int, slots: int, hidden: int) -> _Staging:
+    """Pinned memory for inputs of this length and so many vectors."""
+    inputs = torch.zeros(length, dtype=torch.int32).pin_memory()
+    return _Staging(inputs, _Outputs.empty(slots, hidden), _new_event())
 
 
 def _lay_out(

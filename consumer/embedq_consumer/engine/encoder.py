@@ -21,6 +21,7 @@ from torch import Tensor
 from embedq_consumer.engine.api import (
     Chunked,
     Failed,
+    Footprint,
     LoadOptions,
     Memory,
     ModelError,
@@ -51,6 +52,8 @@ Vectors = npt.NDArray[np.float32]
 _NONE: Ids = np.empty(0, dtype=np.int32)
 _CPU_TOKENS = 1024
 """Tokens run at once on a CPU: fewer leave the cores idle, many more fall out of the caches (benchmarks/encoder_cpu.py)."""
+_GRAPHS_A_STEP = 4
+"""Graphs that go at once while others' micro-batches run: each takes some time of the thread that feeds the device."""
 _PROBE_COSINE = {torch.float32: 1 - 1e-6, torch.bfloat16: 0.99, torch.float16: 0.99}
 """In float32, a thousandth of a vector's length: a hundred times what rounding takes, and less than what a text sees of its
 neighbors where they are not kept apart."""
@@ -130,6 +133,7 @@ class PackedEncoder:
         self.notes: Sequence[str] = tokenizer.notes
         self.late_chunks: bool = self._pooling.supports_spans
         self.weight_bytes: int = 0
+        self.footprint: Footprint | None = None
         self._tokenizer = tokenizer
         self._limits = limits
         self._device: torch.device = model.device
@@ -233,6 +237,12 @@ class PackedEncoder:
             for i in np.flatnonzero(nonfinite).tolist():
                 vectors[i] = self._run([batch[i]])[0]
         return _Computed(vectors)
+
+    def close_some(self) -> bool:
+        if self._graphs is not None and self._graphs.drop(_GRAPHS_A_STEP):
+            return True
+        self.close()
+        return False
 
     def close(self) -> None:
         if self._graphs is not None:

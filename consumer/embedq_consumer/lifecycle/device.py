@@ -43,6 +43,7 @@ class Device:
         self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self._busy = asyncio.Event()
         self._last_result = 0.0  # monotonic seconds; touched on the thread that has a model's results
         self.residents = Residents() if residents is None else residents
         self.shares = shares
@@ -57,6 +58,7 @@ class Device:
         submitted = self._compute.submit(self._submit, encoder, batch)
         self._running += 1
         self._idle.clear()
+        self._busy.set()
         return self._computed(submitted)
 
     async def _computed(self, submitted: Future[Computed | Future[Computed]]) -> Computed:
@@ -67,6 +69,13 @@ class Device:
             self._running -= 1
             if not self._running:
                 self._idle.set()
+                self._busy.clear()
+
+    async def busy(self, within_s: float) -> None:
+        """Return once a micro-batch is under way, of whichever alias, or after so many seconds."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self._busy.wait()
 
     async def idle(self, within_s: float) -> None:
         """Return once no micro-batch is under way, of whichever alias, or after so many seconds."""
@@ -103,7 +112,13 @@ class Device:
 
     async def _free(self, going: Iterable[Loaded]) -> None:
         for one in going:
-            await self.between_batches(one.encoder.close)
+            begin, longest_s, left = time.monotonic(), 0.0, True
+            while left:
+                left, seconds = await self.between_batches(partial(_timed, one.encoder.close_some))
+                longest_s = max(longest_s, seconds)
+            log.debug(
+                "model_freed", seconds=round(time.monotonic() - begin, 4), longest_step_s=round(longest_s, 4)
+            )
             await asyncio.to_thread(_give_back)
 
     def _submit(self, encoder: Encoder, batch: Sequence[Tokens]) -> Computed | Future[Computed]:
@@ -131,6 +146,12 @@ class Device:
                 seconds=round(seconds, 6),
             )
         return vectors, seconds
+
+
+def _timed(step: Callable[[], Returned]) -> tuple[Returned, float]:
+    """What a step returns, and the seconds that it took."""
+    begin = time.monotonic()
+    return step(), time.monotonic() - begin
 
 
 def _give_back() -> None:

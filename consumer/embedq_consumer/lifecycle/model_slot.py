@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol, TypeVar
 
 import structlog
 
-from embedq_consumer.batching.token_budget import Budget
+from embedq_consumer.batching.token_budget import Budget, Conditions, Measured
 from embedq_consumer.engine import Abandoned, Cancellation, Encoder, Inspection, Memory, Tokens
 from embedq_consumer.engine.safety.panics import panics_caught
 from embedq_consumer.lifecycle.device import Computed, Device
@@ -136,13 +136,23 @@ class ModelSlot:
         """Bytes that the device gets back when this alias's model goes: none where it stays for another alias, or is pinned."""
         return 0 if self.serving is None else self.device.residents.freed_by(self.serving)
 
-    def note_budget(self, loaded: Loaded, budget: Budget) -> None:
+    def note_measured(self, loaded: Loaded, measured: Measured) -> None:
         """Remember the token budget that was found for a model: who comes back to it need not find it again."""
-        self.device.residents.note_budget(loaded, budget)
+        self.device.residents.note_measured(loaded, measured)
 
     def budget_of(self, loaded: Loaded) -> Budget | None:
         """The token budget that was found for a model, if one was."""
         return self.device.residents.budget_of(loaded)
+
+    async def measured_under(self, encoder: Encoder, conditions: Conditions) -> Measured | None:
+        """What the trial of a model in memory has found, if that of this one, loaded beside it, would find the same: the driver itself says
+        that what it took is free. What PyTorch keeps does not count, of which graphs have the most."""
+        memory = await self.device.between_batches(encoder.memory)
+        return (
+            None
+            if memory is None
+            else self.device.residents.measured_under(conditions, memory.total - memory.used)
+        )
 
     async def apart(
         self,
@@ -221,6 +231,10 @@ class ModelSlot:
         old, self.serving = self.serving, new
         self._serves_since, self._first_failure = time.monotonic(), None
         return old
+
+    def note_out_of_memory(self, encoder: Encoder) -> None:
+        """A micro-batch of this model, within its budget, found too little memory."""
+        self.device.residents.doubt(encoder)
 
     def note_failed(self, encoder: Encoder) -> None:
         """A text has got no vector of this model, even alone."""

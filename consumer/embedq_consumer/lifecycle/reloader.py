@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import msgspec
 import structlog
@@ -24,6 +24,11 @@ from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.messages import Control
 
 log = structlog.get_logger()
+
+_HEAVY: Final = 64 << 20
+"""Bytes of weights. To free less takes no time that anybody notices."""
+_FIRST_S: Final = 0.25
+"""What the new model's first micro-batch has to come, before the old one is freed in any case: ten times what it takes under load."""
 
 Hold = Callable[[float], AbstractAsyncContextManager[None]]
 """Nothing is in flight inside. Raises TimeoutError if that takes more than this many seconds; nothing is held then."""
@@ -233,9 +238,9 @@ class Reloader:
             raise
         await self._reporter.update("swap", "LOADING", command=pursuit.command)
         if old is not None:
-            await self._slot.discard(
-                old, keep=True
-            )  # while jobs flow again: freeing gigabytes takes its time
+            if old.encoder.weight_bytes >= _HEAVY:
+                await self._slot.device.busy(_FIRST_S)  # what frees it is the thread that feeds the device
+            await self._slot.discard(old, keep=True)  # while jobs flow again
             await self._measure_again(candidate, pursuit, hold)
 
     async def _measure_again(self, candidate: Candidate, pursuit: Pursuit, hold: Hold) -> None:
@@ -245,9 +250,9 @@ class Reloader:
             return
         try:
             async with await self._nothing_in_flight(pursuit, hold):
-                budget = await self._trial.measure(candidate.loaded.encoder, pursuit)
-                self._slot.note_budget(candidate.loaded, budget)
-                self._budget.serve(budget)
+                measured = await self._trial.measure(candidate.loaded.encoder, pursuit)
+                self._slot.note_measured(candidate.loaded, measured)
+                self._budget.serve(measured.budget)
         except (ModelRejected, Superseded) as error:  # it serves all the same, within the budget found first
             log.warning("batch_budget_not_measured_again", reason=str(error))
 

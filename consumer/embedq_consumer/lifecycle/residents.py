@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from embedq_consumer.batching.token_budget import Budget
+from embedq_consumer.batching.token_budget import Budget, Conditions, Measured
 from embedq_consumer.engine import Encoder
 from embedq_shared.messages import Quantization
 
@@ -47,7 +47,7 @@ class _Resident(msgspec.Struct):
     loaded: Loaded
     users: int
     used_at: float
-    budget: Budget | None = None
+    measured: Measured | None = None
 
 
 class Residents:
@@ -57,6 +57,8 @@ class Residents:
         - A model in use never goes, and a pinned one never once it was in use.
         - Of the others at most `keep` stay; the one that was in use longest ago goes first.
         - For nothing goes nothing: where even all that may go would not make enough room, all stay.
+        - What a trial has found is known as long as the model that it was found for, or one that took it over, is there, and memory has not
+          run out within it.
     """
 
     def __init__(self, keep: int = 0, pinned: Collection[Path] = ()) -> None:
@@ -91,13 +93,30 @@ class Residents:
         stays = self._of(loaded).users > 1 or self._stays(loaded)
         return 0 if stays else loaded.encoder.weight_bytes
 
-    def note_budget(self, loaded: Loaded, budget: Budget) -> None:
-        """Remember the token budget that was found for it."""
-        self._of(loaded).budget = budget
+    def note_measured(self, loaded: Loaded, measured: Measured) -> None:
+        """Remember the token budget that was found for it, or taken over."""
+        self._of(loaded).measured = measured
 
     def budget_of(self, loaded: Loaded) -> Budget | None:
-        """The token budget that was found for it, if one was."""
-        return self._of(loaded).budget
+        """The token budget that it has, if it has one."""
+        measured = self._of(loaded).measured
+        return None if measured is None else measured.budget
+
+    def measured_under(self, conditions: Conditions, free: int) -> Measured | None:
+        """What a trial under these conditions would find with so many bytes free, if one has found it for a model that is there."""
+        known = (one.measured for one in self._residents if one.measured is not None)
+        return next((each for each in known if each.is_for(conditions, free)), None)
+
+    def doubt(self, encoder: Encoder) -> None:
+        """Memory ran out in the service of this model: what was found for it, and for others like it, is to be found anew."""
+        its = next((one.measured for one in self._residents if one.loaded.encoder is encoder), None)
+        conditions = None if its is None else its.conditions
+        for one in self._residents:
+            alike = (
+                conditions is not None and one.measured is not None and one.measured.conditions == conditions
+            )
+            if alike or one.loaded.encoder is encoder:
+                one.measured = None
 
     def leave(self, loaded: Loaded, now: float, *, keep: bool) -> list[Loaded]:
         """One user less. What goes now: it, if it was the last one and nobody wants to `keep` it, or another one in its place."""

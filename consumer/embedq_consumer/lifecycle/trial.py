@@ -12,9 +12,10 @@ from typing import Final
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import structlog
 
-from embedq_consumer.batching.token_budget import Budget, find_budget
+from embedq_consumer.batching.token_budget import Budget, Measured, conditions_of, find_budget, part_fits
 from embedq_consumer.engine import (
     Abandoned,
     DeviceLost,
@@ -89,11 +90,137 @@ class Gates(msgspec.Struct, frozen=True, kw_only=True):
     dimensions: DimensionsInUse
 
 
+class TrialRuns:
+    """Runs a model on trial: what it raises is a reason to reject it, or to try a smaller micro-batch.
+
+    Invariants:
+        - Nothing but the tokenizer of a model on trial runs off the compute thread.
+        - A command that is superseded is given up before its next call.
+    """
+
+    def __init__(self, slot: ModelSlot, limits: TrialLimits) -> None:
+        self._slot = slot
+        self._limits = limits
+
+    async def measure(self, encoder: Encoder, pursuit: Pursuit | None) -> Measured:
+        """The largest micro-batches that fit, found by running them, so that memory runs out now or never.
+
+        Raises:
+            ModelRejected: none does.
+            Superseded: there is a newer command.
+        """
+        try:
+            return await find_budget(
+                encoder,
+                lambda batch: self._encode(encoder, batch, pursuit),
+                await self._long_text(encoder, encoder.max_tokens, pursuit),
+                tokens=self._limits.batch_tokens,
+                max_items=self._limits.batch_items,
+            )
+        except OutOfMemory as error:
+            raise _too_little_memory() from error
+
+    async def taken_over(self, encoder: Encoder, pursuit: Pursuit | None) -> Measured | None:
+        """What the trial of a model in memory has found, where this one's would find the same: its longest text need not hold the device,
+        and with it those who wait for the model that serves. Micro-batches like those of bulk jobs warm it up. None: it is to be tried.
+
+        Raises:
+            ModelRejected: it cannot run.
+            Superseded: there is a newer command.
+        """
+        limits = self._limits
+        conditions = conditions_of(encoder, tokens=limits.batch_tokens, max_items=limits.batch_items)
+        if conditions is None or (found := await self._slot.measured_under(encoder, conditions)) is None:
+            return None
+        ids = await self._long_text(encoder, found.budget.tokens, pursuit)
+        run = partial(self._encode, encoder, pursuit=pursuit)
+        if not await part_fits(run, ids, found.budget, limits.batch_items):
+            return None
+        budget = found.budget
+        log.info(
+            "batch_budget",
+            tokens=budget.tokens,
+            longest_text=budget.longest,
+            taken_over=True,
+            takes_bytes=found.takes,
+        )
+        return found
+
+    async def unit_vectors(self, encoder: Encoder, texts: Sequence[Text], pursuit: Pursuit | None) -> Vectors:
+        """Float32 (texts, hidden_size).
+
+        Raises:
+            ModelRejected: it cannot run.
+            Superseded: there is a newer command.
+        """
+        tokens = await self._tokens(encoder, texts, pursuit)
+        try:
+            # Each alone: together they may exceed a budget that was found on a small device.
+            raw = [(await self._encode(encoder, [found], pursuit))[0] for found in tokens]
+        except OutOfMemory as error:
+            raise _too_little_memory() from error
+        return np.stack([cut_and_normalize(vector, encoder.hidden_size) for vector in raw])
+
+    async def compute(self, encoder: Encoder, batch: Sequence[Tokens], pursuit: Pursuit | None) -> Computed:
+        """One micro-batch.
+
+        Raises:
+            OutOfMemory: a smaller one may fit.
+            ModelRejected: it cannot run.
+            Superseded: there is a newer command.
+        """
+        if pursuit is not None:
+            pursuit.check()
+        try:
+            async with asyncio.timeout(self._limits.stall_timeout_s):
+                return await self._slot.encode(encoder, batch)
+        except (OutOfMemory, DeviceLost):
+            raise
+        except TimeoutError:
+            # Nothing else runs on this device before it, and it cannot be taken back.
+            raise DeviceLost(
+                f"a micro-batch of the new model did not end within {self._limits.stall_timeout_s:g} s"
+            ) from None
+        except Exception as error:
+            raise ModelRejected(f"the model cannot run: {type(error).__name__}") from error
+
+    async def _encode(self, encoder: Encoder, batch: Sequence[Tokens], pursuit: Pursuit | None) -> Vectors:
+        return (await self.compute(encoder, batch, pursuit))[0]
+
+    async def _long_text(
+        self, encoder: Encoder, tokens: int, pursuit: Pursuit | None
+    ) -> npt.NDArray[np.int32]:
+        """The ids of a text of about so many tokens, or as long as the model takes."""
+        words = min(tokens, encoder.max_tokens, _MOST_WORDS)
+        [found] = await self._tokens(encoder, [Text("warm up " * words, truncate="end")], pursuit)
+        return found.ids
+
+    async def _tokens(self, encoder: Encoder, texts: Sequence[Text], pursuit: Pursuit | None) -> list[Tokens]:
+        """Tokens of texts that may be cut.
+
+        Raises:
+            ModelRejected: the tokenizer cannot read one, or hangs.
+        """
+        if pursuit is not None:
+            pursuit.check()
+        try:
+            found = await self._slot.apart("tokenize", partial(encoder.tokenize, texts))
+        except ModelRejected:
+            raise
+        except Exception as error:
+            raise ModelRejected(f"the tokenizer cannot run: {type(error).__name__}") from error
+        for each in found:
+            if isinstance(each, TextTooLong):
+                raise ModelRejected("the tokenizer did not cut a text that it was asked to cut")
+            if isinstance(each, Failed):
+                raise ModelRejected(f"the tokenizer does not take every text: {each.reason}")
+        return [each for each in found if isinstance(each, Tokens)]
+
+
 class Trial:
     """Makes a candidate of a directory. Each step is reported before it begins; a model that fails one is freed.
 
     Invariants:
-        - Nothing but the tokenizer of a model on trial runs off the compute thread.
         - A failure that is the model's, whatever its files hold, is `ModelError` or `ModelRejected`: no command ends the
           process. A lost or a hanging device does, and so does native code that crashes: what a command's model did to the
           processes before is asked of `gates.attempts`.
@@ -114,6 +241,7 @@ class Trial:
         self._reporter = reporter
         self._limits = limits
         self._warmer = warmer
+        self._runs = TrialRuns(slot, limits)
 
     async def configured(self, directory: Path) -> Candidate:
         """The model of the settings, which no command asked for and which may lie anywhere.
@@ -225,32 +353,21 @@ class Trial:
             Superseded: there is a newer command.
         """
         texts = [Text(text, encoder.default_prompt, "end") for text in CHECK_TEXTS]
-        return await self._unit_vectors(encoder, texts, pursuit)
+        return await self._runs.unit_vectors(encoder, texts, pursuit)
 
     def is_whole(self, candidate: Candidate) -> bool:
         """Whether its budget is all that was wished for: there is nothing that more memory could add."""
         whole = candidate.budget.tokens >= self._limits.batch_tokens
         return whole and candidate.budget.longest >= candidate.loaded.encoder.max_tokens
 
-    async def measure(self, encoder: Encoder, pursuit: Pursuit | None = None) -> Budget:
-        """The largest micro-batches that fit, found by running them, so that memory runs out now or never.
+    async def measure(self, encoder: Encoder, pursuit: Pursuit | None = None) -> Measured:
+        """The largest micro-batches that fit right now, found by running them.
 
         Raises:
             ModelRejected: none does.
             Superseded: there is a newer command.
         """
-        words = min(encoder.max_tokens, _MOST_WORDS)
-        [tokens] = await self._tokens(encoder, [Text("warm up " * words, truncate="end")], pursuit)
-        try:
-            return await find_budget(
-                encoder,
-                lambda batch: self._encode(encoder, batch, pursuit),
-                tokens.ids,
-                tokens=self._limits.batch_tokens,
-                max_items=self._limits.batch_items,
-            )
-        except OutOfMemory as error:
-            raise _too_little_memory() from error
+        return await self._runs.measure(encoder, pursuit)
 
     # -- the steps --------------------------------------------------------------------------------------------------------
 
@@ -303,7 +420,7 @@ class Trial:
     async def _warm_cache(self, encoder: Encoder, budget: Budget, pursuit: Pursuit) -> None:
         """Have what is used most ready in the cache; not while jobs wait for this model, as none serves."""
         if self._warmer is not None and self._slot.serving is not None:
-            run = partial(self._compute, encoder, pursuit=pursuit)
+            run = partial(self._runs.compute, encoder, pursuit=pursuit)
             await self._warmer.warm(encoder, run, budget.tokens)
 
     def _check_dimensions(self, hidden_size: int | None, command: Control) -> None:
@@ -318,13 +435,17 @@ class Trial:
         pursuit: Pursuit | None = None,
     ) -> None:
         if golden is not None:
-            vectors = await self._unit_vectors(encoder, _golden_texts(golden, encoder), pursuit)
+            vectors = await self._runs.unit_vectors(encoder, _golden_texts(golden, encoder), pursuit)
             check_golden(golden, vectors, min_cosine)
 
     async def _warm_up(self, loaded: Loaded, pursuit: Pursuit | None = None) -> Budget:
         begin, encoder = time.monotonic(), loaded.encoder
-        budget = await self.measure(encoder, pursuit)
-        self._slot.note_budget(loaded, budget)
+        measured = None
+        if self._slot.serving is not None:  # else nobody waits for the device
+            measured = await self._runs.taken_over(encoder, pursuit)
+        if measured is None:
+            measured = await self.measure(encoder, pursuit)
+        self._slot.note_measured(loaded, measured)
         phases = dict(encoder.phases) | {"warm_up": time.monotonic() - begin}
         log.info(
             "model_loaded",
@@ -334,61 +455,7 @@ class Trial:
         )
         for note in encoder.notes:
             log.warning("model_note", model_version=encoder.model_version, note=note)
-        return budget
-
-    # -- running it -------------------------------------------------------------------------------------------------------
-
-    async def _unit_vectors(
-        self, encoder: Encoder, texts: Sequence[Text], pursuit: Pursuit | None
-    ) -> Vectors:
-        tokens = await self._tokens(encoder, texts, pursuit)
-        try:
-            # Each alone: together they may exceed a budget that was found on a small device.
-            raw = [(await self._encode(encoder, [found], pursuit))[0] for found in tokens]
-        except OutOfMemory as error:
-            raise _too_little_memory() from error
-        return np.stack([cut_and_normalize(vector, encoder.hidden_size) for vector in raw])
-
-    async def _tokens(self, encoder: Encoder, texts: Sequence[Text], pursuit: Pursuit | None) -> list[Tokens]:
-        """Tokens of texts that may be cut.
-
-        Raises:
-            ModelRejected: the tokenizer cannot read one, or hangs.
-        """
-        if pursuit is not None:
-            pursuit.check()
-        try:
-            found = await self._slot.apart("tokenize", partial(encoder.tokenize, texts))
-        except ModelRejected:
-            raise
-        except Exception as error:
-            raise ModelRejected(f"the tokenizer cannot run: {type(error).__name__}") from error
-        for each in found:
-            if isinstance(each, TextTooLong):
-                raise ModelRejected("the tokenizer did not cut a text that it was asked to cut")
-            if isinstance(each, Failed):
-                raise ModelRejected(f"the tokenizer does not take every text: {each.reason}")
-        return [each for each in found if isinstance(each, Tokens)]
-
-    async def _encode(self, encoder: Encoder, batch: Sequence[Tokens], pursuit: Pursuit | None) -> Vectors:
-        return (await self._compute(encoder, batch, pursuit))[0]
-
-    async def _compute(self, encoder: Encoder, batch: Sequence[Tokens], pursuit: Pursuit | None) -> Computed:
-        """Vectors of a model on trial: what it raises is a reason to reject it, or to try a smaller micro-batch."""
-        if pursuit is not None:
-            pursuit.check()
-        try:
-            async with asyncio.timeout(self._limits.stall_timeout_s):
-                return await self._slot.encode(encoder, batch)
-        except (OutOfMemory, DeviceLost):
-            raise
-        except TimeoutError:
-            # Nothing else runs on this device before it, and it cannot be taken back.
-            raise DeviceLost(
-                f"a micro-batch of the new model did not end within {self._limits.stall_timeout_s:g} s"
-            ) from None
-        except Exception as error:
-            raise ModelRejected(f"the model cannot run: {type(error).__name__}") from error
+        return measured.budget
 
 
 def _name(command: Control) -> str:

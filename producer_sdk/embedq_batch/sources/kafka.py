@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 import pyarrow as pa
@@ -11,6 +11,7 @@ import pyarrow as pa
 from embedq_batch.content.columns import Columns
 from embedq_batch.content.documents import Document, DocumentReader, document_of
 from embedq_batch.content.inference import LOOKED_AT, inferred
+from embedq_batch.content.jobs import documents_of
 from embedq_batch.content.rows import RowBatch
 from embedq_batch.errors import BadSource
 from embedq_batch.sources.source import Since
@@ -18,6 +19,7 @@ from embedq_sdk.errors import KafkaUnavailable, TopicMissing
 from embedq_sdk.transport.kafka import KafkaConnection, require_topics
 from embedq_sdk.transport.kafka import close as closed
 from embedq_shared.kafka import KafkaError, Polled, TopicPartition, poll, position
+from embedq_shared.topics import Topics
 
 _T = TypeVar("_T")
 _CONNECT_S: Final = 10.0
@@ -107,13 +109,18 @@ class KafkaSource:
         async with self._connection.client(self._connection.consumer, _CONNECT_S) as consumer:
             await require_topics(self._connection, consumer, self._topics, _CONNECT_S)
 
+    def _topics_among(self, there: Collection[str]) -> Sequence[str]:
+        """What is read of the topics that are there; `self._topics` are."""
+        return self._topics
+
     async def _read(self) -> AsyncGenerator[list[Document], None]:
         consumer = await self._connection.connect(
             lambda: self._connection.consumer(isolation_level="read_committed"), _CONNECT_S
         )
         try:
-            await require_topics(self._connection, consumer, self._topics, _CONNECT_S)
-            ends = await self._connection.call(_CONNECT_S, "finding the documents", self._assigned(consumer))
+            there = await require_topics(self._connection, consumer, self._topics, _CONNECT_S)
+            assigned = self._assigned(consumer, self._topics_among(there))
+            ends = await self._connection.call(_CONNECT_S, "finding the documents", assigned)
             while ends:
                 try:
                     found = await poll(consumer, timeout_ms=_POLL_MS)
@@ -134,15 +141,15 @@ class KafkaSource:
         finally:
             await closed(consumer)
 
-    async def _assigned(self, consumer: Any) -> dict[TopicPartition, int]:
+    async def _assigned(self, consumer: Any, topics: Sequence[str]) -> dict[TopicPartition, int]:
         """Begin where it is asked for; where each partition ends that has something."""
-        firsts = [TopicPartition(topic, 0) for topic in self._topics]
+        firsts = [TopicPartition(topic, 0) for topic in topics]
         consumer.assign(firsts)
         for first in firsts:
             await consumer.position(first)  # makes the client ask for the topic's metadata
         everything = [
             TopicPartition(topic, n)
-            for topic in self._topics
+            for topic in topics
             for n in sorted(consumer.partitions_for_topic(topic) or {0})
         ]
         consumer.assign(everything)
@@ -162,6 +169,29 @@ class KafkaSource:
         for tp in everything:
             consumer.seek(tp, starts[tp])
         return {tp: ends[tp] for tp in everything if starts[tp] < ends[tp]}
+
+
+class JobsSource(KafkaSource):
+    """The jobs that were submitted, of all pools: to which one a job went was its alias's affair, and may have changed since.
+
+    It is called by the default pool's lanes: a pool that is new, or goes, makes it no other source.
+    """
+
+    def __init__(
+        self,
+        topics: Topics,
+        columns: Columns,
+        servers: str | Sequence[str],
+        security: Mapping[str, Any],
+        *,
+        since: Since | None = None,
+    ) -> None:
+        super().__init__(topics.lanes, columns, servers, security, since=since, documents=documents_of)
+        self._service = topics
+
+    def _topics_among(self, there: Collection[str]) -> Sequence[str]:
+        pools = [None, *self._service.pools_among(there)]
+        return [lane for pool in pools for lane in self._service.of(pool).lanes]
 
 
 def offsets_from(

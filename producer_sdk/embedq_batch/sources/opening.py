@@ -61,11 +61,9 @@ def opened_source(
 
         return KafkaSource([first.removeprefix("kafka:")], columns, servers, security or {}, since=since)
     if list(places) == ["jobs"]:
-        from embedq_batch.content.jobs import documents_of
-        from embedq_batch.sources.kafka import KafkaSource
+        from embedq_batch.sources.kafka import JobsSource
 
-        lanes = Topics(prefix).lanes
-        return KafkaSource(lanes, columns, servers, security or {}, since=since, documents=documents_of)
+        return JobsSource(Topics(prefix), columns, servers, security or {}, since=since)
     kinds = {PurePath(place).suffix.lower() for place in places}
     if len(kinds) == 1:
         match kinds.pop():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -16,6 +17,9 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from embedq_batch import Columns, RunOptions, run
 from embedq_batch.errors import BadSource
+from embedq_batch.sources.opening import opened_source
+from embedq_sdk.admin.topics import create_topics
+from embedq_shared.topics import Topics
 from tests.helpers.batch_runs import assert_vectors
 from tests.helpers.fake_service import OLD
 from tests.helpers.responder import Responder
@@ -97,3 +101,28 @@ async def test_a_topic_is_read_from_offsets_on(servers: str, prefix: str, tmp_pa
         assert_vectors(tmp_path / "out.jsonl", texts, OLD)
         with pytest.raises(BadSource, match="partition 0: offset 11: its log has 0 to 10"):
             await run(f"kafka:{topic}", str(tmp_path / "more.jsonl"), since={0: 11}, **common)
+
+
+async def test_jobs_are_read_in_the_lanes_of_every_pool(servers: str) -> None:
+    prefix = f"jobs-{uuid.uuid4().hex[:8]}"
+    topics = Topics(prefix)
+    for pool in (None, "large", "small"):
+        await create_topics(servers, prefix=prefix, partitions=2, reply_partitions=1, pool=pool)
+    lanes = [lane for pool in (None, "large", "small") for lane in topics.of(pool).lanes]
+    async with AIOKafkaProducer(bootstrap_servers=servers) as producer:
+        for lane in lanes:
+            job = {"id": lane, "input": f"a text in {lane}", "model": "any"}
+            await producer.send_and_wait(lane, msgspec.json.encode(job))
+
+    def read() -> tuple[str, dict[Any, Any]]:
+        source = opened_source(["jobs"], Columns(), servers=servers, prefix=prefix)
+        source.open()
+        found = {
+            id: text for batch in source.batches() for id, text in zip(batch.ids, batch.texts, strict=True)
+        }
+        source.close()
+        return source.name, found
+
+    name, found = await asyncio.to_thread(read)
+    assert found == {lane: f"a text in {lane}" for lane in lanes}
+    assert name == f"kafka:{topics.jobs}, kafka:{topics.bulk}", "as before there were pools: a run goes on"

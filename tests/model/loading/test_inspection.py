@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from embedq_consumer.engine import Abandoned, Cancellation, ModelError, inspect_model
+from embedq_consumer.engine import Abandoned, Cancellation, Footprint, ModelError, inspect_model, load_encoder
 from embedq_consumer.engine.api import LoadOptions
 from embedq_consumer.engine.loading import inspection
 from embedq_consumer.engine.loading.dry_run_process import try_directory
+from embedq_consumer.engine.loading.inspection import footprint_of
 from embedq_consumer.engine.model_directory import read_directory
 from tests.helpers.bad_models import edit
 from tests.helpers.tiny_models import make_tiny_bert, make_tiny_qwen3
@@ -134,6 +136,81 @@ def test_a_directory_is_tried_once_and_again_when_a_file_has_changed(
     assert len(tries) == 2
     inspect_model(model, LoadOptions(device="cpu", dry_run_s=1))
     assert len(tries) == 3, "without a folder to note it in"
+
+
+def footprint(model: Path, **changes: Any) -> Footprint:
+    """Of a directory, as if it ran on a GPU."""
+    options = LoadOptions(
+        **{name: changes.pop(name) for name in list(changes) if name in ("quantization", "keep_bf16")}
+    )
+    given: dict[str, Any] = {
+        "device": "a GPU",
+        "dtype": "bf16",
+        "max_tokens": 128,
+        "kernels": {"gate": "a", "attention": "b"},
+    }
+    given |= changes
+    return footprint_of(read_directory(model), given.pop("device"), options, **given)
+
+
+def test_models_that_differ_by_weights_and_names_alone_take_the_same_memory(tmp_path: Path) -> None:
+    one, two = (make_tiny_bert(tmp_path / str(seed), seed=seed) for seed in range(2))
+    edit(two / "config.json", _name_or_path="two", transformers_version="4.0", torch_dtype="float16")
+    config = json.loads((two / "config.json").read_text())
+    (two / "config.json").write_text(json.dumps(dict(reversed(config.items()))))
+    assert footprint(one) == footprint(two)
+    assert footprint(one) == footprint(one, kernels={"attention": "b", "gate": "a"})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"device": "another GPU"},
+        {"dtype": "float32"},
+        {"max_tokens": 64},
+        {"kernels": {"attention": "b"}},
+        {"quantization": "fp8"},
+        {"keep_bf16": (1,)},
+    ],
+)
+def test_another_device_kernel_or_quantization_may_take_other_memory(
+    good: Path, change: dict[str, Any]
+) -> None:
+    assert footprint(good) != footprint(good, **change)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"hidden": 256},
+        {"layers": 3},
+        {"pooling": "cls"},
+        {"max_tokens": 64},
+        {"dense": [(64, "Tanh", True)]},
+    ],
+)
+def test_so_may_another_shape(tmp_path: Path, good: Path, other: dict[str, Any]) -> None:
+    assert footprint(make_tiny_bert(tmp_path / "other", **other)) != footprint(good)
+
+
+def test_a_loaded_model_says_what_the_memory_of_its_micro_batches_depends_on(
+    tmp_path: Path, good: Path
+) -> None:
+    one, alike, other = (
+        load_encoder(model, CPU)
+        for model in (good, make_tiny_bert(tmp_path / "1", seed=1), make_tiny_bert(tmp_path / "2", layers=3))
+    )
+    assert one.footprint is not None
+    assert one.footprint == alike.footprint != other.footprint
+    assert (one.footprint.device, one.footprint.dtype, one.footprint.max_tokens) == (
+        "cpu",
+        "float32",
+        one.max_tokens,
+    )
+    assert dict(one.footprint.kernels) == one.kernels
+    assert one.model_version != alike.model_version
+    for encoder in (one, alike, other):
+        assert not encoder.close_some(), "a CPU has no graphs"
 
 
 def test_what_the_device_cannot_do_is_known_before(good: Path) -> None:

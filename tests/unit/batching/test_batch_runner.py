@@ -260,13 +260,15 @@ async def test_a_micro_batch_that_runs_out_of_memory_lowers_the_budget_and_is_ha
     job = admitted(input=["a" * 200, "b" * 200])
     await parts.run(parts.queued(job, 0), parts.queued(job, 1))
     assert len(parts.results.plain) == 2
+    assert parts.device.ran_out == 1
     assert parts.batcher.max_tokens == 200
     assert parts.sample("batch_budget_tokens") == 200
 
 
-async def test_a_single_text_that_runs_out_of_memory_says_nothing_of_the_budget() -> None:
+async def test_a_single_text_that_runs_out_of_memory_says_nothing_of_the_budget_in_force() -> None:
     parts = Parts(lambda texts: OutOfMemory("no"))
     await parts.run(parts.queued(admitted(input="a" * 100)))
+    assert parts.device.ran_out == 1, "but the trial was wrong"
     assert parts.batcher.max_tokens == 1_000
     assert parts.sample("batch_splits_total") == 0
     assert len(parts.results.settled) == 1

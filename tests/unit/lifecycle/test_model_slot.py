@@ -186,6 +186,59 @@ async def test_who_waits_for_an_idle_device_waits_for_the_last_result_or_so_long
     await idle
 
 
+class InSteps(FakeModel):
+    """A model that is freed in three steps, of which the first one ends when it is let go on."""
+
+    def __init__(self, order: list[str]) -> None:
+        super().__init__()
+        self.goes_on = threading.Event()
+        self._order = order
+
+    def close_some(self) -> bool:
+        self._order.append("step")
+        assert self.goes_on.wait(30)
+        return self._order.count("step") < 3
+
+
+async def test_micro_batches_reach_the_device_between_the_steps_in_which_a_model_is_freed(
+    slot: ModelSlot,
+) -> None:
+    order: list[str] = []
+
+    class Noting(FakeModel):
+        def submit(self, batch: Sequence[Tokens]) -> Pending:
+            order.append("micro-batch")
+            return super().submit(batch)
+
+    unused, other = InSteps(order), Noting()
+    loaded = Loaded(unused, Source(Path("unused")))
+    slot.device.residents.add(loaded)
+    discarding = asyncio.create_task(slot.discard(loaded))
+    await wait_until(lambda: order == ["step"])
+    running = asyncio.create_task(slot.encode(other, ONE_TEXT))
+    await asyncio.sleep(0)  # it is with the thread now
+    unused.goes_on.set()
+    await asyncio.gather(discarding, running)
+    assert order == ["step", "micro-batch", "step", "step"]
+
+
+async def test_who_waits_for_a_busy_device_waits_for_a_micro_batch_but_not_for_ever(
+    slot: ModelSlot, model: Gated
+) -> None:
+    await slot.device.busy(0.01)
+    waiting = asyncio.create_task(slot.device.busy(600.0))
+    running = asyncio.create_task(slot.encode(model, ONE_TEXT))
+    await waiting
+    assert not running.done()
+    await wait_until(lambda: len(model.gates) == 1)
+    model.gates[0].open.set()
+    await running
+    ended = asyncio.create_task(slot.device.busy(600.0))
+    await asyncio.sleep(0)
+    assert not ended.done(), "none is under way any more"
+    ended.cancel()
+
+
 async def test_the_first_failure_of_the_model_that_serves_is_remembered_until_another_one_serves(
     slot: ModelSlot,
 ) -> None:

@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
+from embedq_consumer.batching.token_budget import Budget, Conditions, Measured
 from embedq_consumer.engine import (
     DeviceLost,
     Encoder,
     Failed,
+    Footprint,
     Memory,
     ModelError,
     OutOfMemory,
@@ -29,10 +32,11 @@ from embedq_consumer.engine import (
     TextTooLong,
     Tokens,
 )
-from embedq_consumer.lifecycle import ModelRejected, NoModel
+from embedq_consumer.lifecycle import ModelRejected, NoModel, reloader
+from embedq_consumer.lifecycle.gates.checks import CHECK_TEXTS
 from embedq_consumer.threads import left_behind
 from embedq_shared.messages import GOLDEN_FILE, Policy
-from tests.helpers.fake_models import Bench, FakeModel, MakeBench, command
+from tests.helpers.fake_models import FOOTPRINT, Bench, FakeModel, MakeBench, command
 from tests.helpers.support import wait_until
 
 
@@ -145,6 +149,34 @@ async def test_a_resource_preserving_reload_frees_the_old_model_before_it_loads(
     assert b.steps() == ["validate", "drain", "load", "warm_up", "check", "swap", "serving"]
     assert (old.closed, loaded.closed) == (True, False)
     assert b.sent[-1].state == "READY"
+
+
+async def test_a_large_model_is_freed_once_the_new_ones_first_micro_batch_is_under_way(
+    bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reloader, "_FIRST_S", 600.0)
+    old, loaded = FakeModel(), new()
+    old.weight_bytes = 1 << 30
+    b = await started(bench(old=[old], new=[loaded]))
+    async with b.live() as commands:
+        commands.write(command(1, "new"))
+        await wait_until(lambda: "swap" in b.steps())
+        assert (b.serving, old.closed) == ("new", False)
+        await b.model.slot.encode(loaded, [Tokens(np.zeros(3, dtype=np.int32))])
+        await b.until(1, "READY")
+    assert old.closed
+
+
+@pytest.mark.parametrize(("weights", "first_s"), [(1 << 30, 0.0), (1 << 20, 600.0)])
+async def test_a_small_one_is_freed_at_once_and_a_large_one_after_a_while_in_any_case(
+    bench: MakeBench, monkeypatch: pytest.MonkeyPatch, weights: int, first_s: float
+) -> None:
+    monkeypatch.setattr(reloader, "_FIRST_S", first_s)
+    old = FakeModel()
+    old.weight_bytes = weights
+    b = await started(bench(old=[old], new=[new()]))
+    await b.follow([command(1, "new")])
+    assert (b.serving, b.sent[-1].state, old.closed) == ("new", "READY", True)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -282,6 +314,7 @@ class Device:
     def __init__(self, total: int) -> None:
         self.total = total
         self.weights: dict[str, int] = {}
+        self.peak = 0
 
     @property
     def free(self) -> int:
@@ -291,9 +324,12 @@ class Device:
 class OnDevice(FakeModel):
     """A model that takes memory from its load to its close, and a token more for each of a micro-batch."""
 
-    def __init__(self, device: Device, version: str, weights: int) -> None:
+    def __init__(
+        self, device: Device, version: str, weights: int, footprint: Footprint | None = None
+    ) -> None:
         super().__init__(version)
         self.max_tokens = 128
+        self.footprint = footprint
         self._device = device
         self._weights = weights
 
@@ -302,13 +338,18 @@ class OnDevice(FakeModel):
         return self
 
     def submit(self, batch: Sequence[Tokens]) -> Pending:
-        if sum(len(tokens.ids) for tokens in batch) > self._device.free:
+        tokens = sum(len(tokens.ids) for tokens in batch)
+        if tokens > self._device.free:
             raise OutOfMemory("out of memory")
+        self._device.peak = max(self._device.peak, self._device.total - self._device.free + tokens)
         return super().submit(batch)
 
     def memory(self) -> Memory | None:
-        used = self._device.total - self._device.free
-        return Memory(used=used, free=self._device.free, total=self._device.total, reserved=used, peak=used)
+        device = self._device
+        used = device.total - device.free
+        return Memory(
+            used=used, free=device.free, total=device.total, reserved=used, peak=max(used, device.peak)
+        )
 
     def close(self) -> None:
         del self._device.weights[self.model_version]
@@ -321,6 +362,11 @@ async def half_full(bench: MakeBench, *, weights: int = 300) -> tuple[Bench, Dev
     old = OnDevice(device, "sha256:old", weights).loaded()
     b = await started(bench(old=[old], new=[OnDevice(device, NEW, weights)]))
     assert b.sample("batch_budget_tokens") == 512
+    return loading_onto_the_device(b), device
+
+
+def loading_onto_the_device(b: Bench) -> Bench:
+    """What is loaded from now on takes its memory."""
     load = b.loader.load_path
 
     def onto_device(path: Path) -> Encoder:
@@ -329,7 +375,7 @@ async def half_full(bench: MakeBench, *, weights: int = 300) -> tuple[Bench, Dev
         return model.loaded()
 
     b.loader.load_path = onto_device
-    return b, device
+    return b
 
 
 async def test_after_a_reload_the_budget_is_that_of_the_device_without_the_old_model(
@@ -368,6 +414,135 @@ async def test_a_budget_that_cannot_be_measured_again_stays_and_the_reload_has_w
     assert b.sample("batch_budget_tokens") == 256
     [line] = [line for line in logs if line["event"] == "batch_budget_not_measured_again"]
     assert line["reason"] == "drain: the jobs in flight were not finished within 7 s"
+
+
+# -- the budget of the model before ---------------------------------------------------------------------------------------
+
+SHAPE = msgspec.structs.replace(FOOTPRINT, max_tokens=128)
+QUARTERS = [[128], [16]]
+"""Of micro-batches of 4 texts."""
+WHOLE = [[128], [128] * 4, [16] * 4]
+"""A trial: the longest text, and micro-batches of long and of short ones."""
+
+
+async def of_one_shape(
+    bench: MakeBench, *, total: int = 900, shape: Footprint | None = SHAPE
+) -> tuple[Bench, OnDevice, OnDevice, Device]:
+    """A model serves that takes 100, as others do; a trial of it took 512 more. The other one has the given shape."""
+    device = Device(total)
+    old = OnDevice(device, OLD, 100, SHAPE).loaded()
+    other = OnDevice(device, NEW, 100, shape)
+    b = await started(bench(old=[old], new=[other]))
+    assert old.batches[: len(WHOLE)] == WHOLE
+    assert b.sample("batch_budget_tokens") == 512
+    return loading_onto_the_device(b), old, other, device
+
+
+def trial_of(model: FakeModel) -> list[list[int]]:
+    """The micro-batches that it ran before the check texts, each of which is alone."""
+    return model.batches[: -len(CHECK_TEXTS)]
+
+
+async def test_a_model_of_one_shape_takes_the_budget_over_and_its_longest_text_holds_nobody_up(
+    bench: MakeBench,
+) -> None:
+    b, _, loaded, _ = await of_one_shape(bench)
+    with capture_logs() as logs:
+        await b.follow([command(1, "new")])
+    assert (b.serving, b.sent[-1].state) == ("new", "READY")
+    assert trial_of(loaded) == QUARTERS
+    assert b.sample("batch_budget_tokens") == 512
+    assert b.facts == {"max_batch_tokens": 512, "max_text_tokens": 128}
+    assert b.holds == ["old", "new"], "nothing is measured again"
+    [line] = [line for line in logs if line["event"] == "batch_budget"]
+    assert (line["taken_over"], line["takes_bytes"]) == (True, 512)
+
+
+async def test_a_budget_goes_from_model_to_model(bench: MakeBench) -> None:
+    b, _, loaded, device = await of_one_shape(bench)
+    third = OnDevice(device, "sha256:third", 100, SHAPE)
+    b._models["old"][:] = [third]
+    await b.follow([command(1, "new")], [command(2, "old")])
+    assert (b.serving, trial_of(loaded), trial_of(third)) == ("old", QUARTERS, QUARTERS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"device": "another"},
+        {"architecture": '{"hidden_size":2}'},
+        {"dtype": "float32"},
+        {"quantization": "fp8"},
+        {"keep_bf16": (0,)},
+        {"deterministic": True},
+        {"kernels": (("attention", "another"),)},
+        {"pooling": ("lasttoken",)},
+        {"dense": ((2, 2),)},
+        None,
+    ],
+)
+async def test_a_model_of_another_shape_stands_the_whole_trial(
+    bench: MakeBench, change: dict[str, Any] | None
+) -> None:
+    shape = None if change is None else msgspec.structs.replace(SHAPE, **change)
+    b, _, loaded, _ = await of_one_shape(bench, shape=shape)
+    await b.follow([command(1, "new")])
+    assert (b.serving, trial_of(loaded)) == ("new", WHOLE)
+
+
+async def test_a_budget_is_taken_over_where_what_it_takes_is_free_beside_both_models(
+    bench: MakeBench,
+) -> None:
+    b, _, loaded, _ = await of_one_shape(bench, total=100 + 100 + 512)
+    await b.follow([command(1, "new")])
+    assert (b.serving, trial_of(loaded)) == ("new", QUARTERS)
+
+
+async def test_where_a_byte_of_that_is_missing_a_smaller_one_is_found_and_measured_again_without_the_old_model(
+    bench: MakeBench,
+) -> None:
+    b, _, loaded, _ = await of_one_shape(bench, total=100 + 100 + 511)
+    await b.follow([command(1, "new")])
+    beside = [[128], [128] * 2, [16] * 4]
+    assert (b.serving, loaded.batches[:3]) == ("new", beside)
+    assert loaded.batches[-len(WHOLE) :] == WHOLE
+    assert b.holds == ["old", "new", "new", "new"]
+    assert b.sample("batch_budget_tokens") == 512
+
+
+async def test_a_budget_in_which_memory_ran_out_is_nobodys_any_more(bench: MakeBench) -> None:
+    b, old, loaded, _ = await of_one_shape(bench)
+    b.model.slot.note_out_of_memory(old)
+    await b.follow([command(1, "new")])
+    assert (b.serving, trial_of(loaded)) == ("new", WHOLE)
+
+
+async def test_a_budget_that_is_not_whole_is_not_taken_over(bench: MakeBench) -> None:
+    b, _, loaded, _ = await of_one_shape(bench, total=5000)
+    b.model.slot.note_measured(
+        b.model.slot.loaded,
+        Measured(
+            budget=Budget(256, 128),
+            conditions=Conditions(footprint=SHAPE, tokens=512, max_items=4),
+        ),
+    )
+    await b.follow([command(1, "new")])
+    assert (b.serving, trial_of(loaded)) == ("new", WHOLE)
+
+
+async def test_a_model_that_does_not_run_its_warm_up_within_the_budget_stands_the_whole_trial(
+    bench: MakeBench,
+) -> None:
+    b, _, loaded, _ = await of_one_shape(bench)
+    loaded._failures = [OutOfMemory("out of memory")]
+    await b.follow([command(1, "new")])
+    assert (b.serving, trial_of(loaded)) == ("new", WHOLE)
+
+
+async def test_while_no_model_serves_a_budget_is_measured(bench: MakeBench) -> None:
+    b, _, loaded, _ = await of_one_shape(bench)
+    await b.follow([command(1, "new", policy="resource_preserving")])
+    assert (b.serving, trial_of(loaded)) == ("new", WHOLE)
 
 
 # -- before anything is given up for it ---------------------------------------------------------------------------------
@@ -560,7 +735,7 @@ async def test_the_devices_memory_is_measured_while_a_model_serves(bench: MakeBe
     await wait_until(lambda: b.sample("gpu_memory_used_bytes") == 300, what="a measurement")
     assert b.sample("gpu_memory_total_bytes") == device.total
     assert b.sample("gpu_memory_reserved_bytes") == 300
-    assert b.sample("gpu_memory_peak_bytes") == 300
+    assert b.sample("gpu_memory_peak_bytes") == 300 + 512, "and a full micro-batch of the trial"
     assert not watching.done()
     watching.cancel()
 

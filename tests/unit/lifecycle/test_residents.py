@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedq_consumer.batching.token_budget import Budget
+from embedq_consumer.batching.token_budget import Budget, Conditions, Measured
 from embedq_consumer.lifecycle.gates.stamp import stamp_of
 from embedq_consumer.lifecycle.residents import Loaded, Residents, Source
-from tests.helpers.fake_models import FakeModel
+from tests.helpers.fake_models import FOOTPRINT, FakeModel
 
 
 def model(name: str, size: int = 100, *, stamp: str | None = "s") -> Loaded:
@@ -106,11 +107,53 @@ def test_a_budget_is_remembered_as_long_as_its_model_is_there() -> None:
     residents, one = Residents(keep=1), model("one")
     residents.add(one)
     assert residents.budget_of(one) is None
-    residents.note_budget(one, Budget(512, 64))
+    residents.note_measured(one, Measured(budget=Budget(512, 64)))
     residents.leave(one, 1.0, keep=True)
     found = residents.find(one.source)
     assert found is one
     assert residents.budget_of(found) == Budget(512, 64)
+
+
+CONDITIONS = Conditions(footprint=FOOTPRINT, tokens=512, max_items=4)
+MEASURED = Measured(budget=Budget(512, 64), conditions=CONDITIONS, takes=100)
+
+
+def test_what_was_found_for_a_model_is_known_under_its_conditions_as_long_as_it_is_there() -> None:
+    residents, one, two = Residents(), model("one"), model("two")
+    for each in (one, two):
+        residents.add(each)
+    assert residents.measured_under(CONDITIONS, 100) is None
+    residents.note_measured(one, MEASURED)
+    assert residents.measured_under(CONDITIONS, 100) is MEASURED
+    assert residents.measured_under(CONDITIONS, 99) is None
+    assert residents.measured_under(msgspec.structs.replace(CONDITIONS, tokens=256), 100) is None
+    residents.note_measured(two, MEASURED)  # which took it over
+    residents.leave(one, 1.0, keep=False)
+    assert residents.measured_under(CONDITIONS, 100) is MEASURED
+    residents.leave(two, 2.0, keep=False)
+    assert residents.measured_under(CONDITIONS, 100) is None
+
+
+def test_where_memory_ran_out_for_one_model_what_was_found_for_all_of_its_shape_counts_no_more() -> None:
+    residents = Residents()
+    one, alike, other, apart = model("one"), model("alike"), model("other"), model("apart")
+    elsewhere = msgspec.structs.replace(MEASURED, conditions=msgspec.structs.replace(CONDITIONS, tokens=256))
+    for each, measured in (
+        (one, MEASURED),
+        (alike, MEASURED),
+        (other, elsewhere),
+        (apart, Measured(budget=Budget(512, 64))),
+    ):
+        residents.add(each)
+        residents.note_measured(each, measured)
+    residents.doubt(one.encoder)
+    assert [residents.budget_of(each) for each in (one, alike)] == [None, None]
+    assert residents.measured_under(CONDITIONS, 1000) is None
+    assert residents.budget_of(other) == elsewhere.budget
+    residents.doubt(FakeModel())  # of one that is gone
+    assert residents.budget_of(other) == elsewhere.budget
+    residents.doubt(apart.encoder)
+    assert [residents.budget_of(each) for each in (other, apart)] == [elsewhere.budget, None]
 
 
 def test_a_model_that_is_not_there_is_a_bug() -> None:

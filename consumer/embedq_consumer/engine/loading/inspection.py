@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 import torch
 
-from embedq_consumer.engine.api import Inspection, LoadOptions, ModelError, Quantization
+from embedq_consumer.engine.api import Footprint, Inspection, LoadOptions, ModelError, Quantization
 from embedq_consumer.engine.loading.dry_run import dry_run
 from embedq_consumer.engine.loading.load_cache import LoadCache, libraries
 from embedq_consumer.engine.loading.memory_check import (
@@ -23,10 +24,14 @@ from embedq_consumer.engine.models.registry import refuse_without_fp8
 from embedq_consumer.engine.pooling import pooling_of
 from embedq_consumer.engine.safety.cancellation import Cancellation
 
-__all__ = ["available", "device_named", "inspect", "needed"]
+__all__ = ["available", "device_named", "footprint_of", "inspect", "needed"]
 
 _WIDTHS = ("hidden_size", "d_model", "dim", "n_embd")
 """How `config.json` names the width of a hidden state."""
+_NAMES = frozenset(
+    {"_commit_hash", "_name_or_path", "dtype", "name_or_path", "torch_dtype", "transformers_version"}
+)
+"""What in `config.json` changes nothing of how a model runs here; models run in the device's dtype, whatever it says."""
 
 
 def inspect(path: Path, options: LoadOptions, cancel: Cancellation) -> Inspection:
@@ -86,6 +91,31 @@ def needed(directory: ModelDirectory, target: torch.device, quantization: Quanti
         quantized=quantization == "fp8",
     )
     return estimate if on_cuda else msgspec.structs.replace(estimate, activations=0)
+
+
+def footprint_of(
+    directory: ModelDirectory,
+    device: str,
+    options: LoadOptions,
+    *,
+    dtype: str,
+    max_tokens: int,
+    kernels: Mapping[str, str],
+) -> Footprint:
+    """What the memory of this model's micro-batches depends on. `options.keep_bf16` counts from 0 on."""
+    shape = {name: value for name, value in directory.config.items() if name not in _NAMES}
+    return Footprint(
+        device=device,
+        architecture=msgspec.json.encode(shape, order="sorted").decode(),
+        dtype=dtype,
+        quantization=options.quantization,
+        keep_bf16=tuple(options.keep_bf16),
+        deterministic=options.deterministic,
+        kernels=tuple(sorted(kernels.items())),
+        pooling=directory.pooling,
+        dense=tuple((layer.width_in, layer.width_out) for layer in directory.dense),
+        max_tokens=max_tokens,
+    )
 
 
 def available(target: torch.device) -> DeviceMemory:

@@ -20,7 +20,7 @@ from embedq_consumer.engine.api import DeviceLost, LoadOptions, ModelError, OutO
 from embedq_consumer.engine.device import means_out_of_memory, translate_errors
 from embedq_consumer.engine.encoder import PackedEncoder, release
 from embedq_consumer.engine.loading.dry_run import dry_run
-from embedq_consumer.engine.loading.inspection import available, device_named, needed
+from embedq_consumer.engine.loading.inspection import available, device_named, footprint_of, needed
 from embedq_consumer.engine.loading.load_cache import LoadCache, ModelSnapshot, key_of
 from embedq_consumer.engine.loading.load_timer import LoadTimer
 from embedq_consumer.engine.loading.memory_check import MemoryEstimate, refuse_if_too_large
@@ -115,6 +115,14 @@ def _load(path: Path, target: torch.device, options: LoadOptions, cancel: Cancel
         cache.note_tried(key)
     encoder.phases = timer.seconds
     encoder.weight_bytes = estimate.weights
+    encoder.footprint = footprint_of(
+        directory,
+        _kind(target),
+        options,
+        dtype=estimate.dtype,
+        max_tokens=encoder.max_tokens,
+        kernels=encoder.kernels,
+    )
     return encoder
 
 
