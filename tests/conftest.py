@@ -27,6 +27,7 @@ HERE: Final = Path(__file__).parent
 ORDER: Final = (
     "faults",
     "architectures",
+    "model/loading/test_broken_reloads.py",
     "broker/service",
     "broker",
     "clients",
@@ -40,7 +41,7 @@ ORDER: Final = (
     "fuzz",
     "unit",
 )
-"""Folders in the order in which their tests run. What mostly waits comes first: with two workers, short and busy tests
+"""Folders, and a file, in the order in which their tests run. What mostly waits comes first: with two workers, short and busy tests
 then fill the gaps, and neither worker is left alone with a long file at the end."""
 
 _YOUNG_OBJECTS: Final = 10_000
@@ -123,7 +124,7 @@ def pytest_unconfigure() -> None:
 
 
 def _place(path: str) -> int:
-    return next((n for n, folder in enumerate(ORDER) if path.startswith(f"{folder}/")), len(ORDER))
+    return next((n for n, place in enumerate(ORDER) if f"{path}/".startswith(f"{place}/")), len(ORDER))
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -1,4 +1,7 @@
-"""The real MiniLM behind a real Kafka and a real gateway, for clients that know nothing of embedq, and for embedq's adapters."""
+"""The real MiniLM behind a real Kafka and a real gateway, for clients that know nothing of embedq, and for embedq's adapters.
+
+For each file, as in `tests/broker/gateway`.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,12 @@ TEXTS = ["the tide turns twice a day", "la lune tourne", "月は地球の周り�
 ALIAS = "default"
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def topics(stack: DevStack) -> Topics:
     return await make_topics(stack, fresh_prefix())
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def gateway(
     stack: DevStack, topics: Topics, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[GatewayProcess]:
@@ -40,27 +43,27 @@ async def gateway(
         yield started
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def url(gateway: GatewayProcess) -> str:
     """The gateway's address, without a path."""
     assert gateway.url is not None
     return gateway.url
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def v1(url: str) -> str:
     """What OpenAI's clients take as their base URL."""
     return f"{url}/v1"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def embedq(gateway: GatewayProcess, stack: DevStack, topics: Topics) -> Iterator[EmbedClient]:
     """The SDK, past the gateway."""
     with EmbedClient(stack.kafka_servers, topic_prefix=topics.prefix, connect_timeout=patient(10)) as client:
         yield client
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def expected(embedq: EmbedClient) -> Vectors:
     """The vectors of TEXTS."""
     return embedq.embed(TEXTS, timeout=patient(60))

@@ -24,17 +24,21 @@ pytestmark = [
 async def test_langchain_openai(v1: str, expected: Vectors) -> None:
     from langchain_openai import OpenAIEmbeddings
 
-    embeddings = OpenAIEmbeddings(
-        model=ALIAS,
-        base_url=v1,
-        api_key="none",  # type: ignore[arg-type]
-        check_embedding_ctx_length=False,  # otherwise it sends another model's token ids
-        timeout=patient(60),
-        max_retries=0,
-    )
-    assert same_bits(await asyncio.to_thread(embeddings.embed_documents, TEXTS), expected)
-    assert same_bits(await embeddings.aembed_documents(TEXTS), expected)
-    assert same_bits(await embeddings.aembed_query(TEXTS[0]), expected[0])
+    with httpx.Client() as http:  # those that a framework makes by itself, nobody can close
+        async with httpx.AsyncClient() as async_http:
+            embeddings = OpenAIEmbeddings(
+                model=ALIAS,
+                base_url=v1,
+                api_key="none",  # type: ignore[arg-type]
+                check_embedding_ctx_length=False,  # otherwise it sends another model's token ids
+                timeout=patient(60),
+                max_retries=0,
+                http_client=http,
+                http_async_client=async_http,
+            )
+            assert same_bits(await asyncio.to_thread(embeddings.embed_documents, TEXTS), expected)
+            assert same_bits(await embeddings.aembed_documents(TEXTS), expected)
+            assert same_bits(await embeddings.aembed_query(TEXTS[0]), expected[0])
 
 
 async def test_llama_index_openai_like(v1: str, expected: Vectors) -> None:
@@ -42,7 +46,7 @@ async def test_llama_index_openai_like(v1: str, expected: Vectors) -> None:
 
     texts = [text for text in TEXTS if text]  # it refuses to embed nothing
     rows = expected[[n for n, text in enumerate(TEXTS) if text]]
-    with httpx.Client() as http:  # those that it makes by itself, nobody can close
+    with httpx.Client() as http:
         async with httpx.AsyncClient() as async_http:
             model = OpenAILikeEmbedding(
                 model_name=ALIAS,

@@ -7,7 +7,7 @@ environment, directory and streams, and runs it as `python -m` would. So a test 
 look at, whose memory, descriptors and event loop nobody shares. What a command imports in an interpreter of its own,
 `tests/processes` shows.
 
-A replica that started so has its dry runs started so, too: a process with what PyTorch and transformers take seconds to import,
+A replica that started so has its dry runs started so, too, and a test may have: a process with what PyTorch and transformers take seconds to import,
 for each model that it meets. What starts it otherwise, and that it ends with its replica, `tests/model/loading/test_dry_run.py`
 shows, and each test whose replica is started by a command of its own.
 """
@@ -32,7 +32,10 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, Final, Literal, NoReturn
+from typing import IO, TYPE_CHECKING, Any, Final, Literal, NoReturn
+
+if TYPE_CHECKING:
+    import pytest
 
 Kind = Literal["replica", "command"]
 
@@ -55,6 +58,7 @@ _IMPORTED: Final[dict[Kind, tuple[str, ...]]] = {
     ),
 }
 """What a replica and its dry runs, and what a command, import by themselves: at once, or while they run."""
+_DRY_RUN: Final = "embedq_consumer.engine.loading.dry_run"
 _IN_THE_SUITE: Final = "PYTEST_VERSION" in os.environ
 """A benchmark measures a start as users have it."""
 _LOOK_EVERY_S: Final = 0.01
@@ -121,7 +125,7 @@ class WarmPopen:
         reading, self._writing = os.pipe()
         try:
             with _unconnected() as channel:
-                channel.connect(_serving_at)
+                channel.connect(_serving_at or _address("replica"))
                 if channel.recv(16) != _READY:
                     raise ConnectionError("what starts processes is about to end")
                 streams = (reading, stdout.fileno(), stderr.fileno())
@@ -170,6 +174,13 @@ def start(
             return _asked(channel, module, environ, streams)
 
 
+def start_dry_runs(patch: pytest.MonkeyPatch) -> None:
+    """Dry runs of this process start so, too, where they can; else as ever."""
+    with _lock:
+        if _channel("replica") is not None:
+            patch.setattr(importlib.import_module(_DRY_RUN), "Popen", WarmPopen)
+
+
 def _asked(
     channel: socket.socket,
     argv: Sequence[str],
@@ -199,8 +210,7 @@ _open: Final[dict[Kind, socket.socket | None]] = {}
 def _channel(kind: Kind) -> socket.socket | None:
     """The connection to the starting process, which the first worker starts; None where there can be none."""
     if kind not in _open:
-        run = os.environ.get("PYTEST_XDIST_TESTRUNUID") or os.getpid()
-        address = f"\0embedq-warm-{kind}-{run}"  # abstract, so that nothing is left of it
+        address = _address(kind)
         channel, ready = _unconnected(), False
         while True:
             _start(kind, address)
@@ -217,6 +227,11 @@ def _channel(kind: Kind) -> socket.socket | None:
             channel.close()
         _open[kind] = channel if ready else None
     return _open[kind]
+
+
+def _address(kind: Kind) -> str:
+    """Abstract, so that nothing is left of it."""
+    return f"\0embedq-warm-{kind}-{os.environ.get('PYTEST_XDIST_TESTRUNUID') or os.getpid()}"
 
 
 def _unconnected() -> socket.socket:
@@ -352,8 +367,8 @@ def _run(kind: Kind, request: dict[str, object], streams: Sequence[int]) -> NoRe
         os.setsid()
         os.getppid = lambda: parent
     elif kind == "replica":
-        dry_run: Any = importlib.import_module("embedq_consumer.engine.loading.dry_run")
-        dry_run.Popen = WarmPopen
+        module: Any = importlib.import_module(_DRY_RUN)
+        module.Popen = WarmPopen
     code = 0
     try:
         runpy.run_module(argv[0], run_name="__main__", alter_sys=True)

@@ -1,4 +1,5 @@
-"""One service and one gateway for the whole folder, in front of the session's Kafka. Tests that stop or kill start their own."""
+"""A service and a gateway for each file, in front of the session's Kafka: they start in a second, and such as waited for the session's
+end would take a tenth of a processor meanwhile, most of it Kafka's. Tests that stop or kill start their own."""
 
 from __future__ import annotations
 
@@ -26,12 +27,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def topics(stack: DevStack) -> Topics:
     return await make_topics(stack, fresh_prefix())
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def replica(
     stack: DevStack, topics: Topics, model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Replica]:
@@ -41,7 +42,7 @@ async def replica(
         yield started
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def gateway(
     stack: DevStack, topics: Topics, replica: Replica, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[GatewayProcess]:

@@ -16,6 +16,7 @@ from tests.helpers.broken_reloads import WAYS
 from tests.helpers.fake_models import Bench, command
 from tests.helpers.support import patient
 from tests.helpers.tiny_models import make_tiny_bert
+from tests.helpers.warm_start import start_dry_runs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -26,8 +27,9 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest_asyncio.fixture
-async def bench(good: Path, tmp_path: Path) -> AsyncIterator[Bench]:
+async def bench(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
     """The good model serves, and a job has asked for 64 dimensions of it."""
+    await asyncio.to_thread(start_dry_runs, monkeypatch)
     root = tmp_path / "models"
     copied(good, root / "old")
     copied(good, tmp_path / "outside")
