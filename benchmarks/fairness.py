@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from aiokafka import AIOKafkaProducer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from benchmarks.machine import write
 from benchmarks.pipeline import minilm, replica
@@ -276,9 +276,12 @@ async def run(model: Path, count: int, bulk_jobs: int, only: Collection[str], mo
 
 
 def show(results: dict[str, Any]) -> None:
-    """Print the table."""
-    table = Table(title="one client's short jobs beside another's flood, client to client")
-    columns = (
+    """Print the table: a row for each figure, since there are more of them than floods."""
+    table = Table(
+        Column("beside", no_wrap=True),
+        title="one client's short jobs beside another's flood, client to client",
+    )
+    figures = (
         "flood_jobs",
         "unanswered_at_the_end",
         "first_s",
@@ -300,11 +303,12 @@ def show(results: dict[str, Any]) -> None:
         "micro_batches_max",
         "resident_mb",
     )
-    for column in ("beside", *columns):
-        table.add_column(column, justify="left" if column == "beside" else "right")
-    for name, value in results.items():
-        if isinstance(value, dict) and "p99_s" in value:
-            table.add_row(name, *(str(value.get(column, "")) for column in columns))
+    floods = {name: its for name, its in results.items() if isinstance(its, dict) and "p99_s" in its}
+    for name in floods:
+        table.add_column(name, justify="right")
+    for figure in figures:
+        found = [its.get(figure) for its in floods.values()]
+        table.add_row(figure, *("" if value is None else str(value) for value in found))
     Console().print(table)
 
 

@@ -8,10 +8,10 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.record.default_records import _DefaultRecordBatchBuilderPy
 
@@ -204,9 +204,16 @@ async def administering(stack: DevStack) -> AsyncIterator[AIOKafkaAdminClient]:
         await admin.close()
 
 
+class _Lanes(NamedTuple):
+    """What to ask again and again of both lanes' partitions."""
+
+    ends: Callable[[], Awaitable[dict[TopicPartition, int]]]
+    committed: Callable[[], Awaitable[dict[TopicPartition, int]]]
+    """By the service's group; 0 where it has committed nothing."""
+
+
 @asynccontextmanager
-async def _counting(stack: DevStack, topics: Topics) -> AsyncIterator[Callable[[], Awaitable[int]]]:
-    """Ask again and again how many records of both lanes the group has not committed."""
+async def _lanes(stack: DevStack, topics: Topics) -> AsyncIterator[_Lanes]:
     group = topics.group(f"{topics.prefix}.embedq")
     reader = AIOKafkaConsumer(bootstrap_servers=stack.kafka_servers)
     async with administering(stack) as admin:
@@ -214,29 +221,30 @@ async def _counting(stack: DevStack, topics: Topics) -> AsyncIterator[Callable[[
         try:
             partitions = await partitions_of(admin, topics.lanes)
 
-            async def left() -> int:
-                ends = await reader.end_offsets(partitions)
-                committed = await admin.list_consumer_group_offsets(group)
-                offsets = {tp: committed[tp].offset if tp in committed else 0 for tp in partitions}
-                return sum(ends[tp] - max(0, offset) for tp, offset in offsets.items())
+            async def committed() -> dict[TopicPartition, int]:
+                found = await admin.list_consumer_group_offsets(group)
+                return {tp: max(0, found[tp].offset) if tp in found else 0 for tp in partitions}
 
-            yield left
+            yield _Lanes(lambda: reader.end_offsets(partitions), committed)
         finally:
             await reader.stop()
 
 
 async def uncommitted(stack: DevStack, topics: Topics) -> int:
     """Records of both lanes that the group has not committed."""
-    async with _counting(stack, topics) as left:
-        return await left()
+    async with _lanes(stack, topics) as lanes:
+        ends, committed = await lanes.ends(), await lanes.committed()
+        return sum(end - committed[tp] for tp, end in ends.items())
 
 
 async def until_committed(stack: DevStack, topics: Topics, *, within: float = 30.0) -> None:
-    """Wait until the group has committed the end of both lanes."""
-    async with _counting(stack, topics) as left:
+    """Wait until the group has committed all that both lanes hold now."""
+    async with _lanes(stack, topics) as lanes:
+        ends = await lanes.ends()
 
         async def nothing_left() -> bool:
-            return await left() == 0
+            committed = await lanes.committed()
+            return all(committed[tp] >= end for tp, end in ends.items())
 
         await wait_until(nothing_left, within=within, what="a commit of everything")
 
