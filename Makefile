@@ -92,7 +92,7 @@ endif
 
 check: lint types ## lint, types, generated files
 
-unit: setup ## the tests that need no broker, no Redis, no model and no process of their own, in half a minute
+unit: setup ## the tests that need no broker, no Redis, no model and no process of their own, in about a minute
 	EMBEDQ_TEST_EXAMPLES=20 $(BIN)/python -m pytest $(call parallel,auto) tests/unit
 
 matrix: ## the suite on each Python and each Kafka that are supported; `.ci/matrix` says which
