@@ -29,6 +29,7 @@ from embedq_shared.codec import decode_status
 from embedq_shared.kafka import BrokerUnreachable, KafkaConnectionError, KafkaRefused, reason
 from embedq_shared.messages import Control, Rollout, Status
 from tests.helpers.fake_models import INSPECTION, FakeModel, command
+from tests.helpers.metric_values import sample_value
 from tests.helpers.support import wait_until
 
 
@@ -54,7 +55,7 @@ class World:
         """A metric of the service."""
         assert self.metrics is not None
         registry: CollectorRegistry = self.metrics.registry
-        return registry.get_sample_value(f"embedq_{name}")
+        return sample_value(registry, f"embedq_{name}")
 
     def readiness(self) -> object:
         """What `/readyz` says."""
