@@ -67,6 +67,8 @@ class World:
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     """Fakes in place of Kafka's clients and the engine; cache, pipeline and health pages are the real ones."""
     world = World()
+    # A test ends once the thread of its pages has.
+    monkeypatch.setattr("embedq_consumer.telemetry.health._POLL_S", 0.01)
 
     class FakeTopics:
         def partitions(self, topic: str) -> int | None:

@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 
+import pytest
 from aiokafka.errors import KafkaConnectionError
 
 from embedq_consumer.group import Ticket
 from embedq_consumer.intake.records import Death, Record
-from embedq_consumer.quarantine import Claimant, Quarantine, Suspects
+from embedq_consumer.quarantine import Claimant, Quarantine, Suspects, quarantine
 from embedq_consumer.quarantine.custody import Custody, decode, encode
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.kafka import TopicPartition
@@ -19,6 +20,12 @@ from tests.helpers.support import wait_until
 
 A, B = TopicPartition("t.jobs", 0), TopicPartition("t.jobs", 1)
 DEAD = Custody(owner="dead", replica="one", span=10)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tried again is tried again soon."""
+    monkeypatch.setattr(quarantine, "_PAUSE_S", 0.005)
 
 
 def record(offset: int, partition: TopicPartition = A, epoch: int = 1) -> Record:
