@@ -51,6 +51,12 @@ class ScriptedMember:
     # -- the test's side ------------------------------------------------------------------------------------------------
 
     @property
+    def risen(self) -> list[dict[TopicPartition, int]]:
+        """The commits, without those of where a partition began: such a one comes if half a second passes before the first record is
+        finished, as it may on a machine that has other work."""
+        return [commit for commit in self.commits if any(commit.values())]
+
+    @property
     def follower(self) -> Follower:
         assert self._follower is not None, "has not joined"
         return self._follower

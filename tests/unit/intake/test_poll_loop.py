@@ -35,8 +35,13 @@ BULK, OTHER_BULK = TopicPartition(TOPICS.bulk, 0), TopicPartition(TOPICS.bulk, 1
 
 @pytest.fixture(autouse=True)
 def turns_come_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that nothing asks for: of a loop that has nothing to poll, and of commits, with which the places of gaps go along."""
+    """Of a loop that has nothing to poll."""
     monkeypatch.setattr(reading, "POLL_MS", 20)
+
+
+@pytest.fixture
+def rounds_come_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of commits that nothing asks for, with which the places of gaps and releases go along."""
     monkeypatch.setattr(offset_committer, "_IDLE_S", 0.02)
 
 
@@ -542,6 +547,7 @@ async def test_a_partition_on_its_way_to_another_replica_is_drained_and_committe
     assert running.names[3] == place(B, 0)
 
 
+@pytest.mark.usefixtures("rounds_come_soon")
 async def test_a_partition_that_does_not_drain_in_time_is_given_up_and_the_rest_is_its_next_owners() -> None:
     running = Harness(ScriptedConsumer(), answer=False, rebalance_timeout_ms=20)
     running.consumer.write(A, *values(2))
@@ -558,6 +564,7 @@ async def test_a_partition_that_does_not_drain_in_time_is_given_up_and_the_rest_
     assert ("released_undrained", 1) in [(line["event"], line.get("jobs")) for line in logs]
 
 
+@pytest.mark.usefixtures("rounds_come_soon")
 async def test_a_release_whose_commit_fails_is_tried_again() -> None:
     running = Harness(ScriptedConsumer(), answer=False)
     running.consumer.write(A, b"1")
@@ -659,7 +666,7 @@ async def test_who_is_expelled_reads_nothing_more_and_begins_anew_where_the_othe
         await running.until_read()
         running.finish(*running.taken)
         await _rounds(running)
-        assert running.member.commits == []
+        assert running.member.risen == []
         running.member.stored[A] = 3
         await running.assign(A)
         await running.until_taken(5)
@@ -1011,7 +1018,7 @@ async def test_a_stop_takes_nothing_more_waits_for_what_is_in_flight_and_commits
         running.consumer.write(A, b"too late")
         running.finish(*running.taken)
         assert await stopping
-        assert running.member.commits == [{A: 2}]
+        assert running.member.risen == [{A: 2}]
         assert len(running.taken) == 2
 
 
@@ -1022,7 +1029,7 @@ async def test_a_stop_that_runs_out_of_time_commits_what_was_finished() -> None:
         await running.until_taken(2)
         running.finish(running.taken[0])
         assert await running.intake.stop(within=0.01) is False
-        assert running.member.commits == [{A: 1}]
+        assert running.member.risen == [{A: 1}]
 
 
 async def test_a_stop_commits_and_leaves_in_the_middle_of_a_rebalance() -> None:
@@ -1094,6 +1101,7 @@ async def test_leaving_the_group_is_bounded_and_a_failure_is_no_more_than_a_warn
 # -- offsets that are no records --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("rounds_come_soon")
 async def test_markers_and_holes_after_the_last_record_are_committed_too() -> None:
     running = Harness(ScriptedConsumer(), commit_interval_s=0.001)
     running.consumer.write(A, b"1")
@@ -1102,6 +1110,7 @@ async def test_markers_and_holes_after_the_last_record_are_committed_too() -> No
         await wait_until(lambda: running.member.stored.get(A) == 4, what="the commit past the gap")
 
 
+@pytest.mark.usefixtures("rounds_come_soon")
 async def test_a_gap_is_not_stepped_over_before_the_records_ahead_of_it_are_finished() -> None:
     running = Harness(ScriptedConsumer(), answer=False, commit_interval_s=0.001)
     running.consumer.write(A, b"1")
@@ -1143,7 +1152,7 @@ async def test_an_unreadable_record_is_in_flight_until_it_is_answered() -> None:
                 pass
         running.finish(record)
         assert await running.intake.stop(within=5)
-        assert running.member.commits == [{A: 1}]
+        assert running.member.risen == [{A: 1}]
 
 
 async def test_of_a_batch_that_cannot_be_read_its_last_record_is_in_flight_and_the_others_are_passed() -> (
