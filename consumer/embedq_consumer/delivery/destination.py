@@ -102,23 +102,18 @@ class _Waiting:
         else:
             self._came.append(parcel)
 
-    def first(self) -> Parcel:
-        """The oldest."""
-        return self._returned[0] if self._again else self._came[0]
-
-    def pop(self) -> Parcel:
-        """Take the oldest out."""
-        return heappop(self._returned) if self._again else self._came.popleft()
+    def pop(self) -> Parcel | None:
+        """Take the oldest out, if there is one."""
+        came, returned = self._came, self._returned
+        if returned and not (came and came[0] < returned[0]):
+            return heappop(returned)
+        return came.popleft() if came else None
 
     def remove(self, serials: Collection[int]) -> None:
         """These wait no more."""
         self._came = deque(parcel for parcel in self._came if parcel.serial not in serials)
         self._returned = [parcel for parcel in self._returned if parcel.serial not in serials]
         heapify(self._returned)
-
-    @property
-    def _again(self) -> bool:
-        return bool(self._returned) and not (self._came and self._came[0] < self._returned[0])
 
 
 class Destination:
@@ -208,14 +203,14 @@ class Destination:
         if not express:
             kinds.append((self._others, MAX_BESIDE_BYTES if beside else MAX_BATCH_BYTES))
         for waiting, limit in kinds:
-            while waiting and len(taken) < most:
-                parcel = waiting.first()
+            while len(taken) < most and (parcel := waiting.pop()) is not None:
                 if first is None:
                     first = parcel
                 elif first.alone or parcel.alone or size + parcel.size > limit:
+                    waiting.add(parcel)
                     return taken
                 size += parcel.size
-                taken.append(waiting.pop())
+                taken.append(parcel)
         return taken
 
     def opened(self, parcels: Sequence[Parcel], sending: object, now: float) -> None:

@@ -218,9 +218,10 @@ class Publisher:
         """Send records; what each has for `settled` is called once, later. Without a time-out it waits until its place works; with
         one, also no longer for a place that fails once it is `urgent`."""
         now = time.monotonic()
-        for parcel in parcels:
+        wanted = self._places.wanted([parcel.record for parcel in parcels])
+        for parcel, partition in zip(parcels, wanted, strict=True):
             parcel.accept(next(self._serial), now)
-            destination = self._places.destination_of(parcel.record, now)
+            destination = self._places.destination_of(parcel.record, partition, now)
             if not destination.given_up or destination.accepts(parcel, now):
                 # Its producer gets it in a moment, with the others of the same delivery.
                 destination.add(parcel)

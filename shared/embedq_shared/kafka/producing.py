@@ -23,7 +23,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import math
-import struct
 import time
 from collections.abc import Sequence
 from typing import Any, Final, Protocol
@@ -44,8 +43,6 @@ from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
 from embedq_shared.kafka.clients import AIOKafkaProducer, PromptSender
 
-_MIX: Final = 0x5BD1E995
-_WORD: Final = 0xFFFFFFFF
 _FOLLOWS: Final = 2.0
 """Records that come within twice the time for which one would wait are likely to be followed within it."""
 
@@ -254,19 +251,3 @@ class _ProduceRequest(SendProduceReqHandler):  # type: ignore[misc]
     def _can_retry(self, error: Exception, batch: Any) -> bool:
         allowed = self._sender.may_retry(batch.tp, error)
         return bool(allowed and super()._can_retry(error, batch))
-
-
-def partition_of(key: bytes, partitions: int) -> int:
-    """Where Kafka's default partitioner puts a key: its murmur2, word by word, since aiokafka's goes byte by byte, which costs
-    each result as much as all the rest of its sending.
-    """
-    count, rest = divmod(len(key), 4)
-    hashed = 0x9747B28C ^ len(key)
-    for word in struct.unpack_from(f"<{count}I", key):
-        mixed = word * _MIX & _WORD
-        mixed = (mixed ^ mixed >> 24) * _MIX & _WORD
-        hashed = hashed * _MIX & _WORD ^ mixed
-    if rest:
-        hashed = (hashed ^ int.from_bytes(key[-rest:], "little")) * _MIX & _WORD
-    hashed = (hashed ^ hashed >> 13) * _MIX & _WORD
-    return ((hashed ^ hashed >> 15) & 0x7FFFFFFF) % partitions

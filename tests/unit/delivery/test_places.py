@@ -57,6 +57,11 @@ def places(*, max_held: int = 100, **partitions: int) -> Places:
     return Places((partitions or {"t": 4}).get, max_held=max_held, now=0)
 
 
+def sent_to(found: Places, sent: Outgoing, now: float) -> Destination:
+    [wanted] = found.wanted([sent])
+    return found.destination_of(sent, wanted, now)
+
+
 def opened(destination: Destination, one: Parcel, now: float = 0) -> Parcel:
     destination.add(one)
     assert destination.take(now) == [one]
@@ -187,20 +192,20 @@ def test_its_probation_doubles_with_each_relapse() -> None:
 
 def test_a_record_goes_where_it_says_or_where_its_key_says() -> None:
     found = places(t=4)
-    assert found.destination_of(record(partition=3), 0).place == ("t", 3)
-    assert found.destination_of(record(partition=None, key=b"abc"), 0).place == ("t", partition_of(b"abc", 4))
-    assert found.destination_of(record("unknown", None), 0).place == ("unknown", 0)
+    assert sent_to(found, record(partition=3), 0).place == ("t", 3)
+    assert sent_to(found, record(partition=None, key=b"abc"), 0).place == ("t", partition_of(b"abc", 4))
+    assert sent_to(found, record("unknown", None), 0).place == ("unknown", 0)
 
 
 def test_a_record_that_may_go_elsewhere_avoids_a_place_that_fails() -> None:
     found = places(t=3)
     failing(found, ("t", 0))
-    assert found.destination_of(record(partition=0), 0).place == ("t", 0)
-    assert found.destination_of(record(partition=0, anywhere=True), 0).place == ("t", 1)
+    assert sent_to(found, record(partition=0), 0).place == ("t", 0)
+    assert sent_to(found, record(partition=0, anywhere=True), 0).place == ("t", 1)
     failing(found, ("t", 1))
-    assert found.destination_of(record(partition=0, anywhere=True), 0).place == ("t", 2)
+    assert sent_to(found, record(partition=0, anywhere=True), 0).place == ("t", 2)
     failing(found, ("t", 2))
-    assert found.destination_of(record(partition=0, anywhere=True), 0).place == ("t", 0)
+    assert sent_to(found, record(partition=0, anywhere=True), 0).place == ("t", 0)
 
 
 def test_what_waits_for_a_failing_place_moves_if_it_may() -> None:

@@ -21,7 +21,6 @@ from aiokafka.errors import (
     TopicAuthorizationFailedError,
     UnknownTopicOrPartitionError,
 )
-from aiokafka.partitioner import DefaultPartitioner
 from aiokafka.protocol.metadata import MetadataRequest, MetadataResponse_v5
 from aiokafka.protocol.produce import ProduceRequest
 from aiokafka.record.memory_records import MemoryRecords
@@ -34,7 +33,6 @@ from embedq_shared.kafka import (
     BatchFull,
     Evicted,
     PartitionwiseProducer,
-    partition_of,
 )
 from embedq_shared.kafka.clients import _Connection
 from embedq_shared.kafka.producing import Company
@@ -424,17 +422,3 @@ async def test_no_metadata_request_of_a_client_may_create_a_topic(
     (await connection_of(1)).send(MetadataRequest(["t"]))
     assert asked[0]._allow_auto_topic_creation is False
     await connected.stop()
-
-
-@given(st.binary(max_size=300), st.integers(1, 1000))
-def test_a_key_goes_where_aiokafka_would_put_it(key: bytes, partitions: int) -> None:
-    assert partition_of(key, partitions) == DefaultPartitioner()(key, list(range(partitions)), [])
-
-
-def test_a_key_goes_to_the_partition_where_kafkas_own_clients_put_it() -> None:
-    # From Kafka's own test of its partitioner's hash, whose sign bit is taken off.
-    assert [partition_of(key, 1 << 31) for key in (b"21", b"foobar", b"abc")] == [
-        -973932308 & 0x7FFFFFFF,
-        -790332482 & 0x7FFFFFFF,
-        479470107,
-    ]
