@@ -27,7 +27,7 @@ from embedq_consumer.retries import HEALS
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.headers import JobHeaders
 from embedq_shared.kafka import TOO_LARGE
-from embedq_shared.messages import ErrorBody
+from embedq_shared.messages import ErrorBody, ResultStatus
 from embedq_shared.topics import LANES, Lane
 
 log = structlog.get_logger()
@@ -350,18 +350,22 @@ class Deliverer:
     def _conclude(self, replies: Sequence[Reply]) -> None:
         """Count what was answered or is run again, and finish the records: here their offsets become free to be committed."""
         now = time.monotonic()
-        answers = [reply for reply in replies if reply.retry is None]
-        for (lane, status), count in Counter((reply.record.lane, reply.status) for reply in answers).items():
-            self._metrics.jobs.labels(lane, status).inc(count)
-        for lane in LANES:
-            if seconds := [now - reply.record.polled_at for reply in answers if reply.record.lane == lane]:
-                self._metrics.job.observe(lane, seconds)
-        for reply in answers:
-            for error in reply.errors:
-                self._metrics.errors.labels(error.code).inc()
+        counts: Counter[tuple[Lane, ResultStatus]] = Counter()
+        seconds: dict[Lane, list[float]] = {lane: [] for lane in LANES}
         for reply in replies:
             if reply.retry is not None:
                 self._metrics.retries.labels(reply.retry.tier, reply.retry.reason).inc()
+                continue
+            lane = reply.record.lane
+            counts[lane, reply.status] += 1
+            seconds[lane].append(now - reply.record.polled_at)
+            for error in reply.errors:
+                self._metrics.errors.labels(error.code).inc()
+        for (lane, status), count in counts.items():
+            self._metrics.jobs.labels(lane, status).inc(count)
+        for lane, its in seconds.items():
+            if its:
+                self._metrics.job.observe(lane, its)
         self._finish(*[reply.record for reply in replies])
 
     def _count_inputs(self, jobs: Sequence[JobState]) -> None:

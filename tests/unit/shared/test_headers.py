@@ -278,6 +278,20 @@ def test_no_headers_raise_and_every_echo_is_the_last_value(given: list[tuple[str
     assert len(found.echo) == len(echoed)
 
 
+_NAMES = ("content-type", "Content-Type", "CONTENT-TYPE", "correlation-id", "traceparent", "x-something")
+
+
+@given(st.lists(st.tuples(st.sampled_from(_NAMES), st.none() | st.binary(max_size=2)), max_size=8))
+def test_of_headers_that_come_again_and_again_the_last_counts(
+    headers: list[tuple[str, bytes | None]],
+) -> None:
+    found = parse(headers)
+    types = [value for name, value in headers if name.lower() == "content-type"]
+    assert found.content_type == (types[-1] if types else None)
+    last = {name: value for name, value in headers if name in ("correlation-id", "traceparent")}
+    assert dict(found.echo) == {name: value for name, value in last.items() if value is not None}
+
+
 @given(st.sampled_from(KNOWN))
 def test_an_error_never_repeats_a_value(name: str) -> None:
     canary = b"kanarie 4711"
