@@ -33,6 +33,7 @@ from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.codec import decode_status
 from embedq_shared.messages import Control, Status
 from embedq_shared.topics import Topics
+from tests.helpers.metric_values import sample_value
 from tests.helpers.support import patient, wait_until
 
 Vectors = npt.NDArray[np.float32]
@@ -181,6 +182,8 @@ class FakeLoader(Loader):
         self.inspection = INSPECTION
         self.problem: BaseException | None = None
         """What every inspection raises."""
+        self.read_path: Callable[[Path], bool] = lambda _: True
+        """Reads a directory's files ahead."""
         self.sources: list[Source] = []
         self.cancels: list[Cancellation] = []
 
@@ -188,6 +191,10 @@ class FakeLoader(Loader):
         if self.problem is not None:
             raise self.problem
         return self.inspection
+
+    def read_ahead(self, source: Source, cancel: Cancellation) -> bool:
+        self.cancels.append(cancel)
+        return self.read_path(source.path)
 
     def load(self, source: Source, cancel: Cancellation) -> Encoder:
         self.sources.append(source)
@@ -321,7 +328,7 @@ class Bench:
 
     def sample(self, name: str, **labels: str) -> float | None:
         """A metric's value."""
-        return self.metrics.registry.get_sample_value(f"embedq_{name}", labels)
+        return sample_value(self.metrics.registry, f"embedq_{name}", labels)
 
 
 MakeBench = Callable[..., Bench]
