@@ -57,6 +57,7 @@ def measure(dimensions: int) -> dict[str, float]:
     return {
         "pack": least(lambda: codec.pack(key, entry)),
         "unpack": least(lambda: codec.unpack(key, value)),
+        "unpack_64": round(least(lambda: codec.unpack_many([(key, value)] * 64)) / 64, 2),
         "hmac_sha256": least(lambda: with_hash(sha)),
         "blake2b": least(lambda: with_hash(blake)),
         "crc32": least(lambda: zlib.crc32(vector, zlib.crc32(head, zlib.crc32(key)))),

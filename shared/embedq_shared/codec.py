@@ -40,6 +40,7 @@ CONTENT_TYPES: Final[dict[Format, str]] = {"json": JSON, "msgpack": MSGPACK}
 _LARGEST: Final = int(sys.float_info.max)
 """JSON has no largest number, but most of its readers have a double."""
 _NIL: Final = msgspec.Raw(b"\xc0")
+ABSENT: Final = msgspec.Raw()
 
 EXPECTED: Final[dict[str, str]] = {
     "input": "a string or a non-empty list of strings",
@@ -209,6 +210,8 @@ def _check_job(job: Job, format: Format, max_inputs: int) -> None:
 
 def _check_extras(job: Job, format: Format) -> None:
     """Check `metadata` and `user`, which were decoded as raw bytes, by the same rules as the rest."""
+    if job.metadata == ABSENT and job.user == ABSENT:
+        return
     for name, raw in (("metadata", job.metadata), ("user", job.user)):
         data = bytes(raw)
         if not data or data in (b"null", b"\xc0"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Final
 
@@ -19,6 +19,9 @@ _MAX_DEADLINE: Final = 2**63 - 1
 MAX_CLIENT_BYTES: Final = 256
 """Of a `client-id`; more is not looked at. Long enough for any name, short enough to be kept with each record."""
 _ECHO: Final = (*topics.CORRELATION, *topics.TRACE)
+_ADDRESS: Final = frozenset((*topics.REPLY_TOPIC, *topics.REPLY_PARTITION))
+_ASKED: Final = _ADDRESS | {topics.DEADLINE}
+"""Without these there is nothing to read but what goes back."""
 _CONTENT_TYPE_LENGTH: Final = len(topics.CONTENT_TYPE)
 
 
@@ -44,23 +47,20 @@ class JobHeaders(msgspec.Struct, frozen=True, kw_only=True):
         return self.topic_header or self.partition_header
 
 
-def parse(headers: Iterable[tuple[str, bytes | None]]) -> JobHeaders:
+def parse(headers: Sequence[tuple[str, bytes | None]]) -> JobHeaders:
     """Read the headers of one record. Never raises: errors are in `bad_address` and `bad_deadline`.
 
     A null value counts as no header, like a null field: outbox connectors write it for a column without a value.
     """
-    last: dict[str, bytes] = {}
-    content_type: bytes | None = None
-    for name, value in headers:
-        if len(name) == _CONTENT_TYPE_LENGTH and name.lower() == topics.CONTENT_TYPE:
-            content_type = value
-        if value is None:
-            last.pop(name, None)
-        else:
-            last[name] = value
-    if not last:
-        return JobHeaders()
+    values = dict(headers)
+    content_type = values.get(topics.CONTENT_TYPE)
+    for name in values:
+        if len(name) == _CONTENT_TYPE_LENGTH and name != topics.CONTENT_TYPE:
+            content_type = _last_content_type(headers)
+    last = {name: value for name, value in values.items() if value is not None}
     echo = tuple([(name, last[name]) for name in _ECHO if name in last])
+    if _ASKED.isdisjoint(last):
+        return JobHeaders(content_type=content_type, echo=echo)
     topic: str | None = None
     partition: int | None = None
     topic_header, raw_topic = _first(last, topics.REPLY_TOPIC)
@@ -89,19 +89,22 @@ def parse(headers: Iterable[tuple[str, bytes | None]]) -> JobHeaders:
     )
 
 
+def _last_content_type(headers: Sequence[tuple[str, bytes | None]]) -> bytes | None:
+    """In whatever case it is written: the last one."""
+    return next((value for name, value in reversed(headers) if name.lower() == topics.CONTENT_TYPE), None)
+
+
 def client_of(headers: Sequence[tuple[str, bytes | None]]) -> bytes:
     """Whose job a record is, for fair shares: equal bytes, one client. Never raises, and reads nothing but headers.
 
     The header `client-id`; without it the reply address, since each requester reads a partition of its own; without both
     all senders are one client. The record's key says nothing of the sender: often it is the document's.
     """
-    client: bytes | None = None
-    for name, value in headers:
-        if name == topics.CLIENT:
-            client = value
-    if client:
-        return b"id " + client[:MAX_CLIENT_BYTES]
     last = dict(headers)
+    if client := last.get(topics.CLIENT):
+        return b"id " + client[:MAX_CLIENT_BYTES]
+    if _ADDRESS.isdisjoint(last):
+        return b""
     _, topic = _first(last, topics.REPLY_TOPIC)
     _, partition = _first(last, topics.REPLY_PARTITION)
     if topic is None and partition is None:

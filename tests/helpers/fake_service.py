@@ -6,7 +6,7 @@ Vectors come from the text alone, so a test knows what must come back.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -86,7 +86,7 @@ class FakeService:
     def receive(
         self,
         value: bytes,
-        headers: Iterable[tuple[str, bytes | None]],
+        headers: Sequence[tuple[str, bytes | None]],
         topic: str,
         partition: int,
         offset: int,

@@ -130,16 +130,20 @@ class VectorCache:
             if replies is None:
                 count(error=len(keys) - chunk.start)
                 break
-            misses = corrupt = 0
-            for index, (key, value) in enumerate(zip(asked, replies[0], strict=True), chunk.start):
-                if value is None:
-                    misses += 1
-                elif isinstance(found := self._codec.unpack(key, value), str):
+            there = [
+                (index, key, value)
+                for index, (key, value) in enumerate(zip(asked, replies[0], strict=True), chunk.start)
+                if value is not None
+            ]
+            corrupt = 0
+            found = self._codec.unpack_many([(key, value) for _, key, value in there])
+            for (index, _, _), entry in zip(there, found, strict=True):
+                if isinstance(entry, str):
                     corrupt += 1
-                    self._metrics.cache_corrupt.labels(found).inc()
+                    self._metrics.cache_corrupt.labels(entry).inc()
                 else:
-                    entries[index] = found
-            count(hit=len(asked) - misses - corrupt, miss=misses, corrupt=corrupt)
+                    entries[index] = entry
+            count(hit=len(there) - corrupt, miss=len(asked) - len(there), corrupt=corrupt)
         return entries
 
     async def put_many(self, items: Sequence[tuple[bytes, CachedVector]]) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Final
 
 from embedq_consumer.delivery.broker_errors import name_of
 from embedq_consumer.delivery.destination import Destination, Parcel, Presence
 from embedq_consumer.delivery.outgoing import Outgoing, Place
-from embedq_shared.kafka import partition_of
+from embedq_shared.kafka import partitions_of
 
 IDLE_S: Final = 60.0
 FORGET_S: Final = 600.0
@@ -52,22 +53,35 @@ class Places:
             found = self._places[place] = Destination(place, ours=place[0] in self._ours)
         return found
 
-    def destination_of(self, record: Outgoing, now: float) -> Destination:
-        """The place that the record names, or that its key decides; or the next one that is in order."""
-        topic, wanted = record.topic, record.partition
-        if wanted is not None and not record.anywhere:
-            return self.at((topic, wanted))
-        partitions = self._partitions(topic) or 1
-        if wanted is None:
-            wanted = 0 if record.key is None else partition_of(record.key, partitions)
+    def wanted(self, records: Sequence[Outgoing]) -> list[int]:
+        """The partition that each record names, or that its key decides."""
+        found = [record.partition or 0 for record in records]
+        keyed: dict[str, list[int]] = defaultdict(list)
+        for index, record in enumerate(records):
+            if record.partition is None and record.key is not None:
+                keyed[record.topic].append(index)
+        for topic, indices in keyed.items():
+            keys = [key for index in indices if (key := records[index].key) is not None]
+            for index, partition in zip(indices, partitions_of(keys, self._count(topic)), strict=True):
+                found[index] = partition
+        return found
+
+    def destination_of(self, record: Outgoing, wanted: int, now: float) -> Destination:
+        """The place of the partition that is wanted; or the next one that is in order, if that will do."""
+        topic = record.topic
         first = found = self.at((topic, wanted))
         if found.failing_since is None or not record.movable:
             return found
+        partitions = self._count(topic)
         for step in range(1, partitions):
             if not found.avoided(now):
                 return found
             found = self.at((topic, (wanted + step) % partitions))
         return first if found.avoided(now) else found
+
+    def _count(self, topic: str) -> int:
+        """How many partitions a topic has."""
+        return self._partitions(topic) or 1
 
     def withdraw(self, records: Sequence[Outgoing]) -> None:
         """Those of these records that no producer has will not be sent."""
@@ -181,10 +195,9 @@ class Places:
             return []
         moved: list[Parcel] = []
         others: dict[Place, Destination] = {}
-        for parcel in destination.waiting():
-            if not parcel.record.movable:
-                continue
-            other = self.destination_of(parcel.record, now)
+        movable = [parcel for parcel in destination.waiting() if parcel.record.movable]
+        for parcel, wanted in zip(movable, self.wanted([one.record for one in movable]), strict=True):
+            other = self.destination_of(parcel.record, wanted, now)
             if other is not destination:
                 moved.append(parcel)
                 parcel.alone = False

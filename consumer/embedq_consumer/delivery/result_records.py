@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Final
 
 import msgspec
@@ -36,14 +37,14 @@ _CONNECT_STAGES: Final = {
 
 
 class EncodedResult(msgspec.Struct, frozen=True, kw_only=True, tag_field="object", tag="list"):
-    """A `messages.Result` whose data are encoded already, one by one; the same fields in the same order."""
+    """A `messages.Result` whose data are encoded already, one by one, or shall be with it; the same fields in the same order."""
 
     id: str
     model: str
     model_version: str
     dimensions: int
     dtype: Dtype
-    data: list[msgspec.Raw]
+    data: Sequence[msgspec.Raw | Datum]
     usage: Usage
     timings: Timings
     metadata: msgspec.Raw
@@ -149,7 +150,12 @@ class ResultEncoder:
     def _parts(self, job: JobState, status: ResultStatus) -> list[Outgoing]:
         """The result, in as many records as it needs."""
         request, version = job.request, job.encoder.model_version
-        parts = _split(_all_data(job), self._limit - fixed_bytes(job.record, job.headers, request))
+        parts: Sequence[Sequence[msgspec.Raw | Datum]]
+        if len(data := _data(job)) == 1:  # which has been admitted, so that it fits: the usual case
+            parts = [data]
+        else:
+            limit = self._limit - fixed_bytes(job.record, job.headers, request)
+            parts = _split(_encoded(data, request.format), limit)
         usage, timings = _usage(job), Timings(job.queue_s, job.tokenize_s, job.compute_s, job.device_s)
         outgoing = []
         for number, part in enumerate(parts):
@@ -407,14 +413,13 @@ def _about(reply: Reply, group: str, replica: str) -> list[Header]:
 
 
 def _headers(headers: JobHeaders, format: Format, status: ResultStatus, version: str | None) -> list[Header]:
-    found = [
-        *headers.echo,
-        (CONTENT_TYPE, codec.CONTENT_TYPES[format].encode()),
-        (STATUS, status.encode()),
-    ]
-    if version is not None:
-        found.append((MODEL_VERSION, version.encode()))
-    return found
+    return [*headers.echo, *_own_headers(format, status, version)]
+
+
+@lru_cache(maxsize=256)
+def _own_headers(format: Format, status: ResultStatus, version: str | None) -> tuple[Header, ...]:
+    known = (CONTENT_TYPE, codec.CONTENT_TYPES[format].encode()), (STATUS, status.encode())
+    return known if version is None else (*known, (MODEL_VERSION, version.encode()))
 
 
 def _failure_of_line(job: JobState) -> ErrorBody | None:
@@ -424,8 +429,8 @@ def _failure_of_line(job: JobState) -> ErrorBody | None:
     return next((one for one in job.outcomes if isinstance(one, ErrorBody)), None)
 
 
-def _all_data(job: JobState) -> list[msgspec.Raw]:
-    """Every input's outcome, encoded: a datum, or one for each of its spans.
+def _data(job: JobState) -> list[Datum]:
+    """Every input's outcome: a datum, or one for each of its spans.
 
     Equal inputs of a job have one outcome: `made` keeps its vectors' decimals, which cost most.
     """
@@ -461,7 +466,16 @@ def _all_data(job: JobState) -> list[msgspec.Raw]:
             data.append(Datum(index=index, embedding=None, error=outcome))
         else:
             raise RuntimeError(f"input {index} has no outcome. This is a bug.")
-    return [msgspec.Raw(codec.encode(datum, request.format)) for datum in data]
+    return data
+
+
+def _all_data(job: JobState) -> list[msgspec.Raw]:
+    """The same, encoded one by one."""
+    return _encoded(_data(job), job.request.format)
+
+
+def _encoded(data: Iterable[Datum], format: Format) -> list[msgspec.Raw]:
+    return [msgspec.Raw(codec.encode(datum, format)) for datum in data]
 
 
 def _usage(job: JobState) -> Usage:

@@ -375,7 +375,7 @@ class AdmissionPolicy(msgspec.Struct, frozen=True):
             truncate=job.truncate or "error",
             chunk=_chunking(job, encoder),
             max_spans=self.max_inputs,
-            metadata=job.metadata if bytes(job.metadata) else codec.null(format),
+            metadata=codec.null(format) if job.metadata == codec.ABSENT else job.metadata,
             format=format,
             answer=answer,
         )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Final
 
 from embedq_consumer.fairness import Cost
 from embedq_consumer.intake.jobs import JobState, Request
 from embedq_consumer.intake.records import Record
+from embedq_shared.codec import Format
 from embedq_shared.headers import JobHeaders
+from embedq_shared.messages import Dtype, EncodingFormat
 from embedq_shared.vectors import vector_bytes
 
 _RESULT_OVERHEAD: Final = 1024
@@ -39,13 +42,17 @@ def fixed_bytes(record: Record, headers: JobHeaders, request: Request) -> int:
 
 def datum_bytes(request: Request) -> int:
     """Upper bound of one vector in a result."""
-    raw = vector_bytes(request.dimensions, request.dtype)
-    if request.format == "msgpack":
+    return _datum_bytes(request.dimensions, request.dtype, request.format, request.encoding)
+
+
+@lru_cache(maxsize=4096)
+def _datum_bytes(dimensions: int, dtype: Dtype, format: Format, encoding: EncodingFormat) -> int:
+    raw = vector_bytes(dimensions, dtype)
+    if format == "msgpack":
         return _DATUM_OVERHEAD + raw
-    if request.encoding == "base64":
+    if encoding == "base64":
         return _DATUM_OVERHEAD + (raw + 2) // 3 * 4
-    numbers = raw if request.dtype == "binary" else request.dimensions
-    return _DATUM_OVERHEAD + numbers * _DECIMAL_BYTES[request.dtype]
+    return _DATUM_OVERHEAD + (raw if dtype == "binary" else dimensions) * _DECIMAL_BYTES[dtype]
 
 
 def cost_of(job: JobState) -> Cost:

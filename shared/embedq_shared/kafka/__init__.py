@@ -40,7 +40,7 @@ from embedq_shared.kafka.group_member import (
     ReplacedMember,
 )
 from embedq_shared.kafka.groups import committed_offsets, delete_before, group_lag
-from embedq_shared.kafka.producing import BatchFull, Evicted, PartitionwiseProducer, partition_of
+from embedq_shared.kafka.producing import BatchFull, Evicted, PartitionwiseProducer
 from embedq_shared.kafka.reading.consumer import BoundedConsumer
 from embedq_shared.kafka.reading.record_batches import Unreadable
 from embedq_shared.kafka.reading.unreadable import (
@@ -61,6 +61,7 @@ from embedq_shared.kafka.transactions import (
     stable_offsets,
 )
 from embedq_shared.kafka.whole_partition import MakeConsumer, WholePartition
+from embedq_shared.kafka.wire.partitioning import partition_of, partitions_of
 
 __all__ = [
     "DEFAULT_MAX_INFLATED_BYTES",
@@ -116,6 +117,7 @@ __all__ = [
     "group_lag",
     "is_permanent",
     "partition_of",
+    "partitions_of",
     "poll",
     "poll_partition",
     "position",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 from hashlib import sha256
 
 import msgspec
@@ -171,6 +172,14 @@ def test_an_entry_that_was_signed_with_another_secret_is_not_believed(entry: Cac
     assert EntryCodec(b"what somebody else thought of").unpack(key(), forged) == entry
 
 
+@given(st.binary(max_size=200))
+def test_the_keyed_hash_is_hmac_of_header_key_and_vector(secret: bytes) -> None:
+    entry = unit()
+    value = EntryCodec(secret).pack(key(), entry)
+    header, tag = value[: OVERHEAD_BYTES - 16], value[OVERHEAD_BYTES - 16 : OVERHEAD_BYTES]
+    assert tag == hmac.digest(secret, header + key() + entry.vector, "sha256")[:16]
+
+
 def test_the_key_and_the_rest_cannot_be_told_apart_in_another_way() -> None:
     """Bytes that move from the vector to the key are signed as something else."""
     short, long = key(dimensions=32), key(dimensions=32) + b"EQ"
@@ -203,6 +212,30 @@ def test_numbers_whose_squares_no_float_holds_are_not_believed() -> None:
     for huge in (1e38, -1e38, 3e19):
         entry = whole(floats("float32", huge, huge, -huge))
         assert unpack(key(), pack(key(), entry)) == "values"
+
+
+_ODD = (float("nan"), float("inf"), 1e38, 3e19, 0.0, 1.01, 0.99)
+
+
+@pytest.mark.filterwarnings("error")
+@given(st.lists(st.tuples(dtypes, st.sampled_from([32, 40]), st.integers(0, 12)), max_size=24))
+def test_what_is_unpacked_together_is_what_each_would_be_alone(kinds: list[tuple[Dtype, int, int]]) -> None:
+    """Among good entries some that were not signed, are too short, or hold no vector of length 1."""
+    found: list[tuple[bytes, bytes]] = []
+    expected: list[CachedVector | str] = []
+    for dtype, dimensions, kind in kinds:
+        name, entry = key(dimensions=dimensions, dtype=dtype), unit(dimensions, dtype)
+        if kind < len(_ODD) and dtype == "float32":
+            entry = whole(floats(dtype, _ODD[kind]).ljust(vector_bytes(dimensions, dtype), b"\0"))
+        value = pack(name, entry)
+        value = value[:-1] if kind == 11 else bytes([value[0] ^ 1]) + value[1:] if kind == 12 else value
+        found.append((name, value))
+        wrong = "size" if kind == 11 else "format" if kind == 12 else None
+        if kind < len(_ODD) and dtype == "float32":
+            wrong = "values"
+        expected.append(wrong or entry)
+    assert CODEC.unpack_many(found) == expected
+    assert [unpack(*one) for one in found] == expected
 
 
 @pytest.mark.parametrize("scale", [None, 0.0, -1 / 127, float("nan"), float("inf"), 1.0, 0.5 / 127])

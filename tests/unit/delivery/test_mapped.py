@@ -213,8 +213,10 @@ async def test_the_answer_of_a_partition_that_went_is_not_sent() -> None:
 def test_a_result_by_key_waits_for_its_partition_and_takes_no_other() -> None:
     places = Places({OUT: 8}.get, max_held=10, now=0.0)
     sent = Outgoing(topic=OUT, partition=None, key=b"5", value=b"x", headers=[], by_key=True)
+    movable = msgspec.structs.replace(sent, by_key=False)
     wanted = (OUT, partition_of(b"5", 8))
     places.at(wanted).failing_since = 0.0
     places.at(wanted)._retry_at = 1000.0
-    assert places.destination_of(sent, 100.0).place == wanted
-    assert places.destination_of(msgspec.structs.replace(sent, by_key=False), 100.0).place != wanted
+    assert places.wanted([sent]) == [wanted[1]]
+    assert places.destination_of(sent, wanted[1], 100.0).place == wanted
+    assert places.destination_of(movable, wanted[1], 100.0).place != wanted
