@@ -62,6 +62,9 @@ class _Loaded:
     def inspect(self, source: Source, cancel: Cancellation) -> Inspection:
         raise NotImplementedError
 
+    def read_ahead(self, source: Source, cancel: Cancellation) -> bool:
+        raise NotImplementedError
+
     def load(self, source: Source, cancel: Cancellation) -> Encoder:
         raise NotImplementedError
 

@@ -29,6 +29,7 @@ from embedq_consumer.engine import (
     inspect_model,
     is_cpu,
     load_encoder,
+    read_ahead,
 )
 from embedq_consumer.exactly_once import ReleaseLoop, make_release_loop, transactional_producers
 from embedq_consumer.fairness import BulkTurns, InteractiveTraffic
@@ -209,6 +210,9 @@ class ModelLoader:
 
     def inspect(self, source: Source, cancel: Cancellation) -> Inspection:
         return inspect_model(source.path, self._of(source), cancel)
+
+    def read_ahead(self, source: Source, cancel: Cancellation) -> bool:
+        return read_ahead(source.path, self._of(source), cancel)
 
     def load(self, source: Source, cancel: Cancellation) -> Encoder:
         return load_encoder(source.path, self._of(source), cancel)

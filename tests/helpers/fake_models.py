@@ -181,6 +181,8 @@ class FakeLoader(Loader):
         self.inspection = INSPECTION
         self.problem: BaseException | None = None
         """What every inspection raises."""
+        self.read_path: Callable[[Path], bool] = lambda _: True
+        """Reads a directory's files ahead."""
         self.sources: list[Source] = []
         self.cancels: list[Cancellation] = []
 
@@ -188,6 +190,10 @@ class FakeLoader(Loader):
         if self.problem is not None:
             raise self.problem
         return self.inspection
+
+    def read_ahead(self, source: Source, cancel: Cancellation) -> bool:
+        self.cancels.append(cancel)
+        return self.read_path(source.path)
 
     def load(self, source: Source, cancel: Cancellation) -> Encoder:
         self.sources.append(source)

@@ -63,6 +63,7 @@ __all__ = [
     "inspect_model",
     "is_cpu",
     "load_encoder",
+    "read_ahead",
 ]
 
 
@@ -124,6 +125,19 @@ def inspect_model(
     from embedq_consumer.engine.loading.inspection import inspect
 
     return inspect(path, options or LoadOptions(), cancel or Cancellation())
+
+
+def read_ahead(path: Path, options: LoadOptions | None = None, cancel: Cancellation | None = None) -> bool:
+    """Read a model's files once, so that `load_encoder` finds them in memory; false where there is no room for that.
+
+    Raises:
+        ModelError: the directory is not complete any more.
+        Abandoned: `cancel` was set meanwhile.
+    """
+    _before_torch()
+    from embedq_consumer.engine.loading import inspection
+
+    return inspection.read_ahead(path, options or LoadOptions(), cancel or Cancellation())
 
 
 def load_encoder(

@@ -33,13 +33,21 @@ __all__ = ["Computed", "Loaded", "Loader", "ModelSlot", "NoModel", "Source"]
 
 
 class Loader(Protocol):
-    """Makes encoders. Both block, and run on threads of their own."""
+    """Makes encoders. All of these block, and run on threads of their own."""
 
     def inspect(self, source: Source, cancel: Cancellation) -> Inspection:
         """What a directory asks for.
 
         Raises:
             ModelError: it cannot be served.
+            Abandoned: `cancel` was set meanwhile.
+        """
+
+    def read_ahead(self, source: Source, cancel: Cancellation) -> bool:
+        """Have a directory's files in memory before the load, where there is room for that.
+
+        Raises:
+            ModelError: they are not complete any more.
             Abandoned: `cancel` was set meanwhile.
         """
 
@@ -108,6 +116,18 @@ class ModelSlot:
         return await self.apart(
             "validate", partial(self._loader.inspect, source, cancel), lambda _: None, cancel
         )
+
+    async def read_ahead(self, source: Source, cancel: Cancellation) -> None:
+        """Read a directory's files while the model before it still serves: the load, for which jobs wait, then finds them in memory.
+
+        Raises:
+            ModelError: they are not complete any more.
+            ModelRejected: it took too long.
+            Abandoned: `cancel` was set meanwhile.
+        """
+        work = partial(self._loader.read_ahead, source, cancel)
+        if not await self.apart("validate", work, cancel=cancel):
+            log.info("model_not_read_ahead", reason="too little memory is free to hold its files")
 
     async def load(self, source: Source, cancel: Cancellation | None = None) -> Loaded:
         """The model of a directory, without touching the serving one: loaded, or that in memory.

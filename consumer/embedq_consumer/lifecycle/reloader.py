@@ -260,6 +260,7 @@ class Reloader:
         """Resource-preserving: one model in memory at a time; jobs wait for the whole load, and the old model comes back if
         it fails."""
         if self._vacancy is None:
+            await self._trial.read_ahead(pursuit, examined)
             await self._vacate(pursuit, hold)
         vacancy = self._vacancy
         assert vacancy is not None

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 import numpy as np
@@ -51,6 +51,8 @@ from embedq_shared.messages import GOLDEN_FILE, Control, Policy, Step
 from embedq_shared.vectors import cut_and_normalize
 
 log = structlog.get_logger()
+
+Returned = TypeVar("Returned")
 
 _MOST_WORDS: Final = 1 << 17
 """Of the warm-up's longest text: a model that says it takes more is warmed up with this."""
@@ -280,19 +282,21 @@ class Trial:
         if (resident := self._slot.resident(source)) is not None:
             self._check_dimensions(resident.encoder.hidden_size, command)
             return Examined(source=source, policy="availability_preserving", golden=golden)
-        try:
-            needs = await self._slot.inspect(source, pursuit.cancel)
-        except Abandoned:
-            pursuit.check()
-            raise
-        except (ModelError, ModelRejected, DeviceLost):
-            raise
-        except Exception as error:
-            raise _cannot_be_loaded(directory, error) from error
+        needs = await self._of_loader(self._slot.inspect(source, pursuit.cancel), directory, pursuit)
         self._check_dimensions(needs.hidden_size, command)
         policy, lacks = _planned(self._slot, command, needs)
         source = msgspec.structs.replace(source, tried=True)
         return Examined(source=source, policy=policy, golden=golden, lacks=lacks)
+
+    async def read_ahead(self, pursuit: Pursuit, examined: Examined) -> None:
+        """Whatever of the load can be had before anything is given up for it: the model's files in memory, and whole.
+
+        Raises:
+            ModelError, ModelRejected: they cannot be read.
+            Superseded: there is a newer command.
+        """
+        source = examined.source
+        await self._of_loader(self._slot.read_ahead(source, pursuit.cancel), source.path, pursuit)
 
     async def serves(self, pursuit: Pursuit) -> bool:
         """Whether the model that a command names is the one that serves right now.
@@ -390,15 +394,21 @@ class Trial:
         await self._reporter.update(step, "LOADING", command=command)
 
     async def _load(self, source: Source, pursuit: Pursuit) -> Loaded:
+        return await self._of_loader(self._slot.load(source, pursuit.cancel), source.path, pursuit)
+
+    async def _of_loader(
+        self, work: Coroutine[Any, Any, Returned], directory: Path, pursuit: Pursuit
+    ) -> Returned:
+        """What the loader makes of a command's directory: its files must not end the process, whatever they hold."""
         try:
-            return await self._slot.load(source, pursuit.cancel)
+            return await work
         except Abandoned:
             pursuit.check()
             raise
         except (ModelError, ModelRejected, DeviceLost):
             raise
-        except Exception as error:  # a command must not end the process, whatever its files hold
-            raise _cannot_be_loaded(source.path, error) from error
+        except Exception as error:
+            raise _cannot_be_loaded(directory, error) from error
 
     async def _check(
         self, encoder: Encoder, pursuit: Pursuit, golden: Golden | None, old: Vectors | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,20 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from embedq_consumer.engine import Abandoned, Cancellation, Footprint, ModelError, inspect_model, load_encoder
+from embedq_consumer.engine import (
+    Abandoned,
+    Cancellation,
+    Footprint,
+    ModelError,
+    inspect_model,
+    load_encoder,
+    read_ahead,
+)
 from embedq_consumer.engine.api import LoadOptions
 from embedq_consumer.engine.loading import inspection
 from embedq_consumer.engine.loading.dry_run_process import try_directory
 from embedq_consumer.engine.loading.inspection import footprint_of
+from embedq_consumer.engine.loading.memory_check import DeviceMemory
 from embedq_consumer.engine.model_directory import read_directory
 from tests.helpers.bad_models import edit
 from tests.helpers.tiny_models import make_tiny_bert, make_tiny_qwen3
@@ -229,3 +239,52 @@ def test_an_inspection_that_nobody_wants_tries_nothing(
     cancel.set()
     with pytest.raises(Abandoned):
         inspect_model(make_tiny_bert(tmp_path / "model"), LoadOptions(device="cpu", dry_run_s=1), cancel)
+
+
+# -- before a load that jobs wait for -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return make_tiny_bert(tmp_path / "model")
+
+
+def bytes_read() -> int:
+    """By this process so far, from whatever; see proc(5)."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("rchar:")))
+
+
+def test_all_weights_are_read_ahead(model: Path) -> None:
+    weights = sum(each.end - each.begin for each in read_directory(model).all_tensors)
+    before = bytes_read()
+    assert read_ahead(model, CPU)
+    assert bytes_read() - before >= weights
+
+
+def test_files_that_find_no_room_in_memory_are_not_read_ahead(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = sum(each.end - each.begin for each in read_directory(model).all_tensors)
+    memory = DeviceMemory(device="the machine", free=weights - 1, total=1 << 40)
+    monkeypatch.setattr(inspection, "host_memory", lambda: memory)
+    monkeypatch.setattr(inspection, "read_tensors", lambda *_: pytest.fail("they were read"))
+    assert not read_ahead(model, CPU)
+
+
+def test_files_that_are_cut_short_since_they_were_inspected_are_refused(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = read_directory(model)
+    weights = model / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 4)
+    monkeypatch.setattr(inspection, "read_directory", lambda *_: directory)
+    with pytest.raises(ModelError, match=r"model\.safetensors: cut short while it was read"):
+        read_ahead(model, CPU)
+
+
+def test_reading_ahead_ends_once_nobody_wants_the_model(model: Path) -> None:
+    cancel = Cancellation()
+    cancel.set()
+    with pytest.raises(Abandoned):
+        read_ahead(model, CPU, cancel)

@@ -151,6 +151,54 @@ async def test_a_resource_preserving_reload_frees_the_old_model_before_it_loads(
     assert b.sent[-1].state == "READY"
 
 
+async def test_the_files_of_a_model_that_comes_in_the_old_ones_place_are_read_while_that_one_serves(
+    bench: MakeBench,
+) -> None:
+    b = await started(bench(new=[new()]))
+    read: list[tuple[str, str, list[str]]] = []
+
+    def read_path(path: Path) -> bool:
+        read.append((path.name, b.serving, list(b.steps())))
+        return True
+
+    b.loader.read_path = read_path
+    await b.follow([command(1, "new", policy="resource_preserving")])
+    assert (b.serving, read) == ("new", [("new", "old", ["validate"])])
+
+
+async def test_files_for_which_too_little_memory_is_free_are_read_by_the_load_alone(bench: MakeBench) -> None:
+    b = await started(bench(new=[new()]))
+    b.loader.read_path = lambda _: False
+    with capture_logs() as logs:
+        await b.follow([command(1, "new", policy="resource_preserving")])
+    assert (b.serving, b.sent[-1].state) == ("new", "READY")
+    assert [line["event"] for line in logs].count("model_not_read_ahead") == 1
+
+
+@pytest.mark.parametrize(
+    ("problem", "said"),
+    [
+        (ModelError("model.safetensors: cut short while it was read"), "cut short while it was read"),
+        (OSError(5, "Input/output error"), "cannot be loaded: OSError"),
+    ],
+)
+async def test_nothing_is_given_up_for_files_that_cannot_be_read(
+    bench: MakeBench, problem: Exception, said: str
+) -> None:
+    old = FakeModel()
+    b = await started(bench(old=[old], new=[new()]))
+
+    def read_path(_: Path) -> bool:
+        raise problem
+
+    b.loader.read_path = read_path
+    await b.follow([command(1, "new", policy="resource_preserving")])
+    last = b.sent[-1]
+    assert (b.serving, old.closed, b.holds, b.loads) == ("old", False, [], ["old"])
+    assert (last.state, last.step) == ("FAILED", "validate")
+    assert said in (last.error or "")
+
+
 async def test_a_large_model_is_freed_once_the_new_ones_first_micro_batch_is_under_way(
     bench: MakeBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

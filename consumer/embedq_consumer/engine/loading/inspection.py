@@ -19,12 +19,13 @@ from embedq_consumer.engine.loading.memory_check import (
     estimate_of,
     host_memory,
 )
+from embedq_consumer.engine.loading.model_version import read_tensors
 from embedq_consumer.engine.model_directory import ModelDirectory, read_directory
 from embedq_consumer.engine.models.registry import refuse_without_fp8
 from embedq_consumer.engine.pooling import pooling_of
 from embedq_consumer.engine.safety.cancellation import Cancellation
 
-__all__ = ["available", "device_named", "footprint_of", "inspect", "needed"]
+__all__ = ["available", "device_named", "footprint_of", "inspect", "needed", "read_ahead"]
 
 _WIDTHS = ("hidden_size", "d_model", "dim", "n_embd")
 """How `config.json` names the width of a hidden state."""
@@ -56,6 +57,21 @@ def inspect(path: Path, options: LoadOptions, cancel: Cancellation) -> Inspectio
         device=memory.device,
         hidden_size=_hidden_size(directory),
     )
+
+
+def read_ahead(path: Path, options: LoadOptions, cancel: Cancellation) -> bool:
+    """Have the system hold the weights' files in memory, so that the load that follows does not wait for the disk. Whether there was
+    room for them: they would push each other out otherwise, and be read twice.
+
+    Raises:
+        ModelError: a file is not what it was, or is cut short.
+        Abandoned: `cancel` was set meanwhile.
+    """
+    tensors = read_directory(path, options.root).all_tensors
+    if sum(tensor.end - tensor.begin for tensor in tensors) > host_memory().free:
+        return False
+    read_tensors(tensors, options.threads, cancel)
+    return True
 
 
 def _try(path: Path, options: LoadOptions, within_s: float, cancel: Cancellation) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeVar
 
 from embedq_consumer.engine.api import LoadOptions, ModelError
 from embedq_consumer.engine.model_directory import ModelDirectory
@@ -16,7 +17,9 @@ from embedq_consumer.engine.safety.cancellation import Cancellation
 from embedq_consumer.engine.safety.files import open_regular
 from embedq_consumer.engine.safety.headers import TensorSlice
 
-__all__ = ["model_version", "tensor_digests"]
+__all__ = ["model_version", "read_tensors", "tensor_digests"]
+
+Returned = TypeVar("Returned")
 
 _READ_BYTES = 1 << 20
 """Read at once: enough that reading costs nothing next to hashing, little enough for the caches."""
@@ -87,27 +90,50 @@ def tensor_digests(
 ) -> list[bytes]:
     """SHA-256 of each tensor's bytes, in order.
 
-    The files are read, not mapped: one that is cut short meanwhile would end the process.
+    Raises:
+        ModelError: a file is shorter than its header says.
+        Abandoned: `cancel` was set meanwhile.
+    """
+    return _of_each(tensors, threads, cancel or Cancellation(), _digest)
+
+
+def read_tensors(tensors: tuple[TensorSlice, ...], threads: int | None, cancel: Cancellation) -> None:
+    """Read each tensor's bytes once and keep none, for what the system then holds in memory.
 
     Raises:
         ModelError: a file is shorter than its header says.
         Abandoned: `cancel` was set meanwhile.
     """
-    wanted = cancel or Cancellation()
+    _of_each(tensors, threads, cancel, lambda parts: deque(parts, maxlen=0))
+
+
+def _of_each(
+    tensors: tuple[TensorSlice, ...],
+    threads: int | None,
+    cancel: Cancellation,
+    work: Callable[[Iterator[bytes]], Returned],
+) -> list[Returned]:
+    """What `work` makes of each tensor's bytes, in order. The files are read, not mapped: one that is cut short meanwhile would end
+    the process."""
     with ExitStack() as files:
         opened = {file: files.enter_context(open_regular(file)) for file in {each.file for each in tensors}}
-        with ThreadPoolExecutor(threads or os.cpu_count(), thread_name_prefix="digest") as pool:
-            return list(pool.map(lambda tensor: _digest(opened[tensor.file], tensor, wanted), tensors))
+        with ThreadPoolExecutor(threads or os.cpu_count(), thread_name_prefix="read") as pool:
+            return list(pool.map(lambda tensor: work(_parts(opened[tensor.file], tensor, cancel)), tensors))
 
 
-def _digest(descriptor: int, tensor: TensorSlice, cancel: Cancellation) -> bytes:
-    digest = hashlib.sha256()
+def _parts(descriptor: int, tensor: TensorSlice, cancel: Cancellation) -> Iterator[bytes]:
     at = tensor.begin
     while at < tensor.end:
         cancel.check()
         part = os.pread(descriptor, min(_READ_BYTES, tensor.end - at), at)
         if not part:
             raise ModelError(f"{tensor.file}: cut short while it was read")
-        digest.update(part)
+        yield part
         at += len(part)
+
+
+def _digest(parts: Iterator[bytes]) -> bytes:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
     return digest.digest()
