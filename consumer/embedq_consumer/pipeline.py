@@ -5,7 +5,8 @@ admit        is it a job that can run here? If not: rejected, which `Deliverer` 
              and one whose schema is not known yet waits in a task of its own
 weigh        its texts and the size of its results count against its client's share
 check        texts over the size limit are settled with an error; of equal inputs of a job only the first goes on
-look up      what the cache holds is settled; meanwhile a lone job's texts become tokens, if the tokenizer has nothing else to do
+look up      what the cache holds is settled; meanwhile a lone job's texts become tokens, if the tokenizer has nothing else to do, and
+             a lone short text runs, if the device has nothing else to do either (`HeadStart`): whichever is there first answers
 join         an input whose text is under way already waits for that one's vector
 tokenize     the first of equal texts becomes tokens and waits in its lane's queue; what expired meanwhile does not
              … `BatchLoop` takes a micro-batch, `BatchRunner` computes it and comes back with `computed` …
@@ -22,7 +23,16 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
-from embedq_consumer.batching import AssembledText, ComputedText, First, JobInput, Settled, TextQueue, Vectors
+from embedq_consumer.batching import (
+    AssembledText,
+    ComputedText,
+    Early,
+    First,
+    JobInput,
+    Settled,
+    TextQueue,
+    Vectors,
+)
 from embedq_consumer.cache import CachedVector, cache_key
 from embedq_consumer.delivery import FEW_INPUTS, Deliverer, assembled_outcomes_of, large, outcomes_of
 from embedq_consumer.engine import Encoder
@@ -107,6 +117,7 @@ class Pipeline:
         self._tasks = tasks
         self._weigh = weigh
         self._given_up: set[Ticket] = set()
+        self._looked_up = 0  # groups of jobs for which the cache is asked
 
     # -- from the poll to the queue ----------------------------------------------------------------------------------
 
@@ -193,13 +204,29 @@ class Pipeline:
     async def _look_up_and_join(self, jobs: Sequence[JobState]) -> None:
         inputs = self._check([(job, index) for job in jobs for index in job.distinct])
         only = self._queues.get(jobs[0].alias) if len(jobs) == 1 else None
+        alone = only is not None and not self._looked_up and all(map(_is_idle, self._queues.values()))
         early = None if only is None else only.tokenize_early(inputs)  # while the cache is asked
-        missing = await self._look_up(inputs)
+        ahead = None if early is None or not alone else self._ahead(only, inputs, early)
+        self._looked_up += 1
+        missing = await self._look_up(inputs, ahead)
+        self._looked_up -= 1
+        if ahead is not None:
+            ahead.answered(lacked=bool(missing))
+            return
         for alias, queue in self._queues.items():
             its = missing if len(self._queues) == 1 else [one for one in missing if one[0].alias == alias]
             if its:
                 queue.join(its, early)
                 self._tokenize_more(queue)
+
+    def _ahead(self, queue: TextQueue | None, inputs: Sequence[JobInput], early: Early) -> TextQueue | None:
+        """The queue in which a lone job's input waits already, while the cache is asked for it, if it does."""
+        (job, index), *others = inputs
+        if queue is None or others or job.record.lane != "interactive" or not queue.run_early(inputs, early):
+            return None
+        job.keys[index] = _key(job, index)
+        self._tokenize_more(queue)
+        return queue
 
     def _tokenize_more(self, queue: TextQueue) -> None:
         while (call := queue.next_call()) is not None:
@@ -215,8 +242,10 @@ class Pipeline:
         self.settle((job, index, error) for job, index, error in checked if error is not None)
         return [(job, index) for job, index, error in checked if error is None]
 
-    async def _look_up(self, inputs: Sequence[JobInput]) -> list[JobInput]:
-        """Settle the inputs whose vector the cache holds; the others. An input with several vectors is not cached."""
+    async def _look_up(self, inputs: Sequence[JobInput], ahead: TextQueue | None) -> list[JobInput]:
+        """Settle the inputs whose vector the cache holds; the others. An input with several vectors is not cached.
+
+        `ahead`: where they wait for their vectors meanwhile; whichever comes first answers."""
         cacheable = [(job, index) for job, index in inputs if not job.request.late]
         keys = [_key(job, index) for job, index in cacheable]
         entries = await self._cache.get_many(keys)
@@ -226,7 +255,7 @@ class Pipeline:
             if (vector := _from_cache(job, entry)) is None:
                 job.keys[index] = key
                 missing.append((job, index))
-            else:
+            elif ahead is None or ahead.withdraw(job, index):
                 hits.append((job, index, vector))
         self.settle(hits)
         return missing
@@ -297,6 +326,10 @@ class Pipeline:
 
     def _spawn(self, work: Coroutine[Any, Any, object], name: str) -> None:
         self._tasks.create_task(work, name=name)
+
+
+def _is_idle(queue: TextQueue) -> bool:
+    return queue.idle
 
 
 def _key(job: JobState, index: int) -> bytes:

@@ -62,9 +62,15 @@ def _windows(text: str) -> Chunked:
 
 
 class ScriptedDevice:
-    """A vector is the text's first token, then ones. `failure` says what a micro-batch of these texts raises."""
+    """A vector is the text's first token, then ones. `failure` says what a micro-batch of these texts raises, `seconds` how long each
+    took. While `gate` is shut, results wait."""
 
-    def __init__(self, failure: Callable[[list[str]], Exception | None] = lambda texts: None) -> None:
+    def __init__(
+        self, failure: Callable[[list[str]], Exception | None] = lambda texts: None, seconds: float = 0.5
+    ) -> None:
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self._seconds = seconds
         self.ran: list[list[str]] = []
         self.failed = 0
         """Texts that got no vector, even alone."""
@@ -85,7 +91,8 @@ class ScriptedDevice:
             raise error
         vectors = np.ones((len(batch), encoder.hidden_size), dtype=np.float32)
         vectors[:, 0] = [tokens.ids[0] for tokens in batch]
-        return vectors, 0.5
+        await self.gate.wait()
+        return vectors, self._seconds
 
 
 class ScriptedSink:

@@ -10,6 +10,7 @@ from typing import Final
 import msgspec
 
 from embedq_consumer.batching.batcher import Batcher
+from embedq_consumer.batching.head_start import HeadStart
 from embedq_consumer.batching.input_errors import EXPIRED_IN_QUEUE, error_of
 from embedq_consumer.batching.single_flight import (
     Identity,
@@ -34,10 +35,6 @@ _CHARACTERS_A_CALL: Final = 256_000
 a text that comes for more than that, and a tokenizer needs many bytes for each character."""
 _TURNS_A_CALL: Final = 8
 """A client's turn at the tokenizer is an eighth of a call, and a text."""
-
-_EARLY_TEXTS: Final = 4
-_EARLY_CHARACTERS: Final = 2_000
-"""Limits of what is tokenized before it is known to be needed: some 0.2 ms of a thread."""
 
 First = tuple[Identity, JobState]
 """The first of equal inputs: its identity, and the job that it is an input of."""
@@ -66,8 +63,15 @@ class TextQueue:
     """
 
     def __init__(
-        self, flights: SingleFlight, batcher: Batcher[QueuedText], budget: TokenBudget, metrics: Metrics
+        self,
+        flights: SingleFlight,
+        batcher: Batcher[QueuedText],
+        budget: TokenBudget,
+        metrics: Metrics,
+        head_start: HeadStart | None = None,
     ) -> None:
+        """`head_start`: None for one that lets no text run."""
+        self._head_start = head_start or HeadStart()
         self._flights = flights
         self._batcher = batcher
         self._budget = budget
@@ -76,12 +80,16 @@ class TextQueue:
         self._waiting = {lane: FairQueue[bytes, First](_CHARACTERS_A_CALL // _TURNS_A_CALL) for lane in LANES}
         self._calls = 0
         self._early: Early | None = None  # of texts that joined, and are not taken by a call yet
-        self._early_pays = False  # whether the cache lacked a text since the last time
 
     @property
     def busy_since(self) -> float | None:
         """Monotonic seconds since when the oldest call of the tokenizer runs; None while none does."""
         return self._tokenizers.busy_since
+
+    @property
+    def idle(self) -> bool:
+        """Whether no text is on its way to the device, or runs there."""
+        return not self._calls and not any(self._waiting.values()) and self._batcher.idle
 
     def close(self, within_s: float = CLOSE_S) -> None:
         """End the tokenizer's threads. A call that runs longer than this is left behind."""
@@ -89,17 +97,17 @@ class TextQueue:
 
     def tokenize_early(self, inputs: Sequence[JobInput]) -> Early | None:
         """Begin to tokenize these few inputs while the cache is asked for them, if the tokenizer has nothing else to do; `join` is
-        given what this returns. Only once for each time that the cache lacked a text: where it has all, nothing is tokenized.
+        given what this returns.
         """
-        if self._calls or not self._early_pays or not 0 < len(inputs) <= _EARLY_TEXTS:
+        if self._calls or not self._head_start.pays:
             return None
         identities = [Identity.of(job, index) for job, index in inputs]
-        characters = sum(len(one.text.text) + len(one.text.prompt) for one in identities)
-        if characters > _EARLY_CHARACTERS or any(map(self._flights.waiters, identities)):
+        if any(map(self._flights.waiters, identities)):
             return None
-        self._early_pays = False
-        self._calls += 1
         texts = [one.text for one in identities]
+        if not self._head_start.begin(texts):
+            return None
+        self._calls += 1
         early = Early(identities, time.monotonic(), self._tokenizers.start(inputs[0][0].encoder, texts))
 
         def ended(found: asyncio.Future[list[Found]]) -> None:
@@ -111,11 +119,33 @@ class TextQueue:
         early.found.add_done_callback(ended)
         return early
 
+    def run_early(self, inputs: Sequence[JobInput], early: Early) -> bool:
+        """Whether these inputs, of which `early` makes tokens, run while the cache is asked for them. Then they have joined, each
+        that the cache has is to be withdrawn, and `answered` says what it had. Nothing else may be under way, on the device neither.
+        """
+        if not self._head_start.may_run([one.text for one in early.identities]):
+            return False
+        self._join(inputs, early)
+        return True
+
+    def withdraw(self, job: JobState, index: int) -> bool:
+        """The cache has the vector of this input, which runs early. Whether the input waited for its own until now."""
+        return bool(self._flights.abandon(Identity.of(job, index), lambda waiter: waiter == (job, index)))
+
+    def answered(self, *, lacked: bool) -> None:
+        """Whether the cache lacked an input that runs early."""
+        if lacked:
+            self._head_start.lacked()
+
     def join(self, inputs: Sequence[JobInput], early: Early | None = None) -> None:
         """Let each input wait for its vector, and those whose text their client has not under way for the tokenizer.
 
         `early`: what `tokenize_early` returned, if it was asked for these inputs, of which the cache may have had some.
         """
+        self._head_start.lacked()
+        self._join(inputs, early)
+
+    def _join(self, inputs: Sequence[JobInput], early: Early | None) -> None:
         shared = 0
         firsts: list[Identity] = []
         for job, index in inputs:
@@ -129,7 +159,6 @@ class TextQueue:
             if job.copies:
                 shared += len(job.copies.get(index, ()))
         self._metrics.deduplicated.inc(shared)
-        self._early_pays = True
         self._early = early if early is not None and firsts == early.identities else None
 
     def next_call(self) -> list[First] | None:
