@@ -57,6 +57,9 @@ from embedq_shared.topics import LANES, Lane
 
 _TEXTS_A_LOOKUP: Final = 512
 """Texts of jobs that are looked up together, in one round trip: a short job need not wait for those of several long ones."""
+_ROUNDS_TO_THE_BROKER: Final = 4
+"""Of the event loop, from a job that is complete to the request with its result: the deliverer, the publisher, the producer's sender, and its
+request."""
 _TEXTS_A_TURN: Final = 64
 """Of a micro-batch of bulk texts while interactive ones come: their outcomes take a millisecond."""
 
@@ -319,10 +322,16 @@ class Pipeline:
             if not jobs:
                 return
         if fresh := [entry for job in jobs for entry in _cacheable(job)]:
-            # In a task of its own, since a slow cache must not delay the results; before these are sent, so that what a killed
-            # process answered is not computed again.
-            self._spawn(self._cache.put_many(fresh), "cache_write")
+            # In a task of its own, since a slow cache must not delay the results.
+            self._spawn(self._remember(fresh), "cache_write")
         await self._deliverer.deliver(jobs)
+
+    async def _remember(self, fresh: Sequence[tuple[bytes, CachedVector]]) -> None:
+        """Once the results are on their way, for which somebody waits. They are not acknowledged then: what a killed process had
+        answered is hardly ever computed again."""
+        for _ in range(_ROUNDS_TO_THE_BROKER):
+            await asyncio.sleep(0)
+        await self._cache.put_many(fresh)
 
     def _spawn(self, work: Coroutine[Any, Any, object], name: str) -> None:
         self._tasks.create_task(work, name=name)

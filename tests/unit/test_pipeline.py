@@ -535,6 +535,16 @@ async def test_a_mean_over_windows_has_an_entry_of_its_own() -> None:
         assert key("abcdefg") not in parts.cache.entries
 
 
+async def test_a_result_is_on_its_way_before_the_cache_is_written() -> None:
+    async with running() as parts:
+        parts.pipeline.take([job(1, input="a")])
+        rounds = 0
+        while not parts.cache.entries:
+            await asyncio.sleep(0)
+            rounds += bool(parts.sink.sent)
+        assert rounds > 3, "the publisher, the producer's sender, its request"
+
+
 async def test_a_slow_cache_write_does_not_delay_the_result() -> None:
     async with running() as parts:
         parts.cache.gate.clear()
