@@ -26,7 +26,6 @@ from typing import Any, Final, Protocol
 from embedq_consumer.batching import (
     AssembledText,
     ComputedText,
-    Early,
     First,
     JobInput,
     Settled,
@@ -208,8 +207,12 @@ class Pipeline:
         inputs = self._check([(job, index) for job in jobs for index in job.distinct])
         only = self._queues.get(jobs[0].alias) if len(jobs) == 1 else None
         alone = only is not None and not self._looked_up and all(map(_is_idle, self._queues.values()))
-        early = None if only is None else only.tokenize_early(inputs)  # while the cache is asked
-        ahead = None if early is None or not alone else self._ahead(only, inputs, early)
+        early = None if only is None else only.begin_early(inputs, alone=alone)  # while the cache is asked
+        ahead = only if early is not None and early.runs else None
+        if ahead is not None:
+            for job, index in inputs:
+                job.keys[index] = _key(job, index)
+            self._tokenize_more(ahead)
         self._looked_up += 1
         missing = await self._look_up(inputs, ahead)
         self._looked_up -= 1
@@ -221,15 +224,6 @@ class Pipeline:
             if its:
                 queue.join(its, early)
                 self._tokenize_more(queue)
-
-    def _ahead(self, queue: TextQueue | None, inputs: Sequence[JobInput], early: Early) -> TextQueue | None:
-        """The queue in which a lone job's input waits already, while the cache is asked for it, if it does."""
-        (job, index), *others = inputs
-        if queue is None or others or job.record.lane != "interactive" or not queue.run_early(inputs, early):
-            return None
-        job.keys[index] = _key(job, index)
-        self._tokenize_more(queue)
-        return queue
 
     def _tokenize_more(self, queue: TextQueue) -> None:
         while (call := queue.next_call()) is not None:

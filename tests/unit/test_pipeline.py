@@ -92,8 +92,8 @@ class Parts:
         budget = TokenBudget(batcher, self.metrics, lambda facts: None)
         flights = SingleFlight()
         self.models[alias] = model
-        head_start = HeadStart(runs=True)
-        self.queues[alias] = TextQueue(flights, batcher, budget, self.metrics, head_start)
+        head_start, start = HeadStart(), self.device.start
+        self.queues[alias] = TextQueue(flights, batcher, budget, self.metrics, head_start, start)
         runner = BatchRunner(flights, self.device, budget, self.pipeline, self.metrics)
         loop = BatchLoop(batcher, runner.run, self.metrics, tasks, head_start=head_start)
         self.loops.append(tasks.create_task(loop.run()))

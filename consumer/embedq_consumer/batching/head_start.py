@@ -24,12 +24,11 @@ class HeadStart:
     Invariants:
         - Nothing begins but once for each time that the cache lacked a text: no more is done in vain than was needed, and
           nothing where the cache has every text.
-        - A text runs only where `runs`, on a device that has nothing else to do, and once micro-batches of few tokens are known
-          to be quick there: whoever comes meanwhile waits for one of these at most.
+        - A text runs only on a device that has nothing else to do, and once micro-batches of few tokens are known to be quick
+          there: whoever comes meanwhile waits for one of these at most.
     """
 
-    def __init__(self, *, runs: bool = False) -> None:
-        self._runs = runs
+    def __init__(self) -> None:
         self.pays = False
         """Whether the cache lacked a text since something began before it was asked."""
         self._seconds: float | None = None
@@ -54,7 +53,7 @@ class HeadStart:
 
     def may_run(self, texts: Sequence[Text]) -> bool:
         """Whether these, which become tokens, run as well, where the device has nothing to do, and nothing else is under way."""
-        if not self._runs or self._seconds is None or self._seconds > _QUICK_S or len(texts) > 1:
+        if self._seconds is None or self._seconds > _QUICK_S or len(texts) > 1:
             return False
         (text,) = texts
         return text.chunk is None and _most_bytes(text) <= SHORT_BYTES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import msgspec
@@ -22,7 +22,7 @@ from embedq_consumer.batching.single_flight import (
 )
 from embedq_consumer.batching.token_budget import TokenBudget
 from embedq_consumer.batching.tokenizer_pool import CALLS, TokenizerPool
-from embedq_consumer.engine import Chunked, Failed, TextTooLong, Tokens
+from embedq_consumer.engine import Chunked, Encoder, Failed, Text, TextTooLong, Tokens
 from embedq_consumer.fairness import FairQueue
 from embedq_consumer.intake.jobs import JobState
 from embedq_consumer.telemetry.metrics import Metrics
@@ -39,6 +39,8 @@ _TURNS_A_CALL: Final = 8
 First = tuple[Identity, JobState]
 """The first of equal inputs: its identity, and the job that it is an input of."""
 Found = Tokens | Chunked | TextTooLong | Failed
+Start = Callable[[Encoder, Text], asyncio.Future[list[Found]]]
+"""Tokenizes one text and runs it, at once: what the model is given. A micro-batch of these very tokens is that run."""
 
 
 class Early(msgspec.Struct):
@@ -47,6 +49,8 @@ class Early(msgspec.Struct):
     identities: Sequence[Identity]
     began: float
     found: asyncio.Future[list[Found]]
+    runs: bool = False
+    """Whether the device runs the text as well."""
     seconds: float = 0.0
     """How long it took, once it is over."""
 
@@ -69,9 +73,11 @@ class TextQueue:
         budget: TokenBudget,
         metrics: Metrics,
         head_start: HeadStart | None = None,
+        start: Start | None = None,
     ) -> None:
-        """`head_start`: None for one that lets no text run."""
+        """`start`: of what may run before it is known to be needed, as far as `head_start` goes; None: nothing may."""
         self._head_start = head_start or HeadStart()
+        self._start = start
         self._flights = flights
         self._batcher = batcher
         self._budget = budget
@@ -95,8 +101,11 @@ class TextQueue:
         """End the tokenizer's threads. A call that runs longer than this is left behind."""
         self._tokenizers.close(within_s)
 
-    def tokenize_early(self, inputs: Sequence[JobInput]) -> Early | None:
-        """Begin to tokenize these few inputs while the cache is asked for them, if the tokenizer has nothing else to do; `join` is
+    def begin_early(self, inputs: Sequence[JobInput], *, alone: bool = False) -> Early | None:
+        """Begin to tokenize these few inputs while the cache is asked for them, if the tokenizer has nothing else to do, and to run a
+        lone short one, if it is `alone`: nothing else is under way, on the device neither.
+
+        One that `runs` has joined; if the cache has its vector it is to be withdrawn, and `answered` says so. For others `join` is
         given what this returns.
         """
         if self._calls or not self._head_start.pays:
@@ -108,7 +117,12 @@ class TextQueue:
         if not self._head_start.begin(texts):
             return None
         self._calls += 1
-        early = Early(identities, time.monotonic(), self._tokenizers.start(inputs[0][0].encoder, texts))
+        encoder, began = inputs[0][0].encoder, time.monotonic()
+        runs = alone and identities[0].lane == "interactive" and self._head_start.may_run(texts)
+        if runs and self._start is not None:
+            early = Early(identities, began, self._start(encoder, texts[0]), runs=True)
+        else:
+            early = Early(identities, began, self._tokenizers.start(encoder, texts))
 
         def ended(found: asyncio.Future[list[Found]]) -> None:
             self._calls -= 1
@@ -117,16 +131,9 @@ class TextQueue:
                 found.exception()  # whoever needs the texts raises it
 
         early.found.add_done_callback(ended)
+        if early.runs:
+            self._join(inputs, early)
         return early
-
-    def run_early(self, inputs: Sequence[JobInput], early: Early) -> bool:
-        """Whether these inputs, of which `early` makes tokens, run while the cache is asked for them. Then they have joined, each
-        that the cache has is to be withdrawn, and `answered` says what it had. Nothing else may be under way, on the device neither.
-        """
-        if not self._head_start.may_run([one.text for one in early.identities]):
-            return False
-        self._join(inputs, early)
-        return True
 
     def withdraw(self, job: JobState, index: int) -> bool:
         """The cache has the vector of this input, which runs early. Whether the input waited for its own until now."""

@@ -122,9 +122,10 @@ class ServedModel:
             )
         )
         self._budget = TokenBudget(self._batcher, metrics, show_facts)
-        # A CPU alone: there the round trip to the cache is short beside the work, and what runs in vain costs no graph's memory.
-        self._head_start = HeadStart(runs=batches.late)
-        self.queue = TextQueue(self._flights, self._batcher, self._budget, metrics, self._head_start)
+        self._head_start = HeadStart()
+        # A CPU alone: there the round trip to the cache is short beside the work, and a run of its own needs no graph.
+        start = self.slot.start if batches.late else None
+        self.queue = TextQueue(self._flights, self._batcher, self._budget, metrics, self._head_start, start)
         self.reporter = StatusReporter(
             options.topics,
             options.replica,

@@ -11,16 +11,16 @@ from embedq_shared.messages import Chunking
 SHORT = Text("a")
 
 
-def quick(seconds: float = 0.005, tokens: int = 20, *, runs: bool = True) -> HeadStart:
+def quick(seconds: float = 0.005, tokens: int = 20) -> HeadStart:
     """The cache lacked a text, and a micro-batch took so long."""
-    found = HeadStart(runs=runs)
+    found = HeadStart()
     found.lacked()
     found.ran(tokens, seconds)
     return found
 
 
 def test_nothing_begins_until_the_cache_has_lacked_a_text_and_then_once() -> None:
-    head_start = HeadStart(runs=True)
+    head_start = HeadStart()
     assert not head_start.begin([SHORT])
     head_start.lacked()
     assert head_start.begin([SHORT])
@@ -46,7 +46,7 @@ def test_a_lone_short_text_runs_where_micro_batches_of_few_tokens_are_quick() ->
 
 
 def test_nothing_runs_before_it_is_known_how_long_few_tokens_take() -> None:
-    head_start = HeadStart(runs=True)
+    head_start = HeadStart()
     head_start.lacked()
     assert not head_start.may_run([SHORT])
     head_start.ran(1_000, 0.001)
@@ -63,11 +63,6 @@ def test_a_device_that_became_slow_gets_nothing_and_one_that_became_quick_does()
     assert not head_start.may_run([SHORT])
     head_start.ran(20, 0.005)
     assert head_start.may_run([SHORT])
-
-
-def test_nothing_runs_where_it_is_not_asked_for() -> None:
-    assert not quick(runs=False).may_run([SHORT])
-    assert quick(runs=False).begin([SHORT])
 
 
 @pytest.mark.parametrize(
