@@ -147,7 +147,7 @@ class TextQueue:
     def join(self, inputs: Sequence[JobInput], early: Early | None = None) -> None:
         """Let each input wait for its vector, and those whose text their client has not under way for the tokenizer.
 
-        `early`: what `tokenize_early` returned, if it was asked for these inputs, of which the cache may have had some.
+        `early`: what `begin_early` returned, if it was asked for these inputs, of which the cache may have had some.
         """
         self._head_start.lacked()
         self._join(inputs, early)
