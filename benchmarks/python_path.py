@@ -29,8 +29,7 @@ from embedq_consumer.batching.batch_runner import BatchRunner
 from embedq_consumer.batching.batcher import Batcher, BatchPolicy
 from embedq_consumer.cache import CachedVector
 from embedq_consumer.delivery.deliverer import Deliverer, DeliveryLimits
-from embedq_consumer.delivery.destination import Settled, Urgent
-from embedq_consumer.delivery.outgoing import Outgoing
+from embedq_consumer.delivery.destination import Parcel, Settled
 from embedq_consumer.delivery.result_records import ResultEncoder
 from embedq_consumer.engine import Encoder, Tokens
 from embedq_consumer.intake import Intake
@@ -72,17 +71,10 @@ class _Sink:
 
     async def refresh_topics(self) -> None: ...
 
-    def send(
-        self,
-        record: Outgoing,
-        settled: Settled,
-        *,
-        timeout_s: float | None,
-        urgent: Urgent = lambda: False,
-    ) -> None:
+    def send(self, parcels: Sequence[Parcel]) -> None:
         if not self._waiting:
             asyncio.get_running_loop().call_later(0.003, self._answer)
-        self._waiting.append(settled)
+        self._waiting += [parcel.settled for parcel in parcels]
 
     def _answer(self) -> None:
         waiting, self._waiting = self._waiting, []

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedq_consumer.cache.entries import CachedVector
-from embedq_consumer.delivery.destination import Settled, Urgent
+from embedq_consumer.delivery.destination import Parcel, Settled, Urgent
 from embedq_consumer.delivery.outgoing import Outgoing
 from embedq_consumer.engine import Chunked, Encoder, Piece, Text, TextTooLong, Tokens
 from embedq_consumer.intake.records import Record
@@ -136,17 +136,11 @@ class ScriptedSink:
     async def refresh_topics(self) -> None:
         self.known |= self.new_topics
 
-    def send(
-        self,
-        record: Outgoing,
-        settled: Settled,
-        *,
-        timeout_s: float | None,
-        urgent: Urgent = lambda: False,
-    ) -> None:
-        self.timeouts.append((record.topic, timeout_s))
-        self.urgent.append(urgent)
-        self._pending.append((record, settled))
+    def send(self, parcels: Sequence[Parcel]) -> None:
+        for parcel in parcels:
+            self.timeouts.append((parcel.record.topic, parcel.timeout_s))
+            self.urgent.append(parcel.urgent)
+            self._pending.append((parcel.record, parcel.settled))
         asyncio.get_running_loop().call_soon(self._work)
 
     def open(self) -> None:

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import product
 from typing import Final, Protocol, TypeVar, TypeVarTuple
 
@@ -14,7 +15,7 @@ import msgspec
 import structlog
 
 from embedq_consumer.delivery.broker_errors import meaning_of, name_of
-from embedq_consumer.delivery.destination import Settled, Undelivered, Urgent
+from embedq_consumer.delivery.destination import Parcel, Settled, Undelivered, Urgent
 from embedq_consumer.delivery.outgoing import Outgoing
 from embedq_consumer.delivery.result_records import Reply, ResultEncoder
 from embedq_consumer.fairness import BulkTurns, InteractiveTraffic, Turns, TurnsByPlace
@@ -77,15 +78,8 @@ class Sink(Protocol):
     async def refresh_topics(self) -> None:
         """Look for topics that were made since."""
 
-    def send(
-        self,
-        record: Outgoing,
-        settled: Settled,
-        *,
-        timeout_s: float | None,
-        urgent: Urgent = lambda: False,
-    ) -> None:
-        """Send a record; `settled` is called once, later, with None or with why the brokers will not have it.
+    def send(self, parcels: Sequence[Parcel]) -> None:
+        """Send records; what each has for `settled` is called once, later, with None or with why the brokers will not have it.
 
         Without a time-out that is only an error of the record itself: otherwise it waits. One that is `urgent` waits no longer
         for a place that fails.
@@ -345,7 +339,7 @@ class Deliverer:
             if not outcome.done():  # whoever waited may be gone
                 outcome.set_result(reason)
 
-        self._sink.send(record, settle, timeout_s=timeout_s)
+        self._sink.send([Parcel(record, settle, timeout_s)])
         return await outcome
 
     def _dead_letter_partition(self, reply: Reply) -> int | None:
@@ -410,15 +404,15 @@ class _Batch:
         self._open = len(replies)
         self._settled: list[tuple[Reply, Exception | None]] = []
         self._woken = asyncio.Event()
+        parcels: list[Parcel] = []
         for reply in replies:
-            settled = self._counting(reply)
+            settled = partial(self._note, reply) if len(reply.outgoing) == 1 else self._counting(reply)
             if (limit := timeout_s(reply)) is None:
-                for record in reply.outgoing:
-                    sink.send(record, settled, timeout_s=None)
+                parcels += [Parcel(record, settled) for record in reply.outgoing]
             else:
                 urgent = urgency(reply)
-                for record in reply.outgoing:
-                    sink.send(record, settled, timeout_s=limit, urgent=urgent)
+                parcels += [Parcel(record, settled, limit, urgent) for record in reply.outgoing]
+        sink.send(parcels)
 
     async def settled(self) -> list[tuple[Reply, Exception | None]]:
         """Those that were settled since the last call, and why those failed that did; waits for one. Empty at the end."""
@@ -430,7 +424,12 @@ class _Batch:
         self._open -= len(settled)
         return settled
 
+    def _note(self, reply: Reply, reason: Exception | None) -> None:
+        self._settled.append((reply, reason))
+        self._woken.set()
+
     def _counting(self, reply: Reply) -> Settled:
+        """For each of a reply's several records."""
         left = len(reply.outgoing)
         failure: Exception | None = None
 
@@ -439,8 +438,7 @@ class _Batch:
             left -= 1
             failure = failure or reason
             if not left:
-                self._settled.append((reply, failure))
-                self._woken.set()
+                self._note(reply, failure)
 
         return settled
 

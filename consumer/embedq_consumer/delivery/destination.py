@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from heapq import heapify, heappop, heappush
 from typing import Final
+
+import msgspec
 
 from embedq_consumer.delivery.broker_errors import meaning_of, name_of
 from embedq_consumer.delivery.outgoing import Outgoing, Place
@@ -43,45 +46,33 @@ class Undelivered(KafkaError):  # type: ignore[misc]  # aiokafka has no type inf
     """A place took a record not within the time that it was given; the message says what the brokers did meanwhile."""
 
 
-class Parcel:
+def _never() -> bool:
+    return False
+
+
+class Parcel(msgspec.Struct, eq=False):
     """One record on its way.
 
-    `timeout_s` is how long it may be tried, None for without end. `sending` is what the producer returned for it, None
-    while no producer has it: whatever another future says of it later does not count.
+    `timeout_s` is how long it may be tried, None for without end. What follows it is the publisher's. `sending` is what the
+    producer returned for it, None while no producer has it: whatever another future says of it later does not count.
     """
 
-    __slots__ = (
-        "alone",
-        "record",
-        "sending",
-        "sent_at",
-        "serial",
-        "settled",
-        "since",
-        "size",
-        "timeout_s",
-        "urgent",
-    )
+    record: Outgoing
+    settled: Settled
+    timeout_s: float | None = None
+    urgent: Urgent = _never
+    serial: int = 0
+    since: float = 0.0
+    sent_at: float = 0.0
+    size: int = 0
+    sending: object | None = None
+    alone: bool = False
 
-    def __init__(
-        self,
-        record: Outgoing,
-        settled: Settled,
-        timeout_s: float | None,
-        serial: int,
-        now: float,
-        urgent: Urgent = lambda: False,
-    ) -> None:
-        self.record = record
-        self.size = record.size
-        self.settled = settled
-        self.timeout_s = timeout_s
-        self.urgent = urgent
+    def accept(self, serial: int, now: float) -> None:
+        """It begins its way."""
         self.serial = serial
-        self.since = now
-        self.sent_at = now
-        self.sending: object | None = None
-        self.alone = False
+        self.since = self.sent_at = now
+        self.size = self.record.size
 
     def __lt__(self, other: Parcel) -> bool:
         """Older than the other one: in a destination they keep this order."""
@@ -201,32 +192,40 @@ class Destination:
         """The parcel that a producer has had for longest."""
         return next(iter(self._open.values()), None)
 
-    def next_to_send(self, now: float, *, beside: bool = False, express: bool = False) -> Parcel | None:
-        """The parcel to hand to a producer now: it is taken out of those that wait. None: not now.
+    def take(
+        self, now: float, *, beside: bool = False, express: bool = False, most: int = sys.maxsize
+    ) -> list[Parcel]:
+        """The parcels to hand to a producer now, `most` at most, in this order: they are taken out of those that wait, and are to be
+        `opened`, or added again.
 
-        `beside` interactive work less is open of what is not express; `express`: only such a one.
+        `beside` interactive work less is open of what is not express; `express`: only such ones.
         """
-        waiting = self._express or self._others
-        if now < self._retry_at or not waiting or (express and not self._express):
-            return None
-        parcel = waiting.first()
-        if self._open:
-            most = MAX_BESIDE_BYTES if beside else MAX_BATCH_BYTES
-            if parcel.record.express:
-                most = 2 * MAX_BATCH_BYTES
-            if parcel.alone or self._open_bytes + parcel.size > most:
-                return None
-            if next(iter(self._open.values())).alone:
-                return None
-        return waiting.pop()
+        if now < self._retry_at:
+            return []
+        first, size = self.oldest_open(), self._open_bytes
+        taken: list[Parcel] = []
+        kinds = [(self._express, 2 * MAX_BATCH_BYTES)]
+        if not express:
+            kinds.append((self._others, MAX_BESIDE_BYTES if beside else MAX_BATCH_BYTES))
+        for waiting, limit in kinds:
+            while waiting and len(taken) < most:
+                parcel = waiting.first()
+                if first is None:
+                    first = parcel
+                elif first.alone or parcel.alone or size + parcel.size > limit:
+                    return taken
+                size += parcel.size
+                taken.append(waiting.pop())
+        return taken
 
-    def opened(self, parcel: Parcel, sending: object, now: float) -> None:
-        """A producer has it."""
-        self._burst = self._burst + 1 if self._open else 1
-        parcel.sending = sending
-        parcel.sent_at = now
-        self._open[parcel.serial] = parcel
-        self._open_bytes += parcel.size
+    def opened(self, parcels: Sequence[Parcel], sending: object, now: float) -> None:
+        """A producer has them, in one batch."""
+        self._burst = (self._burst if self._open else 0) + len(parcels)
+        for parcel in parcels:
+            parcel.sending = sending
+            parcel.sent_at = now
+            self._open[parcel.serial] = parcel
+            self._open_bytes += parcel.size
 
     def closed(self, parcel: Parcel) -> None:
         """The producer is done with it, in whatever way."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
 import structlog
@@ -39,8 +39,9 @@ class Producer(Protocol):
     async def start(self) -> None:
         """Connect. Raises KafkaError or OSError if no broker answers."""
 
-    def send(self, record: Outgoing, partition: int) -> asyncio.Future[Any]:
-        """Append one record; the future is done when the broker has it, or will not have it. Raises KafkaError."""
+    def send(self, place: Place, records: Sequence[Outgoing]) -> tuple[asyncio.Future[Any], int]:
+        """Append the first of these records, and of the others as many as go into the same batch: how many. The future is done
+        when the broker has them, or will not have them. Raises KafkaError, of the first."""
 
     def has_leader(self, place: Place) -> bool:
         """Whether the brokers said last that this place can be written to."""
@@ -131,20 +132,14 @@ class KafkaProducer:
         """
         self._connected = await connect(self._make, _CONNECT_S)
 
-    def send(self, record: Outgoing, partition: int) -> asyncio.Future[Any]:
-        """Append one record; the future is done when the broker has it, or will not have it.
+    def send(self, place: Place, records: Sequence[Outgoing]) -> tuple[asyncio.Future[Any], int]:
+        """Append the first of these records, and of the others as many as go into the same batch: how many. The future is done
+        when the broker has them, or will not have them.
 
         Raises:
-            KafkaError: this producer will not take it.
+            KafkaError: this producer will not take the first.
         """
-        return self._producer.append(
-            record.topic,
-            partition,
-            key=record.key,
-            value=record.value,
-            headers=record.headers,
-            timestamp_ms=record.timestamp_ms,
-        )
+        return self._producer.append(*place, records)
 
     def has_leader(self, place: Place) -> bool:
         """Whether the brokers said last that this place can be written to."""

@@ -10,15 +10,16 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from itertools import count
 from typing import Any, Final
 
 import structlog
 
 from embedq_consumer.delivery.broker_errors import meaning_of, name_of
-from embedq_consumer.delivery.destination import Destination, Parcel, Settled, Urgent
-from embedq_consumer.delivery.kafka_producer import MakeProducers
+from embedq_consumer.delivery.destination import Destination, Parcel, Settled
+from embedq_consumer.delivery.kafka_producer import MakeProducers, Producer
 from embedq_consumer.delivery.lane import UNREACHABLE, Lane, Lanes, Spawn
 from embedq_consumer.delivery.outgoing import Outgoing, Place
 from embedq_consumer.delivery.places import Ended, Places
@@ -37,7 +38,8 @@ _SENT_A_TURN: Final = 64
 _TAKEN_A_TURN: Final = 256
 """Records that are handed to producers, and answers that are taken of them, in one of bulk's turns: a millisecond or two."""
 
-Answer = tuple[Destination, Parcel, "asyncio.Future[Any]"]
+Answer = tuple[Destination, Sequence[Parcel], "asyncio.Future[Any]"]
+"""Of the parcels that a place had in one batch."""
 Fail = Callable[[Destination, BaseException, float], None]
 
 
@@ -54,8 +56,8 @@ class _Pump:
         self._spawn = spawn
         self._fail = fail
         self._looking: set[Place] = set()
-        self._sent: dict[asyncio.Future[Any], list[tuple[Destination, Parcel]]] = {}
-        self.answers: list[Answer] = []
+        self._sent: dict[asyncio.Future[Any], tuple[Destination, list[Parcel]]] = {}
+        self._answers: deque[Answer] = deque()
         self.woken = asyncio.Event()
         self.closed = False
 
@@ -64,39 +66,60 @@ class _Pump:
     ) -> int:
         """Hand to the place's producer what it may have now, or the `express` part of it; what it may not have yet is tried
         again at the next tick. Returns how many it got, `most` at most."""
-        sent = 0
         if not destination.has_waiting:
-            return sent
+            return 0
         destination.used_at = now
         lane = self._lanes.choose(destination)
         if lane is None or lane.producer is None:
-            return sent
-        producer, (_, partition) = lane.producer, destination.place
-        if not producer.has_leader(destination.place):
+            return 0
+        if not lane.producer.has_leader(destination.place):
             self._look_up(destination, lane)
-            return sent
-        beside = self._bulk_turns.needed
-        while (
-            sent < most
-            and (parcel := destination.next_to_send(now, beside=beside, express=express)) is not None
-        ):
+            return 0
+        parcels = destination.take(now, beside=self._bulk_turns.needed, express=express, most=most)
+        return self._hand_over(destination, parcels, lane.producer, now)
+
+    def _hand_over(
+        self, destination: Destination, parcels: Sequence[Parcel], producer: Producer, now: float
+    ) -> int:
+        """Hand these to the producer, a batch at a time; what it has no room for now waits again. How many it got."""
+        records = [parcel.record for parcel in parcels]
+        sent = 0
+        while sent < len(parcels):
             try:
-                sending = producer.send(parcel.record, partition)
+                sending, count = producer.send(destination.place, records[sent:] if sent else records)
             except BatchFull:
-                destination.add(parcel)
+                for parcel in parcels[sent:]:
+                    destination.add(parcel)
                 break
             except KafkaError as error:
-                sending = _failed(error)
-            destination.opened(parcel, sending, now)
-            if (together := self._sent.get(sending)) is None:  # records of a batch have one answer
-                together = self._sent[sending] = []
+                sending, count = _failed(error), 1
+            together = parcels[sent : sent + count]
+            destination.opened(together, sending, now)
+            if (batch := self._sent.get(sending)) is not None:  # records of a batch have one answer
+                batch[1].extend(together)
+            else:
+                self._sent[sending] = destination, list(together)
                 sending.add_done_callback(self._note)
-            together.append((destination, parcel))
-            sent += 1
+            sent += count
         return sent
 
+    @property
+    def answered(self) -> bool:
+        """Whether there are answers that nobody has taken."""
+        return bool(self._answers)
+
+    def answers(self, most: int) -> Iterator[Answer]:
+        """Take the answers of so many parcels at most."""
+        while self._answers and most > 0:
+            destination, parcels, sending = self._answers.popleft()
+            if len(parcels) > most:
+                self._answers.appendleft((destination, parcels[most:], sending))
+                parcels = parcels[:most]
+            most -= len(parcels)
+            yield destination, parcels, sending
+
     def _note(self, sending: asyncio.Future[Any]) -> None:
-        self.answers += [(destination, parcel, sending) for destination, parcel in self._sent.pop(sending)]
+        self._answers.append((*self._sent.pop(sending), sending))
         self.woken.set()
         if self.closed and not sending.cancelled():
             sending.exception()  # nobody will look at it again, of which asyncio would complain
@@ -191,36 +214,34 @@ class Publisher:
 
     # -- what others ask ------------------------------------------------------------------------------------------------
 
-    def send(
-        self,
-        record: Outgoing,
-        settled: Settled,
-        *,
-        timeout_s: float | None,
-        urgent: Urgent = lambda: False,
-    ) -> None:
-        """Send a record; `settled` is called once, later. Without a time-out it waits until its place works; with one, also
-        no longer for a place that fails once it is `urgent`."""
+    def send(self, parcels: Sequence[Parcel]) -> None:
+        """Send records; what each has for `settled` is called once, later. Without a time-out it waits until its place works; with
+        one, also no longer for a place that fails once it is `urgent`."""
         now = time.monotonic()
-        parcel = Parcel(record, settled, timeout_s, next(self._serial), now, urgent)
-        destination = self._places.destination_of(record, now)
-        if not destination.given_up or destination.accepts(parcel, now):
-            # Its producer gets it in a moment, with the others of the same delivery.
-            destination.add(parcel)
-            self._fresh[destination.place] = destination
-            if record.express:
-                self._express[destination.place] = destination
-            self._pump.woken.set()
-        else:
-            asyncio.get_running_loop().call_soon(settled, destination.undelivered(now))
+        for parcel in parcels:
+            parcel.accept(next(self._serial), now)
+            destination = self._places.destination_of(parcel.record, now)
+            if not destination.given_up or destination.accepts(parcel, now):
+                # Its producer gets it in a moment, with the others of the same delivery.
+                destination.add(parcel)
+                self._fresh[destination.place] = destination
+                if parcel.record.express:
+                    self._express[destination.place] = destination
+            else:
+                asyncio.get_running_loop().call_soon(parcel.settled, destination.undelivered(now))
+        self._pump.woken.set()
 
     async def publish(
         self, records: Sequence[Outgoing], *, timeout_s: float | None = None
     ) -> list[Exception | None]:
         """Send all and wait for all. For each record None, or why the brokers will not have it."""
         outcomes = [_outcome() for _ in records]
-        for record, outcome in zip(records, outcomes, strict=True):
-            self.send(record, _into(outcome), timeout_s=timeout_s)
+        self.send(
+            [
+                Parcel(record, _into(outcome), timeout_s)
+                for record, outcome in zip(records, outcomes, strict=True)
+            ]
+        )
         return list(await asyncio.gather(*outcomes))
 
     async def announce(self, records: Sequence[Outgoing], *, within: float) -> None:
@@ -276,35 +297,37 @@ class Publisher:
             await self._left.wait()
             await self._bulk_turns.turn()
             now, left = time.monotonic(), _SENT_A_TURN
-            if self._pump.answers:
+            if self._pump.answered:
                 self._take_answers(now, _TAKEN_A_TURN)
             while self._fresh and left > 0:
                 place, destination = next(iter(self._fresh.items()))
                 left -= self._pump.run(destination, now, most=left)
                 if left > 0:
                     del self._fresh[place]
-            if not self._pump.answers and not self._fresh:
+            if not self._pump.answered and not self._fresh:
                 self._left.clear()
 
-    def _take_answers(self, now: float, most: int | None = None) -> None:
-        answers, self._pump.answers = self._pump.answers[:most], self._pump.answers[most:] if most else []
+    def _take_answers(self, now: float, most: int = sys.maxsize) -> None:
         taken = size = 0
         touched: dict[Destination, bool] = {}  # whether the brokers took something there
-        for destination, parcel, sending in answers:
+        for destination, sent, sending in self._pump.answers(most):
             error = KafkaError("the producer was closed") if sending.cancelled() else sending.exception()
-            if parcel.sending is not sending:
-                continue  # taken back meanwhile
-            if error is None:
+            parcels = [one for one in sent if one.sending is sending]  # the others were taken back meanwhile
+            if not parcels:
+                continue
+            if error is not None:
+                touched.setdefault(destination, False)
+                for parcel in parcels:
+                    self._take_back(destination, parcel, error)
+                continue
+            if not touched.get(destination):
+                touched[destination] = True
+                destination.note_taken(now)
+            for parcel in parcels:
                 destination.closed(parcel)
                 taken += 1
                 size += len(parcel.record.value or b"")
-                if not touched.get(destination):
-                    touched[destination] = True
-                    destination.note_taken(now)
                 parcel.settled(None)
-            else:
-                touched.setdefault(destination, False)
-                self._take_back(destination, parcel, error)
         if taken:
             self._metrics.results.inc(taken)
             self._metrics.result_bytes.inc(size)

@@ -122,13 +122,7 @@ class KafkaTransactions:
                 await _settled(open, outcomes)
                 size = 0
             try:
-                open[index] = self._producer.append(
-                    *parcel.place,
-                    key=record.key,
-                    value=record.value,
-                    headers=record.headers,
-                    timestamp_ms=record.timestamp_ms,
-                )
+                open[index], _ = self._producer.append(*parcel.place, [record])
             except KafkaError as error:
                 outcomes[index] = error
                 continue

@@ -11,7 +11,8 @@ What aiokafka does by itself, and what is done about it here:
 - The broker answers a request when all of its partitions have enough copies, or after the time that the request allows,
   which aiokafka makes as long as the time for a connection that hangs. `ack_timeout_ms` is for the first alone.
 - `send` waits for metadata, and for room in a batch, also while one is tried again, during which nothing else is appended.
-  `append` never waits. And it makes a future for each record, with an answer of its own, where one for the batch says it all.
+  `append` never waits. And it makes a future for each record, with an answer of its own, where one for the batch says it all;
+  it takes one record at a time, for each of which it asks what hour it is and which batch is open.
 - Whoever asks for metadata while an answer is under way gets that answer, though it knows nothing of a topic named since.
 - Every first record of a batch waits `linger_ms` for others, on an idle client in vain. Here it does so only where others came
   just before it (`Company`).
@@ -24,7 +25,8 @@ import copy
 import math
 import struct
 import time
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Any, Final, Protocol
 
 from aiokafka import TopicPartition
 from aiokafka.errors import (
@@ -32,11 +34,13 @@ from aiokafka.errors import (
     KafkaError,
     KafkaTimeoutError,
     LeaderNotAvailableError,
+    MessageSizeTooLargeError,
     ProducerClosed,
     TopicAuthorizationFailedError,
     UnknownTopicOrPartitionError,
 )
 from aiokafka.producer.sender import SendProduceReqHandler
+from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
 from embedq_shared.kafka.clients import AIOKafkaProducer, PromptSender
 
@@ -64,6 +68,19 @@ class Company:
             self._began, self._followed = now, now - self._last < _FOLLOWS * self._linger_s
         self._last = now
         return self._linger_s if self._followed else 0.0
+
+
+class Appendable(Protocol):
+    """A record, without the partition that it goes to."""
+
+    @property
+    def key(self) -> bytes | None: ...
+    @property
+    def value(self) -> bytes | None: ...
+    @property
+    def headers(self) -> list[tuple[str, bytes]]: ...
+    @property
+    def timestamp_ms(self) -> int | None: ...
 
 
 class Evicted(KafkaTimeoutError):  # type: ignore[misc]  # aiokafka has no type information
@@ -101,25 +118,18 @@ class PartitionwiseProducer(AIOKafkaProducer):
         return task is not None and not task.done()
 
     def append(
-        self,
-        topic: str,
-        partition: int,
-        *,
-        key: bytes | None,
-        value: bytes | None,
-        headers: list[tuple[str, bytes]],
-        timestamp_ms: int | None,
-    ) -> asyncio.Future[Any]:
-        """Append one record, at once; the future, which records of a batch share, is done when the broker has it, or will not
-        have it.
+        self, topic: str, partition: int, records: Sequence[Appendable]
+    ) -> tuple[asyncio.Future[Any], int]:
+        """Append the first of these records, at once, and of the others as many as go into the same batch. The future is done when
+        the broker has them, or will not have them; the number says how many they are.
 
         Raises:
-            MessageSizeTooLargeError: it is larger than any request.
+            MessageSizeTooLargeError: the first is larger than any request.
             BatchFull: more than `max_batch_size` waits to be sent.
             KafkaError: the producer has ended.
         """
-        self._serialize(key, value, headers)  # which looks at the size
         accumulator, place = self._message_accumulator, TopicPartition(topic, partition)
+        self._check_size(records[0])
         if accumulator._closed:
             raise ProducerClosed
         if accumulator._exception is not None:
@@ -131,12 +141,36 @@ class PartitionwiseProducer(AIOKafkaProducer):
             batch = waiting[-1]
         else:
             batch = accumulator._append_batch(accumulator.create_builder(), place)
-        if batch._builder.append(timestamp=timestamp_ms, key=key, value=value, headers=headers) is None:
+        if not (appended := self._fill(batch._builder, records)):
             if not accumulator._waiter_future.done():
                 accumulator._waiter_future.set_result(None)
             raise BatchFull
-        future: asyncio.Future[Any] = batch.future
-        return future
+        return batch.future, appended
+
+    def _fill(self, builder: Any, records: Sequence[Appendable]) -> int:
+        """Append what goes into the batch, past aiokafka's own layers, which are as dear as the work below them: how many went."""
+        before = builder._relative_offset
+        append = builder._builder.append
+        # What shares a batch is no larger than one, and so than a request where that may be as large.
+        fits = self._message_accumulator._batch_size <= self._max_request_size
+        for offset, record in enumerate(records, before):
+            if offset > before and not fits and self._size_of(record) > self._max_request_size:
+                break  # it is the next call's first
+            if append(offset, record.timestamp_ms, record.key, record.value, record.headers) is None:
+                builder.close()
+                break
+            builder._relative_offset = offset + 1
+        appended: int = builder._relative_offset - before
+        return appended
+
+    def _check_size(self, record: Appendable) -> None:
+        if (size := self._size_of(record)) > self._max_request_size:
+            raise MessageSizeTooLargeError(f"{size} bytes, where {self._max_request_size} may be sent")
+
+    @staticmethod
+    def _size_of(record: Appendable) -> int:
+        size: int = DefaultRecordBatchBuilder.estimate_size_in_bytes(record.key, record.value, record.headers)
+        return size
 
     def has_leader(self, topic: str, partition: int) -> bool:
         """Whether the brokers said last that this partition can be written to. False, too, if they were not asked."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -34,7 +34,7 @@ from aiokafka.producer.sender import Sender, TxnOffsetCommitHandler
 from aiokafka.structs import OffsetAndMetadata
 
 from embedq_shared.kafka.group_member import Membership
-from embedq_shared.kafka.producing import PartitionwiseProducer
+from embedq_shared.kafka.producing import Appendable, PartitionwiseProducer
 from embedq_shared.kafka.requests import StableOffsets, TxnOffsetCommit, offsets_of
 
 _FENCED_INSTANCE_ID: Final = 82
@@ -134,10 +134,12 @@ class FencedProducer(PartitionwiseProducer):
         self.member: FencedMember | None = None
         self._sender._do_txn_offset_commit = self._commit_offsets
 
-    def append(self, topic: str, partition: int, **record: Any) -> asyncio.Future[Any]:
+    def append(
+        self, topic: str, partition: int, records: Sequence[Appendable]
+    ) -> tuple[asyncio.Future[Any], int]:
         """The same, within the transaction."""
         self._txn_manager.maybe_add_partition_to_txn(TopicPartition(topic, partition))
-        return super().append(topic, partition, **record)
+        return super().append(topic, partition, records)
 
     async def transaction_broken(self) -> None:
         """Wait until the transaction can only be aborted, or the producer has ended."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -40,15 +41,15 @@ class Underlying(PartitionwiseProducer):
         self._closed = True  # for the destructor of the class that is stood in for
         self.client = Connections()
         self._sender = Sender()
-        self.appended: dict[str, Any] = {}
+        self.appended: list[Any] = []
         self.stop_hangs = False
 
     async def start(self) -> None:
         pass
 
-    def append(self, topic: str, partition: int, **parts: Any) -> asyncio.Future[Any]:
-        self.appended = {"topic": topic, "partition": partition, **parts}
-        return asyncio.get_running_loop().create_future()
+    def append(self, topic: str, partition: int, records: Sequence[Any]) -> tuple[asyncio.Future[Any], int]:
+        self.appended = [topic, partition, *records]
+        return asyncio.get_running_loop().create_future(), len(records)
 
     async def stop(self) -> None:
         if self.stop_hangs:
@@ -62,20 +63,12 @@ async def adapted() -> tuple[KafkaProducer, Underlying]:
     return producer, underlying
 
 
-async def test_a_record_is_sent_with_all_that_it_has() -> None:
+async def test_records_are_sent_to_the_place_that_was_chosen_for_them() -> None:
     producer, underlying = await adapted()
-    outgoing = Outgoing(
-        topic="t", partition=None, key=b"k", value=b"v", headers=[("h", b"1")], timestamp_ms=12
-    )
-    assert not producer.send(outgoing, 3).done()
-    assert underlying.appended == {
-        "topic": "t",
-        "partition": 3,
-        "key": b"k",
-        "value": b"v",
-        "headers": [("h", b"1")],
-        "timestamp_ms": 12,
-    }
+    outgoing = Outgoing(topic="t", partition=None, key=b"k", value=b"v", headers=[])
+    sending, count = producer.send(("t", 3), [outgoing, outgoing])
+    assert (sending.done(), count) == (False, 2)
+    assert underlying.appended == ["t", 3, outgoing, outgoing]
 
 
 async def test_a_producer_that_stops_is_left_in_peace() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from itertools import count
 
+import msgspec
 import pytest
 from aiokafka.errors import (
     InvalidTimestampError,
@@ -47,7 +48,9 @@ def record(
 def parcel(
     now: float = 0, timeout_s: float | None = 15, sent: Outgoing | None = None, *, urgent: bool = False
 ) -> Parcel:
-    return Parcel(sent or record(), lambda error: None, timeout_s, next(serials), now, lambda: urgent)
+    one = Parcel(sent or record(), lambda error: None, timeout_s, lambda: urgent)
+    one.accept(next(serials), now)
+    return one
 
 
 def places(*, max_held: int = 100, **partitions: int) -> Places:
@@ -56,9 +59,8 @@ def places(*, max_held: int = 100, **partitions: int) -> Places:
 
 def opened(destination: Destination, one: Parcel, now: float = 0) -> Parcel:
     destination.add(one)
-    sent = destination.next_to_send(now)
-    assert sent is one
-    destination.opened(one, object(), now)
+    assert destination.take(now) == [one]
+    destination.opened([one], object(), now)
     return one
 
 
@@ -82,12 +84,24 @@ def test_parcels_are_handed_over_in_their_order_up_to_a_batch() -> None:
     first, second, third = parcel(sent=large), parcel(sent=record()), parcel(sent=large)
     for one in (third, first, second):
         destination.add(one)
-    for expected in (first, second):
-        assert destination.next_to_send(0) is expected
-        destination.opened(expected, object(), 0)
-    assert destination.next_to_send(0) is None
+    assert destination.take(0) == [first, second]
+    destination.opened([first, second], object(), 0)
+    assert destination.take(0) == []
     destination.closed(first)
-    assert destination.next_to_send(0) is third
+    assert destination.take(0) == [third]
+
+
+def test_no_more_parcels_are_handed_over_than_are_asked_for_and_express_ones_first() -> None:
+    destination = Destination(("t", 0))
+    others = [parcel() for _ in range(3)]
+    express = [parcel(sent=msgspec.structs.replace(record(), express=True)) for _ in range(2)]
+    for one in (*others, *express):
+        destination.add(one)
+    assert destination.take(0, express=True, most=1) == express[:1]
+    assert destination.take(0, most=2) == [express[1], others[0]]
+    assert destination.take(0, express=True) == []
+    assert destination.take(0) == others[1:]
+    assert not destination.has_waiting
 
 
 def test_a_parcel_larger_than_a_batch_goes_once_nothing_else_is_open() -> None:
@@ -95,9 +109,9 @@ def test_a_parcel_larger_than_a_batch_goes_once_nothing_else_is_open() -> None:
     small = opened(destination, parcel())
     large = parcel(sent=record(value=bytes(2 * MAX_BATCH_BYTES)))
     destination.add(large)
-    assert destination.next_to_send(0) is None
+    assert destination.take(0) == []
     destination.closed(small)
-    assert destination.next_to_send(0) is large
+    assert destination.take(0) == [large]
 
 
 def test_a_parcel_that_must_be_alone_shares_no_batch() -> None:
@@ -106,15 +120,15 @@ def test_a_parcel_that_must_be_alone_shares_no_batch() -> None:
     alone.alone = True
     before = opened(destination, parcel(0))
     destination.add(alone)
-    assert destination.next_to_send(0) is None
-    destination.closed(before)
-    assert destination.next_to_send(0) is alone
-    destination.opened(alone, object(), 0)
     destination.add(next_one)
-    assert destination.next_to_send(0) is None
+    assert destination.take(0) == []
+    destination.closed(before)
+    assert destination.take(0) == [alone]
+    destination.opened([alone], object(), 0)
+    assert destination.take(0) == []
     assert not destination.shared(alone)
     destination.closed(alone)
-    assert destination.next_to_send(0) is next_one
+    assert destination.take(0) == [next_one]
 
 
 def test_a_parcel_shared_its_batch_if_others_were_open_with_it() -> None:
@@ -150,7 +164,7 @@ def test_after_a_failure_it_pauses_longer_each_time_and_failures_of_one_batch_co
         pauses.append(now - began)
     assert pauses[0] < 0.12
     assert 0.4 < pauses[-1] < 1.02
-    assert destination.next_to_send(now) is not None
+    assert destination.take(now)
 
 
 def test_its_probation_doubles_with_each_relapse() -> None:
@@ -276,7 +290,7 @@ def test_even_a_time_shorter_than_it_takes_to_see_that_kafka_is_away_gives_nothi
 def test_a_record_that_others_wait_for_is_given_up_before_its_time_and_only_while_its_place_fails() -> None:
     found = places()
     destination = failing(found, now=0, count=2)
-    urgent = Parcel(record(), lambda error: None, 15, next(serials), 0, lambda: True)
+    urgent = parcel(0, urgent=True)
     destination.add(urgent)
     assert [one for one, _ in found.overdue(destination, 1)] == [urgent]
     assert not destination.given_up
@@ -517,8 +531,8 @@ def test_a_parcel_is_in_one_place_or_has_ended_and_never_both(taken: list[tuple[
                 all_parcels.append(one)
                 destination.add(one)
             case "open":
-                if (one_open := destination.next_to_send(now)) is not None:
-                    destination.opened(one_open, object(), now)
+                if to_send := destination.take(now, most=1 + len(all_parcels) % 3):
+                    destination.opened(to_send, object(), now)
             case "taken":
                 if (oldest := destination.oldest_open()) is not None:
                     destination.closed(oldest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from itertools import repeat
 from typing import Any
@@ -24,13 +24,13 @@ from aiokafka.errors import (
 from structlog.testing import capture_logs
 
 from embedq_consumer.delivery import destination, lane, publisher
-from embedq_consumer.delivery.destination import Presence, Undelivered
+from embedq_consumer.delivery.destination import Parcel, Presence, Undelivered
 from embedq_consumer.delivery.outgoing import Outgoing, Place
 from embedq_consumer.delivery.publisher import Publisher
 from embedq_consumer.delivery.topic_directory import TopicDirectory
 from embedq_consumer.fairness import BulkTurns, InteractiveTraffic
 from embedq_consumer.telemetry.metrics import Metrics
-from embedq_shared.kafka import Evicted
+from embedq_shared.kafka import BatchFull, Evicted
 from tests.helpers.support import wait_until
 
 Outcome = BaseException | None
@@ -73,12 +73,22 @@ class FakeProducer:
         if (problem := next(self._broker.starts, None)) is not None:
             raise problem
 
-    def send(self, record: Outgoing, partition: int) -> asyncio.Future[Any]:
-        assert record.value is not None
-        place, name = (record.topic, partition), record.value.decode()
+    def send(self, place: Place, records: Sequence[Outgoing]) -> tuple[asyncio.Future[Any], int]:
+        """Each in a batch of its own, or all together; a refusal is the next call's if something went before it."""
         assert place in self.known
-        if (problem := next(self._broker.raises.get(name, iter(())), None)) is not None:
-            raise problem
+        batch: asyncio.Future[Any] | None = None
+        for sent, record in enumerate(records):
+            assert record.value is not None
+            name = record.value.decode()
+            if batch is not None and not (self._broker.batches and name not in self._broker.raises):
+                return batch, sent
+            if (problem := next(self._broker.raises.get(name, iter(())), None)) is not None:
+                raise problem
+            batch = self._append(place, name)
+        assert batch is not None
+        return batch, len(records)
+
+    def _append(self, place: Place, name: str) -> asyncio.Future[Any]:
         self.sent.append(name)
         open_here = self.open.setdefault(place, [])
         if self._broker.batches and open_here and not open_here[-1].done():
@@ -192,7 +202,7 @@ class Opened:
             assert name not in self.settled, "settled twice"
             self.settled[name] = error
 
-        self.publisher.send(sent, settled, timeout_s=timeout_s)
+        self.publisher.send([Parcel(sent, settled, timeout_s)])
 
     def sample(self, name: str) -> float | None:
         return self.metrics.registry.get_sample_value(f"embedq_{name}")
@@ -262,6 +272,21 @@ async def test_records_of_a_batch_have_one_answer() -> None:
         assert await one.publish("f", "g") == [None, None]
         assert one.broker.made[0].sent == ["known", "a", "bcd", "e", "f", "g"]
         assert one.broker.sent_by("apart") == ["f", "g"]
+
+
+async def test_of_records_that_are_sent_together_each_has_its_own_fate() -> None:
+    async with opened() as one:
+        one.broker.batches = True
+        assert await one.publish("known") == [None]
+        one.broker.raises = {"large": iter([MessageSizeTooLargeError()] * 2), "late": iter([BatchFull()])}
+        large, *others = await asyncio.gather(
+            one.publish("large"), one.publish("a", "b"), one.publish("late", "c")
+        )
+        assert isinstance(large[0], MessageSizeTooLargeError)
+        assert others == [[None, None], [None, None]]
+        assert one.sample("results_total") == 5
+        sent = [name for producer in one.broker.made for name in producer.sent]
+        assert [name for name in sent if name != "known"] == ["a", "b", "late", "c"]
 
 
 async def test_nothing_to_publish_is_published() -> None:

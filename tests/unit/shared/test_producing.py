@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
 import pytest
 from aiokafka.errors import (
     InvalidTimestampError,
@@ -22,6 +24,7 @@ from aiokafka.errors import (
 from aiokafka.partitioner import DefaultPartitioner
 from aiokafka.protocol.metadata import MetadataRequest, MetadataResponse_v5
 from aiokafka.protocol.produce import ProduceRequest
+from aiokafka.record.memory_records import MemoryRecords
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -48,6 +51,8 @@ class Broker:
         self.unauthorized: set[str] = set()
         self.error: dict[int, int] = {}
         self.requests: list[list[int]] = []
+        self.written: list[list[Any]] = []
+        """The records of each batch."""
         self.away = False
         self.asked = 0
 
@@ -76,6 +81,9 @@ class Broker:
             raise KafkaConnectionError("gone")
         asked = request._topics
         self.requests.append(sorted(at for _, partitions in asked for at, _ in partitions))
+        for _, partitions in asked:
+            for _, batch in partitions:
+                self.written.append(list(MemoryRecords(bytes(batch)).next_batch()))
         await asyncio.sleep(0)
         return Answered(
             [
@@ -125,7 +133,16 @@ async def producing(
 
 
 def append(producer: PartitionwiseProducer, partition: int, value: bytes = b"v") -> asyncio.Future[Any]:
-    return producer.append("t", partition, key=None, value=value, headers=[], timestamp_ms=None)
+    sent, count = producer.append("t", partition, [Record(value)])
+    assert count == 1
+    return sent
+
+
+class Record(msgspec.Struct, frozen=True):
+    value: bytes
+    key: bytes | None = None
+    headers: list[tuple[str, bytes]] = []
+    timestamp_ms: int | None = None
 
 
 async def test_a_record_is_acknowledged() -> None:
@@ -155,6 +172,60 @@ async def test_what_comes_while_a_request_is_under_way_goes_with_the_next_one() 
         later = [append(producer, 0), append(producer, 1), append(producer, 0)]
         await asyncio.gather(first, *later)
         assert broker.requests == [[0], [0, 1]]
+
+
+async def test_records_that_are_appended_together_have_one_answer_and_arrive_whole_and_in_order() -> None:
+    async with producing() as (producer, broker):
+        await producer.look_up("t", 0)
+        records = [
+            Record(b"%d" % n, key=b"k%d" % n, headers=[("n", b"%d" % n)], timestamp_ms=1000 + n)
+            for n in range(20)
+        ]
+        records.append(Record(b"now"))
+        before = time.time() * 1000
+        sent, count = producer.append("t", 0, records[:7])
+        later, more = producer.append("t", 0, records[7:])
+        assert (count, more) == (7, 14)
+        assert later is sent
+        assert (await sent).offset == 7
+        [written] = broker.written
+        assert [(one.key, one.value, one.headers) for one in written] == [
+            (one.key, one.value, one.headers) for one in records
+        ]
+        assert [one.timestamp for one in written[:-1]] == [one.timestamp_ms for one in records[:-1]]
+        assert before - 1 <= written[-1].timestamp <= time.time() * 1000
+
+
+async def test_of_records_that_go_into_no_batch_together_the_first_go_and_the_others_into_the_next() -> None:
+    async with producing() as (producer, broker):
+        await producer.look_up("t", 0)
+        records = [Record(b"%02d" % n + bytes(800)) for n in range(50)]
+        batches: list[asyncio.Future[Any]] = []
+        left = records
+        while left:
+            sent, count = producer.append("t", 0, left)
+            assert 1 <= count < 30  # of 16 KB
+            batches.append(sent)
+            left = left[count:]
+        assert len({id(one) for one in batches}) == len(batches) == 3
+        await asyncio.gather(*batches)
+        assert [one.value[:2] for batch in broker.written for one in batch] == [
+            b"%02d" % n for n in range(50)
+        ]
+
+
+async def test_a_record_too_large_is_refused_by_itself_and_those_around_it_are_appended() -> None:
+    async with producing() as (producer, broker):
+        await producer.look_up("t", 0)
+        records = [Record(b"before"), Record(bytes(2000)), Record(b"after")]
+        first, count = producer.append("t", 0, records)
+        assert count == 1
+        with pytest.raises(MessageSizeTooLargeError):
+            producer.append("t", 0, records[1:])
+        last, count = producer.append("t", 0, records[2:])
+        assert count == 1
+        await asyncio.gather(first, last)
+        assert [one.value for batch in broker.written for one in batch] == [b"before", b"after"]
 
 
 async def _rounds(count: int) -> None:
