@@ -5,7 +5,8 @@ admit        is it a job that can run here? If not: rejected, which `Deliverer` 
              and one whose schema is not known yet waits in a task of its own
 weigh        its texts and the size of its results count against its client's share
 check        texts over the size limit are settled with an error; of equal inputs of a job only the first goes on
-look up      what the cache holds is settled; meanwhile a lone job's texts become tokens, if the tokenizer has nothing else to do
+look up      what the cache holds is settled; meanwhile a lone job's texts become tokens, if the tokenizer has nothing else to do, and
+             a lone short text runs, if the device has nothing else to do either (`HeadStart`): whichever is there first answers
 join         an input whose text is under way already waits for that one's vector
 tokenize     the first of equal texts becomes tokens and waits in its lane's queue; what expired meanwhile does not
              … `BatchLoop` takes a micro-batch, `BatchRunner` computes it and comes back with `computed` …
@@ -22,7 +23,15 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
-from embedq_consumer.batching import AssembledText, ComputedText, First, JobInput, Settled, TextQueue, Vectors
+from embedq_consumer.batching import (
+    AssembledText,
+    ComputedText,
+    First,
+    JobInput,
+    Settled,
+    TextQueue,
+    Vectors,
+)
 from embedq_consumer.cache import CachedVector, cache_key
 from embedq_consumer.delivery import FEW_INPUTS, Deliverer, assembled_outcomes_of, large, outcomes_of
 from embedq_consumer.engine import Encoder
@@ -47,6 +56,9 @@ from embedq_shared.topics import LANES, Lane
 
 _TEXTS_A_LOOKUP: Final = 512
 """Texts of jobs that are looked up together, in one round trip: a short job need not wait for those of several long ones."""
+_ROUNDS_TO_THE_BROKER: Final = 4
+"""Of the event loop, from a job that is complete to the request with its result: the deliverer, the publisher, the producer's sender, and its
+request."""
 _TEXTS_A_TURN: Final = 64
 """Of a micro-batch of bulk texts while interactive ones come: their outcomes take a millisecond."""
 
@@ -107,6 +119,7 @@ class Pipeline:
         self._tasks = tasks
         self._weigh = weigh
         self._given_up: set[Ticket] = set()
+        self._looked_up = 0  # groups of jobs for which the cache is asked
 
     # -- from the poll to the queue ----------------------------------------------------------------------------------
 
@@ -193,8 +206,19 @@ class Pipeline:
     async def _look_up_and_join(self, jobs: Sequence[JobState]) -> None:
         inputs = self._check([(job, index) for job in jobs for index in job.distinct])
         only = self._queues.get(jobs[0].alias) if len(jobs) == 1 else None
-        early = None if only is None else only.tokenize_early(inputs)  # while the cache is asked
-        missing = await self._look_up(inputs)
+        alone = only is not None and not self._looked_up and all(map(_is_idle, self._queues.values()))
+        early = None if only is None else only.begin_early(inputs, alone=alone)  # while the cache is asked
+        ahead = only if early is not None and early.runs else None
+        if ahead is not None:
+            for job, index in inputs:
+                job.keys[index] = _key(job, index)
+            self._tokenize_more(ahead)
+        self._looked_up += 1
+        missing = await self._look_up(inputs, ahead)
+        self._looked_up -= 1
+        if ahead is not None:
+            ahead.answered(lacked=bool(missing))
+            return
         for alias, queue in self._queues.items():
             its = missing if len(self._queues) == 1 else [one for one in missing if one[0].alias == alias]
             if its:
@@ -215,8 +239,10 @@ class Pipeline:
         self.settle((job, index, error) for job, index, error in checked if error is not None)
         return [(job, index) for job, index, error in checked if error is None]
 
-    async def _look_up(self, inputs: Sequence[JobInput]) -> list[JobInput]:
-        """Settle the inputs whose vector the cache holds; the others. An input with several vectors is not cached."""
+    async def _look_up(self, inputs: Sequence[JobInput], ahead: TextQueue | None) -> list[JobInput]:
+        """Settle the inputs whose vector the cache holds; the others. An input with several vectors is not cached.
+
+        `ahead`: where they wait for their vectors meanwhile; whichever comes first answers."""
         cacheable = [(job, index) for job, index in inputs if not job.request.late]
         keys = [_key(job, index) for job, index in cacheable]
         entries = await self._cache.get_many(keys)
@@ -226,7 +252,7 @@ class Pipeline:
             if (vector := _from_cache(job, entry)) is None:
                 job.keys[index] = key
                 missing.append((job, index))
-            else:
+            elif ahead is None or ahead.withdraw(job, index):
                 hits.append((job, index, vector))
         self.settle(hits)
         return missing
@@ -290,13 +316,23 @@ class Pipeline:
             if not jobs:
                 return
         if fresh := [entry for job in jobs for entry in _cacheable(job)]:
-            # In a task of its own, since a slow cache must not delay the results; before these are sent, so that what a killed
-            # process answered is not computed again.
-            self._spawn(self._cache.put_many(fresh), "cache_write")
+            # In a task of its own, since a slow cache must not delay the results.
+            self._spawn(self._remember(fresh), "cache_write")
         await self._deliverer.deliver(jobs)
+
+    async def _remember(self, fresh: Sequence[tuple[bytes, CachedVector]]) -> None:
+        """Once the results are on their way, for which somebody waits. They are not acknowledged then: what a killed process had
+        answered is hardly ever computed again."""
+        for _ in range(_ROUNDS_TO_THE_BROKER):
+            await asyncio.sleep(0)
+        await self._cache.put_many(fresh)
 
     def _spawn(self, work: Coroutine[Any, Any, object], name: str) -> None:
         self._tasks.create_task(work, name=name)
+
+
+def _is_idle(queue: TextQueue) -> bool:
+    return queue.idle
 
 
 def _key(job: JobState, index: int) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -62,9 +63,16 @@ def _windows(text: str) -> Chunked:
 
 
 class ScriptedDevice:
-    """A vector is the text's first token, then ones. `failure` says what a micro-batch of these texts raises."""
+    """A vector is the text's first token, then ones. `failure` says what a micro-batch of these texts raises, `seconds` how long each
+    took. While `gate` is shut, results wait."""
 
-    def __init__(self, failure: Callable[[list[str]], Exception | None] = lambda texts: None) -> None:
+    def __init__(
+        self, failure: Callable[[list[str]], Exception | None] = lambda texts: None, seconds: float = 0.5
+    ) -> None:
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self._seconds = seconds
+        self._ahead: Tokens | None = None
         self.ran: list[list[str]] = []
         self.failed = 0
         """Texts that got no vector, even alone."""
@@ -78,14 +86,25 @@ class ScriptedDevice:
     def note_out_of_memory(self, encoder: Encoder) -> None:
         self.ran_out += 1
 
+    def start(self, encoder: Encoder, text: Text) -> asyncio.Future[list[Any]]:
+        """The run of this text, which is not another one once it is asked for."""
+        found: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+        found.set_result([*encoder.tokenize([text])])
+        [self._ahead] = found.result()
+        self.ran.append([text.text])
+        return found
+
     async def encode(self, encoder: Encoder, batch: Sequence[Tokens]) -> tuple[Vectors, float]:
         texts = ["".join(map(chr, tokens.ids)) for tokens in batch]
-        self.ran.append(texts)
+        if len(batch) > 1 or batch[0] is not self._ahead:
+            self.ran.append(texts)
+        self._ahead = None
         if (error := self._failure(texts)) is not None:
             raise error
         vectors = np.ones((len(batch), encoder.hidden_size), dtype=np.float32)
         vectors[:, 0] = [tokens.ids[0] for tokens in batch]
-        return vectors, 0.5
+        await self.gate.wait()
+        return vectors, self._seconds
 
 
 class ScriptedSink:

@@ -1,6 +1,7 @@
 """Inputs become micro-batches: equal texts share one computation, and a token budget decides what runs together.
 
-In the order of a text's trip: `text_queue` (equal ones join in `single_flight`, the first is tokenized by `tokenizer_pool`),
+In the order of a text's trip: `text_queue` (equal ones join in `single_flight`, the first is tokenized by `tokenizer_pool`, a lone one before
+the cache has answered: `head_start`),
 `batcher` (which texts run next), `prefetch` (when the next micro-batch is formed) and `batch_loop` (forms it), `batch_runner` (computes
 it; `windows` puts chunked texts together). `token_budget` says how much fits, `input_errors` why a text gets no vector.
 """

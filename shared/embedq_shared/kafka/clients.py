@@ -33,6 +33,7 @@ from aiokafka.protocol.produce import ProduceRequest
 from aiokafka.util import wait_for
 
 from embedq_shared.kafka.requests import TopicFacts, TopicIds, topics_of
+from embedq_shared.kafka.wire.answers import Answers
 from embedq_shared.kafka.wire.fetches import QuickFetch
 from embedq_shared.kafka.wire.produces import Produce, QuickProduce, framed
 
@@ -152,6 +153,7 @@ class KafkaConnections(AIOKafkaClient):  # type: ignore[misc]
         connection = await super()._get_conn(*args, **options)
         if connection is not None:
             connection.__class__ = _Connection
+            Answers.take(connection)
         return connection
 
 
