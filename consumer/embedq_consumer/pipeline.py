@@ -26,6 +26,7 @@ from typing import Any, Final, Protocol
 from embedq_consumer.batching import (
     AssembledText,
     ComputedText,
+    Early,
     First,
     JobInput,
     Settled,
@@ -201,19 +202,26 @@ class Pipeline:
 
     def _start(self, jobs: Iterable[JobState]) -> None:
         for group in batched_by(jobs, lambda job: len(job.distinct), _TEXTS_A_LOOKUP):
-            self._spawn(self._look_up_and_join(group), "look_up")
+            inputs = self._check([(job, index) for job in group for index in job.distinct])
+            early = self._begin_early(inputs) if len(group) == 1 else None
+            self._looked_up += 1
+            self._spawn(self._look_up_and_join(inputs, early), "look_up")
 
-    async def _look_up_and_join(self, jobs: Sequence[JobState]) -> None:
-        inputs = self._check([(job, index) for job in jobs for index in job.distinct])
-        only = self._queues.get(jobs[0].alias) if len(jobs) == 1 else None
-        alone = only is not None and not self._looked_up and all(map(_is_idle, self._queues.values()))
-        early = None if only is None else only.begin_early(inputs, alone=alone)  # while the cache is asked
-        ahead = only if early is not None and early.runs else None
-        if ahead is not None:
+    def _begin_early(self, inputs: Sequence[JobInput]) -> Early | None:
+        """What may begin with a lone job's inputs before the cache is asked, at once: the task that asks it has to be woken first."""
+        queue = self._queues.get(inputs[0][0].alias) if inputs else None
+        if queue is None:
+            return None
+        alone = not self._looked_up and all(map(_is_idle, self._queues.values()))
+        early = queue.begin_early(inputs, alone=alone)
+        if early is not None and early.runs:
             for job, index in inputs:
                 job.keys[index] = _key(job, index)
-            self._tokenize_more(ahead)
-        self._looked_up += 1
+            self._tokenize_more(queue)
+        return early
+
+    async def _look_up_and_join(self, inputs: Sequence[JobInput], early: Early | None) -> None:
+        ahead = self._queues[inputs[0][0].alias] if early is not None and early.runs else None
         missing = await self._look_up(inputs, ahead)
         self._looked_up -= 1
         if ahead is not None:

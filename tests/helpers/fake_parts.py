@@ -72,8 +72,9 @@ class ScriptedDevice:
         self.gate = asyncio.Event()
         self.gate.set()
         self._seconds = seconds
-        self._ahead: Tokens | None = None
         self.ran: list[list[str]] = []
+        self.started: list[str] = []
+        """Texts that began before the cache had answered."""
         self.failed = 0
         """Texts that got no vector, even alone."""
         self.ran_out = 0
@@ -87,18 +88,15 @@ class ScriptedDevice:
         self.ran_out += 1
 
     def start(self, encoder: Encoder, text: Text) -> asyncio.Future[list[Any]]:
-        """The run of this text, which is not another one once it is asked for."""
+        """What the model is given for this text; it is among those that `ran` once its vector is asked for."""
+        self.started.append(text.text)
         found: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
         found.set_result([*encoder.tokenize([text])])
-        [self._ahead] = found.result()
-        self.ran.append([text.text])
         return found
 
     async def encode(self, encoder: Encoder, batch: Sequence[Tokens]) -> tuple[Vectors, float]:
         texts = ["".join(map(chr, tokens.ids)) for tokens in batch]
-        if len(batch) > 1 or batch[0] is not self._ahead:
-            self.ran.append(texts)
-        self._ahead = None
+        self.ran.append(texts)
         if (error := self._failure(texts)) is not None:
             raise error
         vectors = np.ones((len(batch), encoder.hidden_size), dtype=np.float32)

@@ -394,9 +394,7 @@ async def test_a_lone_short_text_runs_while_the_cache_is_asked_for_it_and_is_kep
         assert result_of(parts, 1)["cached"] is False
         await wait_until(lambda: set(parts.cache.entries) == {key("first"), key("a")})
         parts.pipeline.take([job(2, input="b")])
-        assert [tokens for (tokens,) in parts.device.ran] == ["first", "a"], (
-            "once for each that the cache lacked"
-        )
+        assert parts.device.started == ["a"], "once for each that the cache lacked"
         parts.cache.readable.set()
         await parts.finished(0, 1, 2)
         parts.cache.readable.clear()
@@ -482,7 +480,24 @@ async def test_nothing_runs_before_the_cache_has_answered_where_others_are_under
         await wait_until(lambda: parts.model.calls[-1] == ["c"], what="c tokenized")
         parts.cache.readable.set()
         await parts.finished(0, 1, 2, 3)
-        assert parts.device.ran == [["first"], ["a"]]
+        assert (parts.device.started, parts.device.ran) == (["a"], [["first"], ["a"]])
+
+
+async def test_beside_a_text_that_runs_nothing_runs_before_the_cache_has_answered() -> None:
+    async with quick() as parts:
+        parts.device.gate.clear()
+        parts.pipeline.take([job(1, input="a")])
+        await wait_until(lambda: parts.device.ran == [["first"], ["a"]], what="a runs")
+        parts.cache.readable.set()
+        await wait_until(lambda: parts.queue.idle is False and parts.cache.asked[-1] == key("a"))
+        await asyncio.sleep(0)  # what the cache said is heard
+        parts.cache.readable.clear()
+        parts.pipeline.take([job(2, input="b")])
+        await wait_until(lambda: parts.model.calls[-1] == ["b"], what="b tokenized")
+        assert parts.device.started == ["a"]
+        parts.device.gate.set()
+        parts.cache.readable.set()
+        await parts.finished(0, 1, 2)
 
 
 async def test_no_text_of_bulk_runs_before_the_cache_has_answered() -> None:
@@ -492,7 +507,7 @@ async def test_no_text_of_bulk_runs_before_the_cache_has_answered() -> None:
         await wait_until(lambda: parts.model.calls[-1] == ["a"], what="a tokenized")
         parts.cache.readable.set()
         await parts.finished(0, 1)
-        assert parts.device.ran == [["first"]]
+        assert (parts.device.started, parts.device.ran) == ([], [["first"]])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from embedq_consumer.batching.batch_loop import BatchLoop
 from embedq_consumer.batching.batch_runner import AssembledText, BatchRunner, ComputedText
 from embedq_consumer.batching.batcher import Batcher, BatchPolicy
 from embedq_consumer.batching.single_flight import JobInput, QueuedText, Settled, SingleFlight
-from embedq_consumer.batching.text_queue import First, TextQueue
+from embedq_consumer.batching.text_queue import Early, First, TextQueue
 from embedq_consumer.batching.token_budget import Budget, TokenBudget, find_budget
 from embedq_consumer.batching.windows import Vectors
 
@@ -22,6 +22,7 @@ __all__ = [
     "Batcher",
     "Budget",
     "ComputedText",
+    "Early",
     "First",
     "JobInput",
     "QueuedText",
