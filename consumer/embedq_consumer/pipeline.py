@@ -6,7 +6,7 @@ admit        is it a job that can run here? If not: rejected, which `Deliverer` 
 weigh        its texts and the size of its results count against its client's share
 check        texts over the size limit are settled with an error; of equal inputs of a job only the first goes on
 look up      what the cache holds is settled; meanwhile a lone job's texts become tokens, if the tokenizer has nothing else to do, and
-             a lone short text runs, if the device has nothing else to do either (`HeadStart`): whichever is there first answers
+             a lone short text runs, if the device has nothing else to do either (`HeadStart`); a hit answers, and what ran is dropped
 join         an input whose text is under way already waits for that one's vector
 tokenize     the first of equal texts becomes tokens and waits in its lane's queue; what expired meanwhile does not
              … `BatchLoop` takes a micro-batch, `BatchRunner` computes it and comes back with `computed` …
@@ -57,9 +57,6 @@ from embedq_shared.topics import LANES, Lane
 
 _TEXTS_A_LOOKUP: Final = 512
 """Texts of jobs that are looked up together, in one round trip: a short job need not wait for those of several long ones."""
-_ROUNDS_TO_THE_BROKER: Final = 4
-"""Of the event loop, from a job that is complete to the request with its result: the deliverer, the publisher, the producer's sender, and its
-request."""
 _TEXTS_A_TURN: Final = 64
 """Of a micro-batch of bulk texts while interactive ones come: their outcomes take a millisecond."""
 
@@ -121,6 +118,8 @@ class Pipeline:
         self._weigh = weigh
         self._given_up: set[Ticket] = set()
         self._looked_up = 0  # groups of jobs for which the cache is asked
+        self._early: dict[tuple[int, int], Settled | None] = {}
+        """What became of inputs that run while the cache is asked for them: a hit answers, however late."""
 
     # -- from the poll to the queue ----------------------------------------------------------------------------------
 
@@ -216,7 +215,7 @@ class Pipeline:
         early = queue.begin_early(inputs, alone=alone)
         if early is not None and early.runs:
             for job, index in inputs:
-                job.keys[index] = _key(job, index)
+                self._early[job.number, index] = None
             self._tokenize_more(queue)
         return early
 
@@ -250,19 +249,24 @@ class Pipeline:
     async def _look_up(self, inputs: Sequence[JobInput], ahead: TextQueue | None) -> list[JobInput]:
         """Settle the inputs whose vector the cache holds; the others. An input with several vectors is not cached.
 
-        `ahead`: where they wait for their vectors meanwhile; whichever comes first answers."""
+        `ahead`: where they wait for their vectors meanwhile."""
         cacheable = [(job, index) for job, index in inputs if not job.request.late]
         keys = [_key(job, index) for job, index in cacheable]
         entries = await self._cache.get_many(keys)
         missing = [(job, index) for job, index in inputs if job.request.late]
-        hits: list[Settled] = []
+        found: list[Settled] = []
         for (job, index), key, entry in zip(cacheable, keys, entries, strict=True):
+            early = None if ahead is None else self._early.pop((job.number, index))
             if (vector := _from_cache(job, entry)) is None:
                 job.keys[index] = key
                 missing.append((job, index))
-            elif ahead is None or ahead.withdraw(job, index):
-                hits.append((job, index, vector))
-        self.settle(hits)
+                if early is not None:
+                    found.append(early)
+            else:
+                if ahead is not None:
+                    ahead.withdraw(job, index)
+                found.append((job, index, vector))
+        self.settle(found)
         return missing
 
     # -- from the micro-batch to the finished record -----------------------------------------------------------------
@@ -305,6 +309,8 @@ class Pipeline:
 
     def settle(self, outcomes: Iterable[Settled]) -> None:
         """Note what became of inputs. Jobs that have all of their outcomes are delivered."""
+        if self._early:
+            outcomes = [each for each in outcomes if not self._waits_for_the_cache(each)]
         complete = [job for job, index, outcome in outcomes if job.settle(index, outcome)]
         alone = [job for job in complete if large(job)]
         small = [job for job in complete if not large(job)] if alone else complete
@@ -315,6 +321,13 @@ class Pipeline:
         for job in alone:
             self._spawn(self._deliver([job]), "deliver")
 
+    def _waits_for_the_cache(self, outcome: Settled) -> bool:
+        job, index, _ = outcome
+        if (job.number, index) not in self._early:
+            return False
+        self._early[job.number, index] = outcome
+        return True
+
     async def _deliver(self, jobs: Sequence[JobState]) -> None:
         """Jobs of one lane."""
         await self._deliverer.turn(jobs[0].record.lane)
@@ -324,15 +337,14 @@ class Pipeline:
             if not jobs:
                 return
         if fresh := [entry for job in jobs for entry in _cacheable(job)]:
-            # In a task of its own, since a slow cache must not delay the results.
-            self._spawn(self._remember(fresh), "cache_write")
+            # In a task of its own, since a slow cache must not delay the results; before these are sent, so that what a killed
+            # process answered is not computed again. A lone job's goes a round of the loop later, behind the request with its result.
+            lone = len(jobs) == 1 and jobs[0].record.lane == "interactive"
+            self._spawn(self._remember(fresh) if lone else self._cache.put_many(fresh), "cache_write")
         await self._deliverer.deliver(jobs)
 
     async def _remember(self, fresh: Sequence[tuple[bytes, CachedVector]]) -> None:
-        """Once the results are on their way, for which somebody waits. They are not acknowledged then: what a killed process had
-        answered is hardly ever computed again."""
-        for _ in range(_ROUNDS_TO_THE_BROKER):
-            await asyncio.sleep(0)
+        await asyncio.sleep(0)
         await self._cache.put_many(fresh)
 
     def _spawn(self, work: Coroutine[Any, Any, object], name: str) -> None:
