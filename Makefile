@@ -15,6 +15,8 @@ TESTS ?= tests
 WORKERS ?= 3
 # Those of faults wait more than others: for sessions to end, for brokers to come back.
 SLOW_WORKERS ?= 4
+# Some of what `make unit` runs waits, for timers and threads: one worker more than cores fills that.
+UNIT_WORKERS ?= $(shell expr `getconf _NPROCESSORS_ONLN` + 1)
 # `make faults`: at-least-once or exactly-once; without a seed a random one, which is printed.
 FAULTS_JOBS ?= 200000
 FAULTS_MODE ?= at-least-once
@@ -92,8 +94,8 @@ endif
 
 check: lint types ## lint, types, generated files
 
-unit: setup ## the tests that need no broker, no Redis, no model and no process of their own, in about a minute
-	EMBEDQ_TEST_EXAMPLES=20 $(BIN)/python -m pytest $(call parallel,auto) tests/unit
+unit: setup ## the tests that need no broker, no Redis, no model and no process of their own, in half a minute
+	EMBEDQ_TEST_EXAMPLES=20 $(BIN)/python -m pytest $(call parallel,$(UNIT_WORKERS)) tests/unit
 
 matrix: ## the suite on each Python and each Kafka that are supported; `.ci/matrix` says which
 	@.ci/matrix

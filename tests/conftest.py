@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import signal
@@ -120,7 +121,19 @@ def pytest_collection() -> Generator[None, object, object]:
 
 
 def pytest_unconfigure() -> None:
-    gc.unfreeze()  # else nothing frees the libraries' objects at exit, and some complain
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        atexit.register(_leave)
+    else:
+        gc.unfreeze()  # else nothing frees the libraries' objects at exit, and some complain
+
+
+def _leave() -> None:
+    """A worker's last step: to free a million objects one by one would take as long as some hundred tests."""
+    atexit.unregister(_leave)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def _place(path: str) -> int:

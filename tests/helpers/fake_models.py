@@ -33,6 +33,7 @@ from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.codec import decode_status
 from embedq_shared.messages import Control, Status
 from embedq_shared.topics import Topics
+from tests.helpers.metric_values import sample_value
 from tests.helpers.support import patient, wait_until
 
 Vectors = npt.NDArray[np.float32]
@@ -327,7 +328,7 @@ class Bench:
 
     def sample(self, name: str, **labels: str) -> float | None:
         """A metric's value."""
-        return self.metrics.registry.get_sample_value(f"embedq_{name}", labels)
+        return sample_value(self.metrics.registry, f"embedq_{name}", labels)
 
 
 MakeBench = Callable[..., Bench]

@@ -26,6 +26,7 @@ from embedq_consumer.telemetry import logs
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.kafka import AIOKafkaProducer
 from embedq_shared.topics import Topics
+from tests.helpers.metric_values import sample_value
 
 log = structlog.get_logger()
 
@@ -106,7 +107,7 @@ async def work(servers: str, prefix: str, replica: str, seconds: float, swallow:
     await intake.close()
     await producer.stop()
     commits = {
-        outcome: metrics.registry.get_sample_value("embedq_commits_total", {"outcome": outcome})
+        outcome: sample_value(metrics.registry, "embedq_commits_total", {"outcome": outcome})
         for outcome in ("ok", "error", "fenced")
     }
     log.info("stopped", commits=commits)

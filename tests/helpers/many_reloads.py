@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import cast
 
 import msgspec
-import psutil
 
 from embedq_consumer.engine import load_encoder
 from embedq_shared.messages import Policy
@@ -24,8 +23,9 @@ from tests.helpers.fake_models import Bench, command
 class Held(msgspec.Struct, frozen=True):
     """Bytes after a reload."""
 
-    own: int
-    """Pages of this process alone: what is in use, and what the allocator keeps of what was freed."""
+    anonymous: int
+    """Pages that are no file's: what is in use, and what the allocator keeps of what was freed. Pages of libraries would not do: whose
+    they are alone changes with what other processes run."""
     in_use: int | None
     """What malloc has handed out; None where the C library does not say."""
 
@@ -50,7 +50,13 @@ def held() -> Held:
         ask.restype = _MallInfo
         found = ask()
         in_use = found.uordblks + found.hblkhd
-    return Held(psutil.Process().memory_full_info().uss, in_use)
+    return Held(anonymous_bytes(), in_use)
+
+
+def anonymous_bytes() -> int:
+    """What this process holds that lies in no file."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Anonymous:"))
 
 
 async def main(root: Path, count: int, policy: Policy) -> list[Held]:

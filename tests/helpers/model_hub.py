@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any, Final
 
 import msgspec
+
+from tests.helpers.http_server import serving
 
 _LARGE: Final = frozenset({"safetensors", "bin"})
 """Endings of files in large-file storage, whose digest is SHA-256; of the others it is git's."""
@@ -56,16 +57,9 @@ def a_hub() -> Iterator[Hub]:
     class Handler(_Handler):
         of = hub
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    hub.address = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with serving(Handler) as server:
+        hub.address = f"http://127.0.0.1:{server.server_port}"
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def digest(name: str, content: bytes) -> str:

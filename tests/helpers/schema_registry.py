@@ -12,9 +12,11 @@ import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from tests.helpers.http_server import serving
 
 
 class RegistryServer:
@@ -48,8 +50,9 @@ class RegistryServer:
             def log_message(self, format: str, *args: Any) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self._handler = Handler
+        self.url = ""
+        """While it serves."""
 
     def _get(self, path: str) -> tuple[int, Any]:
         self.requests.append(f"GET {path}")
@@ -102,11 +105,6 @@ class RegistryServer:
 
     @contextmanager
     def serving(self) -> Iterator[RegistryServer]:
-        thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-        thread.start()
-        try:
+        with serving(self._handler) as server:
+            self.url = f"http://127.0.0.1:{server.server_port}"
             yield self
-        finally:
-            self._server.shutdown()
-            thread.join()
-            self._server.server_close()

@@ -41,6 +41,7 @@ from embedq_shared.headers import value_of
 from embedq_shared.topics import Lane
 from tests.helpers.fake_parts import DictCache, Letters, ScriptedDevice, ScriptedSink
 from tests.helpers.in_flight import TOPICS, VERSION, admitted, record, rules
+from tests.helpers.metric_values import sample_value
 from tests.helpers.shapes import mappings_of
 from tests.helpers.support import wait_until
 
@@ -108,7 +109,7 @@ class Parts:
         await wait_until(lambda: sorted(self.sink.finished) == sorted(offsets), what=f"{offsets} finished")
 
     def sample(self, name: str, **labels: str) -> float | None:
-        return self.metrics.registry.get_sample_value(f"embedq_{name}", labels)
+        return sample_value(self.metrics.registry, f"embedq_{name}", labels)
 
 
 @asynccontextmanager

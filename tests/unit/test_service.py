@@ -29,6 +29,7 @@ from embedq_shared.codec import decode_status
 from embedq_shared.kafka import BrokerUnreachable, KafkaConnectionError, KafkaRefused, reason
 from embedq_shared.messages import Control, Rollout, Status
 from tests.helpers.fake_models import INSPECTION, FakeModel, command
+from tests.helpers.metric_values import sample_value
 from tests.helpers.support import wait_until
 
 
@@ -54,7 +55,7 @@ class World:
         """A metric of the service."""
         assert self.metrics is not None
         registry: CollectorRegistry = self.metrics.registry
-        return registry.get_sample_value(f"embedq_{name}")
+        return sample_value(registry, f"embedq_{name}")
 
     def readiness(self) -> object:
         """What `/readyz` says."""
@@ -66,6 +67,8 @@ class World:
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     """Fakes in place of Kafka's clients and the engine; cache, pipeline and health pages are the real ones."""
     world = World()
+    # A test ends once the thread of its pages has.
+    monkeypatch.setattr("embedq_consumer.telemetry.health._POLL_S", 0.01)
 
     class FakeTopics:
         def partitions(self, topic: str) -> int | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
@@ -17,6 +16,7 @@ import numpy.typing as npt
 import structlog
 
 from embedq_consumer.engine import Chunked, Encoder, Failed, Pending, Text, TextTooLong, Tokens
+from embedq_consumer.engine.safety import heaps
 from embedq_consumer.lifecycle.residents import Loaded, Residents
 from embedq_consumer.threads import CLOSE_S, WorkerThreads
 
@@ -53,13 +53,11 @@ class Device:
         self._idle = asyncio.Event()
         self._idle.set()
         self._busy = asyncio.Event()
+        self._floor = asyncio.Lock()
         self._last_result = 0.0  # monotonic seconds; touched on the thread that has a model's results
         self._ahead: _Ahead | None = None
         self.residents = Residents() if residents is None else residents
         self.shares = shares
-        self.floor = asyncio.Lock()
-        """Held by the alias that changes its model: one at a time, since each counts with the memory that is free, and holds
-        all jobs for its swap."""
 
     def encode(self, encoder: Encoder, batch: Sequence[Tokens]) -> Coroutine[Any, Any, Computed]:
         """Give one micro-batch to the compute thread, at once. Its vectors, float32 (rows, hidden_size), and the seconds that they
@@ -137,6 +135,18 @@ class Device:
         """What `work` returns on the compute thread: while a CUDA graph is captured, no other thread may ask the device."""
         return await asyncio.wrap_future(self._compute.submit(work))
 
+    async def take_floor(self) -> None:
+        """Return when this alias may change its model: one at a time, since each counts with the memory that is free, and holds
+        all jobs for its swap."""
+        await self._floor.acquire()
+        heaps.keep_little()
+
+    async def leave_floor(self) -> None:
+        """Let others change theirs. What this change has freed, its own loads and trials too, is the system's again."""
+        heaps.keep_for_reuse()
+        self._floor.release()
+        await asyncio.to_thread(heaps.give_back)
+
     async def leave(self, loaded: Loaded, *, keep: bool) -> None:
         """An alias does not use this model any more; it is freed, or stays for the one that comes back to it."""
         await self._free(self.residents.leave(loaded, time.monotonic(), keep=keep))
@@ -169,7 +179,7 @@ class Device:
             log.debug(
                 "model_freed", seconds=round(time.monotonic() - begin, 4), longest_step_s=round(longest_s, 4)
             )
-            await asyncio.to_thread(_give_back)
+            await asyncio.to_thread(heaps.give_back)
 
     def _submit(self, encoder: Encoder, batch: Sequence[Tokens]) -> Computed | Future[Computed]:
         submitted = time.monotonic()
@@ -217,10 +227,3 @@ def _timed(step: Callable[[], Returned]) -> tuple[Returned, float]:
     """What a step returns, and the seconds that it took."""
     begin = time.monotonic()
     return step(), time.monotonic() - begin
-
-
-def _give_back() -> None:
-    """Hand what was freed to the system. glibc keeps it in the heaps of the threads that made it, and each load has a new one: a
-    model's size on a CPU, after a few reloads."""
-    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)

@@ -104,8 +104,12 @@ class Reloader:
             ModelError, ModelRejected: not even the configured one may serve.
         """
         self._desired = DesiredModel(desired)
-        candidate, problem = await self._first_candidate(desired, configured)
-        self._serve(candidate)
+        await self._slot.device.take_floor()
+        try:
+            candidate, problem = await self._first_candidate(desired, configured)
+            self._serve(candidate)
+        finally:
+            await self._slot.device.leave_floor()
         encoder = candidate.loaded.encoder
         self._publish_info(encoder)
         await self._reporter.update(
@@ -200,7 +204,7 @@ class Reloader:
                 outcome = "ready"
                 await self._note_success(command)
             finally:
-                self._leave_floor()
+                await self._leave_floor()
         self._metrics.reloads.labels(outcome).inc()
         self._metrics.reload_seconds.labels(outcome).observe(time.monotonic() - begin)
         self._since = None if self._next.wait(0.0) is None else self._since
@@ -294,19 +298,19 @@ class Reloader:
         if self._vacancy is not None:
             held, self._vacancy = self._vacancy.held, None
             await held.aclose()
-            self._leave_floor()
+            await self._leave_floor()
 
     async def _take_floor(self, pursuit: Pursuit) -> None:
         async with pursuit.interruptible():
             if not self._has_floor:
-                await self._slot.device.floor.acquire()
+                await self._slot.device.take_floor()
                 self._has_floor = True
 
-    def _leave_floor(self) -> None:
+    async def _leave_floor(self) -> None:
         """Let other aliases change their models, unless this one's slot is empty: the next command fills it."""
         if self._has_floor and self._vacancy is None:
             self._has_floor = False
-            self._slot.device.floor.release()
+            await self._slot.device.leave_floor()
 
     async def _nothing_in_flight(self, pursuit: Pursuit, hold: Hold) -> AsyncExitStack:
         """A hold, which ends when what is returned is closed."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import ssl
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,6 +21,7 @@ from embedq_sdk.admin.topics import create_topics
 from embedq_sdk.dev.ports import HOST
 from embedq_shared.topics import Topics
 from tests.helpers.command_line import run_embedq
+from tests.helpers.http_server import serving
 from tests.helpers.secured_kafka import PASSWORD, SecuredKafka, secured_kafka
 from tests.helpers.service_process import Replica, replicas
 from tests.helpers.support import patient
@@ -71,15 +71,8 @@ def issuer(kafka: SecuredKafka) -> Iterator[tuple[str, list[dict[str, Any]]]]:
         def log_message(self, *_: Any) -> None:
             """Nothing on stderr."""
 
-    server = ThreadingHTTPServer((HOST, 0), Endpoint)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with serving(Endpoint) as server:
         yield f"http://{HOST}:{server.server_port}/token", asked
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def replica_of(kafka: SecuredKafka, models: Path, log: Path, **environ: str) -> Replica:

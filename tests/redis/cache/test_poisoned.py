@@ -19,6 +19,7 @@ from embedq_consumer.cache.vector_cache import CacheOptions, VectorCache
 from embedq_consumer.engine import Text
 from embedq_consumer.telemetry.metrics import Metrics
 from tests.helpers.hostile_redis import HOSTILE, HostileRedis, hostile_redis
+from tests.helpers.metric_values import sample_value
 from tests.helpers.redis_process import RedisProcess
 
 VERSION = "sha256:" + "e" * 64
@@ -46,7 +47,7 @@ class Opened:
         self.cache = VectorCache(options, CODEC, self.metrics, breaker=self.breaker)
 
     def count(self, name: str, **labels: str) -> float:
-        found = self.metrics.registry.get_sample_value(f"embedq_{name}", labels)
+        found = sample_value(self.metrics.registry, f"embedq_{name}", labels)
         assert found is not None
         return found
 

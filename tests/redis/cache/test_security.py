@@ -21,6 +21,7 @@ from embedq_consumer.cache.vector_cache import CacheOptions, VectorCache
 from embedq_consumer.engine import Text
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_sdk.dev.ports import free_ports
+from tests.helpers.metric_values import sample_value
 from tests.helpers.redis_process import RedisProcess, tls_redis_binary
 
 KEY = cache_key("sha256:" + "f" * 64, Text("a"), 32, "float32")
@@ -57,7 +58,7 @@ class Opened:
         return found
 
     def failures(self, reason: str) -> float:
-        found = self.metrics.registry.get_sample_value("embedq_cache_failures_total", {"reason": reason})
+        found = sample_value(self.metrics.registry, "embedq_cache_failures_total", {"reason": reason})
         assert found is not None
         return found
 
@@ -148,7 +149,7 @@ async def test_a_user_who_may_only_read_keeps_nothing_and_says_so_once(
     one = opened(RedisOptions(url=guarded.url, username="reader", password="open sesame"))
     assert await one.use() == [ENTRY]
     assert [(line["event"], line["error"]) for line in one.logs] == [("cache_writes_refused", "NOPERM")]
-    assert one.metrics.registry.get_sample_value("embedq_cache_writes_total", {"outcome": "error"}) == 2
+    assert sample_value(one.metrics.registry, "embedq_cache_writes_total", {"outcome": "error"}) == 2
 
 
 async def test_the_rights_of_the_page_are_no_more_than_that(guarded: RedisProcess) -> None:

@@ -21,6 +21,7 @@ from embedq_consumer.cache.vector_cache import CHUNK_BYTES, CacheOptions, Vector
 from embedq_consumer.engine import Text
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.vectors import cut_and_normalize
+from tests.helpers.metric_values import sample_value
 from tests.helpers.redis_process import RedisProcess
 from tests.helpers.support import wait_until
 
@@ -55,7 +56,7 @@ class Opened:
         self.cache = VectorCache(settings, CODEC, self.metrics, breaker=breaker)
 
     def _sample(self, name: str, **labels: str) -> float:
-        value = self.metrics.registry.get_sample_value(f"embedq_{name}", labels)
+        value = sample_value(self.metrics.registry, f"embedq_{name}", labels)
         assert value is not None, name
         return value
 

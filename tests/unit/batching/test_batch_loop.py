@@ -13,6 +13,7 @@ from embedq_consumer.batching.batch_loop import BatchLoop
 from embedq_consumer.batching.batcher import Batcher, BatchPolicy
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.topics import Lane
+from tests.helpers.metric_values import sample_value
 from tests.helpers.support import wait_until
 
 
@@ -136,7 +137,7 @@ async def test_the_size_of_each_micro_batch_and_what_still_waits_is_measured() -
     device, metrics = Device(), Metrics()
 
     def sample(name: str, **labels: str) -> float | None:
-        return metrics.registry.get_sample_value(f"embedq_{name}", labels)
+        return sample_value(metrics.registry, f"embedq_{name}", labels)
 
     async with working(device, 500, 40, 40, 70, metrics=metrics) as batcher:
         now = asyncio.get_running_loop().time()  # so that no bulk text is overdue

@@ -21,6 +21,7 @@ from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.messages import ErrorBody
 from tests.helpers.fake_parts import Letters, ScriptedDevice, Vectors
 from tests.helpers.in_flight import admitted
+from tests.helpers.metric_values import sample_value
 from tests.helpers.support import wait_until
 
 LATE = {"mode": "late"}
@@ -62,7 +63,7 @@ class Parts:
         return await runner.run(texts)
 
     def sample(self, name: str, **labels: str) -> float | None:
-        return self.metrics.registry.get_sample_value(f"embedq_{name}", labels)
+        return sample_value(self.metrics.registry, f"embedq_{name}", labels)
 
     def queued(self, job: JobState, index: int = 0) -> QueuedText:
         """The text of an input, which waits for it."""

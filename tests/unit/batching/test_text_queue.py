@@ -21,6 +21,7 @@ from embedq_shared.messages import ErrorBody
 from embedq_shared.topics import Lane
 from tests.helpers.fake_parts import Letters
 from tests.helpers.in_flight import admitted
+from tests.helpers.metric_values import sample_value
 
 
 class Parts:
@@ -37,7 +38,7 @@ class Parts:
         self.queue = TextQueue(self.flights, batcher, self.budget, self.metrics)
 
     def sample(self, name: str) -> float | None:
-        return self.metrics.registry.get_sample_value(f"embedq_{name}")
+        return sample_value(self.metrics.registry, f"embedq_{name}")
 
     def queued(self) -> list[QueuedText]:
         return self.policy.take(time.monotonic())

@@ -23,6 +23,7 @@ from embedq_consumer.engine import Footprint, Memory, OutOfMemory, Tokens
 from embedq_consumer.telemetry.metrics import Metrics
 from tests.helpers.fake_models import FOOTPRINT
 from tests.helpers.in_flight import Model
+from tests.helpers.metric_values import sample_value
 
 
 class Device(Model):
@@ -209,7 +210,7 @@ def test_a_model_that_serves_brings_its_budget() -> None:
     made, batcher, metrics, facts = budget(Budget(8_192, 20_000))
     assert batcher.max_tokens == 8_192
     assert made.longest == 20_000
-    assert metrics.registry.get_sample_value("embedq_batch_budget_tokens") == 8_192
+    assert sample_value(metrics.registry, "embedq_batch_budget_tokens") == 8_192
     assert facts == {"max_batch_tokens": 8_192, "max_text_tokens": 20_000}
 
 
@@ -217,7 +218,7 @@ def test_a_micro_batch_that_ran_out_of_memory_halves_the_budget() -> None:
     made, batcher, metrics, facts = budget(Budget(8_192, 20_000))
     made.ran_out(8_000)
     assert batcher.max_tokens == 4_000
-    assert metrics.registry.get_sample_value("embedq_batch_budget_tokens") == 4_000
+    assert sample_value(metrics.registry, "embedq_batch_budget_tokens") == 4_000
     assert facts == {"max_batch_tokens": 4_000, "max_text_tokens": 20_000}
 
 

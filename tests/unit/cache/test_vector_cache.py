@@ -17,6 +17,7 @@ from embedq_consumer.cache.redis_link import RedisOptions
 from embedq_consumer.cache.vector_cache import BYTES_PER_SECOND, CHUNK_BYTES, CacheOptions, VectorCache
 from embedq_consumer.engine import Text
 from embedq_consumer.telemetry.metrics import Metrics
+from tests.helpers.metric_values import sample_value
 
 VERSION = "sha256:" + "d" * 64
 NOWHERE = RedisOptions(url="")
@@ -107,7 +108,7 @@ class Opened:
         return self
 
     def sample(self, name: str, **labels: str) -> float | None:
-        return self.metrics.registry.get_sample_value(f"embedq_{name}", labels)
+        return sample_value(self.metrics.registry, f"embedq_{name}", labels)
 
     def lookups(self) -> dict[str, float]:
         """The outcomes that were counted at all."""
@@ -406,7 +407,7 @@ async def test_without_an_address_everything_is_a_bypass() -> None:
     await cache.open()
     assert await cache.get_many([key("a")]) == [None]
     await cache.close()
-    assert metrics.registry.get_sample_value("embedq_cache_lookups_total", {"outcome": "bypass"}) == 1
+    assert sample_value(metrics.registry, "embedq_cache_lookups_total", {"outcome": "bypass"}) == 1
 
 
 def test_an_address_that_redis_does_not_have_is_refused_at_once() -> None:

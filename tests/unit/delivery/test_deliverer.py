@@ -34,6 +34,7 @@ from embedq_shared.messages import ErrorBody
 from embedq_shared.topics import LANES, Lane
 from tests.helpers.fake_parts import ScriptedSink
 from tests.helpers.in_flight import TOPICS, admitted, record
+from tests.helpers.metric_values import sample_value
 from tests.helpers.support import wait_until
 
 ELSEWHERE = ("reply-topic", b"elsewhere")
@@ -72,7 +73,7 @@ class Parts:
         await self.deliverer.reject([(found, rejection)])
 
     def sample(self, name: str, **labels: str) -> float | None:
-        return self.metrics.registry.get_sample_value(f"embedq_{name}", labels)
+        return sample_value(self.metrics.registry, f"embedq_{name}", labels)
 
 
 @asynccontextmanager

@@ -31,6 +31,7 @@ from embedq_consumer.delivery.topic_directory import TopicDirectory
 from embedq_consumer.fairness import BulkTurns, InteractiveTraffic
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.kafka import BatchFull, Evicted
+from tests.helpers.metric_values import sample_value
 from tests.helpers.support import wait_until
 
 Outcome = BaseException | None
@@ -205,7 +206,7 @@ class Opened:
         self.publisher.send([Parcel(sent, settled, timeout_s)])
 
     def sample(self, name: str) -> float | None:
-        return self.metrics.registry.get_sample_value(f"embedq_{name}")
+        return sample_value(self.metrics.registry, f"embedq_{name}")
 
 
 @pytest.fixture(autouse=True)

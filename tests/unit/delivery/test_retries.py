@@ -32,6 +32,7 @@ from embedq_shared.messages import ErrorBody
 from embedq_shared.topics import Lane
 from tests.helpers.fake_parts import ScriptedSink
 from tests.helpers.in_flight import MODELS, NOW_MS, PARTITIONS, TOPICS, admitted, record, rules
+from tests.helpers.metric_values import sample_value
 
 ELSEWHERE = ("reply-topic", b"elsewhere")
 INTERNAL = ErrorBody.of("internal", "`input`: the model could not run this input", "input")
@@ -62,7 +63,7 @@ class Parts:
         return [record.topic for record in self.sink.sent]
 
     def sample(self, name: str, **labels: str) -> float | None:
-        return self.metrics.registry.get_sample_value(f"embedq_{name}", labels)
+        return sample_value(self.metrics.registry, f"embedq_{name}", labels)
 
 
 @asynccontextmanager

@@ -18,6 +18,7 @@ from aiokafka.errors import (
 )
 
 from embedq_consumer.delivery.result_records import Reply, ResultEncoder
+from embedq_consumer.exactly_once import release_loop
 from embedq_consumer.exactly_once.answers import Answers
 from embedq_consumer.exactly_once.held_results import HeldResults
 from embedq_consumer.exactly_once.refusals import Refusals
@@ -35,6 +36,13 @@ from tests.helpers.support import wait_until
 
 A = TopicPartition(TOPICS.bulk, 0)
 Becomes = Callable[[Sequence[Parcel]], Attempt]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that waits waits a fraction of it."""
+    monkeypatch.setattr(release_loop, "_LOOK_S", 0.05)
+    monkeypatch.setattr(release_loop, "_FIRST_PAUSE_S", 0.005)
 
 
 def committed(parcels: Sequence[Parcel]) -> Attempt:

@@ -9,7 +9,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
@@ -91,8 +91,14 @@ async def serving(**bounds: Any) -> AsyncIterator[Server]:
         yield app
     finally:
         app.released.set()
-        server.should_exit = server.force_exit = True
-        await task
+        # uvicorn would look for its end after a tenth of a second, and wait for another one.
+        for listener in server.servers:
+            listener.close()
+        for connection in list(server.server_state.connections):
+            connection.transport.abort()
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
 
 
 class Peer:

@@ -10,6 +10,7 @@ from structlog.testing import capture_logs
 
 from embedq_consumer.group import DeletionWatch, OffsetLedger
 from embedq_consumer.telemetry.metrics import Metrics
+from tests.helpers.metric_values import sample_value
 from tests.helpers.scripted_consumer import ScriptedConsumer
 
 A = TopicPartition("jobs", 0)
@@ -36,7 +37,7 @@ class Reading:
         ]
 
     def value(self, name: str) -> float | None:
-        return self.metrics.registry.get_sample_value(f"embedq_{name}", {"topic": "jobs"})
+        return sample_value(self.metrics.registry, f"embedq_{name}", {"topic": "jobs"})
 
 
 async def test_records_below_the_beginning_that_nobody_read_are_counted_once() -> None:

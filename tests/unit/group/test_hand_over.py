@@ -13,6 +13,7 @@ from embedq_consumer.group import HandOver, OffsetCommitter, OffsetLedger, Owner
 from embedq_consumer.group.assignor import encode_claim
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.kafka import Membership
+from tests.helpers.metric_values import sample_value
 from tests.helpers.scripted_consumer import ScriptedMember
 
 A, B, C = (TopicPartition("jobs", number) for number in range(3))
@@ -46,7 +47,7 @@ class Group:
         self.changes += 1
 
     def value(self, name: str) -> float | None:
-        return self.metrics.registry.get_sample_value(f"embedq_{name}")
+        return sample_value(self.metrics.registry, f"embedq_{name}")
 
 
 async def test_a_new_partition_is_in_the_ledger_once_its_start_is_known() -> None:

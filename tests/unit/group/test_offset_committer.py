@@ -23,6 +23,7 @@ from embedq_consumer.group.ownership import Ownership
 from embedq_consumer.group.topic_watch import TopicWatch
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.kafka import Membership
+from tests.helpers.metric_values import sample_value
 from tests.helpers.scripted_consumer import ScriptedMember
 from tests.helpers.support import wait_until
 
@@ -73,7 +74,7 @@ class Committing:
         await wait_until(lambda: self.rounds >= times, what=f"{times} rounds")
 
     def commits(self, outcome: str) -> float | None:
-        return self.metrics.registry.get_sample_value("embedq_commits_total", {"outcome": outcome})
+        return sample_value(self.metrics.registry, "embedq_commits_total", {"outcome": outcome})
 
 
 async def test_what_is_finished_is_committed_without_waiting_for_more() -> None:

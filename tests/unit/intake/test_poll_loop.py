@@ -17,19 +17,27 @@ from structlog.testing import capture_logs
 from embedq_consumer.fairness import Cost
 from embedq_consumer.group import Overtaken, offset_committer, topic_watch
 from embedq_consumer.group.assignor import Claim, decode_claim
-from embedq_consumer.intake import workload
+from embedq_consumer.intake import reading, workload
 from embedq_consumer.intake.jobs_consumer import IntakeOptions, JobsClients
 from embedq_consumer.intake.poll_loop import Gate, Intake
 from embedq_consumer.intake.records import Record
 from embedq_consumer.retries import Past, RetryTiers, Tier, TierConsumer, headers_of
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.topics import Topics
+from tests.helpers.metric_values import sample_value
 from tests.helpers.scripted_consumer import ScriptedConsumer, ScriptedMember
 from tests.helpers.support import wait_until
 
 TOPICS = Topics("t")
 A, B = TopicPartition(TOPICS.jobs, 0), TopicPartition(TOPICS.jobs, 1)
 BULK, OTHER_BULK = TopicPartition(TOPICS.bulk, 0), TopicPartition(TOPICS.bulk, 1)
+
+
+@pytest.fixture(autouse=True)
+def turns_come_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that nothing asks for: of a loop that has nothing to poll, and of commits, with which the places of gaps go along."""
+    monkeypatch.setattr(reading, "POLL_MS", 20)
+    monkeypatch.setattr(offset_committer, "_IDLE_S", 0.02)
 
 
 class Harness:
@@ -132,7 +140,7 @@ class Harness:
         await wait_until(lambda: self.beats >= beats + 2, what="two turns")
 
     def value(self, name: str, **labels: str) -> float | None:
-        return self.metrics.registry.get_sample_value(name, labels)
+        return sample_value(self.metrics.registry, name, labels)
 
 
 def values(count: int) -> list[bytes]:

@@ -1,4 +1,4 @@
-"""A bench that ends its threads after the test."""
+"""A bench that ends its threads after the test, and commands that hardly wait for more of a burst."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from embedq_consumer.lifecycle import desired_model
 from tests.helpers.fake_models import Bench, FakeModel, MakeBench
 
 
@@ -23,3 +24,10 @@ def bench(tmp_path: Path) -> Iterator[MakeBench]:
     yield make
     for one in made:
         one.model.close()
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that takes another one's place waits for more of a burst, but not for long: for tests that write no more than
+    those two."""
+    monkeypatch.setattr(desired_model, "_QUIET_S", 0.05)

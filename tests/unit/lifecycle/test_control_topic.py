@@ -17,6 +17,7 @@ from embedq_shared.fleet import Routes
 from embedq_shared.kafka import TopicPartition, Unreadable
 from embedq_shared.messages import Control, Split
 from embedq_shared.topics import Topics
+from tests.helpers.metric_values import sample_value
 
 PARTITION = TopicPartition("embed.control", 0)
 
@@ -93,7 +94,7 @@ def control_of(records: Sequence[Any]) -> tuple[ControlTopic, Consumer, Metrics]
 
 
 def ignored(metrics: Metrics) -> float | None:
-    return metrics.registry.get_sample_value("embedq_reloads_total", {"outcome": "ignored"})
+    return sample_value(metrics.registry, "embedq_reloads_total", {"outcome": "ignored"})
 
 
 async def test_the_newest_command_is_that_with_the_highest_version() -> None:

@@ -22,6 +22,7 @@ from embedq_shared.codec import read_status
 from embedq_shared.messages import Control, Status
 from embedq_shared.topics import Topics
 from tests.helpers.fake_models import INSPECTION, FakeLoader, FakeModel, LiveCommands
+from tests.helpers.metric_values import sample_value
 from tests.helpers.support import patient, wait_until
 
 _BATCHES = BatchOptions(max_tokens=512, max_items=4, max_wait_s=0.0, bulk_max_wait_s=5.0)
@@ -124,7 +125,7 @@ class Several:
         return found()[0]
 
     def sample(self, name: str, **labels: str) -> float | None:
-        return self.metrics.registry.get_sample_value(f"embedq_{name}", labels)
+        return sample_value(self.metrics.registry, f"embedq_{name}", labels)
 
     def _load(self, path: Path) -> Encoder:
         self.loads.append(path.name)

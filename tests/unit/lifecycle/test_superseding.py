@@ -20,6 +20,8 @@ from tests.helpers.support import wait_until
 BESIDE: Policy = "availability_preserving"
 IN_PLACE: Policy = "resource_preserving"
 
+SOON = pytest.mark.usefixtures("soon")
+
 
 class Gate:
     """Where a load waits for the test: it goes on at `open`, and ends at its next look if it is not wanted any more."""
@@ -91,6 +93,7 @@ async def test_twenty_commands_in_a_row_end_on_the_last_and_waste_one_load_at_mo
     assert all(reason is not None and reason.startswith("superseded by version") for _, reason in answers)
 
 
+@SOON
 async def test_a_load_under_way_ends_at_its_next_step_and_its_model_is_freed(bench: MakeBench) -> None:
     given_up = FakeModel("sha256:new")
     b = await started(bench(new=[given_up], other=[FakeModel("sha256:other")]))
@@ -111,6 +114,7 @@ async def test_a_load_under_way_ends_at_its_next_step_and_its_model_is_freed(ben
     assert b.sample("reload_running_seconds") == 0
 
 
+@SOON
 async def test_a_load_that_does_not_come_to_its_next_step_is_left_behind_and_freed_when_it_does(
     bench: MakeBench,
 ) -> None:
@@ -152,6 +156,7 @@ class Slow(FakeModel):
         return super().submit(batch)
 
 
+@SOON
 @pytest.mark.parametrize(("at", "step"), [(0, "warm_up"), (3, "check")])
 async def test_a_trial_ends_after_the_micro_batch_that_runs(bench: MakeBench, at: int, step: str) -> None:
     given_up = Slow("sha256:new", at)
@@ -192,6 +197,7 @@ class Blocked(Bench):
         return held()
 
 
+@SOON
 @pytest.mark.parametrize("policy", [BESIDE, IN_PLACE])
 async def test_a_drain_is_given_up_at_once(bench: MakeBench, policy: Policy) -> None:
     given_up, old = FakeModel("sha256:new"), FakeModel()
@@ -210,6 +216,7 @@ async def test_a_drain_is_given_up_at_once(bench: MakeBench, policy: Policy) -> 
     await asyncio.to_thread(b.model.close)
 
 
+@SOON
 async def test_what_emptied_the_slot_leaves_it_to_the_newer_command_and_jobs_wait_until_that_serves(
     bench: MakeBench,
 ) -> None:
@@ -227,6 +234,7 @@ async def test_what_emptied_the_slot_leaves_it_to_the_newer_command_and_jobs_wai
     assert b.holds == ["old", "other"], "one hold, from the drain of the first to the swap of the second"
 
 
+@SOON
 async def test_where_the_newer_command_fails_the_model_before_both_comes_back(bench: MakeBench) -> None:
     b = await started(
         bench(old=[FakeModel(), FakeModel("sha256:again")], new=[FakeModel()], torn=[ModelError("cut short")])
@@ -243,6 +251,7 @@ async def test_where_the_newer_command_fails_the_model_before_both_comes_back(be
     assert refused(b) == [(1, "superseded by version 2"), (2, "cut short")]
 
 
+@SOON
 async def test_jobs_do_not_wait_for_the_turn_of_a_roll_out(bench: MakeBench) -> None:
     b = await started(
         bench(
@@ -269,6 +278,7 @@ async def test_jobs_do_not_wait_for_the_turn_of_a_roll_out(bench: MakeBench) -> 
     assert b.serving == "other"
 
 
+@SOON
 async def test_a_replica_that_waits_for_its_turn_follows_a_newer_command_at_once(bench: MakeBench) -> None:
     b = await started(bench(new=[FakeModel("sha256:new")], other=[FakeModel("sha256:other")]))
     asked: list[int] = []

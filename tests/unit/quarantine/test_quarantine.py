@@ -6,18 +6,26 @@ import asyncio
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 
+import pytest
 from aiokafka.errors import KafkaConnectionError
 
 from embedq_consumer.group import Ticket
 from embedq_consumer.intake.records import Death, Record
-from embedq_consumer.quarantine import Claimant, Quarantine, Suspects
+from embedq_consumer.quarantine import Claimant, Quarantine, Suspects, quarantine
 from embedq_consumer.quarantine.custody import Custody, decode, encode
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.kafka import TopicPartition
+from tests.helpers.metric_values import sample_value
 from tests.helpers.support import wait_until
 
 A, B = TopicPartition("t.jobs", 0), TopicPartition("t.jobs", 1)
 DEAD = Custody(owner="dead", replica="one", span=10)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tried again is tried again soon."""
+    monkeypatch.setattr(quarantine, "_PAUSE_S", 0.005)
 
 
 def record(offset: int, partition: TopicPartition = A, epoch: int = 1) -> Record:
@@ -150,13 +158,13 @@ async def test_after_a_death_suspects_run_in_groups_each_after_its_mark() -> Non
     async with running(parts):
         parts.quarantine.take([record(offset) for offset in range(3)])
         await parts.saw(("mark", 2, False), [0, 1])
-        await wait_until(lambda: parts.metrics.registry.get_sample_value("embedq_suspected_partitions") == 1)
+        await wait_until(lambda: sample_value(parts.metrics.registry, "embedq_suspected_partitions") == 1)
         parts.quarantine.finish(record(0))
         parts.quarantine.finish(record(1))
         await parts.saw(("mark", 2, False), [0, 1], ("mark", 3, False), [2])
     assert parts.finished == [0, 1]
     assert parts.out_of_turn == [0, 1, 2]
-    assert parts.metrics.registry.get_sample_value("embedq_deaths_total") == 1
+    assert sample_value(parts.metrics.registry, "embedq_deaths_total") == 1
 
 
 async def test_a_record_that_killed_alone_is_condemned_with_its_history() -> None:

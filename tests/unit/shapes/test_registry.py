@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedq_consumer.shapes import BadRow, Embeddable, FlatAnswer, Removal
+from embedq_consumer.shapes.registry import schema_registry
 from embedq_consumer.shapes.registry.schema_registry import (
     ConfluentClient,
     MissingExtra,
@@ -58,6 +59,12 @@ AVRO = {
     ],
 }
 ROW = {"id": 7, "text": "tides", "at": 1_700_000_000_000, "author": {"name": "Ann"}}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked for again is asked for soon."""
+    monkeypatch.setattr(schema_registry, "_FIRST_PAUSE_S", 0.02)
 
 
 @pytest.fixture

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
@@ -17,6 +16,7 @@ import pytest
 from embedq_shared.kafka import BadOption, OAuthOptions, explain, is_permanent
 from embedq_shared.kafka.security.tokens import IssuedToken, TokenRefused, TokenUnavailable
 from embedq_shared.secret import Secret
+from tests.helpers.http_server import serving
 
 SECRET = "s3cret: with+signs"
 
@@ -44,9 +44,8 @@ class Issuer:
             def log_message(self, *_: Any) -> None:
                 """Nothing on stderr."""
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
-        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
-        self.thread.start()
+        self.endpoint = Endpoint
+        self.port = 0
         self.gives("first", 100)
 
     def gives(self, token: str, life_s: Any) -> None:
@@ -55,7 +54,7 @@ class Issuer:
     @property
     def options(self) -> OAuthOptions:
         return OAuthOptions(
-            token_url=f"http://127.0.0.1:{self.server.server_port}/token",
+            token_url=f"http://127.0.0.1:{self.port}/token",
             client_id="us",
             client_secret=Secret(SECRET),
             scope="kafka",
@@ -65,10 +64,9 @@ class Issuer:
 @pytest.fixture
 def issuer() -> Iterator[Issuer]:
     made = Issuer()
-    yield made
-    made.server.shutdown()
-    made.server.server_close()
-    made.thread.join()
+    with serving(made.endpoint) as server:
+        made.port = server.server_port
+        yield made
 
 
 async def test_a_file_is_read_each_time(tmp_path: Path) -> None:

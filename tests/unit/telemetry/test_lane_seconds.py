@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram
 
 from embedq_consumer.telemetry.lane_seconds import LaneSeconds
+from tests.helpers.metric_values import sample_value
 
 BOUNDS = (0.001, 0.5, 2.0)
 
@@ -23,7 +24,7 @@ def test_it_counts_as_the_librarys_own_does(batches: list[list[float]]) -> None:
             one.labels("bulk").observe(value)
     for sample in (sample for family in theirs.collect() for sample in family.samples):
         if not sample.name.endswith("_created"):
-            found = ours.get_sample_value(sample.name, sample.labels)
+            found = sample_value(ours, sample.name, sample.labels)
             assert found is not None
             assert abs(found - sample.value) < 1e-6
-    assert ours.get_sample_value("seconds_count", {"lane": "interactive"}) == 0
+    assert sample_value(ours, "seconds_count", {"lane": "interactive"}) == 0

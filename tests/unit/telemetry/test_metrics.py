@@ -16,6 +16,7 @@ from embedq_consumer.cache.link import Reason
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.messages import ErrorCode, ResultStatus
 from embedq_shared.topics import LANES
+from tests.helpers.metric_values import sample_value
 
 TESTS: Final = Path(__file__).parents[2]
 NAME: Final = re.compile(r"(?:embedq_)?([a-z_]+)")
@@ -70,14 +71,14 @@ def test_series_that_alerts_watch_begin_at_zero() -> None:
     """Prometheus sees no increase in a series whose first value is 1."""
     registry = Metrics().registry
     for lane in LANES:
-        assert registry.get_sample_value("embedq_records_total", {"lane": lane}) == 0
+        assert sample_value(registry, "embedq_records_total", {"lane": lane}) == 0
         for status in get_args(ResultStatus):
-            assert registry.get_sample_value("embedq_jobs_total", {"lane": lane, "status": status}) == 0
+            assert sample_value(registry, "embedq_jobs_total", {"lane": lane, "status": status}) == 0
     for code in get_args(ErrorCode):
-        assert registry.get_sample_value("embedq_errors_total", {"code": code}) == 0
-        assert registry.get_sample_value("embedq_dead_letters_total", {"code": code}) == 0
+        assert sample_value(registry, "embedq_errors_total", {"code": code}) == 0
+        assert sample_value(registry, "embedq_dead_letters_total", {"code": code}) == 0
     for outcome in ("ready", "failed", "superseded"):
-        assert registry.get_sample_value("embedq_reload_seconds_count", {"outcome": outcome}) == 0
+        assert sample_value(registry, "embedq_reload_seconds_count", {"outcome": outcome}) == 0
     for name, outcomes in {
         "reloads": ("ready", "failed", "superseded", "ignored"),
         "commits": ("ok", "error", "fenced"),
@@ -85,10 +86,10 @@ def test_series_that_alerts_watch_begin_at_zero() -> None:
         "cache_writes": ("ok", "error", "bypass"),
     }.items():
         for outcome in outcomes:
-            assert registry.get_sample_value(f"embedq_{name}_total", {"outcome": outcome}) == 0
+            assert sample_value(registry, f"embedq_{name}_total", {"outcome": outcome}) == 0
     for name, reasons in {"cache_corrupt": get_args(Refused), "cache_failures": get_args(Reason)}.items():
         for reason in reasons:
-            assert registry.get_sample_value(f"embedq_{name}_total", {"reason": reason}) == 0
+            assert sample_value(registry, f"embedq_{name}_total", {"reason": reason}) == 0
 
 
 @pytest.mark.parametrize("family", families(), ids=lambda family: family.name)
@@ -100,4 +101,4 @@ def test_a_help_text_is_a_sentence(family: Metric) -> None:
 def test_two_registries_count_apart() -> None:
     one, other = Metrics(), Metrics()
     one.deduplicated.inc()
-    assert other.registry.get_sample_value("embedq_deduplicated_total") == 0
+    assert sample_value(other.registry, "embedq_deduplicated_total") == 0

@@ -215,7 +215,10 @@ async def test_no_more_texts_are_in_flight_than_may_be(place: Place) -> None:
     assert most == 5
 
 
-async def test_while_kafka_is_away_lines_are_tried_again(place: Place) -> None:
+async def test_while_kafka_is_away_lines_are_tried_again(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("embedq_gateway.batches.running.runner._FIRST_PAUSE_S", 0.01)
     lines = Lines()
     lines.refuse_first = 3
     batch = await place.begin(jsonl(["a", "b", "c", "d"]))
@@ -384,7 +387,10 @@ async def test_a_gateway_that_leaves_hands_its_batch_over_at_once_and_nothing_is
     assert set((first.ran + second.ran).values()) == {1}
 
 
-async def test_a_gateway_that_slept_through_its_lease_counts_nothing_any_more(place: Place) -> None:
+async def test_a_gateway_that_slept_through_its_lease_counts_nothing_any_more(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("embedq_gateway.batches.running.segment_buffer.SHORTEST_WAIT_S", 0.01)
     first, second = Lines(), Lines()
     first.after = 30
     batch = await place.begin(jsonl(f"text {n}" for n in range(100)))

@@ -202,6 +202,7 @@ class Overtaken(DictCache):
         return await super().put_many(items)
 
 
+@pytest.mark.usefixtures("soon")
 async def test_a_newer_command_ends_it(tmp_path: Path) -> None:
     new, cache = Recorder(), Overtaken()
     async with warmed_bench(tmp_path, new, cache) as cache.bench, cache.bench.live() as cache.commands:

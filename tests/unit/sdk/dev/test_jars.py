@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from embedq_sdk.dev import DevStackError
 from embedq_sdk.dev.jars import KafkaFiles, cache_directory, fetch, find_kafka, kept_connections
+from tests.helpers.http_server import serving
 from tests.helpers.support import patient, wait_for
 
 
@@ -42,12 +43,10 @@ def test_files_come_over_a_connection_that_stays_open() -> None:
 
         def log_message(self, *_: object) -> None: ...
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Repository) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with serving(Repository) as server:
         url = f"http://127.0.0.1:{server.server_port}/a.jar"
         with kept_connections():
             answers = [http.get(url, timeout=patient(30)) for _ in range(3)]
-        server.shutdown()
     assert [answer.content for answer in answers] == [b"jar"] * 3
     assert len(connections) == 1
 
