@@ -4,7 +4,7 @@ Client, broker, Redis and one replica share the machine, and one text is under w
 passes each hop, on the clock that all processes of a machine share; what is printed is the median time since the hop before.
 The bare forward is the same encoder in a process of its own, and bare Kafka a record that goes there and back between two plain
 clients of the same broker (`bare_kafka`); both run in turns with the service, with the same pauses, in which caches are lost and
-cores fall asleep. What is above the two is ours. Forwards in a row are shown, too: nobody who asks for one text now and then has them.
+cores fall asleep. What is above the two is ours. A text whose forward runs while the cache is asked passes hops beside it. Forwards in a row are shown, too: nobody who asks for one text now and then has them.
 """
 
 from __future__ import annotations
@@ -58,10 +58,12 @@ SERVICE_HOPS: Final = (
     ("embedq_consumer.pipeline", "Pipeline", "take", "started"),
     ("embedq_consumer.cache.vector_cache", "VectorCache", "get_many", "cache asked"),
     ("embedq_consumer.batching.text_queue", "TextQueue", "join", "cache answered"),
+    ("embedq_consumer.batching.text_queue", "TextQueue", "answered", "cache answered"),
     ("embedq_consumer.batching.tokenizer_pool", "TokenizerPool", "_tokens_of", "tokenizer"),
     ("embedq_consumer.batching.batcher", "Batcher", "put", "tokenized"),
     ("embedq_consumer.batching.batch_runner", "BatchRunner", "run", "micro-batch taken"),
     ("embedq_consumer.lifecycle.device", "Device", "_submit", "compute thread"),
+    ("embedq_consumer.lifecycle.device", "Device", "_tokenize_and_run", "compute thread"),
     ("embedq_consumer.lifecycle.device", "Device", "_result", "forward done"),
     ("embedq_consumer.pipeline", "Pipeline", "computed", "vector on the loop"),
     ("embedq_consumer.delivery.deliverer", "Deliverer", "deliver", "postprocessed"),

@@ -5,7 +5,8 @@ admit        is it a job that can run here? If not: rejected, which `Deliverer` 
              and one whose schema is not known yet waits in a task of its own
 weigh        its texts and the size of its results count against its client's share
 check        texts over the size limit are settled with an error; of equal inputs of a job only the first goes on
-look up      what the cache holds is settled; meanwhile a lone job's texts become tokens, if the tokenizer has nothing else to do
+look up      what the cache holds is settled; meanwhile a lone job's texts become tokens, if the tokenizer has nothing else to do, and
+             a lone short text runs, if the device has nothing else to do either (`HeadStart`); a hit answers, and what ran is dropped
 join         an input whose text is under way already waits for that one's vector
 tokenize     the first of equal texts becomes tokens and waits in its lane's queue; what expired meanwhile does not
              … `BatchLoop` takes a micro-batch, `BatchRunner` computes it and comes back with `computed` …
@@ -22,7 +23,16 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
-from embedq_consumer.batching import AssembledText, ComputedText, First, JobInput, Settled, TextQueue, Vectors
+from embedq_consumer.batching import (
+    AssembledText,
+    ComputedText,
+    Early,
+    First,
+    JobInput,
+    Settled,
+    TextQueue,
+    Vectors,
+)
 from embedq_consumer.cache import CachedVector, cache_key
 from embedq_consumer.delivery import FEW_INPUTS, Deliverer, assembled_outcomes_of, large, outcomes_of
 from embedq_consumer.engine import Encoder
@@ -107,6 +117,9 @@ class Pipeline:
         self._tasks = tasks
         self._weigh = weigh
         self._given_up: set[Ticket] = set()
+        self._looked_up = 0  # groups of jobs for which the cache is asked
+        self._early: dict[tuple[int, int], Settled | None] = {}
+        """What became of inputs that run while the cache is asked for them: a hit answers, however late."""
 
     # -- from the poll to the queue ----------------------------------------------------------------------------------
 
@@ -188,13 +201,31 @@ class Pipeline:
 
     def _start(self, jobs: Iterable[JobState]) -> None:
         for group in batched_by(jobs, lambda job: len(job.distinct), _TEXTS_A_LOOKUP):
-            self._spawn(self._look_up_and_join(group), "look_up")
+            inputs = self._check([(job, index) for job in group for index in job.distinct])
+            early = self._begin_early(inputs) if len(group) == 1 else None
+            self._looked_up += 1
+            self._spawn(self._look_up_and_join(inputs, early), "look_up")
 
-    async def _look_up_and_join(self, jobs: Sequence[JobState]) -> None:
-        inputs = self._check([(job, index) for job in jobs for index in job.distinct])
-        only = self._queues.get(jobs[0].alias) if len(jobs) == 1 else None
-        early = None if only is None else only.tokenize_early(inputs)  # while the cache is asked
-        missing = await self._look_up(inputs)
+    def _begin_early(self, inputs: Sequence[JobInput]) -> Early | None:
+        """What may begin with a lone job's inputs before the cache is asked, at once: the task that asks it has to be woken first."""
+        queue = self._queues.get(inputs[0][0].alias) if inputs else None
+        if queue is None:
+            return None
+        alone = not self._looked_up and all(map(_is_idle, self._queues.values()))
+        early = queue.begin_early(inputs, alone=alone)
+        if early is not None and early.runs:
+            for job, index in inputs:
+                self._early[job.number, index] = None
+            self._tokenize_more(queue)
+        return early
+
+    async def _look_up_and_join(self, inputs: Sequence[JobInput], early: Early | None) -> None:
+        ahead = self._queues[inputs[0][0].alias] if early is not None and early.runs else None
+        missing = await self._look_up(inputs, ahead)
+        self._looked_up -= 1
+        if ahead is not None:
+            ahead.answered(lacked=bool(missing))
+            return
         for alias, queue in self._queues.items():
             its = missing if len(self._queues) == 1 else [one for one in missing if one[0].alias == alias]
             if its:
@@ -215,20 +246,27 @@ class Pipeline:
         self.settle((job, index, error) for job, index, error in checked if error is not None)
         return [(job, index) for job, index, error in checked if error is None]
 
-    async def _look_up(self, inputs: Sequence[JobInput]) -> list[JobInput]:
-        """Settle the inputs whose vector the cache holds; the others. An input with several vectors is not cached."""
+    async def _look_up(self, inputs: Sequence[JobInput], ahead: TextQueue | None) -> list[JobInput]:
+        """Settle the inputs whose vector the cache holds; the others. An input with several vectors is not cached.
+
+        `ahead`: where they wait for their vectors meanwhile."""
         cacheable = [(job, index) for job, index in inputs if not job.request.late]
         keys = [_key(job, index) for job, index in cacheable]
         entries = await self._cache.get_many(keys)
         missing = [(job, index) for job, index in inputs if job.request.late]
-        hits: list[Settled] = []
+        found: list[Settled] = []
         for (job, index), key, entry in zip(cacheable, keys, entries, strict=True):
+            early = None if ahead is None else self._early.pop((job.number, index))
             if (vector := _from_cache(job, entry)) is None:
                 job.keys[index] = key
                 missing.append((job, index))
+                if early is not None:
+                    found.append(early)
             else:
-                hits.append((job, index, vector))
-        self.settle(hits)
+                if ahead is not None:
+                    ahead.withdraw(job, index)
+                found.append((job, index, vector))
+        self.settle(found)
         return missing
 
     # -- from the micro-batch to the finished record -----------------------------------------------------------------
@@ -271,6 +309,8 @@ class Pipeline:
 
     def settle(self, outcomes: Iterable[Settled]) -> None:
         """Note what became of inputs. Jobs that have all of their outcomes are delivered."""
+        if self._early:
+            outcomes = [each for each in outcomes if not self._waits_for_the_cache(each)]
         complete = [job for job, index, outcome in outcomes if job.settle(index, outcome)]
         alone = [job for job in complete if large(job)]
         small = [job for job in complete if not large(job)] if alone else complete
@@ -280,6 +320,13 @@ class Pipeline:
                 self._spawn(self._deliver(its[start : start + most]), "deliver")
         for job in alone:
             self._spawn(self._deliver([job]), "deliver")
+
+    def _waits_for_the_cache(self, outcome: Settled) -> bool:
+        job, index, _ = outcome
+        if (job.number, index) not in self._early:
+            return False
+        self._early[job.number, index] = outcome
+        return True
 
     async def _deliver(self, jobs: Sequence[JobState]) -> None:
         """Jobs of one lane."""
@@ -291,12 +338,21 @@ class Pipeline:
                 return
         if fresh := [entry for job in jobs for entry in _cacheable(job)]:
             # In a task of its own, since a slow cache must not delay the results; before these are sent, so that what a killed
-            # process answered is not computed again.
-            self._spawn(self._cache.put_many(fresh), "cache_write")
+            # process answered is not computed again. A lone job's goes a round of the loop later, behind the request with its result.
+            lone = len(jobs) == 1 and jobs[0].record.lane == "interactive"
+            self._spawn(self._remember(fresh) if lone else self._cache.put_many(fresh), "cache_write")
         await self._deliverer.deliver(jobs)
+
+    async def _remember(self, fresh: Sequence[tuple[bytes, CachedVector]]) -> None:
+        await asyncio.sleep(0)
+        await self._cache.put_many(fresh)
 
     def _spawn(self, work: Coroutine[Any, Any, object], name: str) -> None:
         self._tasks.create_task(work, name=name)
+
+
+def _is_idle(queue: TextQueue) -> bool:
+    return queue.idle
 
 
 def _key(job: JobState, index: int) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -62,10 +63,18 @@ def _windows(text: str) -> Chunked:
 
 
 class ScriptedDevice:
-    """A vector is the text's first token, then ones. `failure` says what a micro-batch of these texts raises."""
+    """A vector is the text's first token, then ones. `failure` says what a micro-batch of these texts raises, `seconds` how long each
+    took. While `gate` is shut, results wait."""
 
-    def __init__(self, failure: Callable[[list[str]], Exception | None] = lambda texts: None) -> None:
+    def __init__(
+        self, failure: Callable[[list[str]], Exception | None] = lambda texts: None, seconds: float = 0.5
+    ) -> None:
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self._seconds = seconds
         self.ran: list[list[str]] = []
+        self.started: list[str] = []
+        """Texts that began before the cache had answered."""
         self.failed = 0
         """Texts that got no vector, even alone."""
         self.ran_out = 0
@@ -78,6 +87,13 @@ class ScriptedDevice:
     def note_out_of_memory(self, encoder: Encoder) -> None:
         self.ran_out += 1
 
+    def start(self, encoder: Encoder, text: Text) -> asyncio.Future[list[Any]]:
+        """What the model is given for this text; it is among those that `ran` once its vector is asked for."""
+        self.started.append(text.text)
+        found: asyncio.Future[list[Any]] = asyncio.get_running_loop().create_future()
+        found.set_result([*encoder.tokenize([text])])
+        return found
+
     async def encode(self, encoder: Encoder, batch: Sequence[Tokens]) -> tuple[Vectors, float]:
         texts = ["".join(map(chr, tokens.ids)) for tokens in batch]
         self.ran.append(texts)
@@ -85,7 +101,8 @@ class ScriptedDevice:
             raise error
         vectors = np.ones((len(batch), encoder.hidden_size), dtype=np.float32)
         vectors[:, 0] = [tokens.ids[0] for tokens in batch]
-        return vectors, 0.5
+        await self.gate.wait()
+        return vectors, self._seconds
 
 
 class ScriptedSink:

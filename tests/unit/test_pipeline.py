@@ -20,6 +20,7 @@ from embedq_consumer.batching import ComputedText, Vectors
 from embedq_consumer.batching.batch_loop import BatchLoop
 from embedq_consumer.batching.batch_runner import BatchRunner
 from embedq_consumer.batching.batcher import Batcher, BatchPolicy
+from embedq_consumer.batching.head_start import HeadStart
 from embedq_consumer.batching.single_flight import Identity, QueuedText, SingleFlight
 from embedq_consumer.batching.text_queue import TextQueue
 from embedq_consumer.batching.token_budget import TokenBudget
@@ -92,9 +93,11 @@ class Parts:
         budget = TokenBudget(batcher, self.metrics, lambda facts: None)
         flights = SingleFlight()
         self.models[alias] = model
-        self.queues[alias] = TextQueue(flights, batcher, budget, self.metrics)
+        head_start, start = HeadStart(), self.device.start
+        self.queues[alias] = TextQueue(flights, batcher, budget, self.metrics, head_start, start)
         runner = BatchRunner(flights, self.device, budget, self.pipeline, self.metrics)
-        self.loops.append(tasks.create_task(BatchLoop(batcher, runner.run, self.metrics, tasks).run()))
+        loop = BatchLoop(batcher, runner.run, self.metrics, tasks, head_start=head_start)
+        self.loops.append(tasks.create_task(loop.run()))
         return self.queues[alias]
 
     def weigh(self, found: Record, cost: Cost) -> None:
@@ -365,6 +368,150 @@ async def test_a_lone_jobs_text_is_tokenized_while_the_cache_is_asked_for_it() -
         assert parts.model.calls == [["a"], ["b"]]
 
 
+@asynccontextmanager
+async def quick() -> AsyncIterator[Parts]:
+    """A device on which a short text is known to take 5 ms, and a cache that lacked one, and that answers nothing more by itself."""
+    async with running(ScriptedDevice(seconds=0.005)) as parts:
+        parts.pipeline.take([job(0, input="first")])
+        await parts.finished(0)
+        await wait_until(lambda: list(parts.cache.entries) == [key("first")])
+        parts.cache.readable.clear()
+        yield parts
+        parts.cache.readable.set()
+        parts.device.gate.set()
+
+
+def result_of(parts: Parts, number: int) -> Any:
+    """The only vector of one of the results."""
+    [datum] = body(parts.sink.to(TOPICS.results)[number])["data"]
+    return datum
+
+
+async def test_a_lone_short_text_runs_while_the_cache_is_asked_for_it_and_is_kept_there() -> None:
+    async with quick() as parts:
+        parts.pipeline.take([job(1, input="a")])
+        await wait_until(lambda: parts.device.ran == [["first"], ["a"]], what="a ran")
+        parts.pipeline.take([job(2, input="b")])
+        assert parts.device.started == ["a"], "once for each that the cache lacked"
+        parts.cache.readable.set()
+        await parts.finished(0, 1, 2)
+        assert [result_of(parts, number)["cached"] for number in (1, 2)] == [False, False]
+        assert parts.device.ran == [["first"], ["a"], ["b"]]
+        await wait_until(lambda: set(parts.cache.entries) == {key("first"), key("a"), key("b")})
+        parts.pipeline.take([job(3, input="c")])
+        assert parts.device.started == ["a", "c"]
+        await parts.finished(0, 1, 2, 3)
+
+
+async def test_a_hit_that_comes_before_the_vector_answers_and_the_vector_is_dropped() -> None:
+    async with quick() as parts:
+        known = parts.cache.entries[key("a")] = entry()
+        parts.device.gate.clear()
+        parts.pipeline.take([job(1, input="a")])
+        await wait_until(lambda: parts.device.ran == [["first"], ["a"]], what="a runs")
+        parts.cache.readable.set()
+        await parts.finished(0, 1)
+        assert result_of(parts, 1)["cached"] is True
+        parts.device.gate.set()
+        parts.pipeline.take([job(2, input="d")])
+        await parts.finished(0, 1, 2)
+        assert len(parts.sink.to(TOPICS.results)) == 3
+        assert parts.cache.entries[key("a")] is known
+
+
+async def test_a_hit_that_comes_after_the_vector_answers_nevertheless() -> None:
+    async with quick() as parts:
+        known = parts.cache.entries[key("a")] = entry()
+        parts.pipeline.take([job(1, input="a")])
+        await wait_until(lambda: parts.device.ran == [["first"], ["a"]] and parts.queue.idle, what="a ran")
+        assert parts.sink.finished == [0]
+        parts.cache.readable.set()
+        await parts.finished(0, 1)
+        assert result_of(parts, 1)["cached"] is True
+        parts.pipeline.take([job(2, input="a")])
+        await parts.finished(0, 1, 2)
+        assert len(parts.sink.to(TOPICS.results)) == 3
+        assert parts.cache.entries[key("a")] is known
+
+
+async def test_after_a_hit_nothing_runs_in_vain_until_the_cache_lacks_a_text() -> None:
+    async with quick() as parts:
+        parts.cache.entries[key("a")] = entry()
+        parts.device.gate.clear()
+        parts.pipeline.take([job(1, input="a")])
+        await wait_until(lambda: parts.device.ran == [["first"], ["a"]], what="a runs")
+        parts.cache.readable.set()
+        await parts.finished(0, 1)
+        parts.device.gate.set()
+        for offset in (2, 3):
+            parts.pipeline.take([job(offset, input="a")])
+            await parts.finished(0, *range(1, offset + 1))
+        assert parts.device.ran == [["first"], ["a"]]
+        assert parts.model.calls == [["first"], ["a"]]
+
+
+async def test_an_equal_text_of_another_job_gets_the_vector_that_a_hit_had_made_needless() -> None:
+    async with quick() as parts:
+        parts.cache.entries[key("a")] = entry()
+        parts.device.gate.clear()
+        parts.pipeline.take([job(1, input="a")])
+        await wait_until(lambda: parts.device.ran == [["first"], ["a"]], what="a runs")
+        parts.cache.readable.set()
+        await parts.finished(0, 1)
+        del parts.cache.entries[key("a")]
+        parts.pipeline.take([job(2, input="a")])
+        await wait_until(lambda: parts.cache.asked == [key("first"), key("a"), key("a")])
+        parts.device.gate.set()
+        await parts.finished(0, 1, 2)
+        assert result_of(parts, 2)["cached"] is False
+
+
+async def test_nothing_runs_before_the_cache_has_answered_where_others_are_under_way() -> None:
+    async with quick() as parts:
+        parts.cache.entries.update({key(text): entry() for text in "abc"})
+        parts.device.gate.clear()
+        parts.pipeline.take([job(1, input="a")])
+        await wait_until(lambda: parts.device.ran == [["first"], ["a"]], what="a runs")
+        parts.queue.answered(lacked=True)
+        parts.pipeline.take([job(2, input="b")])
+        await wait_until(lambda: parts.model.calls[-1] == ["b"], what="b tokenized")
+        parts.device.gate.set()
+        await wait_until(lambda: parts.queue.idle, what="the device idle")
+        parts.queue.answered(lacked=True)
+        parts.pipeline.take([job(3, input="c")])  # the device is idle, and the cache is still asked for b
+        await wait_until(lambda: parts.model.calls[-1] == ["c"], what="c tokenized")
+        parts.cache.readable.set()
+        await parts.finished(0, 1, 2, 3)
+        assert (parts.device.started, parts.device.ran) == (["a"], [["first"], ["a"]])
+
+
+async def test_beside_a_text_that_runs_nothing_runs_before_the_cache_has_answered() -> None:
+    async with quick() as parts:
+        parts.device.gate.clear()
+        parts.pipeline.take([job(1, input="a")])
+        await wait_until(lambda: parts.device.ran == [["first"], ["a"]], what="a runs")
+        parts.cache.readable.set()
+        await wait_until(lambda: parts.queue.idle is False and parts.cache.asked[-1] == key("a"))
+        await asyncio.sleep(0)  # what the cache said is heard
+        parts.cache.readable.clear()
+        parts.pipeline.take([job(2, input="b")])
+        await wait_until(lambda: parts.model.calls[-1] == ["b"], what="b tokenized")
+        assert parts.device.started == ["a"]
+        parts.device.gate.set()
+        parts.cache.readable.set()
+        await parts.finished(0, 1, 2)
+
+
+async def test_no_text_of_bulk_runs_before_the_cache_has_answered() -> None:
+    async with quick() as parts:
+        parts.cache.entries[key("a")] = entry()
+        parts.pipeline.take([msgspec.structs.replace(job(1, input="a"), lane="bulk")])
+        await wait_until(lambda: parts.model.calls[-1] == ["a"], what="a tokenized")
+        parts.cache.readable.set()
+        await parts.finished(0, 1)
+        assert (parts.device.started, parts.device.ran) == ([], [["first"]])
+
+
 @pytest.mark.parametrize(
     ("held", "asked", "hit"),
     [
@@ -403,6 +550,23 @@ async def test_a_mean_over_windows_has_an_entry_of_its_own() -> None:
         await wait_until(lambda: bool(parts.cache.entries))
         assert parts.cache.asked == list(parts.cache.entries)
         assert key("abcdefg") not in parts.cache.entries
+
+
+async def rounds_to_the_cache(jobs: int) -> int:
+    """Of the event loop, from results that are given to the sink to the cache that has their vectors."""
+    async with running() as parts:
+        parts.pipeline.take([job(number, input="a") for number in range(jobs)])
+        passed = 0
+        while not parts.cache.entries:
+            await asyncio.sleep(0)
+            passed += bool(parts.sink.sent) and not parts.cache.entries
+        return passed
+
+
+async def test_the_cache_is_written_a_round_later_for_a_lone_job_whose_result_is_then_with_the_broker() -> (
+    None
+):
+    assert await rounds_to_the_cache(jobs=1) == await rounds_to_the_cache(jobs=2) + 1
 
 
 async def test_a_slow_cache_write_does_not_delay_the_result() -> None:

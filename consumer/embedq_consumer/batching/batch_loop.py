@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Generic
 
 from embedq_consumer.batching.batcher import Batcher, ItemT
+from embedq_consumer.batching.head_start import HeadStart
 from embedq_consumer.batching.prefetch import PrefetchLimit, UnderWay
 from embedq_consumer.telemetry.metrics import Metrics
 from embedq_shared.topics import LANES
@@ -29,13 +30,16 @@ class BatchLoop(Generic[ItemT]):
         tasks: asyncio.TaskGroup,
         *,
         late: bool = False,
+        head_start: HeadStart | None = None,
     ) -> None:
-        """`late`: each is formed shortly before the one that runs is done, and not as soon as that runs."""
+        """`late`: each is formed shortly before the one that runs is done, and not as soon as that runs. `head_start` hears how
+        long each took."""
         self._batcher = batcher
         self._run_batch = run_batch
         self._metrics = metrics
         self._tasks = tasks
         self._prefetch = PrefetchLimit(late=late)
+        self._head_start = head_start or HeadStart()
         self._ended = asyncio.Event()
         self._counted = dict.fromkeys(LANES, 0)
         """Of this loop in the metric of what waits, which several may share."""
@@ -67,6 +71,8 @@ class BatchLoop(Generic[ItemT]):
             seconds = await self._run_batch(batch)
         finally:
             self._prefetch.end(one, time.monotonic(), seconds)
+            if seconds is not None:
+                self._head_start.ran(one.tokens, seconds)
             self._batcher.note_idle(self._prefetch.idle)
             self._ended.set()
 

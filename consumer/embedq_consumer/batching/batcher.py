@@ -447,6 +447,11 @@ class Batcher(Generic[ItemT]):
         self._policy.put(items, followed=followed)
         self._arrived.set()
 
+    @property
+    def idle(self) -> bool:
+        """Whether the device has nothing to do, and nothing waits for it."""
+        return self._policy.idle and not self._policy.waiting_tokens()
+
     def note_idle(self, idle: bool) -> None:
         """Whether the device has nothing to do: then what waits need not wait for company."""
         self._policy.idle = idle

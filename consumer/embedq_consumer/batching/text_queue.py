@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import msgspec
 
 from embedq_consumer.batching.batcher import Batcher
+from embedq_consumer.batching.head_start import HeadStart
 from embedq_consumer.batching.input_errors import EXPIRED_IN_QUEUE, error_of
 from embedq_consumer.batching.single_flight import (
     Identity,
@@ -21,7 +22,7 @@ from embedq_consumer.batching.single_flight import (
 )
 from embedq_consumer.batching.token_budget import TokenBudget
 from embedq_consumer.batching.tokenizer_pool import CALLS, TokenizerPool
-from embedq_consumer.engine import Chunked, Failed, TextTooLong, Tokens
+from embedq_consumer.engine import Chunked, Encoder, Failed, Text, TextTooLong, Tokens
 from embedq_consumer.fairness import FairQueue
 from embedq_consumer.intake.jobs import JobState
 from embedq_consumer.telemetry.metrics import Metrics
@@ -35,13 +36,11 @@ a text that comes for more than that, and a tokenizer needs many bytes for each 
 _TURNS_A_CALL: Final = 8
 """A client's turn at the tokenizer is an eighth of a call, and a text."""
 
-_EARLY_TEXTS: Final = 4
-_EARLY_CHARACTERS: Final = 2_000
-"""Limits of what is tokenized before it is known to be needed: some 0.2 ms of a thread."""
-
 First = tuple[Identity, JobState]
 """The first of equal inputs: its identity, and the job that it is an input of."""
 Found = Tokens | Chunked | TextTooLong | Failed
+Start = Callable[[Encoder, Text], asyncio.Future[list[Found]]]
+"""Tokenizes one text and runs it, at once: what the model is given. A micro-batch of these very tokens is that run."""
 
 
 class Early(msgspec.Struct):
@@ -50,6 +49,8 @@ class Early(msgspec.Struct):
     identities: Sequence[Identity]
     began: float
     found: asyncio.Future[list[Found]]
+    runs: bool = False
+    """Whether the device runs the text as well."""
     seconds: float = 0.0
     """How long it took, once it is over."""
 
@@ -66,8 +67,17 @@ class TextQueue:
     """
 
     def __init__(
-        self, flights: SingleFlight, batcher: Batcher[QueuedText], budget: TokenBudget, metrics: Metrics
+        self,
+        flights: SingleFlight,
+        batcher: Batcher[QueuedText],
+        budget: TokenBudget,
+        metrics: Metrics,
+        head_start: HeadStart | None = None,
+        start: Start | None = None,
     ) -> None:
+        """`start`: of what may run before it is known to be needed, as far as `head_start` goes; None: nothing may."""
+        self._head_start = head_start or HeadStart()
+        self._start = start
         self._flights = flights
         self._batcher = batcher
         self._budget = budget
@@ -76,31 +86,43 @@ class TextQueue:
         self._waiting = {lane: FairQueue[bytes, First](_CHARACTERS_A_CALL // _TURNS_A_CALL) for lane in LANES}
         self._calls = 0
         self._early: Early | None = None  # of texts that joined, and are not taken by a call yet
-        self._early_pays = False  # whether the cache lacked a text since the last time
 
     @property
     def busy_since(self) -> float | None:
         """Monotonic seconds since when the oldest call of the tokenizer runs; None while none does."""
         return self._tokenizers.busy_since
 
+    @property
+    def idle(self) -> bool:
+        """Whether no text is on its way to the device, or runs there."""
+        return not self._calls and not any(self._waiting.values()) and self._batcher.idle
+
     def close(self, within_s: float = CLOSE_S) -> None:
         """End the tokenizer's threads. A call that runs longer than this is left behind."""
         self._tokenizers.close(within_s)
 
-    def tokenize_early(self, inputs: Sequence[JobInput]) -> Early | None:
-        """Begin to tokenize these few inputs while the cache is asked for them, if the tokenizer has nothing else to do; `join` is
-        given what this returns. Only once for each time that the cache lacked a text: where it has all, nothing is tokenized.
+    def begin_early(self, inputs: Sequence[JobInput], *, alone: bool = False) -> Early | None:
+        """Begin to tokenize these few inputs while the cache is asked for them, if the tokenizer has nothing else to do, and to run a
+        lone short one, if it is `alone`: nothing else is under way, on the device neither.
+
+        One that `runs` has joined; if the cache has its vector it is to be withdrawn, and `answered` says so. For others `join` is
+        given what this returns.
         """
-        if self._calls or not self._early_pays or not 0 < len(inputs) <= _EARLY_TEXTS:
+        if self._calls or not self._head_start.pays:
             return None
         identities = [Identity.of(job, index) for job, index in inputs]
-        characters = sum(len(one.text.text) + len(one.text.prompt) for one in identities)
-        if characters > _EARLY_CHARACTERS or any(map(self._flights.waiters, identities)):
+        if any(map(self._flights.waiters, identities)):
             return None
-        self._early_pays = False
-        self._calls += 1
         texts = [one.text for one in identities]
-        early = Early(identities, time.monotonic(), self._tokenizers.start(inputs[0][0].encoder, texts))
+        if not self._head_start.begin(texts):
+            return None
+        self._calls += 1
+        encoder, began = inputs[0][0].encoder, time.monotonic()
+        runs = alone and identities[0].lane == "interactive" and self._head_start.may_run(texts)
+        if runs and self._start is not None:
+            early = Early(identities, began, self._start(encoder, texts[0]), runs=True)
+        else:
+            early = Early(identities, began, self._tokenizers.start(encoder, texts))
 
         def ended(found: asyncio.Future[list[Found]]) -> None:
             self._calls -= 1
@@ -109,13 +131,28 @@ class TextQueue:
                 found.exception()  # whoever needs the texts raises it
 
         early.found.add_done_callback(ended)
+        if early.runs:
+            self._join(inputs, early)
         return early
+
+    def withdraw(self, job: JobState, index: int) -> bool:
+        """The cache has the vector of this input, which runs early. Whether the input waited for its own until now."""
+        return bool(self._flights.abandon(Identity.of(job, index), lambda waiter: waiter == (job, index)))
+
+    def answered(self, *, lacked: bool) -> None:
+        """Whether the cache lacked an input that runs early."""
+        if lacked:
+            self._head_start.lacked()
 
     def join(self, inputs: Sequence[JobInput], early: Early | None = None) -> None:
         """Let each input wait for its vector, and those whose text their client has not under way for the tokenizer.
 
-        `early`: what `tokenize_early` returned, if it was asked for these inputs, of which the cache may have had some.
+        `early`: what `begin_early` returned, if it was asked for these inputs, of which the cache may have had some.
         """
+        self._head_start.lacked()
+        self._join(inputs, early)
+
+    def _join(self, inputs: Sequence[JobInput], early: Early | None) -> None:
         shared = 0
         firsts: list[Identity] = []
         for job, index in inputs:
@@ -129,7 +166,6 @@ class TextQueue:
             if job.copies:
                 shared += len(job.copies.get(index, ()))
         self._metrics.deduplicated.inc(shared)
-        self._early_pays = True
         self._early = early if early is not None and firsts == early.identities else None
 
     def next_call(self) -> list[First] | None:

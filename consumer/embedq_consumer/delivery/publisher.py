@@ -175,7 +175,6 @@ class Publisher:
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._serial = count()
         self._fresh: dict[Place, Destination] = {}
-        self._express: dict[Place, Destination] = {}
         self._left = asyncio.Event()
         self._lanes = Lanes(make, self._spawn, metrics)
         self._pump = _Pump(self._lanes, self._bulk_turns, self._spawn, self._fail)
@@ -219,18 +218,21 @@ class Publisher:
         one, also no longer for a place that fails once it is `urgent`."""
         now = time.monotonic()
         wanted = self._places.wanted([parcel.record for parcel in parcels])
+        places: dict[Destination, bool] = {}  # whether somebody waits for something there
         for parcel, partition in zip(parcels, wanted, strict=True):
             parcel.accept(next(self._serial), now)
             destination = self._places.destination_of(parcel.record, partition, now)
             if not destination.given_up or destination.accepts(parcel, now):
-                # Its producer gets it in a moment, with the others of the same delivery.
                 destination.add(parcel)
-                self._fresh[destination.place] = destination
-                if parcel.record.express:
-                    self._express[destination.place] = destination
+                places[destination] = places.get(destination, False) or parcel.record.express
             else:
                 asyncio.get_running_loop().call_soon(parcel.settled, destination.undelivered(now))
-        self._pump.woken.set()
+        for destination, express in places.items():
+            if express:  # at once: to wake a task for it would take a round of the event loop
+                self._pump.run(destination, now, express=True)
+            if destination.has_waiting:  # its producer gets it in a moment
+                self._fresh[destination.place] = destination
+                self._pump.woken.set()
 
     async def publish(
         self, records: Sequence[Outgoing], *, timeout_s: float | None = None
@@ -276,15 +278,12 @@ class Publisher:
             self._pump.woken.clear()
             now = time.monotonic()
             if self._bulk_turns.needed:
-                for destination in self._express.values():
-                    self._pump.run(destination, now, express=True)
                 self._left.set()
             else:
                 self._take_answers(now)
                 fresh, self._fresh = self._fresh, {}
                 for destination in fresh.values():
                     self._pump.run(destination, now)
-            self._express.clear()
             if now >= next_tick:
                 if 0.0 < next_tick < now - _STOOD_STILL_S:
                     self._places.excuse(now - next_tick, now)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 
-from embedq_consumer.engine import Encoder, Pending, Tokens
+from embedq_consumer.engine import Chunked, Encoder, Failed, Pending, Text, TextTooLong, Tokens
 from embedq_consumer.engine.safety import heaps
 from embedq_consumer.lifecycle.residents import Loaded, Residents
 from embedq_consumer.threads import CLOSE_S, WorkerThreads
@@ -25,8 +25,17 @@ _micro_batches: Final = logging.getLogger(__name__)
 """Asked before an event is made of a micro-batch, of which a busy device runs hundreds in a second."""
 
 Returned = TypeVar("Returned")
+Found = Tokens | Chunked | TextTooLong | Failed
 Computed = tuple[npt.NDArray[np.float32], float]
 """Vectors of a micro-batch, and the seconds that they took."""
+
+
+class _Ahead:
+    """A run that began with a text, of which nobody has asked for the vectors yet."""
+
+    def __init__(self, run: asyncio.Future[Computed | None]) -> None:
+        self.run = run
+        self.tokens: object = None
 
 
 class Device:
@@ -46,6 +55,7 @@ class Device:
         self._busy = asyncio.Event()
         self._floor = asyncio.Lock()
         self._last_result = 0.0  # monotonic seconds; touched on the thread that has a model's results
+        self._ahead: _Ahead | None = None
         self.residents = Residents() if residents is None else residents
         self.shares = shares
 
@@ -53,21 +63,61 @@ class Device:
         """Give one micro-batch to the compute thread, at once. Its vectors, float32 (rows, hidden_size), and the seconds that they
         took; one that was submitted while another ran took as long as it ran alone.
         """
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and len(batch) == 1 and batch[0] is ahead.tokens:
+            return self._ran(ahead.run)
         submitted = self._compute.submit(self._submit, encoder, batch)
+        self._begin()
+        return self._computed(submitted)
+
+    def start(
+        self, encoder: Encoder, text: Text
+    ) -> tuple[asyncio.Future[list[Found]], asyncio.Future[Computed | None]]:
+        """Tokenize one text on the compute thread, at once, and run it there: no other thread has to be woken between the two. What
+        the model is given, and then what it gives; `encode` of these very tokens is this run, if it comes next.
+        """
+        found: Future[list[Found]] = Future()
+        run = asyncio.wrap_future(self._compute.submit(self._tokenize_and_run, encoder, text, found))
+        self._begin()
+        run.add_done_callback(self._ran_ahead)
+        self._ahead = ahead = _Ahead(run)
+        tokenized = asyncio.wrap_future(found)
+
+        def note(tokenized: asyncio.Future[list[Found]]) -> None:
+            if not tokenized.cancelled() and tokenized.exception() is None:
+                (ahead.tokens,) = tokenized.result()
+
+        tokenized.add_done_callback(note)
+        return tokenized, run
+
+    def _begin(self) -> None:
         self._running += 1
         self._idle.clear()
         self._busy.set()
-        return self._computed(submitted)
+
+    def _end(self) -> None:
+        self._running -= 1
+        if not self._running:
+            self._idle.set()
+            self._busy.clear()
+
+    def _ran_ahead(self, run: asyncio.Future[Computed | None]) -> None:
+        if not run.cancelled():
+            run.exception()  # it is for whoever waits for the vectors, if anybody does
+        self._end()
+
+    async def _ran(self, run: asyncio.Future[Computed | None]) -> Computed:
+        computed = await run
+        if computed is None:
+            raise RuntimeError("a text without tokens was run. This is a bug.")
+        return computed
 
     async def _computed(self, submitted: Future[Computed | Future[Computed]]) -> Computed:
         try:
             found = await asyncio.wrap_future(submitted)
             return await asyncio.wrap_future(found) if isinstance(found, Future) else found
         finally:
-            self._running -= 1
-            if not self._running:
-                self._idle.set()
-                self._busy.clear()
+            self._end()
 
     async def busy(self, within_s: float) -> None:
         """Return once a micro-batch is under way, of whichever alias, or after so many seconds."""
@@ -139,6 +189,21 @@ class Device:
             return result()
         # From this thread, because the event loop may be busy: the vectors must not wait for it.
         return self._results.submit(result)
+
+    def _tokenize_and_run(self, encoder: Encoder, text: Text, found: Future[list[Found]]) -> Computed | None:
+        if not found.set_running_or_notify_cancel():
+            return None
+        try:
+            tokens = encoder.tokenize([text])
+        except BaseException as error:  # noqa: BLE001  it is raised where the tokens are needed
+            found.set_exception(error)
+            return None
+        found.set_result([*tokens])
+        batch = [each for each in tokens if isinstance(each, Tokens)]
+        if not batch:
+            return None
+        submitted = time.monotonic()
+        return self._result(encoder, batch, encoder.submit(batch), submitted)
 
     def _result(
         self, encoder: Encoder, batch: Sequence[Tokens], pending: Pending, submitted: float

@@ -12,9 +12,9 @@ from typing import Any, Final, Protocol, TypeVar
 import structlog
 
 from embedq_consumer.batching.token_budget import Budget, Conditions, Measured
-from embedq_consumer.engine import Abandoned, Cancellation, Encoder, Inspection, Memory, Tokens
+from embedq_consumer.engine import Abandoned, Cancellation, Encoder, Inspection, Memory, Text, Tokens
 from embedq_consumer.engine.safety.panics import panics_caught
-from embedq_consumer.lifecycle.device import Computed, Device
+from embedq_consumer.lifecycle.device import Computed, Device, Found
 from embedq_consumer.lifecycle.gates.checks import ModelRejected
 from embedq_consumer.lifecycle.residents import Loaded, Source
 from embedq_consumer.threads import CLOSE_S, WorkerThreads
@@ -221,16 +221,29 @@ class ModelSlot:
         took; one that was submitted while another ran took as long as it ran alone.
         """
         computing = self.device.encode(encoder, batch)
-        self._running += 1
-        self.busy_since = self.busy_since or time.monotonic()
+        self._begin()
         return self._computed(computing)
+
+    def start(self, encoder: Encoder, text: Text) -> asyncio.Future[list[Found]]:
+        """Give one text to the compute thread, at once, to be tokenized and run there; see `Device.start`."""
+        found, run = self.device.start(encoder, text)
+        self._begin()
+        run.add_done_callback(lambda _: self._end())
+        return found
 
     async def _computed(self, computing: Coroutine[Any, Any, Computed]) -> Computed:
         try:
             return await computing
         finally:
-            self._running -= 1
-            self.busy_since = time.monotonic() if self._running else None
+            self._end()
+
+    def _begin(self) -> None:
+        self._running += 1
+        self.busy_since = self.busy_since or time.monotonic()
+
+    def _end(self) -> None:
+        self._running -= 1
+        self.busy_since = time.monotonic() if self._running else None
 
     async def idle(self, within_s: float) -> None:
         """Return once no micro-batch is under way on the device, or after so many seconds."""

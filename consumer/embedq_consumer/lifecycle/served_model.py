@@ -14,6 +14,7 @@ import structlog
 from embedq_consumer.batching.batch_loop import BatchLoop
 from embedq_consumer.batching.batch_runner import BatchRunner, Results
 from embedq_consumer.batching.batcher import Batcher, BatchPolicy
+from embedq_consumer.batching.head_start import HeadStart
 from embedq_consumer.batching.single_flight import QueuedText, SingleFlight
 from embedq_consumer.batching.text_queue import TextQueue
 from embedq_consumer.batching.token_budget import TokenBudget
@@ -121,7 +122,10 @@ class ServedModel:
             )
         )
         self._budget = TokenBudget(self._batcher, metrics, show_facts)
-        self.queue = TextQueue(self._flights, self._batcher, self._budget, metrics)
+        self._head_start = HeadStart()
+        # A CPU alone: there the round trip to the cache is short beside the work, and a run of its own needs no graph.
+        start = self.slot.start if batches.late else None
+        self.queue = TextQueue(self._flights, self._batcher, self._budget, metrics, self._head_start, start)
         self.reporter = StatusReporter(
             options.topics,
             options.replica,
@@ -178,7 +182,14 @@ class ServedModel:
     async def run_batches(self, results: Results, tasks: asyncio.TaskGroup) -> None:
         """Take micro-batches from the queue in order, compute them and hand on their results, until cancelled."""
         runner = BatchRunner(self._flights, self.slot, self._budget, results, self._metrics)
-        await BatchLoop(self._batcher, runner.run, self._metrics, tasks, late=self._late).run()
+        await BatchLoop(
+            self._batcher,
+            runner.run,
+            self._metrics,
+            tasks,
+            late=self._late,
+            head_start=self._head_start,
+        ).run()
 
     async def follow(self, commands: Commands, hold: Hold, turn: Turn = everybodys_turn) -> None:
         """Reload as commands say, until cancelled. The swap runs inside `hold`, where nothing is in flight."""

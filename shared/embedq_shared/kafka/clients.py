@@ -12,27 +12,30 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 from typing import Any
 
 import aiokafka
 import aiokafka.admin
-from aiokafka.client import AIOKafkaClient
-from aiokafka.conn import AIOKafkaConnection
+from aiokafka.client import AIOKafkaClient, ConnectionGroup
+from aiokafka.conn import AIOKafkaConnection, CloseReason
 from aiokafka.errors import (
     KafkaConnectionError,
     KafkaError,
     OutOfOrderSequenceNumber,
     ProducerFenced,
+    RequestTimedOutError,
     UnknownTopicOrPartitionError,
     UnsupportedVersionError,
 )
-from aiokafka.producer.sender import Sender
+from aiokafka.producer.sender import Sender, SendProduceReqHandler
 from aiokafka.protocol.fetch import FetchRequest
 from aiokafka.protocol.metadata import MetadataRequest
 from aiokafka.protocol.produce import ProduceRequest
 from aiokafka.util import wait_for
 
 from embedq_shared.kafka.requests import TopicFacts, TopicIds, topics_of
+from embedq_shared.kafka.wire.answers import Answers
 from embedq_shared.kafka.wire.fetches import QuickFetch
 from embedq_shared.kafka.wire.produces import Produce, QuickProduce, framed
 
@@ -50,9 +53,12 @@ class AIOKafkaProducer(aiokafka.AIOKafkaProducer):  # type: ignore[misc]  # aiok
 
 
 class PromptSender(Sender):  # type: ignore[misc]
-    """Sends what was appended a round of the event loop earlier than aiokafka's sender, which waits for a set of futures anew each
-    time: here one future is told of all that may be sent, and of each request that is over. A transactional one is aiokafka's own.
+    """Sends what was appended two rounds of the event loop earlier than aiokafka's sender, which waits for a set of futures anew each
+    time, and writes in tasks: here one future is told of all that may be sent, and of each request that is over, and what may be sent is
+    written at once. A transactional one is aiokafka's own.
     """
+
+    request_kind: type[PromptRequest]
 
     async def _sender_routine(self) -> None:
         if self._txn_manager is not None and self._txn_manager.transactional_id is not None:
@@ -89,14 +95,36 @@ class PromptSender(Sender):  # type: ignore[misc]
         for node, batches in by_node.items():
             self._in_flight.add(node)
             self._muted_partitions.update(batches)
-            request = asyncio.create_task(self._send_produce_req(node, batches))
+            written = self.request_kind(self, batches, node)
+            request = asyncio.create_task(self._until_answered(written, node, batches))
             request.add_done_callback(self._look_again)
             requests.add(request)
         return bool(waits_for_leaders)
 
+    async def _until_answered(self, request: PromptRequest, node: int, batches: Any) -> None:
+        await request.do(node)
+        self._in_flight.remove(node)
+        self._muted_partitions -= batches.keys()
+
     def _look_again(self, _: asyncio.Task[None]) -> None:
         if not (more := self._message_accumulator.waiter()).done():
             more.set_result(None)
+
+
+class PromptRequest(SendProduceReqHandler):  # type: ignore[misc]
+    """Records on their way to a broker: written when this is made, if it is connected."""
+
+    def __init__(self, sender: PromptSender, batches: Any, node: int) -> None:
+        super().__init__(sender, batches)
+        self._made = super().create_request()
+        self._client.write(node, self._made)
+
+    def create_request(self) -> ProduceRequest:
+        """The one that was made."""
+        return self._made
+
+
+PromptSender.request_kind = PromptRequest
 
 
 class AIOKafkaConsumer(aiokafka.AIOKafkaConsumer):  # type: ignore[misc]
@@ -148,10 +176,29 @@ class KafkaConnections(AIOKafkaClient):  # type: ignore[misc]
         node: int = await super().coordinator_lookup(*args)
         return node
 
+    def write(self, node: int, request: ProduceRequest) -> None:
+        """Write a request at once, if its broker is connected; `send` waits for its answer alone then, and else does all."""
+        connection = self._conns.get((node, ConnectionGroup.DEFAULT))
+        if connection is not None and connection.connected() and request.required_acks:
+            with suppress(KafkaError):  # `send` raises it again, to whoever waits
+                request.written = connection, connection.send(request)
+
+    async def send(self, node_id: int, request: Any, *, group: int = ConnectionGroup.DEFAULT) -> Any:
+        written = getattr(request, "written", None)
+        if written is None:
+            return await super().send(node_id, request, group=group)
+        connection, answer = written
+        try:
+            return await answer
+        except TimeoutError:  # as aiokafka does
+            connection.close(reason=CloseReason.CONNECTION_TIMEOUT)
+            raise RequestTimedOutError from None
+
     async def _get_conn(self, *args: Any, **options: Any) -> AIOKafkaConnection | None:
         connection = await super()._get_conn(*args, **options)
         if connection is not None:
             connection.__class__ = _Connection
+            Answers.take(connection)
         return connection
 
 

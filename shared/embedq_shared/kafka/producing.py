@@ -38,10 +38,9 @@ from aiokafka.errors import (
     TopicAuthorizationFailedError,
     UnknownTopicOrPartitionError,
 )
-from aiokafka.producer.sender import SendProduceReqHandler
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
-from embedq_shared.kafka.clients import AIOKafkaProducer, PromptSender
+from embedq_shared.kafka.clients import AIOKafkaProducer, PromptRequest, PromptSender
 
 _FOLLOWS: Final = 2.0
 """Records that come within twice the time for which one would wait are likely to be followed within it."""
@@ -241,13 +240,11 @@ class _Sender(PromptSender):
 
     may_retry: Any
 
-    async def _send_produce_req(self, node_id: int, batches: Any) -> None:
-        await _ProduceRequest(self, batches).do(node_id)
-        self._in_flight.remove(node_id)
-        self._muted_partitions -= batches.keys()
 
-
-class _ProduceRequest(SendProduceReqHandler):  # type: ignore[misc]
+class _ProduceRequest(PromptRequest):
     def _can_retry(self, error: Exception, batch: Any) -> bool:
         allowed = self._sender.may_retry(batch.tp, error)
         return bool(allowed and super()._can_retry(error, batch))
+
+
+_Sender.request_kind = _ProduceRequest

@@ -89,7 +89,7 @@ async def test_a_few_texts_are_tokenized_while_the_cache_is_asked_and_not_again_
     model = Letters()
     job = admitted(input=["abc", "de"], model=model)
     inputs = [(job, index) for index in job.distinct]
-    early = parts.queue.tokenize_early(inputs)
+    early = parts.queue.begin_early(inputs)
     assert early is not None
     parts.queue.join(inputs, early)
     call = parts.queue.next_call()
@@ -105,7 +105,7 @@ async def test_of_texts_that_were_tokenized_early_the_cache_may_have_some(parts:
     await lacked(parts)
     model = Letters()
     job = admitted(input=["abc", "de"], model=model)
-    early = parts.queue.tokenize_early([(job, 0), (job, 1)])
+    early = parts.queue.begin_early([(job, 0), (job, 1)])
     assert early is not None
     parts.queue.join([(job, 1)], early)
     call = parts.queue.next_call()
@@ -117,14 +117,14 @@ async def test_of_texts_that_were_tokenized_early_the_cache_may_have_some(parts:
 
 async def test_while_the_cache_has_every_text_nothing_is_tokenized_early(parts: Parts) -> None:
     job = admitted(input=["a"], model=Letters())
-    assert parts.queue.tokenize_early([(job, 0)]) is None
+    assert parts.queue.begin_early([(job, 0)]) is None
     await lacked(parts)
-    early = parts.queue.tokenize_early([(job, 0)])
+    early = parts.queue.begin_early([(job, 0)])
     assert early is not None
     await asyncio.wait([early.found])
-    assert parts.queue.tokenize_early([(job, 0)]) is None
+    assert parts.queue.begin_early([(job, 0)]) is None
     await lacked(parts)
-    again = parts.queue.tokenize_early([(job, 0)])
+    again = parts.queue.begin_early([(job, 0)])
     assert again is not None
     await asyncio.wait([again.found])
 
@@ -133,7 +133,7 @@ async def test_while_the_cache_has_every_text_nothing_is_tokenized_early(parts: 
 async def test_no_more_than_a_few_short_texts_are_tokenized_early(parts: Parts, texts: list[str]) -> None:
     await lacked(parts)
     job = admitted(input=texts or ["x"], model=Letters(10_000))
-    assert parts.queue.tokenize_early([(job, index) for index in range(len(texts))]) is None
+    assert parts.queue.begin_early([(job, index) for index in range(len(texts))]) is None
 
 
 async def test_nothing_is_tokenized_early_beside_another_call_or_a_text_that_is_under_way(
@@ -144,10 +144,10 @@ async def test_nothing_is_tokenized_early_beside_another_call_or_a_text_that_is_
     other = admitted(input=["b"], model=job.encoder)
     call = parts.queue.next_call()
     assert call is not None
-    assert parts.queue.tokenize_early([(other, 0)]) is None
+    assert parts.queue.begin_early([(other, 0)]) is None
     await parts.queue.tokenize(call)
-    assert parts.queue.tokenize_early([(job, 0)]) is None
-    early = parts.queue.tokenize_early([(other, 0)])
+    assert parts.queue.begin_early([(job, 0)]) is None
+    early = parts.queue.begin_early([(other, 0)])
     assert early is not None
     await asyncio.wait([early.found])
 
@@ -159,7 +159,7 @@ async def test_what_fails_when_it_is_tokenized_early_fails_where_it_is_needed(pa
 
     await lacked(parts)
     job = admitted(input=["a"], model=Broken())
-    early = parts.queue.tokenize_early([(job, 0)])
+    early = parts.queue.begin_early([(job, 0)])
     assert early is not None
     parts.queue.join([(job, 0)], early)
     call = parts.queue.next_call()

@@ -322,6 +322,22 @@ async def test_an_express_record_goes_before_all_that_waits_for_its_place() -> N
         assert sent_to_the_common_one(one) == ["known", "bulk-0-xx", "express-1", "express-2"]
 
 
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside interactive work"])
+async def test_an_express_record_is_with_the_producer_at_once_and_what_is_not_a_round_later(
+    beside: bool,
+) -> None:
+    traffic = InteractiveTraffic()
+    async with opened(turns=BulkTurns(traffic)) as one:
+        assert await one.publish("known") == [None]
+        if beside:
+            traffic.note(time.monotonic())
+        one.send(record("bulk"))
+        one.send(record("express", express=True))
+        assert sent_to_the_common_one(one) == ["known", "express"]
+        await wait_until(lambda: len(one.settled) == 2)
+        assert sent_to_the_common_one(one) == ["known", "express", "bulk"]
+
+
 async def test_beside_interactive_work_less_bulk_is_given_to_the_producer_at_once() -> None:
     traffic = InteractiveTraffic()
     async with opened(turns=BulkTurns(traffic)) as one:

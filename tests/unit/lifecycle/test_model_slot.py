@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
-from embedq_consumer.engine import Pending, Tokens
+from embedq_consumer.engine import Failed, Pending, Text, Tokens
 from embedq_consumer.lifecycle import ModelRejected, ModelSlot, NoModel
 from embedq_consumer.lifecycle.model_slot import Loaded, Source
 from tests.helpers.fake_models import FakeLoader, FakeModel, Vectors
@@ -126,6 +126,51 @@ async def test_vectors_that_are_there_at_once_need_no_other_thread(
     vectors, _ = await slot.encode(model, ONE_TEXT)
     assert vectors.shape == (1, 2)
     assert {name.rsplit("_", 1)[0] for name in model.threads} == {"compute"}
+
+
+async def test_a_text_that_is_started_runs_with_its_tokens_and_the_micro_batch_of_these_is_that_run(
+    slot: ModelSlot, model: Gated
+) -> None:
+    tokens = await slot.start(model, Text("ab"))
+    assert [each.ids.tolist() for each in tokens if isinstance(each, Tokens)] == [[0, 0, 0]]
+    await wait_until(lambda: len(model.gates) == 1)
+    assert slot.busy_since is not None
+    asked = asyncio.create_task(slot.encode(model, [each for each in tokens if isinstance(each, Tokens)]))
+    await asyncio.sleep(0)
+    model.gates[0].open.set()
+    vectors, seconds = await asked
+    assert (vectors.shape, len(model.gates)) == ((1, 2), 1)
+    assert seconds >= 0
+    assert slot.busy_since is None
+    assert {name.rsplit("_", 1)[0] for name in model.threads} == {"compute"}
+
+
+async def test_a_micro_batch_of_others_is_its_own_run_and_what_was_started_ends_for_nobody(
+    slot: ModelSlot, model: Gated
+) -> None:
+    [tokens] = await slot.start(model, Text("ab"))
+    assert isinstance(tokens, Tokens)
+    asked = [asyncio.create_task(slot.encode(model, batch)) for batch in (ONE_TEXT, [tokens])]
+    for number in range(3):
+        await wait_until(lambda number=number: len(model.gates) > number)  # type: ignore[misc]
+        model.gates[number].open.set()
+    await asyncio.gather(*asked)
+    await wait_until(lambda: slot.busy_since is None)
+    await slot.idle(30)
+
+
+async def test_a_text_that_cannot_be_tokenized_or_run_fails_where_it_is_needed(slot: ModelSlot) -> None:
+    with pytest.raises(KeyError, match="vocabulary"):
+        await slot.start(FakeModel(tokenize_fails=KeyError("vocabulary")), Text("a"))
+    assert await slot.start(FakeModel(unreadable="why"), Text("a")) == [Failed("why")]
+    broken = FakeModel(failures=[KeyError("layer")])
+    tokens = [each for each in await slot.start(broken, Text("a")) if isinstance(each, Tokens)]
+    with pytest.raises(KeyError, match="layer"):
+        await slot.encode(broken, tokens)
+    await slot.start(FakeModel(failures=[KeyError("layer")]), Text("a"))
+    vectors, _ = await slot.encode(FakeModel(), ONE_TEXT)
+    assert vectors.tolist() == [[3.0, 4.0]]
+    await wait_until(lambda: slot.busy_since is None)
 
 
 async def test_it_is_busy_from_the_first_submit_to_the_last_result(slot: ModelSlot, model: Gated) -> None:
