@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from embedq_sdk.dev import DevStack
 from tests.broker.service.test_reload import (
@@ -17,22 +18,48 @@ from tests.broker.service.test_reload import (
     outcomes,
     own,
 )
+from tests.helpers.bad_models import copied
 from tests.helpers.delivery import load, until_committed
 from tests.helpers.service_process import Replica, fresh_prefix, make_topics, producer, reader, replicas
+from tests.helpers.tiny_models import make_tiny_qwen3, minilm_path
 
 pytestmark = [pytest.mark.kafka, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 POLICIES: Final = ("availability_preserving", "resource_preserving", None)
 
 
-@pytest.mark.parametrize("reloads", [6, pytest.param(50, marks=pytest.mark.soak)])
+def pair(kind: str, models: Path, root: Path) -> Path:
+    """Where two models of this kind are, `a` and `b`, which give each text another vector."""
+    if kind == "minilm":
+        copied(minilm_path(), root / "a")
+        file = copied(minilm_path(), root / "b") / "model.safetensors"
+        tensors = load_file(file)
+        tensors["encoder.layer.5.output.dense.weight"] *= -1
+        save_file(tensors, file, metadata={"format": "pt"})
+        return root
+    if kind == "qwen3":
+        for seed, name in enumerate(("a", "b"), start=1):
+            make_tiny_qwen3(root / name, seed=seed, max_tokens=2048)
+        return root
+    return models
+
+
+@pytest.mark.parametrize(
+    ("reloads", "kind"),
+    [
+        (6, "bert"),
+        *(pytest.param(50, kind, marks=pytest.mark.soak) for kind in ("bert", "minilm", "qwen3")),
+    ],
+)
 async def test_reloads_lose_no_job_and_every_vector_is_that_of_the_model_that_it_names(
     stack: DevStack,
     models: Path,
     tmp_path: Path,
     record_property: Callable[[str, object], None],
     reloads: int,
+    kind: str,
 ) -> None:
+    models = await asyncio.to_thread(pair, kind, models, tmp_path / "pair")
     a, b = await asyncio.to_thread(own, models / "a"), await asyncio.to_thread(own, models / "b")
     topics = await make_topics(stack, fresh_prefix())
     fleet = [
