@@ -34,6 +34,9 @@ _TICK_S: Final = 0.1
 _STOOD_STILL_S: Final = 1.0
 """A tick that comes later than this found no turn: the process was stopped or starved, or a call of ours blocked its loop."""
 _TOPICS_AGE_S: Final = 10.0
+_FEW: Final = 8
+"""Records of a delivery that are handed over while it is sent. Of more each place gets few at a time, and a round of the loop is little
+beside what is done for them."""
 _SENT_A_TURN: Final = 64
 _TAKEN_A_TURN: Final = 256
 """Records that are handed to producers, and answers that are taken of them, in one of bulk's turns: a millisecond or two."""
@@ -175,6 +178,7 @@ class Publisher:
         self._failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._serial = count()
         self._fresh: dict[Place, Destination] = {}
+        self._express: dict[Place, Destination] = {}
         self._left = asyncio.Event()
         self._lanes = Lanes(make, self._spawn, metrics)
         self._pump = _Pump(self._lanes, self._bulk_turns, self._spawn, self._fail)
@@ -228,10 +232,14 @@ class Publisher:
             else:
                 asyncio.get_running_loop().call_soon(parcel.settled, destination.undelivered(now))
         for destination, express in places.items():
-            if express:  # at once: to wake a task for it would take a round of the event loop
+            if (
+                express and len(parcels) <= _FEW
+            ):  # at once: to wake a task for it would take a round of the event loop
                 self._pump.run(destination, now, express=True)
-            if destination.has_waiting:  # its producer gets it in a moment
+            if destination.has_waiting:  # its producer gets it in a moment, with that of other deliveries
                 self._fresh[destination.place] = destination
+                if express:
+                    self._express[destination.place] = destination
                 self._pump.woken.set()
 
     async def publish(
@@ -278,12 +286,15 @@ class Publisher:
             self._pump.woken.clear()
             now = time.monotonic()
             if self._bulk_turns.needed:
+                for destination in self._express.values():
+                    self._pump.run(destination, now, express=True)
                 self._left.set()
             else:
                 self._take_answers(now)
                 fresh, self._fresh = self._fresh, {}
                 for destination in fresh.values():
                     self._pump.run(destination, now)
+            self._express.clear()
             if now >= next_tick:
                 if 0.0 < next_tick < now - _STOOD_STILL_S:
                     self._places.excuse(now - next_tick, now)

@@ -63,6 +63,8 @@ class FakeProducer:
         self._broker = broker
         self.kind = kind
         self.alive = True
+        self.asked = 0
+        """How often it was to send something."""
         self.sent: list[str] = []
         self.open: dict[Place, list[asyncio.Future[Any]]] = {}
         self.evicted: list[Place] = []
@@ -77,6 +79,7 @@ class FakeProducer:
     def send(self, place: Place, records: Sequence[Outgoing]) -> tuple[asyncio.Future[Any], int]:
         """Each in a batch of its own, or all together; a refusal is the next call's if something went before it."""
         assert place in self.known
+        self.asked += 1
         batch: asyncio.Future[Any] | None = None
         for sent, record in enumerate(records):
             assert record.value is not None
@@ -197,13 +200,19 @@ class Opened:
         return await self.publisher.publish([record(name) for name in names], timeout_s=timeout_s)
 
     def send(self, sent: Outgoing, timeout_s: float | None = None) -> None:
+        self.publisher.send([self._parcel(sent, timeout_s)])
+
+    def send_all(self, records: Sequence[Outgoing]) -> None:
+        self.publisher.send([self._parcel(each) for each in records])
+
+    def _parcel(self, sent: Outgoing, timeout_s: float | None = None) -> Parcel:
         name = (sent.value or b"").decode()
 
         def settled(error: Exception | None) -> None:
             assert name not in self.settled, "settled twice"
             self.settled[name] = error
 
-        self.publisher.send([Parcel(sent, settled, timeout_s)])
+        return Parcel(sent, settled, timeout_s)
 
     def sample(self, name: str) -> float | None:
         return sample_value(self.metrics.registry, f"embedq_{name}")
@@ -336,6 +345,28 @@ async def test_an_express_record_is_with_the_producer_at_once_and_what_is_not_a_
         assert sent_to_the_common_one(one) == ["known", "express"]
         await wait_until(lambda: len(one.settled) == 2)
         assert sent_to_the_common_one(one) == ["known", "express", "bulk"]
+
+
+@pytest.mark.parametrize("beside", [False, True])
+async def test_large_deliveries_are_handed_over_together_a_round_later_express_ones_first(
+    beside: bool,
+) -> None:
+    traffic = InteractiveTraffic()
+    async with opened(turns=BulkTurns(traffic)) as one:
+        one.broker.batches = True
+        assert await one.publish("known") == [None]
+        if beside:
+            traffic.note(time.monotonic())
+        asked = one.broker.made[0].asked
+        one.send_all([record(f"bulk-{number}") for number in range(20)])
+        for delivery in range(3):
+            one.send_all([record(f"{delivery}-{number}", express=True) for number in range(20)])
+        assert one.broker.made[0].asked == asked
+        await wait_until(lambda: len(one.settled) == 80)
+        sent = one.broker.made[0].sent[1:]
+        express = [f"{delivery}-{number}" for delivery in range(3) for number in range(20)]
+        assert sent == [*express, *(f"bulk-{number}" for number in range(20))]
+        assert one.broker.made[0].asked - asked <= 2
 
 
 async def test_beside_interactive_work_less_bulk_is_given_to_the_producer_at_once() -> None:
