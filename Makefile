@@ -15,7 +15,8 @@ TESTS ?= tests
 WORKERS ?= 3
 # Those of faults wait more than others: for sessions to end, for brokers to come back.
 SLOW_WORKERS ?= 4
-# Some of what `make unit` runs waits, for timers and threads: one worker more than cores fills that.
+# Some of what `make unit` runs waits, for timers and threads: one worker more than cores fills that. Its files share nothing, so a
+# worker that is done takes tests of another one.
 UNIT_WORKERS ?= $(shell expr `getconf _NPROCESSORS_ONLN` + 1)
 # `make faults`: at-least-once or exactly-once; without a seed a random one, which is printed.
 FAULTS_JOBS ?= 200000
@@ -94,8 +95,8 @@ endif
 
 check: lint types ## lint, types, generated files
 
-unit: setup ## the tests that need no broker, no Redis, no model and no process of their own, in half a minute
-	EMBEDQ_TEST_EXAMPLES=20 $(BIN)/python -m pytest $(call parallel,$(UNIT_WORKERS)) tests/unit
+unit: setup ## the tests that need no broker, no Redis and no model, in half a minute
+	EMBEDQ_TEST_EXAMPLES=20 $(BIN)/python -m pytest -n $(UNIT_WORKERS) --dist worksteal tests/unit
 
 matrix: ## the suite on each Python and each Kafka that are supported; `.ci/matrix` says which
 	@.ci/matrix
