@@ -65,7 +65,7 @@ def _load(way: str, model: Path, threads: int | None) -> Any:
     """An encoder whose few rows run this way; None where it cannot."""
     with ExitStack() as patched:
         if way != "onnxruntime":
-            patched.enter_context(patch(f"{_KERNELS}.onnx_rows.OnnxLayers.__init__", side_effect=ImportError))
+            patched.enter_context(patch(f"{_KERNELS}.onnx_rows.OnnxBert.__init__", side_effect=ImportError))
         if way == "plain":
             patched.enter_context(patch(f"{_KERNELS}.few_rows.PACKED_BYTES", 0))
         encoder = load_encoder(model, device="cpu", threads=threads)

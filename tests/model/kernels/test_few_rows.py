@@ -22,7 +22,7 @@ def without_onnx_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*arguments: object) -> None:
         raise ImportError
 
-    monkeypatch.setattr(onnx_rows.OnnxLayers, "__init__", missing)
+    monkeypatch.setattr(onnx_rows.OnnxBert, "__init__", missing)
 
 
 def row(*lengths: int) -> Row:

@@ -61,7 +61,7 @@ def test_a_row_of_more_tokens_is_pytorchs(
     def called(*arguments: Any) -> None:
         raise AssertionError("ONNX Runtime was asked")
 
-    monkeypatch.setattr(onnx_rows.OnnxLayers, "__call__", called)
+    monkeypatch.setattr(onnx_rows.OnnxBert, "__call__", called)
     fast, _ = both
     fast.encode(row(FEW_TOKENS, 1))
     with pytest.raises(AssertionError):
@@ -69,11 +69,11 @@ def test_a_row_of_more_tokens_is_pytorchs(
 
 
 def test_a_load_proves_what_onnx_runtime_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = onnx_rows.OnnxLayers.__call__
+    right = onnx_rows.OnnxBert.__call__
     monkeypatch.setattr(
-        onnx_rows.OnnxLayers,
+        onnx_rows.OnnxBert,
         "__call__",
-        lambda self, x, runs, bias=None: right(self, x.flip(0).contiguous(), runs, bias),
+        lambda self, ids, *others: right(self, ids.flip(0).contiguous(), *others),
     )
     with pytest.raises(ModelError, match="do not give the same"):
         load_encoder(make_tiny_bert(tmp_path), device="cpu")
@@ -89,7 +89,7 @@ def test_without_onnx_runtime_the_packed_weights_run_and_what_went_wrong_is_said
     def fails(*arguments: Any) -> None:
         raise raised
 
-    monkeypatch.setattr(onnx_rows.OnnxLayers, "__init__", fails)
+    monkeypatch.setattr(onnx_rows.OnnxBert, "__init__", fails)
     encoder = load_encoder(make_tiny_bert(tmp_path), device="cpu")
     assert encoder.kernels["few_rows"] == "packed"
     assert encoder.kernels.get("not_onnxruntime") == (said and f"RuntimeError: {said}")

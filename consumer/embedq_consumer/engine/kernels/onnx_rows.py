@@ -1,7 +1,8 @@
-"""A BERT's layers for rows of few tokens, run by ONNX Runtime where it is installed (the extra `cpu`).
+"""A BERT for rows of few tokens, run by ONNX Runtime where it is installed (the extra `cpu`).
 
 For few tokens a product waits for its weights: ONNX Runtime's are laid out as they are read, which PyTorch's are not, and
-its graph has a quarter of the steps. For many tokens PyTorch is ahead.
+its graph has a quarter of the steps. For many tokens PyTorch is ahead. Nothing here calls an operator of PyTorch's: the smallest norm
+would wake its threads, which takes longer than the work where a text comes alone.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, Final, Protocol
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from embedq_consumer.engine.kernels.attention import LengthRun
 
-__all__ = ["Layer", "OnnxLayers"]
+__all__ = ["Embeddings", "Layer", "OnnxBert"]
 
 Pair = tuple[Tensor, Tensor]
 """Weight and bias."""
@@ -45,15 +47,26 @@ class Layer(Protocol):
     def norm(self) -> Pair: ...
 
 
-class OnnxLayers:
-    """All layers as one graph of ONNX Runtime, with its own copy of the weights; as many threads as PyTorch has.
+class Embeddings(msgspec.Struct, frozen=True, kw_only=True):
+    """What stands before the layers: tables (entries, hidden), whose rows are added up, and the norm of the sum."""
+
+    words: Tensor
+    positions: Tensor
+    norm: Pair
+
+
+class OnnxBert:
+    """All layers as one graph of ONNX Runtime, with its own copy of their weights; as many threads as PyTorch has. The tables are
+    shared with the model.
 
     Raises:
         ImportError: onnx or ONNX Runtime is not installed.
         Exception: of ONNX Runtime's own kinds, where it cannot run the graph.
     """
 
-    def __init__(self, layers: Sequence[Layer], heads: int, eps: float) -> None:
+    def __init__(self, embeddings: Embeddings, layers: Sequence[Layer], heads: int, eps: float) -> None:
+        self._words = embeddings.words.numpy()
+        self._positions = embeddings.positions.numpy()
         runtime: Any = import_module("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
@@ -61,21 +74,30 @@ class OnnxLayers:
         # Its threads would turn in circles for a while after each text, on cores that others need.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         self._session: Any = runtime.InferenceSession(
-            _model(layers, heads, eps), options, providers=["CPUExecutionProvider"]
+            _model(embeddings.norm, layers, heads, eps), options, providers=["CPUExecutionProvider"]
         )
 
     def __call__(
-        self, x: Tensor, runs: Sequence[LengthRun], bias: Callable[[int], Tensor] | None = None
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        runs: Sequence[LengthRun],
+        bias: Callable[[int], Tensor] | None = None,
     ) -> Tensor:
-        """Hidden states after the last layer of `x`, both (tokens, hidden) and float32; `bias` as in `attend_runs`."""
+        """Last hidden states (tokens, hidden), float32, of int64 `ids` and `positions` (tokens,); `bias` as in `attend_runs`."""
         if len(runs) == 1:
             texts, length = runs[0].count, runs[0].length
             scores = _scores(length) if bias is None else bias(length)[None].numpy()
         else:
-            texts, length = 1, len(x)
+            texts, length = 1, len(ids)
             scores = _apart(runs, length, bias)
-        (found,) = self._session.run(["y"], {"x": x.view(texts, length, -1).numpy(), "scores": scores})
-        return torch.from_numpy(found).view(x.shape)
+        inputs = {
+            "words": self._words.take(ids.numpy().reshape(texts, length), axis=0),
+            "positions": self._positions.take(positions.numpy().reshape(texts, length), axis=0),
+            "scores": scores,
+        }
+        (found,) = self._session.run(["y"], inputs)
+        return torch.from_numpy(found.reshape(len(ids), -1))
 
 
 def _scores(tokens: int, heads: int = 1, value: float = 0.0) -> npt.NDArray[np.float32]:
@@ -95,8 +117,8 @@ def _apart(
     return scores
 
 
-def _model(layers: Sequence[Layer], heads: int, eps: float) -> bytes:
-    """The graph from `x` (texts, tokens, hidden) and `scores`, which are added to attention's, to `y`."""
+def _model(norm: Pair, layers: Sequence[Layer], heads: int, eps: float) -> bytes:
+    """The graph from `words` and `positions` (texts, tokens, hidden) and `scores`, which are added to attention's, to `y`."""
     onnx: Any = import_module("onnx")
     make, array = onnx.helper, onnx.numpy_helper.from_array
     hidden = layers[0].o_proj[1].shape[0]
@@ -116,25 +138,25 @@ def _model(layers: Sequence[Layer], heads: int, eps: float) -> bytes:
     def product(x: str, weights: Tensor) -> str:
         return node("MatMul", [x, weight(weights.t())], domain="")
 
-    def added(x: str, y: str, bias: Tensor, norm: Pair) -> str:
-        inputs = [x, y, *map(weight, norm), weight(bias)]
+    def added(x: str, y: str, norm: Pair, *bias: Tensor) -> str:
+        inputs = [x, y, *map(weight, (*norm, *bias))]
         return node("SkipLayerNormalization", inputs, epsilon=eps)
 
-    x = "x"
+    x = added("words", "positions", norm)
     for layer in layers:
         qkv = [weight(layer.qkv[0].t()), weight(layer.qkv[1])]
         attended = node("Attention", [x, *qkv, "", "", "scores"], num_heads=heads)
-        x = added(product(attended, layer.o_proj[0]), x, layer.o_proj[1], layer.attention_norm)
+        x = added(product(attended, layer.o_proj[0]), x, layer.attention_norm, layer.o_proj[1])
         wide = node("BiasGelu", [product(x, layer.up[0]), weight(layer.up[1])])
-        x = added(product(wide, layer.down[0]), x, layer.down[1], layer.norm)
+        x = added(product(wide, layer.down[0]), x, layer.norm, layer.down[1])
     nodes[-1].output[0] = "y"
     number = onnx.TensorProto.FLOAT
     states = ["texts", "tokens", hidden]
     graph = make.make_graph(
         nodes,
-        "layers",
+        "bert",
         [
-            make.make_tensor_value_info("x", number, states),
+            *(make.make_tensor_value_info(name, number, states) for name in ("words", "positions")),
             make.make_tensor_value_info("scores", number, [1, None, "tokens", "tokens"]),
         ],
         [make.make_tensor_value_info("y", number, states)],

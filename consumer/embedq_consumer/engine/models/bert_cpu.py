@@ -18,7 +18,7 @@ from torch import Tensor
 
 from embedq_consumer.engine.kernels.attention import Packing, attend_runs
 from embedq_consumer.engine.kernels.few_rows import FEW_TOKENS, copyable, packable, packed, packed_linear
-from embedq_consumer.engine.kernels.onnx_rows import OnnxLayers
+from embedq_consumer.engine.kernels.onnx_rows import Embeddings, OnnxBert
 from embedq_consumer.engine.models.traits import ForwardOptions
 from embedq_consumer.engine.row import PooledForward
 from embedq_consumer.engine.safety.panics import first_line
@@ -62,13 +62,15 @@ class PackedBert:
         self._head_dim = int(config.hidden_size) // self._heads
         self._eps = float(config.layer_norm_eps)
         embeddings = model.embeddings
-        self._words = embeddings.word_embeddings.weight.detach()
-        self._positions = self._position_table(embeddings).detach()
-        self._embedding_norm = pair(embeddings.LayerNorm)
+        self._embeddings = Embeddings(
+            words=embeddings.word_embeddings.weight.detach(),
+            positions=self._position_table(embeddings).detach(),
+            norm=pair(embeddings.LayerNorm),
+        )
         self._scratch: _Workspace | None = None
         self._layers = [self._layer(layer) for layer in model.encoder.layer]
-        onnx = _onnx(self._layers, self._heads, self._eps)
-        self._onnx = onnx if isinstance(onnx, OnnxLayers) else None
+        onnx = _onnx(self._embeddings, self._layers, self._heads, self._eps)
+        self._onnx = onnx if isinstance(onnx, OnnxBert) else None
         self._packed_layers = None if self._onnx else _packed(self._layers)
         few_rows = "onnxruntime" if self._onnx else "packed" if self._packed_layers else "plain"
         self.kernels = {"attention": "torch_sdpa", "few_rows": few_rows}
@@ -87,11 +89,12 @@ class PackedBert:
 
     def __call__(self, ids: Tensor, positions: Tensor, packing: Packing) -> Tensor:
         """Last hidden states (tokens, hidden) of int64 `ids` and `positions` (tokens,)."""
-        x = F.embedding(ids, self._words).add_(F.embedding(positions, self._positions))
-        x = self._normalized(x, self._embedding_norm)
         bias = self._bias(packing)
         if self._onnx is not None and len(ids) <= FEW_TOKENS:
-            return self._onnx(x, packing.runs, bias)
+            return self._onnx(ids, positions, packing.runs, bias)
+        tables = self._embeddings
+        x = F.embedding(ids, tables.words).add_(F.embedding(positions, tables.positions))
+        x = self._normalized(x, tables.norm)
         scratch = self._workspace(len(ids))
         scale = self._head_dim**-0.5
         few = self._packed_layers if len(ids) <= FEW_TOKENS else None
@@ -136,10 +139,10 @@ class PackedBert:
             hidden, heads, dim = self._heads * self._head_dim, self._heads, self._head_dim
             wide = self._layers[0].up[1].shape[0]
             self._scratch = _Workspace(
-                qkv=self._words.new_empty(tokens, 3 * hidden),
-                attended=self._words.new_empty(tokens, heads, dim),
-                narrow=self._words.new_empty(tokens, hidden),
-                wide=self._words.new_empty(tokens, wide),
+                qkv=self._embeddings.words.new_empty(tokens, 3 * hidden),
+                attended=self._embeddings.words.new_empty(tokens, heads, dim),
+                narrow=self._embeddings.words.new_empty(tokens, hidden),
+                wide=self._embeddings.words.new_empty(tokens, wide),
             )
         scratch = self._scratch
         return _Workspace(
@@ -163,12 +166,14 @@ def _packed_linear(x: Tensor, layer: tuple[Tensor, Tensor], out: Tensor) -> Tens
     return packed_linear(x, *layer)
 
 
-def _onnx(layers: Sequence[BertLayer], heads: int, eps: float) -> OnnxLayers | str | None:
-    """The same layers in ONNX Runtime; None where it is not installed, or of no use, or why it cannot run them."""
+def _onnx(
+    embeddings: Embeddings, layers: Sequence[BertLayer], heads: int, eps: float
+) -> OnnxBert | str | None:
+    """The same in ONNX Runtime; None where it is not installed, or of no use, or why it cannot run them."""
     if not copyable(_weights(layers)):
         return None
     try:
-        return OnnxLayers(layers, heads, eps)
+        return OnnxBert(embeddings, layers, heads, eps)
     except ImportError:
         return None
     except Exception as error:  # noqa: BLE001  each of its versions has its own kinds
