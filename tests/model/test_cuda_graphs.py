@@ -252,6 +252,15 @@ def test_the_deterministic_mode_shares_no_prefixes() -> None:
     assert not CpuGraphs(Forward().pooled(pool=True), deterministic=True).shares_prefixes
 
 
+def test_a_closed_engine_knows_no_prefix_any_more() -> None:
+    graphs = CpuGraphs(Forward().pooled(pool=True))
+    batch = [Tokens(np.concatenate([np.arange(3, 43), np.full(30, n)]).astype(np.int32)) for n in range(40)]
+    graphs.submit(batch).result()
+    assert graphs.known_prefixes([batch[0].ids]) == [40]
+    graphs.close()
+    assert graphs.known_prefixes([batch[0].ids]) == [0]
+
+
 def test_a_closed_engine_leaves_its_stream_to_the_next() -> None:
     first = CpuGraphs(Forward().pooled())
     stream = first._stream

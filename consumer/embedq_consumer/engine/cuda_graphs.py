@@ -438,6 +438,9 @@ class Graphs:
         self._stream.synchronize()
         self._graphs.clear()
         self._pool = None
+        if self._prefixes is not None:
+            with self._finding:
+                self._prefixes.close()
         _idle_streams.append(self._stream)
 
 

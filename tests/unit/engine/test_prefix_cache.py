@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from itertools import combinations
 
@@ -289,3 +290,23 @@ def test_what_is_shared_is_what_saves_most(texts: list[Text], run_cost: int) -> 
     cost = sum(len(text) - read for text, read in zip(texts, read_of(rows), strict=True))
     cost += sum(len(prefix.written) + run_cost for prefix in new)
     assert cost == cheapest(texts, run_cost)
+
+
+def test_a_cache_that_is_closed_leaves_nothing_to_the_garbage_collector() -> None:
+    cache = PrefixCache(512)
+    contract, clause = random_ids(40, 1), random_ids(20, 2)
+    cache.assign([*after(contract, clause, texts=5), *after(contract, texts=5, seed=1)])
+
+    def nodes() -> int:
+        return sum(isinstance(each, prefix_cache._Node) for each in gc.get_objects())
+
+    gc.collect()
+    others = nodes() - cache._nodes - 1
+    assert cache._nodes > 2
+    gc.disable()
+    try:
+        cache.close()
+        assert nodes() - others == 1, "the root alone"
+        assert cache.known(contract) == 0
+    finally:
+        gc.enable()
