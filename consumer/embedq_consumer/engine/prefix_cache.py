@@ -159,8 +159,8 @@ class PrefixCache:
     # -- the tree --------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Let all nodes go. They know their parents, so that they would wait for the garbage collector: twenty megabytes of a busy
-        model, and a service collects all but never."""
+        """Let all nodes go. They know their parents, so that they would wait for the garbage collector: megabytes of a busy model,
+        and a service collects all but never."""
         nodes = [self._root]
         while nodes:
             node = nodes.pop()
