@@ -24,7 +24,8 @@ from tests.helpers.service_process import Replica, fresh_prefix, make_topics, pr
 
 pytestmark = [pytest.mark.kafka, pytest.mark.timeout(180)]
 
-_JOBS = 1000
+_JOBS = 3000
+"""So many that both replicas are at work when a sixth is answered, however fast they are."""
 _IN_FLIGHT = 128
 _POLL = 32
 _PARTITIONS = 4
@@ -46,7 +47,7 @@ async def test_a_replica_killed_half_way_and_a_restarted_redis_lose_no_job(
     async with replicas(victim, survivor), reader(stack, topics.results) as results:
         answered = Answered(results)
         ids = await preload(stack, topics.jobs, _JOBS, long_job)
-        await answered.some(_JOBS // 2)
+        await answered.some(_JOBS // 6)
         victim.kill()
         await victim.ended()
         assert await uncommitted(stack, topics) > 0  # it was killed at work

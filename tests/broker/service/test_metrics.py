@@ -62,7 +62,8 @@ async def test_every_figure_is_what_came_out(stack: DevStack, tmp_path: Path) ->
         jobs: list[tuple[str, bytes]] = [
             (topics.jobs, json.dumps({"id": "list", "input": ["one", "two", "two"]}).encode()),
             (topics.bulk, json.dumps({"id": "bulk", "input": "three"}).encode()),
-            (topics.jobs, json.dumps({"id": "again", "input": "one"}).encode()),
+            # In bulk: a lone interactive text may run while the cache is asked for it, and count although it was there.
+            (topics.bulk, json.dumps({"id": "again", "input": "one"}).encode()),
             (topics.bulk, json.dumps({"id": "cut", "input": LONG, "truncate": "end"}).encode()),
             (topics.jobs, json.dumps({"id": "long", "input": ["four", "another " + LONG]}).encode()),
             (topics.jobs, b"{"),
@@ -97,14 +98,14 @@ async def test_every_figure_is_what_came_out(stack: DevStack, tmp_path: Path) ->
         buried = await letters.all()
 
     by_id = {record.key.decode(): record for record in answers if record.key}
-    lanes = {"bulk": ["bulk", "cut"], "interactive": ["list", "again", "long"]}
+    lanes = {"bulk": ["bulk", "again", "cut"], "interactive": ["list", "long"]}
     statuses = Counter(
         value.decode() for record in answers for name, value in record.headers if name == STATUS
     )
 
     # -- intake --
-    assert found['records_total{lane="interactive"}'] == 4
-    assert found['records_total{lane="bulk"}'] == 2
+    assert found['records_total{lane="interactive"}'] == 3
+    assert found['records_total{lane="bulk"}'] == 3
     for status, count in statuses.items():
         assert sum(found[f'jobs_total{{lane="{lane}",status="{status}"}}'] for lane in lanes) == count, status
     for lane, ids in lanes.items():
@@ -140,11 +141,11 @@ async def test_every_figure_is_what_came_out(stack: DevStack, tmp_path: Path) ->
     assert found["batch_splits_total"] == 0
 
     # -- stages: each job passed each of them --
-    assert found['queue_seconds_count{lane="interactive"}'] == 2  # one of three came from the cache
-    assert found['queue_seconds_count{lane="bulk"}'] == 2
+    assert found['queue_seconds_count{lane="interactive"}'] == 2
+    assert found['queue_seconds_count{lane="bulk"}'] == 2  # one of three came from the cache
     assert found["tokenize_seconds_count"] == 4  # polls with a text that the cache did not have
-    assert found['job_seconds_count{lane="interactive"}'] == 4
-    assert found['job_seconds_count{lane="bulk"}'] == 2
+    assert found['job_seconds_count{lane="interactive"}'] == 3
+    assert found['job_seconds_count{lane="bulk"}'] == 3
     assert found["publish_seconds_count"] == 6
     for stage in ("tokenize_seconds_sum", "compute_seconds_sum", "publish_seconds_sum"):
         assert 0 < found[stage] < sum(found[f'job_seconds_sum{{lane="{lane}"}}'] for lane in lanes)
