@@ -61,7 +61,7 @@ class GatewayProcess:
                 try:
                     if not connected:
                         return (await http.get("/livez")).status_code == 200
-                    if not (await http.get("/v1/models")).json()["data"] or not self._all_connected(before):
+                    if not (await http.get("/v1/models")).json()["data"] or not self.all_connected(before):
                         return False
                     probe = await http.post("/v1/embeddings", json={"input": "is it there?"})
                     return probe.status_code == 200
@@ -70,8 +70,8 @@ class GatewayProcess:
 
         return answers
 
-    def _all_connected(self, before: int) -> bool:
-        """Whether each worker has said so: the connection of a request chooses which of them answers."""
+    def all_connected(self, before: int = 0) -> bool:
+        """Whether each worker has said so, after so many events: the connection of a request chooses which of them answers."""
         said = self.events()[before:]
         workers = int(next(event["workers"] for event in said if event["event"] == "listening"))
         return len([event for event in said if event["event"] == "kafka_connected"]) >= workers

@@ -190,24 +190,29 @@ class Reloader:
         self._since = begin
         with structlog.contextvars.bound_contextvars(command=command.command_id, version=command.version):
             try:
-                if not await self._serves_already(pursuit):
-                    await self._change(pursuit, hold, turn)
-            except Superseded as superseded:
-                log.info("reload_abandoned", reason=str(superseded))
-                outcome = "superseded"
-                await self._reporter.reject(command, str(superseded), self._reporter.status.step)
-            except (ModelError, ModelRejected) as error:
-                outcome = "failed"
-                await self._bring_back()
-                await self._note_failure(command, str(error))
-            else:
-                outcome = "ready"
-                await self._note_success(command)
+                outcome = await self._outcome(pursuit, hold, turn)
+                self._metrics.reloads.labels(outcome).inc()
+                self._metrics.reload_seconds.labels(outcome).observe(time.monotonic() - begin)
+                self._since = None if self._next.wait(0.0) is None else self._since
             finally:
                 await self._leave_floor()
-        self._metrics.reloads.labels(outcome).inc()
-        self._metrics.reload_seconds.labels(outcome).observe(time.monotonic() - begin)
-        self._since = None if self._next.wait(0.0) is None else self._since
+
+    async def _outcome(self, pursuit: Pursuit, hold: Hold, turn: Turn) -> str:
+        """Follow one command to its end, and say how that went, in a status and in this word."""
+        command = pursuit.command
+        try:
+            if not await self._serves_already(pursuit):
+                await self._change(pursuit, hold, turn)
+        except Superseded as superseded:
+            log.info("reload_abandoned", reason=str(superseded))
+            await self._reporter.reject(command, str(superseded), self._reporter.status.step)
+            return "superseded"
+        except (ModelError, ModelRejected) as error:
+            await self._bring_back()
+            await self._note_failure(command, str(error))
+            return "failed"
+        await self._note_success(command)
+        return "ready"
 
     async def _serves_already(self, pursuit: Pursuit) -> bool:
         """Whether a command takes another one back that this replica did not follow."""

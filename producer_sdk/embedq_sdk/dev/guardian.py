@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -53,8 +54,12 @@ class Guardian:
             case {"do": "poll", "name": name}:
                 return {"code": self._servers[name].poll()}
             case {"do": "signal", "names": names, "signal": number}:
-                for name in names:
-                    self._signal(self._servers[name], number)
+                servers = [self._servers[name] for name in names]
+                for server in servers:
+                    self._signal(server, number)
+                if number == signal.SIGSTOP:
+                    for server in servers:
+                        _await_stop(server.pid)
                 return {}
             case {"do": "stop", "names": names, "grace_s": grace_s}:
                 self._stop([self._servers[name] for name in names if name in self._servers], grace_s)
@@ -105,6 +110,13 @@ class Guardian:
     def _signal(self, server: subprocess.Popen[bytes], number: int) -> None:
         if server.poll() is None:
             os.killpg(server.pid, number)
+
+
+def _await_stop(pid: int) -> None:
+    """Return once a child does nothing any more: on a busy machine its threads take a while to hear that they are to stop."""
+    if hasattr(os, "waitid"):  # macOS has it from Python 3.13 on
+        with suppress(ChildProcessError):  # it has ended, and was waited for
+            os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
 
 def hold(directory: Path) -> int:

@@ -69,9 +69,9 @@ async def guarded(
                     answer = await http.post("/v1/embeddings", json={"input": "is it there?"})
                 except httpx.TransportError:
                     return False
-                return answer.status_code == 200
+                return answer.status_code == 200 and started.all_connected()
 
-            await wait_until(answers, within=60, what="a gateway behind keys that answers")
+            await wait_until(answers, within=60, what="a gateway behind keys whose workers answer")
         yield started
 
 

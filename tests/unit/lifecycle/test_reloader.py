@@ -32,6 +32,7 @@ from embedq_consumer.engine import (
     TextTooLong,
     Tokens,
 )
+from embedq_consumer.engine.safety import heaps
 from embedq_consumer.lifecycle import ModelRejected, NoModel, reloader
 from embedq_consumer.lifecycle.gates.checks import CHECK_TEXTS
 from embedq_consumer.threads import left_behind
@@ -238,6 +239,26 @@ async def test_a_reload_is_counted_timed_and_named_in_the_metrics(bench: MakeBen
         assert (b.sample("reload_step_seconds_count", step=step) or 0) >= 1, step
     assert b.sample("batch_budget_tokens") == 512
     assert b.facts == {"max_batch_tokens": 512, "max_text_tokens": 64}
+
+
+async def test_a_reload_is_over_before_its_memory_is_the_systems_again(
+    bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    b = await started(bench(new=[new()]))
+    given_back = threading.Event()
+
+    def give_back() -> None:
+        if b.sent[-1].state == "READY":  # before that the old model is freed, which is a part of the reload
+            given_back.wait(60)
+
+    async with b.live() as commands:
+        monkeypatch.setattr(heaps, "give_back", give_back)
+        try:
+            commands.write(command(1, "new"))
+            await wait_until(lambda: b.sample("reloads_total", outcome="ready") == 1)
+            assert b.sample("reload_running_seconds") == 0
+        finally:
+            given_back.set()
 
 
 @pytest.mark.parametrize("policy", POLICIES)
