@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from embedq_consumer.engine import Chunked, Failed, TextTooLong, Tokens
+from embedq_consumer.engine import Chunked, Failed, Found, TextTooLong
 from embedq_consumer.intake.jobs import JobState, Request, input_param, too_many_spans
 from embedq_shared.messages import ErrorBody
 
@@ -17,9 +17,7 @@ EXPIRED_IN_QUEUE: Final = ErrorBody.of(
 )
 
 
-def error_of(
-    found: Tokens | Chunked | TextTooLong | Failed, request: Request, longest: int
-) -> ErrorOf | None:
+def error_of(found: Found, request: Request, longest: int) -> ErrorOf | None:
     """Why a tokenized text is not run, if it is not; `longest` is how many tokens of one text fit into memory."""
     if isinstance(found, Failed):
         return lambda request, index: unreadable(request, index, found)

@@ -22,7 +22,7 @@ from embedq_consumer.batching.single_flight import (
 )
 from embedq_consumer.batching.token_budget import TokenBudget
 from embedq_consumer.batching.tokenizer_pool import CALLS, TokenizerPool
-from embedq_consumer.engine import Chunked, Encoder, Failed, Text, TextTooLong, Tokens
+from embedq_consumer.engine import Chunked, Encoder, Found, Text, Tokens
 from embedq_consumer.fairness import FairQueue
 from embedq_consumer.intake.jobs import JobState
 from embedq_consumer.telemetry.metrics import Metrics
@@ -38,7 +38,6 @@ _TURNS_A_CALL: Final = 8
 
 First = tuple[Identity, JobState]
 """The first of equal inputs: its identity, and the job that it is an input of."""
-Found = Tokens | Chunked | TextTooLong | Failed
 Start = Callable[[Encoder, Text], asyncio.Future[list[Found]]]
 """Tokenizes one text and runs it, at once: what the model is given. A micro-batch of these very tokens is that run."""
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-from embedq_consumer.engine import Chunked, Encoder, Failed, Text, TextTooLong, Tokens
+from embedq_consumer.engine import Encoder, Found, Text
 from embedq_consumer.threads import CLOSE_S, WorkerThreads
 
 __all__ = ["CALLS", "TokenizerPool"]
@@ -25,15 +25,11 @@ class TokenizerPool:
         self._threads = WorkerThreads("tokenize", _THREADS)
         self._running: list[float] = []
 
-    async def run(
-        self, encoder: Encoder, texts: Sequence[Text]
-    ) -> list[Tokens | Chunked | TextTooLong | Failed]:
+    async def run(self, encoder: Encoder, texts: Sequence[Text]) -> list[Found]:
         """What the model is given for each text, in order."""
         return await self.start(encoder, texts)
 
-    def start(
-        self, encoder: Encoder, texts: Sequence[Text]
-    ) -> asyncio.Future[list[Tokens | Chunked | TextTooLong | Failed]]:
+    def start(self, encoder: Encoder, texts: Sequence[Text]) -> asyncio.Future[list[Found]]:
         """The same, begun at once."""
         return asyncio.wrap_future(self._threads.submit(self._tokens_of, encoder, texts))
 
@@ -46,9 +42,7 @@ class TokenizerPool:
         """End the threads. A call that runs longer than this is left behind."""
         self._threads.close(within_s)
 
-    def _tokens_of(
-        self, encoder: Encoder, texts: Sequence[Text]
-    ) -> list[Tokens | Chunked | TextTooLong | Failed]:
+    def _tokens_of(self, encoder: Encoder, texts: Sequence[Text]) -> list[Found]:
         began = time.monotonic()
         self._running.append(began)
         try:
@@ -57,7 +51,7 @@ class TokenizerPool:
             self._running.remove(began)
 
 
-def _tokens_of(encoder: Encoder, texts: Sequence[Text]) -> list[Tokens | Chunked | TextTooLong | Failed]:
+def _tokens_of(encoder: Encoder, texts: Sequence[Text]) -> list[Found]:
     """Tokens of each text, in order."""
     if all(text.chunk is None for text in texts):
         return [*encoder.tokenize(texts)]

@@ -23,6 +23,7 @@ __all__ = [
     "Encoder",
     "Failed",
     "Footprint",
+    "Found",
     "Inspection",
     "LoadArguments",
     "LoadOptions",
@@ -212,6 +213,10 @@ class Failed(msgspec.Struct, frozen=True):
     """In the tokenizer's own words, which may quote the text."""
     beyond: tuple[int, int] | None = None
     """The token's id, and the rows of the embedding table, which has none for it."""
+
+
+Found = Tokens | Chunked | TextTooLong | Failed
+"""What became of a text at the tokenizer."""
 
 
 class Pending(Protocol):

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 
-from embedq_consumer.engine import Chunked, Encoder, Failed, Pending, Text, TextTooLong, Tokens
+from embedq_consumer.engine import Encoder, Found, Pending, Text, Tokens
 from embedq_consumer.engine.safety import heaps
 from embedq_consumer.lifecycle.residents import Loaded, Residents
 from embedq_consumer.threads import CLOSE_S, WorkerThreads
@@ -25,7 +25,6 @@ _micro_batches: Final = logging.getLogger(__name__)
 """Asked before an event is made of a micro-batch, of which a busy device runs hundreds in a second."""
 
 Returned = TypeVar("Returned")
-Found = Tokens | Chunked | TextTooLong | Failed
 Computed = tuple[npt.NDArray[np.float32], float]
 """Vectors of a micro-batch, and the seconds that they took."""
 

@@ -12,9 +12,9 @@ from typing import Any, Final, Protocol, TypeVar
 import structlog
 
 from embedq_consumer.batching.token_budget import Budget, Conditions, Measured
-from embedq_consumer.engine import Abandoned, Cancellation, Encoder, Inspection, Memory, Text, Tokens
+from embedq_consumer.engine import Abandoned, Cancellation, Encoder, Found, Inspection, Memory, Text, Tokens
 from embedq_consumer.engine.safety.panics import panics_caught
-from embedq_consumer.lifecycle.device import Computed, Device, Found
+from embedq_consumer.lifecycle.device import Computed, Device
 from embedq_consumer.lifecycle.gates.checks import ModelRejected
 from embedq_consumer.lifecycle.residents import Loaded, Source
 from embedq_consumer.threads import CLOSE_S, WorkerThreads

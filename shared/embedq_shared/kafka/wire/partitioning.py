@@ -58,9 +58,8 @@ def _hashes(keys: Sequence[bytes]) -> npt.NDArray[np.uint32]:
     length = len(keys[0])
     whole = length - length % _WORD_BYTES
     rows = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), length)
-    words = (
-        np.ascontiguousarray(rows[:, :whole]).view("<u4").T.copy()
-    )  # row by row, the n-th word of each key
+    # Row by row, the n-th word of each key.
+    words = np.ascontiguousarray(rows[:, :whole]).view("<u4").T.copy()
     mix = np.uint32(_MIX)
     words *= mix
     words ^= words >> 24
