@@ -9,6 +9,7 @@ import itertools
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -265,6 +266,10 @@ async def test_a_late_answer_never_answers_the_next_look_up(own_redis: RedisProc
     one = await opened(own_redis.url, timeout_s=0.05, connections=1, breaker=CircuitBreaker(failures=10_000))
     texts = [f"text {n}" for n in range(40)]
     await one.cache.put_many(items(texts))
+
+    def gone(connections: set[str]) -> bool:
+        return not connections & own_redis.clients()
+
     for asked, next_asked in itertools.pairwise(texts):
         before = own_redis.clients()
         own_redis.freeze()
@@ -274,7 +279,7 @@ async def test_a_late_answer_never_answers_the_next_look_up(own_redis: RedisProc
         while found == [None]:  # a slow machine may time out here as well
             found = await one.cache.get_many([key(next_asked)])
         assert found == [entry(next_asked)]
-        await wait_until(lambda: not before & own_redis.clients(), what="the old connections closed")
+        await wait_until(partial(gone, before), what="the old connections closed")
     assert one.lookups("corrupt") == 0
 
 
