@@ -1,4 +1,4 @@
-"""Reloads between two real models, one after the other, and what the process holds after each: `python -m tests.helpers.many_reloads ROOT COUNT POLICY`.
+"""Reloads between two real models, one after the other, texts for each, and what the process holds then: `python -m tests.helpers.many_reloads ROOT COUNT POLICY`.
 
 Prints JSON, a list of `Held`. A process of its own, since nothing else may take or give back memory meanwhile.
 """
@@ -8,14 +8,17 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import gc
+import os
 import sys
 from functools import partial
 from pathlib import Path
+from random import Random
+from string import ascii_lowercase
 from typing import cast
 
 import msgspec
 
-from embedq_consumer.engine import load_encoder
+from embedq_consumer.engine import Text, Tokens, load_encoder
 from embedq_shared.messages import Policy
 from tests.helpers.fake_models import Bench, command
 
@@ -59,15 +62,31 @@ def anonymous_bytes() -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Anonymous:"))
 
 
+def many_words(count: int = 200) -> list[str]:
+    """Texts of a hundred words each, all of them different."""
+    random = Random(0)
+    return [
+        " ".join("".join(random.choices(ascii_lowercase, k=random.randint(4, 12))) for _ in range(100))
+        for _ in range(count)
+    ]
+
+
 async def main(root: Path, count: int, policy: Policy) -> list[Held]:
     """What is held after each reload."""
     bench = Bench(root, {"old": [], "new": []}, load_timeout_s=600.0, stall_timeout_s=600.0)
     bench.loader.load_path = partial(load_encoder, device="cpu", threads=1, known_models=root / "known")
     await bench.model.start(None)
     found: list[Held] = []
+    texts = many_words()
+    os.environ["TOKENIZERS_PARALLELISM"] = (
+        "false"  # else it is chance which thread has remembered which words
+    )
     for version in range(1, count + 1):
         await bench.follow([command(version, ("old", "new")[version % 2], policy=policy)])
         assert bench.sent[-1].state == "READY", bench.sent[-1]
+        encoder = bench.model.slot.loaded.encoder
+        tokens = encoder.tokenize([Text(words, truncate="end") for words in texts])
+        await bench.model.slot.encode(encoder, [each for each in tokens[:20] if isinstance(each, Tokens)])
         found.append(held())
     await asyncio.to_thread(bench.model.close)
     return found

@@ -14,6 +14,7 @@ from embedq_consumer.engine.model_directory import ModelDirectory
 from embedq_consumer.engine.safety.panics import first_line, panics_caught
 from embedq_consumer.engine.text.chunking import cut, spans_of, windows_of
 from embedq_consumer.engine.text.effective import EffectiveTokenizer, effective_tokenizer
+from embedq_consumer.engine.text.shared_tokenizers import shared
 from embedq_consumer.engine.text.transformers_reading import differs_from_transformers
 
 __all__ = ["TextTokenizer"]
@@ -49,11 +50,10 @@ class TextTokenizer:
             ModelError: the limit leaves no room for a text, or every text would get a token that the model does not know.
         """
         self.effective = effective
-        self._tokenizer = tokenizer = effective.build()
+        self._shared = shared(effective)  # which ends with the last model that has it
+        self._tokenizer = tokenizer = self._shared.tokenizer
         self._max_tokens = max_tokens
         self._rows = rows
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
         self._before, self._after = _added_tokens(tokenizer)
         if self._before + self._after >= max_tokens:
             raise ModelError(f"the limit of {max_tokens} tokens leaves no room between the special tokens")
