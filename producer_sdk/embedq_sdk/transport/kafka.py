@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import itertools
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 from embedq_sdk.errors import InvalidArgument, KafkaRefused, KafkaUnavailable, TopicMissing
 from embedq_sdk.transport.fair_timeout import fair_timeout
+from embedq_shared.backoff import backoff
 from embedq_shared.kafka import (
     AIOKafkaAdminClient,
     AIOKafkaConsumer,
@@ -42,6 +46,9 @@ _OVERHEAD_BYTES: Final = 24_576
 """What a request may be larger than its largest batch: headers and framing."""
 _GROUP_REQUEST_TIMEOUT_S: Final = 75.0
 """JoinGroup waits for the whole rebalance (60 s) within one request."""
+_LEAST_CALL_S: Final = 0.1
+_FIRST_PAUSE_S: Final = 0.05
+_LONGEST_PAUSE_S: Final = 1.0
 
 
 class KafkaConnection:
@@ -176,16 +183,41 @@ def _arguments() -> Iterator[None]:
         raise InvalidArgument(argument=error.option, expected=error.expected, got=error.got) from error
 
 
+async def list_topics(connection: KafkaConnection, consumer: AIOKafkaConsumer, timeout: float) -> set[str]:
+    """The names of all topics, asked for once.
+
+    Raises:
+        KafkaUnavailable: no answer within `timeout` seconds.
+    """
+    found: set[str] = await connection.call(timeout, "listing the topics", consumer.topics())
+    return found
+
+
 async def require_topics(
     connection: KafkaConnection, consumer: AIOKafkaConsumer, names: list[str], timeout: float
 ) -> set[str]:
     """Check that topics exist before anything names them: asking for one by its name could create it. Returns all that exist.
 
+    Asks again for `timeout` seconds, as `connect` does: a broker that has just started lets us in before it knows of any broker,
+    itself included, and until then it cannot say which topics there are.
+
     Raises:
         TopicMissing: the first one that does not exist.
+        KafkaRefused: trying again will not help.
         KafkaUnavailable: no answer within `timeout` seconds.
     """
-    found: set[str] = await connection.call(timeout, "listing the topics", consumer.topics())
+    end = time.monotonic() + timeout
+    for attempt in itertools.count():
+        try:
+            found = await list_topics(connection, consumer, max(_LEAST_CALL_S, end - time.monotonic()))
+            break
+        except KafkaRefused:
+            raise
+        except KafkaUnavailable:
+            pause = backoff(attempt, first_s=_FIRST_PAUSE_S, longest_s=_LONGEST_PAUSE_S)
+            if end - time.monotonic() <= pause:
+                raise
+            await asyncio.sleep(pause)
     for name in names:
         if name not in found:
             raise TopicMissing(servers=connection.servers, topic=name)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from embedq_sdk.errors import KafkaRefused, KafkaUnavailable, TopicMissing
-from embedq_sdk.transport.kafka import KafkaConnection, close, require_topics
+from embedq_sdk.transport.kafka import KafkaConnection, close, list_topics, require_topics
 from embedq_sdk.transport.reply_topic import ReplyTopic
 from embedq_sdk.transport.silence import Silence
 from embedq_shared.kafka import (
@@ -105,7 +105,7 @@ class ReplyReader:
         """
         if self._consumer is None:
             raise self._connection.unavailable("listing the topics: not connected")
-        return await require_topics(self._connection, self._consumer, [], _LOOK_S)
+        return await list_topics(self._connection, self._consumer, _LOOK_S)
 
     async def _go_to_end(self, consumer: AIOKafkaConsumer) -> None:
         self.partition = 0

@@ -143,10 +143,14 @@ async def test_leaving_the_block_with_kafka_gone_gives_the_error_that_caused_it(
     """aiokafka's own consumer ends its `stop` with CancelledError here, which no `except` of a caller's catches."""
 
     async def work(entered: asyncio.Semaphore, gone: asyncio.Event, timeout: float) -> str:
+        # The broker may have been started a moment ago, by the test before.
+        embedq = EmbedClient(own_stack.kafka_servers, connect_timeout=patient(30))
         try:
-            # The broker may have been started a moment ago, by the test before.
-            async with EmbedClient(own_stack.kafka_servers, connect_timeout=patient(30)) as embedq:
-                entered.release()
+            await embedq.open()
+        finally:
+            entered.release()  # also where it fails, since it says why only when it is awaited
+        try:
+            async with embedq:
                 await gone.wait()
                 await embedq.embed("x", timeout=timeout)
         except KafkaUnavailable as error:
