@@ -78,9 +78,8 @@ async def main(root: Path, count: int, policy: Policy) -> list[Held]:
     await bench.model.start(None)
     found: list[Held] = []
     texts = many_words()
-    os.environ["TOKENIZERS_PARALLELISM"] = (
-        "false"  # else it is chance which thread has remembered which words
-    )
+    # In this thread: else it is chance which of the library's has remembered which words.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for version in range(1, count + 1):
         await bench.follow([command(version, ("old", "new")[version % 2], policy=policy)])
         assert bench.sent[-1].state == "READY", bench.sent[-1]

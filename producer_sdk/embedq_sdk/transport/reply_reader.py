@@ -84,10 +84,10 @@ class ReplyReader:
         end = time.monotonic() + timeout
         consumer = await self._connect(timeout)
         try:
-            left = max(_LEAST_CALL_S, end - time.monotonic())
-            names = await require_topics(self._connection, consumer, topics, left)
+            names = await require_topics(self._connection, consumer, topics, end - time.monotonic())
             self._consumer = consumer
             await self._look(consumer)
+            left = max(_LEAST_CALL_S, end - time.monotonic())
             await self._connection.call(
                 left, "finding the end of the reply partition", self._go_to_end(consumer)
             )

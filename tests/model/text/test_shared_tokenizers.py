@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import platform
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,7 @@ def test_no_tokenizer_pads_or_cuts_what_it_is_given(text: bytes) -> None:
     assert (found.truncation, found.padding) == (None, None)
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc says how much memory is in use")
 def test_reading_a_model_again_and_again_leaves_nothing_of_the_texts_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,9 +93,7 @@ def test_reading_a_model_again_and_again_leaves_nothing_of_the_texts_before(
     for _ in range(8):
         tokenizer = TextTokenizer.load(directory, 512, 600)
         tokenizer.tokenize(texts)
-        in_use.append(held().in_use)
-    if in_use[0] is None:
-        pytest.skip("this C library does not say how much of its memory is in use")
-    # The first one warms up the libraries. Without the mends: 20 MB, and 0.6 MB by transformers' reading alone.
-    _, second, *_, last = [each for each in in_use if each is not None]
-    assert last - second < 300_000
+        in_use.append(held().in_use or 0)
+    # The first one warms up the libraries. Without the mends: 30 MB, and 0.5 MB by transformers' reading alone.
+    assert in_use[1] > 0
+    assert in_use[-1] - in_use[1] < 300_000

@@ -303,6 +303,37 @@ async def test_a_missing_topic_closes_the_connection_again() -> None:
     assert reader.silent_for(0.0) == float("inf")
 
 
+async def test_each_step_of_opening_has_what_the_steps_before_have_left_of_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    given: dict[str, float] = {}
+
+    class Slow(Consumer):
+        async def topics(self) -> set[str]:
+            nonlocal now
+            now += 0.75
+            return await super().topics()
+
+    class Noting(Connection):
+        async def call(self, seconds: float, what: str, work: Any) -> Any:
+            given[what] = seconds
+            return await super().call(seconds, what, work)
+
+    monkeypatch.setattr(reply_reader, "time", SimpleNamespace(monotonic=lambda: now))
+    reader = ReplyReader(
+        Noting(Slow(Topic())),
+        "replies",
+        lambda count: 0,
+        lambda record: None,
+        lambda error: None,
+        lambda: None,
+    )
+    await reader.open(["jobs"], 1.0)
+    await reader.close()
+    assert given["finding the end of the reply partition"] == 0.25
+
+
 async def test_opening_without_brokers_says_so() -> None:
     reader = ReplyReader(
         Connection(None), "replies", lambda count: 0, lambda record: None, lambda error: None, lambda: None
