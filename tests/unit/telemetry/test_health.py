@@ -202,7 +202,7 @@ def test_other_paths_are_404_and_queries_are_ignored(served: Served) -> None:
 
 
 def test_a_peer_that_says_nothing_or_nonsense_does_not_stop_the_others(
-    served: Served, capfd: pytest.CaptureFixture[str]
+    served: Served, capsys: pytest.CaptureFixture[str]
 ) -> None:
     address = ("127.0.0.1", served.server.port)
     with socket.create_connection(address), socket.create_connection(address) as rude:
@@ -211,7 +211,7 @@ def test_a_peer_that_says_nothing_or_nonsense_does_not_stop_the_others(
             with socket.create_connection(address) as gone:
                 gone.sendall(b"GET /metrics HTTP/1.1\r\n")
         assert served.json("/livez")[0] == 200
-    assert capfd.readouterr() == ("", "")
+    assert capsys.readouterr() == ("", "")
 
 
 def test_more_connections_than_there_may_be_make_the_oldest_give_way(served: Served) -> None:
