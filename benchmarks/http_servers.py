@@ -70,7 +70,7 @@ async def gateway(
     topics = Topics(prefix)
     await create_topics(stack.kafka_servers, prefix=prefix, partitions=4, reply_partitions=4)
     async with (
-        replica(stack, model, scratch / f"{prefix}.replica.log", prefix, cached=cached),
+        replica(stack, model, scratch / f"{prefix}.replica.log", prefix, cached=cached, device="cpu"),
         running(GatewayProcess(stack, topics, scratch / f"{prefix}.gateway.log")) as process,
     ):
         assert process.url is not None

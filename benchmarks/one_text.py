@@ -180,7 +180,7 @@ async def run(model: Path, texts: int, rounds: int, event_loop: str) -> dict[str
         module = "benchmarks.one_text"
         async with (
             round_trip(stack.kafka_servers) as record,
-            replica(stack, model, log, module=module, event_loop=event_loop),
+            replica(stack, model, log, module=module, event_loop=event_loop, device="cpu"),
             EmbedClient(stack.kafka_servers) as client,
         ):
             for _ in range(_WARM_RECORDS):

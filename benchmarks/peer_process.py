@@ -20,10 +20,11 @@ NEEDS: Final = {
     REFERENCE: "sentence_transformers",
     "sentence-transformers onnx": "optimum.onnxruntime",
     "sentence-transformers openvino": "optimum.intel",
+    "sentence-transformers openvino float32": "optimum.intel",
     "infinity": "infinity_emb",
     "embedq, encoder alone": "embedq_consumer",
 }
-"""The ways, and the package that each needs."""
+"""The ways, and the package that each needs. OpenVINO by itself computes in bfloat16 where the processor has AMX."""
 
 
 def serve(way: str, model: str) -> None:
@@ -45,7 +46,9 @@ def _loaded(way: str, model: str) -> Callable[[list[str]], Any]:
         return _infinity(model)
     from sentence_transformers import SentenceTransformer
 
-    made: Any = SentenceTransformer(model, device="cpu", backend=way.rpartition(" ")[2])  # type: ignore[arg-type]
+    backend: Any = way.split()[1]
+    options = {"ov_config": {"INFERENCE_PRECISION_HINT": "f32"}} if way.endswith("float32") else None
+    made: Any = SentenceTransformer(model, device="cpu", backend=backend, model_kwargs=options)
     return lambda texts: made.encode(texts, normalize_embeddings=True, show_progress_bar=False)
 
 

@@ -203,8 +203,8 @@ class Settings(KafkaSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
         int,
         Meta(
             ge=0,
-            description="Tokens that a micro-batch may hold. 0: 1024 on a CPU and 16384 on a GPU, which keeps the device busy "
-            "without delaying the texts that come next. Lowered where the device has too little memory.",
+            description="Tokens that a micro-batch may hold. 0: 16384 on a GPU, on a CPU 256 for each thread and 1024 at least, which keeps "
+            "the device busy without delaying the texts that come next. Lowered where the device has too little memory.",
         ),
     ] = 0
     max_batch_items: Annotated[PositiveInt, Meta(description="Texts that a micro-batch may hold.")] = 1024

@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from embedq_consumer.engine import ModelError, Text, load_encoder
+from embedq_consumer.engine.encoder import PackedEncoder
+from embedq_consumer.engine.kernels.attention import Packing
 from embedq_consumer.engine.models import registry
 from embedq_consumer.engine.models.bert_cpu import PackedBert
 from tests.helpers.encoders import FEW_ROWS, normalized, tokens_of
@@ -124,6 +127,26 @@ def test_a_long_text_runs_alongside_a_short_one(tmp_path: Path) -> None:
     vectors = encoder.encode([long, short])
     assert np.isfinite(vectors).all()
     assert np.abs(normalized(vectors)[1] - normalized(encoder.encode([short]))[0]).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize(("threads", "rows"), [(2, [1_000, 1_000, 500]), (8, [2_000, 500])])
+def test_a_cpu_runs_as_many_tokens_at_once_as_its_threads_are_worth(
+    threads: int, rows: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    encoder = load_encoder(make_tiny_qwen3(tmp_path, hidden=64, layers=1), device="cpu")
+    assert isinstance(encoder, PackedEncoder)
+    ran: list[int] = []
+    forward = encoder._forward
+    assert forward is not None
+
+    def noted(ids: Tensor, positions: Tensor, packing: Packing) -> Tensor:
+        ran.append(len(ids))
+        return forward(ids, positions, packing)
+
+    monkeypatch.setattr(encoder, "_forward", noted)
+    encoder.encode([np.full(100, 7, dtype=np.int32)] * 25)
+    assert ran == rows
 
 
 def test_a_closed_encoder_frees_its_weights(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ __all__ = [
     "TextTooLong",
     "Tokens",
     "Truncate",
+    "cpu_tokens",
 ]
 
 Truncate = Literal["error", "start", "end"]
@@ -52,6 +53,16 @@ class OutOfMemory(Exception):
 
 class DeviceLost(Exception):
     """The device's context is broken: every later call from this process fails too."""
+
+
+def cpu_tokens(threads: int) -> int:
+    """Tokens that a CPU should run at once with so many threads: fewer leave its cores idle, many more fall out of their caches.
+
+    MiniLM on a host of 16 cores, thousands of tokens a second with 1,024, 2,048 and 4,096 at once: for mixed lengths 29.8, 34.3 and 40.4
+    with 16 threads, 24.1, 25.2 and 22.2 with 8, 11.5, 12.3 and 11.8 with 4; for 150 each 33.1, 37.8 and 39.8, 26.3, 25.9 and 24.5,
+    14.1, 12.7 and 12.3.
+    """
+    return max(1_024, 256 * threads)
 
 
 class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):

@@ -29,6 +29,7 @@ from embedq_consumer.engine.api import (
     Text,
     TextTooLong,
     Tokens,
+    cpu_tokens,
 )
 from embedq_consumer.engine.cuda_graphs import Graphs
 from embedq_consumer.engine.dense import DenseLayers
@@ -50,8 +51,6 @@ Ids = npt.NDArray[np.int32]
 Vectors = npt.NDArray[np.float32]
 
 _NONE: Ids = np.empty(0, dtype=np.int32)
-_CPU_TOKENS = 1024
-"""Tokens run at once on a CPU: fewer leave the cores idle, many more fall out of the caches (benchmarks/encoder_cpu.py)."""
 _GRAPHS_A_STEP = 4
 """Graphs that go at once while others' micro-batches run: each takes some time of the thread that feeds the device."""
 _PROBE_COSINE = {torch.float32: 1 - 1e-6, torch.bfloat16: 0.99, torch.float16: 0.99}
@@ -137,6 +136,7 @@ class PackedEncoder:
         self._tokenizer = tokenizer
         self._limits = limits
         self._device: torch.device = model.device
+        self._at_once = sys.maxsize if self._device.type == "cuda" else cpu_tokens(torch.get_num_threads())
         self._dense = DenseLayers(directory.dense, self._device)
         self._model = model
         self._vocabulary: int = int(model.config.vocab_size)
@@ -255,8 +255,7 @@ class PackedEncoder:
 
     def _parts(self, batch: Sequence[Ids], order: list[int]) -> Iterator[list[int]]:
         """What runs at once: everything on CUDA, as much as fits the caches on a CPU; each text alone if deterministic."""
-        limit = _CPU_TOKENS if self._device.type == "cpu" else sys.maxsize
-        return batched_by(order, lambda i: len(batch[i]), 0 if self._deterministic else limit)
+        return batched_by(order, lambda i: len(batch[i]), 0 if self._deterministic else self._at_once)
 
     @torch.inference_mode()
     def _run(self, sequences: Sequence[Ids]) -> Vectors:
