@@ -38,10 +38,10 @@ def serve(way: str, model: str) -> None:
 def _loaded(way: str, model: str) -> Callable[[list[str]], Any]:
     if way == "embedq, encoder alone":
         from benchmarks.encoder_cpu import embed
-        from embedq_consumer.engine import load_encoder
+        from embedq_consumer.engine import default_batch_tokens, load_encoder
 
         encoder = load_encoder(Path(model), device="cpu")
-        return lambda texts: embed(encoder, texts, 1024)
+        return lambda texts: embed(encoder, texts, default_batch_tokens("cpu"))
     if way == "infinity":
         return _infinity(model)
     from sentence_transformers import SentenceTransformer
