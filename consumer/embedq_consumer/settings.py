@@ -203,7 +203,7 @@ class Settings(KafkaSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
         int,
         Meta(
             ge=0,
-            description="Tokens that a micro-batch may hold. 0: 16384 on a GPU, on a CPU 256 for each thread and 1024 at least, which keeps "
+            description="Tokens that a micro-batch may hold. 0: 16384 on a GPU, on a CPU 256 for each thread, from 1024 to 4096, which keeps "
             "the device busy without delaying the texts that come next. Lowered where the device has too little memory.",
         ),
     ] = 0

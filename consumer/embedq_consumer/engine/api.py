@@ -60,9 +60,9 @@ def cpu_tokens(threads: int) -> int:
 
     MiniLM on a host of 16 cores, thousands of tokens a second with 1,024, 2,048 and 4,096 at once: for mixed lengths 29.8, 34.3 and 40.4
     with 16 threads, 24.1, 25.2 and 22.2 with 8, 11.5, 12.3 and 11.8 with 4; for 150 each 33.1, 37.8 and 39.8, 26.3, 25.9 and 24.5,
-    14.1, 12.7 and 12.3.
+    14.1, 12.7 and 12.3. 8,192 at once were no better with 16, and threads may share fewer cores than a container's limits let them see.
     """
-    return max(1_024, 256 * threads)
+    return min(max(1_024, 256 * threads), 4_096)
 
 
 class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):

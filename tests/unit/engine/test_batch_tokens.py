@@ -10,7 +10,8 @@ from embedq_consumer.engine import cpu_tokens, default_batch_tokens
 
 
 @pytest.mark.parametrize(
-    ("threads", "tokens"), [(1, 1_024), (2, 1_024), (4, 1_024), (5, 1_280), (8, 2_048), (16, 4_096)]
+    ("threads", "tokens"),
+    [(1, 1_024), (2, 1_024), (4, 1_024), (5, 1_280), (8, 2_048), (16, 4_096), (64, 4_096)],
 )
 def test_a_cpu_of_many_cores_runs_more_tokens_at_once_and_one_of_few_no_less(
     threads: int, tokens: int
