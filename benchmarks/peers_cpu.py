@@ -2,9 +2,10 @@
 
 Loads: short texts of one length, long ones of one length, and mixed ones; one text a request and 32, eight requests at once.
 embedq runs through Kafka, and its encoder alone. sentence-transformers runs with each backend that is installed (torch, ONNX,
-OpenVINO, which is tried in float32 too), infinity where it is installed, with the pooling that the model means, here or in the environment of `--peers`, which
-need not have embedq; text-embeddings-inference where its binary is given. Each way is a process of its own, and its first vectors
-are compared with sentence-transformers' before anything is timed: the largest difference of a component is in the table.
+OpenVINO, and that in float32, too), infinity where it is installed, with the pooling that the model means, here or in the
+environment of `--peers`, which need not have embedq; text-embeddings-inference where its binary is given. Each way is a process of
+its own, and its first vectors are compared with sentence-transformers' before anything is timed: the largest difference of a
+component is in the table.
 """
 
 from __future__ import annotations
