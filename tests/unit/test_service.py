@@ -352,12 +352,12 @@ async def test_a_broker_that_refuses_at_the_start_ends_it_at_once(world: World, 
 
 async def test_it_is_ready_once_the_group_has_given_it_partitions(world: World, settings: Settings) -> None:
     stop = asyncio.Event()
-    running = asyncio.create_task(serve(settings, stop))
+    running = asyncio.create_task(serve(msgspec.structs.replace(settings, threads=8), stop))
     await wait_until(lambda: "group joined" in world.did)
     assert world.readiness() == {"status": "not ready", "reason": "loading the model"}
     world.joined.set()
     await wait_until(lambda: world.value("ready") == 1.0, what="readiness")
-    assert world.readiness() == {"status": "ok", "max_batch_tokens": 1024, "max_text_tokens": 64}
+    assert world.readiness() == {"status": "ok", "max_batch_tokens": 2048, "max_text_tokens": 64}
     assert (world.value("loop_heartbeat_age_seconds") or 0.0) < 60
     stop.set()
     await running

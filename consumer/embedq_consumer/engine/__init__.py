@@ -102,11 +102,14 @@ def default_batch_tokens(device: str, threads: int | None = None) -> int:
     On two cores MiniLM is no slower with 512 or 1,024 tokens at a time than with 2,048 (813, 823 and 768 tokens a second), and whoever
     waits beside another client's flood waits for one or two micro-batches.
     """
-    return cpu_tokens(threads or _cores()) if is_cpu(device) else 16_384
+    return cpu_tokens(threads or _threads()) if is_cpu(device) else 16_384
 
 
-def _cores() -> int:
-    """Of this machine that this process may use: as many threads has PyTorch by itself."""
+def _threads() -> int:
+    """Those that PyTorch has by itself: as many as OpenMP is told to have, or one for each core that this process may use."""
+    told = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if told.isdecimal():
+        return int(told)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

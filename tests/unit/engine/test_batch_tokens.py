@@ -23,6 +23,7 @@ def test_a_cpu_of_many_cores_runs_more_tokens_at_once_and_one_of_few_no_less(
 def test_threads_are_the_cores_that_the_process_may_use_where_nobody_says_how_many(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)))
     assert default_batch_tokens("cpu") == 4_096
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
@@ -30,6 +31,15 @@ def test_threads_are_the_cores_that_the_process_may_use_where_nobody_says_how_ma
     monkeypatch.delattr(os, "sched_getaffinity")  # macOS
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
     assert default_batch_tokens("cpu") == 3_072
+
+
+@pytest.mark.parametrize(("told", "tokens"), [("8", 2_048), ("8,2", 2_048), ("many", 4_096), ("", 4_096)])
+def test_a_number_of_threads_that_openmp_is_told_counts(
+    told: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)))
+    monkeypatch.setenv("OMP_NUM_THREADS", told)
+    assert default_batch_tokens("cpu") == tokens
 
 
 def test_a_gpu_is_asked_for_no_threads() -> None:
