@@ -106,11 +106,10 @@ def default_batch_tokens(device: str, threads: int | None = None) -> int:
 
 
 def _threads() -> int:
-    """Those that PyTorch has by itself: as many as OpenMP is told to have, or one for each core that this process may use."""
+    """Those that PyTorch has by itself: one for each core that this process may use, or as few as OpenMP is told to have."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     told = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
-    if told.isdecimal():
-        return int(told)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, int(told)) if told.isdecimal() else cores
 
 
 def is_cpu(device: str) -> bool:
