@@ -67,7 +67,7 @@ def _load(way: str, model: Path, threads: int | None) -> Any:
         if way != "onnxruntime":
             patched.enter_context(patch(f"{_KERNELS}.onnx_rows.OnnxBert.__init__", side_effect=ImportError))
         if way == "plain":
-            patched.enter_context(patch(f"{_KERNELS}.few_rows.PACKED_BYTES", 0))
+            patched.enter_context(patch(f"{_KERNELS}.cpu_products.PACKED_BYTES", 0))
         encoder = load_encoder(model, device="cpu", threads=threads)
     return encoder if encoder.kernels.get("few_rows") == way else None
 

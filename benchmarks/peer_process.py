@@ -23,6 +23,7 @@ NEEDS: Final = {
     "sentence-transformers openvino float32": "optimum.intel",
     "infinity": "infinity_emb",
     "embedq, encoder alone": "embedq_consumer",
+    "embedq, encoder alone, bf16": "embedq_consumer",
 }
 """The ways, and the package that each needs. OpenVINO by itself computes in bfloat16 where the processor has AMX."""
 
@@ -36,11 +37,13 @@ def serve(way: str, model: str) -> None:
 
 
 def _loaded(way: str, model: str) -> Callable[[list[str]], Any]:
-    if way == "embedq, encoder alone":
+    if way.startswith("embedq"):
         from benchmarks.encoder_cpu import embed
         from embedq_consumer.engine import default_batch_tokens, load_encoder
 
-        encoder = load_encoder(Path(model), device="cpu")
+        encoder = load_encoder(
+            Path(model), device="cpu", quantization="bf16" if way.endswith("bf16") else "none"
+        )
         return lambda texts: embed(encoder, texts, default_batch_tokens("cpu"))
     if way == "infinity":
         return _infinity(model)

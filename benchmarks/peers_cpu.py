@@ -1,7 +1,7 @@
 """embedq beside its peers on a CPU: texts a second and idle latency, each way in turn in every round: `python -m benchmarks.peers_cpu`.
 
 Loads: short texts of one length, long ones of one length, and mixed ones; one text a request and 32, eight requests at once.
-embedq runs through Kafka, and its encoder alone. sentence-transformers runs with each backend that is installed (torch, ONNX,
+embedq runs through Kafka, and its encoder alone, each in float32 and in bf16. sentence-transformers runs with each backend that is installed (torch, ONNX,
 OpenVINO, and that in float32, too), infinity where it is installed, with the pooling that the model means, here or in the
 environment of `--peers`, which need not have embedq; text-embeddings-inference where its binary is given. Each way is a process of
 its own, and its first vectors are compared with sentence-transformers' before anything is timed: the largest difference of a
@@ -48,7 +48,10 @@ LEAST_COSINE: Final = 0.9999
 DIFFERENCE: Final = "largest difference of a component"
 AT_ONCE: Final = 8
 """Requests under way at once, but for the idle latency."""
+PRECISIONS: Final = {"embedq through Kafka": "none", "embedq through Kafka, bf16": "bf16"}
+"""Each way through Kafka, and its `quantization`."""
 _END_S: Final = 5.0
+
 # -- the ways -----------------------------------------------------------------------------------------------------------
 
 
@@ -86,19 +89,31 @@ async def process(python: str, way: str, model: Path) -> AsyncIterator[Embed]:
 
 
 @asynccontextmanager
-async def through_kafka(model: Path) -> AsyncIterator[Embed]:
-    """One replica, without a cache that would answer the second round."""
-    with DevStack() as stack, tempfile.TemporaryDirectory() as scratch:
-        await create_topics(stack.kafka_servers, partitions=4, reply_partitions=4)
-        async with (
-            replica(stack, model, Path(scratch) / "log", cached=False, device="cpu"),
-            EmbedClient(stack.kafka_servers) as client,
-        ):
+async def through_kafka(model: Path) -> AsyncIterator[dict[str, Embed]]:
+    """A replica and a client for each of `PRECISIONS`, without a cache that would answer the second round."""
+    async with AsyncExitStack() as opened:
+        stack = opened.enter_context(DevStack())
+        scratch = Path(opened.enter_context(tempfile.TemporaryDirectory()))
+        ways = {}
+        for way, quantization in PRECISIONS.items():
+            await create_topics(stack.kafka_servers, prefix=quantization, partitions=4, reply_partitions=4)
+            log = scratch / quantization
+            served = replica(
+                stack, model, log, quantization, cached=False, device="cpu", quantization=quantization
+            )
+            await opened.enter_async_context(served)
+            client = await opened.enter_async_context(
+                EmbedClient(stack.kafka_servers, topic_prefix=quantization)
+            )
+            ways[way] = _embed_with(client)
+        yield ways
 
-            async def embed(texts: list[str]) -> Vectors:
-                return np.asarray(await client.embed(texts, timeout=300), dtype=np.float32)
 
-            yield embed
+def _embed_with(client: EmbedClient) -> Embed:
+    async def embed(texts: list[str]) -> Vectors:
+        return np.asarray(await client.embed(texts, timeout=300), dtype=np.float32)
+
+    return embed
 
 
 @asynccontextmanager
@@ -170,7 +185,7 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
             ways["text-embeddings-inference"] = await opened.enter_async_context(
                 text_embeddings_inference(tei, options.onnx, model, scratch)
             )
-        ways["embedq through Kafka"] = await opened.enter_async_context(through_kafka(model))
+        ways |= await opened.enter_async_context(through_kafka(model))
         of_load = loads(options.texts)
         differences = await _compare(ways, of_load["mixed"][:8])
         for number in range(options.rounds + 1):

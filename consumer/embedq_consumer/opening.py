@@ -223,7 +223,7 @@ class ModelLoader:
             options = msgspec.structs.replace(options, dry_run_s=None)
         if source.quantization is None:
             return options
-        kept = () if source.quantization == "none" else options.keep_bf16
+        kept = options.keep_bf16 if source.quantization == "fp8" else ()
         return msgspec.structs.replace(options, quantization=source.quantization, keep_bf16=kept)
 
 

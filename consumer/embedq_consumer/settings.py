@@ -167,8 +167,9 @@ class Settings(KafkaSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
     quantization: Annotated[
         Quantization,
         Meta(
-            description="`fp8` halves the memory of the weights and changes the vectors, and so the model version. "
-            "Needs a GPU of compute capability 9.0 or above."
+            description="`fp8` halves the memory of the weights; it needs a GPU of compute capability 9.0 or above. `bf16` is for a "
+            "CPU with instructions for it, such as AMX, where a GPU's models run in bf16 anyway. Both change the vectors, and so "
+            "the model version."
         ),
     ] = "none"
     fp8_keep: Annotated[

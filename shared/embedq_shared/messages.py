@@ -240,7 +240,7 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True, tag_field="object", tag
 # -- control and status ---------------------------------------------------------------------------------------------
 
 Policy = Literal["availability_preserving", "resource_preserving"]
-Quantization = Literal["none", "fp8"]
+Quantization = Literal["none", "bf16", "fp8"]
 Step = Literal["starting", "validate", "load", "warm_up", "check", "drain", "swap", "serving", "stopped"]
 State = Literal["LOADING", "READY", "FAILED", "STOPPED"]
 

@@ -69,11 +69,13 @@ class LoadOptions(msgspec.Struct, frozen=True, kw_only=True):
     """How a model is loaded. The model version depends on `quantization`, `keep_bf16` and `deterministic` alone."""
 
     device: str = "auto"
-    """"auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N". Models run in bf16 on CUDA and in float32 on the CPU."""
+    """"auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N". Models run in bf16 on CUDA and, as `quantization` says, in float32 or bf16 on
+    the CPU."""
     threads: int | None = None
     """Threads that PyTorch may use on the CPU, for the whole process; all cores unless given."""
     quantization: Quantization = "none"
-    """"fp8" quantizes the weights while loading and the activations as they come; CUDA from compute capability 9.0 on."""
+    """"fp8" quantizes the weights while loading and the activations as they come; CUDA from compute capability 9.0 on. "bf16", on a
+    CPU, rounds what is multiplied."""
     keep_bf16: tuple[int, ...] = ()
     """Numbers of the layers that `quantization` leaves in bf16; negative ones count from the end."""
     deterministic: bool = False

@@ -35,7 +35,7 @@ from embedq_consumer.engine.cuda_graphs import Graphs
 from embedq_consumer.engine.dense import DenseLayers
 from embedq_consumer.engine.device import means_out_of_memory, memory, translate_errors, translated
 from embedq_consumer.engine.kernels.attention import Packing
-from embedq_consumer.engine.kernels.few_rows import FEW_TOKENS
+from embedq_consumer.engine.kernels.cpu_products import FEW_TOKENS
 from embedq_consumer.engine.model_directory import ModelDirectory
 from embedq_consumer.engine.models import registry
 from embedq_consumer.engine.models.traits import ForwardOptions, Limits, Probe, last_norm_eps_of
@@ -94,8 +94,8 @@ class _InOrder(msgspec.Struct, frozen=True):
 class PackedEncoder:
     """The `Encoder` of engine/api.py.
 
-    Weights and compute are bf16 on CUDA and float32 on the CPU; pooling, and the last norm where only pooled tokens need
-    it, are float32 on both. Nothing changes between `load` and `close`.
+    Weights and compute are bf16 on CUDA and, unless `quantization` says bf16, float32 on the CPU; pooling, and the last norm
+    where only pooled tokens need it, are float32 on both. Nothing changes between `load` and `close`.
     """
 
     def __init__(
@@ -113,8 +113,8 @@ class PackedEncoder:
         Raises:
             ModelError: model and device cannot run what `options` ask for.
         """
-        quantized = options.quantization != "none"
-        if quantized and directory.quantization_method is not None:
+        quantized = options.quantization == "fp8"
+        if options.quantization != "none" and directory.quantization_method is not None:
             raise ModelError(
                 f"quantization {options.quantization}: the checkpoint is already quantized "
                 f"({directory.quantization_method})"
@@ -141,7 +141,9 @@ class PackedEncoder:
         self._model = model
         self._vocabulary: int = int(model.config.vocab_size)
         self._deterministic = options.deterministic
-        self._least_cosine = _PROBE_COSINE_FP8 if quantized else _PROBE_COSINE[model.dtype]
+        bf16 = options.quantization == "bf16"
+        dtype = torch.bfloat16 if bf16 else model.dtype
+        self._least_cosine = _PROBE_COSINE_FP8 if quantized else _PROBE_COSINE[dtype]
         if directory.quantization_method is not None:
             self._least_cosine = min(self._least_cosine, _PROBE_COSINE_ROUNDED)
         last_norm_weight, self._last_norm = _take_last_norm(model, self._pooling)
@@ -153,6 +155,7 @@ class PackedEncoder:
                 last_norm=last_norm_weight,
                 quantized=quantized,
                 keep_bf16=frozenset(options.keep_bf16),
+                bf16=bf16,
                 deterministic=options.deterministic,
             ),
             written_out=directory.quantization_method is None,
@@ -331,7 +334,9 @@ class PackedEncoder:
         try:
             asked = (probes, expected) if self._takes_positions else of_whole
             problem = self._difference(*asked)
-            if problem is None and self.kernels.get("few_rows", "plain") != "plain":
+            if problem is None and (
+                self.kernels.get("few_rows", "plain") != "plain" or "products" in self.kernels
+            ):
                 # These are few tokens; many times over, they are not.
                 problem = self._difference(*_repeated(*asked, FEW_TOKENS + 1))
             if problem is None and self._graphs is not None:

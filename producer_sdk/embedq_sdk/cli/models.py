@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, get_args
 
 import click
 
 from embedq_sdk.cli.kafka_options import CONNECT_TIMEOUT_S, KafkaTarget, kafka_options
 from embedq_sdk.cli.running import FAILED, MIXED, NO_ANSWER, run, say
-from embedq_shared.messages import MAX_SOAK_S, SAME_SPACE_COSINE, Policy
+from embedq_shared.messages import MAX_SOAK_S, SAME_SPACE_COSINE, Policy, Quantization
 
 if TYPE_CHECKING:
     from embedq_sdk.admin.rollout import RolloutUpdate
@@ -74,7 +74,7 @@ _wait = click.option(
 )
 @click.option(
     "--quantization",
-    type=click.Choice(["none", "fp8"]),
+    type=click.Choice(get_args(Quantization)),
     help="Of this model. Default: the replicas' setting.",
 )
 @click.option(

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from embedq_consumer.engine import Encoder, ModelError, load_encoder
-from embedq_consumer.engine.kernels import few_rows, onnx_rows
-from embedq_consumer.engine.kernels.few_rows import FEW_TOKENS
+from embedq_consumer.engine.kernels import cpu_products, onnx_rows
+from embedq_consumer.engine.kernels.cpu_products import FEW_TOKENS
 from tests.helpers.encoders import normalized
 from tests.helpers.tiny_models import make_tiny_bert, make_tiny_mpnet
 
@@ -43,7 +43,7 @@ def both(
     make: Make = request.param
     path = make(tmp_path)
     fast = load_encoder(path, device="cpu")
-    monkeypatch.setattr(few_rows, "PACKED_BYTES", 0)
+    monkeypatch.setattr(cpu_products, "PACKED_BYTES", 0)
     return fast, load_encoder(path, device="cpu")
 
 

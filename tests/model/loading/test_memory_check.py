@@ -51,7 +51,7 @@ def shape_of_4b() -> list[TensorSlice]:
 
 
 def need(*, quantized: bool = False) -> MemoryEstimate:
-    return estimate_of(shape_of_4b(), CONFIG, dtype="bf16", quantized=quantized)
+    return estimate_of(shape_of_4b(), CONFIG, dtype="bf16", quantization="fp8" if quantized else "none")
 
 
 def test_bf16_takes_two_bytes_a_parameter() -> None:
@@ -78,7 +78,7 @@ def test_heads_that_are_not_run_do_not_count() -> None:
         [tensor("lm_head.weight", 1000, 10), tensor("cls.predictions.bias", 1000)],
         {},
         dtype="bf16",
-        quantized=False,
+        quantization="none",
     ) == MemoryEstimate(parameters=0, dtype="bf16", weights=0, loading=0, activations=0, tokens=16_384)
 
 
@@ -87,7 +87,7 @@ def test_integers_of_a_quantized_checkpoint_count_as_they_lie_in_the_file() -> N
         tensor("layers.0.qweight", 100, 8, dtype="I32", size=3200),
         tensor("norm.weight", 8, dtype="F32"),
     ]
-    found = estimate_of(tensors, {}, dtype="bf16", quantized=False)
+    found = estimate_of(tensors, {}, dtype="bf16", quantization="none")
     assert (found.parameters, found.weights) == (8, 3200 + 16)
 
 
@@ -124,7 +124,7 @@ def test_weights_that_must_pass_through_bf16_are_named_as_such() -> None:
 
 def test_a_real_directory_counts_what_it_holds(tmp_path: Path) -> None:
     directory = read_directory(make_tiny_qwen3(tmp_path))
-    found = estimate_of(directory.tensors, directory.config, dtype="float32", quantized=False)
+    found = estimate_of(directory.tensors, directory.config, dtype="float32", quantization="none")
     assert found.weights == sum(slice_.end - slice_.begin for slice_ in directory.tensors)
     assert found.activations == 16_384 * 4 * (3 * 256 + max((8 + 4) * 32, 3 * 512))
 

@@ -21,7 +21,7 @@ from embedq_consumer.engine.loading.memory_check import (
 )
 from embedq_consumer.engine.loading.model_version import read_tensors
 from embedq_consumer.engine.model_directory import ModelDirectory, read_directory
-from embedq_consumer.engine.models.registry import refuse_without_fp8
+from embedq_consumer.engine.models.registry import refuse
 from embedq_consumer.engine.pooling import pooling_of
 from embedq_consumer.engine.safety.cancellation import Cancellation
 
@@ -45,8 +45,7 @@ def inspect(path: Path, options: LoadOptions, cancel: Cancellation) -> Inspectio
     target = device_named(options.device)
     directory = read_directory(path, options.root)
     estimate, memory = needed(directory, target, options.quantization), available(target)
-    if options.quantization == "fp8":
-        refuse_without_fp8(target)
+    refuse(options.quantization, target)
     cancel.check()
     if options.dry_run_s is not None:
         _try(path, options, options.dry_run_s, cancel)
@@ -104,7 +103,7 @@ def needed(directory: ModelDirectory, target: torch.device, quantization: Quanti
         directory.tensors,
         directory.config,
         dtype="bf16" if on_cuda else "float32",
-        quantized=quantization == "fp8",
+        quantization=quantization,
     )
     return estimate if on_cuda else msgspec.structs.replace(estimate, activations=0)
 

@@ -284,15 +284,15 @@ def _kind(device: torch.device) -> str:
 def kept_layers(
     numbers: Collection[int], directory: ModelDirectory, quantization: Quantization
 ) -> tuple[int, ...]:
-    """The layers that stay in bf16, ascending and counted from 0 on; negative `numbers` count from the end.
+    """The layers that FP8 leaves in bf16, ascending and counted from 0 on; negative `numbers` count from the end.
 
     Raises:
-        ModelError: the model has no such layer, or is not quantized at all.
+        ModelError: the model has no such layer, or does not run in FP8.
     """
     if not numbers:
         return ()
-    if quantization == "none":
-        raise ModelError("keep_bf16: needs quantization; without it every layer is bf16")
+    if quantization != "fp8":
+        raise ModelError("keep_bf16: needs quantization fp8: otherwise all layers run alike")
     layers = int(directory.config.get("num_hidden_layers", 0))
     unknown = [number for number in numbers if not -layers <= number < layers]
     if unknown:

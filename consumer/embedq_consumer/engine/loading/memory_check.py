@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
-from embedq_consumer.engine.api import ModelError
+from embedq_consumer.engine.api import ModelError, Quantization
 from embedq_consumer.engine.row import PART_TOKENS
 from embedq_consumer.engine.safety.headers import TensorSlice
 
@@ -63,12 +63,12 @@ def estimate_of(
     config: Mapping[str, Any],
     *,
     dtype: str,
-    quantized: bool,
+    quantization: Quantization,
 ) -> MemoryEstimate:
     """What the weights in `tensors` take in `dtype` ("bf16" or "float32"), and running `PART_TOKENS` with them.
 
-    Weights: numbers times their width; integers as they lie in the file. With `quantized`, the products' weights inside
-    the layers take one byte a number, but only after they have been on the device as bf16, layer by layer.
+    Weights: numbers times their width; integers as they lie in the file. With "fp8", the products' weights inside the layers take
+    one byte a number, with "bf16" all numbers two, but only after they have been on the device in `dtype`.
     Activations, for each token: the residual stream, what is added to it and its norm (3 · hidden), plus the larger of query, key, value and attention's output, and gate, up and their product (3 · inner); in `dtype`.
     """
     width = _WIDTH[dtype]
@@ -84,12 +84,15 @@ def estimate_of(
         parameters += count
         loading += width * count
         product = len(tensor.shape) == 2 and _PRODUCT.search(tensor.name)
-        weights += count + 4 * tensor.shape[0] if quantized and product else width * count
+        if quantization == "fp8" and product:
+            weights += count + 4 * tensor.shape[0]
+        else:
+            weights += count * (_WIDTH["bf16"] if quantization == "bf16" else width)
     return MemoryEstimate(
         parameters=parameters,
         dtype=dtype,
         weights=weights,
-        loading=loading if quantized else weights,
+        loading=weights if quantization == "none" else loading,
         activations=width * _numbers_a_token(config) * PART_TOKENS,
         tokens=PART_TOKENS,
     )

@@ -3,7 +3,7 @@
 It computes what transformers' BertModel computes, with one product for query, key and value, sums taken in place, and
 position and token-type tables added up once. PackedEncoder proves it against BertModel at every load. A row of few tokens is
 run by ONNX Runtime where that is installed (`kernels/onnx_rows.py`), else multiplied with weights that were laid out for the
-processor once (`kernels/few_rows.py`).
+processor once; in bf16 every row is (`kernels/cpu_products.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from embedq_consumer.engine.kernels.attention import Packing, attend_runs
-from embedq_consumer.engine.kernels.few_rows import FEW_TOKENS, copyable, packable, packed, packed_linear
+from embedq_consumer.engine.kernels.cpu_products import (
+    FEW_TOKENS,
+    Bf16Products,
+    PackedProducts,
+    PlainProducts,
+    Products,
+    copyable,
+    fast_bf16,
+    packable,
+    packed,
+    rounded,
+)
 from embedq_consumer.engine.kernels.onnx_rows import Embeddings, OnnxBert
 from embedq_consumer.engine.models.traits import ForwardOptions
 from embedq_consumer.engine.row import PooledForward
@@ -69,13 +80,14 @@ class PackedBert:
         )
         self._scratch: _Workspace | None = None
         self._layers = [self._layer(layer) for layer in model.encoder.layer]
-        onnx = _onnx(self._embeddings, self._layers, self._heads, self._eps)
-        self._onnx = onnx if isinstance(onnx, OnnxBert) else None
-        self._packed_layers = None if self._onnx else _packed(self._layers)
-        few_rows = "onnxruntime" if self._onnx else "packed" if self._packed_layers else "plain"
-        self.kernels = {"attention": "torch_sdpa", "few_rows": few_rows}
-        if isinstance(onnx, str):
-            self.kernels["not_onnxruntime"] = onnx
+        self._products: Products = PlainProducts()
+        self._few: tuple[Sequence[BertLayer], Products] | None = None
+        self._onnx: OnnxBert | None = None
+        self.kernels = {"attention": "torch_sdpa"}
+        if options.bf16:
+            self._round(model)
+        else:
+            self._copy()
 
     @staticmethod
     def fits(model: Any) -> bool:
@@ -97,20 +109,46 @@ class PackedBert:
         x = self._normalized(x, tables.norm)
         scratch = self._workspace(len(ids))
         scale = self._head_dim**-0.5
-        few = self._packed_layers if len(ids) <= FEW_TOKENS else None
-        linear = _linear if few is None else _packed_linear
-        for layer in few or self._layers:
-            q, k, v = linear(x, layer.qkv, scratch.qkv).view(-1, 3, self._heads, self._head_dim).unbind(1)
+        few = self._few if len(ids) <= FEW_TOKENS else None
+        layers, products = few or (self._layers, self._products)
+        for layer in layers:
+            qkv = products.linear(x, layer.qkv, scratch.qkv)
+            q, k, v = qkv.view(-1, 3, self._heads, self._head_dim).unbind(1)
             attend_runs(q, k, v, scratch.attended, packing.runs, causal=False, scale=scale, bias=bias)
             attended = scratch.attended.flatten(1)
-            x = self._normalized(linear(attended, layer.o_proj, scratch.narrow).add_(x), layer.attention_norm)
-            wide = torch.ops.aten.gelu_(linear(x, layer.up, scratch.wide))
-            x = self._normalized(linear(wide, layer.down, scratch.narrow).add_(x), layer.norm)
+            x = self._normalized(
+                products.added(attended, layer.o_proj, x, scratch.narrow), layer.attention_norm
+            )
+            wide = products.gelu(x, layer.up, scratch.wide)
+            x = self._normalized(products.added(wide, layer.down, x, scratch.narrow), layer.norm)
         return x
 
     def pooled(self) -> PooledForward | None:
         """None: there are no CUDA graphs on a CPU."""
         return None
+
+    def _copy(self) -> None:
+        """Make the copies of the layers that rows of few tokens run with, where there may be any."""
+        onnx = _onnx(self._embeddings, self._layers, self._heads, self._eps)
+        if isinstance(onnx, OnnxBert):
+            self._onnx = onnx
+        elif packable(_weights(self._layers)):
+            self._few = [_each_product(layer, _packed) for layer in self._layers], PackedProducts()
+        self.kernels["few_rows"] = "onnxruntime" if self._onnx else "packed" if self._few else "plain"
+        if isinstance(onnx, str):
+            self.kernels["not_onnxruntime"] = onnx
+
+    def _round(self, model: Any) -> None:
+        """Put bf16 in the place of what is multiplied; the rest of the layers stays as it is."""
+        packs = fast_bf16(self._layers[0].qkv[0])
+        self._layers = [
+            _each_product(layer, lambda pair: rounded(pair, packs=packs)) for layer in self._layers
+        ]
+        self._products = Bf16Products(packs=packs)
+        self.kernels["products"] = "bf16_packed" if packs else "bf16_plain"
+        for parameter in model.encoder.layer.parameters():
+            if parameter.ndim == 2:
+                parameter.data = parameter.data.new_empty(0)
 
     @staticmethod
     def _position_table(embeddings: Any) -> Tensor:
@@ -138,11 +176,12 @@ class PackedBert:
         if self._scratch is None or self._scratch.narrow.shape[0] < tokens:
             hidden, heads, dim = self._heads * self._head_dim, self._heads, self._head_dim
             wide = self._layers[0].up[1].shape[0]
+            like = self._layers[0].up[1]
             self._scratch = _Workspace(
-                qkv=self._embeddings.words.new_empty(tokens, 3 * hidden),
-                attended=self._embeddings.words.new_empty(tokens, heads, dim),
-                narrow=self._embeddings.words.new_empty(tokens, hidden),
-                wide=self._embeddings.words.new_empty(tokens, wide),
+                qkv=like.new_empty(tokens, 3 * hidden),
+                attended=like.new_empty(tokens, heads, dim),
+                narrow=like.new_empty(tokens, hidden),
+                wide=like.new_empty(tokens, wide),
             )
         scratch = self._scratch
         return _Workspace(
@@ -154,16 +193,6 @@ class PackedBert:
 
     def _normalized(self, x: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], *norm, self._eps)
-
-
-def _linear(x: Tensor, layer: tuple[Tensor, Tensor], out: Tensor) -> Tensor:
-    weight, bias = layer
-    return torch.addmm(bias, x, weight.t(), out=out)
-
-
-def _packed_linear(x: Tensor, layer: tuple[Tensor, Tensor], out: Tensor) -> Tensor:
-    """The same with a packed weight; `out` is not used, since what few tokens give is small."""
-    return packed_linear(x, *layer)
 
 
 def _onnx(
@@ -180,20 +209,18 @@ def _onnx(
         return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _packed(layers: Sequence[BertLayer]) -> list[BertLayer] | None:
-    """The same layers with packed weights; None where that is of no use."""
-    if not packable(_weights(layers)):
-        return None
-    return [
-        msgspec.structs.replace(
-            layer,
-            qkv=(packed(layer.qkv[0]), layer.qkv[1]),
-            o_proj=(packed(layer.o_proj[0]), layer.o_proj[1]),
-            up=(packed(layer.up[0]), layer.up[1]),
-            down=(packed(layer.down[0]), layer.down[1]),
-        )
-        for layer in layers
-    ]
+def _packed(layer: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    weight, bias = layer
+    return packed(weight), bias
+
+
+def _each_product(
+    layer: BertLayer, made: Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
+) -> BertLayer:
+    """The layer with what `made` makes of each product's weight and bias."""
+    return msgspec.structs.replace(
+        layer, qkv=made(layer.qkv), o_proj=made(layer.o_proj), up=made(layer.up), down=made(layer.down)
+    )
 
 
 def _weights(layers: Sequence[BertLayer]) -> list[Tensor]:

@@ -12,7 +12,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from embedq_consumer.engine.api import ModelError
+from embedq_consumer.engine.api import ModelError, Quantization
 from embedq_consumer.engine.kernels.attention import Packing
 from embedq_consumer.engine.models.any_transformers import (
     by_length_forward,
@@ -23,7 +23,7 @@ from embedq_consumer.engine.models.any_transformers import (
 from embedq_consumer.engine.models.traits import ForwardOptions, architecture_of
 from embedq_consumer.engine.row import HiddenForward, PooledForward
 
-__all__ = ["FAMILIES", "Built", "Family", "build", "import_ahead", "is_written_out"]
+__all__ = ["FAMILIES", "Built", "Family", "build", "import_ahead", "is_written_out", "refuse"]
 
 
 class WrittenOut(Protocol):
@@ -58,6 +58,8 @@ class Family(msgspec.Struct, frozen=True, kw_only=True):
     triton: bool = False
     """Whether `module` needs Triton."""
     fp8: bool = False
+    bf16: bool = False
+    """Whether `forward` takes a model in float32 and rounds what it multiplies itself; every other one gets a model in bf16."""
     imports: tuple[str, ...] = ()
     """What its kernels import, which takes long and can be done while weights are read."""
 
@@ -71,6 +73,7 @@ FAMILIES: Final = (
         device="cpu",
         module=f"{_MODELS}.bert_cpu",
         forward="PackedBert",
+        bf16=True,
     ),
     Family(
         architectures=frozenset({"BertModel", "RobertaModel", "XLMRobertaModel", "CamembertModel"}),
@@ -90,10 +93,16 @@ FAMILIES: Final = (
         imports=("flash_attn.cute", f"{_KERNELS}.gated_epilogue"),
     ),
     *(
-        Family(architectures=frozenset({name}), device=device, module=f"{_MODELS}.{module}", forward=forward)
-        for name, module, forward in (
-            ("MPNetModel", "mpnet", "PackedMPNet"),
-            ("DebertaV2Model", "deberta", "PackedDeberta"),
+        Family(
+            architectures=frozenset({name}),
+            device=device,
+            module=f"{_MODELS}.{module}",
+            forward=forward,
+            bf16=bf16,
+        )
+        for name, module, forward, bf16 in (
+            ("MPNetModel", "mpnet", "PackedMPNet", True),
+            ("DebertaV2Model", "deberta", "PackedDeberta", False),
         )
         for device in ("cpu", "cuda")
     ),
@@ -126,13 +135,14 @@ def build(model: Any, options: ForwardOptions, *, written_out: bool = True) -> B
     form that only they know.
 
     Raises:
-        ModelError: `options.quantized`, and model or device cannot run in FP8.
+        ModelError: model or device cannot run as `options` say.
     """
     device: torch.device = model.device
-    if options.quantized:
-        refuse_without_fp8(device)
+    refuse("fp8" if options.quantized else "bf16" if options.bf16 else "none", device)
     forward = _forward_for(model) if written_out else None
     family = _family_of(architecture_of(model), device)
+    if options.bf16 and not (forward is not None and family is not None and family.bf16):
+        _round(model)
     if options.quantized and not (forward is not None and family is not None and family.fp8):
         raise ModelError(f"quantization fp8: {architecture_of(model)} has no FP8 forward")
     if forward is not None:
@@ -188,7 +198,27 @@ def _family_of(architecture: str, device: torch.device) -> Family | None:
     return None
 
 
-def refuse_without_fp8(device: torch.device) -> None:
+def _round(model: Any) -> None:
+    """Make bf16 of the model's parameters, as transformers does where it reads them so: buffers, such as rotary frequencies, stay, and
+    so do the parameters that the architecture wants in float32."""
+    kept = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not any(part in name for part in kept):
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def refuse(quantization: Quantization, device: torch.device) -> None:
+    """
+    Raises:
+        ModelError: no model can run like that on `device`, or every one does anyway.
+    """
+    if quantization == "bf16" and device.type != "cpu":
+        raise ModelError("quantization bf16: expected none: on a GPU every model runs in bf16")
+    if quantization == "fp8":
+        _refuse_without_fp8(device)
+
+
+def _refuse_without_fp8(device: torch.device) -> None:
     if device.type != "cuda" or not _has_triton():
         raise ModelError("quantization fp8: needs CUDA and Triton")
     from embedq_consumer.engine.kernels.fp8 import fp8_available

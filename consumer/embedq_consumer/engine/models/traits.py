@@ -57,6 +57,8 @@ class ForwardOptions(msgspec.Struct, frozen=True, kw_only=True):
     quantized: bool = False
     """Weights and activations in FP8, but for the layers whose numbers are in `keep_bf16`."""
     keep_bf16: frozenset[int] = frozenset()
+    bf16: bool = False
+    """Products in bf16 on a CPU, of a model that comes in float32."""
     deterministic: bool = False
     """Where a text lies in its row must not change a bit of its vector."""
 

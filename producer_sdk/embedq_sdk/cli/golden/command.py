@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, get_args
 
 import click
 
 from embedq_sdk.cli.kafka_options import CONNECT_TIMEOUT_S, KafkaTarget, optional_kafka_options
 from embedq_sdk.cli.running import FAILED, run, say
 from embedq_sdk.cli.text_sources import BadSource, open_texts
-from embedq_shared.messages import DEFAULT_ALIAS, GOLDEN_FILE, InputType
+from embedq_shared.messages import DEFAULT_ALIAS, GOLDEN_FILE, InputType, Quantization
 
 if TYPE_CHECKING:
     from embedq_sdk.cli.golden.sources import Source
@@ -33,7 +33,7 @@ _device = click.option(
 )
 _quantization = click.option(
     "--quantization",
-    type=click.Choice(["none", "fp8"]),
+    type=click.Choice(get_args(Quantization)),
     default="none",
     show_default=True,
     help="With --from.",

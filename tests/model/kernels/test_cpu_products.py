@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from embedq_consumer.engine import ModelError, load_encoder
-from embedq_consumer.engine.kernels import few_rows, onnx_rows
+from embedq_consumer.engine.kernels import cpu_products, onnx_rows
 from embedq_consumer.engine.models import bert_cpu
 from tests.helpers.encoders import normalized
 from tests.helpers.tiny_models import make_tiny_bert
@@ -30,11 +30,11 @@ def row(*lengths: int) -> Row:
     return [random.integers(1, 300, length).astype(np.int32) for length in lengths]
 
 
-@pytest.mark.parametrize("tokens", [1, 7, few_rows.FEW_TOKENS])
+@pytest.mark.parametrize("tokens", [1, 7, cpu_products.FEW_TOKENS])
 def test_a_packed_product_is_the_plain_one(tokens: int) -> None:
     generator = torch.Generator().manual_seed(tokens)
     x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((tokens, 48), (40, 48), (40,)))
-    found = few_rows.packed_linear(x, few_rows.packed(weight), bias)
+    found = cpu_products.packed_linear(x, cpu_products.packed(weight), bias)
     torch.testing.assert_close(found, torch.nn.functional.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
 
 
@@ -42,12 +42,12 @@ def test_what_is_not_float32_or_not_a_number_or_too_much_is_not_packed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     weight = torch.randn(8, 8)
-    assert few_rows.packable([weight])
-    assert not few_rows.packable([weight.bfloat16()])
-    assert not few_rows.packable([weight * torch.nan])
-    monkeypatch.setattr(few_rows, "PACKED_BYTES", 2 * weight.nbytes)
-    assert few_rows.packable([weight, weight])
-    assert not few_rows.packable([weight, weight, weight])
+    assert cpu_products.packable([weight])
+    assert not cpu_products.packable([weight.bfloat16()])
+    assert not cpu_products.packable([weight * torch.nan])
+    monkeypatch.setattr(cpu_products, "PACKED_BYTES", 2 * weight.nbytes)
+    assert cpu_products.packable([weight, weight])
+    assert not cpu_products.packable([weight, weight, weight])
 
 
 def test_texts_of_few_tokens_and_of_many_get_the_vectors_that_a_model_without_copies_gives(
@@ -55,20 +55,20 @@ def test_texts_of_few_tokens_and_of_many_get_the_vectors_that_a_model_without_co
 ) -> None:
     path = make_tiny_bert(tmp_path, max_tokens=128)
     packed = load_encoder(path, device="cpu")
-    monkeypatch.setattr(few_rows, "PACKED_BYTES", 0)
+    monkeypatch.setattr(cpu_products, "PACKED_BYTES", 0)
     plain = load_encoder(path, device="cpu")
     assert (packed.kernels["few_rows"], plain.kernels["few_rows"]) == ("packed", "plain")
-    for batch in (row(16), row(3, 9, 3), row(few_rows.FEW_TOKENS), row(100, 40)):
+    for batch in (row(16), row(3, 9, 3), row(cpu_products.FEW_TOKENS), row(100, 40)):
         difference = np.abs(normalized(packed.encode(batch)) - normalized(plain.encode(batch)))
         assert difference.max() <= 1e-6
 
 
-@pytest.mark.parametrize("broken", ["_linear", "_packed_linear"])
+@pytest.mark.parametrize("broken", [cpu_products.PlainProducts, cpu_products.PackedProducts])
 def test_a_load_proves_both_ways_to_multiply(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: type[cpu_products.PlainProducts]
 ) -> None:
     path = make_tiny_bert(tmp_path)
-    right = getattr(bert_cpu, broken)
-    monkeypatch.setattr(bert_cpu, broken, lambda x, layer, out: right(x.flip(0), layer, out))
+    right = broken.linear
+    monkeypatch.setattr(broken, "linear", lambda self, x, *rest: right(self, x.flip(0), *rest))
     with pytest.raises(ModelError, match="do not give the same"):
         load_encoder(path, device="cpu")
