@@ -40,11 +40,12 @@ def _loaded(way: str, model: str) -> Callable[[list[str]], Any]:
     if way.startswith("embedq"):
         from benchmarks.encoder_cpu import embed
         from embedq_consumer.engine import default_batch_tokens, load_encoder
+        from embedq_consumer.engine.safety.heaps import keep_for_reuse
 
-        encoder = load_encoder(
-            Path(model), device="cpu", quantization="bf16" if way.endswith("bf16") else "none"
-        )
-        return lambda texts: embed(encoder, texts, default_batch_tokens("cpu"))
+        quantization: Any = "bf16" if way.endswith("bf16") else "none"
+        encoder = load_encoder(Path(model), device="cpu", quantization=quantization)
+        keep_for_reuse()  # as the service does
+        return lambda texts: embed(encoder, texts, default_batch_tokens("cpu", quantization=quantization))
     if way == "infinity":
         return _infinity(model)
     from sentence_transformers import SentenceTransformer

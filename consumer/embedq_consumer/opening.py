@@ -237,7 +237,7 @@ async def open_models(
     health: Health,
 ) -> AsyncIterator[ServedModels]:
     batch_tokens = settings.max_batch_tokens or await asyncio.to_thread(
-        default_batch_tokens, settings.device, settings.threads or None
+        default_batch_tokens, settings.device, settings.threads or None, settings.quantization
     )
     late = await asyncio.to_thread(is_cpu, settings.device)
     options = await asyncio.to_thread(settings.served_models, batch_tokens, late=late)

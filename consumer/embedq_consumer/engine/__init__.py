@@ -96,13 +96,13 @@ def count_gpus() -> int:
     return int(asked.stdout)
 
 
-def default_batch_tokens(device: str, threads: int | None = None) -> int:
+def default_batch_tokens(device: str, threads: int | None = None, quantization: Quantization = "none") -> int:
     """A token budget that keeps the device busy without delaying the texts that wait; `threads` as in `LoadOptions`.
 
     On two cores MiniLM is no slower with 512 or 1,024 tokens at a time than with 2,048 (813, 823 and 768 tokens a second), and whoever
     waits beside another client's flood waits for one or two micro-batches.
     """
-    return cpu_tokens(threads or _threads()) if is_cpu(device) else 16_384
+    return cpu_tokens(threads or _threads(), quantization) if is_cpu(device) else 16_384
 
 
 def _threads() -> int:

@@ -136,7 +136,11 @@ class PackedEncoder:
         self._tokenizer = tokenizer
         self._limits = limits
         self._device: torch.device = model.device
-        self._at_once = sys.maxsize if self._device.type == "cuda" else cpu_tokens(torch.get_num_threads())
+        self._at_once = (
+            sys.maxsize
+            if self._device.type == "cuda"
+            else cpu_tokens(torch.get_num_threads(), options.quantization)
+        )
         self._dense = DenseLayers(directory.dense, self._device)
         self._model = model
         self._vocabulary: int = int(model.config.vocab_size)
@@ -222,7 +226,7 @@ class PackedEncoder:
             found = self._run_spans([batch[i] for i in part])
             for i, pooled in zip(part, found, strict=True):
                 # As in `_computed`: a neighbor may have spoiled it.
-                alone = self._device.type == "cuda" and len(part) > 1 and not np.isfinite(pooled.sum())
+                alone = len(part) > 1 and not np.isfinite(pooled.sum())
                 vectors[rows[i] : rows[i + 1]] = self._run_spans([batch[i]])[0] if alone else pooled
         return _InOrder(self._submit([batch[i] for i in plain]), rows[plain], vectors)
 
@@ -234,11 +238,10 @@ class PackedEncoder:
         order = sorted((i for i, ids in enumerate(batch) if len(ids)), key=lambda i: len(batch[i]))
         for part in self._parts(batch, order):
             vectors[part] = self._run([batch[i] for i in part])
-        if self._device.type == "cuda":
-            # A kernel may multiply a neighbor's NaN by the zero that keeps the texts apart; a text alone has no neighbor.
-            nonfinite = ~np.logical_and.reduce(np.isfinite(vectors), axis=1)
-            for i in np.flatnonzero(nonfinite).tolist():
-                vectors[i] = self._run([batch[i]])[0]
+        # A kernel may multiply a neighbor's NaN by the zero that keeps the texts apart; a text alone has no neighbor.
+        nonfinite = ~np.logical_and.reduce(np.isfinite(vectors), axis=1)
+        for i in np.flatnonzero(nonfinite).tolist():
+            vectors[i] = self._run([batch[i]])[0]
         return _Computed(vectors)
 
     def close_some(self) -> bool:

@@ -216,7 +216,9 @@ def _run(lines: Sequence[Line], setup: Setup, asked: Asked) -> tuple[Side, npt.N
         job = Job(input="", input_type=asked.input_type, instruction=asked.instruction)
         prompt = prompt_for(job, encoder)
         tokens = _tokens(encoder, lines, prompt, setup.path)
-        vectors, seconds = _encode(encoder, tokens, default_batch_tokens(setup.device, asked.threads))
+        vectors, seconds = _encode(
+            encoder, tokens, default_batch_tokens(setup.device, asked.threads, setup.quantization)
+        )
     finally:
         encoder.close()
         gc.collect()  # cycles that hold device memory must be gone before the next model loads

@@ -10,7 +10,6 @@ import torch
 
 from embedq_consumer.engine import ModelError, load_encoder
 from embedq_consumer.engine.kernels import cpu_products, onnx_rows
-from embedq_consumer.engine.models import bert_cpu
 from tests.helpers.encoders import normalized
 from tests.helpers.tiny_models import make_tiny_bert
 

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib import import_module
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor
 
 __all__ = [
     "PACKED",
+    "SPARE_ROWS",
     "LengthRun",
     "Packing",
     "attend_runs",
@@ -35,6 +36,10 @@ PACKED = "embedq_packed"
 _Varlen = Callable[..., Tensor]
 # Arguments by which an architecture changes its attention in ways that the packed kernels do not compute.
 _FOREIGN = ("position_bias", "s_aux")
+SPARE_ROWS: Final = 15
+"""Rows behind the last text's with which `attend_runs` makes the keys of every text a multiple of 16. PyTorch's attention on a CPU
+takes a row's last exponentials one by one where they do not fill a vector: 63 keys take 1.8 times what 64 take, 13 keys 2.2 times
+what 16 take (float32 and AVX-512, benchmarks/attention_cpu.py)."""
 _WINDOW_QUERIES = 256
 """Queries in one call where attention has a window: fewer mean more calls, more mean keys that most queries do not see."""
 
@@ -158,13 +163,25 @@ def attend_runs(
     `sliding_window`: itself and those before it if `causal`, else as many on both sides. With a `softcap`, scores approach
     it, and never exceed it. `bias` gives what is added to the scores of texts of a length: (heads, length, length); it
     goes with none of the others.
+
+    `key` and `value` may have `SPARE_ROWS` more rows than `query`, of finite numbers. Where every token sees its whole text, that saves
+    time on a CPU: a text's keys are then followed by its neighbor's first ones, which a mask leaves with no weight. A neighbor
+    that is not finite spoils the text all the same.
     """
+    whole = not causal and window is None and softcap is None
+    spare = whole and query.device.type == "cpu" and len(key) >= len(query) + SPARE_ROWS
     for run in runs:
-        q, k, v = (rectangle(t, run).transpose(1, 2) for t in (query, key, value))
+        keys = _filled(run.length) if spare else run.length
+        q = rectangle(query, run).transpose(1, 2)
+        k, v = (_texts(t, run, keys).transpose(1, 2) for t in (key, value))
         if q.shape[1] != k.shape[1]:
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         if bias is not None:
-            part = F.scaled_dot_product_attention(q, k, v, attn_mask=bias(run.length)[None], scale=scale)
+            added = F.pad(bias(run.length), (0, keys - run.length), value=-torch.inf)[None]
+            part = F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=scale)
+        elif keys != run.length:
+            unseen = _unseen(run.length, keys, q.dtype)
+            part = F.scaled_dot_product_attention(q, k, v, attn_mask=unseen, scale=scale)
         elif softcap is None and (window is None or run.length <= window):
             part = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
         else:
@@ -202,6 +219,26 @@ def _by_queries(
             part = scores.masked_fill_(~seen, -torch.inf).softmax(-1).to(v.dtype) @ v
         out[:, :, begin:end] = part
     return out
+
+
+def _filled(length: int) -> int:
+    """The next multiple of 16."""
+    return length + -length % (SPARE_ROWS + 1)
+
+
+@lru_cache(maxsize=1024)
+def _unseen(length: int, keys: int, dtype: torch.dtype) -> Tensor:
+    """(1, 1, 1, keys): nothing is added to the scores of the first `length` keys, and of the others nothing is left."""
+    mask = torch.zeros(1, 1, 1, keys, dtype=dtype)
+    mask[..., length:] = -torch.inf
+    return mask
+
+
+def _texts(rows: Tensor, run: LengthRun, length: int) -> Tensor:
+    """(texts, length, heads, head_dim) of the run's texts, each with the rows behind it that make it so long."""
+    first = rows[run.begin :]
+    stride = first.stride()
+    return first.as_strided((run.count, length, *rows.shape[1:]), (run.length * stride[0], *stride))
 
 
 def rectangle(row: Tensor, run: LengthRun) -> Tensor:

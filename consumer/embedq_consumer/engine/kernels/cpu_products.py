@@ -42,7 +42,8 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Products(Protocol):
-    """The products of one layer. `x` is (tokens, in); each may use `out`, a scratch tensor for the result, and may change `residual`."""
+    """The products of one layer. `x` is (tokens, in), `out` a scratch tensor that may be used for the result; `residual` may be
+    changed."""
 
     def linear(self, x: Tensor, layer: Pair, out: Tensor) -> Tensor:
         """What attention takes, (tokens, out)."""

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from embedq_consumer.engine.kernels.attention import Packing, attend_runs
+from embedq_consumer.engine.kernels.attention import SPARE_ROWS, Packing, attend_runs
 from embedq_consumer.engine.kernels.cpu_products import (
     FEW_TOKENS,
     Bf16Products,
@@ -49,7 +49,7 @@ class BertLayer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Workspace(msgspec.Struct, frozen=True, kw_only=True):
-    """Scratch tensors that every layer of every batch reuses.
+    """Scratch tensors that every layer of every batch reuses; `qkv` has `SPARE_ROWS` more rows than the others.
 
     Fresh tensors of several megabytes are paged in by the kernel, which costs more than what is computed in them.
     """
@@ -111,9 +111,13 @@ class PackedBert:
         scale = self._head_dim**-0.5
         few = self._few if len(ids) <= FEW_TOKENS else None
         layers, products = few or (self._layers, self._products)
+        rows = scratch.qkv[: len(ids)]
+        scratch.qkv[len(ids) :] = 0
+        q, k, v = scratch.qkv.view(-1, 3, self._heads, self._head_dim).unbind(1)
+        q = q[: len(ids)]
         for layer in layers:
-            qkv = products.linear(x, layer.qkv, scratch.qkv)
-            q, k, v = qkv.view(-1, 3, self._heads, self._head_dim).unbind(1)
+            if (qkv := products.linear(x, layer.qkv, rows)) is not rows:
+                rows.copy_(qkv)
             attend_runs(q, k, v, scratch.attended, packing.runs, causal=False, scale=scale, bias=bias)
             attended = scratch.attended.flatten(1)
             x = self._normalized(
@@ -178,14 +182,14 @@ class PackedBert:
             wide = self._layers[0].up[1].shape[0]
             like = self._layers[0].up[1]
             self._scratch = _Workspace(
-                qkv=like.new_empty(tokens, 3 * hidden),
+                qkv=like.new_empty(tokens + SPARE_ROWS, 3 * hidden),
                 attended=like.new_empty(tokens, heads, dim),
                 narrow=like.new_empty(tokens, hidden),
                 wide=like.new_empty(tokens, wide),
             )
         scratch = self._scratch
         return _Workspace(
-            qkv=scratch.qkv[:tokens],
+            qkv=scratch.qkv[: tokens + SPARE_ROWS],
             attended=scratch.attended[:tokens],
             narrow=scratch.narrow[:tokens],
             wide=scratch.wide[:tokens],
