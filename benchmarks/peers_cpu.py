@@ -44,7 +44,7 @@ Embed = Callable[[list[str]], Awaitable[Vectors]]
 """The vectors of one request."""
 
 ROOT: Final = Path(__file__).parents[1]
-LEAST_COSINE: Final = 0.9999
+LEAST_COSINE: Final = 0.999
 DIFFERENCE: Final = "largest difference of a component"
 AT_ONCE: Final = 8
 """Requests under way at once, but for the idle latency."""

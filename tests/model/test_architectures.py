@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedq_consumer.engine import Encoder, ModelError, Text, load_encoder
-from embedq_consumer.engine.kernels.attention import Packing, attend_runs
+from embedq_consumer.engine.kernels.attention import SPARE_ROWS, Packing, attend_runs
 from embedq_consumer.engine.loading.dry_run_process import try_directory
 from embedq_consumer.engine.model_directory import read_directory
 from tests.architectures.sweep import judge
@@ -117,6 +117,36 @@ def test_attention_by_bands_is_attention_with_the_whole_mask(
     texts = zip(torch.split(q, lengths), torch.split(k, lengths), torch.split(v, lengths), strict=True)
     expected = torch.cat([everything_at_once(*text, causal, window, softcap) for text in texts])
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40) | st.integers(1, 200), min_size=1, max_size=5),
+    spare=st.sampled_from([SPARE_ROWS, SPARE_ROWS + 20]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    biased=st.booleans(),
+)
+def test_spare_rows_behind_the_keys_change_nothing(
+    lengths: list[int], spare: int, dtype: torch.dtype, biased: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = sum(lengths)
+    q, k, v = (torch.randn(tokens + spare, 4, 32, generator=generator).to(dtype) for _ in range(3))
+
+    def bias(length: int) -> torch.Tensor:
+        return torch.randn(4, length, length, generator=torch.Generator().manual_seed(length)).to(dtype)
+
+    runs = Packing.of(sorted(lengths), torch.device("cpu")).runs
+    found, expected = torch.empty(2, tokens, 4, 32, dtype=dtype)
+    for out, keys in ((found, tokens + spare), (expected, tokens)):
+        attend_runs(
+            *(q[:tokens], k[:keys], v[:keys], out, runs),
+            causal=False,
+            scale=32**-0.5,
+            bias=bias if biased else None,
+        )
+    close = {torch.float32: 1e-5, torch.bfloat16: 0.03}[dtype]
+    torch.testing.assert_close(found, expected, atol=close, rtol=close)
 
 
 # -- Dense modules ----------------------------------------------------------------------------------------------------

@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from embedq_consumer.engine import ModelError, Text, load_encoder
+from embedq_consumer.engine import ModelError, Quantization, Text, load_encoder
 from embedq_consumer.engine.encoder import PackedEncoder
 from embedq_consumer.engine.kernels.attention import Packing
 from embedq_consumer.engine.models import registry
 from embedq_consumer.engine.models.bert_cpu import PackedBert
 from tests.helpers.encoders import FEW_ROWS, normalized, tokens_of
-from tests.helpers.tiny_models import make_tiny_bert, make_tiny_qwen3, nan_weights
+from tests.helpers.tiny_models import make_tiny_bert, make_tiny_qwen3, nan_weights, nan_word
 from tests.model.test_parity import TEXTS, TOLERANCE
 
 
@@ -116,6 +116,21 @@ def test_a_text_that_gives_nan_leaves_its_neighbors_alone(tmp_path: Path) -> Non
     assert np.isfinite(vectors).all(axis=1).tolist() == [True, False, True, False, True]
     alone = encoder.encode(tokens_of(encoder, ["the moon"]))
     assert np.abs(normalized(vectors[:1]) - normalized(alone)).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("quantization", ["none", "bf16"])
+@pytest.mark.parametrize("repeated", [1, 40])
+def test_a_text_that_gives_nan_leaves_those_alone_whose_keys_lie_beside_its_own(
+    tmp_path: Path, repeated: int, quantization: Quantization
+) -> None:
+    """A short row, which ONNX Runtime may run, and a long one; the text before it reads its keys, and gives them no weight."""
+    encoder = load_encoder(nan_word(tmp_path, "stone"), device="cpu", quantization=quantization)
+    texts = ["the moon", "the stone moon", "a wall"] * repeated
+    vectors = encoder.encode(tokens_of(encoder, texts))
+    assert np.isfinite(vectors).all(axis=1).tolist() == [True, False, True] * repeated
+    alone = encoder.encode(tokens_of(encoder, ["the moon"]))
+    difference = np.abs(normalized(vectors[:1]) - normalized(alone)).max()
+    assert difference <= (TOLERANCE if quantization == "none" else 0.02)
 
 
 def test_a_long_text_runs_alongside_a_short_one(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from aiokafka import AIOKafkaProducer
 
-from embedq_consumer.engine import Text, Tokens, load_encoder
+from embedq_consumer.engine import Quantization, Text, Tokens, load_encoder
 from embedq_sdk.admin.control import LostRace, reload_model, service_status
 from embedq_sdk.admin.rollout import RolloutUpdate
 from embedq_sdk.dev import DevStack
@@ -43,8 +43,8 @@ _DIMENSIONS = 64
 class Own:
     """A model's own output, computed here: what its service must return."""
 
-    def __init__(self, path: Path) -> None:
-        encoder = load_encoder(path, device="cpu", threads=1)
+    def __init__(self, path: Path, quantization: Quantization = "none") -> None:
+        encoder = load_encoder(path, device="cpu", threads=1, quantization=quantization)
         self.version = encoder.model_version
         self.vectors: dict[str, np.ndarray[Any, Any]] = {}
         for text, tokens in zip(_TEXTS, encoder.tokenize([Text(text) for text in _TEXTS]), strict=True):
@@ -206,6 +206,39 @@ async def test_the_first_queries_after_a_reload_are_hits_where_the_cache_was_war
                 np.testing.assert_allclose(datum["embedding"], expected, atol=1e-5)
     assert all(datum["cached"] for result in by_version[b.version] for datum in result["data"])
     assert not all(datum["cached"] for result in by_version[a.version] for datum in result["data"])
+
+
+async def test_a_cpu_goes_to_bf16_and_back_and_every_vector_says_which_of_the_two_made_it(
+    stack: DevStack, models: Path, tmp_path: Path
+) -> None:
+    exact = await asyncio.to_thread(own, models / "a")
+    rounded = await asyncio.to_thread(own, models / "a", "bf16")
+    topics = await make_topics(stack, fresh_prefix())
+    replica = Replica(stack, topics, models / "a", tmp_path / "log")
+    async with (
+        replicas(replica),
+        producer(stack) as client,
+        reader(stack, topics.results) as results,
+        reader(stack, topics.status) as status,
+        load(stack, topics.jobs, results, window=16, make=list_job) as jobs,
+    ):
+        for version, quantization, model in ((1, "bf16", rounded), (2, "none", exact)):
+            await jobs.progress(30)
+            sent = await command(client, topics, version, "a", quantization=quantization)
+            [said] = await outcomes(status, sent, 1)
+            assert (said["state"], said["model_version"]) == ("READY", model.version)
+        await jobs.progress(30)
+    assert set(jobs.answered.counts()) == set(jobs.ids)
+    by_version: dict[str, list[dict[str, Any]]] = {exact.version: [], rounded.version: []}
+    for result in jobs.answered.results:
+        by_version[result["model_version"]].append(result)
+    assert_each_vector_is_its_models_own(by_version[exact.version], exact)
+    assert by_version[rounded.version]
+    for result in by_version[rounded.version]:
+        texts = list_job(int(result["id"].split("-")[1]))["input"]
+        for text, datum in zip(texts, result["data"], strict=True):
+            np.testing.assert_allclose(datum["embedding"], rounded.vectors[text], atol=0.01)
+            assert np.abs(datum["embedding"] - exact.vectors[text]).max() > 1e-5, "not rounded"
 
 
 async def test_a_command_that_cannot_be_followed_keeps_the_old_model_and_says_why(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,6 +37,57 @@ def test_a_packed_product_is_the_plain_one(tokens: int) -> None:
     x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((tokens, 48), (40, 48), (40,)))
     found = cpu_products.packed_linear(x, cpu_products.packed(weight), bias)
     torch.testing.assert_close(found, torch.nn.functional.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
+
+
+def layer_of(width: int, inner: int, generator: torch.Generator) -> list[cpu_products.Pair]:
+    """The products of a feed-forward network."""
+    return [
+        (
+            torch.randn(shape, generator=generator) / shape[1] ** 0.5,
+            torch.randn(shape[0], generator=generator),
+        )
+        for shape in ((inner, width), (width, inner))
+    ]
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 300])
+@pytest.mark.parametrize("kind", ["packed", "bf16 packed", "bf16 plain"])
+def test_each_kind_of_products_computes_what_the_plain_one_does(
+    kind: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        cpu_products, "_FRESH_BYTES", 50 * 96 * 2
+    )  # bytes of fifty rows: 300 run in six parts
+    generator = torch.Generator().manual_seed(tokens)
+    x, up, down = torch.randn(tokens, 32, generator=generator), *layer_of(32, 96, generator)
+    made: Callable[[cpu_products.Pair], cpu_products.Pair]
+    products: cpu_products.Products
+    if kind == "packed":
+        products, made = cpu_products.PackedProducts(), lambda pair: (cpu_products.packed(pair[0]), pair[1])
+    else:
+        packs = kind == "bf16 packed"
+        products, made = (
+            cpu_products.Bf16Products(packs=packs),
+            lambda pair: cpu_products.rounded(pair, packs=packs),
+        )
+    plain, tolerance = cpu_products.PlainProducts(), 1e-5 if kind == "packed" else 0.05
+    dtype = torch.float32 if kind == "packed" else torch.bfloat16
+
+    def all_of(
+        of: cpu_products.Products, up: cpu_products.Pair, down: cpu_products.Pair, dtype: Any
+    ) -> list[Any]:
+        wide, narrow = (torch.empty(tokens, width, dtype=dtype) for width in (96, 32))
+        linear = torch.empty(tokens, 96, dtype=dtype)
+        of.linear(x, up, linear)
+        added = of.added(linear.clone(), down, x.clone(), narrow)
+        return [linear, added.clone(), of.feed_forward(x.clone(), up, down, wide, narrow).clone()]
+
+    found = all_of(products, made(up), made(down), dtype)
+    expected = all_of(plain, up, down, torch.float32)
+    for name, ours, theirs in zip(("linear", "added", "feed_forward"), found, expected, strict=True):
+        difference = (ours.float() - theirs).abs().max().item()
+        assert difference <= tolerance, name
+    assert found[1].dtype == found[2].dtype == torch.float32, "sums are not rounded"
 
 
 def test_what_is_not_float32_or_not_a_number_or_too_much_is_not_packed(

@@ -67,6 +67,11 @@ def test_fp8_takes_one_byte_for_each_number_of_a_product_and_first_bf16_for_all(
     assert found.loading == 2 * found.parameters
 
 
+def test_bf16_on_a_cpu_takes_two_bytes_a_parameter_and_first_four() -> None:
+    found = estimate_of(shape_of_4b(), CONFIG, dtype="float32", quantization="bf16")
+    assert (found.weights, found.loading) == (2 * found.parameters, 4 * found.parameters)
+
+
 def test_activations_are_those_of_what_runs_at_once() -> None:
     found = need()
     assert found.tokens == 16_384

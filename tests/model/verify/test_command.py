@@ -214,6 +214,15 @@ def test_what_cannot_be_compared_is_one_line_and_exit_code_2(tmp_path: Path, ber
         assert result.stdout == ""
 
 
+def test_a_model_is_compared_with_itself_in_bf16_on_a_cpu(bert: Path, texts: Path) -> None:
+    result = run(
+        *(bert, "--against", bert, "--against-quantization", "bf16", "--device", "cpu"),
+        *("--texts", texts, "--min-cosine", "0.99"),
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "bf16" in result.stdout
+
+
 @pytest.mark.parametrize("failure", [OutOfMemory, DeviceLost])
 def test_a_device_that_gives_out_is_no_missed_threshold(
     bert: Path, monkeypatch: pytest.MonkeyPatch, failure: type[Exception]

@@ -20,6 +20,11 @@ def test_a_cpu_of_many_cores_runs_more_tokens_at_once_and_one_of_few_no_less(
     assert default_batch_tokens("cpu", threads) == tokens
 
 
+def test_in_bf16_a_cpu_runs_half_as_many_again() -> None:
+    assert (cpu_tokens(2, "bf16"), default_batch_tokens("cpu", 16, "bf16")) == (1_536, 6_144)
+    assert default_batch_tokens("cuda:0", quantization="fp8") == 16_384
+
+
 def test_threads_are_the_cores_that_the_process_may_use_where_nobody_says_how_many(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

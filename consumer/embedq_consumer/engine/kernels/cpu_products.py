@@ -1,14 +1,14 @@
 """How rows are multiplied with a layer's weights on a CPU: as they are, laid out once for few tokens, or in bf16.
 
-`addmm` lays a weight out anew at each call. For many tokens that is nothing beside the product itself; for one short text it
-is most of the forward. Copies that oneDNN has laid out once are kept beside the weights, which rows of more tokens still use.
+`addmm` lays a weight out anew at each call. For many tokens that is little beside the product itself; for one short text it is most
+of the forward. Copies that oneDNN has laid out once are kept beside the weights, which rows of more tokens still use.
 In bf16 the copies take the weights' place: processors with instructions for it (AMX, AVX512_BF16, Arm's BF16) multiply several
-times as fast as in float32. What stands between the products stays in float32 there, so that only their inputs are rounded.
+times as fast as in float32. What stands between the products stays in float32 there, so that only what they multiply is rounded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final, Protocol
 
 import torch
@@ -37,67 +37,94 @@ PACKED_BYTES: Final = 512 << 20
 """What the copies of a model may take: those of MiniLM are 43 MB, of a BERT-base 340 MB. A larger model does without; a short
 text takes it so long that few think of milliseconds."""
 
+_FRESH_BYTES: Final = 16 << 20
+"""The largest tensor that a packed product, which cannot be told where to put its result, makes: malloc has pages at hand for it. What
+is larger would be paged in by the kernel each time, which costs more than what is computed."""
+
 Pair = tuple[Tensor, Tensor]
 """Weight (out, in), or a packed one, and bias (out,)."""
 
 
 class Products(Protocol):
-    """The products of one layer. `x` is (tokens, in), `out` a scratch tensor that may be used for the result; `residual` may be
-    changed."""
+    """The products of one layer. `x` and `residual` are (tokens, hidden) and may be changed, but `linear`'s `x`; `scratch` may be
+    used for what is computed, and has as many rows."""
 
-    def linear(self, x: Tensor, layer: Pair, out: Tensor) -> Tensor:
-        """What attention takes, (tokens, out)."""
+    def linear(self, x: Tensor, layer: Pair, out: Tensor) -> None:
+        """Fill `out`, (tokens, out), with what attention takes."""
 
-    def gelu(self, x: Tensor, layer: Pair, out: Tensor) -> Tensor:
-        """With the exact GELU behind it, (tokens, out)."""
+    def added(self, x: Tensor, layer: Pair, residual: Tensor, scratch: Tensor) -> Tensor:
+        """The product plus `residual`, in whose dtype the sum is."""
 
-    def added(self, x: Tensor, layer: Pair, residual: Tensor, out: Tensor) -> Tensor:
-        """Plus `residual` (tokens, out), in whose dtype the sum is."""
+    def feed_forward(self, x: Tensor, up: Pair, down: Pair, wide: Tensor, scratch: Tensor) -> Tensor:
+        """`x` plus the product with `down` of the exact GELU of that with `up`; `wide` is scratch, too, (tokens, inner)."""
 
 
 class PlainProducts:
     """In the weights' own dtype."""
 
-    def linear(self, x: Tensor, layer: Pair, out: Tensor) -> Tensor:
+    def linear(self, x: Tensor, layer: Pair, out: Tensor) -> None:
         weight, bias = layer
-        return torch.addmm(bias, x, weight.t(), out=out)
+        torch.addmm(bias, x, weight.t(), out=out)
 
-    def gelu(self, x: Tensor, layer: Pair, out: Tensor) -> Tensor:
-        activated: Tensor = torch.ops.aten.gelu_(self.linear(x, layer, out))
-        return activated
+    def added(self, x: Tensor, layer: Pair, residual: Tensor, scratch: Tensor) -> Tensor:
+        self.linear(x, layer, scratch)
+        return scratch.add_(residual)
 
-    def added(self, x: Tensor, layer: Pair, residual: Tensor, out: Tensor) -> Tensor:
-        return self.linear(x, layer, out).add_(residual)
+    def feed_forward(self, x: Tensor, up: Pair, down: Pair, wide: Tensor, scratch: Tensor) -> Tensor:
+        self.linear(x, up, wide)
+        torch.ops.aten.gelu_(wide)
+        return self.added(wide, down, x, scratch)
 
 
-class PackedProducts(PlainProducts):
-    """In float32, with packed weights; `out` is not used, since what few tokens give is small."""
+class PackedProducts:
+    """In float32, with packed weights; no scratch is used, since what few tokens give is small."""
 
-    def linear(self, x: Tensor, layer: Pair, out: Tensor) -> Tensor:
-        return packed_linear(x, *layer)
+    def linear(self, x: Tensor, layer: Pair, out: Tensor) -> None:
+        out.copy_(packed_linear(x, *layer))
+
+    def added(self, x: Tensor, layer: Pair, residual: Tensor, scratch: Tensor) -> Tensor:
+        return residual.add_(packed_linear(x, *layer))
+
+    def feed_forward(self, x: Tensor, up: Pair, down: Pair, wide: Tensor, scratch: Tensor) -> Tensor:
+        return self.added(packed_linear(x, *up, gelu=True), down, x, scratch)
 
 
 class Bf16Products:
-    """Inputs and weights are rounded to bf16, sums are float32; so are `residual` and what is added to it.
+    """What is multiplied is rounded to bf16, and sums are float32: `residual`, and what is added to it. `packs`: weights are packed.
 
-    The results that go into the next product, or into attention, are bf16. `packs`: the weights are packed ones.
+    What attention takes, and what goes from one product into the next, is bf16.
     """
 
     def __init__(self, *, packs: bool) -> None:
         self._packs = packs
 
-    def linear(self, x: Tensor, layer: Pair, out: Tensor) -> Tensor:
+    def linear(self, x: Tensor, layer: Pair, out: Tensor) -> None:
+        for rows in _tiles(x, layer):
+            out[rows] = self._product(x[rows], layer)
+
+    def added(self, x: Tensor, layer: Pair, residual: Tensor, scratch: Tensor) -> Tensor:
+        for rows in _tiles(x, layer):
+            residual[rows].add_(self._product(x[rows], layer))
+        return residual
+
+    def feed_forward(self, x: Tensor, up: Pair, down: Pair, wide: Tensor, scratch: Tensor) -> Tensor:
+        for rows in _tiles(x, up):
+            x[rows].add_(self._product(self._product(x[rows], up, gelu=True), down))
+        return x
+
+    def _product(self, x: Tensor, layer: Pair, *, gelu: bool = False) -> Tensor:
         rows = x.to(torch.bfloat16)
-        return packed_linear(rows, *layer) if self._packs else F.linear(rows, *layer)
-
-    def gelu(self, x: Tensor, layer: Pair, out: Tensor) -> Tensor:
         if self._packs:
-            return packed_linear(x.to(torch.bfloat16), *layer, gelu=True)
-        activated: Tensor = torch.ops.aten.gelu_(self.linear(x, layer, out))
-        return activated
+            return packed_linear(rows, *layer, gelu=gelu)
+        product = F.linear(rows, *layer)
+        return F.gelu(product) if gelu else product
 
-    def added(self, x: Tensor, layer: Pair, residual: Tensor, out: Tensor) -> Tensor:
-        return residual.add_(self.linear(x, layer, out))
+
+def _tiles(x: Tensor, layer: Pair) -> Iterator[slice]:
+    """The rows of `x` in parts of which the product with `layer` stays below `_FRESH_BYTES`."""
+    bias = layer[1]
+    step = max(1, _FRESH_BYTES // bias.nbytes)
+    return (slice(begin, begin + step) for begin in range(0, len(x), step))
 
 
 def copyable(weights: Sequence[Tensor]) -> bool:

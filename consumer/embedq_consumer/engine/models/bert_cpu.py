@@ -37,6 +37,10 @@ from embedq_consumer.engine.safety.panics import first_line
 __all__ = ["BertLayer", "PackedBert", "bert_layer", "pair"]
 
 
+_Pair = tuple[Tensor, Tensor]
+"""A product's weight and bias."""
+
+
 class BertLayer(msgspec.Struct, frozen=True, kw_only=True):
     """One layer's weights and biases, those of query, key and value side by side."""
 
@@ -87,7 +91,7 @@ class PackedBert:
         if options.bf16:
             self._round(model)
         else:
-            self._copy()
+            self._copy_for_few_tokens()
 
     @staticmethod
     def fits(model: Any) -> bool:
@@ -116,22 +120,22 @@ class PackedBert:
         q, k, v = scratch.qkv.view(-1, 3, self._heads, self._head_dim).unbind(1)
         q = q[: len(ids)]
         for layer in layers:
-            if (qkv := products.linear(x, layer.qkv, rows)) is not rows:
-                rows.copy_(qkv)
+            products.linear(x, layer.qkv, rows)
             attend_runs(q, k, v, scratch.attended, packing.runs, causal=False, scale=scale, bias=bias)
             attended = scratch.attended.flatten(1)
             x = self._normalized(
                 products.added(attended, layer.o_proj, x, scratch.narrow), layer.attention_norm
             )
-            wide = products.gelu(x, layer.up, scratch.wide)
-            x = self._normalized(products.added(wide, layer.down, x, scratch.narrow), layer.norm)
+            x = self._normalized(
+                products.feed_forward(x, layer.up, layer.down, scratch.wide, scratch.narrow), layer.norm
+            )
         return x
 
     def pooled(self) -> PooledForward | None:
         """None: there are no CUDA graphs on a CPU."""
         return None
 
-    def _copy(self) -> None:
+    def _copy_for_few_tokens(self) -> None:
         """Make the copies of the layers that rows of few tokens run with, where there may be any."""
         onnx = _onnx(self._embeddings, self._layers, self._heads, self._eps)
         if isinstance(onnx, OnnxBert):
@@ -143,16 +147,17 @@ class PackedBert:
             self.kernels["not_onnxruntime"] = onnx
 
     def _round(self, model: Any) -> None:
-        """Put bf16 in the place of what is multiplied; the rest of the layers stays as it is."""
-        packs = fast_bf16(self._layers[0].qkv[0])
-        self._layers = [
-            _each_product(layer, lambda pair: rounded(pair, packs=packs)) for layer in self._layers
-        ]
+        """Multiply in bf16, and give up the weights in float32, layer by layer."""
+        packs = fast_bf16(self._layers[0].up[0])
+        for number, layer in enumerate(model.encoder.layer):
+            self._layers[number] = _each_product(
+                self._layers[number], lambda pair: rounded(pair, packs=packs)
+            )
+            for parameter in layer.parameters():
+                if parameter.ndim == 2:
+                    parameter.data = parameter.data.new_empty(0)
         self._products = Bf16Products(packs=packs)
         self.kernels["products"] = "bf16_packed" if packs else "bf16_plain"
-        for parameter in model.encoder.layer.parameters():
-            if parameter.ndim == 2:
-                parameter.data = parameter.data.new_empty(0)
 
     @staticmethod
     def _position_table(embeddings: Any) -> Tensor:
@@ -213,14 +218,12 @@ def _onnx(
         return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _packed(layer: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _packed(layer: _Pair) -> _Pair:
     weight, bias = layer
     return packed(weight), bias
 
 
-def _each_product(
-    layer: BertLayer, made: Callable[[tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]
-) -> BertLayer:
+def _each_product(layer: BertLayer, made: Callable[[_Pair], _Pair]) -> BertLayer:
     """The layer with what `made` makes of each product's weight and bias."""
     return msgspec.structs.replace(
         layer, qkv=made(layer.qkv), o_proj=made(layer.o_proj), up=made(layer.up), down=made(layer.down)
