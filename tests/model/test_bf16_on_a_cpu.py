@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from embedq_consumer.engine import Encoder, ModelError, Text, load_encoder
-from embedq_consumer.engine.kernels import cpu_products
+from embedq_consumer.engine.kernels import cpu_products, onnx_rows
 from embedq_consumer.engine.kernels.cpu_products import FEW_TOKENS
 from embedq_consumer.engine.models import bert_cpu, registry
 from tests.helpers.encoders import normalized, tokens_of
@@ -76,6 +76,25 @@ def test_a_text_gets_the_same_vector_in_a_row_of_few_tokens_and_of_many(minilm: 
     assert len(few) < FEW_TOKENS < sum(map(len, many))
     alone, among = (normalized(minilm.encode(batch))[0] for batch in ([few], [few, *many]))
     assert alone @ among >= 0.9999
+
+
+def test_a_short_text_alone_is_not_rounded_where_onnx_runtime_serves_and_a_load_proves_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    path = make_tiny_bert(tmp_path)
+    exact, rounded = (load_encoder(path, device="cpu", quantization=how) for how in ("none", "bf16"))
+    assert rounded.kernels["few_rows"] == "onnxruntime"
+    short, long = tokens_of(exact, ["a", TEXTS[3]])
+    for text, same in ((short, True), (long, False)):
+        difference = np.abs(normalized(rounded.encode([text])) - normalized(exact.encode([text]))).max()
+        assert bool(difference <= 1e-6) is same
+    right = onnx_rows.OnnxBert.__call__
+    monkeypatch.setattr(
+        onnx_rows.OnnxBert, "__call__", lambda self, ids, *rest: right(self, ids.flip(0).contiguous(), *rest)
+    )
+    with pytest.raises(ModelError, match="do not give the same"):
+        load_encoder(path, device="cpu", quantization="bf16")
 
 
 @pytest.mark.parametrize("name", MAKERS)

@@ -35,7 +35,7 @@ from embedq_consumer.engine.cuda_graphs import Graphs
 from embedq_consumer.engine.dense import DenseLayers
 from embedq_consumer.engine.device import means_out_of_memory, memory, translate_errors, translated
 from embedq_consumer.engine.kernels.attention import Packing
-from embedq_consumer.engine.kernels.cpu_products import FEW_TOKENS
+from embedq_consumer.engine.kernels.cpu_products import FEW_TOKENS, FEW_TOKENS_BESIDE_BF16
 from embedq_consumer.engine.model_directory import ModelDirectory
 from embedq_consumer.engine.models import registry
 from embedq_consumer.engine.models.traits import ForwardOptions, Limits, Probe, last_norm_eps_of
@@ -342,6 +342,11 @@ class PackedEncoder:
             ):
                 # These are few tokens; many times over, they are not.
                 problem = self._difference(*_repeated(*asked, FEW_TOKENS + 1))
+            if problem is None and "products" in self.kernels:
+                # Beside bf16 fewer are few: one text alone.
+                few = [n for n in whole if len(probes[n].ids) <= FEW_TOKENS_BESIDE_BF16]
+                one = max(few, key=lambda n: len(probes[n].ids))
+                problem = self._difference([probes[one]], parts[one])
             if problem is None and self._graphs is not None:
                 # In a row of a graph every text begins at its first position.
                 problem = self._difference_of_graphs(*of_whole)

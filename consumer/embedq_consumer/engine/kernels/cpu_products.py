@@ -17,6 +17,7 @@ from torch import Tensor
 
 __all__ = [
     "FEW_TOKENS",
+    "FEW_TOKENS_BESIDE_BF16",
     "PACKED_BYTES",
     "Bf16Products",
     "PackedProducts",
@@ -33,6 +34,10 @@ __all__ = [
 FEW_TOKENS: Final = 128
 """The largest row that runs with copies of the weights. On two cores of an EPYC 7003 MiniLM's forward takes 0.69 of the time for 16
 tokens and 0.9 for 128; for 256 `addmm` is ahead (benchmarks/one_text.py)."""
+FEW_TOKENS_BESIDE_BF16: Final = 8
+"""For each thread: rows of so many tokens run in ONNX Runtime, in float32, where the others run in bf16. With 16 threads 13 tokens take
+2.5 ms there and 7.7 in bf16, which wakes all threads a hundred times, 50 take 3.3 and 7.6; with 2 threads 13 take the same, and 64
+take twice as long."""
 PACKED_BYTES: Final = 512 << 20
 """What the copies of a model may take: those of MiniLM are 43 MB, of a BERT-base 340 MB. A larger model does without; a short
 text takes it so long that few think of milliseconds."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from embedq_consumer.engine.kernels.attention import SPARE_ROWS, Packing, attend_runs
 from embedq_consumer.engine.kernels.cpu_products import (
     FEW_TOKENS,
+    FEW_TOKENS_BESIDE_BF16,
     Bf16Products,
     PackedProducts,
     PlainProducts,
@@ -86,8 +87,12 @@ class PackedBert:
         self._layers = [self._layer(layer) for layer in model.encoder.layer]
         self._products: Products = PlainProducts()
         self._few: tuple[Sequence[BertLayer], Products] | None = None
-        self._onnx: OnnxBert | None = None
         self.kernels = {"attention": "torch_sdpa"}
+        onnx = _onnx(self._embeddings, self._layers, self._heads, self._eps)
+        self._onnx = onnx if isinstance(onnx, OnnxBert) else None
+        if isinstance(onnx, str):
+            self.kernels["not_onnxruntime"] = onnx
+        self._onnx_tokens = FEW_TOKENS
         if options.bf16:
             self._round(model)
         else:
@@ -106,7 +111,7 @@ class PackedBert:
     def __call__(self, ids: Tensor, positions: Tensor, packing: Packing) -> Tensor:
         """Last hidden states (tokens, hidden) of int64 `ids` and `positions` (tokens,)."""
         bias = self._bias(packing)
-        if self._onnx is not None and len(ids) <= FEW_TOKENS:
+        if self._onnx is not None and len(ids) <= self._onnx_tokens:
             return self._onnx(ids, positions, packing.runs, bias)
         tables = self._embeddings
         x = F.embedding(ids, tables.words).add_(F.embedding(positions, tables.positions))
@@ -136,15 +141,10 @@ class PackedBert:
         return None
 
     def _copy_for_few_tokens(self) -> None:
-        """Make the copies of the layers that rows of few tokens run with, where there may be any."""
-        onnx = _onnx(self._embeddings, self._layers, self._heads, self._eps)
-        if isinstance(onnx, OnnxBert):
-            self._onnx = onnx
-        elif packable(_weights(self._layers)):
+        """Make the copies of the layers that rows of few tokens run with, where there may be any and nothing else runs them."""
+        if self._onnx is None and packable(_weights(self._layers)):
             self._few = [_each_product(layer, _packed) for layer in self._layers], PackedProducts()
         self.kernels["few_rows"] = "onnxruntime" if self._onnx else "packed" if self._few else "plain"
-        if isinstance(onnx, str):
-            self.kernels["not_onnxruntime"] = onnx
 
     def _round(self, model: Any) -> None:
         """Multiply in bf16, and give up the weights in float32, layer by layer."""
@@ -158,6 +158,9 @@ class PackedBert:
                     parameter.data = parameter.data.new_empty(0)
         self._products = Bf16Products(packs=packs)
         self.kernels["products"] = "bf16_packed" if packs else "bf16_plain"
+        if self._onnx is not None:
+            self.kernels["few_rows"] = "onnxruntime"
+            self._onnx_tokens = min(FEW_TOKENS, FEW_TOKENS_BESIDE_BF16 * torch.get_num_threads())
 
     @staticmethod
     def _position_table(embeddings: Any) -> Tensor:
