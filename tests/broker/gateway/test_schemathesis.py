@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from tests.helpers.support import patient
 
 pytestmark = [pytest.mark.kafka, pytest.mark.asyncio(loop_scope="session")]
 
+_ROOT: Final = Path(__file__).parents[3]
 CHECKS: Final = (
     "not_a_server_error",
     "status_code_conformance",
@@ -50,6 +52,11 @@ async def test_no_request_makes_it_fail_or_answer_what_is_not_documented(
         subprocess.run,
         command(gateway.url, 5),
         cwd=tmp_path,
+        env={
+            **os.environ,
+            "SCHEMATHESIS_HOOKS": "tests.helpers.schemathesis_hooks",
+            "PYTHONPATH": str(_ROOT),
+        },
         capture_output=True,
         text=True,
         timeout=patient(110),
