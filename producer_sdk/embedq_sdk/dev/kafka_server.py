@@ -90,6 +90,7 @@ class KafkaServer:
                 f"Apache Kafka {self._files.version} (node {node})",
                 lambda port=self._ports[node]: wanted <= self._known_nodes(port),  # type: ignore[misc]
                 deadline,
+                needs=[_name(each) for each in nodes if each != node],
             )
 
     def open_groups(self) -> None:

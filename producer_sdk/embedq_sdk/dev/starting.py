@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from embedq_sdk.dev.errors import PortTakenError, StartError
@@ -22,7 +22,13 @@ _ADVICE: Final = (
 
 
 def wait_until_ready(
-    processes: Processes, name: str, what: str, ready: Callable[[], bool], deadline: float
+    processes: Processes,
+    name: str,
+    what: str,
+    ready: Callable[[], bool],
+    deadline: float,
+    *,
+    needs: Sequence[str] = (),
 ) -> None:
     """Wait until `ready()` is true.
 
@@ -30,17 +36,20 @@ def wait_until_ready(
         name: of the server's process.
         what: how error messages call the server.
         deadline: a time of `time.monotonic()`.
+        needs: the processes without which it is never ready.
 
     Raises:
-        PortTakenError: the server ended because its port is in use.
-        StartError: it ended for another reason, or the deadline passed.
+        PortTakenError: the server, or one that it needs, ended because its port is in use.
+        StartError: one of them ended for another reason, or the deadline passed.
     """
     while True:
-        code = processes.exit_code(name)
-        if code is not None:
-            tail = processes.log_tail(name)
-            kind = PortTakenError if _PORT_TAKEN in tail.lower() else StartError
-            raise kind(f"{what} ended with exit code {code} while starting. {_ADVICE}\n{tail}")
+        for each in (name, *needs):
+            code = processes.exit_code(each)
+            if code is not None:
+                tail = processes.log_tail(each)
+                kind = PortTakenError if _PORT_TAKEN in tail.lower() else StartError
+                ended = what if each == name else f"{each}, which {what} needs,"
+                raise kind(f"{ended} ended with exit code {code} while starting. {_ADVICE}\n{tail}")
         if ready():
             return
         if time.monotonic() > deadline:
