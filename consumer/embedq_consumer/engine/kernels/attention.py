@@ -38,7 +38,7 @@ _Varlen = Callable[..., Tensor]
 _FOREIGN = ("position_bias", "s_aux")
 SPARE_ROWS: Final = 15
 """Rows behind the last text's with which `attend_runs` makes the keys of every text a multiple of 16. PyTorch's attention on a CPU
-takes a row's last exponentials one by one where they do not fill a vector: 63 keys take 1.8 times what 64 take, 13 keys 2.2 times
+takes a row's last exponentials one by one where they do not fill a vector: 63 keys take 1.65 times what 64 take, 13 keys 1.75 times
 what 16 take (float32 and AVX-512, benchmarks/attention_cpu.py)."""
 _WINDOW_QUERIES = 256
 """Queries in one call where attention has a window: fewer mean more calls, more mean keys that most queries do not see."""
