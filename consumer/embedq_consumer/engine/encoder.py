@@ -36,6 +36,7 @@ from embedq_consumer.engine.dense import DenseLayers
 from embedq_consumer.engine.device import means_out_of_memory, memory, translate_errors, translated
 from embedq_consumer.engine.kernels.attention import Packing
 from embedq_consumer.engine.kernels.cpu_products import FEW_TOKENS, FEW_TOKENS_BESIDE_BF16
+from embedq_consumer.engine.lanes import ONE, lanes_for
 from embedq_consumer.engine.model_directory import ModelDirectory
 from embedq_consumer.engine.models import registry
 from embedq_consumer.engine.models.traits import ForwardOptions, Limits, Probe, last_norm_eps_of
@@ -168,6 +169,8 @@ class PackedEncoder:
         self._forward: HiddenForward | None = built.hidden
         self._takes_positions = built.takes_positions
         self._slower = built.slower
+        in_lanes = built.in_lanes and not options.deterministic
+        self._lanes = lanes_for(torch.get_num_threads()) if in_lanes else ONE
         self._graphs: Graphs | None = None
         if built.pooled is not None and not directory.dense:
             self._graphs = Graphs(built.pooled, deterministic=options.deterministic)
@@ -223,8 +226,10 @@ class PackedEncoder:
         self._check_tokens([batch[i].ids for i in spanned])
         spanned.sort(key=lambda i: len(batch[i].ids))
         for part in self._parts([tokens.ids for tokens in batch], spanned):
-            found = self._run_spans([batch[i] for i in part])
-            for i, pooled in zip(part, found, strict=True):
+            found = self._lanes.each(
+                lambda share: self._run_spans([batch[i] for i in share]), part, lambda i: len(batch[i].ids)
+            )
+            for i, pooled in found:
                 # As in `_computed`: a neighbor may have spoiled it.
                 alone = len(part) > 1 and not np.isfinite(pooled.sum())
                 vectors[rows[i] : rows[i + 1]] = self._run_spans([batch[i]])[0] if alone else pooled
@@ -237,7 +242,11 @@ class PackedEncoder:
         # Neighbors of equal length share an attention call.
         order = sorted((i for i, ids in enumerate(batch) if len(ids)), key=lambda i: len(batch[i]))
         for part in self._parts(batch, order):
-            vectors[part] = self._run([batch[i] for i in part])
+            found = self._lanes.each(
+                lambda share: self._run([batch[i] for i in share]), part, lambda i: len(batch[i])
+            )
+            for i, vector in found:
+                vectors[i] = vector
         # A kernel may multiply a neighbor's NaN by the zero that keeps the texts apart; a text alone has no neighbor.
         nonfinite = ~np.logical_and.reduce(np.isfinite(vectors), axis=1)
         for i in np.flatnonzero(nonfinite).tolist():

@@ -8,6 +8,7 @@ processor once; in bf16 every row is (`kernels/cpu_products.py`).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -83,7 +84,9 @@ class PackedBert:
             positions=self._position_table(embeddings).detach(),
             norm=pair(embeddings.LayerNorm),
         )
-        self._scratch: _Workspace | None = None
+        self._local = (
+            threading.local()
+        )  # `scratch`, a _Workspace: rows may run at once, each in a thread of its own
         self._layers = [self._layer(layer) for layer in model.encoder.layer]
         self._products: Products = PlainProducts()
         self._few: tuple[Sequence[BertLayer], Products] | None = None
@@ -184,18 +187,18 @@ class PackedBert:
         return None
 
     def _workspace(self, tokens: int) -> _Workspace:
-        """The first `tokens` rows of the scratch tensors, which grow when they must."""
-        if self._scratch is None or self._scratch.narrow.shape[0] < tokens:
+        """The first `tokens` rows of this thread's scratch tensors, which grow when they must."""
+        scratch: _Workspace | None = getattr(self._local, "scratch", None)
+        if scratch is None or scratch.narrow.shape[0] < tokens:
             hidden, heads, dim = self._heads * self._head_dim, self._heads, self._head_dim
             wide = self._layers[0].up[1].shape[0]
             like = self._layers[0].up[1]
-            self._scratch = _Workspace(
+            scratch = self._local.scratch = _Workspace(
                 qkv=like.new_empty(tokens + SPARE_ROWS, 3 * hidden),
                 attended=like.new_empty(tokens, heads, dim),
                 narrow=like.new_empty(tokens, hidden),
                 wide=like.new_empty(tokens, wide),
             )
-        scratch = self._scratch
         return _Workspace(
             qkv=scratch.qkv[: tokens + SPARE_ROWS],
             attended=scratch.attended[:tokens],

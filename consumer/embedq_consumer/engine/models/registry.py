@@ -39,7 +39,7 @@ class WrittenOut(Protocol):
         """Whether it computes what `model` does: the configuration has to be one that it knows."""
 
     def __call__(self, ids: Tensor, positions: Tensor, packing: Packing) -> Tensor:
-        """Last hidden states (tokens, hidden) of `ids` at the model's own `positions`."""
+        """Last hidden states (tokens, hidden) of `ids` at the model's own `positions`. On a CPU several threads may call at once."""
 
     def pooled(self) -> PooledForward | None:
         """The same up to the pooled vector, for CUDA graphs; None where there is none."""
@@ -116,6 +116,8 @@ class Built(msgspec.Struct, frozen=True, kw_only=True):
     pooled: PooledForward | None = None
     kernels: Mapping[str, str]
     """As in `Encoder.kernels`."""
+    in_lanes: bool = False
+    """Whether several threads may call `hidden` at once: it keeps nothing that two calls would share."""
     takes_positions: bool = True
     """Whether `hidden` puts tokens where the positions say; else each text begins at the model's first position."""
     slower: Callable[[], Built] | None = None
@@ -147,7 +149,7 @@ def build(model: Any, options: ForwardOptions, *, written_out: bool = True) -> B
         raise ModelError(f"quantization fp8: {architecture_of(model)} has no FP8 forward")
     if forward is not None:
         made = forward(model, options)
-        return Built(hidden=made, pooled=made.pooled(), kernels=made.kernels)
+        return Built(hidden=made, pooled=made.pooled(), kernels=made.kernels, in_lanes=device.type == "cpu")
     attention = "torch_sdpa" if device.type == "cpu" else "packed"
     own = own_attention(model)
     longest = options.limits.max_tokens
