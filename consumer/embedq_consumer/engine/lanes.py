@@ -88,8 +88,10 @@ def lanes_for(threads: int) -> Lanes:
 
 def lanes_of(threads: int) -> tuple[int, int]:
     """How many lanes, and of how many threads each: up to four, with as few threads left over as can be."""
-    count = max(range(1, _MOST + 1), key=lambda count: (threads // count * count, count))
-    return (count, threads // count) if threads > 1 else (1, 1)
+    if threads == 1:
+        return 1, 1
+    count = max(range(2, _MOST + 1), key=lambda count: (threads // count * count, count))
+    return count, threads // count
 
 
 def dealt(items: Sequence[int], tokens: Callable[[int], int], lanes: int) -> list[list[int]]:
