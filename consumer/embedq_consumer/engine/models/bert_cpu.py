@@ -84,9 +84,8 @@ class PackedBert:
             positions=self._position_table(embeddings).detach(),
             norm=pair(embeddings.LayerNorm),
         )
-        self._local = (
-            threading.local()
-        )  # `scratch`, a _Workspace: rows may run at once, each in a thread of its own
+        # Its `scratch` is a _Workspace: rows may run at once, each in a thread of its own.
+        self._local = threading.local()
         self._layers = [self._layer(layer) for layer in model.encoder.layer]
         self._products: Products = PlainProducts()
         self._few: tuple[Sequence[BertLayer], Products] | None = None
