@@ -36,7 +36,7 @@ from embedq_consumer.engine.dense import DenseLayers
 from embedq_consumer.engine.device import means_out_of_memory, memory, translate_errors, translated
 from embedq_consumer.engine.kernels.attention import Packing
 from embedq_consumer.engine.kernels.cpu_products import FEW_TOKENS, FEW_TOKENS_BESIDE_BF16
-from embedq_consumer.engine.lanes import ONE, lanes_for
+from embedq_consumer.engine.teams import ONE, teams_for
 from embedq_consumer.engine.model_directory import ModelDirectory
 from embedq_consumer.engine.models import registry
 from embedq_consumer.engine.models.traits import ForwardOptions, Limits, Probe, last_norm_eps_of
@@ -169,8 +169,8 @@ class PackedEncoder:
         self._forward: HiddenForward | None = built.hidden
         self._takes_positions = built.takes_positions
         self._slower = built.slower
-        in_lanes = built.in_lanes and not options.deterministic
-        self._lanes = lanes_for(torch.get_num_threads()) if in_lanes else ONE
+        in_teams = built.in_teams and not options.deterministic
+        self._teams = teams_for(torch.get_num_threads()) if in_teams else ONE
         self._graphs: Graphs | None = None
         if built.pooled is not None and not directory.dense:
             self._graphs = Graphs(built.pooled, deterministic=options.deterministic)
@@ -226,7 +226,7 @@ class PackedEncoder:
         self._check_tokens([batch[i].ids for i in spanned])
         spanned.sort(key=lambda i: len(batch[i].ids))
         for part in self._parts([tokens.ids for tokens in batch], spanned):
-            found = self._lanes.each(
+            found = self._teams.each(
                 lambda share: self._run_spans([batch[i] for i in share]), part, lambda i: len(batch[i].ids)
             )
             for i, pooled in found:
@@ -242,7 +242,7 @@ class PackedEncoder:
         # Neighbors of equal length share an attention call.
         order = sorted((i for i, ids in enumerate(batch) if len(ids)), key=lambda i: len(batch[i]))
         for part in self._parts(batch, order):
-            found = self._lanes.each(
+            found = self._teams.each(
                 lambda share: self._run([batch[i] for i in share]), part, lambda i: len(batch[i])
             )
             for i, vector in found:

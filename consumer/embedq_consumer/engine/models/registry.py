@@ -116,7 +116,7 @@ class Built(msgspec.Struct, frozen=True, kw_only=True):
     pooled: PooledForward | None = None
     kernels: Mapping[str, str]
     """As in `Encoder.kernels`."""
-    in_lanes: bool = False
+    in_teams: bool = False
     """Whether several threads may call `hidden` at once: it keeps nothing that two calls would share."""
     takes_positions: bool = True
     """Whether `hidden` puts tokens where the positions say; else each text begins at the model's first position."""
@@ -149,7 +149,7 @@ def build(model: Any, options: ForwardOptions, *, written_out: bool = True) -> B
         raise ModelError(f"quantization fp8: {architecture_of(model)} has no FP8 forward")
     if forward is not None:
         made = forward(model, options)
-        return Built(hidden=made, pooled=made.pooled(), kernels=made.kernels, in_lanes=device.type == "cpu")
+        return Built(hidden=made, pooled=made.pooled(), kernels=made.kernels, in_teams=device.type == "cpu")
     attention = "torch_sdpa" if device.type == "cpu" else "packed"
     own = own_attention(model)
     longest = options.limits.max_tokens

@@ -16,7 +16,7 @@ from torch import Tensor
 from embedq_consumer.engine import Quantization, Text, Tokens, load_encoder
 from embedq_consumer.engine.encoder import PackedEncoder
 from embedq_consumer.engine.kernels.attention import Packing, attend_runs
-from embedq_consumer.engine.lanes import ONE, Lanes, lanes_for
+from embedq_consumer.engine.teams import ONE, Teams, teams_for
 from embedq_consumer.engine.models import bert_cpu
 from tests.helpers.encoders import normalized, tokens_of
 from tests.helpers.tiny_models import (
@@ -44,15 +44,15 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def lanes() -> Lanes:
+def teams() -> Teams:
     """Three, whatever this machine has."""
-    return Lanes(3, 1)
+    return Teams(3, 1)
 
 
-def loaded(path: Path, lanes: Lanes, quantization: Quantization = "none") -> PackedEncoder:
+def loaded(path: Path, teams: Teams, quantization: Quantization = "none") -> PackedEncoder:
     encoder = load_encoder(path, device="cpu", quantization=quantization)
     assert isinstance(encoder, PackedEncoder)
-    encoder._lanes = lanes
+    encoder._teams = teams
     return encoder
 
 
@@ -72,26 +72,26 @@ def noted(encoder: PackedEncoder, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("quantization", ["none", "bf16"])
 @pytest.mark.parametrize("kind", MAKERS)
-def test_a_text_gets_in_a_lane_the_vector_that_it_gets_alone(
-    kind: str, quantization: Quantization, lanes: Lanes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_text_gets_in_a_team_the_vector_that_it_gets_alone(
+    kind: str, quantization: Quantization, teams: Teams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder = loaded(MAKERS[kind](tmp_path / "model"), lanes, quantization)
+    encoder = loaded(MAKERS[kind](tmp_path / "model"), teams, quantization)
     ids = tokens_of(encoder, TEXTS)
     alone = normalized(np.concatenate([encoder.encode([each]) for each in ids[:5]]))
     names = noted(encoder, monkeypatch)
-    for _ in range(5):  # rows of the same lane, one after the other, and beside those of the others
+    for _ in range(5):  # rows of the same team, one after the other, and beside those of the others
         found = normalized(encoder.encode(ids))
         assert np.sum(found * np.tile(alone, (12, 1)), axis=1).min() >= (
             1 - 1e-5 if quantization == "none" else 0.98
         )
-    assert "lane" in {name[:4] for name in names}
+    assert "team" in {name[:4] for name in names}
 
 
 @pytest.mark.parametrize("kind", ["bert", "mpnet"])
 def test_rows_that_stand_in_the_same_layer_do_not_write_into_each_other(
-    kind: str, lanes: Lanes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, teams: Teams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder = loaded(MAKERS[kind](tmp_path / "model"), lanes)
+    encoder = loaded(MAKERS[kind](tmp_path / "model"), teams)
     ids = [np.arange(n, n + 40, dtype=np.int32) for n in range(5, 20)]
     alone = np.concatenate([encoder.encode([each]) for each in ids])
     at_once = threading.Barrier(3)
@@ -106,43 +106,43 @@ def test_rows_that_stand_in_the_same_layer_do_not_write_into_each_other(
         assert np.abs(encoder.encode(ids) - alone).max() <= 1e-5
 
 
-def test_passages_of_texts_run_in_lanes_too(
-    lanes: Lanes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_passages_of_texts_run_in_teams_too(
+    teams: Teams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder = loaded(make_tiny_bert(tmp_path, pooling="mean"), lanes)
+    encoder = loaded(make_tiny_bert(tmp_path, pooling="mean"), teams)
     texts = [Tokens(ids, whole=True, spans=((0, 2), (2, len(ids)))) for ids in tokens_of(encoder, TEXTS)]
     alone = np.concatenate([encoder.submit([text]).result() for text in texts[:5]])
     names = noted(encoder, monkeypatch)
     found = encoder.submit(texts).result()
     assert np.abs(found - np.tile(alone, (12, 1))).max() <= 1e-5
-    assert "lane" in {name[:4] for name in names}
+    assert "team" in {name[:4] for name in names}
 
 
-def test_a_text_that_gives_nan_spoils_nobody_in_its_lane(lanes: Lanes, tmp_path: Path) -> None:
-    encoder = loaded(nan_word(tmp_path, "stone"), lanes)
+def test_a_text_that_gives_nan_spoils_nobody_in_its_team(teams: Teams, tmp_path: Path) -> None:
+    encoder = loaded(nan_word(tmp_path, "stone"), teams)
     vectors = encoder.encode(tokens_of(encoder, ["the moon", "the stone moon", "a wall"] * 60))
     assert np.isfinite(vectors).all(axis=1).tolist() == [True, False, True] * 60
 
 
-def test_what_fails_in_one_lane_is_raised_when_no_lane_runs_any_more(lanes: Lanes) -> None:
+def test_what_fails_in_one_team_is_raised_when_no_team_computes_any_more(teams: Teams) -> None:
     fails, ended = threading.Event(), []
 
     def compute(share: list[int]) -> list[int]:
         if 0 in share:
             fails.set()
-            raise ValueError("of one lane")
+            raise ValueError("of one team")
         assert fails.wait(10)
         ended.append(share)
         return share
 
-    with pytest.raises(ValueError, match="of one lane"):
-        lanes.each(compute, range(3), lambda _: 500)
+    with pytest.raises(ValueError, match="of one team"):
+        teams.each(compute, range(3), lambda _: 500)
     assert len(ended) == 2
 
 
 def test_other_threads_keep_as_many_of_pytorchs_as_before() -> None:
     before = torch.get_num_threads()
-    two = Lanes(2, before + 1)
+    two = Teams(2, before + 1)
     assert torch.get_num_threads() == before
     with ThreadPoolExecutor(1) as later:
         assert later.submit(torch.get_num_threads).result() == before
@@ -162,14 +162,14 @@ def test_texts_run_one_by_one_where_their_bits_or_a_foreign_forward_need_it(tmp_
     assert isinstance(fixed, PackedEncoder)
     assert isinstance(foreign, PackedEncoder)
     assert isinstance(free, PackedEncoder)
-    assert fixed._lanes is foreign._lanes is ONE
-    assert free._lanes is lanes_for(torch.get_num_threads())
+    assert fixed._teams is foreign._teams is ONE
+    assert free._teams is teams_for(torch.get_num_threads())
 
 
 def test_a_long_text_of_a_small_batch_has_all_threads(
-    lanes: Lanes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    teams: Teams, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder = loaded(make_tiny_bert(tmp_path), lanes)
+    encoder = loaded(make_tiny_bert(tmp_path), teams)
     names = noted(encoder, monkeypatch)
     encoder.encode(tokens_of(encoder, [Text("stone wall " * 2_000, truncate="end"), "the moon"]))
     assert names == [threading.current_thread().name]
