@@ -16,8 +16,8 @@ from torch import Tensor
 from embedq_consumer.engine import Quantization, Text, Tokens, load_encoder
 from embedq_consumer.engine.encoder import PackedEncoder
 from embedq_consumer.engine.kernels.attention import Packing, attend_runs
-from embedq_consumer.engine.teams import ONE, Teams, teams_for
 from embedq_consumer.engine.models import bert_cpu
+from embedq_consumer.engine.teams import ONE, Teams, teams_for
 from tests.helpers.encoders import normalized, tokens_of
 from tests.helpers.tiny_models import (
     make_tiny_bert,

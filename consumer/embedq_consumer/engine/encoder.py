@@ -36,13 +36,13 @@ from embedq_consumer.engine.dense import DenseLayers
 from embedq_consumer.engine.device import means_out_of_memory, memory, translate_errors, translated
 from embedq_consumer.engine.kernels.attention import Packing
 from embedq_consumer.engine.kernels.cpu_products import FEW_TOKENS, FEW_TOKENS_BESIDE_BF16
-from embedq_consumer.engine.teams import ONE, teams_for
 from embedq_consumer.engine.model_directory import ModelDirectory
 from embedq_consumer.engine.models import registry
 from embedq_consumer.engine.models.traits import ForwardOptions, Limits, Probe, last_norm_eps_of
 from embedq_consumer.engine.pooling import Pooling, pooling_of
 from embedq_consumer.engine.row import HiddenForward, positions_of
 from embedq_consumer.engine.safety.panics import first_line
+from embedq_consumer.engine.teams import ONE, teams_for
 from embedq_consumer.engine.text.tokenizer import TextTokenizer
 from embedq_shared.grouping import batched_by
 
