@@ -27,6 +27,9 @@ four."""
 _UNEVEN: Final = 1.25
 """How much longer than the average the longest share may be: the other teams wait for it."""
 
+_START_S: Final = 10.0
+"""For the threads to be there: a system that lets a process have no more of them is an error of the load."""
+
 T = TypeVar("T")
 
 
@@ -42,12 +45,12 @@ class Teams:
             return
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="team")
         ours = torch.get_num_threads()
-        there = threading.Barrier(count)
+        there = threading.Barrier(count, timeout=_START_S)
 
         def begin() -> None:
             torch.get_num_threads()  # takes the process's number, once for each thread
             torch.set_num_threads(threads)
-            there.wait()
+            there.wait()  # so that each of the threads begins once
 
         for begun in [self._pool.submit(begin) for _ in range(count)]:
             begun.result()
