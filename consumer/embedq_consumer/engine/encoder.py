@@ -42,7 +42,6 @@ from embedq_consumer.engine.models.traits import ForwardOptions, Limits, Probe, 
 from embedq_consumer.engine.pooling import Pooling, pooling_of
 from embedq_consumer.engine.row import HiddenForward, positions_of
 from embedq_consumer.engine.safety.panics import first_line
-from embedq_consumer.engine.teams import ONE, teams_for
 from embedq_consumer.engine.text.tokenizer import TextTokenizer
 from embedq_shared.grouping import batched_by
 
@@ -169,8 +168,7 @@ class PackedEncoder:
         self._forward: HiddenForward | None = built.hidden
         self._takes_positions = built.takes_positions
         self._slower = built.slower
-        in_teams = built.in_teams and not options.deterministic
-        self._teams = teams_for(torch.get_num_threads()) if in_teams else ONE
+        self._teams = built.teams
         self._graphs: Graphs | None = None
         if built.pooled is not None and not directory.dense:
             self._graphs = Graphs(built.pooled, deterministic=options.deterministic)
@@ -226,10 +224,7 @@ class PackedEncoder:
         self._check_tokens([batch[i].ids for i in spanned])
         spanned.sort(key=lambda i: len(batch[i].ids))
         for part in self._parts([tokens.ids for tokens in batch], spanned):
-            found = self._teams.each(
-                lambda share: self._run_spans([batch[i] for i in share]), part, lambda i: len(batch[i].ids)
-            )
-            for i, pooled in found:
+            for i, pooled in self._teams.each(self._run_spans, batch, part, lambda text: len(text.ids)):
                 # As in `_computed`: a neighbor may have spoiled it.
                 alone = len(part) > 1 and not np.isfinite(pooled.sum())
                 vectors[rows[i] : rows[i + 1]] = self._run_spans([batch[i]])[0] if alone else pooled
@@ -242,10 +237,7 @@ class PackedEncoder:
         # Neighbors of equal length share an attention call.
         order = sorted((i for i, ids in enumerate(batch) if len(ids)), key=lambda i: len(batch[i]))
         for part in self._parts(batch, order):
-            found = self._teams.each(
-                lambda share: self._run([batch[i] for i in share]), part, lambda i: len(batch[i])
-            )
-            for i, vector in found:
+            for i, vector in self._teams.each(self._run, batch, part, len):
                 vectors[i] = vector
         # A kernel may multiply a neighbor's NaN by the zero that keeps the texts apart; a text alone has no neighbor.
         nonfinite = ~np.logical_and.reduce(np.isfinite(vectors), axis=1)

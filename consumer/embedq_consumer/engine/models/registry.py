@@ -14,6 +14,7 @@ from torch import Tensor
 
 from embedq_consumer.engine.api import ModelError, Quantization
 from embedq_consumer.engine.kernels.attention import Packing
+from embedq_consumer.engine.kernels.cpu_teams import ONE, Teams, teams_for
 from embedq_consumer.engine.models.any_transformers import (
     by_length_forward,
     obstacle,
@@ -116,8 +117,8 @@ class Built(msgspec.Struct, frozen=True, kw_only=True):
     pooled: PooledForward | None = None
     kernels: Mapping[str, str]
     """As in `Encoder.kernels`."""
-    in_teams: bool = False
-    """Whether several threads may call `hidden` at once: it keeps nothing that two calls would share."""
+    teams: Teams = ONE
+    """Those that may call `hidden` at once: more than one where it keeps nothing that two calls would share."""
     takes_positions: bool = True
     """Whether `hidden` puts tokens where the positions say; else each text begins at the model's first position."""
     slower: Callable[[], Built] | None = None
@@ -149,7 +150,10 @@ def build(model: Any, options: ForwardOptions, *, written_out: bool = True) -> B
         raise ModelError(f"quantization fp8: {architecture_of(model)} has no FP8 forward")
     if forward is not None:
         made = forward(model, options)
-        return Built(hidden=made, pooled=made.pooled(), kernels=made.kernels, in_teams=device.type == "cpu")
+        # With other threads a product's sums may have another order.
+        alone = device.type != "cpu" or options.deterministic
+        teams = ONE if alone else teams_for(torch.get_num_threads())
+        return Built(hidden=made, pooled=made.pooled(), kernels=made.kernels, teams=teams)
     attention = "torch_sdpa" if device.type == "cpu" else "packed"
     own = own_attention(model)
     longest = options.limits.max_tokens

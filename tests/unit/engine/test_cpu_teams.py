@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedq_consumer.engine.teams import LEAST_TOKENS, dealt, teams_of
+from embedq_consumer.engine.kernels.cpu_teams import LEAST_TOKENS, dealt, teams_of
 
 LENGTHS = st.lists(st.integers(1, 600), min_size=1, max_size=60).map(sorted)
 

@@ -30,7 +30,8 @@ _UNEVEN: Final = 1.25
 _START_S: Final = 10.0
 """For the threads to be there: a system that lets a process have no more of them is an error of the load."""
 
-T = TypeVar("T")
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 
 
 class Teams:
@@ -58,19 +59,22 @@ class Teams:
 
     def each(
         self,
-        compute: Callable[[list[int]], Iterable[T]],
-        items: Sequence[int],
-        tokens: Callable[[int], int],
-    ) -> list[tuple[int, T]]:
-        """Each of `items`, which are sorted by their `tokens`, and what `compute` gives for it, which is called with one share of them
-        in each team, or with all.
+        compute: Callable[[list[Item]], Iterable[Found]],
+        texts: Sequence[Item],
+        part: Sequence[int],
+        tokens: Callable[[Item], int],
+    ) -> list[tuple[int, Found]]:
+        """What `compute` gives for each of `part`, some of `texts` by their numbers, sorted by `tokens`; each with its number.
 
-        Whatever it raises is raised when every team has ended.
+        It is called at once with a share of them in each team, or with all of them. What it raises is raised when every team has
+        ended.
         """
-        shares = dealt(items, tokens, self._count)
+        shares = dealt(part, lambda i: tokens(texts[i]), self._count)
         if len(shares) == 1:
-            return [*zip(items, compute([*items]), strict=True)]
-        futures: list[Future[Iterable[T]]] = [self._pool.submit(compute, share) for share in shares]
+            return [*zip(part, compute([texts[i] for i in part]), strict=True)]
+        futures: list[Future[Iterable[Found]]] = [
+            self._pool.submit(compute, [texts[i] for i in share]) for share in shares
+        ]
         wait(futures)
         return [
             pair

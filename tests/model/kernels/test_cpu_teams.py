@@ -16,8 +16,8 @@ from torch import Tensor
 from embedq_consumer.engine import Quantization, Text, Tokens, load_encoder
 from embedq_consumer.engine.encoder import PackedEncoder
 from embedq_consumer.engine.kernels.attention import Packing, attend_runs
+from embedq_consumer.engine.kernels.cpu_teams import ONE, Teams, teams_for
 from embedq_consumer.engine.models import bert_cpu
-from embedq_consumer.engine.teams import ONE, Teams, teams_for
 from tests.helpers.encoders import normalized, tokens_of
 from tests.helpers.tiny_models import (
     make_tiny_bert,
@@ -136,7 +136,7 @@ def test_what_fails_in_one_team_is_raised_when_no_team_computes_any_more(teams: 
         return share
 
     with pytest.raises(ValueError, match="of one team"):
-        teams.each(compute, range(3), lambda _: 500)
+        teams.each(compute, range(3), range(3), lambda _: 500)
     assert len(ended) == 2
 
 
@@ -149,7 +149,7 @@ def test_other_threads_keep_as_many_of_pytorchs_as_before() -> None:
     assert {
         found
         for _, found in two.each(
-            lambda share: [torch.get_num_threads()] * len(share), range(4), lambda _: 500
+            lambda share: [torch.get_num_threads()] * len(share), range(4), range(4), lambda _: 500
         )
     } == {before + 1}
 
