@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Gene
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, Unpack
 
-from embedq_sdk.blocking.session import LEAVE_S, Session, Steps, making, outcome
+from embedq_sdk.blocking.session import LEAVE_S, Call, Session, Steps, making, outcome
 from embedq_sdk.blocking.sources import CallersSource, readable
 from embedq_sdk.client import DEFAULT_TIMEOUT_S
 from embedq_sdk.client import EmbedClient as AsyncEmbedClient
@@ -143,8 +143,14 @@ class _Life:
     def _call(
         self, work: Callable[[AsyncEmbedClient], Awaitable[T]], source: CallersSource | None = None
     ) -> T:
-        future = self.begin(work)
-        return outcome(future) if source is None else source.read_until(future)
+        session = self._here()
+        call = Call(work)
+        try:
+            future = session.begin_open(lambda: self._begun(session, call.run))
+            return outcome(future) if source is None else source.read_until(future)
+        except BaseException:
+            session.tell(call.leave)
+            raise
 
     def _iterated(
         self,

@@ -13,7 +13,7 @@ import contextvars
 import os
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from concurrent.futures import CancelledError, Future
 from contextlib import AbstractContextManager
 from typing import Any, Final, Generic, TypeVar
@@ -78,6 +78,11 @@ class Session(Generic[Client]):
     def begin_open(self, work: Callable[[], Coroutine[Any, Any, T]]) -> Future[T]:
         """Begin work that needs an open client, which is opened first where it is not yet."""
         return self.begin(lambda: self._opened(work))
+
+    def tell(self, what: Callable[[], object]) -> None:
+        """Have the loop do something short, where it still runs."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(what)
 
     def finish(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run the end of something, and wait for it. Does nothing where the session's end has ended it.
@@ -150,22 +155,53 @@ class Session(Generic[Client]):
         return closed
 
 
+class Call(Generic[Client, T]):
+    """Work that ends when its caller leaves, wherever an interruption, by Ctrl-C for one, finds that caller: it may have begun the
+    work, and not hold its future yet."""
+
+    def __init__(self, work: Callable[[Client], Awaitable[T]]) -> None:
+        self._work = work
+        self._task: asyncio.Task[Any] | None = None
+        self._left = False
+
+    async def run(self, client: Client) -> T:
+        """The work, in the loop."""
+        if self._left:
+            raise CancelledError
+        self._task = asyncio.current_task()
+        return await self._work(client)
+
+    def leave(self) -> None:
+        """Nobody waits for it any more; in the loop, at any time."""
+        self._left = True
+        _cancel(self._task)
+
+
 class Steps(Generic[T]):
-    """An async generator that is taken one step at a time, and closed once the step under way has ended."""
+    """An async generator that is taken one step at a time."""
 
     def __init__(self, items: AsyncGenerator[T, None]) -> None:
         self._items = items
         self._turn = asyncio.Lock()
+        self._task: asyncio.Task[Any] | None = None
 
     async def next(self) -> T | None:
         """The next item; None after the last."""
         async with self._turn:
+            self._task = asyncio.current_task()
             return await anext(self._items, None)
 
     async def close(self) -> None:
-        """End the generator, wherever it is."""
+        """End the generator, wherever it is: a step that is still under way, since its caller was interrupted, is cancelled."""
+        _cancel(self._task)
         async with self._turn:
             await self._items.aclose()
+
+
+def _cancel(task: asyncio.Task[Any] | None) -> None:
+    """Once: a second time would break off what the first has it clean up."""
+    if task is not None and not task.done() and not task.cancelling():
+        task.cancel()
 
 
 def outcome(future: Future[T]) -> T:

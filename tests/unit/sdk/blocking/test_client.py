@@ -26,6 +26,7 @@ from embedq_sdk import (
     TextTooLong,
 )
 from embedq_sdk.blocking import EmbedClient
+from embedq_sdk.blocking import client as blocking_client
 from embedq_sdk.blocking.session import making
 from embedq_shared.headers import client_of
 from embedq_shared.messages import Datum, ErrorBody
@@ -471,3 +472,34 @@ def test_a_secret_is_not_pickled_and_not_shown(client: Clients, named: str, sett
     with pytest.raises(TypeError, match=f"`{named}` cannot be pickled.*make it where it is used") as raised:
         pickle.dumps(embedq)
     assert "hunter2" not in f"{raised.value} {embedq!r} {vars(embedq)}"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [lambda client: client.embed("x", timeout=600), lambda client: next(client.stream(["x"], timeout=600))],
+)
+def test_an_interruption_before_the_caller_waits_ends_the_call_too(
+    call: Callable[[EmbedClient], object], client: Clients, side: Side, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C may come when the work has begun, and nobody holds its future yet."""
+    embedq = client()
+    embedq.open()
+    received = threading.Event()
+
+    def silent(job: Received) -> list[Answer]:
+        received.set()
+        return []
+
+    side.service.behave = silent
+
+    def interrupted(future: object) -> None:
+        assert received.wait(patient(10))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(blocking_client, "outcome", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            call(embedq)
+    session = embedq._session
+    assert session is not None
+    wait_for(lambda: session.client.in_flight == 0)
