@@ -80,9 +80,10 @@ class Session(Generic[Client]):
         return self.begin(lambda: self._opened(work))
 
     def tell(self, what: Callable[[], object]) -> None:
-        """Have the loop do something short, where it still runs."""
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(what)
+        """Have the loop do something short. Does nothing where the session's end has ended what it would be for."""
+        if self._takes:
+            with contextlib.suppress(RuntimeError):  # the loop has closed since
+                self._loop.call_soon_threadsafe(what)
 
     def finish(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run the end of something, and wait for it. Does nothing where the session's end has ended it.
@@ -167,7 +168,7 @@ class Call(Generic[Client, T]):
     async def run(self, client: Client) -> T:
         """The work, in the loop."""
         if self._left:
-            raise CancelledError
+            raise asyncio.CancelledError
         self._task = asyncio.current_task()
         return await self._work(client)
 

@@ -503,3 +503,21 @@ def test_an_interruption_before_the_caller_waits_ends_the_call_too(
     session = embedq._session
     assert session is not None
     wait_for(lambda: session.client.in_flight == 0)
+
+
+def test_a_call_that_was_left_while_the_client_was_being_opened_sends_nothing(
+    client: Clients, side: Side, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedq = client()
+    side.transport.may_open.clear()
+
+    def interrupted(future: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(blocking_client, "outcome", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            embedq.embed("x", timeout=600)
+    embedq._here()._loop.call_soon_threadsafe(side.transport.may_open.set)
+    embedq.embed("y")
+    assert [each.job.input for each in side.service.received] == ["y"]
